@@ -1,0 +1,119 @@
+"""Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
+
+from funcreg.certificates import (
+    kkt_residual as kkt_residual,
+    lambda_max as lambda_max,
+    sparsity as sparsity,
+)
+from funcreg.clipping import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    centralize as centralize,
+    clip as clip,
+    clip_by_block_rms as clip_by_block_rms,
+    clip_by_global_norm as clip_by_global_norm,
+    zero_nans as zero_nans,
+)
+from funcreg.combine import (
+    apply_if_finite as apply_if_finite,
+    chain as chain,
+    freeze as freeze,
+    masked as masked,
+    named_chain as named_chain,
+    partition as partition,
+    set_to_zero as set_to_zero,
+)
+from funcreg.conventions import (
+    Elastic as Elastic,
+    elastic_from_glmnet as elastic_from_glmnet,
+    elastic_from_keras as elastic_from_keras,
+    elastic_from_sklearn as elastic_from_sklearn,
+    elastic_from_sklearn_logistic as elastic_from_sklearn_logistic,
+    elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
+    elastic_from_torch as elastic_from_torch,
+)
+from funcreg.ensemble import (
+    ensemble as ensemble,
+)
+from funcreg.fused import (
+    fuse as fuse,
+)
+from funcreg.optimizers import (
+    adagrad as adagrad,
+    adam as adam,
+    adamw as adamw,
+    amsgrad as amsgrad,
+    lamb as lamb,
+    lion as lion,
+    nadamw as nadamw,
+    rmsprop as rmsprop,
+    sgd as sgd,
+)
+from funcreg.penalties import (
+    elastic as elastic,
+    group_lasso as group_lasso,
+    half_l2 as half_l2,
+    l1 as l1,
+    l2 as l2,
+    shrink as shrink,
+    sparse_group_lasso as sparse_group_lasso,
+)
+from funcreg.penalty import (
+    Penalty as Penalty,
+    penalty as penalty,
+)
+from funcreg.proximal import (
+    fista as fista,
+    prox_adam as prox_adam,
+    prox_sgd as prox_sgd,
+)
+from funcreg.regularizing import (
+    add_decayed_weights as add_decayed_weights,
+    add_penalty as add_penalty,
+    keep_params_nonnegative as keep_params_nonnegative,
+    proximal as proximal,
+    soft_threshold as soft_threshold,
+)
+from funcreg.scaling import (
+    ema as ema,
+    scale as scale,
+    scale_by_adam as scale_by_adam,
+    scale_by_amsgrad as scale_by_amsgrad,
+    scale_by_learning_rate as scale_by_learning_rate,
+    scale_by_lion as scale_by_lion,
+    scale_by_rms as scale_by_rms,
+    scale_by_rss as scale_by_rss,
+    scale_by_schedule as scale_by_schedule,
+    scale_by_sign as scale_by_sign,
+    scale_by_stddev as scale_by_stddev,
+    scale_by_trust_ratio as scale_by_trust_ratio,
+    trace as trace,
+)
+from funcreg.schedules import (
+    constant_schedule as constant_schedule,
+    cosine_decay_schedule as cosine_decay_schedule,
+    exponential_decay as exponential_decay,
+    join_schedules as join_schedules,
+    linear_schedule as linear_schedule,
+    piecewise_constant_schedule as piecewise_constant_schedule,
+    polynomial_schedule as polynomial_schedule,
+    warmup_constant_schedule as warmup_constant_schedule,
+    warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
+)
+from funcreg.transform import (
+    EmptyState as EmptyState,
+    Transform as Transform,
+    identity as identity,
+    init_empty_state as init_empty_state,
+    stateless as stateless,
+)
+from funcreg.tree import (
+    apply_updates as apply_updates,
+    global_norm as global_norm,
+    matrices as matrices,
+    select as select,
+    tree_leaves as tree_leaves,
+    tree_map as tree_map,
+    tree_paths as tree_paths,
+)
+
+__version__ = "0.1.0"

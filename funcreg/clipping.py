@@ -1,0 +1,174 @@
+"""Transforms that bound or clean updates, with optax's names and numbers."""
+
+from __future__ import annotations
+
+from types import EllipsisType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Params, Scalar, State, Updates
+from funcreg.transform import Transform, nonnegative, stateless
+from funcreg.tree import compute, global_norm, safe_sqrt, squared, tree_leaves, tree_map
+
+
+def clip(max_delta: Scalar) -> Transform:
+    r"""Clip each entry of updates to :math:`[-d, d]`.
+
+    Args:
+        max_delta: :math:`d`, at least 0.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> clip(1.0).update({"weight": torch.tensor([-3.0, 0.5])}, EmptyState(), params)
+        ({'weight': tensor([-1.0000,  0.5000])}, EmptyState())
+    """
+    nonnegative(max_delta=max_delta)
+
+    def bound(u: Tensor, d: Scalar) -> Tensor:
+        d = d + torch.zeros_like(u)
+        return torch.minimum(torch.maximum(u, -d), d)
+
+    return stateless(lambda updates, params: compute(bound, updates, hyper=(max_delta,)), "elementwise")
+
+
+def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
+    r"""Scale updates so that the norm of all together is at most a bound, :math:`u \min(1, \frac{c}{\|u\| + \epsilon})`.
+
+    Args:
+        max_norm: :math:`c`, at least 0.
+        eps: :math:`\epsilon`; 1e-6 gives the numbers of `torch.nn.utils.clip_grad_norm_`.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> clip_by_global_norm(1.0).update({"weight": torch.tensor([3.0, 4.0])}, EmptyState(), params)
+        ({'weight': tensor([0.6000, 0.8000])}, EmptyState())
+
+    References:
+        Pascanu, Mikolov & Bengio, *On the difficulty of training recurrent neural networks*, 2013.
+    """
+    nonnegative(max_norm=max_norm, eps=eps)
+
+    def rule(updates: Updates, params: Params) -> Updates:
+        if not tree_leaves(updates):
+            return updates
+        norm = global_norm(updates)
+        factor = (max_norm / torch.where(norm == 0, 1.0, norm + eps)).clamp(max=1.0)
+        return compute(lambda u, f: u * f, updates, hyper=(factor,))
+
+    return stateless(rule, "global")
+
+
+def clip_by_block_rms(threshold: Scalar) -> Transform:
+    r"""Scale the update of each leaf so that its root mean square is at most a bound.
+
+    Args:
+        threshold: The bound, above 0.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> clip_by_block_rms(1.0).update({"weight": torch.tensor([3.0, 3.0])}, EmptyState(), params)
+        ({'weight': tensor([1., 1.])}, EmptyState())
+
+    References:
+        Shazeer & Stern, *Adafactor: adaptive learning rates with sublinear memory cost*, 2018.
+    """
+    nonnegative(threshold=threshold)
+
+    def bound(u: Tensor, t: Scalar) -> Tensor:
+        return u / (safe_sqrt(squared(u).sum() / max(u.numel(), 1)) / t).clamp(min=1.0)
+
+    return stateless(lambda updates, params: compute(bound, updates, hyper=(threshold,)), "leaf")
+
+
+def adaptive_grad_clip(
+    clipping: Scalar, eps: Scalar = 1e-3, axis: int | tuple[int, ...] | EllipsisType | None = None
+) -> Transform:
+    r"""Scale the update of each unit to at most a share of the unit's norm, :math:`c \max(\|w_i\|, \epsilon)`.
+
+    Args:
+        clipping: :math:`c`, at least 0.
+        eps: :math:`\epsilon`, the least norm of a unit, so that units at zero may move.
+        axis: Dimensions that lie inside a unit. `...` is all but the first: a row of a linear layer, a filter of
+            a convolution, as PyTorch lays weights out. None is optax's rule, for weights whose last dimension
+            counts the units: the whole of a vector, all dimensions but the last one (a leaf of three dimensions:
+            only the first).
+
+    Raises:
+        ValueError: A leaf has more than five dimensions and `axis` is None.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.0, 0.0]])}
+        >>> tx = adaptive_grad_clip(0.1, axis=...)
+        >>> tx.update({"weight": torch.tensor([[0.0, 5.0], [0.0, 0.0]])}, EmptyState(), params)
+        ({'weight': tensor([[0.0000, 0.5000],
+                [0.0000, 0.0000]])}, EmptyState())
+
+    References:
+        Brock, De, Smith & Simonyan, *High-performance large-scale image recognition without normalization*, 2021.
+    """
+    nonnegative(clipping=clipping, eps=eps)
+
+    def inside(w: Tensor) -> tuple[int, ...]:
+        if isinstance(axis, EllipsisType):
+            return tuple(range(1, w.ndim))
+        if axis is not None:
+            return (axis,) if isinstance(axis, int) else axis
+        if sum(n != 1 for n in w.shape) <= 1:
+            return tuple(range(w.ndim))
+        if w.ndim > 5:
+            raise ValueError(f"a leaf has shape {tuple(w.shape)}; expected at most five dimensions. Pass axis=.")
+        return (0,) if w.ndim <= 3 else tuple(range(w.ndim - 1))
+
+    def bound(u: Tensor, w: Tensor, share: Scalar, least: Scalar) -> Tensor:
+        dims = inside(w)
+        size, step = (safe_sqrt(squared(x).sum(dims, keepdim=True) if dims else squared(x)) for x in (w, u))
+        most = share * torch.maximum(size, least + torch.zeros_like(size))
+        return torch.where(step < most, u, u * (most / step.clamp(min=1e-6)))
+
+    return stateless(lambda updates, params: compute(bound, updates, params, hyper=(clipping, eps)), "leaf")
+
+
+class ZeroNansState(NamedTuple):
+    """The state of `zero_nans`."""
+
+    found_nan: Params  # For each leaf, whether its last update had a NaN.
+
+
+def zero_nans() -> Transform:
+    r"""Replace each NaN in updates by 0, and remember which leaves had one.
+
+    Example:
+        >>> tx, params = zero_nans(), {"weight": torch.zeros(2)}
+        >>> tx.update({"weight": torch.tensor([float("nan"), 1.0])}, tx.init(params), params)
+        ({'weight': tensor([0., 1.])}, ZeroNansState(found_nan={'weight': tensor(True)}))
+    """
+
+    def init(params: Params) -> ZeroNansState:
+        return ZeroNansState(tree_map(lambda w: torch.zeros((), dtype=torch.bool, device=w.device), params))
+
+    def update(updates: Updates, state: State, params: Params) -> tuple[Updates, ZeroNansState]:
+        found = tree_map(lambda u: u.isnan().any(), updates)
+        return compute(lambda u: torch.where(u.isnan(), torch.zeros_like(u), u), updates), ZeroNansState(found)
+
+    return Transform(init, update, "leaf")
+
+
+def centralize() -> Transform:
+    r"""Subtract from the update of each row, or filter, its mean; vectors stay as they are.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2, 2)}
+        >>> centralize().update({"weight": torch.tensor([[1.0, 3.0], [5.0, 6.0]])}, EmptyState(), params)
+        ({'weight': tensor([[-1.0000,  1.0000],
+                [-0.5000,  0.5000]])}, EmptyState())
+
+    References:
+        Yong, Huang, Hua & Zhang, *Gradient centralization: a new optimization technique for deep networks*, 2020.
+    """
+
+    def center(u: Tensor) -> Tensor:
+        return u - u.mean(tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
+
+    return stateless(lambda updates, params: compute(center, updates), "rows")

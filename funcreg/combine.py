@@ -1,0 +1,347 @@
+"""Transforms made of transforms: one after another, on some leaves, by label, or only when all is finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Mask, Params, State, Updates
+from funcreg.transform import Transform, counter, furthest, init_empty_state, stateless
+from funcreg.tree import (
+    broadcast,
+    compute,
+    flatten,
+    keep,
+    mask_leaves,
+    merge,
+    scalar_device,
+    total,
+    tree_leaves,
+    tree_map,
+    tree_paths,
+)
+
+_Frozen = Callable[[Params], list[bool]]
+
+
+def chain(*transforms: Transform) -> Transform:
+    r"""Apply transforms one after another; each gets the updates of the one before.
+
+    The state is a tuple with one state for each transform. What `freeze` holds is left out of the whole chain,
+    wherever in it `freeze` stands.
+
+    Args:
+        transforms: Transforms in their order.
+
+    Raises:
+        TypeError: An argument is not a transform.
+        ValueError: `update` got the state of another chain.
+
+    Example:
+        >>> tx = chain(clip(1.0), scale(-0.1))
+        >>> params = {"weight": torch.zeros(2)}
+        >>> tx.update({"weight": torch.tensor([3.0, -0.5])}, tx.init(params), params)[0]
+        {'weight': tensor([-0.1000,  0.0500])}
+    """
+    _check_transforms("chain", transforms)
+
+    def init(params: Params) -> tuple[State, ...]:
+        return tuple(tx.init(params) for tx in transforms)
+
+    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
+        if type(state) is not tuple or len(state) != len(transforms):
+            came = len(state) if type(state) is tuple else type(state).__name__
+            raise ValueError(
+                f"chain of {len(transforms)} transforms got a state of {came}; was it made by this chain's init?"
+            )
+        new = []
+        for tx, old in zip(transforms, state, strict=True):
+            updates, after = tx.update(updates, old, params, **extra)
+            new.append(after)
+        return updates, tuple(new)
+
+    metrics = [(i, tx.metric) for i, tx in enumerate(transforms) if tx.metric is not None]
+    metric = None
+    if len(metrics) == 1:
+        place, inner = metrics[0]
+        metric = lambda state: inner(state[place])  # noqa: E731  # One line says it; a def would need a name.
+    joined = Transform(init, update, furthest(*(tx.reach for tx in transforms)), metric)
+    return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+
+
+def named_chain(*transforms: tuple[str, Transform]) -> Transform:
+    r"""Apply transforms one after another, with a state that is a dict by their names.
+
+    Args:
+        transforms: Pairs of a name and a transform, in their order.
+
+    Raises:
+        ValueError: Two transforms have one name, or `update` got the state of another chain.
+
+    Example:
+        >>> tx = named_chain(("momentum", trace(0.9)), ("step", scale(-0.1)))
+        >>> tx.init({"weight": torch.zeros(1)})
+        {'momentum': TraceState(trace={'weight': tensor([0.])}), 'step': EmptyState()}
+    """
+    names = [name for name, _ in transforms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"named_chain got two transforms named {name!r}; expected names that differ")
+    inner = chain(*(tx for _, tx in transforms))
+
+    def init(params: Params) -> dict[str, State]:
+        return dict(zip(names, inner.init(params), strict=True))
+
+    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, dict[str, State]]:
+        if not isinstance(state, dict) or sorted(state) != sorted(names):
+            came = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"named_chain of {', '.join(names)} got a state of {came}; was it made by this chain's init?"
+            )
+        updates, new = inner.update(updates, tuple(state[name] for name in names), params, **extra)
+        return updates, dict(zip(names, new, strict=True))
+
+    outer = inner.metric
+    metric = None if outer is None else lambda state: outer(tuple(state[name] for name in names))
+    return Transform(init, update, inner.reach, metric, inner.frozen)
+
+
+def _check_transforms(what: str, transforms: Any) -> None:
+    for i, tx in enumerate(transforms):
+        if not isinstance(tx, Transform):
+            hint = " Is it called, as in identity()?" if callable(tx) else ""
+            raise TypeError(f"argument {i} of {what} is a {type(tx).__name__}; expected a Transform.{hint}")
+
+
+# Some leaves
+
+
+class MaskedState(NamedTuple):
+    """The state of `masked`: it holds nothing for a leaf that is left out."""
+
+    inner_state: State
+
+
+def masked(inner: Transform, mask: Mask) -> Transform:
+    r"""Apply a transform to some leaves; the updates of the others pass.
+
+    The inner transform sees a tree without the other leaves, so that it keeps no state for them.
+
+    Args:
+        inner: Transform of the chosen leaves.
+        mask: Tree of bools like the parameters, a prefix of one, or a function that makes it from parameters, such
+            as `select("*.weight")`. True means apply.
+
+    Raises:
+        TypeError: The mask is a string, or has a leaf that is no bool; the message names it.
+        ValueError: The mask does not fit the parameters.
+
+    Example:
+        >>> tx = masked(scale(2.0), {"weight": True, "bias": False})
+        >>> params = {"weight": torch.zeros(1), "bias": torch.zeros(1)}
+        >>> tx.update({"weight": torch.ones(1), "bias": torch.ones(1)}, tx.init(params), params)[0]
+        {'weight': tensor([2.]), 'bias': tensor([1.])}
+    """
+    _check_transforms("masked", [inner])
+    if isinstance(mask, str):
+        mask_leaves(mask, ())  # Says what a mask is.
+
+    def init(params: Params) -> MaskedState:
+        return MaskedState(inner.init(keep(params, mask_leaves(mask, params))))
+
+    def update(updates: Updates, state: MaskedState, params: Params, **extra: Any) -> tuple[Updates, MaskedState]:
+        bools = mask_leaves(mask, params)
+        new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **extra)
+        return merge(updates, new, bools), MaskedState(after)
+
+    within = inner.frozen
+
+    def frozen(params: Params) -> list[bool]:
+        assert within is not None
+        bools = mask_leaves(mask, params)
+        held = iter(within(keep(params, bools)))
+        return [next(held) if chosen else False for chosen in bools]
+
+    return Transform(init, update, inner.reach, frozen=None if within is None else frozen)
+
+
+def freeze(mask: Mask) -> Transform:
+    r"""Hold leaves where they are: their updates become 0.
+
+    In a chain, at any place, a frozen leaf is as good as not there: no transform of the chain moves it, keeps state
+    for it or counts it in a norm.
+
+    Args:
+        mask: Tree of bools like the parameters, a prefix of one, or a function. True means hold.
+
+    Example:
+        >>> tx = chain(freeze({"body": True, "head": False}), add_decayed_weights(0.1))
+        >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+        >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
+        {'body': tensor([0.]), 'head': tensor([1.1000])}
+    """
+    if isinstance(mask, str):
+        mask_leaves(mask, ())  # Says what a mask is.
+
+    def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
+        held = mask_leaves(mask, params)
+        return _zeroed(updates, held), state
+
+    return Transform(init_empty_state, update, "elementwise", frozen=lambda params: mask_leaves(mask, params))
+
+
+def _zeroed(updates: Updates, held: list[bool]) -> Updates:
+    leaves, rebuild = flatten(updates)
+    return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
+
+
+def _hold(inner: Transform, frozen: list[_Frozen]) -> Transform:
+    """A transform that sees no frozen leaf, and returns zeros for it."""
+    if not frozen:
+        return inner
+
+    def held(params: Params) -> list[bool]:
+        return [any(bools) for bools in zip(*(f(params) for f in frozen), strict=True)]
+
+    def init(params: Params) -> State:
+        return inner.init(keep(params, [not h for h in held(params)]))
+
+    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
+        bools = held(params)
+        free = [not h for h in bools]
+        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
+        return merge(_zeroed(updates, bools), new, free), after
+
+    return Transform(init, update, inner.reach, inner.metric, held)
+
+
+def set_to_zero() -> Transform:
+    r"""Replace updates by zeros.
+
+    What comes later in a chain may still move the parameters; to hold them, use `freeze`.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> set_to_zero().update({"weight": torch.ones(2)}, EmptyState(), params)
+        ({'weight': tensor([0., 0.])}, EmptyState())
+    """
+    return stateless(lambda updates, params: tree_map(torch.zeros_like, updates), "elementwise")
+
+
+class PartitionState(NamedTuple):
+    """The state of `partition`."""
+
+    inner_states: dict[Hashable, State]  # By label.
+
+
+def partition(transforms: Mapping[Hashable, Transform], param_labels: Any) -> Transform:
+    r"""Apply to each leaf the transform of its label.
+
+    Args:
+        transforms: From label to transform.
+        param_labels: Tree of labels like the parameters, a prefix of one, or a function that makes it from
+            parameters.
+
+    Raises:
+        ValueError: A leaf has a label without a transform; the message names both.
+
+    Example:
+        >>> tx = partition({"slow": scale(0.1), "fast": scale(1.0)}, {"body": "slow", "head": "fast"})
+        >>> params = {"body": torch.zeros(1), "head": torch.zeros(1)}
+        >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
+        {'body': tensor([0.1000]), 'head': tensor([1.])}
+    """
+    _check_transforms("partition", transforms.values())
+    transforms = dict(transforms)
+
+    def labels(params: Params) -> list[Any]:
+        found = param_labels(params) if callable(param_labels) else param_labels
+        values = broadcast(found, params, "param_labels")
+        for i, value in enumerate(values):
+            if value not in transforms:
+                known = ", ".join(map(repr, transforms))
+                raise ValueError(
+                    f"leaf '{tree_paths(params)[i]}' has the label {value!r}; expected one of {known}, "
+                    "for which there is a transform"
+                )
+        return values
+
+    def members(label: Hashable) -> Transform:
+        return masked(
+            transforms[label],
+            lambda params: flatten(params)[1]([value == label for value in labels(params)]),
+        )
+
+    parts = {label: members(label) for label in transforms}
+
+    def init(params: Params) -> PartitionState:
+        return PartitionState({label: tx.init(params).inner_state for label, tx in parts.items()})
+
+    def update(updates: Updates, state: PartitionState, params: Params, **extra: Any) -> tuple[Updates, PartitionState]:
+        new = {}
+        for label, tx in parts.items():
+            updates, after = tx.update(updates, MaskedState(state.inner_states[label]), params, **extra)
+            new[label] = after.inner_state
+        return updates, PartitionState(new)
+
+    holding = [tx.frozen for tx in parts.values() if tx.frozen is not None]
+
+    def frozen(params: Params) -> list[bool]:
+        return [any(bools) for bools in zip(*(f(params) for f in holding), strict=True)]
+
+    reach = furthest(*(tx.reach for tx in parts.values()))
+    return Transform(init, update, reach, frozen=frozen if holding else None)
+
+
+# Only when all is finite
+
+
+class ApplyIfFiniteState(NamedTuple):
+    """The state of `apply_if_finite`."""
+
+    notfinite_count: Tensor  # Updates in a row that were not finite, int32.
+    last_finite: Tensor  # Whether the last update was finite, bool.
+    total_notfinite: Tensor  # Updates in all that were not finite, int32.
+    inner_state: State
+
+
+def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
+    r"""Skip an update that has an infinity or a NaN: updates become 0 and the inner state stays.
+
+    Args:
+        inner: Transform of the updates that are finite.
+        max_consecutive_errors: Number of updates in a row that are skipped; one more is let through, so that a
+            model that has diverged shows it.
+
+    Example:
+        >>> tx, params = apply_if_finite(trace(0.9), 3), {"weight": torch.zeros(1)}
+        >>> updates, state = tx.update({"weight": torch.tensor([float("inf")])}, tx.init(params), params)
+        >>> updates, state.total_notfinite
+        ({'weight': tensor([0.])}, tensor(1, dtype=torch.int32))
+    """
+    _check_transforms("apply_if_finite", [inner])
+    if max_consecutive_errors < 0:
+        raise ValueError(f"max_consecutive_errors is {max_consecutive_errors}; expected a number of at least 0")
+
+    def init(params: Params) -> ApplyIfFiniteState:
+        good = torch.ones((), dtype=torch.bool, device=scalar_device(params))
+        return ApplyIfFiniteState(counter(params), good, counter(params), inner.init(params))
+
+    def update(
+        updates: Updates, state: ApplyIfFiniteState, params: Params, **extra: Any
+    ) -> tuple[Updates, ApplyIfFiniteState]:
+
+        wrong = total([(~u.isfinite()).sum() for u in tree_leaves(updates)]).to(state.last_finite.device)
+        finite = wrong == 0
+        errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
+        go = finite | (errors > max_consecutive_errors)
+        new, after = inner.update(updates, state.inner_state, params, **extra)
+        new = compute(lambda u, go: torch.where(go, u, torch.zeros_like(u)), new, hyper=(go,))
+        after = tree_map(lambda a, b: torch.where(go.to(a.device), a, b), after, state.inner_state)
+        count = state.total_notfinite + (~finite).to(torch.int32)
+        return new, ApplyIfFiniteState(errors, finite, count, after)
+
+    return Transform(init, update, "global", frozen=inner.frozen)

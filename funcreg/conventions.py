@@ -1,0 +1,118 @@
+r"""What a strength means elsewhere: converters to the `alpha` and `rho` of `elastic`.
+
+All are for a loss that is a mean over the samples plus a penalty, :math:`\frac{1}{n} \sum_i \ell_i + \text{elastic}(w, \alpha, \rho)`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from funcreg._typing import Scalar
+from funcreg.transform import nonnegative
+
+
+class Elastic(NamedTuple):
+    r"""The hyperparameters of `elastic`: :math:`\alpha (\rho \|w\|_1 + \frac{1 - \rho}{2} \|w\|_2^2)`.
+
+    Example:
+        >>> elastic({"weight": torch.tensor([3.0, -4.0])}, *Elastic(alpha=0.1, rho=0.5))
+        tensor(0.9750)
+    """
+
+    alpha: Scalar  # Strength.
+    rho: Scalar  # Share of the l1 term.
+
+
+def elastic_from_torch(weight_decay: Scalar) -> Elastic:
+    r"""From `weight_decay` of `torch.optim` or optax: :math:`\frac{\lambda}{2} \|w\|_2^2`, with gradient :math:`\lambda w`.
+
+    Args:
+        weight_decay: :math:`\lambda`, as in `torch.optim.SGD` or `Adam`; in AdamW it is no penalty of the loss.
+
+    Example:
+        >>> elastic_from_torch(weight_decay=0.01)
+        Elastic(alpha=0.01, rho=0.0)
+    """
+    nonnegative(weight_decay=weight_decay)
+    return Elastic(weight_decay, 0.0)
+
+
+def elastic_from_keras(l1: Scalar = 0.0, l2: Scalar = 0.0) -> Elastic:
+    r"""From `keras.regularizers.L1L2`: :math:`\lambda_1 \|w\|_1 + \lambda_2 \|w\|_2^2`, without one half.
+
+    Args:
+        l1: :math:`\lambda_1`.
+        l2: :math:`\lambda_2`.
+
+    Example:
+        >>> elastic_from_keras(l1=0.5, l2=0.25)
+        Elastic(alpha=1.0, rho=0.5)
+    """
+    nonnegative(l1=l1, l2=l2)
+    alpha = l1 + 2 * l2
+    return Elastic(alpha, l1 / alpha if not isinstance(alpha, int | float) or alpha else 0.0)
+
+
+def elastic_from_sklearn(alpha: Scalar, l1_ratio: Scalar = 1.0) -> Elastic:
+    r"""From `sklearn.linear_model.ElasticNet` or `Lasso`, whose loss is :math:`\frac{1}{2 n} \|y - X w\|^2`.
+
+    Args:
+        alpha: Strength.
+        l1_ratio: Share of the :math:`\ell_1` term; 1 is the lasso.
+
+    Example:
+        >>> elastic_from_sklearn(alpha=0.1, l1_ratio=0.5)
+        Elastic(alpha=0.1, rho=0.5)
+    """
+    nonnegative(alpha=alpha, l1_ratio=l1_ratio)
+    return Elastic(alpha, l1_ratio)
+
+
+def elastic_from_sklearn_ridge(alpha: Scalar, n_samples: int) -> Elastic:
+    r"""From `sklearn.linear_model.Ridge`, whose :math:`\|y - X w\|^2 + \alpha \|w\|^2` is not divided by the samples.
+
+    The loss that goes with the result is :math:`\frac{1}{2 n} \|y - X w\|^2`.
+
+    Args:
+        alpha: Strength.
+        n_samples: Number of samples :math:`n`.
+
+    Example:
+        >>> elastic_from_sklearn_ridge(alpha=2.0, n_samples=100)
+        Elastic(alpha=0.02, rho=0.0)
+    """
+    nonnegative(alpha=alpha)
+    return Elastic(alpha / n_samples, 0.0)
+
+
+def elastic_from_sklearn_logistic(C: Scalar, n_samples: int, l1_ratio: Scalar = 0.0) -> Elastic:
+    r"""From `sklearn.linear_model.LogisticRegression`, whose :math:`C` multiplies the sum of the losses.
+
+    The loss that goes with the result is the mean cross entropy; the intercept carries no penalty.
+
+    Args:
+        C: Inverse strength, above 0.
+        n_samples: Number of samples :math:`n`.
+        l1_ratio: Share of the :math:`\ell_1` term.
+
+    Example:
+        >>> elastic_from_sklearn_logistic(C=0.5, n_samples=100, l1_ratio=1.0)
+        Elastic(alpha=0.02, rho=1.0)
+    """
+    nonnegative(C=C, l1_ratio=l1_ratio)
+    return Elastic(1 / (C * n_samples), l1_ratio)
+
+
+def elastic_from_glmnet(lambda_: Scalar, alpha: Scalar = 1.0) -> Elastic:
+    r"""From glmnet's `lambda` and `alpha`, with `standardize=FALSE` and, for a ridge share, responses of unit variance.
+
+    Args:
+        lambda_: Strength.
+        alpha: Share of the :math:`\ell_1` term.
+
+    Example:
+        >>> elastic_from_glmnet(0.1, alpha=0.5)
+        Elastic(alpha=0.1, rho=0.5)
+    """
+    nonnegative(lambda_=lambda_, alpha=alpha)
+    return Elastic(lambda_, alpha)

@@ -1,0 +1,369 @@
+"""The penalties. Each is one block: its rules, and the value with its documentation.
+
+A rule sees one leaf, in float32 at least, and hyperparameters that may be 0-dim tensors: it never branches on a
+value. Norms are sums of squares under a safe root, because `vector_norm` loses digits in float32 on a CPU and has
+no second derivative at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from types import EllipsisType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Scalar
+from funcreg.penalty import penalty
+from funcreg.tree import safe_sqrt, squared
+
+#: The dimensions that a group reduces: `...` all but the first, None all.
+Dim = int | tuple[int, ...] | EllipsisType | None
+#: What multiplies the norm of a group: None for 1, the root of its size, or a tensor with one entry a group.
+Weights = Literal["sqrt_size"] | Tensor | None
+
+_AT_LEAST_0 = (0.0, math.inf)
+_SHARE = (0.0, 1.0)
+
+
+def shrink(w: Tensor, threshold: Scalar) -> Tensor:
+    r"""Soft thresholding of one tensor, :math:`\operatorname{sign}(w) \max(|w| - t, 0)`: the operator under most others.
+
+    Zeros are +0.0, NaN goes through, a complex entry keeps its phase.
+
+    Args:
+        w: Tensor.
+        threshold: :math:`t`: a number of at least 0, or a tensor that broadcasts against `w`.
+
+    Example:
+        >>> shrink(torch.tensor([3.0, -0.5]), 1.0)
+        tensor([2., 0.])
+    """
+    if w.is_complex():
+        size = w.abs()
+        # Adding zero turns -0.0 into +0.0.
+        return w * ((size - threshold).relu() / torch.where(size == 0, torch.ones_like(size), size)) + 0.0
+    if isinstance(threshold, Tensor):
+        return w - torch.minimum(torch.maximum(w, -threshold), threshold)
+    return w - w.clamp(-threshold, threshold)
+
+
+def _l1_gradient(w: Tensor) -> Tensor:
+    return w.sgn()
+
+
+def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
+    return shrink(w, step)
+
+
+def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
+    return torch.where(w == 0, shrink(g, strength), g + strength * _l1_gradient(w))
+
+
+@penalty(gradient=_l1_gradient, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
+def l1(w: Tensor) -> Tensor:
+    r"""Sum of magnitudes, :math:`\sum_i |w_i|`.
+
+    The gradient is the sign, 0 at 0, and never gives a zero; the proximal operator is soft thresholding,
+    :math:`\operatorname{sign}(w) \max(|w| - \text{step}, 0)`, and does.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -0.5])}
+        >>> l1(params), l1.grad(params), l1.prox(params, 1.0)
+        (tensor(3.5000), {'weight': tensor([ 1., -1.])}, {'weight': tensor([2., 0.])})
+
+    References:
+        Tibshirani, *Regression shrinkage and selection via the lasso*, 1996.
+    """
+    return w.abs()
+
+
+def _l2_gradient(w: Tensor) -> Tensor:
+    return 2 * w
+
+
+def _l2_proximal(w: Tensor, step: Scalar) -> Tensor:
+    return w / (1 + 2 * step)
+
+
+def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
+    return g + strength * _l2_gradient(w)
+
+
+@penalty(gradient=_l2_gradient, proximal=_l2_proximal, residual=_l2_residual, reach="elementwise")
+def l2(w: Tensor) -> Tensor:
+    r"""Sum of squares, :math:`\sum_i w_i^2`. No root, and no factor one half.
+
+    This is what Keras calls L2 and what most code adds to a loss. Its gradient is :math:`2 w`; the `weight_decay`
+    of PyTorch and optax adds :math:`w`, which is `half_l2`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -1.0])}
+        >>> l2(params), l2.grad(params), l2.prox(params, 0.5)
+        (tensor(10.), {'weight': tensor([ 6., -2.])}, {'weight': tensor([ 1.5000, -0.5000])})
+
+    References:
+        Hoerl & Kennard, *Ridge regression*, 1970.
+    """
+    return squared(w)
+
+
+def _half_l2_gradient(w: Tensor) -> Tensor:
+    return w.clone()
+
+
+def _half_l2_proximal(w: Tensor, step: Scalar) -> Tensor:
+    return w / (1 + step)
+
+
+def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
+    return g + strength * w
+
+
+@penalty(gradient=_half_l2_gradient, proximal=_half_l2_proximal, residual=_half_l2_residual, reach="elementwise")
+def half_l2(w: Tensor) -> Tensor:
+    r"""Half the sum of squares, :math:`\frac{1}{2} \sum_i w_i^2`, whose gradient is :math:`w`.
+
+    With strength :math:`\lambda` this is the `weight_decay` :math:`\lambda` of `torch.optim.SGD` and of optax.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -1.0])}
+        >>> half_l2(params), half_l2.grad(params), half_l2.prox(params, 1.0)
+        (tensor(5.), {'weight': tensor([ 3., -1.])}, {'weight': tensor([ 1.5000, -0.5000])})
+    """
+    return squared(w) / 2
+
+
+def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
+    return alpha * (rho * w.sgn() + (1 - rho) * w)
+
+
+def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
+    return shrink(w, step * alpha * rho) / (1 + step * alpha * (1 - rho))
+
+
+def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
+    at_zero = shrink(g, strength * alpha * rho)
+    return torch.where(w == 0, at_zero, g + strength * _elastic_gradient(w, alpha, rho))
+
+
+@penalty(
+    gradient=_elastic_gradient,
+    proximal=_elastic_proximal,
+    residual=_elastic_residual,
+    reach="elementwise",
+    bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
+)
+def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
+    r"""Elastic net, :math:`\alpha (\rho \|w\|_1 + \frac{1 - \rho}{2} \|w\|_2^2)`.
+
+    `elastic(params, alpha, 1)` is `alpha * l1(params)`; `elastic(params, alpha, 0)` is `alpha * half_l2(params)`.
+    These are scikit-learn's `alpha` and `l1_ratio`, glmnet's `lambda` and `alpha`.
+
+    Args:
+        alpha: Strength, at least 0.
+        rho: Share of the :math:`\ell_1` term, from 0 (ridge) to 1 (lasso).
+
+    Example:
+        >>> elastic({"weight": torch.tensor([3.0, -4.0])}, alpha=0.1, rho=0.5)
+        tensor(0.9750)
+        >>> elastic.prox({"weight": torch.tensor([3.0, -0.5])}, 1.0, alpha=2.0, rho=0.5)
+        {'weight': tensor([1., 0.])}
+
+    References:
+        Zou & Hastie, *Regularization and variable selection via the elastic net*, 2005.
+    """
+    return alpha * (rho * w.abs() + 0.5 * (1 - rho) * squared(w))
+
+
+# Groups
+
+
+def _dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
+    if dim is None:
+        return tuple(range(w.ndim))
+    if isinstance(dim, EllipsisType):
+        return tuple(range(1, w.ndim))
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    for d in dims:
+        if not -w.ndim <= d < w.ndim:
+            raise ValueError(
+                f"dim={dim} got a leaf of shape {tuple(w.shape)}, which has no dimension {d}. "
+                "Leave such leaves out with mask=, as in mask=matrices, or use dim=... (all but the first)."
+            )
+    return tuple(d % w.ndim for d in dims)
+
+
+def _norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The norm of each group, reduced dimensions kept."""
+    squares = squared(w)
+    return safe_sqrt(squares.sum(dims, keepdim=True) if dims else squares)  # sum(()) would reduce them all.
+
+
+def _sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
+    """What multiplies the norm of each group."""
+    if weights is None:
+        return 1.0
+    if isinstance(weights, Tensor):
+        return weights.reshape([1 if d in dims else n for d, n in enumerate(w.shape)])
+    if weights == "sqrt_size":
+        return math.sqrt(math.prod(w.shape[d] for d in dims))
+    raise ValueError(f"weights is {weights!r}; expected None, 'sqrt_size' or a tensor with one entry a group")
+
+
+def _shrink_groups(w: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
+    norms = _norms(w, dims)
+    # Adding zero turns -0.0 into +0.0.
+    return w * ((norms - threshold).relu() / torch.where(norms == 0, torch.ones_like(norms), norms)) + 0.0
+
+
+def _directions(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Each group divided by its norm, zero for a group of zeros."""
+    norms = _norms(w, dims)
+    return w / torch.where(norms == 0, torch.ones_like(norms), norms)
+
+
+def _shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
+    r"""Group soft thresholding in a diagonal metric, by the root of :math:`\sum (h w)^2 / (h \theta + t)^2 = 1`.
+
+    Newton's method on :math:`\phi^{-1/2} - 1`, which is concave, climbs to the root from the left without a bracket.
+
+    References:
+        Deleu & Bengio, *Structured sparsity inducing adaptive optimizers for deep learning*, 2021, theorem 1.
+    """
+
+    def over_group(x: Tensor) -> Tensor:
+        return x.sum(dims, keepdim=True) if dims else x
+
+    pulls = squared(h * w)
+    norms = safe_sqrt(over_group(pulls))
+    alive = norms > threshold
+    # The dead branch computes with ones, so that no derivative through it is NaN.
+    pulls, weight = torch.where(alive, pulls, torch.ones_like(pulls)), torch.where(alive, h, torch.ones_like(h))
+    force = torch.where(alive, threshold + torch.zeros_like(norms), torch.ones_like(norms))
+    root = torch.where(alive, norms - threshold, torch.ones_like(norms)) / (
+        weight.amax(dims, keepdim=True) if dims else weight
+    )
+    for _ in range(6):  # 1e-9 at worst for metrics that span twelve orders of magnitude.
+        scale = weight * root + force
+        phi = over_group(pulls / scale.square())
+        slope = -2 * over_group(weight * pulls / (scale * scale.square()))
+        root = root + 2 * phi * (1 - phi.sqrt()) / slope
+    shrunk = w * (weight * root / (weight * root + force))
+    gone = torch.where(norms.isnan(), norms, torch.zeros_like(norms)).to(w.dtype)
+    return torch.where(alive, shrunk, gone) + 0.0
+
+
+def _group_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = _dims(w, dim)
+    return _sizes(w, dims, weights) * _directions(w, dims)
+
+
+def _group_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = _dims(w, dim)
+    return _shrink_groups(w, step * _sizes(w, dims, weights), dims)
+
+
+def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = _dims(w, dim)
+    return _shrink_groups_in_metric(w, h, step * _sizes(w, dims, weights), dims)
+
+
+def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = _dims(w, dim)
+    force = strength * _sizes(w, dims, weights)
+    return torch.where(_norms(w, dims) == 0, _shrink_groups(g, force, dims), g + force * _directions(w, dims))
+
+
+@penalty(
+    gradient=_group_gradient,
+    proximal=_group_proximal,
+    metric=_group_metric,
+    residual=_group_residual,
+    reach="leaf",
+)
+def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Sum of the norms of groups, :math:`\sum_g c_g \|w_g\|_2`, which zeroes whole groups.
+
+    Args:
+        dim: Dimensions that lie inside a group. By default (`...`) all but the first: a group is a row of a matrix
+            (all inputs of a unit), a filter of a convolution, a single entry of a bias. An int or a tuple names
+            them (0: the columns of a matrix, all outputs of an input). None makes each leaf one group.
+        weights: The factors :math:`c_g`: None for 1, `"sqrt_size"` for the root of the number of entries of a group
+            (Yuan & Lin), or a tensor with one entry for each group.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
+        >>> group_lasso(params)
+        tensor(5.5000)
+        >>> group_lasso.prox(params, 1.0)
+        {'weight': tensor([[2.4000, 3.2000],
+                [0.0000, 0.0000]])}
+
+    References:
+        Yuan & Lin, *Model selection and estimation in regression with grouped variables*, 2006.
+    """
+    dims = _dims(w, dim)
+    return _sizes(w, dims, weights) * _norms(w, dims)
+
+
+def _sparse_group_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    return alpha * (rho * w.sgn() + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
+
+
+def _sparse_group_proximal(
+    w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    # In this order: the other one is not the proximal operator of the sum.
+    return _group_proximal(shrink(w, step * alpha * rho), step * alpha * (1 - rho), dim=dim, weights=weights)
+
+
+def _sparse_group_metric(
+    w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    return _group_metric(shrink(w, step * alpha * rho / h), h, step * alpha * (1 - rho), dim=dim, weights=weights)
+
+
+def _sparse_group_residual(
+    w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    entries = _l1_residual(w, g, strength * alpha * rho)
+    return _group_residual(w, entries, strength * alpha * (1 - rho), dim=dim, weights=weights)
+
+
+@penalty(
+    gradient=_sparse_group_gradient,
+    proximal=_sparse_group_proximal,
+    metric=_sparse_group_metric,
+    residual=_sparse_group_residual,
+    reach="leaf",
+    bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
+)
+def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Zero groups, and zeros inside groups, :math:`\alpha (\rho \|w\|_1 + (1 - \rho) \sum_g c_g \|w_g\|_2)`.
+
+    Args:
+        alpha: Strength, at least 0.
+        rho: Share of the :math:`\ell_1` term, from 0 (group lasso) to 1 (lasso).
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors of the norms; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.5, 4.5], [0.3, 4.0]])}
+        >>> sparse_group_lasso.prox(params, 1.0, alpha=1.0, rho=0.5)
+        {'weight': tensor([[2.7000, 3.6000],
+                [0.0000, 3.0000]])}
+
+    References:
+        Simon, Friedman, Hastie & Tibshirani, *A sparse-group lasso*, 2013.
+    """
+    dims = _dims(w, dim)
+    inside = w.abs().sum(dims, keepdim=True) if dims else w.abs()
+    return alpha * (rho * inside + (1 - rho) * _sizes(w, dims, weights) * _norms(w, dims))

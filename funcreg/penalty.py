@@ -1,0 +1,281 @@
+"""What a penalty is: value, gradient and proximal operator, written once."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params, Reach
+from funcreg.tree import (
+    check_alike,
+    check_nonnegative,
+    check_params,
+    compute,
+    compute_leaves,
+    keep,
+    mask_leaves,
+    merge,
+    total,
+    tree_leaves,
+    tree_map,
+)
+
+
+class Penalty:
+    r"""Value, gradient and proximal operator of a penalty :math:`g` on trees of parameters.
+
+    `p(params, *hyper)` is the value, a 0-dim tensor summed over all leaves; `p.grad(params, *hyper)` the gradient,
+    the subgradient of least norm at a kink; `p.prox(params, step, *hyper)` is
+    :math:`\arg\min_z \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`. Each takes a `mask` and looks at its leaves
+    alone. Most penalties are written on one leaf, with the decorator `penalty`; one that couples leaves is made
+    from three functions on trees.
+
+    Args:
+        value: From `(params, *hyper, **options)` to a scalar.
+        gradient: From the same to a tree like the parameters.
+        proximal: From `(params, step, *hyper, metric, **options)` to a tree like the parameters; `metric` is None
+            or a tree of positive tensors like the parameters.
+        residual: From `(params, grads, strength, *hyper, **options)` to the element of least norm of
+            :math:`\nabla f + \text{strength} \cdot \partial g`; by default the residual of the proximal operator.
+        reach: How far one entry of the proximal operator looks; None leaves it open, which is always right.
+        bounds: From the name of a hyperparameter to the least and greatest number it may be.
+
+    Example:
+        One norm over a whole tree, which zeroes all of its leaves at once:
+
+        >>> def joint_prox(params, step, metric=None):
+        ...     norm = global_norm(params)
+        ...     return tree_map(lambda w: w * torch.relu(norm - step) / norm, params)
+        >>> joint = Penalty(global_norm, lambda params: tree_map(lambda w: w / global_norm(params), params), joint_prox)
+        >>> params = {"weight": torch.tensor([3.0]), "bias": torch.tensor([4.0])}
+        >>> joint(params), joint.prox(params, 6.0)
+        (tensor(5.), {'weight': tensor([0.]), 'bias': tensor([0.])})
+    """
+
+    def __init__(
+        self,
+        value: Callable[..., Tensor],
+        gradient: Callable[..., Params],
+        proximal: Callable[..., Params],
+        *,
+        residual: Callable[..., Params] | None = None,
+        reach: Reach | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        rule: Callable[..., Any] | None = None,
+    ) -> None:
+        rule = rule or value
+        self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
+        self.reach: Reach | None = reach
+        self.__name__ = self.__qualname__ = rule.__name__
+        self.__doc__ = rule.__doc__
+        self.__module__ = rule.__module__
+        parameters = list(inspect.signature(rule).parameters.values())[1:]
+        self._hyper = tuple(p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+        self._options = frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+        self._bounds = dict(bounds or {})
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters]
+        )
+
+    def __repr__(self) -> str:
+        return f"<penalty {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
+
+    def __call__(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
+        """The value, summed over all leaves: a 0-dim tensor, float32 at least."""
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        return self._value(chosen, *values, **options)
+
+    def grad(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
+        """The gradient, the subgradient of least norm at a kink: a tree like the parameters."""
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        rest = None if mask is None else tree_map(torch.zeros_like, params)
+        return _on(mask, params, lambda chosen: self._gradient(chosen, *values, **options), rest)
+
+    def prox(
+        self,
+        params: Params,
+        step: Hyper,
+        *hyper: Hyper,
+        metric: Params | None = None,
+        mask: Mask | None = None,
+        **options: Any,
+    ) -> Params:
+        r"""The proximal operator, :math:`\arg\min_z \frac{1}{2} \sum_i h_i (z_i - w_i)^2 + \text{step} \cdot g(z)`.
+
+        Args:
+            params: The tree :math:`w`.
+            step: Number of at least 0, tensor, or tree of them; 0 is the identity.
+            hyper: Hyperparameters of the penalty.
+            metric: Tree of positive tensors :math:`h` like the parameters; by default all ones.
+            mask: Leaves on which the penalty acts; the others stay as they are.
+            options: Static options of the penalty.
+        """
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        check_nonnegative("step", step)
+        if metric is not None:
+            check_alike(params, metric, ("params", "metric"))
+
+        def act(chosen: Params) -> Params:
+            return self._proximal(chosen, step, *values, metric=_like(metric, mask, params), **options)
+
+        return _on(mask, params, act, params)
+
+    def residual(
+        self,
+        params: Params,
+        grads: Params,
+        *hyper: Hyper,
+        strength: Hyper = 1.0,
+        mask: Mask | None = None,
+        **options: Any,
+    ) -> Params:
+        r"""The element of least norm of :math:`\nabla f(w) + \text{strength} \cdot \partial g(w)`: 0 at a solution."""
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        check_alike(params, grads, ("params", "grads"))
+
+        def act(chosen: Params) -> Params:
+            slopes = _like(grads, mask, params)
+            if self._residual is not None:
+                return self._residual(chosen, slopes, strength, *values, **options)
+            moved = compute(lambda w, g: w - g, chosen, slopes)
+            landed = self._proximal(moved, strength, *values, metric=None, **options)
+            return compute(lambda w, z: w - z, chosen, landed)
+
+        return _on(mask, params, act, grads)
+
+    def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
+        """Hyperparameters in their order and options, or an error that says what this penalty takes."""
+        takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
+        if self._options:
+            takes += f" and the keywords {', '.join(sorted(self._options))}"
+        if len(hyper) > len(self._hyper):
+            raise TypeError(
+                f"{takes}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
+            )
+        values = list(hyper)
+        for parameter in self._hyper[len(hyper) :]:
+            value = options.pop(parameter.name, parameter.default)
+            if value is inspect.Parameter.empty:
+                raise TypeError(f"{takes}; {parameter.name} is missing")
+            values.append(value)
+        unknown = [name for name in options if name not in self._options]
+        if unknown:
+            raise TypeError(f"{takes}; got {', '.join(unknown)}")
+        for parameter, value in zip(self._hyper, values, strict=True):
+            least, greatest = self._bounds.get(parameter.name, (-math.inf, math.inf))
+            for number in tree_leaves(value):
+                if isinstance(number, str | bytes | bool):
+                    raise TypeError(f"{parameter.name} of {self.__name__} is {number!r}; expected a number or a tensor")
+                if isinstance(number, int | float) and not least <= number <= greatest:
+                    raise ValueError(
+                        f"{parameter.name} of {self.__name__} is {number}; expected a number from {least:g} to {greatest:g}"
+                    )
+        return tuple(values), options
+
+
+def _like(tree: Params | None, mask: Mask | None, params: Params) -> Params | None:
+    return tree if mask is None or tree is None else keep(tree, mask_leaves(mask, params))
+
+
+def _on(mask: Mask | None, params: Params, act: Callable[[Params], Params], rest: Params) -> Params:
+    """`act` on the leaves that a mask keeps; the other leaves are those of `rest`."""
+    if mask is None:
+        return act(params)
+    bools = mask_leaves(mask, params)
+    return merge(rest, act(keep(params, bools)), bools)
+
+
+def penalty(
+    *,
+    gradient: Callable[..., Tensor],
+    proximal: Callable[..., Tensor],
+    metric: Callable[..., Tensor] | None = None,
+    residual: Callable[..., Tensor] | None = None,
+    reach: Reach | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> Callable[[Callable[..., Tensor]], Penalty]:
+    r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
+
+    Positional arguments after the leaf are hyperparameters: numbers, tensors, or trees like the parameters.
+    Keyword-only arguments are static options. A rule sees float32 at least; gradients and proximal points come
+    back in the dtype of the leaf.
+
+    The value may return one term for each entry, group or leaf; the penalty is the sum of the terms. One term for
+    each entry makes the penalty separable, and the proximal operator in a diagonal metric :math:`h` is then its
+    own rule with `step / h`.
+
+    Args:
+        gradient: `(w, *hyper, **options)` to the gradient, 0 at a kink of a norm.
+        proximal: `(w, step, *hyper, **options)` to :math:`\arg\min_z \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`.
+        metric: `(w, metric, step, *hyper, **options)` to the same with
+            :math:`\frac{1}{2} \sum_i h_i (z_i - w_i)^2`; not needed for a separable penalty.
+        residual: `(w, g, strength, *hyper, **options)` to the element of least norm of
+            :math:`g + \text{strength} \cdot \partial`; by default the residual of the proximal operator.
+        reach: `"elementwise"` for a separable penalty, `"rows"`, `"matrix"` or `"leaf"`; None leaves it open.
+        bounds: From the name of a hyperparameter to the least and greatest number it may be.
+
+    Example:
+        >>> def huber_gradient(w, width):
+        ...     return w.clamp(-width, width)
+        >>> def huber_prox(w, step, width):
+        ...     return w - step * (w / (1 + step)).clamp(-width, width)
+        >>> @penalty(gradient=huber_gradient, proximal=huber_prox, bounds={"width": (0, float("inf"))})
+        ... def huber(w, width):
+        ...     return torch.where(w.abs() <= width, w.square() / 2, width * (w.abs() - width / 2))
+        >>> params = {"weight": torch.tensor([0.5, -3.0])}
+        >>> huber(params, 1.0), huber.grad(params, 1.0), huber.prox(params, 1.0, 1.0)
+        (tensor(2.6250), {'weight': tensor([ 0.5000, -1.0000])}, {'weight': tensor([ 0.2500, -2.0000])})
+    """
+
+    def lift(value: Callable[..., Tensor]) -> Penalty:
+        def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+            terms = compute_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper)
+            return total([term.sum() for term in terms])
+
+        def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
+            return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
+
+        def tree_proximal(
+            params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
+        ) -> Params:
+            if metric is None:
+                return compute(lambda w, *row: proximal(w, *row, **options), params, hyper=(step, *hyper))
+            return compute(
+                lambda w, h, step, *row: in_metric(w, h, step, *row, **options), params, metric, hyper=(step, *hyper)
+            )
+
+        def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
+            if metric is not None:
+                return metric(w, h, step, *hyper, **options)
+            if reach != "elementwise" and (reach is not None or value(w, *hyper, **options).shape != w.shape):
+                raise ValueError(
+                    f"{value.__name__} has no proximal operator in a metric: its value couples the entries of a leaf. "
+                    "Give @penalty a metric= rule, or let the value return one term for each entry."
+                )
+            return proximal(w, step / h, *hyper, **options)
+
+        def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+            assert residual is not None
+            return compute(lambda w, g, *row: residual(w, g, *row, **options), params, grads, hyper=(strength, *hyper))
+
+        return Penalty(
+            tree_value,
+            tree_gradient,
+            tree_proximal,
+            residual=None if residual is None else tree_residual,
+            reach=reach,
+            bounds=bounds,
+            rule=value,
+        )
+
+    return lift

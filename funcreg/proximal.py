@@ -1,0 +1,237 @@
+"""Proximal optimizers: their fixed point solves the penalized problem, with exact zeros.
+
+A step of size eta along a direction d in a metric h goes to w - eta d / h. The proximal operator after it has to see
+the same eta, the same h, and the factor by which the direction exceeds a gradient in the long run: 1 / (1 - beta) for
+a momentum buffer, 1 for Adam. Otherwise the fixed point solves a problem of another strength.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.penalty import Penalty
+from funcreg.regularizing import check_penalty
+from funcreg.scaling import scale_by_adam, trace
+from funcreg.transform import Transform, at_step, counter, furthest, identity, nonnegative
+from funcreg.tree import compute, compute_leaves, product, total, tree_map, widen
+
+
+class ProximalState(NamedTuple):
+    """The state of `prox_sgd` and `prox_adam`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    direction: State  # Of the momentum or the preconditioner.
+
+
+def _descend(
+    direction: Transform,
+    gain: Scalar,
+    learning_rate: Hyper | Schedule,
+    penalty: Penalty,
+    hyper: tuple[Hyper, ...],
+    strength: Hyper | Schedule,
+    mask: Mask | None,
+    options: dict[str, Any],
+    weight_decay: Hyper | Schedule = 0.0,
+) -> Transform:
+    nonnegative(learning_rate=learning_rate, strength=strength, weight_decay=weight_decay)
+    check_penalty(penalty, hyper, options)
+
+    def init(params: Params) -> ProximalState:
+        return ProximalState(counter(params), direction.init(params))
+
+    def update(updates: Updates, state: ProximalState, params: Params) -> tuple[Updates, ProximalState]:
+        rate, force, decay, *values = (
+            at_step(value, state.steps) for value in (learning_rate, strength, weight_decay, *hyper)
+        )
+        along, inner = direction.update(updates, state.direction, params)
+        reached = compute(lambda w, d, r, c: w - r * (d + c * w), tree_map(widen, params), along, hyper=(rate, decay))
+        step = product(params, rate, force, gain)
+        metric = None if direction.metric is None else direction.metric(inner)
+        landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
+        # In the dtype of the parameters, or w + (0 - w) would not be 0.
+        moves = compute(lambda w, z: z - w, params, landed)
+        return moves, ProximalState(state.steps + 1, inner)
+
+    return Transform(init, update, furthest(direction.reach, penalty.reach or "global"))
+
+
+def prox_sgd(
+    learning_rate: Hyper | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Proximal gradient descent, :math:`w' = \operatorname{prox}_{\eta \lambda g / (1 - \beta)}(w - \eta m)`.
+
+    Its fixed point minimizes :math:`f + \lambda g`: for `l1` the lasso, with its exact zeros, under any schedule of
+    the learning rate and with momentum. Without momentum this is ISTA.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule. Below 2 / L, for a gradient with
+            Lipschitz constant L, plain descent converges.
+        penalty: A penalty :math:`g` such as `l1`.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        momentum: :math:`\beta` of the buffer :math:`m_t = g_t + \beta m_{t-1}`, at least 0 and below 1; None for none.
+        nesterov: Whether the step follows :math:`g_t + \beta m_t`.
+        mask: Leaves on which the penalty acts; the others take plain steps.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        The lasso of one weight: the minimum of :math:`\frac{1}{2} (w - 1)^2 + 0.3 |w|` is at 0.7.
+
+        >>> tx, params = prox_sgd(0.5, l1, strength=0.3), {"w": torch.tensor([5.0])}
+        >>> state = tx.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = tx.update({"w": params["w"] - 1}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7000])}
+
+    References:
+        Daubechies, Defrise & De Mol, *An iterative thresholding algorithm for linear inverse problems*, 2004.
+    """
+    if momentum is None:
+        direction, gain = identity(), 1.0
+    else:
+        nonnegative(momentum=momentum)
+        if isinstance(momentum, int | float) and momentum >= 1:
+            raise ValueError(f"momentum is {momentum}; expected a number below 1")
+        direction, gain = trace(momentum, nesterov), 1 / (1 - momentum)
+    return _descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
+
+
+def prox_adam(
+    learning_rate: Hyper | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Hyper | Schedule = 0.0,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Adam with the proximal operator in its metric :math:`h = \sqrt{\hat v} + \epsilon`.
+
+    .. math:: w' = \arg\min_z \frac{1}{2} \sum_i h_i (z_i - w_i + \eta \hat m_i / h_i)^2 + \eta \lambda g(z)
+
+    Its fixed point minimizes :math:`f + \lambda g`, with exact zeros. A threshold without the metric would weigh
+    each entry by its own :math:`h_i`, and with :math:`\lambda \ge 1` zero everything.
+
+    An entry whose gradient is always 0 (an unused row of an embedding) has :math:`h = \epsilon` and goes to zero at
+    once; leave it out with `mask`, or raise `eps`.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
+        penalty: A penalty :math:`g`: any separable one, `group_lasso` or `sparse_group_lasso`.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        b1: Decay of the mean.
+        b2: Decay of the mean square.
+        eps: :math:`\epsilon`.
+        weight_decay: Decoupled decay, as in AdamW: the step also subtracts :math:`\eta` times this times :math:`w`.
+        mask: Leaves on which the penalty acts; the others take plain steps.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = prox_adam(0.1, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(400):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7000, 0.0000])}
+
+    References:
+        Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
+    """
+    direction = scale_by_adam(b1, b2, eps)
+    return _descend(direction, 1.0, learning_rate, penalty, hyper, strength, mask, options, weight_decay)
+
+
+class FistaState(NamedTuple):
+    """The state of `fista`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    momentum: Tensor  # The sequence t_k, float64.
+    solution: Params  # The last proximal point, sparse at every step.
+
+
+def fista(
+    learning_rate: Hyper | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    restart: bool = True,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Accelerated proximal gradient descent, for gradients without noise.
+
+    .. math::
+        x_{k+1} = \operatorname{prox}_{\eta \lambda g}(y_k - \eta \nabla f(y_k)), \quad
+        y_{k+1} = x_{k+1} + \frac{t_k - 1}{t_{k+1}} (x_{k+1} - x_k)
+
+    The parameters are the points :math:`y`, where gradients are taken; `state.solution` holds the points :math:`x`,
+    which are sparse at every step. Both end at the minimum of :math:`f + \lambda g`.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule; at most 1 / L for a gradient with
+            Lipschitz constant L.
+        penalty: A convex penalty :math:`g` such as `l1`.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        restart: Whether the momentum starts anew when it points uphill, which makes the descent several times faster.
+        mask: Leaves on which the penalty acts; the others take plain accelerated steps.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = fista(0.5, l1, strength=0.3), {"w": torch.tensor([5.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(60):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> state.solution
+        {'w': tensor([0.7000, 0.0000])}
+
+    References:
+        Beck & Teboulle, *A fast iterative shrinkage-thresholding algorithm for linear inverse problems*, 2009.
+        O'Donoghue & Candes, *Adaptive restart for accelerated gradient schemes*, 2015.
+    """
+    nonnegative(learning_rate=learning_rate, strength=strength)
+    check_penalty(penalty, hyper, options)
+
+    def init(params: Params) -> FistaState:
+        steps = counter(params)
+        return FistaState(steps, torch.ones_like(steps, dtype=torch.float64), tree_map(torch.clone, params))
+
+    def update(updates: Updates, state: FistaState, params: Params) -> tuple[Updates, FistaState]:
+        rate, force, *values = (at_step(value, state.steps) for value in (learning_rate, strength, *hyper))
+        reached = compute(lambda y, g, r: y - r * g, params, updates, hyper=(rate,))
+        x = penalty.prox(reached, product(params, rate, force), *values, mask=mask, **options)
+        old = state.momentum
+        if restart:
+            uphill = total(compute_leaves(_overlap, params, x, state.solution)) > 0
+            old = torch.where(uphill.to(old.device), torch.ones_like(old), old)
+        new = (1 + (1 + 4 * old.square()).sqrt()) / 2
+        # From y to the next y, in one subtraction: where x and its predecessor are zero, y becomes exactly zero.
+        moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=((old - 1) / new,))
+        return moves, FistaState(state.steps + 1, new, x)
+
+    return Transform(init, update, "global")
+
+
+def _overlap(y: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+    """Half of the angle between where the momentum led and where the descent went: positive if it led uphill."""
+    return ((y - x).conj() * (x - x0)).real.sum() if y.is_complex() else ((y - x) * (x - x0)).sum()

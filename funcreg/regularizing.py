@@ -1,0 +1,165 @@
+"""Penalties meet transforms: the gradient of a penalty added to updates, or its proximal operator after the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
+from funcreg.combine import masked
+from funcreg.penalties import half_l2, l1
+from funcreg.penalty import Penalty
+from funcreg.transform import Transform, nonnegative, scheduled, stateless
+from funcreg.tree import compute, tree_map, widen
+
+
+def _where(mask: Mask | None, tx: Transform) -> Transform:
+    return tx if mask is None else masked(tx, mask)
+
+
+def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str, Any]) -> None:
+    """Raise an error, before the first step, if a penalty is not one or does not take these hyperparameters."""
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"penalty is {penalty!r}; expected a Penalty such as l1, or one made with @penalty")
+    penalty.bind(*hyper, **options)
+
+
+def add_decayed_weights(weight_decay: Hyper | Schedule = 0.0, mask: Mask | None = None) -> Transform:
+    r"""Add :math:`\lambda w` to updates, the gradient of :math:`\frac{\lambda}{2} \|w\|_2^2`.
+
+    Before `scale_by_adam` this is L2 regularization, as in `torch.optim.Adam(weight_decay=...)`; between it and
+    `scale_by_learning_rate`, the weight decay of AdamW. A decay that the learning rate does not scale is
+    `proximal(half_l2, weight_decay)` at the end of a chain.
+
+    Args:
+        weight_decay: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        mask: Leaves to which it applies; True means apply.
+
+    Example:
+        >>> params = {"weight": torch.tensor([1.0, -2.0])}
+        >>> tx = add_decayed_weights(0.1)
+        >>> tx.update({"weight": torch.zeros(2)}, tx.init(params), params)[0]
+        {'weight': tensor([ 0.1000, -0.2000])}
+
+    References:
+        Krogh & Hertz, *A simple weight decay can improve generalization*, 1991.
+        Loshchilov & Hutter, *Decoupled weight decay regularization*, 2019.
+    """
+    nonnegative(weight_decay=weight_decay)
+    return add_penalty(half_l2, strength=weight_decay, mask=mask)
+
+
+def add_penalty(
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Add the gradient of a penalty to updates, :math:`u' = u + \lambda \nabla g(w)`.
+
+    The same as a penalty in the loss, without its value and its part of the backward pass. With `l1` it gives no
+    exact zeros: the sign of a weight pulls it to both sides of zero in turn. For zeros use `proximal` or `prox_sgd`.
+
+    Args:
+        penalty: A penalty such as `l1`.
+        hyper: Its hyperparameters: numbers, tensors, schedules or trees.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        mask: Leaves on which the penalty acts; True means apply.
+        options: Its static options, such as `dim`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([1.0, -2.0])}
+        >>> tx = add_penalty(l1, strength=0.1)
+        >>> tx.update({"weight": torch.zeros(2)}, tx.init(params), params)[0]
+        {'weight': tensor([ 0.1000, -0.1000])}
+    """
+    nonnegative(strength=strength)
+    check_penalty(penalty, hyper, options)
+
+    def rule(updates: Updates, params: Params, strength: Hyper, *values: Hyper) -> Updates:
+        slopes = penalty.grad(params, *values, **options)
+        return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(strength,))
+
+    return _where(mask, scheduled(rule, strength, *hyper, reach=penalty.reach or "global"))
+
+
+def proximal(
+    penalty: Penalty, step: Hyper | Schedule, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any
+) -> Transform:
+    r"""Apply a proximal operator to where the step leads, :math:`u' = \operatorname{prox}_{\text{step} \cdot g}(w + u) - w`.
+
+    It goes last in a chain: what changes updates after it loses the zeros it made. The step is the strength of
+    the penalty times the learning rate; under a learning-rate schedule, momentum or Adam it has to follow them,
+    which `prox_sgd` and `prox_adam` see to.
+
+    Args:
+        penalty: A penalty such as `l1`.
+        step: Number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        hyper: Hyperparameters of the penalty.
+        mask: Leaves on which the penalty acts; True means apply.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
+        >>> tx = chain(scale(-0.1), proximal(group_lasso, 1.0))
+        >>> updates, state = tx.update({"weight": torch.zeros(2, 2)}, tx.init(params), params)
+        >>> apply_updates(params, updates)
+        {'weight': tensor([[2.4000, 3.2000],
+                [0.0000, 0.0000]])}
+
+    References:
+        Parikh & Boyd, *Proximal algorithms*, 2014.
+    """
+    nonnegative(step=step)
+    check_penalty(penalty, hyper, options)
+
+    def rule(updates: Updates, params: Params, step: Hyper, *values: Hyper) -> Updates:
+        reached = tree_map(lambda w, u: widen(w) + widen(u), params, updates)
+        landed = penalty.prox(reached, step, *values, **options)
+        # In the dtype of the parameters, or w + (0 - w) would not be 0.
+        return compute(lambda w, z: z - w, params, landed)
+
+    return _where(mask, scheduled(rule, step, *hyper, reach=penalty.reach or "global"))
+
+
+def soft_threshold(threshold: Hyper | Schedule, mask: Mask | None = None) -> Transform:
+    r"""Move parameters, after the step, towards zero by a threshold, and to exactly 0 those that would pass it.
+
+    This is `proximal(l1, threshold)`: the raw operator, the same at every step. With plain gradient steps of size
+    :math:`\eta` it solves the lasso of strength `threshold` / :math:`\eta`. With momentum, Adam or a learning rate
+    that changes it solves another problem; `prox_sgd` and `prox_adam` scale it as they must.
+
+    Args:
+        threshold: Number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        mask: Leaves to which it applies; True means apply.
+
+    Example:
+        >>> params = {"weight": torch.tensor([1.0, -0.2])}
+        >>> tx = soft_threshold(0.5)
+        >>> updates, state = tx.update({"weight": torch.zeros(2)}, tx.init(params), params)
+        >>> apply_updates(params, updates)
+        {'weight': tensor([0.5000, 0.0000])}
+
+    References:
+        Donoho, *De-noising by soft-thresholding*, 1995.
+    """
+    nonnegative(threshold=threshold)
+    return proximal(l1, threshold, mask=mask)
+
+
+def keep_params_nonnegative() -> Transform:
+    r"""Stop at zero each parameter that a step would make negative, :math:`u' = \max(w + u, 0) - w`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([1.0, 1.0])}
+        >>> keep_params_nonnegative().update({"weight": torch.tensor([-3.0, 1.0])}, EmptyState(), params)
+        ({'weight': tensor([-1.,  1.])}, EmptyState())
+    """
+
+    def rule(updates: Updates, params: Params) -> Updates:
+        # In the dtype of the parameters, or w + (-w) would not be 0.
+        return compute(lambda w, u: torch.where(w + u < 0, -w, u), params, updates)
+
+    return stateless(rule, "elementwise")

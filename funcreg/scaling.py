@@ -1,0 +1,552 @@
+"""Transforms that scale: learning rates, momentum and preconditioners, with optax's names and numbers.
+
+Moments of 16-bit parameters are kept in float32, because a second moment in bfloat16 stops moving; pass a dtype to
+keep the first one smaller. Bias corrections are float64 scalars: in float32, `1 - b**t` loses six digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
+from funcreg.transform import Transform, counter, identity, nonnegative, scheduled, stateless
+from funcreg.tree import compute, safe_sqrt, squared, tree_map, wide, widen, zeros
+
+
+def scale(step_size: Hyper) -> Transform:
+    r"""Multiply updates by a number, :math:`u' = s u`.
+
+    Args:
+        step_size: Factor: a number, a tensor, or a tree of them like the parameters. A negative one descends.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> scale(-0.1).update({"weight": torch.tensor([1.0, 2.0])}, EmptyState(), params)
+        ({'weight': tensor([-0.1000, -0.2000])}, EmptyState())
+    """
+    return scheduled(_scale, step_size, reach="elementwise")
+
+
+def _scale(updates: Updates, params: Params, step_size: Hyper) -> Updates:
+    return compute(lambda u, s: s * u, updates, hyper=(step_size,))
+
+
+def scale_by_schedule(step_size_fn: Schedule) -> Transform:
+    r"""Multiply updates by a schedule's value, :math:`u' = s_t u`, with :math:`t` from 0.
+
+    Args:
+        step_size_fn: From the number of steps taken to the factor.
+
+    Example:
+        >>> tx = scale_by_schedule(linear_schedule(1.0, 0.0, 4))
+        >>> params = {"weight": torch.zeros(1)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"weight": torch.ones(1)}, state, params)
+        >>> tx.update({"weight": torch.ones(1)}, state, params)
+        ({'weight': tensor([0.7500])}, ScheduleState(steps=tensor(2, dtype=torch.int32)))
+    """
+    if not callable(step_size_fn):
+        raise TypeError(f"step_size_fn is {step_size_fn!r}; expected a function of the step. For a number, use scale.")
+    return scheduled(_scale, step_size_fn, reach="elementwise")
+
+
+def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, flip_sign: bool = True) -> Transform:
+    r"""Multiply updates by minus the learning rate, :math:`u' = -\eta_t u`: the last step of a descent.
+
+    Args:
+        learning_rate: Number of at least 0, tensor, schedule, or a tree of them like the parameters; None is 1,
+            without the sign.
+        flip_sign: Whether to multiply by minus the learning rate.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> scale_by_learning_rate(0.1).update({"weight": torch.tensor([1.0, 2.0])}, EmptyState(), params)
+        ({'weight': tensor([-0.1000, -0.2000])}, EmptyState())
+    """
+    if learning_rate is None:
+        return identity()
+    nonnegative(learning_rate=learning_rate)
+    sign = -1 if flip_sign else 1
+
+    def rule(updates: Updates, params: Params, rate: Hyper) -> Updates:
+        return compute(lambda u, r: sign * r * u, updates, hyper=(rate,))
+
+    return scheduled(rule, learning_rate, reach="elementwise")
+
+
+# Moments
+
+
+def _mean(moments: Params, values: Params, decay: Scalar) -> Params:
+    """Exponential moving average, in working precision."""
+    return compute(lambda m, x, b: b * m + (1 - b) * x, tree_map(widen, moments), values, hyper=(decay,))
+
+
+def _mean_square(moments: Params, values: Params, decay: Scalar) -> Params:
+    return _mean(moments, tree_map(lambda x: squared(widen(x)), values), decay)
+
+
+def _stored(moments: Params, like: Params) -> Params:
+    """Moments in the dtype in which the state keeps them."""
+    return tree_map(lambda m, kept: m.to(kept.dtype), moments, like)
+
+
+def _real_zeros(params: Params, value: Scalar = 0.0) -> Params:
+    """Accumulators of squared magnitudes, which are real."""
+    return tree_map(lambda w: torch.full_like(w.real, value, dtype=wide(w.real.dtype)), params)
+
+
+def bias_correction(decay: Scalar, steps: Tensor) -> Tensor:
+    r"""What a moving average that began at zero lacks, :math:`1 - \beta^t`, in float64."""
+    return 1 - decay ** steps.to(torch.float64)
+
+
+def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype | None = None) -> Transform:
+    r"""Replace updates by their decayed sum, :math:`m_t = u_t + \beta m_{t-1}`: the momentum of `torch.optim.SGD`.
+
+    Args:
+        decay: :math:`\beta`, at least 0 and below 1.
+        nesterov: Whether to return :math:`u_t + \beta m_t` instead of :math:`m_t`.
+        accumulator_dtype: Dtype of the sum; by default that of the parameter, float32 for 16-bit ones.
+
+    Example:
+        >>> tx, params = trace(0.9), {"weight": torch.zeros(1)}
+        >>> updates, state = tx.update({"weight": torch.ones(1)}, tx.init(params), params)
+        >>> tx.update({"weight": torch.ones(1)}, state, params)
+        ({'weight': tensor([1.9000])}, TraceState(trace={'weight': tensor([1.9000])}))
+
+    References:
+        Sutskever, Martens, Dahl & Hinton, *On the importance of initialization and momentum in deep learning*, 2013.
+    """
+    nonnegative(decay=decay)
+
+    def init(params: Params) -> TraceState:
+        return TraceState(zeros(params, accumulator_dtype))
+
+    def update(updates: Updates, state: TraceState, params: Params) -> tuple[Updates, TraceState]:
+        m = compute(lambda m, u, b: u + b * m, tree_map(widen, state.trace), updates, hyper=(decay,))
+        # Cloned, because leaves of updates and state never share memory.
+        direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
+        return direction, TraceState(_stored(m, state.trace))
+
+    return Transform(init, update, "elementwise")
+
+
+class TraceState(NamedTuple):
+    """The state of `trace`."""
+
+    trace: Params  # Decayed sum of updates.
+
+
+def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> Transform:
+    r"""Replace updates by their moving average, :math:`m_t = \beta m_{t-1} + (1 - \beta) u_t`.
+
+    Args:
+        decay: :math:`\beta`, at least 0 and below 1.
+        debias: Whether to divide by :math:`1 - \beta^t`.
+        accumulator_dtype: Dtype of the average; by default that of the parameter, float32 for 16-bit ones.
+
+    Example:
+        >>> tx, params = ema(0.9), {"weight": torch.zeros(1)}
+        >>> updates, state = tx.update({"weight": torch.ones(1)}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([1.])}
+    """
+    nonnegative(decay=decay)
+
+    def init(params: Params) -> EmaState:
+        return EmaState(counter(params), zeros(params, accumulator_dtype))
+
+    def update(updates: Updates, state: EmaState, params: Params) -> tuple[Updates, EmaState]:
+        steps = state.steps + 1
+        m = _mean(state.ema, updates, decay)
+        missing = bias_correction(decay, steps) if debias else 1.0
+        averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
+        return averages, EmaState(steps, _stored(m, state.ema))
+
+    return Transform(init, update, "elementwise")
+
+
+class EmaState(NamedTuple):
+    """The state of `ema`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    ema: Params  # Moving average, not corrected.
+
+
+# Preconditioners
+
+
+class AdamState(NamedTuple):
+    """The state of `scale_by_adam`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    mu: Params  # Moving average of updates.
+    nu: Params  # Moving average of their squares.
+
+
+def scale_by_adam(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    *,
+    nesterov: bool = False,
+) -> Transform:
+    r"""Divide the mean of updates by the root of their mean square, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
+
+    Args:
+        b1: Decay of the mean :math:`m`.
+        b2: Decay of the mean square :math:`v`.
+        eps: :math:`\epsilon`, added to the root.
+        eps_root: Added below the root.
+        mu_dtype: Dtype in which the mean is kept; by default that of the parameter, float32 for 16-bit ones.
+        nesterov: Whether the mean looks one step ahead, as in NAdam.
+
+    Example:
+        >>> tx, params = scale_by_adam(), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([ 1., -1.])}
+
+    References:
+        Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
+        Dozat, *Incorporating Nesterov momentum into Adam*, 2016.
+    """
+    nonnegative(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+
+    def init(params: Params) -> AdamState:
+        return AdamState(counter(params), zeros(params, mu_dtype), _real_zeros(params))
+
+    def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
+        steps = state.steps + 1
+        mu, nu = _mean(state.mu, updates, b1), _mean_square(state.nu, updates, b2)
+        new = AdamState(steps, _stored(mu, state.mu), nu)
+        if nesterov:
+            ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
+            mu = compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
+        else:
+            mu = compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
+        return compute(lambda u, m, h: m / h, updates, mu, metric(new)), new
+
+    def metric(state: AdamState) -> Params:
+        return _adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
+
+    return Transform(init, update, "elementwise", metric)
+
+
+def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+    return compute(lambda v, c, e, r: (v / c + r).sqrt() + e, nu, hyper=(missing, eps, eps_root))
+
+
+class AmsgradState(NamedTuple):
+    """The state of `scale_by_amsgrad`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    mu: Params  # Moving average of updates.
+    nu: Params  # Moving average of their squares.
+    nu_max: Params  # Greatest corrected average of squares so far.
+
+
+def scale_by_amsgrad(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: torch.dtype | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+) -> Transform:
+    r"""Adam with the greatest mean square so far, :math:`\hat m / (\sqrt{\max_s \hat v_s} + \epsilon)`.
+
+    As in optax the greatest *corrected* mean square counts; `torch.optim.Adam(amsgrad=True)` corrects the greatest.
+
+    Args:
+        b1: Decay of the mean :math:`m`.
+        b2: Decay of the mean square :math:`v`.
+        eps: :math:`\epsilon`, added to the root.
+        eps_root: Added below the root.
+        mu_dtype: Dtype in which the mean is kept; by default that of the parameter, float32 for 16-bit ones.
+        bias_correction_mu: Whether the mean is corrected.
+        bias_correction_nu: Whether the mean square is corrected.
+
+    Example:
+        >>> tx, params = scale_by_amsgrad(), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([ 1., -1.])}
+
+    References:
+        Reddi, Kale & Kumar, *On the convergence of Adam and beyond*, 2018.
+    """
+    nonnegative(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+
+    def init(params: Params) -> AmsgradState:
+        return AmsgradState(counter(params), zeros(params, mu_dtype), _real_zeros(params), _real_zeros(params))
+
+    def update(updates: Updates, state: AmsgradState, params: Params) -> tuple[Updates, AmsgradState]:
+        steps = state.steps + 1
+        mu, nu = _mean(state.mu, updates, b1), _mean_square(state.nu, updates, b2)
+        missing = bias_correction(b2, steps) if bias_correction_nu else 1.0
+        nu_max = compute(lambda top, v, c: torch.maximum(top, v / c), state.nu_max, nu, hyper=(missing,))
+        new = AmsgradState(steps, _stored(mu, state.mu), nu, nu_max)
+        missing = bias_correction(b1, steps) if bias_correction_mu else 1.0
+        return compute(lambda u, m, h, c: m / c / h, updates, mu, metric(new), hyper=(missing,)), new
+
+    def metric(state: AmsgradState) -> Params:
+        return _adam_metric(state.nu_max, 1.0, eps, eps_root)
+
+    return Transform(init, update, "elementwise", metric)
+
+
+class RmsState(NamedTuple):
+    """The state of `scale_by_rms`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    nu: Params  # Moving average of the squares of updates.
+
+
+def _root(eps_in_sqrt: bool) -> Any:
+    return lambda v, e: (v + e).sqrt() if eps_in_sqrt else v.sqrt() + e
+
+
+def scale_by_rms(
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> Transform:
+    r"""Divide updates by the root of their mean square, :math:`u / \sqrt{v + \epsilon}`.
+
+    Args:
+        decay: Decay of the mean square :math:`v`.
+        eps: :math:`\epsilon`.
+        initial_scale: First mean square.
+        eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
+        bias_correction: Whether the mean square is corrected for its first value.
+
+    Example:
+        >>> tx, params = scale_by_rms(decay=0.75), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([ 2.0000, -2.0000])}
+
+    References:
+        Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
+    """
+    nonnegative(decay=decay, eps=eps, initial_scale=initial_scale)
+    corrected = bias_correction
+
+    def init(params: Params) -> RmsState:
+        return RmsState(counter(params), _real_zeros(params, initial_scale))
+
+    def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
+        new = RmsState(state.steps + 1, _mean_square(state.nu, updates, decay))
+        return compute(lambda u, h: u / h, updates, metric(new)), new
+
+    def metric(state: RmsState) -> Params:
+        root = _root(eps_in_sqrt)
+        missing = _missing(decay, state.steps, corrected)
+        return compute(lambda v, c, e: root(v / c, e), state.nu, hyper=(missing, eps))
+
+    return Transform(init, update, "elementwise", metric)
+
+
+def _missing(decay: Scalar, steps: Tensor, corrected: bool) -> Scalar:
+    return bias_correction(decay, steps) if corrected else 1.0
+
+
+class StddevState(NamedTuple):
+    """The state of `scale_by_stddev`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    mu: Params  # Moving average of updates.
+    nu: Params  # Moving average of their squares.
+
+
+def scale_by_stddev(
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+) -> Transform:
+    r"""Divide updates by their standard deviation, :math:`u / \sqrt{v - m^2 + \epsilon}`: centred RMSprop.
+
+    Args:
+        decay: Decay of the mean :math:`m` and of the mean square :math:`v`.
+        eps: :math:`\epsilon`.
+        initial_scale: First mean square.
+        eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
+        bias_correction: Whether both means are corrected for their first value.
+
+    Example:
+        >>> tx, params = scale_by_stddev(decay=0.5), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([ 2.0000, -2.0000])}
+
+    References:
+        Graves, *Generating sequences with recurrent neural networks*, 2013.
+    """
+    nonnegative(decay=decay, eps=eps, initial_scale=initial_scale)
+    corrected = bias_correction
+
+    def init(params: Params) -> StddevState:
+        return StddevState(counter(params), zeros(params), _real_zeros(params, initial_scale))
+
+    def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
+        mu, nu = _mean(state.mu, updates, decay), _mean_square(state.nu, updates, decay)
+        new = StddevState(state.steps + 1, mu, nu)
+        return compute(lambda u, h: u / h, updates, metric(new)), new
+
+    def metric(state: StddevState) -> Params:
+        root = _root(eps_in_sqrt)
+        missing = _missing(decay, state.steps, corrected)
+        return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), state.nu, state.mu, hyper=(missing, eps))
+
+    return Transform(init, update, "elementwise", metric)
+
+
+class RssState(NamedTuple):
+    """The state of `scale_by_rss`."""
+
+    sum_of_squares: Params  # Of all updates so far.
+
+
+def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) -> Transform:
+    r"""Divide updates by the root of the sum of all squares so far, :math:`u / \sqrt{\sum_s u_s^2 + \epsilon}`.
+
+    Args:
+        initial_accumulator_value: First sum.
+        eps: :math:`\epsilon`, below the root.
+
+    Example:
+        >>> tx, params = scale_by_rss(initial_accumulator_value=0.0), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, 0.0])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([1., 0.])}
+
+    References:
+        Duchi, Hazan & Singer, *Adaptive subgradient methods for online learning and stochastic optimization*, 2011.
+    """
+    nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+
+    def init(params: Params) -> RssState:
+        return RssState(_real_zeros(params, initial_accumulator_value))
+
+    def update(updates: Updates, state: RssState, params: Params) -> tuple[Updates, RssState]:
+        new = RssState(compute(lambda v, u: v + squared(u), state.sum_of_squares, updates))
+        return compute(lambda u, h: torch.where(u == 0, torch.zeros_like(u), u / h), updates, metric(new)), new
+
+    def metric(state: RssState) -> Params:
+        return compute(lambda v, e: (v + e).sqrt(), state.sum_of_squares, hyper=(eps,))
+
+    return Transform(init, update, "elementwise", metric)
+
+
+# Signs and ratios
+
+
+def scale_by_sign() -> Transform:
+    r"""Replace updates by their signs, :math:`\operatorname{sign}(u)`.
+
+    Example:
+        >>> params = {"weight": torch.zeros(3)}
+        >>> scale_by_sign().update({"weight": torch.tensor([-3.0, 0.0, 0.5])}, EmptyState(), params)
+        ({'weight': tensor([-1.,  0.,  1.])}, EmptyState())
+    """
+    return stateless(lambda updates, params: compute(torch.sgn, updates), "elementwise")
+
+
+class LionState(NamedTuple):
+    """The state of `scale_by_lion`."""
+
+    mu: Params  # Moving average of updates.
+
+
+_LION: dict[str, Any] = {
+    "hard": lambda x, smooth_beta: x.sgn(),
+    "smooth": lambda x, smooth_beta: (smooth_beta * x).tanh(),
+    "refined": lambda x, smooth_beta: torch.where(x.abs() < 1, x, x.sgn()),
+}
+
+
+def scale_by_lion(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    mu_dtype: torch.dtype | None = None,
+    *,
+    mode: Literal["hard", "smooth", "refined"] = "hard",
+    smooth_beta: Scalar = 1.0,
+) -> Transform:
+    r"""Take the sign of an interpolated momentum, :math:`\operatorname{sign}(\beta_1 m + (1 - \beta_1) u)`.
+
+    Args:
+        b1: Share of the momentum in the direction.
+        b2: Decay of the momentum :math:`m`.
+        mu_dtype: Dtype in which the momentum is kept; by default that of the parameter, float32 for 16-bit ones.
+        mode: `"hard"` for the sign, `"smooth"` for a hyperbolic tangent, `"refined"` to leave entries below 1.
+        smooth_beta: Slope of the tangent.
+
+    Example:
+        >>> tx, params = scale_by_lion(), {"weight": torch.zeros(2)}
+        >>> tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)[0]
+        {'weight': tensor([ 1., -1.])}
+
+    References:
+        Chen et al., *Symbolic discovery of optimization algorithms*, 2023.
+    """
+    nonnegative(b1=b1, b2=b2, smooth_beta=smooth_beta)
+    if mode not in _LION:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(_LION)}")
+
+    def init(params: Params) -> LionState:
+        return LionState(zeros(params, mu_dtype))
+
+    def update(updates: Updates, state: LionState, params: Params) -> tuple[Updates, LionState]:
+        direction = compute(
+            lambda u, m, b, slope: _LION[mode](b * m + (1 - b) * u, slope), updates, state.mu, hyper=(b1, smooth_beta)
+        )
+        return direction, LionState(_stored(_mean(state.mu, updates, b2), state.mu))
+
+    return Transform(init, update, "elementwise")
+
+
+def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0) -> Transform:
+    r"""Scale the update of each leaf to the size of the leaf, :math:`u' = c \frac{\|w\|}{\|u\| + \epsilon} u`.
+
+    A leaf whose norm, or whose update's norm, is zero keeps its update.
+
+    Args:
+        min_norm: Least norm of either.
+        trust_coefficient: :math:`c`.
+        eps: :math:`\epsilon`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, 4.0])}
+        >>> scale_by_trust_ratio().update({"weight": torch.tensor([0.0, 0.5])}, EmptyState(), params)
+        ({'weight': tensor([0., 5.])}, EmptyState())
+
+    References:
+        You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017.
+        You et al., *Large batch optimization for deep learning*, 2020.
+    """
+    nonnegative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+
+    def ratio(u: Tensor, w: Tensor, least: Scalar, coefficient: Scalar, eps: Scalar) -> Tensor:
+        sizes = [safe_sqrt(squared(x).sum()) for x in (w, u)]
+        size, step = (torch.where(n <= least, least + torch.zeros_like(n), n) for n in sizes)
+        either = (size == 0) | (step == 0)
+        # The ratio of ones stands in where it is not used, so that no derivative is NaN.
+        return u * torch.where(either, torch.ones_like(size), coefficient * size / torch.where(either, 1.0, step + eps))
+
+    def rule(updates: Updates, params: Params) -> Updates:
+        return compute(ratio, updates, params, hyper=(min_norm, trust_coefficient, eps))
+
+    return stateless(rule, "leaf")

@@ -1,0 +1,258 @@
+"""Schedules: functions from the number of steps taken to a value, under optax's names and numbers.
+
+A schedule takes an int or a 0-dim integer tensor and computes in float64 without branching on it, so that a
+compiled step is compiled once. It serves wherever a hyperparameter does: learning rates, strengths, decays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Scalar, Schedule
+
+
+def _double(count: Any) -> Tensor:
+    return count.to(torch.float64) if isinstance(count, Tensor) else torch.as_tensor(count, dtype=torch.float64)
+
+
+def _positive(name: str, value: int) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; expected a positive number of steps")
+
+
+def constant_schedule(value: Scalar) -> Schedule:
+    r"""Stay at one value, :math:`v_t = v`.
+
+    Example:
+        >>> constant_schedule(0.1)(5)
+        0.1
+    """
+    return lambda count: value
+
+
+def polynomial_schedule(
+    init_value: Scalar, end_value: Scalar, power: Scalar, transition_steps: int, transition_begin: int = 0
+) -> Schedule:
+    r"""Go from one value to another along a power, :math:`(v_0 - v_T) (1 - t / T)^p + v_T`.
+
+    Args:
+        init_value: Value up to step `transition_begin`.
+        end_value: Value from step `transition_begin + transition_steps` on.
+        power: Exponent; 1 is a straight line.
+        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`.
+        transition_begin: Number of steps before the transition.
+
+    Example:
+        >>> polynomial_schedule(1.0, 0.0, 2, transition_steps=10)(5)
+        tensor(0.2500, dtype=torch.float64)
+    """
+    if transition_steps <= 0:
+        return constant_schedule(init_value)
+    begin = max(transition_begin, 0)
+
+    def schedule(count: Any) -> Tensor:
+        share = 1 - (_double(count) - begin).clamp(0, transition_steps) / transition_steps
+        return (init_value - end_value) * share**power + end_value
+
+    return schedule
+
+
+def linear_schedule(
+    init_value: Scalar, end_value: Scalar, transition_steps: int, transition_begin: int = 0
+) -> Schedule:
+    r"""Go from one value to another on a straight line, :math:`v_0 + (v_T - v_0) t / T`.
+
+    Args:
+        init_value: Value up to step `transition_begin`.
+        end_value: Value from step `transition_begin + transition_steps` on.
+        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`.
+        transition_begin: Number of steps before the transition.
+
+    Example:
+        >>> linear_schedule(1.0, 0.0, transition_steps=10)(3)
+        tensor(0.7000, dtype=torch.float64)
+    """
+    return polynomial_schedule(init_value, end_value, 1, transition_steps, transition_begin)
+
+
+def exponential_decay(
+    init_value: Scalar,
+    transition_steps: int,
+    decay_rate: float,
+    transition_begin: int = 0,
+    staircase: bool = False,
+    end_value: Scalar | None = None,
+) -> Schedule:
+    r"""Multiply by a rate every so many steps, :math:`v_0 r^{t / T}`.
+
+    Args:
+        init_value: Value up to step `transition_begin`.
+        transition_steps: Number of steps in which the value is multiplied once by `decay_rate`.
+        decay_rate: Factor; 0 keeps the value constant.
+        transition_begin: Number of steps before the decay.
+        staircase: Whether the exponent is rounded down to a whole number.
+        end_value: Bound: the least value if `decay_rate` is below 1, else the greatest.
+
+    Example:
+        >>> exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    if transition_steps <= 0 or decay_rate == 0:
+        return constant_schedule(init_value)
+    begin = max(transition_begin, 0)
+
+    def schedule(count: Any) -> Tensor:
+        exponent = (_double(count) - begin).clamp(min=0) / transition_steps
+        value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
+        if end_value is None:
+            return value
+        bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
+        return torch.maximum(value, bound) if decay_rate < 1 else torch.minimum(value, bound)
+
+    return schedule
+
+
+def piecewise_constant_schedule(
+    init_value: Scalar, boundaries_and_scales: Mapping[int, float] | None = None
+) -> Schedule:
+    r"""Multiply by a factor at each boundary, :math:`v_t = v_0 \prod_{b \le t} s_b`.
+
+    Args:
+        init_value: Value before the first boundary.
+        boundaries_and_scales: From step to the factor, at least 0, that applies from it on.
+
+    Raises:
+        ValueError: A factor is negative.
+
+    Example:
+        >>> piecewise_constant_schedule(1.0, {10: 0.5, 20: 0.1})(20)
+        tensor(0.0500, dtype=torch.float64)
+    """
+    scales = dict(boundaries_and_scales or {})
+    for boundary, scale in scales.items():
+        if scale < 0:
+            raise ValueError(f"boundaries_and_scales[{boundary}] is {scale}; expected a factor of at least 0")
+
+    def schedule(count: Any) -> Tensor:
+        value = init_value * torch.ones_like(_double(count))
+        for boundary, scale in scales.items():
+            value = torch.where(_double(count) >= boundary, scale * value, value)
+        return value
+
+    return schedule
+
+
+def cosine_decay_schedule(
+    init_value: Scalar, decay_steps: int, alpha: Scalar = 0.0, exponent: Scalar = 1.0
+) -> Schedule:
+    r"""Follow half a cosine down, :math:`v_0 ((1 - \alpha) (\frac{1 + \cos(\pi t / T)}{2})^p + \alpha)`.
+
+    Args:
+        init_value: First value.
+        decay_steps: Number of steps down; the value stays at the last one afterwards.
+        alpha: Last value as a share of the first.
+        exponent: Power of the cosine.
+
+    Raises:
+        ValueError: `decay_steps` is not positive.
+
+    Example:
+        >>> cosine_decay_schedule(1.0, decay_steps=10)(5)
+        tensor(0.5000, dtype=torch.float64)
+
+    References:
+        Loshchilov & Hutter, *SGDR: Stochastic gradient descent with warm restarts*, 2017.
+    """
+    _positive("decay_steps", decay_steps)
+
+    def schedule(count: Any) -> Tensor:
+        cosine = (1 + torch.cos(math.pi * _double(count).clamp(max=decay_steps) / decay_steps)) / 2
+        return init_value * ((1 - alpha) * cosine**exponent + alpha)
+
+    return schedule
+
+
+def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_steps: int) -> Schedule:
+    r"""Rise on a straight line, then stay.
+
+    Args:
+        init_value: First value.
+        peak_value: Value from step `warmup_steps` on.
+        warmup_steps: Number of steps of the rise.
+
+    Example:
+        >>> warmup_constant_schedule(0.0, 1.0, warmup_steps=4)(1)
+        tensor(0.2500, dtype=torch.float64)
+    """
+    return linear_schedule(init_value, peak_value, warmup_steps)
+
+
+def warmup_cosine_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: int,
+    decay_steps: int,
+    end_value: Scalar = 0.0,
+    exponent: Scalar = 1.0,
+) -> Schedule:
+    r"""Rise on a straight line, then follow half a cosine down.
+
+    Args:
+        init_value: First value.
+        peak_value: Value at step `warmup_steps`.
+        warmup_steps: Number of steps of the rise.
+        decay_steps: Number of steps in all, the rise included.
+        end_value: Value from step `decay_steps` on.
+        exponent: Power of the cosine.
+
+    Raises:
+        ValueError: `decay_steps` is not above `warmup_steps`.
+
+    Example:
+        >>> schedule = warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=10, decay_steps=30)
+        >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if decay_steps <= warmup_steps:
+        raise ValueError(
+            f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more: decay_steps counts the warm-up too"
+        )
+    zero = isinstance(peak_value, int | float) and peak_value == 0
+    alpha = 0.0 if zero else end_value / peak_value
+    decay = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
+    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])
+
+
+def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
+    r"""Follow one schedule after another, each counting from its own first step.
+
+    Args:
+        schedules: Schedules in their order.
+        boundaries: Steps at which the second, third ... schedule begins, one fewer than schedules.
+
+    Raises:
+        ValueError: The numbers of schedules and boundaries do not fit, or the boundaries do not rise.
+
+    Example:
+        >>> schedule = join_schedules([constant_schedule(1.0), linear_schedule(0.5, 0.0, 10)], [100])
+        >>> float(schedule(99)), float(schedule(105))
+        (1.0, 0.25)
+    """
+    if len(boundaries) != len(schedules) - 1:
+        raise ValueError(f"{len(schedules)} schedules got {len(boundaries)} boundaries; expected {len(schedules) - 1}")
+    if list(boundaries) != sorted(boundaries):
+        raise ValueError(f"boundaries are {list(boundaries)}; expected steps that rise")
+
+    def schedule(count: Any) -> Tensor:
+        steps = _double(count)
+        value = _double(schedules[0](count))
+        for boundary, later in zip(boundaries, schedules[1:], strict=True):
+            value = torch.where(steps < boundary, value, _double(later(count - boundary)))
+        return value
+
+    return schedule

@@ -1,0 +1,181 @@
+"""What a transform is: two pure functions, and what it tells of itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Params, Reach, State, Updates
+from funcreg.tree import broadcast, check_alike, check_nonnegative, check_params, flatten, scalar_device
+
+_REACHES: tuple[Reach, ...] = ("elementwise", "rows", "matrix", "leaf", "global")
+
+
+@dataclass(frozen=True)
+class Transform:
+    r"""A gradient transform: the pure functions `init(params)` and `update(updates, state, params, **extra)`.
+
+    `init` makes the state from the parameters. `update` makes new updates and a new state; none of its arguments
+    is written to. What `update` gets is checked: trees of one structure, leaves of one shape and device. Extra keyword
+    arguments reach those transforms of a chain whose `update` names them or takes `**extra`.
+
+    Args:
+        init: From parameters to a state, a tree of tensors whose leaves never share memory.
+        update: From updates, state and parameters to new updates and state, of the same structure, shapes and dtypes.
+        reach: How far one entry of the result looks: `"elementwise"`, `"rows"`, `"matrix"`, `"leaf"` or `"global"`.
+            A compiled step uses it to lay leaves out; saying nothing is always right.
+        metric: From a state that `update` returned to the diagonal metric of this preconditioner, a tree like the
+            parameters (for Adam, :math:`\sqrt{\hat v} + \epsilon`); proximal steps use it.
+        frozen: From parameters to one bool a leaf: which leaves this transform holds where they are, in any chain.
+
+    Raises:
+        TypeError: A leaf is not a tensor of floating point or complex numbers.
+        ValueError: Updates and parameters differ in structure, shape or device; the message names the leaf.
+
+    Example:
+        >>> halve = Transform(
+        ...     init=lambda params: (),
+        ...     update=lambda updates, state, params: (tree_map(lambda u: u / 2, updates), state),
+        ...     reach="elementwise",
+        ... )
+        >>> params = {"weight": torch.tensor([1.0, 2.0])}
+        >>> halve.update({"weight": torch.tensor([4.0, 6.0])}, halve.init(params), params)
+        ({'weight': tensor([2., 3.])}, ())
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[..., tuple[Updates, State]]
+    reach: Reach = "global"
+    metric: Callable[[State], Params] | None = None
+    frozen: Callable[[Params], list[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.reach not in _REACHES:
+            raise ValueError(f"reach is {self.reach!r}; expected one of {', '.join(_REACHES)}")
+        init, update, accepts = self.init, self.update, _accepted(self.update)
+
+        def checked_init(params: Params) -> State:
+            check_params(params)
+            return init(params)
+
+        def checked_update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
+            check_params(params)
+            check_alike(params, updates, ("params", "updates"))
+            given = extra if accepts is None else {name: extra[name] for name in extra if name in accepts}
+            return update(updates, state, params, **given)
+
+        object.__setattr__(self, "init", checked_init)
+        object.__setattr__(self, "update", checked_update)
+
+
+def _accepted(update: Callable[..., Any]) -> frozenset[str] | None:
+    """The names of extra arguments that a function takes, or None for all."""
+    parameters = inspect.signature(update).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in list(parameters)[3:])
+
+
+def furthest(*reaches: Reach) -> Reach:
+    """The reach of transforms one after another."""
+    return max(reaches, key=_REACHES.index, default="elementwise")
+
+
+class EmptyState(NamedTuple):
+    """The state of a transform without memory: a named tuple without fields.
+
+    Example:
+        >>> scale(2.0).init({"weight": torch.ones(2)})
+        EmptyState()
+    """
+
+
+def init_empty_state(params: Params) -> EmptyState:
+    """The init of a transform without memory.
+
+    Example:
+        >>> init_empty_state({"weight": torch.ones(2)})
+        EmptyState()
+    """
+    return EmptyState()
+
+
+def stateless(f: Callable[[Updates, Params], Updates], reach: Reach = "global") -> Transform:
+    r"""A transform without memory, made from a function, :math:`u' = f(u, w)`.
+
+    Args:
+        f: Function of the updates and the parameters, both trees.
+        reach: How far one entry of the result looks; see `Transform`.
+
+    Example:
+        >>> tx = stateless(lambda updates, params: tree_map(torch.sign, updates), reach="elementwise")
+        >>> params = {"weight": torch.zeros(2)}
+        >>> tx.update({"weight": torch.tensor([-3.0, 0.5])}, tx.init(params), params)
+        ({'weight': tensor([-1.,  1.])}, EmptyState())
+    """
+    return Transform(init_empty_state, lambda updates, state, params: (f(updates, params), state), reach)
+
+
+def identity() -> Transform:
+    r"""Leave updates as they are, :math:`u' = u`.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> identity().update({"weight": torch.ones(2)}, EmptyState(), params)
+        ({'weight': tensor([1., 1.])}, EmptyState())
+    """
+    return stateless(lambda updates, params: updates, "elementwise")
+
+
+class ScheduleState(NamedTuple):
+    """The state of a transform with a hyperparameter that follows a schedule."""
+
+    steps: Tensor  # Number of updates made, int32.
+
+
+def counter(params: Params) -> Tensor:
+    """A count of steps at 0: a tensor, so that counting on compiles nothing anew."""
+    return torch.zeros((), dtype=torch.int32, device=scalar_device(params))
+
+
+def is_scheduled(*hyper: Hyper) -> bool:
+    """Whether a hyperparameter, or a leaf of one, is a schedule."""
+    return any(callable(leaf) for value in hyper for leaf in flatten(value)[0])
+
+
+def at_step(value: Hyper, steps: Tensor | None) -> Hyper:
+    """A hyperparameter with the values that its schedules have at a step."""
+    leaves, rebuild = flatten(value)
+    return rebuild([leaf(steps) if callable(leaf) else leaf for leaf in leaves])
+
+
+def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Transform:
+    """A transform from `rule(updates, params, *values)`, where a hyperparameter may follow a schedule.
+
+    Memory is one counter, and that only if there is a schedule.
+    """
+    counts = is_scheduled(*hyper)
+
+    def init(params: Params) -> ScheduleState | EmptyState:
+        for value in hyper:
+            broadcast(value, params, "a hyperparameter")  # A tree that does not fit is said here.
+        return ScheduleState(counter(params)) if counts else EmptyState()
+
+    def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
+        if not counts:
+            return rule(updates, params, *hyper), state
+        values = [at_step(value, state.steps) for value in hyper]
+        return rule(updates, params, *values), ScheduleState(state.steps + 1)
+
+    return Transform(init, update, reach)
+
+
+def nonnegative(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is a negative number, a string or a bool."""
+    for name, value in hyper.items():
+        check_nonnegative(name, value)

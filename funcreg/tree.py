@@ -1,0 +1,516 @@
+"""Trees of tensors: flattening, mapping, arithmetic and selection. The only module that knows optree.
+
+Eager code flattens with optree. Traced code walks the tree in plain Python, which every version of
+`torch.compile` follows; the same walk finds the path of a leaf when two trees do not match.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
+
+Path = tuple[str, ...]
+
+
+class Absent(NamedTuple):
+    """Stands where a mask left a leaf out: a node without leaves, which every map walks past."""
+
+
+ABSENT = Absent()
+
+
+# Structure
+
+
+class _Opened(NamedTuple):
+    keys: tuple[str, ...]
+    children: tuple[Any, ...]
+    rebuild: Callable[[list[Any]], Any]
+
+
+def _open(node: Any) -> _Opened | None:
+    """One level of a tree, children in optree's order, or None for a leaf."""
+    if isinstance(node, Tensor):
+        return None
+    if type(node) is dict or type(node) is OrderedDict:
+        kind, order = type(node), tuple(node)
+        keys = order if kind is OrderedDict else _sorted_keys(order)
+
+        def rebuild(children: list[Any]) -> Any:
+            found = dict(zip(keys, children, strict=True))
+            return kind((key, found[key]) for key in order)
+
+        return _Opened(tuple(str(key) for key in keys), tuple(node[key] for key in keys), rebuild)
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        named = type(node)
+        return _Opened(tuple(named._fields), tuple(node), lambda children: named(*children))  # pyright: ignore[reportAttributeAccessIssue]  # a named tuple
+    if type(node) is tuple or type(node) is list:
+        kind = type(node)
+        return _Opened(tuple(str(i) for i in range(len(node))), tuple(node), lambda children: kind(children))
+    if node is None:
+        return _Opened((), (), lambda children: None)
+    if torch.compiler.is_dynamo_compiling() or optree.tree_is_leaf(node):
+        return None
+    children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
+    return _Opened(tuple(str(e) for e in entries), tuple(children), lambda children: unflatten(metadata, children))
+
+
+def _sorted_keys(keys: Sequence[Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(sorted(keys))
+    except TypeError:  # Keys of several types, which optree sorts by type first.
+        return tuple(sorted(keys, key=lambda key: (f"{type(key).__module__}.{type(key).__qualname__}", key)))
+
+
+def _walk(node: Any, leaves: list[Any]) -> Callable[[Iterable[Any]], Any]:
+    """Append the leaves of a tree; return what builds such a tree from an iterator of new ones."""
+    opened = _open(node)
+    if opened is None:
+        leaves.append(node)
+        return lambda new: next(iter(new))
+    builders = [_walk(child, leaves) for child in opened.children]
+
+    def build(new: Iterable[Any]) -> Any:
+        new = iter(new)
+        return opened.rebuild([builder(new) for builder in builders])
+
+    return build
+
+
+def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves of a tree, and the function that builds such a tree from new leaves."""
+    if torch.compiler.is_dynamo_compiling():
+        leaves: list[Any] = []
+        return leaves, _walk(tree, leaves)
+    leaves, spec = optree.tree_flatten(tree)
+    return leaves, lambda new: optree.tree_unflatten(spec, new)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, dictionaries in the order of their sorted keys.
+
+    Example:
+        >>> tree_leaves({"b": 1, "a": (2, [3])})
+        [2, 3, 1]
+    """
+    return flatten(tree)[0]
+
+
+def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Build a tree of `f(leaf, ...)` from the leaves of trees of one structure.
+
+    Args:
+        f: Function of one leaf of each tree.
+        tree: Nested dicts, lists, tuples, named tuples, or one leaf.
+        rest: Trees of the same structure.
+
+    Raises:
+        ValueError: Two trees differ; the message names the leaf.
+
+    Example:
+        >>> tree_map(lambda a, b: a + b, {"x": 1, "y": (2, 3)}, {"x": 10, "y": (20, 30)})
+        {'x': 11, 'y': (22, 33)}
+    """
+    leaves, rebuild = flatten(tree)
+    columns = [leaves_like(tree, other) for other in rest]
+    return rebuild([f(*row) for row in zip(leaves, *columns, strict=True)])
+
+
+def leaves_like(tree: Any, other: Any, names: tuple[str, str] = ("the first tree", "a later tree")) -> list[Any]:
+    """The leaves of `other`, one for each of `tree`, or an error that names the leaf where they part."""
+    if not torch.compiler.is_dynamo_compiling():
+        try:
+            found = optree.tree_structure(tree).flatten_up_to(other)
+        except ValueError:
+            found = None  # The walk below finds the place and says it.
+        if found is not None:
+            return found
+    found = []
+    _pair(tree, other, found, (), names)
+    return found
+
+
+def _pair(node: Any, other: Any, found: list[Any], path: Path, names: tuple[str, str]) -> None:
+    opened = _open(node)
+    if opened is None:
+        found.append(other)
+        return
+    against = _open(other)
+    if against is None or sorted(opened.keys) != sorted(against.keys):
+        raise ValueError(_difference(opened, against, node, other, path, names))
+    others = dict(zip(against.keys, against.children, strict=True))
+    for key, child in zip(opened.keys, opened.children, strict=True):
+        _pair(child, others[key], found, (*path, key), names)
+
+
+def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any, path: Path, names: Any) -> str:
+    first, second = names
+    where = f" at '{dotted(path)}'" if path else ""
+    cause = f"Are {first} and {second} trees of the same model?"
+    if against is not None:
+        missing = [dotted((*path, key)) for key in opened.keys if key not in against.keys]
+        unknown = [dotted((*path, key)) for key in against.keys if key not in opened.keys]
+        parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
+        return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
+    return f"{second} does not match {first}{where}: expected {_kind(node)}, got {_kind(other)}. {cause}"
+
+
+def _kind(node: Any) -> str:
+    if isinstance(node, Tensor):
+        return f"a tensor of shape {tuple(node.shape)}"
+    if isinstance(node, Absent):
+        return "a leaf that a mask leaves out"
+    return f"{node!r}" if node is None or isinstance(node, bool | int | float | str) else f"a {type(node).__name__}"
+
+
+def dotted(path: Path) -> str:
+    """A path as users write it: `encoder.0.weight`."""
+    return ".".join(path)
+
+
+def map_with_path(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
+    """Build a tree of `f(path, leaf)`."""
+    opened = _open(tree)
+    if opened is None:
+        return f(path, tree)
+    return opened.rebuild(
+        [map_with_path(f, child, (*path, key)) for key, child in zip(opened.keys, opened.children, strict=True)]
+    )
+
+
+def tree_paths(tree: Any) -> list[str]:
+    """The names of the leaves, dotted, in the order of `tree_leaves`.
+
+    Example:
+        >>> tree_paths({"head": {"weight": 0.5, "bias": 1.0}, "body": (2.0,)})
+        ['body.0', 'head.bias', 'head.weight']
+    """
+    names: list[str] = []
+    map_with_path(lambda path, leaf: names.append(dotted(path)), tree)
+    return names
+
+
+def broadcast(prefix: Any, tree: Any, name: str = "a prefix") -> list[Any]:
+    """The value of a prefix tree at each leaf of `tree`: a leaf of the prefix stands for all leaves below it."""
+    opened = _open(prefix)
+    if opened is None:  # The common case: one value for all.
+        return [prefix] * len(tree_leaves(tree))
+    values: list[Any] = []
+    _spread(prefix, tree, values, (), ("the parameters", name))
+    return values
+
+
+def _spread(prefix: Any, node: Any, values: list[Any], path: Path, names: tuple[str, str]) -> None:
+    if isinstance(node, Absent):
+        return
+    opened = _open(prefix)
+    if opened is None:
+        values.extend([prefix] * len(tree_leaves(node)))
+        return
+    against = _open(node)
+    if against is None or sorted(opened.keys) != sorted(against.keys):
+        there = against or _Opened((), (), lambda children: None)
+        raise ValueError(_difference(there, opened if against else None, node, prefix, path, names))
+    prefixes = dict(zip(opened.keys, opened.children, strict=True))
+    for key, child in zip(against.keys, against.children, strict=True):
+        _spread(prefixes[key], child, values, (*path, key), names)
+
+
+# What a call may be given
+
+
+def check_params(params: Any, name: str = "params") -> None:
+    """Raise a TypeError that names the first leaf that is not a tensor of real or complex numbers."""
+    for leaf in tree_leaves(params):
+        if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())):
+            map_with_path(lambda path, leaf: _check_leaf(f"{name} '{dotted(path)}'" if path else name, leaf), params)
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} is {_kind(leaf)}; expected a tensor of floating point or complex numbers")
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(
+            f"{name} is a tensor of {leaf.dtype}; expected floating point or complex numbers. "
+            "Is it a buffer? Pass the parameters alone, dict(module.named_parameters())."
+        )
+
+
+def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
+    """Raise an error that names the first leaf of `other` whose structure, shape or device is not that of `tree`."""
+    leaves, others = tree_leaves(tree), leaves_like(tree, other, names)
+    for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
+        if isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device:
+            continue
+        first, second = names
+        name = f"{second} '{tree_paths(tree)[i]}'" if tree_paths(tree)[i] else second
+        if not isinstance(found, Tensor):
+            hint = " Did this parameter get no gradient? Leave it out with masked or freeze." if found is None else ""
+            raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.{hint}")
+        if leaf.shape != found.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "
+                f"Are {first} and {second} of the same model?"
+            )
+        raise ValueError(f"{name} is on {found.device}; expected {leaf.device}, the device of this leaf in {first}")
+
+
+def check_nonnegative(name: str, value: Hyper) -> None:
+    """Raise a ValueError if a number in `value` is negative, a TypeError if it is a string or a bool."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, str | bytes | bool) or leaf is None:
+            raise TypeError(f"{name} is {leaf!r}; expected a number, a tensor, a schedule or a tree of them")
+        if isinstance(leaf, int | float) and not leaf >= 0:
+            raise ValueError(f"{name} is {leaf}; expected a number of at least 0. Is a sign the wrong way round?")
+
+
+# Arithmetic
+
+
+def widen(x: Tensor) -> Tensor:
+    """A tensor in the precision in which it is computed with: float32 at least."""
+    return x.to(wide(x.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and moments of a tensor: float32 for 16-bit numbers, which saturate; else its own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
+    """Map arithmetic over tensors: `f` sees float32 at least, results have the dtype of the leaves of `tree`.
+
+    Args:
+        f: Function of one leaf of each tree, then of each hyperparameter's value there.
+        tree: Tree of tensors that the results are like.
+        rest: Trees of the same structure and shapes.
+        hyper: Numbers, tensors, or prefix trees of them.
+    """
+    leaves, rebuild = flatten(tree)
+    results = compute_leaves(f, tree, *rest, hyper=hyper)
+    return rebuild([result.to(leaf.dtype) for result, leaf in zip(results, leaves, strict=True)])
+
+
+def compute_leaves(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> list[Tensor]:
+    """The results of `compute` as a list, in the precision they were computed in."""
+    for other in rest:
+        check_alike(tree, other, ("the parameters", "the state or updates"))
+    columns = [tree_leaves(tree), *(leaves_like(tree, other) for other in rest)]
+    values = [broadcast(value, tree, "a hyperparameter") for value in hyper]
+    results: list[Tensor] = []
+    for row in zip(*columns, *values, strict=True):
+        tensors, numbers = row[: len(columns)], row[len(columns) :]
+        try:
+            results.append(f(*(widen(x) for x in tensors), *(beside(number, tensors[0]) for number in numbers)))
+        except ValueError as error:
+            raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
+    return results
+
+
+def beside(value: Any, leaf: Tensor) -> Any:
+    """A value where the leaf is: trees may span devices, a counter lies on one."""
+    return value.to(leaf.device) if isinstance(value, Tensor) and value.device != leaf.device else value
+
+
+def product(params: Params, *factors: Hyper) -> Hyper:
+    """The product of hyperparameters: a scalar, or a tree like the parameters if a factor is a tree."""
+    if all(_open(factor) is None for factor in factors):
+        return functools.reduce(operator.mul, factors)
+    rows = zip(*(broadcast(factor, params, "a hyperparameter") for factor in factors), strict=True)
+    return flatten(params)[1]([functools.reduce(operator.mul, row) for row in rows])
+
+
+def scalar_device(params: Params) -> torch.device:
+    """Where counters lie: with the parameters, so that they can be batched; on the CPU if those are on several devices."""
+    devices = {leaf.device for leaf in tree_leaves(params)}
+    single = len(devices) == 1 and next(iter(devices)).type != "mps"  # No float64 there.
+    return next(iter(devices)) if single else torch.device("cpu")
+
+
+def zeros(params: Params, dtype: torch.dtype | None = None, value: Scalar = 0.0) -> Any:
+    """Accumulators: leaves of one value, each in its own memory, in `dtype` or in float32 at least."""
+    return tree_map(lambda w: torch.full_like(w, value, dtype=dtype or wide(w.dtype)), params)
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars; stacked, because a sharded scalar is reduced once a stack and once a `+`."""
+    if not terms:
+        return torch.zeros(())
+    dtype = terms[0].dtype
+    for term in terms[1:]:
+        dtype = torch.promote_types(dtype, term.dtype)
+    return terms[0] if len(terms) == 1 else torch.stack([t.to(terms[0].device, dtype) for t in terms]).sum()
+
+
+def squared(w: Tensor) -> Tensor:
+    """Entry by entry, the squared magnitude, real also for complex entries."""
+    return w.real.square() + w.imag.square() if w.is_complex() else w.square()
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root with derivative 0 at 0, of any order: both branches of a `where` are differentiated."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
+
+
+def global_norm(tree: Any) -> Tensor:
+    r"""Euclidean norm of all entries of a tree, :math:`\sqrt{\sum_i |x_i|^2}`.
+
+    Sixteen-bit leaves are summed in float32. The gradient at zero is zero.
+
+    Shape:
+        A 0-dim tensor.
+
+    Example:
+        >>> global_norm({"weight": torch.tensor([3.0]), "bias": torch.tensor([4.0])})
+        tensor(5.)
+    """
+    check_params(tree, "tree")
+    return safe_sqrt(total([squared(widen(x)).sum() for x in tree_leaves(tree)]))
+
+
+def apply_updates(params: Params, updates: Updates) -> Params:
+    r"""Add updates to parameters, :math:`w + u`, in the dtype of the parameters.
+
+    Raises:
+        ValueError: The trees, or the shapes of a leaf, differ.
+
+    Example:
+        >>> apply_updates({"weight": torch.tensor([1.0, 2.0])}, {"weight": torch.tensor([0.5, -2.0])})
+        {'weight': tensor([1.5000, 0.0000])}
+    """
+    check_params(params)
+    check_alike(params, updates, ("params", "updates"))
+    return compute(lambda w, u: w + u, params, updates)
+
+
+# Masks
+
+
+def mask_leaves(mask: Mask, params: Params) -> list[bool]:
+    """A mask as one bool for each leaf."""
+    if isinstance(mask, str):
+        raise TypeError(
+            f"mask is the string {mask!r}; expected a tree of bools or a function. Do you mean select({mask!r})?"
+        )
+    found = mask(params) if callable(mask) else mask
+    values = broadcast(found, params, "mask")
+    for i, value in enumerate(values):
+        if not isinstance(value, bool):
+            name = f"mask at '{tree_paths(params)[i]}'"
+            raise TypeError(f"{name} is {_kind(value)}; expected True (apply) or False. For names, use select.")
+    return values
+
+
+def keep(tree: Any, mask: Sequence[bool]) -> Any:
+    """A tree without the leaves whose bool is False."""
+    leaves, rebuild = flatten(tree)
+    return rebuild([leaf if kept else ABSENT for leaf, kept in zip(leaves, mask, strict=True)])
+
+
+def merge(tree: Any, kept: Any, mask: Sequence[bool]) -> Any:
+    """A tree with the leaves of `kept`, which `keep(tree, mask)` is like, put in their places."""
+    leaves, rebuild = flatten(tree)
+    new = iter(tree_leaves(kept))
+    return rebuild([next(new) if here else leaf for leaf, here in zip(leaves, mask, strict=True)])
+
+
+class Selection:
+    """A mask that is made from parameters when it is used, and composes with `&`, `|` and `~`."""
+
+    def __init__(self, choose: Callable[[Params], list[bool]], doc: str | None = None) -> None:
+        self._choose = choose
+        self.__doc__ = doc or type(self).__doc__
+
+    def __call__(self, params: Params) -> Any:
+        return flatten(params)[1](self._choose(params))
+
+    def __and__(self, other: Mask) -> Selection:
+        return self._with(other, lambda a, b: a and b)
+
+    def __or__(self, other: Mask) -> Selection:
+        return self._with(other, lambda a, b: a or b)
+
+    def __invert__(self) -> Selection:
+        return Selection(lambda params: [not chosen for chosen in self._choose(params)])
+
+    __rand__, __ror__ = __and__, __or__
+
+    def _with(self, other: Mask, f: Callable[[bool, bool], bool]) -> Selection:
+        return Selection(
+            lambda params: [f(a, b) for a, b in zip(self._choose(params), mask_leaves(other, params), strict=True)]
+        )
+
+
+def select(
+    *patterns: str | type[torch.nn.Module], module: torch.nn.Module | None = None, min_ndim: int = 0
+) -> Selection:
+    """A mask that is True for the leaves that a name, a module type, or a number of dimensions chooses.
+
+    A leaf is chosen if it matches one of the patterns (or none is given) and has at least `min_ndim` dimensions.
+    Selections compose: `select("encoder.*") & ~select("*.bias")`.
+
+    Args:
+        patterns: Globs over dotted names (`"*.weight"`), or module types (`torch.nn.LayerNorm`).
+        module: The module whose parameters these are; needed for module types alone.
+        min_ndim: Least number of dimensions; 2 leaves out biases and the scales of normalization layers.
+
+    Raises:
+        ValueError: A glob matches no leaf; the message lists the names there are.
+        TypeError: A module type without `module`.
+
+    Example:
+        >>> params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+        >>> select("*.weight")(params)
+        {'fc.weight': True, 'fc.bias': False}
+        >>> (~select(min_ndim=2))(params)
+        {'fc.weight': False, 'fc.bias': True}
+    """
+    types = tuple(pattern for pattern in patterns if not isinstance(pattern, str))
+    globs = tuple(pattern for pattern in patterns if isinstance(pattern, str))
+    if types and module is None:
+        raise TypeError(f"select got the module type {types[0].__name__}; it also needs module=, to look its layers up")
+    typed = {
+        f"{name}.{parameter}" if name else parameter
+        for name, layer in (module.named_modules() if module is not None else ())
+        if isinstance(layer, types)
+        for parameter, _ in layer.named_parameters(recurse=False)
+    }
+
+    def choose(params: Params) -> list[bool]:
+        names = tree_paths(params)
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names) and not _hidden(params):
+                raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {', '.join(names)}")
+        chosen = [not patterns or name in typed or any(fnmatch.fnmatchcase(name, g) for g in globs) for name in names]
+        return [a and leaf.ndim >= min_ndim for a, leaf in zip(chosen, tree_leaves(params), strict=True)]
+
+    return Selection(choose)
+
+
+def _hidden(node: Any) -> bool:
+    """Whether an outer mask left leaves out, so that a glob may rightly match none of the rest."""
+    opened = _open(node)
+    return isinstance(node, Absent) or (opened is not None and any(_hidden(child) for child in opened.children))
+
+
+matrices = Selection(
+    lambda params: [leaf.ndim >= 2 for leaf in tree_leaves(params)],
+    doc="""A mask that is True for leaves of two or more dimensions: the weights of linear, convolution and
+    embedding layers, not biases or the scales of normalization layers. The same as `select(min_ndim=2)`.
+
+    Example:
+        >>> matrices({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+        {'weight': True, 'bias': False}
+    """,
+)

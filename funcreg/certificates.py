@@ -23,12 +23,13 @@ def kkt_residual(
     mask: Mask | None = None,
     **options: Any,
 ) -> Tensor:
-    r"""How far parameters are from a solution, :math:`\max_i |r_i|`, :math:`r` the shortest of :math:`\nabla f + \lambda \partial g`.
+    r"""How far from a solution: :math:`\max_i |r_i|`, :math:`r` the shortest in :math:`\nabla f + \lambda \partial g`.
 
     It is 0 exactly at a minimum of :math:`f + \lambda g`, and in the units of the gradient. For `l1`, an entry that
-    is not 0 counts :math:`|\nabla_i f + \lambda \operatorname{sign}(w_i)|`, a zero :math:`\max(|\nabla_i f| - \lambda, 0)`.
-    Leaves out of the mask count :math:`|\nabla_i f|`. A penalty without a residual rule of its own is judged by the
-    residual of its proximal operator, :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`.
+    is not 0 counts :math:`|\nabla_i f + \lambda \operatorname{sign}(w_i)|`, a zero
+    :math:`\max(|\nabla_i f| - \lambda, 0)`. Leaves out of the mask count :math:`|\nabla_i f|`. A penalty without a
+    residual rule of its own is judged by the residual of its proximal operator,
+    :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`.
 
     Args:
         params: Parameters :math:`w`.
@@ -68,7 +69,7 @@ def _largest(tree: Params) -> Tensor:
 
 
 def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
-    r"""The least strength at which zero is a solution, :math:`\min \{\lambda : -\nabla f(0) \in \lambda \partial g(0)\}`.
+    r"""Least strength that makes zero a solution, :math:`\min \{\lambda : -\nabla f(0) \in \lambda \partial g(0)\}`.
 
     For `l1` this is :math:`\max_i |\nabla_i f(0)|`; a path of strengths starts here. It is found from the definition,
     as the least step whose proximal operator takes all gradients to zero, and so holds for every convex penalty:
@@ -102,7 +103,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     size = _largest(slopes).to(torch.float64)
     # Non-negative floats are ordered like their bits.
     low, high = torch.zeros_like(size).view(torch.int64), (size * 2.0**200).view(torch.int64)
-    reachable = vanish((size * 2.0**200))
+    reachable = vanish(size * 2.0**200)
     for _ in range(64):
         middle = low + (high - low) // 2
         gone = vanish(middle.view(torch.float64))

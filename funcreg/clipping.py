@@ -34,7 +34,7 @@ def clip(max_delta: Scalar) -> Transform:
 
 
 def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
-    r"""Scale updates so that the norm of all together is at most a bound, :math:`u \min(1, \frac{c}{\|u\| + \epsilon})`.
+    r"""Scale updates so that their joint norm is at most a bound, :math:`u \min(1, \frac{c}{\|u\| + \epsilon})`.
 
     Args:
         max_norm: :math:`c`, at least 0.

@@ -68,7 +68,7 @@ def chain(*transforms: Transform) -> Transform:
     if len(metrics) == 1:
         place, inner = metrics[0]
         metric = lambda state: inner(state[place])  # noqa: E731  # One line says it; a def would need a name.
-    joined = Transform(init, update, furthest(*(tx.reach for tx in transforms)), metric)
+    joined = Transform(init, update, furthest([tx.reach for tx in transforms]), metric)
     return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
@@ -292,7 +292,7 @@ def partition(transforms: Mapping[Hashable, Transform], param_labels: Any) -> Tr
     def frozen(params: Params) -> list[bool]:
         return [any(bools) for bools in zip(*(f(params) for f in holding), strict=True)]
 
-    reach = furthest(*(tx.reach for tx in parts.values()))
+    reach = furthest([tx.reach for tx in parts.values()])
     return Transform(init, update, reach, frozen=frozen if holding else None)
 
 

@@ -1,6 +1,7 @@
 r"""What a strength means elsewhere: converters to the `alpha` and `rho` of `elastic`.
 
-All are for a loss that is a mean over the samples plus a penalty, :math:`\frac{1}{n} \sum_i \ell_i + \text{elastic}(w, \alpha, \rho)`.
+All are for a loss that is a mean over the samples plus a penalty,
+:math:`\frac{1}{n} \sum_i \ell_i + \text{elastic}(w, \alpha, \rho)`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Elastic(NamedTuple):
 
 
 def elastic_from_torch(weight_decay: Scalar) -> Elastic:
-    r"""From `weight_decay` of `torch.optim` or optax: :math:`\frac{\lambda}{2} \|w\|_2^2`, with gradient :math:`\lambda w`.
+    r"""From `weight_decay` of `torch.optim` or optax: :math:`\frac{\lambda}{2} \|w\|_2^2`, gradient :math:`\lambda w`.
 
     Args:
         weight_decay: :math:`\lambda`, as in `torch.optim.SGD` or `Adam`; in AdamW it is no penalty of the loss.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,17 +54,22 @@ class FusedStep:
             updates, new = tx.update(grads, state, params, **extra)
             return apply_updates(params, updates), new
 
-        def in_place(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> None:
+        def in_place(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> list[Tensor]:
             new = pure(params, grads, state, extra)
+            scalars = []
             for old, leaf in zip(tree_leaves((params, state)), leaves_like((params, state), new), strict=True):
-                old.copy_(leaf)
+                if old.ndim:
+                    old.copy_(leaf)
+                else:
+                    scalars.append(leaf)
+            return scalars
 
         self._compiled = torch.compile(
             _with_code_of_its_own(in_place if donate else pure), fullgraph=True, backend=backend
         )
 
     def init(self, params: Params) -> tuple[Params, State]:
-        """Parameters and state of this step's own, ready for donation: copies that share no memory and need no gradient."""
+        """Parameters and state for this step to own: copies that share no memory and need no gradient."""
         check_params(params)
         owned = tree_map(lambda w: w.detach().clone(memory_format=torch.contiguous_format), params)
         return owned, self._tx.init(owned)
@@ -76,7 +82,12 @@ class FusedStep:
             self._check_donated(params, grads, state)
         with torch.no_grad():
             result = self._compiled(params, grads, state, extra)
-        return (params, state) if self._donate else result
+            if not self._donate:
+                return result
+            # Out of the graph: compiled code loses what is written into a float64 input without dimensions.
+            for old, new in zip((leaf for leaf in tree_leaves((params, state)) if not leaf.ndim), result, strict=True):
+                old.copy_(new)
+        return params, state
 
     def _check_donated(self, params: Params, grads: Updates, state: State) -> None:
         owned = tree_leaves((params, state))
@@ -111,7 +122,7 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
         start = leaf.data_ptr()
         spans.append((start, start + (last + 1) * leaf.element_size(), name))
     spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
             raise ValueError(
                 f"{first} and {second} share memory and cannot be donated. Are weights tied? "

@@ -28,7 +28,7 @@ _SHARE = (0.0, 1.0)
 
 
 def shrink(w: Tensor, threshold: Scalar) -> Tensor:
-    r"""Soft thresholding of one tensor, :math:`\operatorname{sign}(w) \max(|w| - t, 0)`: the operator under most others.
+    r"""Soft thresholding of one tensor, :math:`\operatorname{sign}(w) \max(|w| - t, 0)`.
 
     Zeros are +0.0, NaN goes through, a complex entry keeps its phase.
 
@@ -49,8 +49,9 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
     return w - w.clamp(-threshold, threshold)
 
 
-def _l1_gradient(w: Tensor) -> Tensor:
-    return w.sgn()
+def _sign(w: Tensor) -> Tensor:
+    """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
+    return torch.where(w.isnan(), w, w.sgn())
 
 
 def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
@@ -58,10 +59,10 @@ def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
 
 
 def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return torch.where(w == 0, shrink(g, strength), g + strength * _l1_gradient(w))
+    return torch.where(w == 0, shrink(g, strength), g + strength * _sign(w))
 
 
-@penalty(gradient=_l1_gradient, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
+@penalty(gradient=_sign, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
 def l1(w: Tensor) -> Tensor:
     r"""Sum of magnitudes, :math:`\sum_i |w_i|`.
 
@@ -136,7 +137,7 @@ def half_l2(w: Tensor) -> Tensor:
 
 
 def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
-    return alpha * (rho * w.sgn() + (1 - rho) * w)
+    return alpha * (rho * _sign(w) + (1 - rho) * w)
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -208,7 +209,7 @@ def _sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
     if isinstance(weights, Tensor):
         return weights.reshape([1 if d in dims else n for d, n in enumerate(w.shape)])
     if weights == "sqrt_size":
-        return math.sqrt(math.prod(w.shape[d] for d in dims))
+        return math.sqrt(math.prod([w.shape[d] for d in dims]))
     raise ValueError(f"weights is {weights!r}; expected None, 'sqrt_size' or a tensor with one entry a group")
 
 
@@ -312,7 +313,7 @@ def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor
 
 
 def _sparse_group_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    return alpha * (rho * w.sgn() + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
+    return alpha * (rho * _sign(w) + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
 
 
 def _sparse_group_proximal(

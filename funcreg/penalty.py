@@ -177,9 +177,8 @@ class Penalty:
                 if isinstance(number, str | bytes | bool):
                     raise TypeError(f"{parameter.name} of {self.__name__} is {number!r}; expected a number or a tensor")
                 if isinstance(number, int | float) and not least <= number <= greatest:
-                    raise ValueError(
-                        f"{parameter.name} of {self.__name__} is {number}; expected a number from {least:g} to {greatest:g}"
-                    )
+                    name = f"{parameter.name} of {self.__name__}"
+                    raise ValueError(f"{name} is {number}; expected a number from {least:g} to {greatest:g}")
         return tuple(values), options
 
 
@@ -265,8 +264,9 @@ def penalty(
             return proximal(w, step / h, *hyper, **options)
 
         def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
-            assert residual is not None
-            return compute(lambda w, g, *row: residual(w, g, *row, **options), params, grads, hyper=(strength, *hyper))
+            rule = residual
+            assert rule is not None
+            return compute(lambda w, g, *row: rule(w, g, *row, **options), params, grads, hyper=(strength, *hyper))
 
         return Penalty(
             tree_value,

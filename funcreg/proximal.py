@@ -57,7 +57,7 @@ def _descend(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    return Transform(init, update, furthest(direction.reach, penalty.reach or "global"))
+    return Transform(init, update, furthest([direction.reach, penalty.reach or "global"]))
 
 
 def prox_sgd(
@@ -218,7 +218,7 @@ def fista(
 
     def update(updates: Updates, state: FistaState, params: Params) -> tuple[Updates, FistaState]:
         rate, force, *values = (at_step(value, state.steps) for value in (learning_rate, strength, *hyper))
-        reached = compute(lambda y, g, r: y - r * g, params, updates, hyper=(rate,))
+        reached = compute(lambda y, g, r: y - r * g, tree_map(widen, params), updates, hyper=(rate,))
         x = penalty.prox(reached, product(params, rate, force), *values, mask=mask, **options)
         old = state.momentum
         if restart:
@@ -227,7 +227,7 @@ def fista(
         new = (1 + (1 + 4 * old.square()).sqrt()) / 2
         # From y to the next y, in one subtraction: where x and its predecessor are zero, y becomes exactly zero.
         moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=((old - 1) / new,))
-        return moves, FistaState(state.steps + 1, new, x)
+        return moves, FistaState(state.steps + 1, new, compute(lambda x0, x: x, state.solution, x))
 
     return Transform(init, update, "global")
 

@@ -88,7 +88,7 @@ def add_penalty(
 def proximal(
     penalty: Penalty, step: Hyper | Schedule, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any
 ) -> Transform:
-    r"""Apply a proximal operator to where the step leads, :math:`u' = \operatorname{prox}_{\text{step} \cdot g}(w + u) - w`.
+    r"""Apply a proximal operator after the step, :math:`u' = \operatorname{prox}_{\text{step} \cdot g}(w + u) - w`.
 
     It goes last in a chain: what changes updates after it loses the zeros it made. The step is the strength of
     the penalty times the learning rate; under a learning-rate schedule, momentum or Adam it has to follow them,

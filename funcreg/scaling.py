@@ -96,7 +96,7 @@ def _stored(moments: Params, like: Params) -> Params:
 
 def _real_zeros(params: Params, value: Scalar = 0.0) -> Params:
     """Accumulators of squared magnitudes, which are real."""
-    return tree_map(lambda w: torch.full_like(w.real, value, dtype=wide(w.real.dtype)), params)
+    return tree_map(lambda w: torch.zeros_like(w.real, dtype=wide(w.real.dtype)) + value, params)
 
 
 def bias_correction(decay: Scalar, steps: Tensor) -> Tensor:
@@ -442,7 +442,7 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
 
     def update(updates: Updates, state: RssState, params: Params) -> tuple[Updates, RssState]:
         new = RssState(compute(lambda v, u: v + squared(u), state.sum_of_squares, updates))
-        return compute(lambda u, h: torch.where(u == 0, torch.zeros_like(u), u / h), updates, metric(new)), new
+        return compute(lambda u, h: u / torch.where(h == 0, 1.0, h), updates, metric(new)), new
 
     def metric(state: RssState) -> Params:
         return compute(lambda v, e: (v + e).sqrt(), state.sum_of_squares, hyper=(eps,))

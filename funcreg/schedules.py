@@ -220,7 +220,8 @@ def warmup_cosine_decay_schedule(
     """
     if decay_steps <= warmup_steps:
         raise ValueError(
-            f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more: decay_steps counts the warm-up too"
+            f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more, because decay_steps "
+            "counts the warm-up too"
         )
     zero = isinstance(peak_value, int | float) and peak_value == 0
     alpha = 0.0 if zero else end_value / peak_value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,9 +81,9 @@ def _accepted(update: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameter.name for parameter in list(parameters)[3:])
 
 
-def furthest(*reaches: Reach) -> Reach:
+def furthest(reaches: Iterable[Reach]) -> Reach:
     """The reach of transforms one after another."""
-    return max(reaches, key=_REACHES.index, default="elementwise")
+    return _REACHES[max((_REACHES.index(reach) for reach in reaches), default=0)]
 
 
 class EmptyState(NamedTuple):

@@ -17,7 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
+from funcreg._typing import Hyper, Mask, Params, Updates
 
 Path = tuple[str, ...]
 
@@ -42,8 +42,9 @@ def _open(node: Any) -> _Opened | None:
     """One level of a tree, children in optree's order, or None for a leaf."""
     if isinstance(node, Tensor):
         return None
-    if type(node) is dict or type(node) is OrderedDict:
-        kind, order = type(node), tuple(node)
+    kind: Any = type(node)
+    if kind is dict or kind is OrderedDict:
+        order = tuple(node)
         keys = order if kind is OrderedDict else _sorted_keys(order)
 
         def rebuild(children: list[Any]) -> Any:
@@ -51,11 +52,10 @@ def _open(node: Any) -> _Opened | None:
             return kind((key, found[key]) for key in order)
 
         return _Opened(tuple(str(key) for key in keys), tuple(node[key] for key in keys), rebuild)
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        named = type(node)
-        return _Opened(tuple(named._fields), tuple(node), lambda children: named(*children))  # pyright: ignore[reportAttributeAccessIssue]  # a named tuple
-    if type(node) is tuple or type(node) is list:
-        kind = type(node)
+    fields = getattr(node, "_fields", None)
+    if isinstance(node, tuple) and fields is not None:
+        return _Opened(tuple(fields), tuple(node), lambda children: kind(*children))
+    if kind is tuple or kind is list:
         return _Opened(tuple(str(i) for i in range(len(node))), tuple(node), lambda children: kind(children))
     if node is None:
         return _Opened((), (), lambda children: None)
@@ -331,15 +331,15 @@ def product(params: Params, *factors: Hyper) -> Hyper:
 
 
 def scalar_device(params: Params) -> torch.device:
-    """Where counters lie: with the parameters, so that they can be batched; on the CPU if those are on several devices."""
+    """Where counters lie: with the parameters, to be batched with them; on the CPU if those span devices."""
     devices = {leaf.device for leaf in tree_leaves(params)}
     single = len(devices) == 1 and next(iter(devices)).type != "mps"  # No float64 there.
     return next(iter(devices)) if single else torch.device("cpu")
 
 
-def zeros(params: Params, dtype: torch.dtype | None = None, value: Scalar = 0.0) -> Any:
-    """Accumulators: leaves of one value, each in its own memory, in `dtype` or in float32 at least."""
-    return tree_map(lambda w: torch.full_like(w, value, dtype=dtype or wide(w.dtype)), params)
+def zeros(params: Params, dtype: torch.dtype | None = None) -> Any:
+    """Accumulators at zero, each in its own memory, in `dtype` or in float32 at least."""
+    return tree_map(lambda w: torch.zeros_like(w, dtype=dtype or wide(w.dtype)), params)
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,430 @@
+"""The tables: one row for each penalty and each transform. A row is under every law of the suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import funcreg as fr
+
+# Trees
+
+
+class Layer(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+
+
+def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
+    """A nested tree of a matrix, vectors and a filter bank, with zeros among the entries."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return torch.where(torch.rand(shape, generator=generator) < 0.1, 0.0, x).to(dtype)
+
+    return {"head": Layer(leaf(4, 3), leaf(4)), "body": {"filters": leaf(3, 2, 2, 2), "scale": (leaf(5),)}}
+
+
+def flat(tree: Any) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in fr.tree_leaves(tree)])
+
+
+def assert_equal(a: Any, b: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Trees of one structure whose leaves agree in value, dtype and shape."""
+    assert fr.tree_paths(a) == fr.tree_paths(b)
+    for path, x, y in zip(fr.tree_paths(a), fr.tree_leaves(a), fr.tree_leaves(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, path=path: f"{path}: {m}")
+
+
+# Penalties
+
+
+def _sum_of_norms(dims: Callable[[Tensor], tuple[int, ...]], root: bool = False) -> Callable[[Tensor], Tensor]:
+    def value(w: Tensor) -> Tensor:
+        inside = dims(w)
+        norms = torch.linalg.vector_norm(w, dim=inside) if inside else w.abs()
+        return norms.sum() * math.prod(w.shape[d] for d in inside) ** (0.5 if root else 0.0)
+
+    return value
+
+
+def _rows(w: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, w.ndim))
+
+
+def _columns(w: Tensor) -> tuple[int, ...]:
+    return (0,)
+
+
+def _all(w: Tensor) -> tuple[int, ...]:
+    return tuple(range(w.ndim))
+
+
+@fr.penalty(
+    gradient=lambda w, width: w.clamp(-width, width),
+    proximal=lambda w, step, width: w - step * (w / (1 + step)).clamp(-width, width),
+)
+def huber(w: Tensor, width: Any) -> Tensor:
+    """A penalty as a user writes it, with nothing but its two rules."""
+    return torch.where(w.abs() <= width, w.square() / 2, width * (w.abs() - width / 2))
+
+
+def _joint_prox(params: Any, step: Any, metric: Any = None) -> Any:
+    if metric is not None:
+        raise ValueError("joint has no proximal operator in a metric")
+    norm = fr.global_norm(params)
+    factor = torch.relu(norm - step) / torch.where(norm == 0, 1.0, norm)
+    return fr.tree_map(lambda w: (w * factor).to(w.dtype) + 0.0, params)
+
+
+def _joint_grad(params: Any) -> Any:
+    norm = fr.global_norm(params)
+    return fr.tree_map(lambda w: (w / torch.where(norm == 0, 1.0, norm)).to(w.dtype), params)
+
+
+joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox, reach="global")
+"""A penalty on trees: one norm couples all leaves, which live or die together."""
+
+
+@dataclass(frozen=True)
+class PenaltyCase:
+    penalty: fr.Penalty
+    equation: Callable[[Tensor], Tensor] | None  # On one leaf; None where leaves are coupled.
+    hyper: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    smooth: bool = False  # Has a gradient at zero, and makes no zeros.
+    least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
+    complex: bool = True  # Takes complex leaves.
+    metric: bool = True  # Has a proximal operator in a diagonal metric.
+
+    def value(self, params: Any, **kwargs: Any) -> Tensor:
+        return self.penalty(params, *self.hyper, **self.options, **kwargs)
+
+    def grad(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
+
+    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
+        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
+
+
+PENALTIES: dict[str, PenaltyCase] = {
+    "l1": PenaltyCase(fr.l1, lambda w: w.abs().sum()),
+    "l2": PenaltyCase(fr.l2, lambda w: (w * w.conj()).real.sum(), smooth=True),
+    "half_l2": PenaltyCase(fr.half_l2, lambda w: 0.5 * (w * w.conj()).real.sum(), smooth=True),
+    "elastic": PenaltyCase(
+        fr.elastic, lambda w: 0.18 * w.abs().sum() + 0.06 * (w * w.conj()).real.sum(), hyper=(0.3, 0.6)
+    ),
+    "group_lasso": PenaltyCase(fr.group_lasso, _sum_of_norms(_rows)),
+    "group_lasso of columns": PenaltyCase(fr.group_lasso, _sum_of_norms(_columns), options={"dim": 0}, least_ndim=1),
+    "group_lasso of leaves": PenaltyCase(fr.group_lasso, _sum_of_norms(_all), options={"dim": None}),
+    "group_lasso by size": PenaltyCase(
+        fr.group_lasso, _sum_of_norms(_rows, root=True), options={"weights": "sqrt_size"}
+    ),
+    "sparse_group_lasso": PenaltyCase(
+        fr.sparse_group_lasso,
+        lambda w: 0.5 * (0.4 * w.abs().sum() + 0.6 * _sum_of_norms(_rows, root=True)(w)),
+        hyper=(0.5, 0.4),
+        options={"weights": "sqrt_size"},
+    ),
+    "a user's": PenaltyCase(
+        huber,
+        lambda w: torch.nn.functional.huber_loss(w, torch.zeros_like(w), reduction="sum", delta=0.7),
+        hyper=(0.7,),
+        smooth=True,
+        complex=False,
+    ),
+    "a user's on trees": PenaltyCase(joint, None, metric=False),
+}
+
+
+# Transforms
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one leaf has seen: all its gradients so far, itself at each step, and the norm of each step's gradients."""
+
+    gs: list[Tensor]
+    ws: list[Tensor]
+    norms: list[Tensor]
+
+    @property
+    def g(self) -> Tensor:
+        return self.gs[-1]
+
+    @property
+    def w(self) -> Tensor:
+        return self.ws[-1]
+
+    @property
+    def n(self) -> int:
+        return len(self.gs)
+
+
+@dataclass(frozen=True)
+class TransformCase:
+    make: Callable[..., fr.Transform]  # From a factor of its main hyperparameter to the transform.
+    # The update of a leaf in plain torch, from closed forms over all that it has seen, and the factor; None where
+    # a test of its own has the equation.
+    equation: Callable[[Seen, float], Tensor] | None
+    differentiable: bool = True  # Its updates have a useful derivative in the gradients.
+
+
+def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
+    n = len(gs)
+    return b**n * first + (1 - b) * sum((b ** (n - 1 - i) * g**power for i, g in enumerate(gs)), torch.zeros(()))
+
+
+def _hat(gs: list[Tensor], b: float, power: int = 1) -> Tensor:
+    return _mean(gs, b, power) / (1 - b ** len(gs))
+
+
+def _adam(s: Seen, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, root: float = 0.0) -> Tensor:
+    return _hat(s.gs, b1) / ((_hat(s.gs, b2, 2) + root).sqrt() + eps)
+
+
+def _nadam(s: Seen, b1: float) -> Tensor:
+    ahead = b1 * _mean(s.gs, b1) / (1 - b1 ** (s.n + 1)) + (1 - b1) * s.g / (1 - b1**s.n)
+    return ahead / (_hat(s.gs, 0.999, 2).sqrt() + 1e-8)
+
+
+def _amsgrad(s: Seen) -> Tensor:
+    largest = torch.stack([_hat(s.gs[: i + 1], 0.999, 2) for i in range(s.n)]).amax(0)
+    return _hat(s.gs, 0.9) / (largest.sqrt() + 1e-8)
+
+
+def _trace(gs: list[Tensor], b: float) -> Tensor:
+    return sum((b ** (len(gs) - 1 - i) * g for i, g in enumerate(gs)), torch.zeros(()))
+
+
+def _trust(u: Tensor, w: Tensor) -> Tensor:
+    size, step = w.square().sum().sqrt(), u.square().sum().sqrt()
+    return u * size / step if size * step != 0 else u
+
+
+def _unit(w: Tensor) -> Tensor:
+    return w.square().sum(tuple(range(1, w.ndim)), keepdim=True).sqrt() if w.ndim > 1 else w.abs()
+
+
+def _soft(w: Tensor, t: Any) -> Tensor:
+    return w.sign() * (w.abs() - t).clamp(min=0)
+
+
+def _group(w: Tensor, t: Any) -> Tensor:
+    return torch.where(_unit(w) > t, w * (1 - t / _unit(w)), torch.zeros_like(w))
+
+
+def _row_means(w: Tensor) -> Tensor:
+    return w.mean(tuple(range(1, w.ndim)), keepdim=True) if w.ndim > 1 else torch.zeros_like(w)
+
+
+def _fista(s: Seen, rate: float, threshold: float) -> Tensor:
+    x, t = s.ws[0], 1.0
+    y = x
+    for w, g in zip(s.ws, s.gs, strict=True):
+        x, before = _soft(w - rate * g, threshold), x
+        t, previous = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+        y = x + (previous - 1) / t * (x - before)
+    return y - s.w
+
+
+def falling(count: Any) -> Any:
+    """A schedule, 1, 1/2, 1/3 ..."""
+    return 1 / (1 + fr.linear_schedule(0.0, 10.0, 10)(count))
+
+
+HEAD = {"head": True, "body": False}
+
+
+def _clipped_descent(h: float = 1.0) -> fr.Transform:
+    return fr.chain(fr.clip_by_global_norm(1.0), fr.trace(0.5), fr.add_decayed_weights(0.1 * h), fr.scale(-0.1))
+
+
+def _clipped_descent_equation(s: Seen, h: float) -> Tensor:
+    clipped = [g * min(1.0, 1 / float(norm)) for g, norm in zip(s.gs, s.norms, strict=True)]
+    return -0.1 * (_trace(clipped, 0.5) + 0.1 * h * s.w)
+
+
+TRANSFORMS: dict[str, TransformCase] = {
+    "identity": TransformCase(lambda h=1.0: fr.identity(), lambda s, h: s.g),
+    "set_to_zero": TransformCase(lambda h=1.0: fr.set_to_zero(), lambda s, h: 0 * s.g, differentiable=False),
+    "stateless": TransformCase(
+        lambda h=1.0: fr.stateless(lambda u, p: fr.tree_map(lambda u, w: u - w, u, p)), lambda s, h: s.g - s.w
+    ),
+    "scale": TransformCase(lambda h=1.0: fr.scale(-0.5 * h), lambda s, h: -0.5 * h * s.g),
+    "scale_by_schedule": TransformCase(lambda h=1.0: fr.scale_by_schedule(falling), lambda s, h: s.g / s.n),
+    "scale_by_learning_rate": TransformCase(
+        lambda h=1.0: fr.scale_by_learning_rate(0.5 * h), lambda s, h: -0.5 * h * s.g
+    ),
+    "scale_by_learning_rate on a schedule": TransformCase(
+        lambda h=1.0: fr.scale_by_learning_rate(lambda count: h * falling(count)), lambda s, h: -h * s.g / s.n
+    ),
+    "trace": TransformCase(lambda h=1.0: fr.trace(0.5 * h), lambda s, h: _trace(s.gs, 0.5 * h)),
+    "trace nesterov": TransformCase(
+        lambda h=1.0: fr.trace(0.5 * h, nesterov=True), lambda s, h: s.g + 0.5 * h * _trace(s.gs, 0.5 * h)
+    ),
+    "ema": TransformCase(lambda h=1.0: fr.ema(0.5 * h), lambda s, h: _hat(s.gs, 0.5 * h)),
+    "ema not debiased": TransformCase(lambda h=1.0: fr.ema(0.5 * h, debias=False), lambda s, h: _mean(s.gs, 0.5 * h)),
+    "scale_by_adam": TransformCase(lambda h=1.0: fr.scale_by_adam(eps=0.1 * h), lambda s, h: _adam(s, eps=0.1 * h)),
+    "scale_by_adam below the root": TransformCase(
+        lambda h=1.0: fr.scale_by_adam(0.5, 0.75, 0.1, 0.2 * h), lambda s, h: _adam(s, 0.5, 0.75, 0.1, 0.2 * h)
+    ),
+    "scale_by_adam nesterov": TransformCase(
+        lambda h=1.0: fr.scale_by_adam(b1=0.5 * h, nesterov=True), lambda s, h: _nadam(s, 0.5 * h)
+    ),
+    "scale_by_amsgrad": TransformCase(lambda h=1.0: fr.scale_by_amsgrad(), lambda s, h: _amsgrad(s)),
+    "scale_by_rms": TransformCase(
+        lambda h=1.0: fr.scale_by_rms(eps=0.1 * h), lambda s, h: s.g / (_mean(s.gs, 0.9, 2) + 0.1 * h).sqrt()
+    ),
+    "scale_by_rms corrected": TransformCase(
+        lambda h=1.0: fr.scale_by_rms(eps=0.1 * h, eps_in_sqrt=False, bias_correction=True),
+        lambda s, h: s.g / (_hat(s.gs, 0.9, 2).sqrt() + 0.1 * h),
+    ),
+    "scale_by_stddev": TransformCase(
+        lambda h=1.0: fr.scale_by_stddev(eps=0.1 * h, initial_scale=0.3),
+        lambda s, h: s.g / (_mean(s.gs, 0.9, 2, 0.3) - _mean(s.gs, 0.9) ** 2 + 0.1 * h).sqrt(),
+    ),
+    "scale_by_rss": TransformCase(
+        lambda h=1.0: fr.scale_by_rss(0.1 * h),
+        lambda s, h: s.g / (0.1 * h + 1e-7 + torch.stack(s.gs).square().sum(0)).sqrt(),
+    ),
+    "scale_by_sign": TransformCase(
+        lambda h=1.0: fr.scale_by_sign(), lambda s, h: s.g / s.g.abs().clamp(min=1e-300), differentiable=False
+    ),
+    "scale_by_lion": TransformCase(
+        lambda h=1.0: fr.scale_by_lion(),
+        lambda s, h: torch.sign(0.9 * _mean(s.gs[:-1], 0.99) + 0.1 * s.g),
+        differentiable=False,
+    ),
+    "scale_by_trust_ratio": TransformCase(
+        lambda h=1.0: fr.scale_by_trust_ratio(trust_coefficient=h), lambda s, h: h * _trust(s.g, s.w)
+    ),
+    "clip": TransformCase(lambda h=1.0: fr.clip(0.5 * h), lambda s, h: s.g.clamp(-0.5 * h, 0.5 * h)),
+    "clip_by_global_norm": TransformCase(
+        lambda h=1.0: fr.clip_by_global_norm(h), lambda s, h: s.g * min(1.0, h / float(s.norms[-1]))
+    ),
+    "clip_by_block_rms": TransformCase(
+        lambda h=1.0: fr.clip_by_block_rms(0.5 * h),
+        lambda s, h: s.g / (s.g.square().mean().sqrt() / (0.5 * h)).clamp(min=1),
+    ),
+    "adaptive_grad_clip": TransformCase(
+        lambda h=1.0: fr.adaptive_grad_clip(0.5 * h, axis=...),
+        lambda s, h: s.g * (0.5 * h * _unit(s.w).clamp(min=1e-3) / _unit(s.g).clamp(min=1e-9)).clamp(max=1),
+    ),
+    "zero_nans": TransformCase(lambda h=1.0: fr.zero_nans(), lambda s, h: s.g.nan_to_num()),
+    "centralize": TransformCase(lambda h=1.0: fr.centralize(), lambda s, h: s.g - _row_means(s.g)),
+    "keep_params_nonnegative": TransformCase(
+        lambda h=1.0: fr.keep_params_nonnegative(), lambda s, h: torch.maximum(s.g, -s.w)
+    ),
+    "add_decayed_weights": TransformCase(
+        lambda h=1.0: fr.add_decayed_weights(0.1 * h), lambda s, h: s.g + 0.1 * h * s.w
+    ),
+    "add_decayed_weights on a schedule": TransformCase(
+        lambda h=1.0: fr.add_decayed_weights(lambda count: h * falling(count)), lambda s, h: s.g + h * s.w / s.n
+    ),
+    "add_penalty": TransformCase(
+        lambda h=1.0: fr.add_penalty(fr.elastic, 0.5, 0.25, strength=0.1 * h),
+        lambda s, h: s.g + 0.05 * h * (0.25 * s.w.sign() + 0.75 * s.w),
+    ),
+    "add_penalty with a hyperparameter on a schedule": TransformCase(
+        lambda h=1.0: fr.add_penalty(fr.elastic, falling, 0.25, strength=0.1 * h),
+        lambda s, h: s.g + 0.1 * h / s.n * (0.25 * s.w.sign() + 0.75 * s.w),
+    ),
+    "proximal": TransformCase(
+        lambda h=1.0: fr.proximal(fr.group_lasso, 0.8 * h), lambda s, h: _group(s.w + s.g, 0.8 * h) - s.w
+    ),
+    "soft_threshold": TransformCase(
+        lambda h=1.0: fr.soft_threshold(0.4 * h), lambda s, h: _soft(s.w + s.g, 0.4 * h) - s.w
+    ),
+    "soft_threshold on a schedule": TransformCase(
+        lambda h=1.0: fr.soft_threshold(lambda count: h * falling(count)), lambda s, h: _soft(s.w + s.g, h / s.n) - s.w
+    ),
+    "chain": TransformCase(_clipped_descent, _clipped_descent_equation),
+    "named_chain": TransformCase(
+        lambda h=1.0: fr.named_chain(("momentum", fr.trace(0.5 * h)), ("step", fr.scale(-0.1))),
+        lambda s, h: -0.1 * _trace(s.gs, 0.5 * h),
+    ),
+    "masked": TransformCase(
+        lambda h=1.0: fr.masked(fr.trace(0.5 * h), fr.matrices),
+        lambda s, h: _trace(s.gs, 0.5 * h) if s.w.ndim > 1 else s.g,
+    ),
+    "freeze": TransformCase(
+        lambda h=1.0: fr.chain(
+            fr.add_decayed_weights(0.1 * h), fr.freeze(fr.matrices), fr.add_decayed_weights(0.1 * h)
+        ),
+        lambda s, h: 0 * s.g if s.w.ndim > 1 else s.g + 0.2 * h * s.w,
+        differentiable=False,
+    ),
+    "partition": TransformCase(
+        lambda h=1.0: fr.partition(
+            {True: fr.trace(0.5 * h), False: fr.add_decayed_weights(0.1 * h)}, lambda params: fr.matrices(params)
+        ),
+        lambda s, h: _trace(s.gs, 0.5 * h) if s.w.ndim > 1 else s.g + 0.1 * h * s.w,
+    ),
+    "apply_if_finite": TransformCase(
+        lambda h=1.0: fr.apply_if_finite(fr.trace(0.5 * h), 2), lambda s, h: _trace(s.gs, 0.5 * h)
+    ),
+    "sgd": TransformCase(lambda h=1.0: fr.sgd(0.1 * h, 0.5), lambda s, h: -0.1 * h * _trace(s.gs, 0.5)),
+    "adam": TransformCase(lambda h=1.0: fr.adam(0.1 * h, eps=0.1), lambda s, h: -0.1 * h * _adam(s, eps=0.1)),
+    "adamw": TransformCase(
+        lambda h=1.0: fr.adamw(0.1, weight_decay=0.5 * h, mask=fr.matrices, eps=0.1),
+        lambda s, h: -0.1 * (_adam(s, eps=0.1) + (0.5 * h * s.w if s.w.ndim > 1 else 0)),
+    ),
+    "nadamw": TransformCase(
+        lambda h=1.0: fr.nadamw(0.1 * h, weight_decay=0.5), lambda s, h: -0.1 * h * (_nadam(s, 0.9) + 0.5 * s.w)
+    ),
+    "amsgrad": TransformCase(lambda h=1.0: fr.amsgrad(0.1 * h), lambda s, h: -0.1 * h * _amsgrad(s)),
+    "lion": TransformCase(
+        lambda h=1.0: fr.lion(0.1 * h, weight_decay=0.5),
+        lambda s, h: -0.1 * h * (torch.sign(0.9 * _mean(s.gs[:-1], 0.99) + 0.1 * s.g) + 0.5 * s.w),
+        differentiable=False,
+    ),
+    "rmsprop": TransformCase(
+        lambda h=1.0: fr.rmsprop(0.1 * h, eps=0.1),
+        lambda s, h: -0.1 * h * s.g / (_mean(s.gs, 0.9, 2) + 0.1).sqrt(),
+    ),
+    "adagrad": TransformCase(
+        lambda h=1.0: fr.adagrad(0.1 * h),
+        lambda s, h: -0.1 * h * s.g / (0.1 + 1e-7 + torch.stack(s.gs).square().sum(0)).sqrt(),
+    ),
+    "lamb": TransformCase(
+        lambda h=1.0: fr.lamb(0.1 * h, eps=0.1), lambda s, h: -0.1 * h * _trust(_adam(s, eps=0.1), s.w)
+    ),
+    "prox_sgd": TransformCase(
+        lambda h=1.0: fr.prox_sgd(0.1, fr.l1, strength=h, momentum=0.5),
+        lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
+    ),
+    "prox_sgd on schedules": TransformCase(
+        lambda h=1.0: fr.prox_sgd(lambda count: h * falling(count), fr.group_lasso, strength=falling),
+        lambda s, h: _group(s.w - h * s.g / s.n, h / s.n**2) - s.w,
+    ),
+    "prox_adam": TransformCase(
+        lambda h=1.0: fr.prox_adam(0.1, fr.l1, strength=h, eps=0.1, weight_decay=0.5),
+        lambda s, h: (
+            _soft(s.w - 0.1 * (_adam(s, eps=0.1) + 0.5 * s.w), 0.1 * h / (_hat(s.gs, 0.999, 2).sqrt() + 0.1)) - s.w
+        ),
+    ),
+    "prox_adam masked": TransformCase(
+        lambda h=1.0: fr.prox_adam(0.1, fr.l1, strength=h, eps=0.1, mask=fr.matrices),
+        lambda s, h: (
+            _soft(
+                s.w - 0.1 * _adam(s, eps=0.1),
+                0.1 * h / (_hat(s.gs, 0.999, 2).sqrt() + 0.1) if s.w.ndim > 1 else 0.0,
+            )
+            - s.w
+        ),
+    ),
+    "prox_adam of groups": TransformCase(
+        lambda h=1.0: fr.prox_adam(0.1, fr.sparse_group_lasso, 1.0, 0.5, strength=h, eps=0.1), None
+    ),
+    "fista": TransformCase(
+        lambda h=1.0: fr.fista(0.1, fr.l1, strength=h, restart=False), lambda s, h: _fista(s, 0.1, 0.1 * h)
+    ),
+    "fista with restart": TransformCase(lambda h=1.0: fr.fista(0.1, fr.l1, strength=h), None),
+}

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, database=None)
+hypothesis.settings.load_profile("suite")
+torch.set_num_threads(1)  # Tests are many and small: starting threads takes longer than their work.
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Every test begins with the same random numbers and no compiled code."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

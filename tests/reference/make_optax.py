@@ -1,0 +1,111 @@
+"""Run the rows of `twins.py` with optax in float64 and store what comes in `optax.json`.
+
+The suite reads the file and needs neither optax nor jax. To make it again:
+
+    pip install optax && python tests/reference/make_optax.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from twins import COUNTS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
+
+jax.config.update("jax_enable_x64", True)
+
+
+class Spy:
+    """Optax, that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked.add(name)
+        found = _find(name)
+        return _in_float64(found) if name in SCHEDULES_OF_OPTAX else found
+
+
+def _in_float64(make: Any) -> Any:
+    """A schedule that counts in 64 bits, because at an int32 count, such as optax's own, jax computes in float32."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        schedule = make(*args, **kwargs)
+        return lambda count: schedule(jnp.asarray(count, jnp.int64))
+
+    return made
+
+
+SCHEDULES_OF_OPTAX = {name for name in dir(optax.schedules) if name.endswith(("_schedule", "_schedules", "_decay"))}
+
+
+def _find(name: str) -> Any:
+    return getattr(optax, name) if hasattr(optax, name) else getattr(optax.transforms, name)
+
+
+def inputs() -> dict[str, Any]:
+    """Parameters, curvatures and targets, of three decimals. The bias begins at zero; one curvature is zero."""
+
+    def drawn(f: Any) -> Any:
+        return tree_map(lambda shape: np.fromfunction(np.vectorize(lambda *i: round(f(*i), 3)), shape).tolist(), SHAPES)
+
+    def wave(rate: float) -> Any:
+        return lambda *i: math.sin(rate * (1 + sum((7 * k + 1) * (j + 1) for k, j in enumerate(i))))
+
+    trees = {
+        "params": drawn(wave(1.3)),
+        "curvature": drawn(lambda *i: 1.1 + 0.9 * wave(2.1)(*i)),
+        "target": drawn(wave(0.7)),
+    }
+    trees["params"]["linear"]["bias"] = [0.0] * 3
+    trees["curvature"]["linear"]["weight"][0][0] = 0.0
+    return trees
+
+
+def signature(name: str) -> list[list[Any]]:
+    """Name, kind and default of each parameter; the default is None also where there is none, and then required."""
+    return [
+        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        for p in inspect.signature(_find(name)).parameters.values()
+    ]
+
+
+def _lines(rows: dict[str, Any]) -> str:
+    return "{\n" + ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n  }"
+
+
+def main() -> None:
+    given, spy = inputs(), Spy()
+    arrays = {name: tree_map(lambda leaf: jnp.array(leaf, jnp.float64), tree) for name, tree in given.items()}
+    steps: dict[str, Any] = {}
+    for name in TRANSFORMS:
+        first, last = (tree_map(lambda leaf: np.asarray(leaf).tolist(), tree) for tree in run(spy, name, arrays))
+        steps[name] = {"first": first, "last": last}
+    values = {}
+    for name, make in SCHEDULES.items():
+        schedule = make(spy)
+        values[name] = [float(schedule(count)) for count in COUNTS]
+    public = {n for lib in (optax, optax.transforms) for n in dir(lib) if n[0] != "_" and callable(getattr(lib, n))}
+    parts = {
+        "optax": json.dumps(optax.__version__),
+        "names": json.dumps(" ".join(sorted(public))),
+        "signatures": _lines({name: signature(name) for name in sorted(spy.asked)}),
+        "counts": json.dumps(COUNTS),
+        "schedules": _lines(values),
+        "inputs": _lines(given),
+        "transforms": _lines(steps),
+    }
+    text = "{\n" + ",\n".join(f'  "{name}": {part}' for name, part in parts.items()) + "\n}\n"
+    Path(__file__).with_name("optax.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What optax has too: the same names, keywords, defaults and numbers, against stored reference numbers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reference.twins import TRANSFORMS, run, tree_map
+
+import funcreg as fr
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "optax.json").read_text())
+
+# Parameters of optax that funcreg has under another name or not at all.
+DIFFERENT = {
+    ("chain", "args"): "called transforms, as what they are",
+    ("named_chain", "args"): "called transforms, as what they are",
+    ("global_norm", "updates"): "called tree, because it measures parameters too",
+    ("masked", "mask_compatible_extra_args"): "extra arguments reach the inner transform as they are",
+    ("partition", "mask_compatible_extra_args"): "extra arguments reach the inner transforms as they are",
+}
+# What funcreg takes beyond optax.
+MORE = {
+    ("chain", "transforms"): "optax's args",
+    ("named_chain", "transforms"): "optax's args",
+    ("global_norm", "tree"): "optax's updates",
+    ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
+    ("stateless", "reach"): "tells the fused step how far the function looks",
+}
+# Names of both that no row uses.
+OTHER = {
+    "EmptyState": "a state, not a transform",
+    "init_empty_state": "what a transform is made of",
+}
+
+
+def tensors(tree):
+    return tree_map(lambda leaf: torch.tensor(leaf, dtype=torch.float64), tree)
+
+
+def parameters(name):
+    return [
+        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        for p in inspect.signature(getattr(fr, name)).parameters.values()
+    ]
+
+
+def test_every_row_has_reference_numbers():
+    assert set(TRANSFORMS) == set(REFERENCE["transforms"])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_twelve_steps_lead_where_optax_goes(name):
+    expected = REFERENCE["transforms"][name]
+    first, last = run(fr, name, {key: tensors(tree) for key, tree in REFERENCE["inputs"].items()})
+    close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+    tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), first, tensors(expected["first"]))
+    tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), last, tensors(expected["last"]))
+
+
+def test_every_name_that_optax_has_too_is_in_a_row():
+    shared = {name for name in REFERENCE["names"].split() if callable(getattr(fr, name, None))}
+    assert shared == {*REFERENCE["signatures"], *OTHER}
+
+
+@pytest.mark.parametrize("name", REFERENCE["signatures"])
+def test_parameters_have_the_names_the_order_and_the_defaults_of_optax(name):
+    ours, theirs = parameters(name), REFERENCE["signatures"][name]
+    assert [p for p in ours if (name, p[0]) not in MORE] == [p for p in theirs if (name, p[0]) not in DIFFERENT]
+
+
+def test_every_difference_from_optax_is_still_one():
+    optaxs = {(name, p[0]) for name, known in REFERENCE["signatures"].items() for p in known}
+    ours = {(name, p[0]) for name in REFERENCE["signatures"] for p in parameters(name)}
+    assert optaxs - ours == set(DIFFERENT)
+    assert ours - optaxs == set(MORE)

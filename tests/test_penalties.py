@@ -1,0 +1,432 @@
+"""The laws of penalties: each test holds for every row of the table."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from cases import PENALTIES, Layer, assert_equal, draw, flat
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call, grad, hessian, jvp, vmap
+
+import funcreg as fr
+
+every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
+every_penalty_on_leaves = pytest.mark.parametrize(
+    "case", [c for c in PENALTIES.values() if c.equation], ids=[n for n, c in PENALTIES.items() if c.equation]
+)
+STEPS = [0.0, 0.1, 1.0, 3.0, 100.0]
+
+
+def objective(case, x, z, step, metric=None):
+    """What the proximal operator minimizes over z."""
+    h = torch.ones(()) if metric is None else flat(metric)
+    return 0.5 * (h * (flat(z) - flat(x)).abs().square()).sum() + step * case.value(z)
+
+
+def nearby(z, seed, size):
+    return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
+
+
+def tiny_members():
+    """Three trees of matrices, stacked along a first dimension."""
+    trees = [{"a": draw(seed)["head"].weight, "b": draw(seed + 9)["head"].weight} for seed in range(3)]
+    return trees, fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+@every_penalty_on_leaves
+def test_value_is_the_sum_of_the_equation_over_leaves(case):
+    params = draw()
+    expected = sum(case.equation(w) for w in fr.tree_leaves(params))
+    torch.testing.assert_close(case.value(params), expected, rtol=1e-13, atol=0)
+
+
+@every_penalty
+def test_gradient_is_that_of_autograd_away_from_kinks(case):
+    params = fr.tree_map(lambda w: w + 0.1 * (w == 0), draw())
+    assert_equal(case.grad(params), grad(case.value)(params), rtol=1e-12, atol=1e-14)
+
+
+@every_penalty
+def test_gradient_at_zero_is_zero_also_by_autograd_and_twice(case):
+    params = fr.tree_map(torch.zeros_like, draw())
+    assert_equal(case.grad(params), params)
+    assert_equal(grad(case.value)(params), params)
+    row = {"w": torch.zeros(2, 2, dtype=torch.float64)}
+    assert flat(hessian(case.value)(row)).isfinite().all()
+    assert flat(vmap(grad(case.value))(fr.tree_map(lambda w: torch.stack([w, w + 1]), row))).isfinite().all()
+
+
+@every_penalty
+@pytest.mark.parametrize("step", STEPS)
+def test_prox_minimizes_its_objective(case, step):
+    x = draw()
+    z = case.prox(x, step)
+    least = objective(case, x, z, step)
+    candidates = [nearby(z, seed, size) for seed in range(20) for size in (1e-6, 1e-3, 0.1, 1.0)]
+    candidates += [x, fr.tree_map(torch.zeros_like, x), *(fr.tree_map(lambda a, t=t: t * a, x) for t in (0.25, 0.75))]
+    assert all(objective(case, x, other, step) >= least - 1e-12 for other in candidates)
+
+
+@every_penalty
+@pytest.mark.parametrize("step", [0.1, 1.0, 3.0])
+def test_what_prox_takes_away_is_a_subgradient_where_it_lands(case, step):
+    x = draw()
+    z = case.prox(x, step)
+    slope = (flat(x) - flat(z)) / step
+    for seed in range(30):
+        other = draw(seed + 50, scale=2.0)
+        assert case.value(other) >= case.value(z) + slope @ (flat(other) - flat(z)) - 1e-10
+
+
+@every_penalty
+def test_prox_is_firmly_nonexpansive(case):
+    for seed in range(10):
+        x, y = draw(seed), draw(seed + 100, scale=2.0)
+        moved = flat(case.prox(x, 0.7)) - flat(case.prox(y, 0.7))
+        assert moved @ moved <= moved @ (flat(x) - flat(y)) + 1e-12
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "half_l2", "elastic", "a user's"])
+def test_prox_of_one_entry_is_the_minimum_on_a_grid(name):
+    case = PENALTIES[name]
+    for x in torch.linspace(-4, 4, 33, dtype=torch.float64):
+        for step in (0.3, 1.7):
+            z = case.prox(x, step)
+            at = vmap(lambda z, x=x, step=step: 0.5 * (z - x) ** 2 + step * case.equation(z))
+            assert (at(torch.linspace(-5, 5, 20001, dtype=torch.float64)) >= at(z[None]) - 1e-12).all()
+
+
+@every_penalty
+def test_step_zero_is_the_identity(case):
+    assert_equal(case.prox(draw(), 0.0), draw(), rtol=1e-15)
+    assert_equal(case.prox(draw(), torch.zeros(())), draw(), rtol=1e-15)
+
+
+@every_penalty
+def test_nan_goes_through(case):
+    params = draw()
+    params["head"].weight[1, 1] = math.nan
+    assert case.value(params).isnan()
+    assert case.grad(params)["head"].weight[1, 1].isnan()
+    assert case.prox(params, 0.5)["head"].weight[1, 1].isnan()
+    if case.metric:
+        ones = fr.tree_map(torch.ones_like, params)
+        assert case.prox(params, 0.5, metric=ones)["head"].weight[1, 1].isnan()
+
+
+@every_penalty
+def test_zeros_are_positive_zeros(case):
+    params = fr.tree_map(lambda w: torch.where(w == 0, -0.0, w), draw())
+    for step in (0.5, 100.0):
+        z = flat(case.prox(params, step))
+        assert not torch.signbit(z[z == 0]).any() or case.smooth
+
+
+@every_penalty
+def test_a_penalty_with_kinks_makes_exact_zeros(case):
+    z = flat(case.prox(draw(), 100.0))
+    assert (z != 0).any() if case.smooth else (z == 0).all()
+
+
+@every_penalty
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_of_leaves_is_kept_and_values_are_float32_at_least(case, dtype):
+    params = draw(dtype=dtype)
+    for step in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+        assert {w.dtype for w in fr.tree_leaves(case.prox(params, step))} == {dtype}
+    assert {w.dtype for w in fr.tree_leaves(case.grad(params))} == {dtype}
+    assert case.value(params).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@every_penalty
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_is_kept_under_vmap_over_float32_and_float64_steps(case, dtype):
+    params = draw(dtype=dtype)
+    for steps in (torch.tensor([0.1, 0.5]), torch.tensor([0.1, 0.5], dtype=torch.float64)):
+        both = vmap(lambda step: case.prox(params, step))(steps)
+        assert {w.dtype for w in fr.tree_leaves(both)} == {dtype}
+        for i, step in enumerate(steps):
+            member = fr.tree_map(lambda w, i=i: w[i], both)
+            assert_equal(member, case.prox(params, step), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@every_penalty
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_values_are_summed_in_float32(case, dtype):
+    params = {"w": torch.full((300, 400), 2.0, dtype=dtype), "b": torch.full((3, 400), 300.0, dtype=dtype)}
+    exact = case.value(fr.tree_map(lambda w: w.double(), params))
+    torch.testing.assert_close(case.value(params).double(), exact, rtol=1e-5, atol=0)
+
+
+@every_penalty_on_leaves
+def test_leaves_of_every_shape_are_taken(case):
+    leaves = [
+        torch.tensor(0.7),
+        torch.zeros(0),
+        torch.zeros(0, 3),
+        torch.zeros(3, 0),
+        torch.randn(3, 4).T,
+        torch.randn(2, 3, 4)[:, 1],
+    ]
+    for leaf in (leaf.double() for leaf in leaves):
+        if leaf.ndim < case.least_ndim:
+            with pytest.raises(ValueError, match="has no dimension"):
+                case.value(leaf)
+            continue
+        expected = case.equation(leaf) if leaf.numel() else torch.zeros((), dtype=torch.float64)
+        torch.testing.assert_close(case.value(leaf), expected)
+        assert case.prox(leaf, 0.5).shape == case.grad(leaf).shape == leaf.shape
+
+
+@every_penalty
+def test_trees_of_every_kind_have_the_value_of_their_leaves(case):
+    a, b = draw()["head"].weight, draw(1)["head"].weight
+    expected = case.value({"a": a, "b": b})
+    for tree in (
+        [a, b],
+        (a, b),
+        OrderedDict(y=a, x=b),
+        {"x": {"y": [a]}, "z": (b,)},
+        Layer(a, b),
+        {"n": None, "a": a, "b": b},
+    ):
+        torch.testing.assert_close(case.value(tree), expected, rtol=1e-14, atol=0)
+        assert type(case.prox(tree, 1.0)) is type(tree)
+    assert case.prox({"b": b, "a": a}, 1.0).keys() == {"b": 0, "a": 0}.keys()
+    assert case.value({}) == 0
+    assert case.value({}).shape == ()
+    assert case.grad({}) == case.prox({}, 1.0) == {}
+
+
+@every_penalty
+def test_derivatives_compose(case):
+    params, tangent = draw(), draw(1)
+    away = fr.tree_map(lambda w: w + 0.1 * (w == 0), params)
+    value, slope = jvp(case.value, (away,), (tangent,))
+    torch.testing.assert_close(slope, flat(case.grad(away)) @ flat(tangent), rtol=1e-11, atol=0)
+    torch.testing.assert_close(value, case.value(away))
+    twice = grad(lambda p: (flat(grad(case.value)(p)) * flat(tangent)).sum())(away)
+    once = grad(lambda p: (flat(case.grad(p)) * flat(tangent)).sum())(away)
+    assert_equal(twice, once, rtol=1e-9, atol=1e-12)
+    through = grad(lambda p: flat(case.prox(p, 0.5)).square().sum())(params)
+    assert flat(through).isfinite().all()
+    assert (
+        flat(grad(lambda p: flat(case.prox(p, 0.5)).square().sum())(fr.tree_map(torch.zeros_like, params)))
+        .isfinite()
+        .all()
+    )
+
+
+@every_penalty
+def test_vmap_is_a_loop_over_members(case):
+    trees, stacked = tiny_members()
+    steps, hyper = (
+        torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64),
+        [torch.tensor([h, h / 2, h / 3]) for h in case.hyper],
+    )
+    p, options = case.penalty, case.options
+    values = vmap(lambda w, *h: p(w, *h, **options))(stacked, *hyper)
+    grads = vmap(lambda w, *h: p.grad(w, *h, **options))(stacked, *hyper)
+    slopes = vmap(grad(lambda w, *h: p(w, *h, **options)))(stacked, *hyper)
+    points = vmap(lambda w, s, *h: p.prox(w, s, *h, **options))(stacked, steps, *hyper)
+    for i, tree in enumerate(trees):
+        h = [x[i] for x in hyper]
+        torch.testing.assert_close(values[i], p(tree, *h, **options))
+        member = lambda batch, i=i: fr.tree_map(lambda w: w[i], batch)  # noqa: E731
+        assert_equal(member(grads), p.grad(tree, *h, **options), rtol=1e-12, atol=1e-15)
+        assert_equal(member(slopes), grad(lambda w, h=h: p(w, *h, **options))(tree), rtol=1e-12, atol=1e-15)
+        assert_equal(member(points), p.prox(tree, steps[i], *h, **options), rtol=1e-12, atol=1e-15)
+
+
+@every_penalty
+def test_compiling_the_whole_changes_nothing(case):
+    def everything(params, step):
+        return case.value(params), grad(case.value)(params), case.grad(params), case.prox(params, step)
+
+    params, step = draw(), torch.tensor(0.5)
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(params, step), everything(params, step), rtol=1e-12, atol=1e-15)
+
+
+@every_penalty
+def test_penalties_stand_in_a_loss_with_functional_call(case):
+    model = torch.nn.Linear(3, 2).double()
+    params, x = dict(model.named_parameters()), torch.randn(5, 3, dtype=torch.float64)
+    data = lambda p: functional_call(model, p, (x,)).square().mean()  # noqa: E731
+    both = grad(lambda p: data(p) + 0.1 * case.value(p))(params)
+    assert_equal(
+        both, fr.tree_map(lambda a, b: a + 0.1 * b, grad(data)(params), case.grad(params)), rtol=1e-11, atol=1e-14
+    )
+
+
+@every_penalty
+def test_a_metric_weighs_the_distance(case):
+    x = draw()
+    h = fr.tree_map(lambda w: 10 ** (2 * w), draw(3))
+    if not case.metric:
+        with pytest.raises(ValueError, match="metric"):
+            case.prox(x, 0.5, metric=h)
+        return
+    for step in (0.0, 0.3, 2.0, 1e4):
+        z = case.prox(x, step, metric=h)
+        least = objective(case, x, z, step, h)
+        for seed in range(20):
+            for size in (1e-5, 1e-2, 1.0):
+                assert objective(case, x, nearby(z, seed, size), step, h) >= least - 1e-9
+    constant = fr.tree_map(lambda w: torch.full_like(w, 4.0), x)
+    assert_equal(case.prox(x, 2.0, metric=constant), case.prox(x, 0.5), rtol=1e-12, atol=1e-14)
+    assert flat(grad(lambda p: flat(case.prox(p, 0.5, metric=h)).sum())(x)).isfinite().all()
+
+
+@every_penalty
+def test_a_mask_hides_leaves(case):
+    params, mask = draw(), fr.select("head.*")
+    head = {"head": params["head"]}
+    torch.testing.assert_close(case.value(params, mask=mask), case.value(head))
+    assert_equal(case.grad(params, mask=mask)["head"], case.grad(head)["head"])
+    assert not flat(case.grad(params, mask=mask)["body"]).any()
+    assert_equal(case.prox(params, 0.5, mask=mask), {**params, "head": case.prox(head, 0.5)["head"]})
+    if case.metric:
+        h = fr.tree_map(lambda w: w.abs() + 1, params)
+        masked = case.prox(params, 0.5, metric=h, mask=mask)
+        assert_equal(masked, {**params, "head": case.prox(head, 0.5, metric={"head": h["head"]})["head"]})
+
+
+@every_penalty_on_leaves
+def test_steps_and_hyperparameters_may_be_trees(case):
+    params = draw()
+    steps = {"head": Layer(0.1, torch.tensor(2.0)), "body": 0.7}
+    hyper = [{"head": h / 2, "body": h} for h in case.hyper]
+    z = case.penalty.prox(params, steps, *hyper, **case.options)
+    value = case.penalty(params, *hyper, **case.options)
+    half = [h / 2 for h in case.hyper]
+    head, body = {"w": params["head"].weight}, {"body": params["body"]}
+    assert_equal({"w": z["head"].weight}, case.penalty.prox(head, 0.1, *half, **case.options))
+    assert_equal({"body": z["body"]}, case.prox(body, 0.7))
+    torch.testing.assert_close(value, case.penalty(params["head"], *half, **case.options) + case.value(body))
+    with pytest.raises(ValueError, match="lacks 'body'"):
+        case.prox(params, {"head": 0.1})
+
+
+@every_penalty
+def test_complex_leaves_shrink_towards_zero_along_their_phase(case):
+    w = torch.complex(draw()["head"].weight, draw(1)["head"].weight)
+    w[0] = 0
+    if not case.complex:
+        return
+    if case.equation:
+        torch.testing.assert_close(case.value(w), case.equation(w), rtol=1e-13, atol=0)
+    assert not case.value(w).is_complex()
+    as_real = grad(lambda p: case.value(torch.view_as_complex(p)))(torch.view_as_real(w))
+    torch.testing.assert_close(torch.view_as_real(case.grad(w)), as_real, rtol=1e-12, atol=1e-14)
+    z = case.prox(w, 0.5)
+    turned = case.prox(w * 1j, 0.5)
+    torch.testing.assert_close(turned, z * 1j)
+    least = 0.5 * (z - w).abs().square().sum() + 0.5 * case.value(z)
+    for seed in range(20):
+        other = z + 0.1 * torch.complex(draw(seed)["head"].weight, draw(seed + 1)["head"].weight)
+        assert 0.5 * (other - w).abs().square().sum() + 0.5 * case.value(other) >= least - 1e-12
+
+
+@every_penalty
+def test_the_residual_is_zero_at_a_solution_and_only_there(case):
+    x = draw()
+    z = case.prox(x, 0.5)
+    slope = fr.tree_map(lambda a, b: a - b, z, x)  # Of the distance to x, so that z is the solution.
+    residual = lambda w, g: fr.kkt_residual(w, g, case.penalty, *case.hyper, strength=0.5, **case.options)  # noqa: E731
+    assert residual(z, slope) <= 1e-14
+    moved = nearby(z, 3, 0.1)
+    assert residual(moved, fr.tree_map(lambda a, b: a - b, moved, x)) > 1e-2
+
+
+@pytest.mark.parametrize("name", [n for n in PENALTIES if not n.startswith("a user's")])
+def test_the_residual_is_the_direction_of_steepest_descent(name):
+    case, w, g = PENALTIES[name], draw(), draw(1)
+    w["head"].weight[0] = 0
+    r = case.penalty.residual(w, g, *case.hyper, strength=0.5, **case.options)
+    total = lambda t: (
+        (flat(g) * (flat(w) - t * flat(r))).sum() + 0.5 * case.value(fr.tree_map(lambda a, b: a - t * b, w, r))
+    )  # noqa: E731
+    speed = (total(0.0) - total(1e-7)) / 1e-7
+    torch.testing.assert_close(speed, flat(r) @ flat(r), rtol=1e-5, atol=1e-6)
+
+
+@every_penalty
+def test_lambda_max_is_where_zero_becomes_a_solution(case):
+    grads = draw()
+    largest = fr.lambda_max(grads, case.penalty, *case.hyper, **case.options)
+    if case.smooth:
+        assert largest == math.inf
+        return
+    assert not flat(case.prox(grads, largest * (1 + 1e-12))).any()
+    assert flat(case.prox(grads, largest * (1 - 1e-9))).any()
+
+
+def test_lambda_max_has_its_closed_forms():
+    grads = draw()
+    largest = flat(grads).abs().max()
+    torch.testing.assert_close(fr.lambda_max(grads, fr.l1), largest, rtol=1e-15, atol=0)
+    torch.testing.assert_close(fr.lambda_max(grads, fr.elastic, 0.5, 0.2), largest / 0.1, rtol=1e-14, atol=0)
+    norms = [torch.linalg.vector_norm(w) for w in fr.tree_leaves(grads)]
+    torch.testing.assert_close(fr.lambda_max(grads, fr.group_lasso, dim=None), max(norms), rtol=1e-14, atol=0)
+    assert fr.lambda_max(fr.tree_map(torch.zeros_like, grads), fr.l1) == 0
+    torch.testing.assert_close(fr.lambda_max(grads, fr.l1, mask=fr.select("head.bias")), grads["head"].bias.abs().max())
+
+
+def test_group_prox_in_a_metric_is_exact_for_metrics_of_many_magnitudes():
+    for spread, tolerance in ((2, 1e-12), (4, 1e-11), (6, 1e-9)):
+        x = torch.randn(500, 64, dtype=torch.float64)
+        h = 10 ** (spread * (2 * torch.rand_like(x) - 1))
+        pulls = (h * x).square()
+        step = 0.5 * pulls.sum(1).sqrt().median()
+        z = fr.group_lasso.prox(x, step, metric=h)
+        alive = pulls.sum(1).sqrt() > step
+        theta = z[alive].square().sum(1, keepdim=True).sqrt()
+        stationary = h[alive] * (z[alive] - x[alive]) + step * z[alive] / theta
+        assert (stationary.abs().amax() / step) < tolerance
+        assert not z[~alive].any()
+
+
+def test_sparsity_is_the_share_of_exact_zeros():
+    assert fr.sparsity({"a": torch.tensor([0.0, -0.0, 1.0, 1e-40])}) == 0.5
+    assert fr.sparsity({"a": torch.zeros(3), "b": torch.ones(1)}, mask={"a": True, "b": False}) == 1
+    assert fr.sparsity({}) == 0
+    torch.testing.assert_close(vmap(fr.sparsity)({"a": torch.eye(2)}), torch.tensor([0.5, 0.5]))
+
+
+@given(st.lists(st.floats(allow_nan=True, width=32), min_size=1), st.floats(0, 1e6, width=32))
+def test_soft_thresholding_moves_by_the_threshold_or_to_zero(entries, threshold):
+    w = torch.tensor(entries)
+    z = fr.l1.prox(w, threshold)
+    assert torch.equal(z.isnan(), w.isnan())
+    inside = w.abs() <= threshold
+    assert not z[inside].any()
+    assert not torch.signbit(z[inside]).any()
+    torch.testing.assert_close(z[~inside], w[~inside] - threshold * w[~inside].sign(), equal_nan=True)
+
+
+@given(st.integers(0, 2**31), st.floats(0, 10), st.floats(0.01, 10))
+def test_elastic_is_between_lasso_and_ridge(seed, alpha, scale):
+    params = draw(seed % 1000, scale=scale)
+    torch.testing.assert_close(fr.elastic(params, alpha, 1), alpha * fr.l1(params))
+    torch.testing.assert_close(fr.elastic(params, alpha, 0), alpha * fr.half_l2(params))
+    torch.testing.assert_close(fr.half_l2(params), fr.l2(params) / 2)
+
+
+@every_penalty
+def test_arguments_stay_as_they_were(case):
+    params, h = draw(), fr.tree_map(torch.ones_like, draw())
+    before = copy.deepcopy((params, h))
+    case.value(params), case.grad(params), case.prox(params, 0.5)
+    if case.metric:
+        case.prox(params, 0.5, metric=h)
+    assert_equal((params, h), before)
+    assert all(
+        a.data_ptr() != b.data_ptr()
+        for a, b in zip(fr.tree_leaves(params), fr.tree_leaves(case.grad(params)), strict=True)
+    )

@@ -1,0 +1,369 @@
+"""The laws of transforms: each test holds for every row of the table."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from cases import HEAD, TRANSFORMS, Seen, assert_equal, draw, flat
+from torch.func import grad, vmap
+
+import funcreg as fr
+from funcreg.tree import ABSENT
+
+every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+def run(tx, steps=3, seed=0, dtype=torch.float64, params=None):
+    """Updates and states of a transform over random gradients, parameters moving along."""
+    params = draw(seed, dtype) if params is None else params
+    state = tx.init(params)
+    for n in range(steps):
+        grads = fr.tree_map(lambda w, g: g.to(w.dtype), params, draw(seed + 10 + n))
+        updates, state = tx.update(grads, state, params)
+        params = fr.apply_updates(params, fr.tree_map(lambda u: 0.1 * u, updates))
+    return updates, state, params
+
+
+def stacked(trees):
+    return fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+@every_transform
+def test_updates_are_those_of_the_equation(case):
+    if case.equation is None:
+        pytest.skip("a test of its own has the equation")
+    for factor in (1.0, 0.6):
+        tx, params, seen = case.make(factor), draw(), None
+        state = tx.init(params)
+        for n in range(4):
+            grads = draw(seed=n + 1)
+            leaves = list(zip(fr.tree_leaves(params), fr.tree_leaves(grads), strict=True))
+            seen = seen or [Seen([], [], []) for _ in leaves]
+            for leaf, (w, g) in zip(seen, leaves, strict=True):
+                leaf.ws.append(w), leaf.gs.append(g), leaf.norms.append(flat(grads).square().sum().sqrt())
+            updates, state = tx.update(grads, state, params)
+            for leaf, u in zip(seen, fr.tree_leaves(updates), strict=True):
+                torch.testing.assert_close(u, case.equation(leaf, factor).to(u.dtype), rtol=1e-11, atol=1e-13)
+            params = fr.apply_updates(params, fr.tree_map(lambda u: 0.1 * u, updates))
+
+
+@every_transform
+def test_update_leaves_its_arguments_as_they_were(case):
+    tx, params, grads = case.make(), draw(), draw(seed=1)
+    state = tx.init(params)
+    for _ in range(2):
+        before = copy.deepcopy((grads, state, params))
+        new = tx.update(grads, state, params)
+        assert_equal((grads, state, params), before)
+        state = new[1]
+
+
+@every_transform
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_state_and_updates_keep_structure_shape_and_dtype(case, dtype):
+    tx, params = case.make(), draw(dtype=dtype)
+    state = tx.init(params)
+    updates, after, _ = run(tx, steps=3, dtype=dtype)
+    assert fr.tree_paths(after) == fr.tree_paths(state)
+    describe = lambda tree: [(x.dtype, x.shape, x.device) for x in fr.tree_leaves(tree)]  # noqa: E731
+    assert describe(after) == describe(state)
+    assert describe(updates) == describe(params)
+
+
+@every_transform
+def test_leaves_of_state_and_updates_share_no_memory(case):
+    tx = case.make()
+    first = tx.init(draw())
+    updates, state, _ = run(tx)
+    places = [leaf.data_ptr() for leaf in fr.tree_leaves(first)]
+    assert len(set(places)) == len(places)
+    places = [leaf.data_ptr() for leaf in fr.tree_leaves((updates, state))]
+    assert len(set(places)) == len(places)
+
+
+@every_transform
+def test_sixteen_bit_updates_are_those_of_float32_rounded(case):
+    grads = fr.tree_map(lambda g: g.bfloat16(), draw(10))
+    tx, params = case.make(), draw(dtype=torch.bfloat16)
+    narrow, _ = tx.update(grads, tx.init(params), params)
+    master = fr.tree_map(lambda w: w.float(), params)
+    wide, _ = tx.update(fr.tree_map(lambda g: g.float(), grads), tx.init(master), master)
+    assert_equal(narrow, fr.tree_map(lambda u: u.bfloat16(), wide), rtol=1e-2, atol=1e-3)
+
+
+@every_transform
+def test_vmap_is_a_loop_over_members(case):
+    tx = case.make()
+    members = [draw(seed) for seed in range(3)]
+    grads = [[draw(10 * n + seed) for seed in range(3)] for n in range(2)]
+    batch = stacked(members)
+    state = vmap(tx.init)(batch) if fr.tree_leaves(tx.init(members[0])) else tx.init(members[0])
+    states = [tx.init(member) for member in members]
+    for step in grads:
+        updates, state = vmap(tx.update)(stacked(step), state, batch)
+        for i, member in enumerate(members):
+            alone, states[i] = tx.update(step[i], states[i], member)
+            assert_equal(fr.tree_map(lambda u, i=i: u[i], updates), alone, rtol=1e-11, atol=1e-13)
+
+
+@every_transform
+def test_members_of_an_ensemble_have_hyperparameters_of_their_own(case):
+    factors = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    tx, alone = fr.ensemble(case.make, factors), [case.make(float(h)) for h in factors]
+    members = [draw(seed) for seed in range(3)]
+    state, states = tx.init(stacked(members)), [t.init(member) for t, member in zip(alone, members, strict=True)]
+    for n in range(2):
+        grads = [draw(10 * n + seed + 5) for seed in range(3)]
+        updates, state = tx.update(stacked(grads), state, stacked(members))
+        for i, t in enumerate(alone):
+            expected, states[i] = t.update(grads[i], states[i], members[i])
+            assert_equal(fr.tree_map(lambda u, i=i: u[i], updates), expected, rtol=1e-6, atol=1e-9)
+            assert {u.dtype for u in fr.tree_leaves(updates)} == {torch.float64}
+
+
+@every_transform
+def test_compiling_the_whole_changes_nothing_and_happens_once(case):
+    tx, params = case.make(), draw()
+    compiled = torch.compile(lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="aot_eager")
+    state = traced = tx.init(params)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(4):
+            updates, state = tx.update(draw(n + 1), state, params)
+            again, traced = compiled(draw(n + 1), traced, params)
+            assert_equal((again, traced), (updates, state), rtol=1e-11, atol=1e-13)
+
+
+@every_transform
+@pytest.mark.parametrize("donate", [False, True])
+def test_fused_steps_are_the_eager_ones(case, donate):
+    tx = case.make()
+    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    params, state = step.init(draw())
+    expected, eager = draw(), tx.init(draw())
+    for n in range(3):
+        updates, eager = tx.update(draw(n + 1), eager, expected)
+        expected = fr.apply_updates(expected, updates)
+        before = [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
+        params, state = step(params, draw(n + 1), state)
+        assert_equal((params, state), (expected, eager), rtol=1e-11, atol=1e-12)
+        assert not donate or before == [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
+
+
+@every_transform
+def test_masked_leaves_have_no_state_and_their_updates_pass(case):
+    tx, params, grads = case.make(), draw(), draw(1)
+    masked = fr.masked(tx, HEAD)
+    state = masked.init(params)
+    head = {"head": params["head"]}
+    assert len(fr.tree_leaves(state)) == len(fr.tree_leaves(tx.init(head)))
+    updates, _ = masked.update(grads, state, params)
+    alone, _ = tx.update({"head": grads["head"]}, tx.init(head), head)
+    assert_equal(updates["head"], alone["head"], rtol=1e-12, atol=1e-14)
+    assert_equal(updates["body"], grads["body"])
+
+
+@every_transform
+def test_frozen_leaves_stay_wherever_freeze_stands(case):
+    params, grads, free = draw(), draw(1), {"body": draw()["body"]}
+    alone = case.make()
+    expected, _ = alone.update({"body": grads["body"]}, alone.init(free), free)
+    for order in ((fr.freeze(HEAD), case.make()), (case.make(), fr.freeze(HEAD))):
+        for tx in (fr.chain(*order), fr.chain(fr.chain(*order)), fr.named_chain(("a", order[0]), ("b", order[1]))):
+            state = tx.init(params)
+            updates, after = tx.update(grads, state, params)
+            assert not flat(updates["head"]).any()
+            assert_equal(updates["body"], expected["body"], rtol=1e-12, atol=1e-14)
+            assert len(fr.tree_leaves(state)) == len(fr.tree_leaves(after)) == len(fr.tree_leaves(alone.init(free)))
+
+
+@every_transform
+def test_updates_are_differentiable_in_gradients_and_parameters(case):
+    if not case.differentiable:
+        pytest.skip("the row says why it is flat")
+    tx, params = case.make(), draw()
+
+    def last(grads, params):
+        state = tx.init(params)
+        _, state = tx.update(draw(2), state, params)
+        updates, _ = tx.update(grads, state, params)
+        return (flat(updates) * flat(draw(3))).sum()
+
+    slope = grad(last)(draw(1), params)
+    assert flat(slope).isfinite().all()
+    assert flat(slope).any()
+    assert flat(grad(last, argnums=1)(draw(1), params)).isfinite().all()
+    at = lambda t: last(fr.tree_map(lambda g, d: g + t * d, draw(1), draw(4)), params)  # noqa: E731
+    torch.testing.assert_close(flat(slope) @ flat(draw(4)), (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-4, atol=1e-5)
+
+
+@every_transform
+def test_state_goes_through_a_file(case, tmp_path):
+    _, state, _ = run(case.make())
+    torch.save(fr.tree_leaves(state), tmp_path / "state.pt")
+    leaves = torch.load(tmp_path / "state.pt", weights_only=True)
+    for a, b in zip(leaves, fr.tree_leaves(state), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_transform
+@pytest.mark.parametrize(
+    "params", [{}, (), {"w": torch.ones(())}, torch.ones(3), {"w": torch.zeros(0, 2)}, {"a": None}]
+)
+def test_trees_without_leaves_or_entries_are_taken(case, params):
+    tx = case.make()
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert fr.tree_paths(updates) == fr.tree_paths(params)
+
+
+@every_transform
+def test_wrong_trees_are_said_with_the_leaf(case):
+    tx, params = case.make(), draw()
+    state = tx.init(params)
+    wrong = draw(1)
+    wrong["body"]["filters"] = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"updates 'body.filters' has shape \(3, 2\); expected \(3, 2, 2, 2\)"):
+        tx.update(wrong, state, params)
+    del wrong["body"]["filters"]
+    with pytest.raises(ValueError, match="updates does not match params: it lacks 'body.filters'"):
+        tx.update(wrong, state, params)
+    with pytest.raises(TypeError, match=r"params 'head.bias' is a tensor of torch.int64"):
+        tx.init({"head": {"bias": torch.ones(3, dtype=torch.int64)}})
+    with pytest.raises(TypeError, match=r"params 'head.bias' is 0.5; expected a tensor"):
+        tx.init({"head": {"bias": 0.5}})
+    none = {**draw(1), "head": draw(1)["head"]._replace(bias=None)}
+    with pytest.raises(TypeError, match=r"updates 'head.bias' is None; expected a tensor.*no gradient"):
+        tx.update(none, state, params)
+
+
+@every_transform
+def test_extra_arguments_are_taken(case):
+    tx, params = case.make(), draw()
+    updates, _ = fr.chain(tx).update(draw(1), fr.chain(tx).init(params), params, loss=torch.ones(()))
+    assert_equal(updates, tx.update(draw(1), tx.init(params), params)[0])
+
+
+def test_extra_arguments_reach_the_links_that_name_them():
+    def scaled(updates, state, params, *, value):
+        return fr.tree_map(lambda u: u * value, updates), state
+
+    tx = fr.chain(fr.scale(2.0), fr.masked(fr.Transform(lambda p: (), scaled), True), fr.identity())
+    params = {"w": torch.ones(1)}
+    updates, _ = tx.update(params, tx.init(params), params, value=3.0, other=None)
+    assert updates == {"w": torch.tensor([6.0])}
+    with pytest.raises(TypeError, match="value"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_prox_adam_moves_groups_to_the_minimum_in_its_metric():
+    tx, adam, params = TRANSFORMS["prox_adam of groups"].make(), fr.scale_by_adam(eps=0.1), draw()
+    updates, _ = tx.update(draw(1), tx.init(params), params)
+    direction, state = adam.update(draw(1), adam.init(params), params)
+    h = adam.metric(state)
+    reached = fr.tree_map(lambda w, d: w - 0.1 * d, params, direction)
+    landed = fr.sparse_group_lasso.prox(reached, 0.1, 1.0, 0.5, metric=h)
+    assert_equal(fr.apply_updates(params, updates), landed, rtol=1e-12, atol=1e-15)
+
+
+def test_prox_adam_of_a_penalty_on_trees_without_a_metric_rule_says_so():
+    from cases import huber, joint
+
+    params = draw()
+    with pytest.raises(ValueError, match="metric"):
+        tx = fr.prox_adam(0.1, joint)
+        tx.update(params, tx.init(params), params)
+    coupled = fr.penalty(gradient=lambda w: w, proximal=lambda w, step: w)(lambda w: w.square().sum(-1).sqrt())
+    with pytest.raises(ValueError, match="couples the entries"):
+        tx = fr.prox_adam(0.1, coupled)
+        tx.update(params, tx.init(params), params)
+    tx = fr.prox_adam(0.1, huber, 0.5)  # One term an entry: separable, so the metric comes for free.
+    tx.update(params, tx.init(params), params)
+
+
+def test_clipping_at_norm_zero_is_not_nan():
+    zero = {"w": torch.zeros(2)}
+    for tx in (
+        fr.clip_by_global_norm(0.0),
+        fr.clip_by_global_norm(1.0),
+        fr.clip_by_block_rms(1.0),
+        fr.scale_by_trust_ratio(),
+    ):
+        assert not flat(tx.update(zero, tx.init(zero), zero)[0]).any()
+    bad = {"w": torch.tensor([float("nan"), 1.0])}
+    assert flat(fr.clip_by_global_norm(1.0).update(bad, fr.EmptyState(), bad)[0]).isnan().all()
+
+
+def test_zeros_survive_in_every_dtype_also_where_gradients_have_another():
+    for own, other in (
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.float16),
+    ):
+        params = {"w": torch.randn(1000).to(own)}
+        grads = {"w": torch.randn(1000).to(other)}
+        for tx in (
+            fr.chain(fr.scale(-0.1), fr.soft_threshold(0.5)),
+            fr.prox_sgd(0.1, fr.l1, strength=5.0),
+            fr.prox_adam(0.1, fr.l1, strength=5.0),
+            fr.fista(0.1, fr.l1, strength=5.0),
+        ):
+            updates, _ = tx.update(grads, tx.init(params), params)
+            after = fr.apply_updates(params, updates)
+            reached = fr.tree_map(lambda w, g: w.float() - 0.1 * g.float(), params, grads)
+            assert after["w"].dtype == own
+            if not fr.tree_leaves(tx.init(params)):
+                assert not after["w"][reached["w"].abs() < 0.49].any()
+            assert (after["w"] == 0).any()
+            assert not torch.signbit(after["w"][after["w"] == 0]).any()
+
+
+def test_hyperparameters_may_be_trees_with_schedules_among_their_leaves():
+    params, grads = draw(), draw(1)
+    decay = {"head": 0.1, "body": {"filters": lambda count: 0.2 / (count + 1), "scale": torch.tensor(0.3, dtype=torch.float64)}}
+    tx = fr.add_decayed_weights(decay)
+    state = tx.init(params)
+    for n in range(2):
+        updates, state = tx.update(grads, state, params)
+        for strength, part in ((0.1, "head"), (0.2 / (n + 1), "filters"), (0.3, "scale")):
+            pick = (lambda t: t["head"]) if part == "head" else (lambda t, part=part: t["body"][part])
+            expected = fr.tree_map(lambda g, w, s=strength: g + s * w, pick(grads), pick(params))
+            assert_equal(pick(updates), expected, rtol=1e-6)
+    tx = fr.sgd({"head": 0.1, "body": 0.0})
+    assert not flat(tx.update(grads, tx.init(params), params)[0]["body"]).any()
+    tx = fr.chain(fr.masked(fr.add_decayed_weights(decay), HEAD), fr.freeze({"head": False, "body": True}))
+    assert not flat(tx.update(grads, tx.init(params), params)[0]["body"]).any()
+
+
+def test_apply_if_finite_skips_until_it_has_skipped_enough():
+    tx, params = fr.apply_if_finite(fr.trace(0.5), 2), {"w": torch.zeros(2)}
+    state = tx.init(params)
+    bad = {"w": torch.tensor([float("nan"), 1.0])}
+    good = {"w": torch.ones(2)}
+    _, state = tx.update(good, state, params)
+    for n in (1, 2):
+        updates, state = tx.update(bad, state, params)
+        assert not updates["w"].any()
+        assert (state.notfinite_count, state.last_finite) == (n, False)
+        assert torch.equal(state.inner_state.trace["w"], torch.ones(2))
+    updates, state = tx.update(bad, state, params)
+    assert updates["w"][0].isnan()
+    assert state.total_notfinite == 3
+
+
+def test_bfloat16_decay_is_not_lost_in_the_moments():
+    tx, params = fr.scale_by_adam(), {"w": torch.ones(1, dtype=torch.bfloat16)}
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update({"w": torch.full((1,), 1.0, dtype=torch.bfloat16)}, state, params)
+    assert state.nu["w"].dtype == torch.float32
+    torch.testing.assert_close(state.nu["w"], torch.tensor([1 - 0.999**3]), rtol=1e-4, atol=0)
+    narrow = fr.scale_by_adam(mu_dtype=torch.bfloat16).init({"w": torch.ones(1)})
+    assert (narrow.mu["w"].dtype, narrow.nu["w"].dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_absent_leaves_are_nodes_without_leaves():
+    assert fr.tree_leaves({"a": ABSENT, "b": 1}) == [1]
+    assert fr.tree_map(lambda x: x + 1, {"a": ABSENT, "b": 1}) == {"a": ABSENT, "b": 2}

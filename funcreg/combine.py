@@ -125,7 +125,7 @@ class MaskedState(NamedTuple):
     inner_state: State
 
 
-def masked(inner: Transform, mask: Mask) -> Transform:
+def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = False) -> Transform:
     r"""Apply a transform to some leaves; the updates of the others pass.
 
     The inner transform sees a tree without the other leaves, so that it keeps no state for them.
@@ -134,6 +134,7 @@ def masked(inner: Transform, mask: Mask) -> Transform:
         inner: Transform of the chosen leaves.
         mask: Tree of bools like the parameters, a prefix of one, or a function that makes it from parameters, such
             as `select("*.weight")`. True means apply.
+        mask_compatible_extra_args: Whether extra arguments that are trees like the parameters are masked too.
 
     Raises:
         TypeError: The mask is a string, or has a leaf that is no bool; the message names it.
@@ -154,6 +155,9 @@ def masked(inner: Transform, mask: Mask) -> Transform:
 
     def update(updates: Updates, state: MaskedState, params: Params, **extra: Any) -> tuple[Updates, MaskedState]:
         bools = mask_leaves(mask, params)
+        if mask_compatible_extra_args:
+            names = tree_paths(params)
+            extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **extra)
         return merge(updates, new, bools), MaskedState(after)
 
@@ -237,13 +241,16 @@ class PartitionState(NamedTuple):
     inner_states: dict[Hashable, State]  # By label.
 
 
-def partition(transforms: Mapping[Hashable, Transform], param_labels: Any) -> Transform:
+def partition(
+    transforms: Mapping[Hashable, Transform], param_labels: Any, *, mask_compatible_extra_args: bool = False
+) -> Transform:
     r"""Apply to each leaf the transform of its label.
 
     Args:
         transforms: From label to transform.
         param_labels: Tree of labels like the parameters, a prefix of one, or a function that makes it from
             parameters.
+        mask_compatible_extra_args: Whether extra arguments that are trees like the parameters are divided too.
 
     Raises:
         ValueError: A leaf has a label without a transform; the message names both.
@@ -273,6 +280,7 @@ def partition(transforms: Mapping[Hashable, Transform], param_labels: Any) -> Tr
         return masked(
             transforms[label],
             lambda params: flatten(params)[1]([value == label for value in labels(params)]),
+            mask_compatible_extra_args=mask_compatible_extra_args,
         )
 
     parts = {label: members(label) for label in transforms}

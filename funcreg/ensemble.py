@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
 from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.transform import Transform
-from funcreg.tree import tree_leaves
+from funcreg.tree import tree_leaves, tree_map
 
 
 def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
@@ -45,7 +46,8 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
                     f"ensemble of {members} members got a leaf of shape {tuple(leaf.shape)}; expected stacked "
                     f"parameters, of shape ({members}, ...). torch.func.stack_module_state stacks modules."
                 )
-        return vmap(lambda params, *h: make(*h).init(params))(params, *hyper)
+        state = vmap(lambda params, *h: make(*h).init(params))(params, *hyper)
+        return tree_map(torch.clone, state)  # What all members begin with alike comes back as one entry, expanded.
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         def one(updates: Updates, state: State, params: Params, extra: dict[str, Any], *h: Hyper) -> Any:

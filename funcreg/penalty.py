@@ -166,7 +166,10 @@ class Penalty:
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
-                raise TypeError(f"{takes}; {parameter.name} is missing")
+                packed = any(isinstance(given, tuple) for given in values)
+                raise TypeError(
+                    f"{takes}; {parameter.name} is missing" + (". Is a * missing before a tuple?" if packed else "")
+                )
             values.append(value)
         unknown = [name for name in options if name not in self._options]
         if unknown:

@@ -17,7 +17,7 @@ from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
 from funcreg.transform import Transform, at_step, counter, furthest, identity, nonnegative
-from funcreg.tree import compute, compute_leaves, product, total, tree_map, widen
+from funcreg.tree import compute, compute_leaves, compute_wide, product, total, tree_map
 
 
 class ProximalState(NamedTuple):
@@ -49,7 +49,7 @@ def _descend(
             at_step(value, state.steps) for value in (learning_rate, strength, weight_decay, *hyper)
         )
         along, inner = direction.update(updates, state.direction, params)
-        reached = compute(lambda w, d, r, c: w - r * (d + c * w), tree_map(widen, params), along, hyper=(rate, decay))
+        reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
         step = product(params, rate, force, gain)
         metric = None if direction.metric is None else direction.metric(inner)
         landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
@@ -218,7 +218,7 @@ def fista(
 
     def update(updates: Updates, state: FistaState, params: Params) -> tuple[Updates, FistaState]:
         rate, force, *values = (at_step(value, state.steps) for value in (learning_rate, strength, *hyper))
-        reached = compute(lambda y, g, r: y - r * g, tree_map(widen, params), updates, hyper=(rate,))
+        reached = compute_wide(lambda y, g, r: y - r * g, params, updates, hyper=(rate,))
         x = penalty.prox(reached, product(params, rate, force), *values, mask=mask, **options)
         old = state.momentum
         if restart:

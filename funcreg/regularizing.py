@@ -11,7 +11,7 @@ from funcreg.combine import masked
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
 from funcreg.transform import Transform, nonnegative, scheduled, stateless
-from funcreg.tree import compute, tree_map, widen
+from funcreg.tree import compute, compute_wide
 
 
 def _where(mask: Mask | None, tx: Transform) -> Transform:
@@ -116,7 +116,7 @@ def proximal(
     check_penalty(penalty, hyper, options)
 
     def rule(updates: Updates, params: Params, step: Hyper, *values: Hyper) -> Updates:
-        reached = tree_map(lambda w, u: widen(w) + widen(u), params, updates)
+        reached = compute_wide(lambda w, u: w + u, params, updates)
         landed = penalty.prox(reached, step, *values, **options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, params, landed)

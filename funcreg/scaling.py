@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.transform import Transform, counter, identity, nonnegative, scheduled, stateless
-from funcreg.tree import compute, safe_sqrt, squared, tree_map, wide, widen, zeros
+from funcreg.tree import compute, compute_wide, safe_sqrt, squared, tree_map, wide, zeros
 
 
 def scale(step_size: Hyper) -> Transform:
@@ -82,11 +82,11 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
 
 def _mean(moments: Params, values: Params, decay: Scalar) -> Params:
     """Exponential moving average, in working precision."""
-    return compute(lambda m, x, b: b * m + (1 - b) * x, tree_map(widen, moments), values, hyper=(decay,))
+    return compute_wide(lambda m, x, b: b * m + (1 - b) * x, moments, values, hyper=(decay,))
 
 
 def _mean_square(moments: Params, values: Params, decay: Scalar) -> Params:
-    return _mean(moments, tree_map(lambda x: squared(widen(x)), values), decay)
+    return compute_wide(lambda m, x, b: b * m + (1 - b) * squared(x), moments, values, hyper=(decay,))
 
 
 def _stored(moments: Params, like: Params) -> Params:
@@ -127,7 +127,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
         return TraceState(zeros(params, accumulator_dtype))
 
     def update(updates: Updates, state: TraceState, params: Params) -> tuple[Updates, TraceState]:
-        m = compute(lambda m, u, b: u + b * m, tree_map(widen, state.trace), updates, hyper=(decay,))
+        m = compute_wide(lambda m, u, b: u + b * m, state.trace, updates, hyper=(decay,))
         # Cloned, because leaves of updates and state never share memory.
         direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
         return direction, TraceState(_stored(m, state.trace))

@@ -244,6 +244,8 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         >>> float(schedule(99)), float(schedule(105))
         (1.0, 0.25)
     """
+    if not schedules:
+        raise ValueError("join_schedules got no schedules; expected at least one")
     if len(boundaries) != len(schedules) - 1:
         raise ValueError(f"{len(schedules)} schedules got {len(boundaries)} boundaries; expected {len(schedules) - 1}")
     if list(boundaries) != sorted(boundaries):

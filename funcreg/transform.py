@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from funcreg.tree import broadcast, check_alike, check_nonnegative, check_params
 _REACHES: tuple[Reach, ...] = ("elementwise", "rows", "matrix", "leaf", "global")
 
 
-@dataclass(frozen=True)
 class Transform:
     r"""A gradient transform: the pure functions `init(params)` and `update(updates, state, params, **extra)`.
 
@@ -48,42 +46,44 @@ class Transform:
         ({'weight': tensor([2., 3.])}, ())
     """
 
-    init: Callable[[Params], State]
-    update: Callable[..., tuple[Updates, State]]
-    reach: Reach = "global"
-    metric: Callable[[State], Params] | None = None
-    frozen: Callable[[Params], list[bool]] | None = None
+    def __init__(
+        self,
+        init: Callable[[Params], State],
+        update: Callable[..., tuple[Updates, State]],
+        reach: Reach = "global",
+        metric: Callable[[State], Params] | None = None,
+        frozen: Callable[[Params], list[bool]] | None = None,
+    ) -> None:
+        if reach not in _REACHES:
+            raise ValueError(f"reach is {reach!r}; expected one of {', '.join(_REACHES)}")
+        self._init, self._update = init, update
+        self.reach: Reach = reach
+        self.metric = metric
+        self.frozen = frozen
 
-    def __post_init__(self) -> None:
-        if self.reach not in _REACHES:
-            raise ValueError(f"reach is {self.reach!r}; expected one of {', '.join(_REACHES)}")
-        init, update, accepts = self.init, self.update, _accepted(self.update)
+    def init(self, params: Params) -> State:
+        """The state before the first update."""
+        check_params(params)
+        return self._init(params)
 
-        def checked_init(params: Params) -> State:
-            check_params(params)
-            return init(params)
-
-        def checked_update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
-            check_params(params)
-            check_alike(params, updates, ("params", "updates"))
-            given = extra if accepts is None else {name: extra[name] for name in extra if name in accepts}
-            return update(updates, state, params, **given)
-
-        object.__setattr__(self, "init", checked_init)
-        object.__setattr__(self, "update", checked_update)
+    def update(self, updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
+        """New updates and the next state."""
+        check_params(params)
+        check_alike(params, updates, ("params", "updates"))
+        return self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
 
 
-def _accepted(update: Callable[..., Any]) -> frozenset[str] | None:
-    """The names of extra arguments that a function takes, or None for all."""
+def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Those of some extra arguments that a function names or, with `**extra`, all."""
     parameters = inspect.signature(update).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return frozenset(parameter.name for parameter in list(parameters)[3:])
+        return extra
+    return {parameter.name: extra[parameter.name] for parameter in list(parameters)[3:] if parameter.name in extra}
 
 
 def furthest(reaches: Iterable[Reach]) -> Reach:
     """The reach of transforms one after another."""
-    return _REACHES[max((_REACHES.index(reach) for reach in reaches), default=0)]
+    return _REACHES[max([0, *(_REACHES.index(reach) for reach in reaches)])]
 
 
 class EmptyState(NamedTuple):

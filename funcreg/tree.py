@@ -40,7 +40,7 @@ class _Opened(NamedTuple):
 
 def _open(node: Any) -> _Opened | None:
     """One level of a tree, children in optree's order, or None for a leaf."""
-    if isinstance(node, Tensor):
+    if isinstance(node, Tensor | int | float | str):
         return None
     kind: Any = type(node)
     if kind is dict or kind is OrderedDict:
@@ -237,13 +237,13 @@ def check_params(params: Any, name: str = "params") -> None:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} is {_kind(leaf)}; expected a tensor of floating point or complex numbers")
-    if not (leaf.is_floating_point() or leaf.is_complex()):
-        raise TypeError(
-            f"{name} is a tensor of {leaf.dtype}; expected floating point or complex numbers. "
-            "Is it a buffer? Pass the parameters alone, dict(module.named_parameters())."
-        )
+    if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+        return
+    came = f"a tensor of {leaf.dtype}; is it a buffer?" if isinstance(leaf, Tensor) else f"{_kind(leaf)};"
+    raise TypeError(
+        f"{name} is {came} expected a tensor of floating point or complex numbers. The parameters of a module are "
+        "{name: w.detach() for name, w in module.named_parameters()}."
+    )
 
 
 def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
@@ -301,8 +301,13 @@ def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyp
     return rebuild([result.to(leaf.dtype) for result, leaf in zip(results, leaves, strict=True)])
 
 
+def compute_wide(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
+    """`compute` with results in the precision they were computed in."""
+    return flatten(tree)[1](compute_leaves(f, tree, *rest, hyper=hyper))
+
+
 def compute_leaves(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> list[Tensor]:
-    """The results of `compute` as a list, in the precision they were computed in."""
+    """`compute_wide` with results in a list."""
     for other in rest:
         check_alike(tree, other, ("the parameters", "the state or updates"))
     columns = [tree_leaves(tree), *(leaves_like(tree, other) for other in rest)]
@@ -490,12 +495,17 @@ def select(
     def choose(params: Params) -> list[bool]:
         names = tree_paths(params)
         for glob in globs:
-            if not any(fnmatch.fnmatchcase(name, glob) for name in names) and not _hidden(params):
+            if not any(_matches(name, glob) for name in names) and not _hidden(params):
                 raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {', '.join(names)}")
-        chosen = [not patterns or name in typed or any(fnmatch.fnmatchcase(name, g) for g in globs) for name in names]
+        chosen = [not patterns or name in typed or any(_matches(name, glob) for glob in globs) for name in names]
         return [a and leaf.ndim >= min_ndim for a, leaf in zip(chosen, tree_leaves(params), strict=True)]
 
     return Selection(choose)
+
+
+@torch.compiler.assume_constant_result
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob)
 
 
 def _hidden(node: Any) -> bool:

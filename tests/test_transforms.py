@@ -137,6 +137,17 @@ def test_compiling_the_whole_changes_nothing_and_happens_once(case):
 
 
 @every_transform
+def test_chains_made_inside_a_compiled_vmap_are_those_of_a_loop(case):
+    factors = torch.tensor([0.5, 1.5], dtype=torch.float64)
+    tx = fr.ensemble(case.make, factors)
+    params = {"w": torch.stack([draw(seed)["head"].weight for seed in range(2)])}
+    grads = {"w": torch.stack([draw(seed + 5)["head"].weight for seed in range(2)])}
+    compiled = torch.compile(lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="aot_eager")
+    state = tx.init(params)
+    assert_equal(compiled(grads, state, params), tx.update(grads, state, params), rtol=1e-9, atol=1e-12)
+
+
+@every_transform
 @pytest.mark.parametrize("donate", [False, True])
 def test_fused_steps_are_the_eager_ones(case, donate):
     tx = case.make()
@@ -229,7 +240,7 @@ def test_wrong_trees_are_said_with_the_leaf(case):
     del wrong["body"]["filters"]
     with pytest.raises(ValueError, match="updates does not match params: it lacks 'body.filters'"):
         tx.update(wrong, state, params)
-    with pytest.raises(TypeError, match=r"params 'head.bias' is a tensor of torch.int64"):
+    with pytest.raises(TypeError, match=r"params 'head.bias' is a tensor of torch.int64; is it a buffer"):
         tx.init({"head": {"bias": torch.ones(3, dtype=torch.int64)}})
     with pytest.raises(TypeError, match=r"params 'head.bias' is 0.5; expected a tensor"):
         tx.init({"head": {"bias": 0.5}})
@@ -322,7 +333,10 @@ def test_zeros_survive_in_every_dtype_also_where_gradients_have_another():
 
 def test_hyperparameters_may_be_trees_with_schedules_among_their_leaves():
     params, grads = draw(), draw(1)
-    decay = {"head": 0.1, "body": {"filters": lambda count: 0.2 / (count + 1), "scale": torch.tensor(0.3, dtype=torch.float64)}}
+    decay = {
+        "head": 0.1,
+        "body": {"filters": lambda count: 0.2 / (count + 1), "scale": torch.tensor(0.3, dtype=torch.float64)},
+    }
     tx = fr.add_decayed_weights(decay)
     state = tx.init(params)
     for n in range(2):

@@ -27,6 +27,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
+        self.float32 = jnp.float32
 
     def __getattr__(self, name: str) -> Any:
         self.asked.add(name)

@@ -1,4 +1,4 @@
-"""The rows that optax and funcreg are compared on: each is made once with either library, `lib`, in the same words.
+"""The rows that optax and funcreg are compared on: each is made with either library, `lib`, in the same words.
 
 `make_optax.py` runs them with optax and stores what comes; `test_optax.py` and `test_schedules.py` run them with
 funcreg. A new row is written here; then the numbers are made again.
@@ -67,6 +67,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "scale_by_adam": lambda lib: _descend(lib, lib.scale_by_adam()),
     "scale_by_adam keywords": lambda lib: _descend(lib, lib.scale_by_adam(b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-2)),
     "scale_by_adam nesterov": lambda lib: _descend(lib, lib.scale_by_adam(0.85, 0.99, 1e-4, nesterov=True)),
+    "scale_by_adam float32": lambda lib: _descend(lib, lib.scale_by_adam(mu_dtype=lib.float32)),
     "scale_by_amsgrad": lambda lib: _descend(lib, lib.scale_by_amsgrad()),
     "scale_by_amsgrad keywords": lambda lib: _descend(lib, lib.scale_by_amsgrad(0.8, 0.7, 1e-3, 1e-2)),
     "scale_by_amsgrad mean alone": lambda lib: _descend(lib, lib.scale_by_amsgrad(b2=0.7, bias_correction_nu=False)),
@@ -74,6 +75,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "scale_by_amsgrad uncorrected": lambda lib: _descend(
         lib, lib.scale_by_amsgrad(b2=0.7, bias_correction_mu=False, bias_correction_nu=False)
     ),
+    "scale_by_amsgrad float32": lambda lib: _descend(lib, lib.scale_by_amsgrad(mu_dtype=lib.float32)),
     "scale_by_rms": lambda lib: _descend(lib, lib.scale_by_rms()),
     "scale_by_rms keywords": lambda lib: _descend(lib, lib.scale_by_rms(decay=0.7, eps=1e-2, initial_scale=0.3)),
     "scale_by_rms corrected": lambda lib: _descend(lib, lib.scale_by_rms(eps=1e-2, bias_correction=True)),
@@ -95,6 +97,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "scale_by_lion keywords": lambda lib: _descend(lib, lib.scale_by_lion(b1=0.7, b2=0.8, mode="hard")),
     "scale_by_lion smooth": lambda lib: _descend(lib, lib.scale_by_lion(0.8, 0.9, mode="smooth", smooth_beta=3.0)),
     "scale_by_lion refined": lambda lib: _descend(lib, lib.scale_by_lion(0.5, 0.9, mode="refined")),
+    "scale_by_lion float32": lambda lib: _descend(lib, lib.scale_by_lion(mu_dtype=lib.float32, mode="smooth")),
     "scale_by_trust_ratio": lambda lib: _descend(lib, lib.scale_by_trust_ratio()),
     "scale_by_trust_ratio keywords": lambda lib: _descend(
         lib, lib.scale_by_trust_ratio(min_norm=0.5, trust_coefficient=0.7, eps=0.1)
@@ -104,9 +107,11 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     ),
     "trace": lambda lib: _descend(lib, lib.trace(0.9)),
     "trace nesterov": lambda lib: _descend(lib, lib.trace(decay=0.8, nesterov=True)),
+    "trace float32": lambda lib: _descend(lib, lib.trace(0.9, accumulator_dtype=lib.float32)),
     "ema": lambda lib: _descend(lib, lib.ema(0.9)),
     "ema biased": lambda lib: _descend(lib, lib.ema(decay=0.8, debias=False)),
     # Clipping
+    "ema float32": lambda lib: _descend(lib, lib.ema(0.9, accumulator_dtype=lib.float32)),
     "clip": lambda lib: _descend(lib, lib.clip(0.3)),
     "clip_by_global_norm": lambda lib: _descend(lib, lib.clip_by_global_norm(1.0)),
     "clip_by_global_norm inactive": lambda lib: _descend(lib, lib.clip_by_global_norm(100.0)),
@@ -159,6 +164,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "sgd": lambda lib: lib.sgd(0.3),
     "sgd momentum": lambda lib: lib.sgd(learning_rate=0.1, momentum=0.9),
     "sgd nesterov": lambda lib: lib.sgd(0.1, momentum=0.8, nesterov=True),
+    "sgd nesterov, float32": lambda lib: lib.sgd(0.1, 0.8, True, lib.float32),
     "sgd schedule": lambda lib: lib.sgd(lib.warmup_cosine_decay_schedule(0.01, 0.4, 3, 10, 0.02), momentum=0.5),
     "adam": lambda lib: lib.adam(0.1),
     "adam keywords": lambda lib: lib.adam(learning_rate=0.1, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3),
@@ -166,6 +172,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda lib: lib.adamw(0.1),
     "adamw keywords": lambda lib: lib.adamw(0.1, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, weight_decay=0.3),
     "adamw mask": lambda lib: lib.adamw(0.1, weight_decay=0.3, mask=MATRICES),
+    "adamw float32": lambda lib: lib.adamw(0.1, mu_dtype=lib.float32, weight_decay=0.3),
     "adamw nesterov, schedules": lambda lib: lib.adamw(
         lib.warmup_constant_schedule(0.0, 0.1, 5),
         weight_decay=lib.piecewise_constant_schedule(0.5, {3: 0.5, 8: 0.1}),
@@ -226,7 +233,9 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "linear in no step": lambda lib: lib.linear_schedule(0.7, 0.1, 0),
     "linear begun before 0": lambda lib: lib.linear_schedule(1.0, 0.0, 10, transition_begin=-4),
     "polynomial square": lambda lib: lib.polynomial_schedule(1.0, 0.1, 2, 20),
-    "polynomial root, late": lambda lib: lib.polynomial_schedule(0.2, 1.0, power=0.5, transition_steps=15, transition_begin=4),
+    "polynomial root, late": lambda lib: lib.polynomial_schedule(
+        0.2, 1.0, power=0.5, transition_steps=15, transition_begin=4
+    ),
     "polynomial in no step": lambda lib: lib.polynomial_schedule(0.7, 0.1, 3, 0),
     "exponential": lambda lib: lib.exponential_decay(1.0, 5, 0.7),
     "exponential staircase, late": lambda lib: lib.exponential_decay(1.0, 6, 0.5, transition_begin=3, staircase=True),

@@ -1,8 +1,8 @@
 """A character transformer on the sources of Python's standard library, trained by a chain of transforms.
 
 The chain is AdamW written out: clip, Adam, decay, learning rate; and after the step a soft threshold, which makes
-weights exactly zero. Masks keep decay and threshold to the matrices. The loop is functional: parameters and state go
-in and come out, and one fused call makes the whole step.
+weights exactly zero. A mask keeps decay and threshold to the weights of linear layers. The loop is functional:
+parameters and state go in and come out, and one fused call makes the whole step.
 
     python examples/adamw_chain.py
     python examples/adamw_chain.py --steps 20 --width 16
@@ -56,10 +56,12 @@ class Transformer(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="AdamW, clipping and a soft threshold in one chain")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer")
     options = parser.parse_args()
+
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # A model this small gains little from more cores, and loses much where they are busy.
 
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((library / f"{module}.py").read_text(encoding="utf-8") for module in MODULES.split())
@@ -77,14 +79,15 @@ def main() -> None:
         return F.cross_entropy(functional_call(model, params, (inputs,)).flatten(0, 1), targets.flatten())
 
     rate = fr.warmup_cosine_decay_schedule(0.0, 5e-3, warmup_steps=options.steps // 10, decay_steps=options.steps)
+    weights = fr.select(nn.Linear, module=model, min_ndim=2)  # Not biases, norms and embeddings.
     tx = fr.chain(
         fr.clip_by_global_norm(1.0),
         fr.scale_by_adam(),
-        fr.add_decayed_weights(1e-2, mask=fr.matrices),
+        fr.add_decayed_weights(1e-2, mask=weights),
         fr.scale_by_learning_rate(rate),
         # The threshold follows the learning rate, as the decay does. A constant one would outgrow the last, small
         # steps and go on zeroing weights. It is an L1 decay of AdamW's kind; the lasso of the loss is fr.prox_adam.
-        fr.soft_threshold(lambda count: 0.02 * rate(count), mask=fr.matrices),
+        fr.soft_threshold(lambda count: 0.05 * rate(count), mask=weights),
     )
     step = fr.fuse(tx, donate=True)
     params, state = step.init(dict(model.named_parameters()))
@@ -95,7 +98,7 @@ def main() -> None:
         grads, value = grad_and_value(loss)(params, *draw(training, BATCH))
         params, state = step(params, grads, state)
         if n % every == 0:
-            zeros = 100 * fr.sparsity(params, fr.matrices)
+            zeros = 100 * fr.sparsity(params, weights)
             tqdm.write(f"step {n:5}   loss {value:.3f}   held out {loss(params, *unseen):.3f}   zeros {zeros:.1f} %")
 
     written = [alphabet.index(character) for character in "def "]

@@ -104,22 +104,33 @@ def draw(out, before, params, strengths, accuracies, zeros, chosen) -> None:
     left.semilogx(strengths[1:], 100 * zeros[1:], "s-", color="tab:orange", label="weights that are exactly zero")
     left.axhline(100 * accuracies[0], color="tab:blue", linestyle=":", label="test accuracy without penalty")
     if chosen > 0:
-        left.axvline(strengths[chosen], color="tab:green", linestyle="--", label=f"λ = {strengths[chosen]:.1e}")
-    left.set(xlabel="strength of L1, λ", ylabel="%", ylim=(-3, 103), title="One network for each strength")
-    left.legend(loc="center left")
+        left.axvline(strengths[chosen], color="tab:green", linestyle="--", label=f"λ = {strengths[chosen]:.2g}")
+    left.set(xlabel="strength of L1, λ", ylabel="%", ylim=(-3, 105), title="One network for each strength")
+    left.legend(loc=(0.2, 0.06))
 
     def weights(params):
-        return torch.cat([w.flatten() for w, used in zip(params.values(), fr.matrices(params).values(), strict=True) if used])
+        return torch.cat(
+            [w.flatten() for w, used in zip(params.values(), fr.matrices(params).values(), strict=True) if used]
+        )
 
     def member(k):
         return {name: w[k] for name, w in params.items()}
 
-    bins = torch.linspace(-1.5, 1.5, 76)
-    share = f"λ = {strengths[chosen]:.1e}, {100 * zeros[chosen]:.0f} % exactly zero"
+    bins = torch.linspace(-1.5, 1.5, 62)
+    share = f"λ = {strengths[chosen]:.2g}: {100 * zeros[chosen]:.0f} % exactly zero"
     right.hist(weights(before), bins, histtype="stepfilled", color="lightgray", label="before training")
     right.hist(weights(member(0)), bins, histtype="step", color="tab:blue", label="after training without penalty")
-    right.hist(weights(member(chosen)), bins, histtype="step", color="tab:green", label=f"after training with {share}")
-    right.set(xlabel="weight", ylabel="number of weights", yscale="log", title="The weights of one network")
+    right.hist(
+        weights(member(chosen)),
+        bins,
+        histtype="step",
+        linewidth=1.5,
+        color="tab:green",
+        label=f"after training with {share}",
+    )
+    right.set(
+        xlabel="weight", ylabel="number of weights", yscale="log", ylim=(0.7, 1e5), title="The weights of one network"
+    )
     right.legend(loc="upper right")
     figure.savefig(out, dpi=120)
     print(f"picture in {out}")

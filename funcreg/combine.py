@@ -67,7 +67,7 @@ def chain(*transforms: Transform) -> Transform:
     metric = None
     if len(metrics) == 1:
         place, inner = metrics[0]
-        metric = lambda state: inner(state[place])  # noqa: E731  # One line says it; a def would need a name.
+        metric = lambda state: inner(state[place])
     joined = Transform(init, update, furthest([tx.reach for tx in transforms]), metric)
     return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 

@@ -237,7 +237,7 @@ def test_vmap_is_a_loop_over_members(case):
     for i, tree in enumerate(trees):
         h = [x[i] for x in hyper]
         torch.testing.assert_close(values[i], p(tree, *h, **options))
-        member = lambda batch, i=i: fr.tree_map(lambda w: w[i], batch)  # noqa: E731
+        member = lambda batch, i=i: fr.tree_map(lambda w: w[i], batch)
         assert_equal(member(grads), p.grad(tree, *h, **options), rtol=1e-12, atol=1e-15)
         assert_equal(member(slopes), grad(lambda w, h=h: p(w, *h, **options))(tree), rtol=1e-12, atol=1e-15)
         assert_equal(member(points), p.prox(tree, steps[i], *h, **options), rtol=1e-12, atol=1e-15)
@@ -257,7 +257,7 @@ def test_compiling_the_whole_changes_nothing(case):
 def test_penalties_stand_in_a_loss_with_functional_call(case):
     model = torch.nn.Linear(3, 2).double()
     params, x = dict(model.named_parameters()), torch.randn(5, 3, dtype=torch.float64)
-    data = lambda p: functional_call(model, p, (x,)).square().mean()  # noqa: E731
+    data = lambda p: functional_call(model, p, (x,)).square().mean()
     both = grad(lambda p: data(p) + 0.1 * case.value(p))(params)
     assert_equal(
         both, fr.tree_map(lambda a, b: a + 0.1 * b, grad(data)(params), case.grad(params)), rtol=1e-11, atol=1e-14
@@ -338,7 +338,7 @@ def test_the_residual_is_zero_at_a_solution_and_only_there(case):
     x = draw()
     z = case.prox(x, 0.5)
     slope = fr.tree_map(lambda a, b: a - b, z, x)  # Of the distance to x, so that z is the solution.
-    residual = lambda w, g: fr.kkt_residual(w, g, case.penalty, *case.hyper, strength=0.5, **case.options)  # noqa: E731
+    residual = lambda w, g: fr.kkt_residual(w, g, case.penalty, *case.hyper, strength=0.5, **case.options)
     assert residual(z, slope) <= 1e-14
     moved = nearby(z, 3, 0.1)
     assert residual(moved, fr.tree_map(lambda a, b: a - b, moved, x)) > 1e-2
@@ -351,7 +351,7 @@ def test_the_residual_is_the_direction_of_steepest_descent(name):
     r = case.penalty.residual(w, g, *case.hyper, strength=0.5, **case.options)
     total = lambda t: (
         (flat(g) * (flat(w) - t * flat(r))).sum() + 0.5 * case.value(fr.tree_map(lambda a, b: a - t * b, w, r))
-    )  # noqa: E731
+    )
     speed = (total(0.0) - total(1e-7)) / 1e-7
     torch.testing.assert_close(speed, flat(r) @ flat(r), rtol=1e-5, atol=1e-6)
 

@@ -68,7 +68,7 @@ def test_state_and_updates_keep_structure_shape_and_dtype(case, dtype):
     state = tx.init(params)
     updates, after, _ = run(tx, steps=3, dtype=dtype)
     assert fr.tree_paths(after) == fr.tree_paths(state)
-    describe = lambda tree: [(x.dtype, x.shape, x.device) for x in fr.tree_leaves(tree)]  # noqa: E731
+    describe = lambda tree: [(x.dtype, x.shape, x.device) for x in fr.tree_leaves(tree)]
     assert describe(after) == describe(state)
     assert describe(updates) == describe(params)
 
@@ -206,7 +206,7 @@ def test_updates_are_differentiable_in_gradients_and_parameters(case):
     assert flat(slope).isfinite().all()
     assert flat(slope).any()
     assert flat(grad(last, argnums=1)(draw(1), params)).isfinite().all()
-    at = lambda t: last(fr.tree_map(lambda g, d: g + t * d, draw(1), draw(4)), params)  # noqa: E731
+    at = lambda t: last(fr.tree_map(lambda g, d: g + t * d, draw(1), draw(4)), params)
     torch.testing.assert_close(flat(slope) @ flat(draw(4)), (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-4, atol=1e-5)
 
 

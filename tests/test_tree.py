@@ -142,7 +142,9 @@ def test_selections_choose_by_name_dimension_and_type():
 
 
 def test_selections_that_cannot_be_meant_are_errors():
-    with pytest.raises(ValueError, match=r"select\('decoder.\*'\) matches no leaf; the leaves are encoder.0.bias, encoder.0.weight"):
+    with pytest.raises(
+        ValueError, match=r"select\('decoder.\*'\) matches no leaf; the leaves are encoder.0.bias, encoder.0.weight"
+    ):
         fr.select("decoder.*")(PARAMS)
     with pytest.raises(TypeError, match=r"module type LayerNorm; it also needs module="):
         fr.select(torch.nn.LayerNorm)

@@ -1,0 +1,89 @@
+"""What each way to an L1 penalty solves: the lasso of the diabetes data, against scikit-learn.
+
+Run `python benchmarks/which_l1.py`; it writes `benchmarks/which_l1.json` and the table in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import torch
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Lasso
+from torch import Tensor
+from torch.func import grad
+
+import funcreg as fr
+
+HERE = pathlib.Path(__file__).parent
+STRENGTH = 0.2
+STEPS = 6000
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    """Design and response, standardized, and scikit-learn's coefficients."""
+    x, y = load_diabetes(return_X_y=True)
+    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    solution = Lasso(STRENGTH, fit_intercept=False, tol=1e-15, max_iter=10**6).fit(x, y).coef_
+    return torch.tensor(x), torch.tensor(y), torch.tensor(solution)
+
+
+def main() -> None:
+    x, y, solution = problem()
+    rate = 0.5 / float(torch.linalg.matrix_norm(x, 2) ** 2 / len(x))
+    falling = fr.linear_schedule(rate, rate / 10, STEPS)
+    cosine = fr.cosine_decay_schedule(0.01, STEPS)
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return (x @ params["w"] - y).square().mean() / 2
+
+    def penalized(params: dict[str, Tensor]) -> Tensor:
+        return loss(params) + STRENGTH * fr.l1(params)
+
+    l1_gradient = fr.add_penalty(fr.l1, strength=STRENGTH)
+    threshold = fr.soft_threshold(rate * STRENGTH)
+    ways = {
+        "`loss + λ * l1(params)`, SGD": (penalized, fr.sgd(rate)),
+        "`loss + λ * l1(params)`, Adam": (penalized, fr.adam(0.01)),
+        "`add_penalty(l1, strength=λ)`, SGD": (loss, fr.chain(l1_gradient, fr.sgd(rate))),
+        "`soft_threshold(η λ)` after SGD": (loss, fr.chain(fr.sgd(rate), threshold)),
+        "`soft_threshold(η λ)` after SGD with momentum 0.9": (loss, fr.chain(fr.sgd(rate, 0.9), threshold)),
+        "`soft_threshold(η λ)` after SGD, η falling to a tenth": (loss, fr.chain(fr.sgd(falling), threshold)),
+        "`soft_threshold(η λ)` after Adam": (loss, fr.chain(fr.adam(0.01), fr.soft_threshold(0.01 * STRENGTH))),
+        "`prox_sgd`, momentum 0.9, η falling": (loss, fr.prox_sgd(falling, fr.l1, strength=STRENGTH, momentum=0.9)),
+        "`prox_adam`": (loss, fr.prox_adam(cosine, fr.l1, strength=STRENGTH)),
+        "`fista`": (loss, fr.fista(rate, fr.l1, strength=STRENGTH)),
+    }
+    rows = []
+    for name, (objective, tx) in ways.items():
+        params = {"w": torch.full_like(solution, 0.1)}
+        slope, state = grad(objective), tx.init(params)
+        for _ in range(STEPS):
+            updates, state = tx.update(slope(params), state, params)
+            params = fr.apply_updates(params, updates)
+        error = float((params["w"] - solution).abs().max() / solution.abs().max())
+        zeros = int((params["w"] == 0).sum())
+        same = bool(torch.equal(params["w"] == 0, solution == 0))
+        rows.append({"way": name, "error": error, "zeros": zeros, "same zeros": same})
+        print(f"{name:60} {error:9.1e} {zeros:3d} {same}")
+    result = {"strength": STRENGTH, "zeros of the solution": int((solution == 0).sum()), "rows": rows}
+    (HERE / "which_l1.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_table(result)
+
+
+def write_table(result: dict) -> None:
+    """Put the table between its marks in the README."""
+    zeros = result["zeros of the solution"]
+    lines = [f"| way | error against scikit-learn | exact zeros (of {zeros}) |", "|---|---|---|"]
+    for row in result["rows"]:
+        said = "none" if not row["zeros"] else f"{row['zeros']}" + ("" if row["same zeros"] else ", not the right ones")
+        lines.append(f"| {row['way']} | {row['error']:.0e} | {said} |")
+    readme = HERE.parent / "README.md"
+    head, _, rest = readme.read_text().partition("<!-- which_l1 -->")
+    _, _, tail = rest.partition("<!-- end -->")
+    readme.write_text(f"{head}<!-- which_l1 -->\n{chr(10).join(lines)}\n<!-- end -->{tail}")
+
+
+if __name__ == "__main__":
+    main()

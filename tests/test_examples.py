@@ -1,0 +1,37 @@
+"""Each example runs in its short mode, and says what it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *options: str) -> str:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_digits_prints_a_row_for_each_strength_and_draws(tmp_path):
+    said = run("digits.py", "--steps", "20", "--out", str(tmp_path / "digits.png"))
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert said.count("%") >= 16
+
+
+@pytest.mark.slow
+def test_lasso_agrees_with_scikit_learn():
+    said = run("lasso.py")
+    assert "bmi" in said
+    assert "KKT" in said
+
+
+@pytest.mark.slow
+def test_adamw_chain_trains_a_transformer():
+    assert "loss" in run("adamw_chain.py", "--steps", "3", "--width", "16")

@@ -1,0 +1,149 @@
+"""Every public name has a row, a docstring with a doctest that holds, and its place in the layers."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import PENALTIES, TRANSFORMS
+
+import funcreg as fr
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and not inspect.ismodule(value)}
+every_name = pytest.mark.parametrize("name", PUBLIC)
+
+
+@every_name
+def test_its_docstring_has_an_example_that_holds(name):
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    assert text.splitlines()[0].strip().endswith((".", "`."))
+    example = doctest.DocTestParser().get_doctest(text, {"torch": torch, "fr": fr, **PUBLIC}, name, name, 0)
+    assert example.examples
+    runner = doctest.DocTestRunner()
+    said: list[str] = []
+    runner.run(example, out=said.append)
+    assert not runner.failures, "".join(said)
+
+
+@pytest.mark.parametrize("name", [n for n, v in PUBLIC.items() if callable(v) and n not in ("matrices", "EmptyState")])
+def test_its_docstring_names_its_arguments(name):
+    parameters = [
+        p
+        for p in inspect.signature(PUBLIC[name]).parameters
+        if p not in ("self", "params", "tree", "args", "kwargs", "updates", "keywords")
+    ]
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    if name in ("nadamw", "Elastic") or len(parameters) == 0:
+        return
+    named = re.findall(r"^    (\w+): ", text.partition("Args:")[2], flags=re.MULTILINE)
+    assert set(parameters) <= set(named)
+
+
+@every_name
+def test_it_has_a_row_or_a_test(name):
+    if isinstance(PUBLIC[name], fr.Penalty):
+        assert any(case.penalty is PUBLIC[name] for case in PENALTIES.values())
+    elif inspect.isfunction(PUBLIC[name]) and inspect.signature(PUBLIC[name]).return_annotation == "Transform":
+        rows = {row.split()[0] for row in TRANSFORMS} | {"ensemble"}  # The ensemble is a law over all rows.
+        assert name in rows
+    else:
+        here = "\n".join(path.read_text() for path in (ROOT / "tests").glob("**/*.py"))
+        assert re.search(rf"fr\.{name}\b|lib\.{name}\b", here)
+
+
+def test_penalties_look_like_functions():
+    assert fr.elastic.__name__ == "elastic"
+    assert str(inspect.signature(fr.elastic)) == "(params, alpha: 'Scalar', rho: 'Scalar')"
+    assert repr(fr.elastic) == "<penalty elastic(params, alpha, rho)>"
+
+
+# Layers
+
+
+LAYERS = [
+    ["_typing"],
+    ["tree", "schedules"],
+    ["transform", "penalty"],
+    ["penalties", "scaling", "clipping", "combine", "conventions"],
+    ["regularizing"],
+    ["certificates", "proximal", "ensemble", "fused", "optimizers"],
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported anywhere in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found.add(node.module or "")
+    return found
+
+
+def test_imports_point_down_and_only_tree_imports_optree():
+    modules = {path.stem: imports(path) for path in (ROOT / "funcreg").glob("*.py") if path.stem != "__init__"}
+    assert sorted(modules) == sorted(module for layer in LAYERS for module in layer)
+    for height, layer in enumerate(LAYERS):
+        below = {f"funcreg.{module}" for lower in LAYERS[:height] for module in lower}
+        for module in layer:
+            assert {name for name in modules[module] if name.startswith("funcreg")} <= below, module
+            assert ("optree" in modules[module]) == (module == "tree")
+            outside = {name.split(".")[0] for name in modules[module]} - {"funcreg", "torch", "optree"}
+            assert outside <= set(sys.stdlib_module_names), module
+
+
+def test_torch_and_optree_are_all_it_needs():
+    code = (
+        "import sys, funcreg; sys.exit(any(name in sys.modules for name in ('sklearn', 'matplotlib', 'tqdm', 'jax')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The README
+
+
+def test_the_readme_runs_from_top_to_bottom():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    shared: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), shared)
+    assert shared["fr"].sparsity(shared["members"]) >= 0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_readme_names_what_there_is():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"\bfr\.([a-z_0-9]+)", text))
+    assert named <= set(PUBLIC)
+    untold = {"tree_leaves", "tree_map", "tree_paths", "global_norm", "init_empty_state", "shrink"}
+    assert {
+        name for name in PUBLIC if name[0].islower() and name not in untold and not re.search(rf"\b{name}\b", text)
+    } == set()
+
+
+def test_the_readme_holds_the_measured_table():
+    import json
+
+    text = (ROOT / "README.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "which_l1.json").read_text())["rows"]:
+        assert f"| {row['way']} | {row['error']:.0e} |" in text
+
+
+def test_the_commands_of_the_readme_are_those_of_the_project():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"<!-- (?:main|test) -->\n```sh\n(.*)\n```\n<!-- end -->", text)
+    assert len(commands) == 2
+    assert all(c.startswith("python3 -m venv .venv && ") for c in commands)
+    assert (ROOT / "examples" / "digits.py").exists()
+    assert "<!-- test -->" in (ROOT / ".ci" / "run").read_text()

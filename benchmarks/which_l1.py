@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import torch
 from sklearn.datasets import load_diabetes
@@ -23,7 +24,8 @@ STEPS = 6000
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
     """Design and response, standardized, and scikit-learn's coefficients."""
-    x, y = load_diabetes(return_X_y=True)
+    data: Any = load_diabetes()
+    x, y = data.data, data.target
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
     solution = Lasso(STRENGTH, fit_intercept=False, tol=1e-15, max_iter=10**6).fit(x, y).coef_
     return torch.tensor(x), torch.tensor(y), torch.tensor(solution)

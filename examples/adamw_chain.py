@@ -56,7 +56,7 @@ class Transformer(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="AdamW, clipping and a soft threshold in one chain")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer")
     options = parser.parse_args()
 
@@ -87,7 +87,7 @@ def main() -> None:
         fr.scale_by_learning_rate(rate),
         # The threshold follows the learning rate, as the decay does. A constant one would outgrow the last, small
         # steps and go on zeroing weights. It is an L1 decay of AdamW's kind; the lasso of the loss is fr.prox_adam.
-        fr.soft_threshold(lambda count: 0.05 * rate(count), mask=weights),
+        fr.soft_threshold(lambda count: 0.1 * rate(count), mask=weights),
     )
     step = fr.fuse(tx, donate=True)
     params, state = step.init(dict(model.named_parameters()))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import funcreg as fr
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  # The backend is chosen before.
+import matplotlib.pyplot as plt  # After the choice of a backend that needs no screen.
 
 BATCH = 256
 

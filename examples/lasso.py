@@ -23,9 +23,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # Ten coefficients are no work to share between cores.
 
-    data = load_diabetes(scaled=False)
-    names = data.feature_names
-    x, y = torch.tensor(data.data), torch.tensor(data.target)
+    names = "age sex bmi bp s1 s2 s3 s4 s5 s6".split()
+    x, y = map(torch.tensor, load_diabetes(return_X_y=True, scaled=False))
     # With columns and target centred the intercept is the mean of the target, and no parameter is left unpenalized.
     x = (x - x.mean(0)) / x.std(0, correction=0)
     y = y - y.mean()

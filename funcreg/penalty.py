@@ -44,6 +44,7 @@ class Penalty:
             :math:`\nabla f + \text{strength} \cdot \partial g`; by default the residual of the proximal operator.
         reach: How far one entry of the proximal operator looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
+        rule: The function whose name, documentation and signature these are; by default `value`.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:

@@ -28,6 +28,9 @@ def _positive(name: str, value: int) -> None:
 def constant_schedule(value: Scalar) -> Schedule:
     r"""Stay at one value, :math:`v_t = v`.
 
+    Args:
+        value: The value :math:`v`.
+
     Example:
         >>> constant_schedule(0.1)(5)
         0.1

@@ -59,7 +59,12 @@ def _open(node: Any) -> _Opened | None:
         return _Opened(tuple(str(i) for i in range(len(node))), tuple(node), lambda children: kind(children))
     if node is None:
         return _Opened((), (), lambda children: None)
-    if torch.compiler.is_dynamo_compiling() or optree.tree_is_leaf(node):
+    return None if torch.compiler.is_dynamo_compiling() else _open_registered(node)
+
+
+def _open_registered(node: Any) -> _Opened | None:
+    """One level of a node of a type that optree was told of."""
+    if optree.tree_is_leaf(node):
         return None
     children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
     return _Opened(tuple(str(e) for e in entries), tuple(children), lambda children: unflatten(metadata, children))
@@ -516,8 +521,10 @@ def _hidden(node: Any) -> bool:
 
 matrices = Selection(
     lambda params: [leaf.ndim >= 2 for leaf in tree_leaves(params)],
-    doc="""A mask that is True for leaves of two or more dimensions: the weights of linear, convolution and
-    embedding layers, not biases or the scales of normalization layers. The same as `select(min_ndim=2)`.
+    doc="""A mask that is True for leaves of two or more dimensions.
+
+    These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization
+    layers. The same as `select(min_ndim=2)`.
 
     Example:
         >>> matrices({"weight": torch.ones(2, 2), "bias": torch.ones(2)})

@@ -403,6 +403,7 @@ def test_sparsity_is_the_share_of_exact_zeros():
 def test_soft_thresholding_moves_by_the_threshold_or_to_zero(entries, threshold):
     w = torch.tensor(entries)
     z = fr.l1.prox(w, threshold)
+    assert_equal(fr.shrink(w, torch.tensor(threshold)), z)
     assert torch.equal(z.isnan(), w.isnan())
     inside = w.abs() <= threshold
     assert not z[inside].any()

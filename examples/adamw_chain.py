@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import funcreg as fr
 
-MODULES = "argparse ast calendar configparser dataclasses difflib doctest functools inspect optparse textwrap typing"
+MODULES = ("argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "functools", "inspect", "typing")
 CONTEXT, BATCH, HEADS, LAYERS = 64, 16, 4, 2
 
 
@@ -57,14 +57,14 @@ class Transformer(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description="AdamW, clipping and a soft threshold in one chain")
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
-    parser.add_argument("--width", type=int, default=64, help="width of the transformer")
+    parser.add_argument("--width", type=int, default=64, help="width of the transformer, a multiple of 4")
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # A model this small gains little from more cores, and loses much where they are busy.
+    torch.set_num_threads(1)  # So small a model gains less from more cores than it loses where they are busy.
 
     library = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join((library / f"{module}.py").read_text(encoding="utf-8") for module in MODULES.split())
+    text = "".join((library / f"{module}.py").read_text(encoding="utf-8") for module in MODULES)
     alphabet = sorted(set(text))
     tokens = torch.tensor([alphabet.index(character) for character in text])
     training, held_out = tokens[: -len(tokens) // 10], tokens[-len(tokens) // 10 :]

@@ -5,7 +5,7 @@ and one fused proximal step moves them all, so that weights become exactly zero.
 much of the network the digits need.
 
     python examples/digits.py
-    python examples/digits.py --steps 20 --out /tmp/digits.png
+    python examples/digits.py --steps 20
 """
 
 import argparse
@@ -109,28 +109,15 @@ def draw(out, before, params, strengths, accuracies, zeros, chosen) -> None:
     left.legend(loc=(0.2, 0.06))
 
     def weights(params):
-        return torch.cat(
-            [w.flatten() for w, used in zip(params.values(), fr.matrices(params).values(), strict=True) if used]
-        )
+        return torch.cat([w.flatten() for w in params.values() if w.ndim == 2])
 
-    def member(k):
-        return {name: w[k] for name, w in params.items()}
-
+    plain, sparse = ({name: w[k] for name, w in params.items()} for k in (0, chosen))
     bins = torch.linspace(-1.5, 1.5, 62)
-    share = f"λ = {strengths[chosen]:.2g}: {100 * zeros[chosen]:.0f} % exactly zero"
-    right.hist(weights(before), bins, histtype="stepfilled", color="lightgray", label="before training")
-    right.hist(weights(member(0)), bins, histtype="step", color="tab:blue", label="after training without penalty")
-    right.hist(
-        weights(member(chosen)),
-        bins,
-        histtype="step",
-        linewidth=1.5,
-        color="tab:green",
-        label=f"after training with {share}",
-    )
-    right.set(
-        xlabel="weight", ylabel="number of weights", yscale="log", ylim=(0.7, 1e5), title="The weights of one network"
-    )
+    share = f"after training with λ = {strengths[chosen]:.2g}: {100 * zeros[chosen]:.0f} % exactly zero"
+    right.hist(weights(before), bins, color="lightgray", label="before training")
+    right.hist(weights(plain), bins, histtype="step", color="tab:blue", label="after training without penalty")
+    right.hist(weights(sparse), bins, histtype="step", color="tab:green", linewidth=1.5, label=share)
+    right.set(xlabel="weight", ylabel="number of weights", yscale="log", ylim=(0.7, 1e5), title="Before and after")
     right.legend(loc="upper right")
     figure.savefig(out, dpi=120)
     print(f"picture in {out}")

@@ -1,6 +1,7 @@
 """The lasso on scikit-learn's diabetes data: proximal steps reach the solution of coordinate descent.
 
-Both minimize 1 / (2 n) * |y - X w|^2 + alpha * |w|_1 and find the same coefficients, with the same exact zeros.
+Both minimize 1 / (2 n) * |y - X w|^2 + alpha * |w|_1 and find the same coefficients, with the same
+exact zeros: scikit-learn's alpha is the strength here, because the loss has its factor 1 / (2 n).
 
     python examples/lasso.py
     python examples/lasso.py --alpha 10
@@ -21,9 +22,9 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=2.0, help="strength of the penalty")
     parser.add_argument("--steps", type=int, default=2000, help="proximal steps")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # Ten coefficients are no work to share between cores.
 
-    names = "age sex bmi bp s1 s2 s3 s4 s5 s6".split()
+    torch.set_num_threads(1)  # Ten coefficients are no work to share between cores.
+    names = ["age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6"]
     x, y = map(torch.tensor, load_diabetes(return_X_y=True, scaled=False))
     # With columns and target centred the intercept is the mean of the target, and no parameter is left unpenalized.
     x = (x - x.mean(0)) / x.std(0, correction=0)
@@ -43,10 +44,10 @@ def main() -> None:
             w = fr.apply_updates(w, updates)
         return w
 
+    lasso = Lasso(alpha=options.alpha, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(x.numpy(), y.numpy())
+    reference = torch.tensor(lasso.coef_)
     columns = {
-        "scikit-learn": torch.tensor(
-            Lasso(alpha=options.alpha, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(x.numpy(), y.numpy()).coef_
-        ),
+        "scikit-learn": reference,
         "fista": solve(fr.fista(rate, fr.l1, strength=options.alpha)),
         "prox_sgd": solve(fr.prox_sgd(rate, fr.l1, strength=options.alpha, momentum=0.9)),
     }
@@ -54,7 +55,6 @@ def main() -> None:
     print(f"{'alpha = ' + format(options.alpha, 'g'):12}", *(f"{name:>14}" for name in columns))
     for name, *row in zip(names, *columns.values(), strict=True):
         print(f"{name:12}", *(f"{number:14.8f}" for number in row))
-    reference = columns["scikit-learn"]
     print(f"{'difference':12}", *(f"{(w - reference).abs().max():14.1e}" for w in columns.values()))
     print(f"{'exact zeros':12}", *(f"{(w == 0).sum():14d}" for w in columns.values()))
     residuals = [fr.kkt_residual(w, grad(loss)(w), fr.l1, strength=options.alpha) for w in columns.values()]

@@ -20,7 +20,8 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
 
     The chain is traced once, into one full graph, and compiled on the first call; a schedule, a counter or a
     hyperparameter held as a tensor compiles nothing anew. The step records no autograd history: to differentiate
-    through training steps, call `tx.update` and `apply_updates`.
+    through training steps, call `tx.update` and `apply_updates`. Called inside `vmap` or `grad`, a step that does
+    not donate is these plain functions.
 
     Args:
         tx: The transform; its updates are added to the parameters.
@@ -54,6 +55,8 @@ class FusedStep:
             updates, new = tx.update(grads, state, params, **extra)
             return apply_updates(params, updates), new
 
+        self._pure = pure
+
         def in_place(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> list[Tensor]:
             new = pure(params, grads, state, extra)
             scalars = []
@@ -78,6 +81,13 @@ class FusedStep:
         """New parameters and state; with donation, in the tensors of the old ones."""
         check_params(params)
         check_alike(params, grads, ("params", "grads"))
+        if torch._C._functorch.maybe_current_level() is not None:
+            if self._donate:
+                raise ValueError(
+                    "a donating step was called inside vmap or grad, which cannot write in place. For members with "
+                    "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
+                )
+            return self._pure(params, grads, state, extra)
         if self._donate:
             self._check_donated(params, grads, state)
         with torch.no_grad():

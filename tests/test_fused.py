@@ -176,6 +176,16 @@ def test_steps_record_no_history_also_for_parameters_that_require_grad():
     assert not any(leaf.requires_grad for leaf in after.values())
 
 
+def test_inside_vmap_and_grad_a_step_is_its_plain_functions():
+    step, params = fr.fuse(fr.sgd(0.1)), torch.ones(3, 2)
+    state = step.init(params)[1]
+    after = vmap(lambda w: step(w, 2 * w, state)[0])(params)
+    assert_equal(after, torch.full((3, 2), 0.8), rtol=1e-6)
+    assert_equal(grad(lambda w: step(w, 2 * w, state)[0].sum())(params), torch.full((3, 2), 0.8), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"inside vmap or grad.*ensemble"):
+        vmap(lambda w: fr.fuse(fr.sgd(0.1), donate=True)(w, w, state)[0])(params)
+
+
 def test_training_may_be_differentiated_through_with_the_plain_functions():
     tx, x = fr.adam(0.1), torch.randn(20, 3, dtype=torch.float64)
     loss = lambda p: (x @ p["w"]).square().mean()

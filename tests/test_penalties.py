@@ -378,6 +378,16 @@ def test_lambda_max_has_its_closed_forms():
     torch.testing.assert_close(fr.lambda_max(grads, fr.l1, mask=fr.select("head.bias")), grads["head"].bias.abs().max())
 
 
+def test_groups_may_have_weights_of_their_own():
+    w, weights = torch.ones(2, 3), torch.tensor([1.0, 10.0])
+    torch.testing.assert_close(fr.group_lasso(w, weights=weights), torch.tensor(11 * 3**0.5))
+    z = fr.group_lasso.prox(w, 0.5, weights=weights)
+    assert z[0].all()
+    assert not z[1].any()
+    torch.testing.assert_close(fr.group_lasso(w, dim=-1, weights=weights), fr.group_lasso(w, weights=weights))
+    torch.testing.assert_close(fr.group_lasso.prox(w.T, 0.5, dim=(0,), weights=weights), z.T)
+
+
 def test_group_prox_in_a_metric_is_exact_for_metrics_of_many_magnitudes():
     for spread, tolerance in ((2, 1e-12), (4, 1e-11), (6, 1e-9)):
         x = torch.randn(500, 64, dtype=torch.float64)

@@ -103,7 +103,7 @@ def test_imports_point_down_and_only_tree_imports_optree():
 
 
 def test_torch_and_optree_are_all_it_needs():
-    code = "import sys, torch, optree, torch._dynamo; before = set(sys.modules); import funcreg; print(*set(sys.modules) - before)"
+    code = "import sys, torch, optree, torch._dynamo; old = set(sys.modules); import funcreg; print(*set(sys.modules) - old)"
     new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in new} <= {"funcreg", "torch", "optree", *sys.stdlib_module_names}
 

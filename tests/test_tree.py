@@ -98,6 +98,16 @@ def test_apply_updates_keeps_the_dtype_of_parameters_and_says_what_is_wrong():
         fr.l1(torch.nn.Linear(2, 2).parameters())
 
 
+def test_trees_may_span_devices():
+    params = {"a": torch.ones(3), "b": torch.ones(3, device="meta")}
+    tx = fr.chain(
+        fr.scale_by_adam(), fr.add_decayed_weights(lambda count: 0.1), fr.scale_by_learning_rate(torch.tensor(0.1))
+    )
+    updates, state = tx.update(params, tx.init(params), params)
+    assert [u.device.type for u in fr.tree_leaves(updates)] == ["cpu", "meta"]
+    assert state[0].steps.device.type == "cpu"
+
+
 def test_global_norm_is_exact_in_sixteen_bits_and_flat_at_zero():
     assert fr.global_norm({"w": torch.full((70000,), 1000.0, dtype=torch.float16)}).isfinite()
     assert fr.global_norm({"w": torch.full((4_000_000,), 0.1)}).sub(200).abs() < 1e-3

@@ -5,7 +5,7 @@ weights exactly zero. A mask keeps decay and threshold to the weights of linear 
 parameters and state go in and come out, and one fused call makes the whole step.
 
     python examples/adamw_chain.py
-    python examples/adamw_chain.py --steps 20 --width 16
+    python examples/adamw_chain.py --steps 20 --width 16 --layers 1
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 import funcreg as fr
 
 MODULES = ("argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "functools", "inspect", "typing")
-CONTEXT, BATCH, HEADS, LAYERS = 64, 16, 4, 2
+CONTEXT, BATCH, HEADS = 64, 16, 4
 
 
 class Block(nn.Module):
@@ -43,10 +43,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """From characters, as numbers, to the logits of the character after each."""
 
-    def __init__(self, characters: int, width: int) -> None:
+    def __init__(self, characters: int, width: int, layers: int) -> None:
         super().__init__()
         self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(LAYERS)))
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="AdamW, clipping and a soft threshold in one chain")
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer, a multiple of 4")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of attention")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -65,10 +66,11 @@ def main() -> None:
 
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((library / f"{module}.py").read_text(encoding="utf-8") for module in MODULES)
+    text = "".join(filter(str.isascii, text))  # The sample is printed, and not every terminal knows more.
     alphabet = sorted(set(text))
     tokens = torch.tensor([alphabet.index(character) for character in text])
     training, held_out = tokens[: -len(tokens) // 10], tokens[-len(tokens) // 10 :]
-    model = Transformer(len(alphabet), options.width)
+    model = Transformer(len(alphabet), options.width, options.layers)
 
     def draw(tokens: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(tokens) - CONTEXT, (batch, 1))

@@ -81,9 +81,9 @@ def main() -> None:
     # A hidden neuron is left if something comes in and something goes out.
     neurons = ((params["hidden.weight"] != 0).any(2) & (params["output.weight"] != 0).any(1)).sum(-1)
 
-    print(f"{'lambda':>9} {'data loss':>10} {'penalty':>9} {'accuracy %':>11} {'zeros %':>9} {'neurons':>8}")
+    print(f"{'lambda':>9} {'data loss':>10} {'penalty':>9} {'accuracy':>10} {'zeros':>9} {'neurons':>8}")
     for row in zip(strengths, losses, penalties, 100 * accuracies, 100 * zeros, neurons, strict=True):
-        print("{:9.1e} {:10.4f} {:9.4f} {:11.1f} {:9.1f} {:8d}".format(*(number.item() for number in row)))
+        print("{:9.1e} {:10.4f} {:9.4f} {:8.1f} % {:7.1f} % {:8d}".format(*(number.item() for number in row)))
 
     # The strongest penalty that costs at most half a percent. This marks a line of the picture; to select a model,
     # it would have to be found on images that are neither trained nor tested on.

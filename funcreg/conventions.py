@@ -51,7 +51,7 @@ def elastic_from_keras(l1: Scalar = 0.0, l2: Scalar = 0.0) -> Elastic:
     """
     nonnegative(l1=l1, l2=l2)
     alpha = l1 + 2 * l2
-    return Elastic(alpha, l1 / alpha if not isinstance(alpha, int | float) or alpha else 0.0)
+    return Elastic(alpha, l1 / alpha if not isinstance(alpha, (int, float)) or alpha else 0.0)
 
 
 def elastic_from_sklearn(alpha: Scalar, l1_ratio: Scalar = 1.0) -> Elastic:

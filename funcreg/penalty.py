@@ -178,9 +178,9 @@ class Penalty:
         for parameter, value in zip(self._hyper, values, strict=True):
             least, greatest = self._bounds.get(parameter.name, (-math.inf, math.inf))
             for number in tree_leaves(value):
-                if isinstance(number, str | bytes | bool):
+                if isinstance(number, (str, bytes, bool)):
                     raise TypeError(f"{parameter.name} of {self.__name__} is {number!r}; expected a number or a tensor")
-                if isinstance(number, int | float) and not least <= number <= greatest:
+                if isinstance(number, (int, float)) and not least <= number <= greatest:
                     name = f"{parameter.name} of {self.__name__}"
                     raise ValueError(f"{name} is {number}; expected a number from {least:g} to {greatest:g}")
         return tuple(values), options

@@ -104,7 +104,7 @@ def prox_sgd(
         direction, gain = identity(), 1.0
     else:
         nonnegative(momentum=momentum)
-        if isinstance(momentum, int | float) and momentum >= 1:
+        if isinstance(momentum, (int, float)) and momentum >= 1:
             raise ValueError(f"momentum is {momentum}; expected a number below 1")
         direction, gain = trace(momentum, nesterov), 1 / (1 - momentum)
     return _descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)

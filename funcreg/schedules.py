@@ -226,7 +226,7 @@ def warmup_cosine_decay_schedule(
             f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more, because decay_steps "
             "counts the warm-up too"
         )
-    zero = isinstance(peak_value, int | float) and peak_value == 0
+    zero = isinstance(peak_value, (int, float)) and peak_value == 0
     alpha = 0.0 if zero else end_value / peak_value
     decay = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
     return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])

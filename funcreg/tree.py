@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Updates
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]
 
 
 class Absent(NamedTuple):
@@ -32,33 +32,31 @@ ABSENT = Absent()
 # Structure
 
 
-class _Opened(NamedTuple):
-    keys: tuple[str, ...]
-    children: tuple[Any, ...]
-    rebuild: Callable[[list[Any]], Any]
+#: Keys, children and what builds such a node from new children. A bare tuple and lists, which trace fast.
+_Opened = tuple[list[Any], list[Any], Callable[[list[Any]], Any]]
 
 
 def _open(node: Any) -> _Opened | None:
     """One level of a tree, children in optree's order, or None for a leaf."""
-    if isinstance(node, Tensor | int | float | str):
+    if isinstance(node, (Tensor, int, float, str)):
         return None
     kind: Any = type(node)
     if kind is dict or kind is OrderedDict:
-        order = tuple(node)
+        order = list(node)
         keys = order if kind is OrderedDict else _sorted_keys(order)
 
         def rebuild(children: list[Any]) -> Any:
             found = dict(zip(keys, children, strict=True))
-            return kind((key, found[key]) for key in order)
+            return kind([(key, found[key]) for key in order])
 
-        return _Opened(tuple(str(key) for key in keys), tuple(node[key] for key in keys), rebuild)
+        return keys, [node[key] for key in keys], rebuild
     fields = getattr(node, "_fields", None)
     if isinstance(node, tuple) and fields is not None:
-        return _Opened(tuple(fields), tuple(node), lambda children: kind(*children))
+        return list(fields), list(node), lambda children: kind(*children)
     if kind is tuple or kind is list:
-        return _Opened(tuple(str(i) for i in range(len(node))), tuple(node), lambda children: kind(children))
+        return list(range(len(node))), list(node), lambda children: kind(children)
     if node is None:
-        return _Opened((), (), lambda children: None)
+        return [], [], lambda children: None
     return None if torch.compiler.is_dynamo_compiling() else _open_registered(node)
 
 
@@ -67,36 +65,38 @@ def _open_registered(node: Any) -> _Opened | None:
     if optree.tree_is_leaf(node):
         return None
     children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
-    return _Opened(tuple(str(e) for e in entries), tuple(children), lambda children: unflatten(metadata, children))
+    return list(entries), list(children), lambda children: unflatten(metadata, children)
 
 
-def _sorted_keys(keys: Sequence[Any]) -> tuple[Any, ...]:
+def _sorted_keys(keys: list[Any]) -> list[Any]:
     try:
-        return tuple(sorted(keys))
+        return sorted(keys)
     except TypeError:  # Keys of several types, which optree sorts by type first.
-        return tuple(sorted(keys, key=lambda key: (f"{type(key).__module__}.{type(key).__qualname__}", key)))
+        return sorted(keys, key=lambda key: (f"{type(key).__module__}.{type(key).__qualname__}", key))
 
 
-def _walk(node: Any, leaves: list[Any]) -> Callable[[Iterable[Any]], Any]:
-    """Append the leaves of a tree; return what builds such a tree from an iterator of new ones."""
-    opened = _open(node)
-    if opened is None:
+def _walk(node: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
+    """Append the leaves of a tree; return what builds such a tree from an iterator of new ones, None for a leaf."""
+    if isinstance(node, Tensor) or (opened := _open(node)) is None:
         leaves.append(node)
-        return lambda new: next(iter(new))
-    builders = [_walk(child, leaves) for child in opened.children]
-
-    def build(new: Iterable[Any]) -> Any:
-        new = iter(new)
-        return opened.rebuild([builder(new) for builder in builders])
-
-    return build
+        return None
+    _, children, rebuild = opened
+    builders: list[Callable[[Any], Any] | None] = []
+    for child in children:
+        if isinstance(child, Tensor):  # Without a call: traced code pays for each.
+            leaves.append(child)
+            builders.append(None)
+        else:
+            builders.append(_walk(child, leaves))
+    return lambda new: rebuild([next(new) if builder is None else builder(new) for builder in builders])
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     """The leaves of a tree, and the function that builds such a tree from new leaves."""
     if torch.compiler.is_dynamo_compiling():
         leaves: list[Any] = []
-        return leaves, _walk(tree, leaves)
+        builder = _walk(tree, leaves)
+        return leaves, lambda new: next(iter(new)) if builder is None else builder(iter(new))
     leaves, spec = optree.tree_flatten(tree)
     return leaves, lambda new: optree.tree_unflatten(spec, new)
 
@@ -146,16 +146,22 @@ def leaves_like(tree: Any, other: Any, names: tuple[str, str] = ("the first tree
 
 
 def _pair(node: Any, other: Any, found: list[Any], path: Path, names: tuple[str, str]) -> None:
-    opened = _open(node)
-    if opened is None:
+    if isinstance(node, Tensor) or (opened := _open(node)) is None:
         found.append(other)
         return
     against = _open(other)
-    if against is None or sorted(opened.keys) != sorted(against.keys):
+    if against is None or not _same_keys(opened[0], against[0]):
         raise ValueError(_difference(opened, against, node, other, path, names))
-    others = dict(zip(against.keys, against.children, strict=True))
-    for key, child in zip(opened.keys, opened.children, strict=True):
-        _pair(child, others[key], found, (*path, key), names)
+    others = dict(zip(against[0], against[1], strict=True))
+    for key, child in zip(opened[0], opened[1], strict=True):
+        if isinstance(child, Tensor):
+            found.append(others[key])
+        else:
+            _pair(child, others[key], found, (*path, key), names)
+
+
+def _same_keys(a: list[Any], b: list[Any]) -> bool:
+    return a == b or (len(a) == len(b) and all(key in b for key in a))
 
 
 def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any, path: Path, names: Any) -> str:
@@ -163,8 +169,8 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
     where = f" at '{dotted(path)}'" if path else ""
     cause = f"Are {first} and {second} trees of the same model?"
     if against is not None:
-        missing = [dotted((*path, key)) for key in opened.keys if key not in against.keys]
-        unknown = [dotted((*path, key)) for key in against.keys if key not in opened.keys]
+        missing = [dotted((*path, key)) for key in opened[0] if key not in against[0]]
+        unknown = [dotted((*path, key)) for key in against[0] if key not in opened[0]]
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {_kind(node)}, got {_kind(other)}. {cause}"
@@ -175,22 +181,20 @@ def _kind(node: Any) -> str:
         return f"a tensor of shape {tuple(node.shape)}"
     if isinstance(node, Absent):
         return "a leaf that a mask leaves out"
-    return f"{node!r}" if node is None or isinstance(node, bool | int | float | str) else f"a {type(node).__name__}"
+    return f"{node!r}" if node is None or isinstance(node, (bool, int, float, str)) else f"a {type(node).__name__}"
 
 
 def dotted(path: Path) -> str:
     """A path as users write it: `encoder.0.weight`."""
-    return ".".join(path)
+    return ".".join([str(key) for key in path])
 
 
 def map_with_path(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
     """Build a tree of `f(path, leaf)`."""
-    opened = _open(tree)
-    if opened is None:
+    if isinstance(tree, Tensor) or (opened := _open(tree)) is None:
         return f(path, tree)
-    return opened.rebuild(
-        [map_with_path(f, child, (*path, key)) for key, child in zip(opened.keys, opened.children, strict=True)]
-    )
+    keys, children, rebuild = opened
+    return rebuild([map_with_path(f, child, (*path, key)) for key, child in zip(keys, children, strict=True)])
 
 
 def tree_paths(tree: Any) -> list[str]:
@@ -223,11 +227,11 @@ def _spread(prefix: Any, node: Any, values: list[Any], path: Path, names: tuple[
         values.extend([prefix] * len(tree_leaves(node)))
         return
     against = _open(node)
-    if against is None or sorted(opened.keys) != sorted(against.keys):
-        there = against or _Opened((), (), lambda children: None)
+    if against is None or not _same_keys(opened[0], against[0]):
+        there = against or ([], [], lambda children: None)
         raise ValueError(_difference(there, opened if against else None, node, prefix, path, names))
-    prefixes = dict(zip(opened.keys, opened.children, strict=True))
-    for key, child in zip(against.keys, against.children, strict=True):
+    prefixes = dict(zip(opened[0], opened[1], strict=True))
+    for key, child in zip(against[0], against[1], strict=True):
         _spread(prefixes[key], child, values, (*path, key), names)
 
 
@@ -253,43 +257,55 @@ def _check_leaf(name: str, leaf: Any) -> None:
 
 def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
     """Raise an error that names the first leaf of `other` whose structure, shape or device is not that of `tree`."""
-    leaves, others = tree_leaves(tree), leaves_like(tree, other, names)
+    _alike(tree, tree_leaves(tree), other, names)
+
+
+def _alike(tree: Any, leaves: list[Tensor], other: Any, names: tuple[str, str]) -> list[Tensor]:
+    """The leaves of `other`, checked against those of `tree`."""
+    others = leaves_like(tree, other, names)
     for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
-        if isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device:
-            continue
-        first, second = names
-        name = f"{second} '{tree_paths(tree)[i]}'" if tree_paths(tree)[i] else second
-        if not isinstance(found, Tensor):
-            hint = " Did this parameter get no gradient? Leave it out with masked or freeze." if found is None else ""
-            raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.{hint}")
-        if leaf.shape != found.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "
-                f"Are {first} and {second} of the same model?"
-            )
-        raise ValueError(f"{name} is on {found.device}; expected {leaf.device}, the device of this leaf in {first}")
+        if not (isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device):
+            _refuse(leaf, found, names, tree_paths(tree)[i])
+    return others
+
+
+def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None:
+    first, second = names
+    name = f"{second} '{path}'" if path else second
+    if not isinstance(found, Tensor):
+        hint = " Did this parameter get no gradient? Leave it out with masked or freeze." if found is None else ""
+        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.{hint}")
+    if leaf.shape != found.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "
+            f"Are {first} and {second} of the same model?"
+        )
+    raise ValueError(f"{name} is on {found.device}; expected {leaf.device}, the device of this leaf in {first}")
 
 
 def check_nonnegative(name: str, value: Hyper) -> None:
     """Raise a ValueError if a number in `value` is negative, a TypeError if it is a string or a bool."""
     for leaf in tree_leaves(value):
-        if isinstance(leaf, str | bytes | bool) or leaf is None:
+        if isinstance(leaf, (str, bytes, bool)) or leaf is None:
             raise TypeError(f"{name} is {leaf!r}; expected a number, a tensor, a schedule or a tree of them")
-        if isinstance(leaf, int | float) and not leaf >= 0:
+        if isinstance(leaf, (int, float)) and not leaf >= 0:
             raise ValueError(f"{name} is {leaf}; expected a number of at least 0. Is a sign the wrong way round?")
 
 
 # Arithmetic
 
 
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
 def widen(x: Tensor) -> Tensor:
     """A tensor in the precision in which it is computed with: float32 at least."""
-    return x.to(wide(x.dtype))
+    return x.to(torch.float32) if x.dtype in _SIXTEEN_BITS else x
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and moments of a tensor: float32 for 16-bit numbers, which saturate; else its own."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in _SIXTEEN_BITS else dtype
 
 
 def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
@@ -302,26 +318,37 @@ def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyp
         hyper: Numbers, tensors, or prefix trees of them.
     """
     leaves, rebuild = flatten(tree)
-    results = compute_leaves(f, tree, *rest, hyper=hyper)
-    return rebuild([result.to(leaf.dtype) for result, leaf in zip(results, leaves, strict=True)])
+    results = _compute(f, tree, leaves, rest, hyper)
+    return rebuild([x if x.dtype == w.dtype else x.to(w.dtype) for x, w in zip(results, leaves, strict=True)])
 
 
 def compute_wide(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
     """`compute` with results in the precision they were computed in."""
-    return flatten(tree)[1](compute_leaves(f, tree, *rest, hyper=hyper))
+    leaves, rebuild = flatten(tree)
+    return rebuild(_compute(f, tree, leaves, rest, hyper))
 
 
 def compute_leaves(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> list[Tensor]:
     """`compute_wide` with results in a list."""
-    for other in rest:
-        check_alike(tree, other, ("the parameters", "the state or updates"))
-    columns = [tree_leaves(tree), *(leaves_like(tree, other) for other in rest)]
-    values = [broadcast(value, tree, "a hyperparameter") for value in hyper]
+    return _compute(f, tree, tree_leaves(tree), rest, hyper)
+
+
+def _compute(
+    f: Callable[..., Tensor], tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]
+) -> list[Tensor]:
+    columns = [leaves, *[_alike(tree, leaves, other, ("the parameters", "the state or updates")) for other in rest]]
+    # Without calls for what most leaves do not need: traced code pays for each call of each leaf.
+    columns = [[x if x.dtype not in _SIXTEEN_BITS else widen(x) for x in column] for column in columns]
+    for value in hyper:
+        if isinstance(value, (int, float)):
+            columns.append([value] * len(leaves))
+        else:
+            spread = broadcast(value, tree, "a hyperparameter")
+            columns.append([beside(x, leaf) for x, leaf in zip(spread, leaves, strict=True)])
     results: list[Tensor] = []
-    for row in zip(*columns, *values, strict=True):
-        tensors, numbers = row[: len(columns)], row[len(columns) :]
+    for row in zip(*columns, strict=True):
         try:
-            results.append(f(*(widen(x) for x in tensors), *(beside(number, tensors[0]) for number in numbers)))
+            results.append(f(*row))
         except ValueError as error:
             raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
     return results
@@ -508,15 +535,18 @@ def select(
     return Selection(choose)
 
 
-@torch.compiler.assume_constant_result
 def _matches(name: str, glob: str) -> bool:
     return fnmatch.fnmatchcase(name, glob)
+
+
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
+vars(_matches)["_dynamo_marked_constant"] = True
 
 
 def _hidden(node: Any) -> bool:
     """Whether an outer mask left leaves out, so that a glob may rightly match none of the rest."""
     opened = _open(node)
-    return isinstance(node, Absent) or (opened is not None and any(_hidden(child) for child in opened.children))
+    return isinstance(node, Absent) or (opened is not None and any(_hidden(child) for child in opened[1]))
 
 
 matrices = Selection(

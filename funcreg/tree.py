@@ -336,9 +336,9 @@ def compute_leaves(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Seque
 def _compute(
     f: Callable[..., Tensor], tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]
 ) -> list[Tensor]:
-    columns = [leaves, *[_alike(tree, leaves, other, ("the parameters", "the state or updates")) for other in rest]]
+    trees = [leaves, *[_alike(tree, leaves, other, ("the parameters", "the state or updates")) for other in rest]]
     # Without calls for what most leaves do not need: traced code pays for each call of each leaf.
-    columns = [[x if x.dtype not in _SIXTEEN_BITS else widen(x) for x in column] for column in columns]
+    columns: list[list[Any]] = [[x if x.dtype not in _SIXTEEN_BITS else widen(x) for x in column] for column in trees]
     for value in hyper:
         if isinstance(value, (int, float)):
             columns.append([value] * len(leaves))

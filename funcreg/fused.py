@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from funcreg._typing import Params, State, Updates
 from funcreg.transform import Transform
@@ -81,7 +82,7 @@ class FusedStep:
         """New parameters and state; with donation, in the tensors of the old ones."""
         check_params(params)
         check_alike(params, grads, ("params", "grads"))
-        if torch._C._functorch.maybe_current_level() is not None:
+        if maybe_current_level() is not None:  # Inside vmap or grad.
             if self._donate:
                 raise ValueError(
                     "a donating step was called inside vmap or grad, which cannot write in place. For members with "

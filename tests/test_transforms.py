@@ -377,3 +377,32 @@ def test_bfloat16_decay_is_not_lost_in_the_moments():
 def test_absent_leaves_are_nodes_without_leaves():
     assert fr.tree_leaves({"a": ABSENT, "b": 1}) == [1]
     assert fr.tree_map(lambda x: x + 1, {"a": ABSENT, "b": 1}) == {"a": ABSENT, "b": 2}
+
+
+def changed(case, which):
+    """Which entries of later updates change with one entry of one gradient, as a tree of bools."""
+    tx, params = case.make(), draw()
+
+    def last(first):
+        updates, state = tx.update(first, tx.init(params), params)
+        return fr.tree_map(torch.add, updates, tx.update(draw(2), state, params)[0])
+
+    pushed = draw(1)
+    leaf = fr.tree_leaves(pushed)[which]
+    leaf.reshape(-1)[0] += 0.3
+    return fr.tree_map(lambda a, b: a != b, last(pushed), last(draw(1)))
+
+
+@every_transform
+def test_updates_look_no_further_than_the_transform_says(case):
+    reach = case.make().reach
+    for which in range(len(fr.tree_leaves(draw()))):
+        for i, leaf in enumerate(fr.tree_leaves(changed(case, which))):
+            flat_leaf = leaf.reshape(-1)
+            if reach == "global":
+                continue
+            assert i == which or not leaf.any()
+            if reach == "elementwise":
+                assert not flat_leaf[1:].any()
+            elif reach == "rows":
+                assert not leaf.reshape(len(leaf), -1)[1:].any()

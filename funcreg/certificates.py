@@ -109,7 +109,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
         gone = vanish(middle.view(torch.float64))
         low, high = torch.where(gone, low, middle), torch.where(gone, middle, high)
     least = torch.where(vanish(torch.zeros_like(size)), torch.zeros_like(size), high.view(torch.float64))
-    return torch.where(reachable, least, torch.full_like(size, torch.inf))
+    return torch.where(reachable, least, torch.where(size.isnan(), size, torch.inf))
 
 
 def sparsity(params: Params, mask: Mask | None = None) -> Tensor:

@@ -114,7 +114,10 @@ def adaptive_grad_clip(
         if isinstance(axis, EllipsisType):
             return tuple(range(1, w.ndim))
         if axis is not None:
-            return (axis,) if isinstance(axis, int) else axis
+            dims = (axis,) if isinstance(axis, int) else axis
+            if any([not -w.ndim <= d < w.ndim for d in dims]):
+                raise ValueError(f"axis={axis} got a leaf of shape {tuple(w.shape)}; leave it out with masked")
+            return dims
         if sum(n != 1 for n in w.shape) <= 1:
             return tuple(range(w.ndim))
         if w.ndim > 5:
@@ -152,7 +155,7 @@ def zero_nans() -> Transform:
         found = tree_map(lambda u: u.isnan().any(), updates)
         return compute(lambda u: torch.where(u.isnan(), torch.zeros_like(u), u), updates), ZeroNansState(found)
 
-    return Transform(init, update, "leaf")
+    return Transform(init, update, "leaf", state=ZeroNansState)
 
 
 def centralize() -> Transform:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Mask, Params, State, Updates
-from funcreg.transform import Transform, counter, furthest, init_empty_state, stateless
+from funcreg.transform import EmptyState, Transform, counter, furthest, stateless
 from funcreg.tree import (
     broadcast,
+    check_mask,
+    chosen_by,
     compute,
     flatten,
     keep,
@@ -147,8 +149,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         {'weight': tensor([2.]), 'bias': tensor([1.])}
     """
     _check_transforms("masked", [inner])
-    if isinstance(mask, str):
-        mask_leaves(mask, ())  # Says what a mask is.
+    check_mask(mask)
 
     def init(params: Params) -> MaskedState:
         return MaskedState(inner.init(keep(params, mask_leaves(mask, params))))
@@ -169,7 +170,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         held = iter(within(keep(params, bools)))
         return [next(held) if chosen else False for chosen in bools]
 
-    return Transform(init, update, inner.reach, frozen=None if within is None else frozen)
+    return Transform(init, update, inner.reach, frozen=None if within is None else frozen, state=MaskedState)
 
 
 def freeze(mask: Mask) -> Transform:
@@ -187,14 +188,17 @@ def freeze(mask: Mask) -> Transform:
         >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
         {'body': tensor([0.]), 'head': tensor([1.1000])}
     """
-    if isinstance(mask, str):
-        mask_leaves(mask, ())  # Says what a mask is.
+    check_mask(mask)
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         held = mask_leaves(mask, params)
         return _zeroed(updates, held), state
 
-    return Transform(init_empty_state, update, "elementwise", frozen=lambda params: mask_leaves(mask, params))
+    def init(params: Params) -> EmptyState:
+        mask_leaves(mask, params)  # A mask that does not fit is said here.
+        return EmptyState()
+
+    return Transform(init, update, "elementwise", frozen=lambda params: mask_leaves(mask, params))
 
 
 def _zeroed(updates: Updates, held: list[bool]) -> Updates:
@@ -265,7 +269,7 @@ def partition(
     transforms = dict(transforms)
 
     def labels(params: Params) -> list[Any]:
-        found = param_labels(params) if callable(param_labels) else param_labels
+        found, params = chosen_by(param_labels, params)
         values = broadcast(found, params, "param_labels")
         for i, value in enumerate(values):
             if value not in transforms:
@@ -289,6 +293,11 @@ def partition(
         return PartitionState({label: tx.init(params).inner_state for label, tx in parts.items()})
 
     def update(updates: Updates, state: PartitionState, params: Params, **extra: Any) -> tuple[Updates, PartitionState]:
+        if set(state.inner_states) != set(parts):
+            came = ", ".join(map(repr, state.inner_states))
+            raise ValueError(
+                f"partition of {', '.join(map(repr, parts))} got a state of {came}; was it made by its init?"
+            )
         new = {}
         for label, tx in parts.items():
             updates, after = tx.update(updates, MaskedState(state.inner_states[label]), params, **extra)
@@ -301,7 +310,7 @@ def partition(
         return [any(bools) for bools in zip(*(f(params) for f in holding), strict=True)]
 
     reach = furthest([tx.reach for tx in parts.values()])
-    return Transform(init, update, reach, frozen=frozen if holding else None)
+    return Transform(init, update, reach, frozen=frozen if holding else None, state=PartitionState)
 
 
 # Only when all is finite
@@ -352,4 +361,4 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         count = state.total_notfinite + (~finite).to(torch.int32)
         return new, ApplyIfFiniteState(errors, finite, count, after)
 
-    return Transform(init, update, "global", frozen=inner.frozen)
+    return Transform(init, update, "global", frozen=inner.frozen, state=ApplyIfFiniteState)

@@ -101,6 +101,8 @@ def elastic_from_sklearn_logistic(C: Scalar, n_samples: int, l1_ratio: Scalar = 
         Elastic(alpha=0.02, rho=1.0)
     """
     nonnegative(C=C, l1_ratio=l1_ratio)
+    if isinstance(C, (int, float)) and C == 0:
+        raise ValueError("C is 0; expected a positive number: its inverse is the strength")
     return Elastic(1 / (C * n_samples), l1_ratio)
 
 

@@ -50,9 +50,18 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
         return tree_map(torch.clone, state)  # What all members begin with alike comes back as one entry, expanded.
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
+        # What is no stack of members is the same for all.
+        over = tree_map(lambda x: 0 if isinstance(x, Tensor) and x.ndim else None, extra)
+
         def one(updates: Updates, state: State, params: Params, extra: dict[str, Any], *h: Hyper) -> Any:
             return make(*h).update(updates, state, params, **extra)
 
-        return vmap(one)(updates, state, params, extra, *hyper)
+        return vmap(one, in_dims=(0, 0, 0, over, *(0 for _ in hyper)))(updates, state, params, extra, *hyper)
 
-    return Transform(init, update)
+    within = make(*(tree_map(lambda h: h[0], value) for value in hyper)).frozen
+
+    def frozen(params: Params) -> list[bool]:
+        assert within is not None
+        return within(tree_map(lambda w: w[0], params))
+
+    return Transform(init, update, frozen=None if within is None else frozen)

@@ -92,7 +92,11 @@ class FusedStep:
         if self._donate:
             self._check_donated(params, grads, state)
         with torch.no_grad():
-            result = self._compiled(params, grads, state, extra)
+            try:
+                result = self._compiled(params, grads, state, extra)
+            except Exception:
+                self._pure(params, grads, state, extra)  # If the call is at fault, this says how, and which leaf.
+                raise
             if not self._donate:
                 return result
             # Out of the graph: compiled code loses what is written into a float64 input without dimensions.
@@ -102,14 +106,13 @@ class FusedStep:
 
     def _check_donated(self, params: Params, grads: Updates, state: State) -> None:
         owned = tree_leaves((params, state))
+        if any([leaf.requires_grad for leaf in owned]):
+            names = [f"params '{name}'" for name in tree_paths(params)] + [f"state '{n}'" for n in tree_paths(state)]
+            name = next(name for name, leaf in zip(names, owned, strict=True) if leaf.requires_grad)
+            raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
         if len(owned) != len(self._owned) or any(a is not b for a, b in zip(owned, self._owned, strict=True)):
             names = [f"params '{name}'" for name in tree_paths(params)]
             names += [f"state '{name}'" for name in tree_paths(state)]
-            for name, leaf in zip(names, owned, strict=True):
-                if leaf.requires_grad:
-                    raise ValueError(
-                        f"{name} requires grad and cannot be donated. step.init(params) gives copies that can."
-                    )
             _check_apart(names, owned)
             self._owned = owned
         memory = {leaf.untyped_storage().data_ptr() for leaf in owned if leaf.numel()}
@@ -127,8 +130,11 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
     for name, leaf in zip(names, leaves, strict=True):
         if not leaf.numel():
             continue
-        if any(stride == 0 and size > 1 for size, stride in zip(leaf.shape, leaf.stride(), strict=True)):
-            raise ValueError(f"{name} is an expanded tensor, whose entries share memory, and cannot be donated")
+        reach = 0  # Of the dimensions with smaller strides.
+        for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                raise ValueError(f"{name} is an expanded tensor, whose entries share memory, and cannot be donated")
+            reach += (size - 1) * stride
         last = sum((size - 1) * abs(stride) for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
         start = leaf.data_ptr()
         spans.append((start, start + (last + 1) * leaf.element_size(), name))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.penalty import penalty
-from funcreg.tree import safe_sqrt, squared
+from funcreg.tree import safe_sqrt, sign, squared
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
 Dim = int | tuple[int, ...] | EllipsisType | None
@@ -49,20 +49,15 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
     return w - w.clamp(-threshold, threshold)
 
 
-def _sign(w: Tensor) -> Tensor:
-    """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
-    return torch.where(w.isnan(), w, w.sgn())
-
-
 def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
     return shrink(w, step)
 
 
 def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return torch.where(w == 0, shrink(g, strength), g + strength * _sign(w))
+    return torch.where(w == 0, shrink(g, strength), g + strength * sign(w))
 
 
-@penalty(gradient=_sign, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
+@penalty(gradient=sign, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
 def l1(w: Tensor) -> Tensor:
     r"""Sum of magnitudes, :math:`\sum_i |w_i|`.
 
@@ -85,7 +80,7 @@ def _l2_gradient(w: Tensor) -> Tensor:
 
 
 def _l2_proximal(w: Tensor, step: Scalar) -> Tensor:
-    return w / (1 + 2 * step)
+    return w / (1 + 2 * step) + 0.0  # +0.0 also from -0.0.
 
 
 def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
@@ -115,7 +110,7 @@ def _half_l2_gradient(w: Tensor) -> Tensor:
 
 
 def _half_l2_proximal(w: Tensor, step: Scalar) -> Tensor:
-    return w / (1 + step)
+    return w / (1 + step) + 0.0  # +0.0 also from -0.0.
 
 
 def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
@@ -137,7 +132,7 @@ def half_l2(w: Tensor) -> Tensor:
 
 
 def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
-    return alpha * (rho * _sign(w) + (1 - rho) * w)
+    return alpha * (rho * sign(w) + (1 - rho) * w)
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -186,6 +181,8 @@ def _dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
         return tuple(range(w.ndim))
     if isinstance(dim, EllipsisType):
         return tuple(range(1, w.ndim))
+    if not isinstance(dim, (int, tuple, list)):
+        raise ValueError(f"dim is {dim!r}; expected an int, a tuple of ints, None or ...")
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     for d in dims:
         if not -w.ndim <= d < w.ndim:
@@ -193,7 +190,10 @@ def _dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
                 f"dim={dim} got a leaf of shape {tuple(w.shape)}, which has no dimension {d}. "
                 "Leave such leaves out with mask=, as in mask=matrices, or use dim=... (all but the first)."
             )
-    return tuple(d % w.ndim for d in dims)
+    dims = tuple(d % w.ndim for d in dims)
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dim={dim} names a dimension of a leaf of shape {tuple(w.shape)} twice")
+    return dims
 
 
 def _norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -207,7 +207,10 @@ def _sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
     if weights is None:
         return 1.0
     if isinstance(weights, Tensor):
-        return weights.reshape([1 if d in dims else n for d, n in enumerate(w.shape)])
+        groups = [1 if d in dims else n for d, n in enumerate(w.shape)]
+        if weights.numel() != math.prod(groups):
+            raise ValueError(f"weights has {weights.numel()} entries for the {math.prod(groups)} groups of a leaf")
+        return weights.reshape(groups)
     if weights == "sqrt_size":
         return math.sqrt(math.prod([w.shape[d] for d in dims]))
     raise ValueError(f"weights is {weights!r}; expected None, 'sqrt_size' or a tensor with one entry a group")
@@ -237,13 +240,17 @@ def _shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tupl
     def over_group(x: Tensor) -> Tensor:
         return x.sum(dims, keepdim=True) if dims else x
 
-    pulls = squared(h * w)
-    norms = safe_sqrt(over_group(pulls))
+    if not w.numel():
+        return w.clone()
+    norms = safe_sqrt(over_group(squared(h * w)))
     alive = norms > threshold
+    # In units of the norm, so that no power of it leaves the range of float32.
+    unit = torch.where(norms == 0, torch.ones_like(norms), norms)
+    pulls = squared(h * w / unit)
     # The dead branch computes with ones, so that no derivative through it is NaN.
     pulls, weight = torch.where(alive, pulls, torch.ones_like(pulls)), torch.where(alive, h, torch.ones_like(h))
-    force = torch.where(alive, threshold + torch.zeros_like(norms), torch.ones_like(norms))
-    root = torch.where(alive, norms - threshold, torch.ones_like(norms)) / (
+    force = torch.where(alive, threshold / unit, torch.ones_like(norms))
+    root = torch.where(alive, (norms - threshold) / unit, torch.ones_like(norms)) / (
         weight.amax(dims, keepdim=True) if dims else weight
     )
     for _ in range(6):  # 1e-9 at worst for metrics that span twelve orders of magnitude.
@@ -313,7 +320,7 @@ def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor
 
 
 def _sparse_group_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    return alpha * (rho * _sign(w) + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
+    return alpha * (rho * sign(w) + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
 
 
 def _sparse_group_proximal(

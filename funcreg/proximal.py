@@ -16,8 +16,8 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
-from funcreg.transform import Transform, at_step, counter, furthest, identity, nonnegative
-from funcreg.tree import compute, compute_leaves, compute_wide, product, total, tree_map
+from funcreg.transform import Transform, at_step, check_fit, counter, furthest, identity, nonnegative
+from funcreg.tree import check_mask, compute, compute_leaves, compute_wide, product, total, tree_map
 
 
 class ProximalState(NamedTuple):
@@ -40,8 +40,10 @@ def _descend(
 ) -> Transform:
     nonnegative(learning_rate=learning_rate, strength=strength, weight_decay=weight_decay)
     check_penalty(penalty, hyper, options)
+    check_mask(mask)
 
     def init(params: Params) -> ProximalState:
+        check_fit(params, mask, learning_rate, strength, weight_decay, *hyper)
         return ProximalState(counter(params), direction.init(params))
 
     def update(updates: Updates, state: ProximalState, params: Params) -> tuple[Updates, ProximalState]:
@@ -57,7 +59,7 @@ def _descend(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    return Transform(init, update, furthest([direction.reach, penalty.reach or "global"]))
+    return Transform(init, update, furthest([direction.reach, penalty.reach or "global"]), state=ProximalState)
 
 
 def prox_sgd(
@@ -211,8 +213,10 @@ def fista(
     """
     nonnegative(learning_rate=learning_rate, strength=strength)
     check_penalty(penalty, hyper, options)
+    check_mask(mask)
 
     def init(params: Params) -> FistaState:
+        check_fit(params, mask, learning_rate, strength, *hyper)
         steps = counter(params)
         return FistaState(steps, torch.ones_like(steps, dtype=torch.float64), tree_map(torch.clone, params))
 
@@ -229,7 +233,7 @@ def fista(
         moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=((old - 1) / new,))
         return moves, FistaState(state.steps + 1, new, compute(lambda x0, x: x, state.solution, x))
 
-    return Transform(init, update, "global")
+    return Transform(init, update, "global", state=FistaState)
 
 
 def _overlap(y: Tensor, x: Tensor, x0: Tensor) -> Tensor:

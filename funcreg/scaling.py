@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.transform import Transform, counter, identity, nonnegative, scheduled, stateless
-from funcreg.tree import compute, compute_wide, safe_sqrt, squared, tree_map, wide, zeros
+from funcreg.tree import compute, compute_wide, safe_sqrt, sign, squared, tree_map, wide, zeros
 
 
 def scale(step_size: Hyper) -> Transform:
@@ -132,7 +132,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
         direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
         return direction, TraceState(_stored(m, state.trace))
 
-    return Transform(init, update, "elementwise")
+    return Transform(init, update, "elementwise", state=TraceState)
 
 
 class TraceState(NamedTuple):
@@ -167,7 +167,7 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
         averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
         return averages, EmaState(steps, _stored(m, state.ema))
 
-    return Transform(init, update, "elementwise")
+    return Transform(init, update, "elementwise", state=EmaState)
 
 
 class EmaState(NamedTuple):
@@ -224,7 +224,7 @@ def scale_by_adam(
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _mean_square(state.nu, updates, b2)
+        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
         new = AdamState(steps, _stored(mu, state.mu), nu)
         if nesterov:
             ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
@@ -236,11 +236,11 @@ def scale_by_adam(
     def metric(state: AdamState) -> Params:
         return _adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
 
-    return Transform(init, update, "elementwise", metric)
+    return Transform(init, update, "elementwise", metric, state=AdamState)
 
 
 def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
-    return compute(lambda v, c, e, r: (v / c + r).sqrt() + e, nu, hyper=(missing, eps, eps_root))
+    return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
 
 
 class AmsgradState(NamedTuple):
@@ -290,7 +290,7 @@ def scale_by_amsgrad(
 
     def update(updates: Updates, state: AmsgradState, params: Params) -> tuple[Updates, AmsgradState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _mean_square(state.nu, updates, b2)
+        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
         missing = bias_correction(b2, steps) if bias_correction_nu else 1.0
         nu_max = compute(lambda top, v, c: torch.maximum(top, v / c), state.nu_max, nu, hyper=(missing,))
         new = AmsgradState(steps, _stored(mu, state.mu), nu, nu_max)
@@ -300,7 +300,7 @@ def scale_by_amsgrad(
     def metric(state: AmsgradState) -> Params:
         return _adam_metric(state.nu_max, 1.0, eps, eps_root)
 
-    return Transform(init, update, "elementwise", metric)
+    return Transform(init, update, "elementwise", metric, state=AmsgradState)
 
 
 class RmsState(NamedTuple):
@@ -311,7 +311,7 @@ class RmsState(NamedTuple):
 
 
 def _root(eps_in_sqrt: bool) -> Any:
-    return lambda v, e: (v + e).sqrt() if eps_in_sqrt else v.sqrt() + e
+    return lambda v, e: safe_sqrt(v + e) if eps_in_sqrt else safe_sqrt(v) + e
 
 
 def scale_by_rms(
@@ -346,7 +346,7 @@ def scale_by_rms(
         return RmsState(counter(params), _real_zeros(params, initial_scale))
 
     def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
-        new = RmsState(state.steps + 1, _mean_square(state.nu, updates, decay))
+        new = RmsState(state.steps + 1, _stored(_mean_square(state.nu, updates, decay), state.nu))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: RmsState) -> Params:
@@ -354,7 +354,7 @@ def scale_by_rms(
         missing = _missing(decay, state.steps, corrected)
         return compute(lambda v, c, e: root(v / c, e), state.nu, hyper=(missing, eps))
 
-    return Transform(init, update, "elementwise", metric)
+    return Transform(init, update, "elementwise", metric, state=RmsState)
 
 
 def _missing(decay: Scalar, steps: Tensor, corrected: bool) -> Scalar:
@@ -402,7 +402,7 @@ def scale_by_stddev(
 
     def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
         mu, nu = _mean(state.mu, updates, decay), _mean_square(state.nu, updates, decay)
-        new = StddevState(state.steps + 1, mu, nu)
+        new = StddevState(state.steps + 1, _stored(mu, state.mu), _stored(nu, state.nu))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: StddevState) -> Params:
@@ -410,7 +410,7 @@ def scale_by_stddev(
         missing = _missing(decay, state.steps, corrected)
         return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), state.nu, state.mu, hyper=(missing, eps))
 
-    return Transform(init, update, "elementwise", metric)
+    return Transform(init, update, "elementwise", metric, state=StddevState)
 
 
 class RssState(NamedTuple):
@@ -445,9 +445,9 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
         return compute(lambda u, h: u / torch.where(h == 0, 1.0, h), updates, metric(new)), new
 
     def metric(state: RssState) -> Params:
-        return compute(lambda v, e: (v + e).sqrt(), state.sum_of_squares, hyper=(eps,))
+        return compute(lambda v, e: safe_sqrt(v + e), state.sum_of_squares, hyper=(eps,))
 
-    return Transform(init, update, "elementwise", metric)
+    return Transform(init, update, "elementwise", metric, state=RssState)
 
 
 # Signs and ratios
@@ -461,7 +461,7 @@ def scale_by_sign() -> Transform:
         >>> scale_by_sign().update({"weight": torch.tensor([-3.0, 0.0, 0.5])}, EmptyState(), params)
         ({'weight': tensor([-1.,  0.,  1.])}, EmptyState())
     """
-    return stateless(lambda updates, params: compute(torch.sgn, updates), "elementwise")
+    return stateless(lambda updates, params: compute(sign, updates), "elementwise")
 
 
 class LionState(NamedTuple):
@@ -471,9 +471,9 @@ class LionState(NamedTuple):
 
 
 _LION: dict[str, Any] = {
-    "hard": lambda x, smooth_beta: x.sgn(),
+    "hard": lambda x, smooth_beta: sign(x),
     "smooth": lambda x, smooth_beta: (smooth_beta * x).tanh(),
-    "refined": lambda x, smooth_beta: torch.where(x.abs() < 1, x, x.sgn()),
+    "refined": lambda x, smooth_beta: torch.where(x.abs() < 1, x, sign(x)),
 }
 
 
@@ -515,7 +515,7 @@ def scale_by_lion(
         )
         return direction, LionState(_stored(_mean(state.mu, updates, b2), state.mu))
 
-    return Transform(init, update, "elementwise")
+    return Transform(init, update, "elementwise", state=LionState)
 
 
 def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0) -> Transform:

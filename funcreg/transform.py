@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Params, Reach, State, Updates
-from funcreg.tree import broadcast, check_alike, check_nonnegative, check_params, flatten, scalar_device
+from funcreg._typing import Hyper, Mask, Params, Reach, State, Updates
+from funcreg.tree import broadcast, check_alike, check_nonnegative, check_params, flatten, mask_leaves, scalar_device
 
 _REACHES: tuple[Reach, ...] = ("elementwise", "rows", "matrix", "leaf", "global")
 
@@ -30,10 +30,12 @@ class Transform:
         metric: From a state that `update` returned to the diagonal metric of this preconditioner, a tree like the
             parameters (for Adam, :math:`\sqrt{\hat v} + \epsilon`); proximal steps use it.
         frozen: From parameters to one bool a leaf: which leaves this transform holds where they are, in any chain.
+        state: Type of its states, if they are named tuples of its own: the state of another transform is refused.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
-        ValueError: Updates and parameters differ in structure, shape or device; the message names the leaf.
+        ValueError: Updates and parameters differ in structure, shape or device, and the message names the leaf; or
+            the state is that of another transform.
 
     Example:
         >>> halve = Transform(
@@ -53,6 +55,7 @@ class Transform:
         reach: Reach = "global",
         metric: Callable[[State], Params] | None = None,
         frozen: Callable[[Params], list[bool]] | None = None,
+        state: type | None = None,
     ) -> None:
         if reach not in _REACHES:
             raise ValueError(f"reach is {reach!r}; expected one of {', '.join(_REACHES)}")
@@ -60,6 +63,7 @@ class Transform:
         self.reach: Reach = reach
         self.metric = metric
         self.frozen = frozen
+        self._state = state
 
     def init(self, params: Params) -> State:
         """The state before the first update."""
@@ -70,6 +74,9 @@ class Transform:
         """New updates and the next state."""
         check_params(params)
         check_alike(params, updates, ("params", "updates"))
+        if self._state is not None and not isinstance(state, self._state):
+            came = type(state).__name__
+            raise ValueError(f"state is {came}; expected {self._state.__name__}. Was it made by this transform's init?")
         return self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
 
 
@@ -154,6 +161,14 @@ def at_step(value: Hyper, steps: Tensor | None) -> Hyper:
     return rebuild([leaf(steps) if callable(leaf) else leaf for leaf in leaves])
 
 
+def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
+    """Raise an error, before the first update, for a mask or a tree of hyperparameters that does not fit."""
+    if mask is not None:
+        mask_leaves(mask, params)
+    for value in hyper:
+        broadcast(value, params, "a hyperparameter")
+
+
 def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Transform:
     """A transform from `rule(updates, params, *values)`, where a hyperparameter may follow a schedule.
 
@@ -162,8 +177,7 @@ def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Tran
     counts = is_scheduled(*hyper)
 
     def init(params: Params) -> ScheduleState | EmptyState:
-        for value in hyper:
-            broadcast(value, params, "a hyperparameter")  # A tree that does not fit is said here.
+        check_fit(params, None, *hyper)
         return ScheduleState(counter(params)) if counts else EmptyState()
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
@@ -172,7 +186,7 @@ def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Tran
         values = [at_step(value, state.steps) for value in hyper]
         return rule(updates, params, *values), ScheduleState(state.steps + 1)
 
-    return Transform(init, update, reach)
+    return Transform(init, update, reach, state=ScheduleState if counts else None)
 
 
 def nonnegative(**hyper: Hyper) -> None:

@@ -288,7 +288,7 @@ def check_nonnegative(name: str, value: Hyper) -> None:
     for leaf in tree_leaves(value):
         if isinstance(leaf, (str, bytes, bool)) or leaf is None:
             raise TypeError(f"{name} is {leaf!r}; expected a number, a tensor, a schedule or a tree of them")
-        if isinstance(leaf, (int, float)) and not leaf >= 0:
+        if not isinstance(leaf, Tensor) and not callable(leaf) and not leaf >= 0:
             raise ValueError(f"{name} is {leaf}; expected a number of at least 0. Is a sign the wrong way round?")
 
 
@@ -344,6 +344,12 @@ def _compute(
             columns.append([value] * len(leaves))
         else:
             spread = broadcast(value, tree, "a hyperparameter")
+            for i, x in enumerate(spread):
+                if isinstance(x, Tensor) and x.ndim and not _fits(x, leaves[i]):
+                    raise ValueError(
+                        f"at leaf '{tree_paths(tree)[i]}': a hyperparameter has shape {tuple(x.shape)}; expected one "
+                        f"that broadcasts to {tuple(leaves[i].shape)}, the shape of the leaf"
+                    )
             columns.append([beside(x, leaf) for x, leaf in zip(spread, leaves, strict=True)])
     results: list[Tensor] = []
     for row in zip(*columns, strict=True):
@@ -352,6 +358,12 @@ def _compute(
         except ValueError as error:
             raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
     return results
+
+
+def _fits(x: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor broadcasts to the shape of a leaf."""
+    ends = zip(reversed(x.shape), reversed(leaf.shape), strict=False)
+    return x.ndim <= leaf.ndim and all([n in (1, size) for n, size in ends])
 
 
 def beside(value: Any, leaf: Tensor) -> Any:
@@ -394,6 +406,11 @@ def squared(w: Tensor) -> Tensor:
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
+def sign(w: Tensor) -> Tensor:
+    """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
+    return torch.where(w.isnan(), w, w.sgn())
+
+
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root with derivative 0 at 0, of any order: both branches of a `where` are differentiated."""
     zero = x == 0
@@ -434,19 +451,44 @@ def apply_updates(params: Params, updates: Updates) -> Params:
 # Masks
 
 
-def mask_leaves(mask: Mask, params: Params) -> list[bool]:
-    """A mask as one bool for each leaf."""
+def check_mask(mask: Mask | None) -> None:
+    """Raise a TypeError if a mask is a string."""
     if isinstance(mask, str):
         raise TypeError(
             f"mask is the string {mask!r}; expected a tree of bools or a function. Do you mean select({mask!r})?"
         )
-    found = mask(params) if callable(mask) else mask
+
+
+def mask_leaves(mask: Mask, params: Params) -> list[bool]:
+    """A mask as one bool for each leaf."""
+    check_mask(mask)
+    found, params = chosen_by(mask, params)
     values = broadcast(found, params, "mask")
     for i, value in enumerate(values):
         if not isinstance(value, bool):
             name = f"mask at '{tree_paths(params)[i]}'"
             raise TypeError(f"{name} is {_kind(value)}; expected True (apply) or False. For names, use select.")
     return values
+
+
+def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
+    """A tree, or what a user's function makes of parameters, and the parameters that it is for.
+
+    The function sees no leaf that an outer mask left out: dictionaries go without their keys.
+    """
+    if not callable(function):
+        return function, params
+    seen = params if isinstance(function, Selection) else _visible(params)
+    return function(seen), seen
+
+
+def _visible(node: Any) -> Any:
+    if isinstance(node, Tensor) or (opened := _open(node)) is None or not _hidden(node):
+        return node
+    keys, children, rebuild = opened
+    if isinstance(node, dict):
+        return {key: _visible(node[key]) for key in node if not isinstance(node[key], Absent)}
+    return rebuild([_visible(child) for child in children]) if keys else node
 
 
 def keep(tree: Any, mask: Sequence[bool]) -> Any:

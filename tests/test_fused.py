@@ -221,3 +221,32 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
 """
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown < 8000  # Kilobytes: two tensors of this size.
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("tx", "state", "message"),
+    [
+        (fr.adam(0.1), fr.sgd(0.1, 0.9), "Was it made by"),
+        (fr.prox_sgd(0.1, fr.l1, strength={"w": 1.0}), fr.prox_sgd(0.1, fr.l1), "lacks 'b'"),
+        (fr.prox_sgd(0.1, fr.l1, mask=fr.select("x*")), fr.prox_sgd(0.1, fr.l1), "matches no leaf"),
+        (fr.prox_sgd(0.1, fr.group_lasso, dim=1), fr.prox_sgd(0.1, fr.l1), "at leaf 'b': dim=1"),
+    ],
+)
+def test_what_is_wrong_is_said_as_in_eager_code_and_changes_nothing(tx, state, message, donate):
+    params = {"w": torch.ones(4, 5), "b": torch.ones(4)}
+    before = fr.tree_map(torch.clone, params)
+    with pytest.raises(ValueError, match=message):
+        fr.fuse(tx, donate=donate, backend="aot_eager")(params, fr.tree_map(torch.clone, params), state.init(params))
+    assert_equal(params, before)
+
+
+def test_donation_refuses_entries_that_overlap_and_leaves_that_came_to_require_grad():
+    step = fr.fuse(fr.sgd(0.1), donate=True, backend="eager")
+    with pytest.raises(ValueError, match="share memory"):
+        step(torch.randn(10).as_strided((3, 3), (1, 1)), torch.ones(3, 3), step.init(torch.ones(3, 3))[1])
+    params, state = step.init({"w": torch.ones(2, 3).T})
+    params, state = step(params, {"w": torch.ones(3, 2)}, state)
+    params["w"].requires_grad_(True)
+    with pytest.raises(ValueError, match="requires grad"):
+        step(params, {"w": torch.ones(3, 2)}, state)

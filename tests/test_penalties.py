@@ -127,7 +127,7 @@ def test_zeros_are_positive_zeros(case):
     params = fr.tree_map(lambda w: torch.where(w == 0, -0.0, w), draw())
     for step in (0.5, 100.0):
         z = flat(case.prox(params, step))
-        assert not torch.signbit(z[z == 0]).any() or case.smooth
+        assert not torch.signbit(z[z == 0]).any()
 
 
 @every_penalty
@@ -184,6 +184,7 @@ def test_leaves_of_every_shape_are_taken(case):
         expected = case.equation(leaf) if leaf.numel() else torch.zeros((), dtype=torch.float64)
         torch.testing.assert_close(case.value(leaf), expected)
         assert case.prox(leaf, 0.5).shape == case.grad(leaf).shape == leaf.shape
+        assert case.prox(leaf, 0.5, metric=torch.ones_like(leaf)).shape == leaf.shape
 
 
 @every_penalty
@@ -401,6 +402,13 @@ def test_group_prox_in_a_metric_is_exact_for_metrics_of_many_magnitudes():
         stationary = h[alive] * (z[alive] - x[alive]) + step * z[alive] / theta
         assert (stationary.abs().amax() / step) < tolerance
         assert not z[~alive].any()
+
+
+def test_group_prox_in_a_metric_stays_in_the_range_of_float32():
+    for size in (1e-16, 1e13, 1e17):
+        w, h = torch.tensor([[3.0, 4.0]]), torch.full((1, 2), size)
+        z = fr.group_lasso.prox(w, 2.5 * size, metric=h)
+        torch.testing.assert_close(z, w / 2, rtol=1e-5, atol=0)
 
 
 def test_sparsity_is_the_share_of_exact_zeros():

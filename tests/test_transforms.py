@@ -406,3 +406,46 @@ def test_updates_look_no_further_than_the_transform_says(case):
                 assert not flat_leaf[1:].any()
             elif reach == "rows":
                 assert not leaf.reshape(len(leaf), -1)[1:].any()
+
+
+def test_nan_in_a_gradient_is_not_hidden_by_signs():
+    bad = {"w": torch.tensor([float("nan"), 1.0])}
+    for tx in (fr.scale_by_sign(), fr.scale_by_lion(), fr.scale_by_lion(mode="refined"), fr.lion(0.1)):
+        updates, _ = tx.update(bad, tx.init(bad), {"w": torch.ones(2)})
+        assert updates["w"].isnan().tolist() == [True, False]
+
+
+def test_freeze_inside_an_ensemble_holds_in_the_outer_chain():
+    params = {"a": torch.ones(2, 3), "h": torch.ones(2, 3)}
+    make = lambda rate: fr.chain(fr.freeze({"a": True, "h": False}), fr.scale(rate))
+    tx = fr.chain(fr.ensemble(make, torch.tensor([0.1, 0.2])), fr.add_decayed_weights(0.1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["a"].any()
+    assert updates["h"].all()
+
+
+@every_differentiable_transform
+def test_steps_are_differentiable_where_a_gradient_is_zero(case):
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    loss = lambda p: (x @ p["w"] - 1).square().mean()
+
+    def trained(factor):
+        params = {"w": torch.tensor([0.5, 0.7], dtype=torch.float64)}
+        tx = case.make(factor)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grad(loss)(params), state, params)
+            params = fr.apply_updates(params, updates)
+        return loss(params)
+
+    assert grad(trained)(torch.tensor(0.9, dtype=torch.float64)).isfinite()
+
+
+@every_transform
+def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case):
+    for shape in ((), (3,)):
+        params, grads = {"w": torch.ones(shape)}, {"w": torch.full(shape, 0.5, dtype=torch.float64)}
+        tx = case.make(torch.tensor(0.9, dtype=torch.float64))
+        state = tx.init(params)
+        _, after = tx.update(grads, state, params)
+        assert [x.dtype for x in fr.tree_leaves(after)] == [x.dtype for x in fr.tree_leaves(state)]

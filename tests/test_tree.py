@@ -249,3 +249,58 @@ def test_wrong_dimensions_are_said_with_the_leaf():
         fr.group_lasso(draw(), dim=1)
     with pytest.raises(ValueError, match="leaf 'b' has the label 'x'; expected one of 'y'"):
         fr.partition({"y": fr.identity()}, {"a": "y", "b": "x"}).init({"a": torch.ones(1), "b": torch.ones(1)})
+
+
+def test_mask_functions_see_no_leaf_that_an_outer_mask_left_out():
+    params = {"a": torch.ones(2, 2), "b": torch.ones(2), "c": {"d": torch.ones(2, 2), "e": torch.ones(2)}}
+    walk = lambda p: {k: walk(v) if isinstance(v, dict) else v.ndim > 1 for k, v in p.items()}
+    labels = lambda p: dict.fromkeys(p, "yes")
+    for hide in (fr.select("b", "c.e"), {"a": False, "b": True, "c": True}):
+        for inner in (
+            fr.add_decayed_weights(0.1, mask=walk),
+            fr.partition({"yes": fr.add_decayed_weights(0.1)}, labels),
+            fr.prox_sgd(0.1, fr.l1, strength=0.0, mask=walk),
+        ):
+            tx = fr.chain(fr.freeze(hide), inner)
+            updates, _ = tx.update(params, tx.init(params), params)
+            assert not updates["b"].any()
+            assert updates["a"].all()
+
+
+@pytest.mark.parametrize("use", [fr.elastic, fr.elastic.grad, lambda p, a, r: fr.elastic.prox(p, a, 0.1, r)])
+def test_hyperparameters_that_would_widen_a_leaf_are_refused(use):
+    params = {"w": torch.ones(4, 5), "b": torch.ones(4)}
+    for wrong in (torch.ones(4, 1), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"at leaf '[wb]': a hyperparameter has shape"):
+            use(params, wrong, 0.5)
+    use(params, {"w": torch.ones(4, 1), "b": torch.ones(4)}, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("tx", "other"),
+    [
+        (fr.adam(1e-3), fr.sgd(0.1, momentum=0.9)),
+        (fr.masked(fr.trace(0.9), True), fr.trace(0.9)),
+        (fr.partition({"a": fr.trace(0.9)}, "a"), fr.partition({"b": fr.trace(0.9)}, "b")),
+        (fr.prox_sgd(0.1, fr.l1, momentum=0.9), fr.prox_adam(0.1, fr.l1)),
+        (fr.scale_by_adam(), fr.scale_by_amsgrad()),
+        (fr.scale_by_rms(), fr.scale_by_adam()),
+        (fr.sgd(lambda count: 0.1), fr.sgd(0.1)),
+        (fr.fista(0.1, fr.l1), fr.prox_sgd(0.1, fr.l1)),
+        (fr.chain(fr.identity()), fr.chain(fr.identity(), fr.identity())),
+    ],
+)
+def test_the_state_of_another_transform_is_refused(tx, other):
+    params = {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"was it made by|Was it made by"):
+        tx.update(params, other.init(params), params)
+
+
+def test_group_options_that_do_not_fit_are_said_with_the_leaf():
+    params = {"w": torch.ones(4, 5)}
+    with pytest.raises(ValueError, match="at leaf 'w': weights has 3 entries for the 4 groups"):
+        fr.group_lasso(params, weights=torch.ones(3))
+    with pytest.raises(ValueError, match=r"at leaf 'w': .*twice"):
+        fr.group_lasso(params, dim=(1, -1))
+    with pytest.raises(ValueError, match="at leaf 'w': dim is 'rows'"):
+        fr.group_lasso(params, dim="rows")

@@ -106,14 +106,14 @@ class FusedStep:
 
     def _check_donated(self, params: Params, grads: Updates, state: State) -> None:
         owned = tree_leaves((params, state))
-        if any([leaf.requires_grad for leaf in owned]):
-            names = [f"params '{name}'" for name in tree_paths(params)] + [f"state '{n}'" for n in tree_paths(state)]
-            name = next(name for name, leaf in zip(names, owned, strict=True) if leaf.requires_grad)
-            raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
+        for i, leaf in enumerate(owned):
+            if leaf.requires_grad:
+                name = _names(params, state)[i]
+                raise ValueError(
+                    f"{name} requires grad and cannot be donated. step.init(params) gives copies that can."
+                )
         if len(owned) != len(self._owned) or any(a is not b for a, b in zip(owned, self._owned, strict=True)):
-            names = [f"params '{name}'" for name in tree_paths(params)]
-            names += [f"state '{name}'" for name in tree_paths(state)]
-            _check_apart(names, owned)
+            _check_apart(_names(params, state), owned)
             self._owned = owned
         memory = {leaf.untyped_storage().data_ptr() for leaf in owned if leaf.numel()}
         for i, leaf in enumerate(tree_leaves(grads)):
@@ -122,6 +122,11 @@ class FusedStep:
                     f"grads '{tree_paths(grads)[i]}' shares memory with params or state, which are donated and so "
                     "overwritten. Pass a copy of it."
                 )
+
+
+def _names(params: Params, state: State) -> list[str]:
+    """What errors call the leaves of both."""
+    return [f"params '{name}'" for name in tree_paths(params)] + [f"state '{name}'" for name in tree_paths(state)]
 
 
 def _check_apart(names: list[str], leaves: list[Tensor]) -> None:

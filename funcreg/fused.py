@@ -95,7 +95,9 @@ class FusedStep:
             try:
                 result = self._compiled(params, grads, state, extra)
             except Exception:
-                self._pure(params, grads, state, extra)  # If the call is at fault, this says how, and which leaf.
+                # The compiler wraps what tracing raises. If the call is at fault, the plain functions say how, and
+                # which leaf; if not, the compiler's own error goes on.
+                self._pure(params, grads, state, extra)
                 raise
             if not self._donate:
                 return result

@@ -69,10 +69,10 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
     if learning_rate is None:
         return identity()
     nonnegative(learning_rate=learning_rate)
-    sign = -1 if flip_sign else 1
+    direction = -1 if flip_sign else 1
 
     def rule(updates: Updates, params: Params, rate: Hyper) -> Updates:
-        return compute(lambda u, r: sign * r * u, updates, hyper=(rate,))
+        return compute(lambda u, r: direction * r * u, updates, hyper=(rate,))
 
     return scheduled(rule, learning_rate, reach="elementwise")
 

@@ -169,12 +169,9 @@ def test_fista_keeps_a_sparse_point_at_every_step_and_restarts_faster():
     problem, zero = lasso(), {"w": torch.zeros(10, dtype=torch.float64)}
     gap = {}
     for restart in (False, True):
-        params, state = train(
-            penalized(fr.fista, problem, 1 / problem.smoothness, restart=restart), problem.loss, zero, 150
-        )
+        _, state = train(penalized(fr.fista, problem, 1 / problem.smoothness, restart=restart), problem.loss, zero, 150)
         gap[restart] = (state.solution["w"] - problem.solution).abs().max()
         assert (state.solution["w"] == 0).any()
-        del params
     assert gap[True] < 0.1 * gap[False]
 
 

@@ -49,11 +49,9 @@ def test_a_leaf_is_a_prefix_of_every_tree(tree, value):
 
 @given(trees)
 def test_a_tree_without_leaves_still_takes_a_whole_prefix(tree):
-    bools = [False] * len(fr.tree_leaves(tree))
     pruned = fr.tree_map(lambda leaf: ABSENT, tree)
     assert not fr.tree_leaves(pruned)
     assert broadcast(tree, pruned) == []
-    del bools
 
 
 def test_the_order_of_keys_does_not_matter_and_is_kept():

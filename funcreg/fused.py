@@ -1,9 +1,14 @@
-"""The fused step: a whole chain and the addition to the parameters, compiled as one graph."""
+"""The fused step: a whole chain and the addition to the parameters, in few compiled kernels over packed leaves.
+
+A step is recorded once for trees of one structure (`recording`), cut into groups of leaves that are treated alike
+(`packing`) and composed of kernels (`kernels`), which `torch.compile` compiles. Here are the buffers and the calls.
+"""
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,17 +17,33 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
 from funcreg._typing import Params, State, Updates
+from funcreg.execution import Compiler, Plan, Slab, say_once
+from funcreg.packing import pack
+from funcreg.recording import record, stand_in
 from funcreg.transform import Transform
-from funcreg.tree import apply_updates, check_alike, check_params, leaves_like, tree_leaves, tree_map, tree_paths
+from funcreg.tree import (
+    apply_updates,
+    check_alike,
+    check_params,
+    leaves_like,
+    restored,
+    structure,
+    tree_leaves,
+    tree_map,
+    tree_paths,
+)
+
+_like = operator.attrgetter("shape", "dtype", "device")
 
 
 def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., Any] = "inductor") -> FusedStep:
     r"""Compile `update` and `apply_updates` into one step, `step(params, grads, state) -> (params, state)`.
 
-    The chain is traced once, into one full graph, and compiled on the first call; a schedule, a counter or a
-    hyperparameter held as a tensor compiles nothing anew. The step records no autograd history: to differentiate
-    through training steps, call `tx.update` and `apply_updates`. Called inside `vmap` or `grad`, a step that does
-    not donate is these plain functions.
+    On the first call the chain is recorded, leaves that are treated alike are packed together, and few kernels are
+    compiled for all of them, whatever the number of leaves. What is a tensor (a counter, a strength held as a tensor)
+    is read at every step; what is Python (a mask, a float, a closure) is read once. The step records no autograd
+    history: to differentiate through training steps, call `tx.update` and `apply_updates`. Called inside `vmap` or
+    `grad`, a step that does not donate is these plain functions.
 
     Args:
         tx: The transform; its updates are added to the parameters.
@@ -50,6 +71,9 @@ class FusedStep:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
         self._tx, self._donate = tx, donate
+        self._compiler = Compiler(backend)
+        self._plans: dict[Any, Plan | None] = {}  # None where the chain could not be recorded.
+        self._last: Plan | None = None
         self._owned: list[Any] = []
 
         def pure(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
@@ -68,61 +92,137 @@ class FusedStep:
                     scalars.append(leaf)
             return scalars
 
-        self._compiled = torch.compile(
+        self._unpacked = torch.compile(
             _with_code_of_its_own(in_place if donate else pure), fullgraph=True, backend=backend
         )
 
     def init(self, params: Params) -> tuple[Params, State]:
-        """Parameters and state for this step to own: copies that share no memory and need no gradient."""
+        """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them."""
         check_params(params)
-        owned = tree_map(lambda w: w.detach().clone(memory_format=torch.contiguous_format), params)
-        return owned, self._tx.init(owned)
+        params = tree_map(lambda w: w.detach(), params)
+        with torch.no_grad():
+            trees = (params, params, self._tx.init(params), {})
+            columns, specs = zip(*map(structure, trees), strict=True)
+            plan = self._plan(trees, columns, specs)
+            leaves = [*columns[0], *columns[2]]
+            new = (
+                {i: view.copy_(leaves[i]) for i, view in zip(plan.owned, plan.slab().views, strict=True)}
+                if plan
+                else {}
+            )
+            copied = [
+                new[i] if i in new else w.clone(memory_format=torch.contiguous_format) if isinstance(w, Tensor) else w
+                for i, w in enumerate(leaves)
+            ]
+        count = len(columns[0])
+        return restored(specs[0], copied[:count]), restored(specs[2], copied[count:])
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
-        check_params(params)
-        check_alike(params, grads, ("params", "grads"))
-        if maybe_current_level() is not None:  # Inside vmap or grad.
-            if self._donate:
-                raise ValueError(
-                    "a donating step was called inside vmap or grad, which cannot write in place. For members with "
-                    "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
-                )
+        inside = not torch.compiler.is_compiling() and maybe_current_level() is not None
+        if inside and self._donate:
+            raise ValueError(
+                "a donating step was called inside vmap or grad, which cannot write in place. For members with "
+                "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
+            )
+        if inside or torch.compiler.is_compiling():  # What compiles a whole training step compiles this one too.
+            check_params(params)
+            check_alike(params, grads, ("params", "grads"))
             return self._pure(params, grads, state, extra)
-        if self._donate:
-            self._check_donated(params, grads, state)
         with torch.no_grad():
-            try:
-                result = self._compiled(params, grads, state, extra)
-            except Exception:
-                # The compiler wraps what tracing raises. If the call is at fault, the plain functions say how, and
-                # which leaf; if not, the compiler's own error goes on.
-                self._pure(params, grads, state, extra)
-                raise
-            if not self._donate:
-                return result
-            # Out of the graph: compiled code loses what is written into a float64 input without dimensions.
-            for old, new in zip((leaf for leaf in tree_leaves((params, state)) if not leaf.ndim), result, strict=True):
-                old.copy_(new)
+            read = None if extra or self._last is None else self._last.read(params, grads, state)
+            if read is not None:
+                plan, (columns, slab) = self._last, read
+            else:
+                trees = (params, grads, state, extra)
+                columns, specs = zip(*map(structure, trees), strict=True)
+                plan = self._plan(trees, columns, specs)
+                slab = plan and plan.find([*columns[0], *columns[2]])
+            if self._donate and (read is None or plan.suspicious(columns, slab)):
+                self._check_donated(params, grads, state, columns, slab)
+            if plan is None:
+                return self._step_unpacked(params, grads, state, extra)
+            if plan is not self._last:
+                plan.remember(params, grads, state, columns)
+                self._last = plan
+            tensors = [*columns[0], *columns[1], *columns[2]]
+            if extra:
+                tensors += [x for x in columns[3] if isinstance(x, Tensor)]
+            results = plan.run(tensors, slab)
+            if self._donate:
+                return params, state
+            count = len(columns[0])
+            return restored(plan.specs[0], results[:count]), restored(plan.specs[2], results[count:])
+
+    def _plan(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
+        """The plan for trees like these, made if they are new, or None if the chain could not be recorded."""
+        check_params(trees[0])
+        check_alike(trees[0], trees[1], ("params", "grads"))
+        likes = [[_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column] for column in columns]
+        key = (specs, *map(tuple, likes))
+        if key not in self._plans:
+            self._plans[key] = self._recorded(trees, columns, specs, likes)
+        return self._plans[key]
+
+    def _recorded(self, trees: Any, columns: Any, specs: Any, likes: Any) -> Plan | None:
+        try:
+            twins = [[stand_in(x) if isinstance(x, Tensor) else x for x in column] for column in columns]
+            params, grads, state, extra = (restored(spec, leaves) for spec, leaves in zip(specs, twins, strict=True))
+
+            def results(*tensors: Tensor) -> list[Tensor]:
+                return leaves_like((params, state), self._pure(params, grads, state, extra))
+
+            found = record(results, *(x for column in twins for x in column))
+        except Exception as error:
+            # If the call is at fault, the plain functions say how, and which leaf.
+            self._pure(*trees)
+            say_once(
+                f"fuse compiles this chain leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}"
+            )
+            return None
+        count = len(columns[0])
+        written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
+        for place, value, name in zip(written, found.outputs, _names(trees[0], trees[2]), strict=True):
+            if place.shape != value.shape:
+                raise ValueError(
+                    f"{name} came out of the step with shape {value.shape}; expected {place.shape}, as before"
+                )
+        packing = pack(found, count, written)
+        plan = Plan(found, packing, count, len(written), self._donate, self._compiler)
+        plan.specs, plan.likes = specs, likes
+        return plan
+
+    def _step_unpacked(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
+        try:
+            result = self._unpacked(params, grads, state, extra)
+        except Exception:
+            # The compiler wraps what tracing raises; the plain functions say it as it is.
+            self._pure(params, grads, state, extra)
+            raise
+        if not self._donate:
+            return result
+        # Out of the graph: compiled code loses what is written into a float64 input without dimensions.
+        for old, new in zip((leaf for leaf in tree_leaves((params, state)) if not leaf.ndim), result, strict=True):
+            old.copy_(new)
         return params, state
 
-    def _check_donated(self, params: Params, grads: Updates, state: State) -> None:
-        owned = tree_leaves((params, state))
-        for i, leaf in enumerate(owned):
+    def _check_donated(self, params: Params, grads: Updates, state: State, columns: Any, slab: Slab | None) -> None:
+        owned = [*columns[0], *columns[2]]
+        for name, leaf in zip(_names(params, state), owned, strict=True):
             if leaf.requires_grad:
-                name = _names(params, state)[i]
                 raise ValueError(
                     f"{name} requires grad and cannot be donated. step.init(params) gives copies that can."
                 )
-        if len(owned) != len(self._owned) or any(a is not b for a, b in zip(owned, self._owned, strict=True)):
+        known = len(owned) == len(self._owned) and all(map(operator.is_, owned, self._owned))
+        if slab is None and not known:
             _check_apart(_names(params, state), owned)
             self._owned = owned
-        memory = {leaf.untyped_storage().data_ptr() for leaf in owned if leaf.numel()}
-        for i, leaf in enumerate(tree_leaves(grads)):
-            if leaf.numel() and leaf.untyped_storage().data_ptr() in memory:
+        places = slab.places if slab else {leaf.data_ptr() for leaf in owned if leaf.numel()}
+        for name, leaf in zip(tree_paths(grads), columns[1], strict=True):
+            if leaf.data_ptr() in places and leaf.numel():
                 raise ValueError(
-                    f"grads '{tree_paths(grads)[i]}' shares memory with params or state, which are donated and so "
-                    "overwritten. Pass a copy of it."
+                    f"grads '{name}' shares memory with params or state, which are donated and so overwritten. "
+                    "Pass a copy of it."
                 )
 
 

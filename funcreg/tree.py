@@ -101,6 +101,75 @@ def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     return leaves, lambda new: optree.tree_unflatten(spec, new)
 
 
+def structure(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree, and what else there is of it, which can be compared and given to `restored`."""
+    leaves, spec = optree.tree_flatten(tree)
+    return leaves, spec
+
+
+def restored(spec: Any, leaves: Iterable[Any]) -> Any:
+    """A tree of some structure."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def reader(tree: Any) -> Callable[[Any], list[Any] | None]:
+    """A function that reads the leaves of trees of one structure, fast, or returns None for another structure.
+
+    None also for a dict whose keys came in another order, and for nodes of types that optree was told of.
+    """
+    leaves, spec = structure(tree)
+    numbered = optree.tree_unflatten(spec, range(len(leaves)))
+    read = _reader(numbered)
+    found: list[Any] = []
+    if read is not None and not read(numbered, found):
+        return lambda other: None
+    order = sorted(range(len(leaves)), key=found.__getitem__) if read is not None else [0]
+    in_order = order == list(range(len(leaves)))
+
+    def leaves_of(other: Any) -> list[Any] | None:
+        out: list[Any] = []
+        if read is None:
+            return [other]
+        if not read(other, out):
+            return None
+        return out if in_order else [out[i] for i in order]
+
+    return leaves_of
+
+
+def _reader(node: Any) -> Callable[[Any, list[Any]], bool] | None:
+    """What appends the leaves of such a node and says whether there was one; None for a leaf."""
+    kind = type(node)
+    if kind is int:
+        return None
+    if kind is dict or kind is OrderedDict:
+        keys, children = list(node), list(node.values())
+    elif kind is tuple or kind is list or (isinstance(node, tuple) and hasattr(node, "_fields")):
+        keys, children = None, list(node)
+    elif node is None:
+        return lambda other, out: other is None
+    else:
+        return lambda other, out: False
+    count, readers = len(children), [_reader(child) for child in children]
+    only_leaves = not any(readers)
+
+    def read(other: Any, out: list[Any]) -> bool:
+        if type(other) is not kind or len(other) != count or (keys is not None and list(other) != keys):
+            return False
+        inside = other if keys is None else other.values()
+        if only_leaves:
+            out.extend(inside)
+            return True
+        for child, deeper in zip(inside, readers, strict=True):
+            if deeper is None:
+                out.append(child)
+            elif not deeper(child, out):
+                return False
+        return True
+
+    return read
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, dictionaries in the order of their sorted keys.
 

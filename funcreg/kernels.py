@@ -1,0 +1,311 @@
+"""Programs for a packed step: what is computed when, from which buffers and scalars, as graphs ready for a compiler."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import vmap
+
+from funcreg.packing import Group, Home, Packing
+from funcreg.recording import Node, Value, record, replaced, stand_in
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class Buffer:
+    """Leaves that one call of a kernel computes with: end to end, stacked, or one alone."""
+
+    group: Group
+    homes: list[Home]
+    shapes: list[tuple[int, ...]]  # Of the buffer, for each input of a home.
+
+
+@dataclass
+class Kernel:
+    """The computation of one stage for the homes of a group."""
+
+    module: fx.GraphModule
+    reads: list[int]  # Inputs of a home, by number.
+    scalars: list[Value]
+    writes: list[int]  # Inputs of a home whose places are written.
+    buffers: list[tuple[int, list[Value]]] = field(default_factory=list)  # Numbers, and what each call returns.
+
+
+@dataclass
+class Scalars:
+    """The scalar arithmetic of one stage."""
+
+    module: fx.GraphModule
+    takes: list[Value]
+    makes: list[Value]
+
+
+@dataclass
+class Program:
+    """Stages, one after another: scalars, then kernels."""
+
+    buffers: list[Buffer]
+    stages: list[tuple[Scalars | None, list[Kernel]]]
+
+
+def compose(packing: Packing, in_place: bool, large: Callable[[torch.device], int]) -> Program:
+    """The program of a packed step.
+
+    Args:
+        packing: The packed step.
+        in_place: Whether kernels write into their inputs; else they take buffers to write into.
+        large: For a device, the number of entries from which a leaf is computed with where it lies.
+    """
+    count = 1 + max([packing.stages[value] for group in packing.groups for value in _ends(group.first)], default=0)
+    count = max(count, 1 + max([packing.stages[node.outputs[0]] for node in packing.scalars], default=0))
+    buffers = [buffer for group in packing.groups for buffer in _buffers(group, large)]
+    kernels: list[list[Kernel]] = [[] for _ in range(count)]
+    stages, nodes = packing.stages, list(packing.scalars)
+    more: dict[tuple[Any, Value, torch.dtype], Value] = {}
+
+    def beside(op: Any, value: Value, dtype: torch.dtype, kwargs: dict[str, Any]) -> Value:
+        """Another scalar, made of one."""
+        if (op, value, dtype) not in more:
+            more[op, value, dtype] = made = Value((), dtype, value.device)
+            nodes.append(Node(op, (value,), kwargs, [made], several=False))
+            stages[made] = stages[value]
+        return more[op, value, dtype]
+
+    def narrow(value: Value, dtype: torch.dtype) -> Value:
+        return beside(_aten._to_copy.default, value, dtype, {"dtype": dtype}) if value.dtype != dtype else value
+
+    def inverse(value: Value) -> Value:
+        return beside(_aten.reciprocal.default, value, value.dtype, {})
+
+    parts: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
+    for group in packing.groups:
+        last = max([stages[value] for value in _ends(group.first)])
+        for stage in range(last + 1):
+            out = [i for i, value in enumerate(group.first.exports) if stages[value] == stage]
+            if not out and stage < last:
+                continue
+            kernel = _kernel(group, out, stage == last, in_place, narrow, inverse)
+            for number, buffer in enumerate(buffers):
+                if buffer.group is group:
+                    kernel.buffers.append((number, [_result(group, buffer, i, parts, nodes, stages) for i in out]))
+            kernels[stage].append(kernel)
+    wanted = {value for stage in kernels for kernel in stage for value in kernel.scalars}
+    wanted.update(packing.loose.values())
+    nodes, _ = _needed(_sorted([_with_parts(node, parts, packing.sums) for node in nodes]), wanted)
+    scalars = []
+    for stage in range(count):
+        here = [node for node in nodes if stages[node.outputs[0]] == stage]
+        later = {value for node in nodes if stages[node.outputs[0]] > stage for value in node.inputs}
+        scalars.append(_scalars(here, wanted | later))
+    return Program(buffers, list(zip(scalars, kernels, strict=True)))
+
+
+def _ends(home: Home) -> list[Value]:
+    return [*(value for _, value in home.writes), *home.exports]
+
+
+def _buffers(group: Group, large: Callable[[torch.device], int]) -> Iterable[Buffer]:
+    homes, first = group.homes, group.first.inputs
+    if not group.flat:
+        many = (len(homes),) if len(homes) > 1 else ()
+        yield Buffer(group, homes, [many + value.shape for value in first])
+        return
+    size = lambda home: math.prod(home.inputs[0].shape)
+    least = large(first[0].device)
+    apart = [[home] for home in homes if size(home) >= least]
+    rest = [home for home in homes if size(home) < least]
+    for members in [*apart, rest] if rest else apart:
+        yield Buffer(group, members, [(sum([size(home) for home in members]),)] * len(first))
+
+
+def _result(
+    group: Group, buffer: Buffer, i: int, parts: dict[Value, list[Value]], nodes: list[Node], stages: dict[Value, int]
+) -> Value:
+    """What a kernel returns for one export of its homes, and how the exports are had from it."""
+    exports = [home.exports[i] for home in group.homes]
+    like, after = exports[0], stages[exports[0]] + 1
+    if len(exports) == 1:
+        return like
+    if group.summed:
+        part = Value((), like.dtype, like.device)
+        parts.setdefault(like, []).append(part)
+        for value in exports[1:]:
+            parts[value] = []
+        stages[part] = stages[like]
+        return part
+    stacked = Value((len(exports), *like.shape), like.dtype, like.device)
+    stages[stacked] = stages[like]
+    for place, value in enumerate(exports):
+        nodes.append(Node(_aten.select.int, (stacked, 0, place), {}, [value], several=False))
+        stages[value] = after
+    return stacked
+
+
+def _with_parts(node: Node, parts: dict[Value, list[Value]], sums: set[Value]) -> Node:
+    """A stack that is only summed, of the sums of whole buffers instead of single leaves."""
+    if node.outputs[0] not in sums:
+        return node
+    terms = [part for value in node.inputs for part in parts.get(value, [value])]
+    return Node(node.op, (terms, *node.args[1:]), node.kwargs, node.outputs, node.several)
+
+
+def _sorted(nodes: list[Node]) -> list[Node]:
+    """Each node after those that make its inputs."""
+    made = {value: node for node in nodes for value in node.outputs}
+    ordered: dict[int, Node] = {}
+
+    def place(node: Node) -> None:
+        if id(node) not in ordered:
+            for value in node.inputs:
+                if value in made:
+                    place(made[value])
+            ordered[id(node)] = node
+
+    for node in nodes:
+        place(node)
+    return list(ordered.values())
+
+
+# Graphs
+
+
+class _Emitter:
+    """A graph that is being written."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.values: dict[Value, fx.Node] = {}
+        self._inputs = 0
+
+    def input(self, value: Value | None = None) -> fx.Node:
+        self._inputs += 1
+        node = self.graph.placeholder(f"x{self._inputs}")
+        if value is not None:
+            self.values[value] = node
+        return node
+
+    def run(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            args = tuple([replaced(arg, self.values.__getitem__) for arg in node.args])
+            kwargs = {name: replaced(arg, self.values.__getitem__) for name, arg in node.kwargs.items()}
+            out = self.graph.call_function(node.op, args, kwargs)
+            for i, value in enumerate(node.outputs):
+                self.values[value] = self.graph.call_function(operator.getitem, (out, i)) if node.several else out
+
+    def store(self, pairs: Sequence[tuple[fx.Node, fx.Node]]) -> None:
+        """Write values into places. An input that is a value is read before its own place is written."""
+        pairs = [(place, value) for place, value in pairs if place is not value]
+        values = [
+            self.graph.call_function(_aten.clone.default, (value,)) if value.op == "placeholder" else value
+            for _, value in pairs
+        ]
+        for (place, _), value in zip(pairs, values, strict=True):
+            self.graph.call_function(_aten.copy_.default, (place, value))
+
+    def module(self, results: Iterable[fx.Node]) -> fx.GraphModule:
+        self.graph.output(tuple(results))
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], set[Value]]:
+    """The nodes that some values need, and all values that these nodes take or make."""
+    needed, found = set(wanted), []
+    for node in reversed(nodes):
+        if any([value in needed for value in node.outputs]):
+            found.append(node)
+            needed.update(node.inputs)
+    return found[::-1], needed
+
+
+def _kernel(
+    group: Group,
+    out: list[int],
+    last: bool,
+    in_place: bool,
+    narrow: Callable[[Value, torch.dtype], Value],
+    inverse: Callable[[Value], Value],
+) -> Kernel:
+    home = group.first
+    writes = home.writes if last else []
+    ends = [*(home.exports[i] for i in out), *(value for _, value in writes)]
+    nodes, needed = _needed(home.nodes, ends)
+    mine = {*home.inputs, *(value for node in home.nodes for value in node.outputs)}
+    if group.flat:
+        nodes = [_narrowed(node, mine, narrow, inverse) for node in nodes]
+    places = [home.inputs.index(place) for place, _ in writes]
+    read = {i for i, value in enumerate(home.inputs) if value in needed}
+    reads = sorted(read.union(places) if in_place else read or [0])
+    inputs = [home.inputs[i] for i in reads]
+    scalars = list(dict.fromkeys(value for node in nodes for value in node.inputs if value not in mine))
+    outer = scalars
+    if len(group.homes) > 1 and not group.flat:
+        nodes, inputs, outer, ends = _mapped(len(group.homes), nodes, inputs, scalars, ends)
+    emitter = _Emitter()
+    taken = {i: emitter.input(value) for i, value in zip(reads, inputs, strict=True)}
+    for value in outer:
+        emitter.input(value)
+    targets = [taken[i] if in_place else emitter.input() for i in places]
+    emitter.run(nodes)
+    values = [emitter.values[value] for value in ends]
+    emitter.store(list(zip(targets, values[len(out) :], strict=True)))
+    return Kernel(emitter.module(values[: len(out)]), reads, scalars, places)
+
+
+def _narrowed(
+    node: Node, mine: set[Value], narrow: Callable[[Value, torch.dtype], Value], inverse: Callable[[Value], Value]
+) -> Node:
+    """A node with scalars in the precision it computes with; a division by a scalar is a product."""
+    dtypes = [value.dtype for value in node.inputs if value in mine]
+    if not dtypes or not all([dtype.is_floating_point for dtype in dtypes]):
+        return node
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    op, args = node.op, node.args
+    by = args[1] if op is _aten.div.Tensor else None
+    if isinstance(by, Value) and by not in mine and by.dtype.is_floating_point:
+        op, args = _aten.mul.Tensor, (args[0], inverse(by))
+
+    def fit(value: Value) -> Value:
+        known = value in mine or not value.dtype.is_floating_point
+        return value if known or torch.promote_types(value.dtype, dtype) == dtype else narrow(value, dtype)
+
+    args = tuple([replaced(arg, fit) for arg in args])
+    kwargs = {name: replaced(arg, fit) for name, arg in node.kwargs.items()}
+    return Node(op, args, kwargs, node.outputs, node.several)
+
+
+def _mapped(
+    count: int, nodes: list[Node], inputs: list[Value], scalars: list[Value], ends: list[Value]
+) -> tuple[list[Node], list[Value], list[Value], list[Value]]:
+    """A home mapped over the stack of all homes like it: nodes, inputs, scalars and ends of that."""
+
+    def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+        values: dict[Value, Any] = dict(zip([*inputs, *scalars], tensors, strict=True))
+        for node in nodes:
+            node.run(values)
+        return tuple([values[value] for value in ends])
+
+    stacks, shared = [stand_in(value, count) for value in inputs], [stand_in(value) for value in scalars]
+    dims = (0,) * len(stacks) + (None,) * len(shared)
+    found = record(vmap(one, in_dims=dims), *stacks, *shared)
+    return found.nodes, found.inputs[: len(stacks)], found.inputs[len(stacks) :], found.outputs
+
+
+def _scalars(nodes: list[Node], wanted: set[Value]) -> Scalars | None:
+    if not nodes:
+        return None
+    made = {value for node in nodes for value in node.outputs}
+    takes = list(dict.fromkeys(value for node in nodes for value in node.inputs if value not in made))
+    makes = [value for node in nodes for value in node.outputs if value in wanted]
+    emitter = _Emitter()
+    for value in takes:
+        emitter.input(value)
+    emitter.run(nodes)
+    return Scalars(emitter.module([emitter.values[value] for value in makes]), takes, makes)

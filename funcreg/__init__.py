@@ -36,6 +36,7 @@ from funcreg.ensemble import (
 )
 from funcreg.fused import (
     fuse as fuse,
+    value_and_grad as value_and_grad,
 )
 from funcreg.optimizers import (
     adagrad as adagrad,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import mmap
 import operator
@@ -13,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from funcreg.kernels import Buffer, Kernel, compose
+from funcreg.kernels import Buffer, Kernel, compose, over_temporaries
 from funcreg.packing import Packing
 from funcreg.recording import Record, Value
 from funcreg.tree import reader
 
+#: Sets of parameters and state that a step knows at once. It takes others too, but has to copy them together.
+_SETS = 8
 #: Entries from which a leaf is computed with where it lies: a call of a kernel then costs less than gathering it.
-_LARGE = {"cpu": 2000_000}
-_LARGE_ELSEWHERE = 4_000_000
+_SIZES = {"cpu": (60_000, 1_000_000)}
+_SIZES_ELSEWHERE = (4_000_000, 1 << 62)
 
 
 class Compiler:
@@ -32,11 +36,29 @@ class Compiler:
 
     def __call__(self, module: fx.GraphModule, key: Any, dynamic: bool) -> Callable[..., Any]:
         if self._backend == "eager":
-            return module
+            return _in_pieces(module) if dynamic else module
         key = (module.code, key)
         if key not in self._made:
             self._made[key] = _Compiled(module, self._backend, dynamic)
         return self._made[key]
+
+
+#: Entries of a vector that code without a compiler computes with at once: what it makes then stays in a cache.
+_PIECE = 262144
+
+
+def _in_pieces(module: fx.GraphModule) -> Callable[..., Any]:
+    """An elementwise module, piece by piece; what it returns are sums."""
+    module = over_temporaries(module)
+
+    def run(*args: Any) -> Any:
+        if args[0].numel() <= _PIECE or args[0].device.type != "cpu":
+            return module(*args)
+        columns = [x.split(_PIECE) if x.ndim else itertools.repeat(x) for x in args]
+        rows = [module(*row) for row in zip(*columns, strict=False)]
+        return tuple([functools.reduce(torch.add, parts) for parts in zip(*rows, strict=True)])
+
+    return run
 
 
 _said: set[str] = set()
@@ -71,9 +93,7 @@ class _Compiled:
         return self._run(*[args[i] for i in self._order])
 
     def _first(self, args: tuple[Any, ...]) -> Any:
-        from torch._dynamo import lookup_backend
-
-        backend = lookup_backend(self._backend) if isinstance(self._backend, str) else self._backend
+        backend = _backend(self._backend)
         made: list[tuple[Callable[..., Any], list[Any]]] = []
         returned: list[Any] = []
 
@@ -91,13 +111,12 @@ class _Compiled:
         try:
             result = compiled(*args)
         except Exception as error:  # Nothing is written before a module is compiled.
-            told = str(error).strip().splitlines()
             say_once(
                 "fuse runs without compiled kernels, with equal results, because torch.compile failed: "
-                f"{type(error).__name__}{': ' + told[0] if told else ''}"
+                + " ".join(str(error).split())[:300]
             )
-            self._run = self._module
-            return self._module(*args)
+            self._run = _in_pieces(self._module) if self._dynamic else self._module
+            return self._run(*args)
         self._run = compiled
         if len(made) == 1 and len(returned) == len(result) and all(map(operator.is_, returned, result)):
             self._straight(*made[0], args)
@@ -118,41 +137,55 @@ class _Compiled:
             else:
                 return
         if order:
-            self._run, self._order = run, order
+            self._run, self._order = getattr(run, "_torchdynamo_orig_callable", run), order
+
+
+#: From the number of a buffer and of an input of its homes to the numbers of the leaves that lie there.
+_Places = dict[tuple[int, int], list[int]]
+
+
+def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that compiles a graph; Inductor's without the checks of shapes at every call, which are known."""
+    if named == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return lambda module, inputs: compile_fx(module, inputs, config_patches={"size_asserts": False})
+    if isinstance(named, str):
+        from torch._dynamo import lookup_backend
+
+        return lookup_backend(named)
+    return named
 
 
 class Slab:
-    """Memory for all that kernels write, and the leaves that are views of it."""
+    """Memory for some inputs of all buffers, and the leaves that are views of it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, buffers: Sequence[Buffer], places: _Places) -> None:
         self.buffers: dict[tuple[int, int], Tensor] = {}
         self._memory: list[Tensor] = []
+        self._counts: tuple[int, int] | None = None
         views: dict[int, Tensor] = {}
         together: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for number, slot in plan.kept:
-            together.setdefault((id(plan.program.buffers[number].group), slot), []).append((number, slot))
+        for number, slot in places:
+            together.setdefault((id(buffers[number].group), slot), []).append((number, slot))
         for i, keys in enumerate(together.values()):
-            buffers = [plan.program.buffers[number] for number, _ in keys]
-            slot, like = keys[0][1], buffers[0].homes[0].inputs[keys[0][1]]
-            sizes = [math.prod(buffer.shapes[slot]) for buffer in buffers]
-            memory = empty(sum(sizes), like.dtype, like.device, i)
-            self._memory.append(memory)
-            for key, buffer, part in zip(keys, buffers, memory.split(sizes), strict=True):
+            slot, like = keys[0][1], buffers[keys[0][0]].homes[0].inputs[keys[0][1]]
+            sizes = [math.prod(buffers[number].shapes[slot]) for number, _ in keys]
+            self._memory.append(empty(sum(sizes), like.dtype, like.device, i))
+            for key, part in zip(keys, self._memory[-1].split(sizes), strict=True):
+                buffer = buffers[key[0]]
                 self.buffers[key] = part.view(buffer.shapes[slot])
-                views.update(zip(plan.kept[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
-        self.views = [views[position] for position in plan.owned]
-        self.ids = tuple(map(id, self.views))
+                views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
+        self.views = [views[number] for number in sorted(views)]
         self.places = {view.data_ptr() for view in self.views if view.numel()}
-        views.clear()
-        self._counts = self._count()
-
-    def _count(self) -> tuple[int, int]:
-        stored = sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
-        return sum(map(sys.getrefcount, self.views)), stored
 
     def free(self) -> bool:
-        """Whether nobody else holds a leaf, or a view of one."""
-        return self._count() == self._counts
+        """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
+        stored = sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
+        counts = sum(map(sys.getrefcount, self.views)), stored
+        if self._counts is None:
+            self._counts = counts
+        return counts == self._counts
 
 
 _HUGE = 1 << 22
@@ -185,6 +218,19 @@ _like = operator.attrgetter("shape", "dtype", "device")
 _requires_grad = operator.attrgetter("requires_grad")
 
 
+def lying(leaves: Sequence[Tensor]) -> Tensor | None:
+    """The vector of which leaves are views, if they lie in one piece of memory, one after another."""
+    first = leaves[0]
+    place, size = first.data_ptr(), first.element_size()
+    for leaf in leaves:
+        if leaf.data_ptr() != place or not leaf.is_contiguous():
+            return None
+        place += leaf.numel() * size
+    entries, storage = (place - first.data_ptr()) // size, first.untyped_storage()
+    inside = place <= storage.data_ptr() + storage.nbytes()  # Neighbours in memory may still be strangers.
+    return first.as_strided((entries,), (1,)) if inside else None
+
+
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """What picks the entries at some places."""
     if len(places) > 1:
@@ -198,7 +244,9 @@ def _guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        # Its types say symbolic numbers; plain ones are what it is given everywhere.
+        guards: Any = TensorGuards
+        return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except (ImportError, TypeError):  # Another version of torch: every call looks for itself.
         return None
 
@@ -207,16 +255,28 @@ class Plan:
     """A program for trees of one structure, with what is needed to call it.
 
     Arguments are parameters, gradients, state and extra tensors, in one list; results are parameters and state.
+    Of each of the four, `specs` has the structure, and `likes` the shape, dtype and device of each leaf.
     """
 
     def __init__(
-        self, found: Record, packing: Packing, params: int, results: int, in_place: bool, compiler: Compiler
+        self,
+        found: Record,
+        packing: Packing,
+        specs: Sequence[Any],
+        likes: Sequence[list[Any]],
+        in_place: bool,
+        compiler: Compiler,
+        sizes: tuple[int, int] | None = None,
     ) -> None:
-        self.program = compose(packing, in_place, lambda device: _LARGE.get(device.type, _LARGE_ELSEWHERE))
+        self.specs, self.likes = specs, likes
+        params, results = len(likes[0]), len(found.outputs)
+        self.program = compose(packing, in_place, lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE))
         self._in_place, self._params, self._results = in_place, params, results
         self._loose = packing.loose
         self._slabs: list[Slab] = []
-        self._scratch: dict[tuple[int, int], Tensor] = {}
+        self._scratch: dict[Any, Tensor] = {}
+        self._most: dict[Any, int] = {}  # Entries of the largest use of what many calls share.
+        self._shared: set[tuple[int, int]] = set()
         numbers: dict[Value, int | Tensor] = {value: i for i, value in enumerate(found.inputs)}
         numbers.update(found.captured)
         #: For each input of each buffer, which arguments, or captured tensors, it is made of.
@@ -224,18 +284,26 @@ class Plan:
             [[numbers[home.inputs[slot]] for home in buffer.homes] for slot in range(len(buffer.shapes))]
             for buffer in self.program.buffers
         ]
+        #: What kernels write: from buffer and input to the positions of the results that lie there.
+        self.kept: _Places = {}
+        self._read: _Places = {
+            (number, slot): mine
+            for number, slots in enumerate(self._sources)
+            for slot, arguments in enumerate(slots)
+            if (mine := [x for x in arguments if isinstance(x, int) and params <= x < 2 * params])
+        }
+        self._gradients: tuple[Slab, list[Tensor]] | None = None
+        for number, buffer in enumerate(self.program.buffers):
+            home = buffer.homes[0]
+            for slot in sorted({home.inputs.index(place) for place, _ in home.writes}):
+                arguments = self._sources[number][slot]
+                numbered = [x for x in arguments if isinstance(x, int)]
+                self.kept[number, slot] = [i if i < params else i - params for i in numbered]
         self._gather = {
             (number, slot): self._gatherer(number, slot, len(found.inputs))
             for number, slots in enumerate(self._sources)
             for slot in range(len(slots))
         }
-        #: What kernels write: from buffer and input to the positions of the results that lie there.
-        self.kept: dict[tuple[int, int], list[int]] = {}
-        for number, buffer in enumerate(self.program.buffers):
-            home = buffer.homes[0]
-            for slot in sorted({home.inputs.index(place) for place, _ in home.writes}):
-                arguments = self._sources[number][slot]
-                self.kept[number, slot] = [i if i < params else i - params for i in arguments]  # type: ignore
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
         #: Gradients that kernels read where they lie.
@@ -269,23 +337,44 @@ class Plan:
         return calls
 
     def slab(self) -> Slab:
-        """Buffers that nobody uses."""
-        for slab in self._slabs:
-            if slab.free():
-                return slab
-        slab = Slab(self)
+        """Memory that nobody uses: what results have left, or new."""
+        free = [slab for slab in self._slabs if slab.free()]
+        for slab in free[1:]:
+            self._slabs.remove(slab)
+        if free:
+            return free[0]
+        slab = Slab(self.program.buffers, self.kept)
+        slab.free()
         self._slabs.append(slab)
+        del self._slabs[:-_SETS]
         return slab
+
+    def gradients(self) -> list[Tensor]:
+        """Zeros for gradients, which lie as kernels read them."""
+        slab = Slab(self.program.buffers, self._read)
+        lying = dict(zip(sorted(i for numbers in self._read.values() for i in numbers), slab.views, strict=True))
+        empty_ones = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.likes[1]]
+        self._gradients = slab, [lying.get(self._params + i, x).zero_() for i, x in enumerate(empty_ones)]
+        return self._gradients[1]
 
     def find(self, leaves: Sequence[Tensor]) -> Slab | None:
         """The memory in which parameters and state lie, if they lie where a step put them."""
         if not self.owned:
             return None
         picked = self._pick(leaves)
-        for slab in self._slabs:
+        for slab in reversed(self._slabs):
             if all(map(operator.is_, picked, slab.views)):
                 return slab
         return None
+
+    def recall(self, params: Any) -> list[Any] | None:
+        """Leaves of parameters like those before."""
+        leaves = self._readers[0](params)
+        return leaves if leaves is not None and self._alike is not None and self._alike(*leaves) else None
+
+    def remember_params(self, params: Any, leaves: list[Tensor]) -> None:
+        """Learn to read parameters like these without a look at each of them."""
+        self._readers, self._alike = [reader(params)], _guards(leaves)
 
     def remember(self, params: Any, grads: Any, state: Any, columns: Sequence[list[Any]]) -> None:
         """Learn to read trees like these without a look at each of their tensors."""
@@ -325,6 +414,9 @@ class Plan:
         for value, source in self._given:
             values[value] = arguments[source] if isinstance(source, int) else source
         bound: dict[tuple[int, int], Tensor] = {} if slab is None else dict(slab.buffers)
+        mine, params = self._gradients, self._params
+        if mine is not None and all(map(operator.is_, arguments[params : 2 * params], mine[1])):
+            bound.update(mine[0].buffers)
         for scalars, calls in self._stages:
             if scalars is not None:
                 run, told = scalars
@@ -334,7 +426,9 @@ class Plan:
                 for slot in reads:
                     data = bound.get((number, slot))
                     if data is None:
-                        data = bound[number, slot] = self._gather[number, slot](arguments)
+                        data = self._gather[number, slot](arguments)
+                        if (number, slot) not in self._shared:
+                            bound[number, slot] = data
                     inputs.append(data)
                 inputs += [values[value] for value in taken]
                 if out is not None:
@@ -380,13 +474,23 @@ class Plan:
         join = torch.cat if flat else torch.stack
         vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
 
+        shape, like = buffer.shapes[slot], buffer.homes[0].inputs[slot]
+        kept, size = (number, slot) in self.kept, math.prod(buffer.shapes[slot])
+        # What is only read is copied together for one call after the other, in memory that stays in a cache.
+        key = (number, slot) if kept else (slot, like.dtype, like.device)
+        if not kept:
+            self._shared.add((number, slot))
+            self._most[key] = max(self._most.get(key, 0), size)
+
         def gather(entries: list[Any]) -> Tensor:
             leaves = pick(entries)
-            scratch = self._scratch.get((number, slot))
-            if scratch is None:
-                scratch = empty(math.prod(buffer.shapes[slot]), leaves[0].dtype, leaves[0].device)
-                self._scratch[number, slot] = scratch = scratch.view(buffer.shapes[slot])
-            join(leaves if vectors else [x.reshape(-1) for x in leaves], out=scratch)
+            if flat and not kept and (whole := lying(leaves)) is not None:
+                return whole
+            memory = self._scratch.get(key)
+            if memory is None:
+                self._scratch[key] = memory = empty(self._most.get(key, size), like.dtype, like.device)
+            scratch = memory[:size].view(shape)
+            join(tuple(leaves) if vectors else [x.reshape(-1) for x in leaves], out=scratch)
             return scratch
 
         return gather

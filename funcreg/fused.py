@@ -7,8 +7,9 @@ A step is recorded once for trees of one structure (`recording`), cut into group
 from __future__ import annotations
 
 import operator
+import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
-from funcreg._typing import Params, State, Updates
-from funcreg.execution import Compiler, Plan, Slab, say_once
+from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
+from funcreg.execution import Compiler, Plan, Slab, lying, say_once
 from funcreg.packing import pack
+from funcreg.penalty import Penalty
 from funcreg.recording import record, stand_in
-from funcreg.transform import Transform
+from funcreg.regularizing import check_penalty
+from funcreg.transform import Transform, nonnegative
 from funcreg.tree import (
     apply_updates,
     check_alike,
     check_params,
+    compute,
     leaves_like,
     restored,
     structure,
@@ -34,6 +38,8 @@ from funcreg.tree import (
 )
 
 _like = operator.attrgetter("shape", "dtype", "device")
+#: Structures of trees for which a step keeps a plan.
+_PLANS = 32
 
 
 def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., Any] = "inductor") -> FusedStep:
@@ -96,14 +102,22 @@ class FusedStep:
             _with_code_of_its_own(in_place if donate else pure), fullgraph=True, backend=backend
         )
 
-    def init(self, params: Params) -> tuple[Params, State]:
-        """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them."""
+    def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
+        """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
+
+        Args:
+            params: Tree of parameters.
+            extra: Extra arguments like those of the step, if a transform needs some.
+        """
         check_params(params)
         params = tree_map(lambda w: w.detach(), params)
         with torch.no_grad():
-            trees = (params, params, self._tx.init(params), {})
+            trees = (params, params, self._tx.init(params), _tensors(extra))
             columns, specs = zip(*map(structure, trees), strict=True)
-            plan = self._plan(trees, columns, specs)
+            try:
+                plan = self._plan(trees, columns, specs)
+            except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
+                plan = None
             leaves = [*columns[0], *columns[2]]
             new = (
                 {i: view.copy_(leaves[i]) for i, view in zip(plan.owned, plan.slab().views, strict=True)}
@@ -116,6 +130,21 @@ class FusedStep:
             ]
         count = len(columns[0])
         return restored(specs[0], copied[:count]), restored(specs[2], copied[count:])
+
+    def gradients(self, params: Params) -> Updates:
+        """Zeros like parameters of `init`, in memory where the step reads gradients without copying them together.
+
+        Write gradients into them, as `backward()` does if they are the `grad` of module parameters.
+
+        Raises:
+            ValueError: `init` made no parameters like these.
+        """
+        leaves, spec = structure(params)
+        likes = [_like(x) for x in leaves]
+        for plan in self._plans.values():
+            if plan is not None and plan.specs[0] == spec and plan.likes[0] == likes:
+                return restored(spec, plan.gradients())
+        raise ValueError("gradients got parameters that this step's init did not make; call init first")
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
@@ -134,11 +163,11 @@ class FusedStep:
             if read is not None:
                 plan, (columns, slab) = self._last, read
             else:
-                trees = (params, grads, state, extra)
+                trees = (params, grads, state, _tensors(extra))
                 columns, specs = zip(*map(structure, trees), strict=True)
                 plan = self._plan(trees, columns, specs)
                 slab = plan and plan.find([*columns[0], *columns[2]])
-            if self._donate and (read is None or plan.suspicious(columns, slab)):
+            if self._donate and (plan is None or slab is None or read is None or plan.suspicious(columns, slab)):
                 self._check_donated(params, grads, state, columns, slab)
             if plan is None:
                 return self._step_unpacked(params, grads, state, extra)
@@ -161,6 +190,8 @@ class FusedStep:
         likes = [[_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column] for column in columns]
         key = (specs, *map(tuple, likes))
         if key not in self._plans:
+            if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
+                del self._plans[next(iter(self._plans))]
             self._plans[key] = self._recorded(trees, columns, specs, likes)
         return self._plans[key]
 
@@ -187,10 +218,7 @@ class FusedStep:
                 raise ValueError(
                     f"{name} came out of the step with shape {value.shape}; expected {place.shape}, as before"
                 )
-        packing = pack(found, count, written)
-        plan = Plan(found, packing, count, len(written), self._donate, self._compiler)
-        plan.specs, plan.likes = specs, likes
-        return plan
+        return Plan(found, pack(found, count, count, written), specs, likes, self._donate, self._compiler)
 
     def _step_unpacked(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
         try:
@@ -226,6 +254,96 @@ class FusedStep:
                 )
 
 
+def value_and_grad(
+    penalty: Penalty,
+    *hyper: Hyper,
+    strength: Scalar = 1.0,
+    mask: Mask | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+    **options: Any,
+) -> Callable[[Params], tuple[Tensor, Params]]:
+    r"""Compile a penalty's value and gradient into one pass, :math:`w \mapsto (\lambda g(w), \lambda \nabla g(w))`.
+
+    For a training loop that differentiates its loss without the penalty, and adds the penalty's own gradient. Leaves
+    are packed as in `fuse`, so that it costs a pass over the parameters, whatever their number.
+
+    Args:
+        penalty: A penalty :math:`g` such as `l1`.
+        hyper: Its hyperparameters: numbers, tensors or trees. Tensors are read at every call.
+        strength: :math:`\lambda`: number of at least 0, or 0-dim tensor.
+        mask: Leaves on which the penalty acts; the gradient of the others is 0.
+        backend: Backend of `torch.compile`.
+        options: Static options of the penalty, such as `dim`.
+
+    Raises:
+        TypeError: `penalty` is not a penalty, or takes other hyperparameters.
+
+    Example:
+        >>> f = value_and_grad(l1, strength=0.5, backend="eager")
+        >>> f({"weight": torch.tensor([3.0, -1.0])})
+        (tensor(2.), {'weight': tensor([ 0.5000, -0.5000])})
+    """
+    nonnegative(strength=strength)
+    check_penalty(penalty, hyper, options)
+
+    def plain(params: Params) -> tuple[Tensor, Params]:
+        slopes = penalty.grad(params, *hyper, mask=mask, **options)
+        value = strength * penalty(params, *hyper, mask=mask, **options)
+        return value, compute(lambda g, s: s * g, slopes, hyper=(strength,))
+
+    return _Passes(plain, Compiler(backend))
+
+
+class _Passes:
+    """A function from parameters to a scalar and a tree like them, in few kernels."""
+
+    def __init__(self, plain: Callable[[Params], tuple[Tensor, Params]], compiler: Compiler) -> None:
+        self._plain, self._compiler = plain, compiler
+        self._plans: dict[Any, Plan] = {}
+        self._last: Plan | None = None
+
+    def __call__(self, params: Params) -> tuple[Tensor, Params]:
+        if torch.compiler.is_compiling() or maybe_current_level() is not None:
+            return self._plain(params)
+        leaves = None if self._last is None else self._last.recall(params)
+        if leaves is None:
+            leaves = self._prepare(params)
+        assert self._last is not None
+        with torch.no_grad():
+            *slopes, value = self._last.run(leaves, None)
+            return value, restored(self._last.specs[0], slopes)
+
+    def _prepare(self, params: Params) -> list[Tensor]:
+        """Make or find the plan for parameters; their leaves."""
+        check_params(params)
+        leaves, spec = structure(params)
+        likes = [_like(x) for x in leaves]
+        key = (spec, tuple(likes))
+        with torch.no_grad():
+            if key not in self._plans:
+                self._plans[key] = self._plan(leaves, spec, likes)
+        self._last = self._plans[key]
+        self._last.remember_params(params, leaves)
+        return leaves
+
+    def _plan(self, leaves: list[Tensor], spec: Any, likes: Any) -> Plan:
+        twins = [stand_in(x) for x in leaves]
+
+        def results(*tensors: Tensor) -> list[Tensor]:
+            value, slopes = self._plain(restored(spec, twins))
+            return [*tree_leaves(slopes), value]
+
+        found = record(results, *twins)
+        packing = pack(found, len(leaves), 0, [*found.inputs, None])
+        # Parameters of a fused step lie one after another: in this order they are one vector.
+        sizes = None
+        for group in packing.groups:
+            group.homes.sort(key=lambda home: leaves[home.leaves[0]].data_ptr())
+            if group.flat and lying([leaves[home.leaves[0]] for home in group.homes]) is not None:
+                sizes = (sys.maxsize, sys.maxsize)
+        return Plan(found, packing, (spec,), (likes, [], []), in_place=False, compiler=self._compiler, sizes=sizes)
+
+
 def _names(params: Params, state: State) -> list[str]:
     """What errors call the leaves of both."""
     return [f"params '{name}'" for name in tree_paths(params)] + [f"state '{name}'" for name in tree_paths(state)]
@@ -252,6 +370,11 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
                 f"{first} and {second} share memory and cannot be donated. Are weights tied? "
                 "step.init(params) gives copies that share nothing."
             )
+
+
+def _tensors(extra: dict[str, Any]) -> dict[str, Any]:
+    """Extra arguments with tensors for numbers, which change from step to step."""
+    return tree_map(lambda x: torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x, extra)
 
 
 def _with_code_of_its_own(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,17 +56,18 @@ class Program:
     stages: list[tuple[Scalars | None, list[Kernel]]]
 
 
-def compose(packing: Packing, in_place: bool, large: Callable[[torch.device], int]) -> Program:
+def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tuple[int, int]]) -> Program:
     """The program of a packed step.
 
     Args:
         packing: The packed step.
         in_place: Whether kernels write into their inputs; else they take buffers to write into.
-        large: For a device, the number of entries from which a leaf is computed with where it lies.
+        sizes: For a device, the number of entries from which a leaf is computed with where it lies, and the largest
+            number of entries of leaves that are copied together.
     """
     count = 1 + max([packing.stages[value] for group in packing.groups for value in _ends(group.first)], default=0)
     count = max(count, 1 + max([packing.stages[node.outputs[0]] for node in packing.scalars], default=0))
-    buffers = [buffer for group in packing.groups for buffer in _buffers(group, large)]
+    buffers = [buffer for group in packing.groups for buffer in _buffers(group, sizes)]
     kernels: list[list[Kernel]] = [[] for _ in range(count)]
     stages, nodes = packing.stages, list(packing.scalars)
     more: dict[tuple[Any, Value, torch.dtype], Value] = {}
@@ -88,8 +89,9 @@ def compose(packing: Packing, in_place: bool, large: Callable[[torch.device], in
     parts: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
     for group in packing.groups:
         last = max([stages[value] for value in _ends(group.first)])
+        at = [stages[value] for value in group.first.exports]
         for stage in range(last + 1):
-            out = [i for i, value in enumerate(group.first.exports) if stages[value] == stage]
+            out = [i for i, of in enumerate(at) if of == stage]
             if not out and stage < last:
                 continue
             kernel = _kernel(group, out, stage == last, in_place, narrow, inverse)
@@ -112,18 +114,26 @@ def _ends(home: Home) -> list[Value]:
     return [*(value for _, value in home.writes), *home.exports]
 
 
-def _buffers(group: Group, large: Callable[[torch.device], int]) -> Iterable[Buffer]:
+def _buffers(group: Group, sizes: Callable[[torch.device], tuple[int, int]]) -> Iterable[Buffer]:
     homes, first = group.homes, group.first.inputs
     if not group.flat:
         many = (len(homes),) if len(homes) > 1 else ()
         yield Buffer(group, homes, [many + value.shape for value in first])
         return
-    size = lambda home: math.prod(home.inputs[0].shape)
-    least = large(first[0].device)
-    apart = [[home] for home in homes if size(home) >= least]
-    rest = [home for home in homes if size(home) < least]
-    for members in [*apart, rest] if rest else apart:
-        yield Buffer(group, members, [(sum([size(home) for home in members]),)] * len(first))
+    least, most = sizes(first[0].device)
+    parts: list[tuple[int, list[Home]]] = [(0, [])]
+    apart: list[tuple[int, list[Home]]] = []
+    for home in homes:
+        size = math.prod(home.inputs[0].shape)
+        if size >= least:
+            apart.append((size, [home]))
+        elif parts[-1][0] + size > most and parts[-1][1]:
+            parts.append((size, [home]))
+        else:
+            parts[-1] = (parts[-1][0] + size, [*parts[-1][1], home])
+    for size, members in [*parts, *apart]:
+        if members:
+            yield Buffer(group, members, [(size,)] * len(first))
 
 
 def _result(
@@ -197,6 +207,8 @@ class _Emitter:
             args = tuple([replaced(arg, self.values.__getitem__) for arg in node.args])
             kwargs = {name: replaced(arg, self.values.__getitem__) for name, arg in node.kwargs.items()}
             out = self.graph.call_function(node.op, args, kwargs)
+            if not node.several:
+                out.meta["value"] = node.outputs[0]
             for i, value in enumerate(node.outputs):
                 self.values[value] = self.graph.call_function(operator.getitem, (out, i)) if node.several else out
 
@@ -213,6 +225,23 @@ class _Emitter:
     def module(self, results: Iterable[fx.Node]) -> fx.GraphModule:
         self.graph.output(tuple(results))
         return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
+    """A module to run without a compiler: what is elementwise is written over an argument that is needed no more."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        if "value" not in node.meta or not isinstance(first, fx.Node) or first.op != "call_function":
+            continue
+        made, over = node.meta["value"], first.meta.get("value")
+        alike = over is not None and (made.shape, made.dtype) == (over.shape, over.dtype)
+        if alike and torch.Tag.pointwise in node.target.tags and order[node] == max([order[x] for x in first.users]):
+            packet = getattr(_aten, node.target.overloadpacket.__name__ + "_", None)
+            node.target = getattr(packet, node.target._overloadname, node.target)
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], set[Value]]:

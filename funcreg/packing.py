@@ -13,16 +13,13 @@ stage, then its kernels. Of an earlier stage a kernel sees scalars only; all els
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
-from torch.func import vmap
 
-from funcreg.recording import Node, Record, Value, record, replaced, stand_in
+from funcreg.recording import Node, Record, Value
 
 _aten = torch.ops.aten
 _LIKE = {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten._to_copy.default}
@@ -67,20 +64,21 @@ class Packing:
     sums: set[Value]  # Stacks of scalars that are only summed.
 
 
-def pack(found: Record, params: int, written: Sequence[Value]) -> Packing:
+def pack(found: Record, params: int, gradients: int, written: Sequence[Value | None]) -> Packing:
     """Groups and stages of a recorded step.
 
     Args:
-        found: Its inputs are parameters, then as many gradients, then all else.
+        found: Its inputs are parameters, then gradients, then all else.
         params: Number of parameters.
-        written: For each output the input whose place it takes.
+        gradients: Number of gradients: as many, or none.
+        written: For each output the input whose place it takes, or that it is like; None for one that is like none.
     """
     users: dict[Value, list[Node]] = {}
     for node in found.nodes:
         for value in node.inputs:
             users.setdefault(value, []).append(node)
     sums = {node.outputs[0] for node in found.nodes if _only_summed(node, users)}
-    owner = _owners(found, params, written)
+    owner = _owners(found, params, gradients, written)
     groups = _groups(_homes(found, owner, params, written, users), owner, users, sums)
     alone = [group.first for group in groups if len(group.homes) == 1 and not group.flat]
     if _hand_out_scalars(found, alone, owner):
@@ -104,7 +102,7 @@ def _only_summed(node: Node, users: dict[Value, list[Node]]) -> bool:
 # Homes
 
 
-def _owners(found: Record, params: int, written: Sequence[Value]) -> dict[Value, _Owner]:
+def _owners(found: Record, params: int, gradients: int, written: Sequence[Value | None]) -> dict[Value, _Owner]:
     parent = list(range(params))
 
     def root(i: int) -> int:
@@ -114,7 +112,7 @@ def _owners(found: Record, params: int, written: Sequence[Value]) -> dict[Value,
 
     owner: dict[Value, _Owner] = dict.fromkeys(found.inputs)
     owner.update((value, None) for value, _ in found.captured)
-    owner.update((value, i % params) for i, value in enumerate(found.inputs[: 2 * params]))
+    owner.update((value, i % params) for i, value in enumerate(found.inputs[: params + gradients]))
     for node in found.nodes:
         large: set[int] = set()
         small: set[int] = set()
@@ -143,11 +141,11 @@ def _owners(found: Record, params: int, written: Sequence[Value]) -> dict[Value,
     return owner
 
 
-def _claim(found: Record, owner: dict[Value, _Owner], written: Sequence[Value]) -> None:
+def _claim(found: Record, owner: dict[Value, _Owner], written: Sequence[Value | None]) -> None:
     """Give to a home what only it uses, such as the moments of its leaf."""
     used: dict[Value, set[_Owner]] = {}
     for value, place in zip(found.outputs, written, strict=True):
-        if isinstance(owner[value], int) and value.shape == place.shape:
+        if place is not None and isinstance(owner[value], int) and value.shape == place.shape:
             used.setdefault(place, set()).add(owner[value])
     for node in reversed(found.nodes):
         mine = owner[node.outputs[0]]
@@ -168,17 +166,22 @@ def _only(owners: Iterable[_Owner]) -> int | None:
     return mine if isinstance(mine, int) else None
 
 
-def _writes(owner: dict[Value, _Owner], value: Value, place: Value) -> bool:
+def _writes(owner: dict[Value, _Owner], value: Value, place: Value | None) -> bool:
     """Whether a home writes an output in the place of an input of its own."""
     mine = owner[value]
-    return isinstance(mine, int) and owner[place] == mine and (value.shape, value.dtype) == (place.shape, place.dtype)
+    return (
+        place is not None
+        and isinstance(mine, int)
+        and owner[place] == mine
+        and (value.shape, value.dtype) == (place.shape, place.dtype)
+    )
 
 
 def _homes(
     found: Record,
     owner: dict[Value, _Owner],
     params: int,
-    written: Sequence[Value],
+    written: Sequence[Value | None],
     users: dict[Value, list[Node]],
 ) -> list[Home]:
     homes: dict[_Owner, Home] = {}
@@ -187,7 +190,7 @@ def _homes(
     for i in range(params):
         homes.setdefault(owner[found.inputs[i]], Home()).leaves.append(i)
     for value, place in zip(found.outputs, written, strict=True):
-        if _writes(owner, value, place):
+        if place is not None and _writes(owner, value, place):
             homes[owner[value]].writes.append((place, value))
         else:
             wanted.add(value)
@@ -299,7 +302,9 @@ def _description(
         for value in node.outputs:
             tell(value)
     told.append(tuple([(names[place], names.get(value, value)) for place, value in home.writes]))
-    told.append(tuple([(names[value], _summed_by(value, users, sums) if flat else None) for value in home.exports]))
+    told.append(tuple([names[value] for value in home.exports]))
+    if users is not None and sums is not None:
+        told.append(tuple([_summed_by(value, users, sums) for value in home.exports]))
     return tuple(told)
 
 

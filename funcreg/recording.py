@@ -213,14 +213,20 @@ def record(function: Callable[..., Sequence[Tensor]], *stand_ins: Any) -> Record
             if not isinstance(result, Tensor):
                 raise CannotRecordError(f"a result is {result!r}, which is no tensor")
             found.outputs.append(recorder.seen(result).value)
-    _plain_roots(found)
+    _simplify(found)
     _drop_unused(found)
     return found
 
 
-def _plain_roots(found: Record) -> None:
-    """Roots that are made safe at zero for their derivatives become plain ones, of equal values."""
+def _simplify(found: Record) -> None:
+    """Replace what compilers are slow with by what has equal values.
+
+    Roots that are made safe at zero for their derivatives become plain ones, for a step has none; `isnan`, which
+    Inductor computes entry by entry on a CPU, becomes a comparison.
+    """
     for node in found.nodes:
+        if node.op is _aten.isnan.default:
+            Node.__init__(node, _aten.ne.Tensor, (node.args[0], node.args[0]), {}, node.outputs, several=False)
         if node.op is not _aten.where.self:
             continue
         zero, nothing, root = node.args

@@ -477,7 +477,7 @@ def squared(w: Tensor) -> Tensor:
 
 def sign(w: Tensor) -> Tensor:
     """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
-    return torch.where(w.isnan(), w, w.sgn())
+    return torch.where(w != w, w, w.sgn() if w.is_complex() else w.sign())
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -70,9 +70,10 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing"],
-    ["tree", "schedules"],
-    ["transform", "penalty"],
+    ["_typing", "recording"],
+    ["tree", "schedules", "packing"],
+    ["transform", "penalty", "kernels"],
+    ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],

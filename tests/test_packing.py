@@ -1,0 +1,341 @@
+"""The packed step: leaves in shared buffers, few kernels, and the numbers of the plain functions."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from cases import PENALTIES, TRANSFORMS, assert_equal, draw
+
+import funcreg as fr
+from funcreg import execution
+
+every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Leaves of a dozen entries are large here, a few dozen fill a buffer, and vectors are computed in pieces."""
+    monkeypatch.setattr(execution, "_SIZES", {"cpu": (13, 20)})
+    monkeypatch.setattr(execution, "_PIECE", 7)
+
+
+def forest(seed=0, dtype=torch.float64):
+    """Several layers of the same shapes, and leaves without entries or dimensions."""
+    trees = {f"layer{i}": draw(10 * seed + i, dtype) for i in range(3)}
+    return {**trees, "none": torch.zeros(0, 3, dtype=dtype), "single": draw(seed + 7, dtype)["head"].bias[1]}
+
+
+def follow(tx, step, params, state, steps=3, dtype=torch.float64, grads=forest, **tolerance):
+    """Run a step beside the plain functions, comparing after each."""
+    expected = copy.deepcopy(params), tx.init(copy.deepcopy(params))
+    for n in range(1, steps + 1):
+        updates, after = tx.update(grads(n, dtype), expected[1], expected[0])
+        expected = fr.apply_updates(expected[0], updates), after
+        params, state = step(params, grads(n, dtype), state)
+        assert_equal((params, state), expected, **tolerance)
+    return params, state
+
+
+@every_transform
+@pytest.mark.parametrize("donate", [False, True])
+def test_packed_steps_are_the_plain_ones(case, donate, small_buffers):
+    tx = case.make()
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    follow(tx, step, *step.init(forest()), rtol=1e-11, atol=1e-12)
+
+
+@every_transform
+def test_packed_steps_take_sixteen_bits(case, small_buffers):
+    tx = case.make()
+    step = fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init(forest(dtype=torch.bfloat16))
+    follow(tx, step, params, state, dtype=torch.bfloat16, rtol=2e-2, atol=1e-2)
+
+
+@every_transform
+@pytest.mark.parametrize("donate", [False, True])
+def test_steps_take_leaves_that_lie_elsewhere(case, donate, small_buffers):
+    tx, params = case.make(), forest()
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    stored = io.BytesIO()
+    torch.save(fr.tree_leaves(tx.init(params)), stored)
+    stored.seek(0)
+    loaded = iter(torch.load(stored, weights_only=True))
+    follow(tx, step, params, fr.tree_map(lambda x: next(loaded), tx.init(params)), rtol=1e-11, atol=1e-12)
+
+
+MIXED = {
+    "masks by name and dimensions": lambda: fr.chain(
+        fr.scale_by_adam(),
+        fr.add_decayed_weights(0.1, mask=fr.select("layer1.*") & fr.matrices),
+        fr.soft_threshold(0.05, mask=fr.select("layer[02].*.weight")),
+        fr.scale_by_learning_rate(0.1),
+    ),
+    "a mask by shape": lambda: fr.masked(fr.trace(0.5), lambda params: fr.tree_map(lambda w: w.numel() > 5, params)),
+    "strengths for parts": lambda: fr.add_decayed_weights(
+        {"layer0": 0.1, "layer1": torch.tensor(0.2), "layer2": lambda count: 0.3 / (1 + count), "none": 0, "single": 1}
+    ),
+    "a strength for each entry": lambda: fr.prox_sgd(0.1, fr.l1, strength=fr.tree_map(torch.abs, forest(5))),
+    "labels": lambda: fr.partition(
+        {"slow": fr.adam(0.01), "fast": fr.prox_adam(0.1, fr.l1, strength=0.2), "still": fr.set_to_zero()},
+        {"layer0": "slow", "layer1": "fast", "layer2": "slow", "none": "still", "single": "fast"},
+    ),
+    "freeze": lambda: fr.chain(fr.clip_by_global_norm(0.5), fr.lamb(0.1), fr.freeze(fr.select("layer1.*"))),
+    "two norms": lambda: fr.chain(
+        fr.clip_by_global_norm(2.0), fr.masked(fr.clip_by_global_norm(0.5), fr.matrices), fr.trace(0.9), fr.scale(-0.1)
+    ),
+    "a norm of what a norm scaled": lambda: fr.chain(
+        fr.clip_by_global_norm(1.0), fr.sgd(0.1), fr.clip_by_global_norm(0.01)
+    ),
+    "rows, then all": lambda: fr.chain(fr.prox_sgd(0.1, fr.group_lasso, strength=0.5), fr.clip_by_global_norm(0.1)),
+    "leaves that meet": lambda: fr.stateless(_meeting),
+    "a user's norm": lambda: fr.stateless(_joint),
+    "a user's norms of leaves": lambda: fr.stateless(
+        lambda u, p: fr.tree_map(lambda u, w: u - w / (1 + torch.linalg.vector_norm(w)), u, p)
+    ),
+    "finite, with labels": lambda: fr.apply_if_finite(
+        fr.partition({True: fr.adam(0.1), False: fr.lion(0.01)}, lambda p: fr.matrices(p)), 2
+    ),
+}
+
+
+def _meeting(updates, params):
+    """The biases of two layers follow their sum."""
+    both = updates["layer0"]["head"].bias + updates["layer2"]["head"].bias
+    changed = dict(updates)
+    for name in ("layer0", "layer2"):
+        changed[name] = {
+            **updates[name],
+            "head": updates[name]["head"]._replace(bias=both * (2 if name == "layer0" else 3)),
+        }
+    return changed
+
+
+def _joint(updates, params):
+    """A norm over everything, added up in a loop."""
+    size = 1.0
+    for leaf in fr.tree_leaves(params):
+        size = size + leaf.square().sum()
+    return fr.tree_map(lambda u: u / size, updates)
+
+
+@pytest.mark.parametrize("make", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("donate", [False, True])
+def test_leaves_are_treated_each_as_it_should(make, donate, small_buffers):
+    step = fr.fuse(make(), donate=donate, backend="eager")
+    follow(make(), step, *step.init(forest()), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_trees_of_many_dtypes_are_packed_apart(donate, small_buffers):
+    dtypes = {"a": torch.float32, "b": torch.float64, "c": torch.bfloat16, "d": torch.complex64}
+
+    def mixed(seed=0, dtype=None):
+        return {name: draw(seed + i, dtype)["head"] for i, (name, dtype) in enumerate(dtypes.items())}
+
+    tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1), fr.soft_threshold(0.05))
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    follow(tx, step, *step.init(mixed()), grads=mixed, rtol=1e-2, atol=1e-3)
+
+
+def counting():
+    made = []
+
+    def backend(module, inputs):
+        made.append(module)
+        return module.forward
+
+    return made, backend
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (lambda: fr.chain(fr.adam(0.1), fr.soft_threshold(0.1)), 2),
+        (lambda: fr.adamw(0.1, mask=fr.matrices), 3),
+        (lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(0.1, mask=fr.matrices)), 6),
+        (lambda: fr.prox_adam(0.1, fr.l1, mask=fr.matrices), 3),
+        (lambda: fr.lamb(0.1), 4),
+    ],
+)
+def test_the_number_of_kernels_does_not_grow_with_that_of_leaves(make, most):
+    for count in (3, 40):
+        params = {f"w{i}": torch.ones(3, 2) for i in range(count)} | {f"b{i}": torch.ones(3) for i in range(count)}
+        made, backend = counting()
+        step = fr.fuse(make(), donate=True, backend=backend)
+        step(*(step.init(params)[i] if i != 1 else params for i in (0, 1)), step.init(params)[1])
+        assert len(made) <= most
+
+
+def test_results_that_somebody_holds_never_change():
+    tx = fr.chain(fr.trace(0.9), fr.scale(-0.1))
+    step = fr.fuse(tx, backend="eager")
+    params, state = step.init(forest())
+    kept, copies = [], []
+    for n in range(6):
+        params, state = step(params, forest(n), state)
+        # A whole tree, a leaf, a view of a leaf, and a state.
+        kept.append([params, params["layer0"]["head"].bias, params["layer1"]["body"]["filters"][0], state][n % 4])
+        copies.append(copy.deepcopy(kept[-1]))
+    for held, before in zip(kept, copies, strict=True):
+        assert_equal(held, before)
+
+
+def test_results_that_nobody_holds_are_written_over():
+    step = fr.fuse(fr.sgd(0.1), backend="eager")
+    params, state = step.init({"w": torch.zeros(5, 3), "b": torch.zeros(5)})
+    places = set()
+    for _ in range(10):
+        params, state = step(params, {"w": torch.ones(5, 3), "b": torch.ones(5)}, state)
+        places.add(params["w"].data_ptr())
+    assert len(places) == 2
+    torch.testing.assert_close(params["w"], torch.full((5, 3), -1.0))
+
+
+def test_gradients_may_lie_where_the_step_reads_them(small_buffers):
+    tx = fr.adam(0.1)
+    step, plain = fr.fuse(tx, donate=True, backend="eager"), fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init(forest())
+    expected, other = plain.init(forest())
+    grads = step.gradients(params)
+    assert not any(leaf.any() for leaf in fr.tree_leaves(grads))
+    for n in range(3):
+        fr.tree_map(lambda place, g: place.copy_(g), grads, forest(n))
+        params, state = step(params, grads, state)
+        expected, other = plain(expected, forest(n), other)
+        assert_equal((params, state), (expected, other))
+    with pytest.raises(ValueError, match="call init first"):
+        step.gradients({"w": torch.ones(2)})
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_gradients_of_any_layout_are_taken(donate):
+    params = {"a": torch.randn(6, 4), "b": torch.randn(6, 4), "big": torch.randn(400, 200)}
+    layouts = [
+        lambda x: x.clone(),
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x[:1].expand(x.shape),
+    ]
+    tx = fr.chain(fr.trace(0.9), fr.scale(-0.1))
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    owned, state = step.init(params)
+    eager = tx.init(params)
+    for layout in layouts * 2:
+        grads = fr.tree_map(lambda w, layout=layout: layout(torch.sin(w)), params)
+        updates, eager = tx.update(grads, eager, params)
+        params = fr.apply_updates(params, updates)
+        owned, state = step(owned, grads, state)
+        assert_equal((owned, state), (params, eager), rtol=1e-6, atol=1e-7)
+
+
+def test_tensors_that_a_chain_holds_are_read_at_every_step():
+    anchor = forest(3)
+    pull = fr.stateless(lambda u, p: fr.tree_map(lambda u, w, a: u + 0.1 * (w - a), u, p, anchor))
+    step = fr.fuse(pull, donate=True, backend="eager")
+    params, state = step.init(forest())
+    for factor in (1.0, 2.0):
+        fr.tree_map(lambda a, factor=factor: a.mul_(factor), anchor)
+        expected = fr.apply_updates(params, pull.update(forest(1), pull.init(params), params)[0])
+        params, state = step(params, forest(1), state)
+        assert_equal(params, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_extra_arguments_are_part_of_the_step():
+    def scaled(updates, state, params, *, value, weights, name):
+        assert name == "x"
+        return fr.tree_map(lambda u, a: u * value * a, updates, weights), state
+
+    tx = fr.Transform(fr.init_empty_state, scaled)
+    step = fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init(forest(), value=1.0, weights=forest(), name="x")
+    for value in (2.0, torch.tensor(3.0, dtype=torch.float64), 4.0):
+        extra = {"value": value, "weights": forest(4), "name": "x"}
+        expected = fr.apply_updates(params, tx.update(forest(1), state, params, **extra)[0])
+        params, state = step(params, forest(1), state, **extra)
+        assert_equal(params, expected, rtol=1e-12, atol=1e-14)
+
+
+# What falls back
+
+
+def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once(monkeypatch):
+    monkeypatch.setattr(execution, "_said", set())
+
+    def doubled(updates, params):
+        return fr.tree_map(lambda u: u.clone().mul_(2), updates)
+
+    for donate in (False, True):
+        step = fr.fuse(fr.stateless(doubled), donate=donate, backend="aot_eager")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            params, state = step.init({"w": torch.ones(3)})
+            for _ in range(2):
+                params, state = step(params, {"w": torch.ones(3)}, state)
+        assert [("leaf by leaf" in str(w.message), "in place" in str(w.message)) for w in said] == [(True, True)][
+            : 1 - donate
+        ]
+        assert_equal(params, {"w": torch.full((3,), 5.0)})
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_without_a_compiler_the_packed_step_runs_with_equal_results_and_says_so_once(donate, monkeypatch):
+    monkeypatch.setattr(execution, "_said", set())
+
+    def broken(module, inputs):
+        raise RuntimeError("no compiler here")
+
+    tx = fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(0.1, mask=fr.matrices))
+    step = fr.fuse(tx, donate=donate, backend=broken)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        follow(tx, step, *step.init(forest()), rtol=1e-11, atol=1e-12)
+    assert len(said) == 1
+    assert "without compiled kernels" in str(said[0].message)
+    assert "no compiler here" in str(said[0].message)
+
+
+def test_a_state_that_changes_its_shape_is_refused():
+    grows = fr.Transform(lambda p: torch.zeros(1), lambda u, s, p: (u, torch.cat([s, s])))
+    step = fr.fuse(grows, donate=True, backend="eager")
+    with pytest.raises(ValueError, match=r"state.*shape \(2,\); expected \(1,\)"):
+        step({"w": torch.ones(2)}, {"w": torch.ones(2)}, torch.zeros(1))
+
+
+# Penalties in one pass
+
+
+@every_penalty
+def test_values_and_gradients_in_one_pass_are_the_plain_ones(case, small_buffers):
+    params = {f"layer{i}": draw(i) for i in range(3)}
+    strength = torch.tensor(0.5, dtype=torch.float64)
+    f = fr.value_and_grad(
+        case.penalty, *case.hyper, strength=strength, mask=fr.matrices, backend="eager", **case.options
+    )
+    for factor in (1.0, 3.0):
+        strength.fill_(0.5 * factor)
+        value, slopes = f(params)
+        torch.testing.assert_close(value, strength * case.value(params, mask=fr.matrices), rtol=1e-12, atol=0)
+        expected = fr.tree_map(lambda g: strength * g, case.grad(params, mask=fr.matrices))
+        assert_equal(slopes, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_values_and_gradients_read_packed_parameters_as_one_vector():
+    params, _ = fr.fuse(fr.adam(0.1), donate=True, backend="eager").init(forest())
+    for owned in (params, forest()):
+        f = fr.value_and_grad(fr.elastic, 0.3, 0.6, backend="eager")
+        value, slopes = f(owned)
+        torch.testing.assert_close(value, fr.elastic(owned, 0.3, 0.6))
+        assert_equal(slopes, fr.elastic.grad(owned, 0.3, 0.6), rtol=1e-12, atol=1e-15)
+
+
+def test_values_and_gradients_inside_vmap_are_the_plain_functions():
+    f = fr.value_and_grad(fr.l1, strength=2.0)
+    value, slopes = torch.func.vmap(f)(torch.tensor([[1.0, -2.0], [0.0, 3.0]]))
+    assert value.tolist() == [6.0, 6.0]
+    assert slopes.tolist() == [[2.0, -2.0], [0.0, 2.0]]

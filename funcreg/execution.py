@@ -125,7 +125,8 @@ class _Compiled:
     def _straight(self, run: Callable[..., Any], inputs: list[Any], args: tuple[Any, ...]) -> None:
         """Find each input of compiled code among the arguments; if that is not clear, leave the call as it is."""
         places = {id(arg): i for i, arg in enumerate(args)}
-        if len(places) < len(args):
+        # What was compiled for arguments that share memory is right for no others.
+        if len({arg.untyped_storage().data_ptr() for arg in args if arg.numel()}) < len(args):
             return
         entries = args[0].numel() if args else 0
         order: list[int] = []
@@ -266,6 +267,7 @@ class Plan:
         likes: Sequence[list[Any]],
         in_place: bool,
         compiler: Compiler,
+        slabs: dict[Any, list[Slab]],
         sizes: tuple[int, int] | None = None,
     ) -> None:
         self.specs, self.likes = specs, likes
@@ -273,7 +275,6 @@ class Plan:
         self.program = compose(packing, in_place, lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE))
         self._in_place, self._params, self._results = in_place, params, results
         self._loose = packing.loose
-        self._slabs: list[Slab] = []
         self._scratch: dict[Any, Tensor] = {}
         self._most: dict[Any, int] = {}  # Entries of the largest use of what many calls share.
         self._shared: set[tuple[int, int]] = set()
@@ -304,6 +305,9 @@ class Plan:
             for number, slots in enumerate(self._sources)
             for slot in range(len(slots))
         }
+        #: Shared with plans that differ in nothing but what else they take, such as gradients of another dtype.
+        layout = [*likes[0], *likes[2], *((key, *there) for key, there in self.kept.items())]
+        self._slabs = slabs.setdefault(tuple(layout), [])
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
         #: Gradients that kernels read where they lie.

@@ -21,7 +21,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.execution import Compiler, Plan, Slab, lying, say_once
 from funcreg.packing import pack
 from funcreg.penalty import Penalty
-from funcreg.recording import record, stand_in
+from funcreg.recording import CannotRecordError, record, stand_in
 from funcreg.regularizing import check_penalty
 from funcreg.transform import Transform, nonnegative
 from funcreg.tree import (
@@ -79,6 +79,7 @@ class FusedStep:
         self._tx, self._donate = tx, donate
         self._compiler = Compiler(backend)
         self._plans: dict[Any, Plan | None] = {}  # None where the chain could not be recorded.
+        self._slabs: dict[Any, list[Slab]] = {}
         self._last: Plan | None = None
         self._owned: list[Any] = []
 
@@ -218,7 +219,7 @@ class FusedStep:
                 raise ValueError(
                     f"{name} came out of the step with shape {value.shape}; expected {place.shape}, as before"
                 )
-        return Plan(found, pack(found, count, count, written), specs, likes, self._donate, self._compiler)
+        return Plan(found, pack(found, count, count, written), specs, likes, self._donate, self._compiler, self._slabs)
 
     def _step_unpacked(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
         try:
@@ -299,17 +300,18 @@ class _Passes:
 
     def __init__(self, plain: Callable[[Params], tuple[Tensor, Params]], compiler: Compiler) -> None:
         self._plain, self._compiler = plain, compiler
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, Plan | None] = {}
         self._last: Plan | None = None
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
         if torch.compiler.is_compiling() or maybe_current_level() is not None:
             return self._plain(params)
-        leaves = None if self._last is None else self._last.recall(params)
-        if leaves is None:
-            leaves = self._prepare(params)
-        assert self._last is not None
         with torch.no_grad():
+            leaves = None if self._last is None else self._last.recall(params)
+            if leaves is None:
+                leaves = self._prepare(params)
+            if self._last is None:
+                return self._plain(params)
             *slopes, value = self._last.run(leaves, None)
             return value, restored(self._last.specs[0], slopes)
 
@@ -319,11 +321,15 @@ class _Passes:
         leaves, spec = structure(params)
         likes = [_like(x) for x in leaves]
         key = (spec, tuple(likes))
-        with torch.no_grad():
-            if key not in self._plans:
+        if key not in self._plans:
+            try:
                 self._plans[key] = self._plan(leaves, spec, likes)
+            except CannotRecordError as error:
+                say_once(f"value_and_grad computes leaf by leaf, without a compiler: {error}")
+                self._plans[key] = None
         self._last = self._plans[key]
-        self._last.remember_params(params, leaves)
+        if self._last is not None:
+            self._last.remember_params(params, leaves)
         return leaves
 
     def _plan(self, leaves: list[Tensor], spec: Any, likes: Any) -> Plan:
@@ -341,7 +347,7 @@ class _Passes:
             group.homes.sort(key=lambda home: leaves[home.leaves[0]].data_ptr())
             if group.flat and lying([leaves[home.leaves[0]] for home in group.homes]) is not None:
                 sizes = (sys.maxsize, sys.maxsize)
-        return Plan(found, packing, (spec,), (likes, [], []), in_place=False, compiler=self._compiler, sizes=sizes)
+        return Plan(found, packing, (spec,), (likes, [], []), False, self._compiler, {}, sizes)
 
 
 def _names(params: Params, state: State) -> list[str]:

@@ -27,8 +27,12 @@ _SAME = {
 }
 
 
+#: Types of leaves that are memory and nothing else.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class CannotRecordError(Exception):
-    """The function reads a number from a tensor, writes in place, or draws random numbers."""
+    """The function reads a number from a tensor, writes in place or draws random numbers, or leaves are no memory."""
 
 
 class Value:
@@ -195,6 +199,8 @@ class _Recorder(TorchDispatchMode):
 
 def stand_in(like: Any, count: int = 0) -> Tensor:
     """A new input of a record, like a tensor or a value; with a count, a stack of as many."""
+    if isinstance(like, Tensor) and (type(like) not in _PLAIN or like.layout is not torch.strided):
+        raise CannotRecordError(f"a leaf is a {type(like).__name__} of layout {like.layout}")
     return _StandIn(Value(((count,) if count else ()) + tuple(like.shape), like.dtype, like.device))
 
 

@@ -329,15 +329,19 @@ class Plan:
         self._given = [(value, numbers[value]) for value in needed if value in numbers]
 
     def _calls(self, kernel: Kernel, compiler: Compiler) -> list[Any]:
-        """The calls of a kernel: what runs, the buffer, what is read and written there, scalars and results."""
+        """The calls of a kernel: what runs, what is read and written in which buffers, scalars and results."""
         calls = []
-        for number, results in kernel.buffers:
-            buffer = self.program.buffers[number]
-            entries = math.prod(buffer.shapes[0])
-            dtypes = tuple([value.dtype for value in buffer.homes[0].inputs])
-            key = (dtypes, min(entries, 2) if buffer.group.flat else tuple(buffer.shapes))
-            run = compiler(kernel.module, key, dynamic=buffer.group.flat) if entries else kernel.module
-            calls.append((run, number, kernel.reads, kernel.writes, kernel.scalars, results))
+        for numbers, results in kernel.calls:
+            buffers = [self.program.buffers[number] for number in numbers]
+            entries = math.prod(buffers[0].shapes[0])
+            key = tuple(
+                [(value.dtype, value.device) for buffer in buffers for value in buffer.homes[0].inputs]
+                + ([min(entries, 2)] if kernel.flat else [tuple(buffer.shapes) for buffer in buffers])
+            )
+            run = compiler(kernel.module, key, kernel.flat) if entries or not kernel.flat else kernel.module
+            reads = [(number, slot) for number, slots in zip(numbers, kernel.reads, strict=True) for slot in slots]
+            writes = [(number, slot) for number, slots in zip(numbers, kernel.writes, strict=True) for slot in slots]
+            calls.append((run, reads, writes, kernel.scalars, results))
         return calls
 
     def slab(self) -> Slab:
@@ -425,18 +429,18 @@ class Plan:
             if scalars is not None:
                 run, told = scalars
                 values.update(zip(told.makes, run(*[values[value] for value in told.takes]), strict=True))
-            for run, number, reads, writes, taken, results in calls:
+            for run, reads, writes, taken, results in calls:
                 inputs = []
-                for slot in reads:
-                    data = bound.get((number, slot))
+                for key in reads:
+                    data = bound.get(key)
                     if data is None:
-                        data = self._gather[number, slot](arguments)
-                        if (number, slot) not in self._shared:
-                            bound[number, slot] = data
+                        data = self._gather[key](arguments)
+                        if key not in self._shared:
+                            bound[key] = data
                     inputs.append(data)
                 inputs += [values[value] for value in taken]
                 if out is not None:
-                    inputs += [out.buffers[number, slot] for slot in writes]
+                    inputs += [out.buffers[key] for key in writes]
                 made = run(*inputs)
                 if results:
                     values.update(zip(results, made, strict=True))
@@ -479,8 +483,8 @@ class Plan:
         vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
 
         shape, like = buffer.shapes[slot], buffer.homes[0].inputs[slot]
-        kept, size = (number, slot) in self.kept, math.prod(buffer.shapes[slot])
-        # What is only read is copied together for one call after the other, in memory that stays in a cache.
+        kept, size = (number, slot) in self.kept or not flat, math.prod(buffer.shapes[slot])
+        # What is only read is copied together for one call of a flat kernel after the other, in the same memory.
         key = (number, slot) if kept else (slot, like.dtype, like.device)
         if not kept:
             self._shared.add((number, slot))

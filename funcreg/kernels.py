@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from funcreg.packing import Group, Home, Packing
 from funcreg.recording import Node, Value, record, replaced, stand_in
 
 _aten = torch.ops.aten
+
+
+#: Groups that are not elementwise in one graph: a compiler works on their kernels side by side.
+_TOGETHER = 16
 
 
 @dataclass
@@ -30,13 +34,29 @@ class Buffer:
 
 @dataclass
 class Kernel:
-    """The computation of one stage for the homes of a group."""
+    """The computation of one stage: for the buffers of one flat group in turn, or for several groups at once."""
 
     module: fx.GraphModule
-    reads: list[int]  # Inputs of a home, by number.
+    flat: bool
+    reads: list[list[int]]  # Of each group, inputs of a home, by number.
     scalars: list[Value]
-    writes: list[int]  # Inputs of a home whose places are written.
-    buffers: list[tuple[int, list[Value]]] = field(default_factory=list)  # Numbers, and what each call returns.
+    writes: list[list[int]]  # Of each group, inputs of a home whose places are written.
+    calls: list[tuple[list[int], list[Value]]]  # For each call the number of each group's buffer, and what it returns.
+
+
+@dataclass
+class _Part:
+    """What one group does in one stage: nodes from inputs and scalars to what goes out, then to what is written."""
+
+    group: Group
+    out: list[int]  # Exports of a home, by number.
+    reads: list[int]
+    places: list[int]
+    scalars: list[Value]
+    nodes: list[Node]
+    inputs: list[Value]
+    outer: list[Value]  # Scalars, as the nodes know them.
+    ends: list[Value]
 
 
 @dataclass
@@ -86,22 +106,34 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
     def inverse(value: Value) -> Value:
         return beside(_aten.reciprocal.default, value, value.dtype, {})
 
-    parts: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
+    sums: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
+    numbers: dict[int, list[int]] = {}
+    for number, buffer in enumerate(buffers):
+        numbers.setdefault(id(buffer.group), []).append(number)
+
+    def results(part: _Part) -> list[Value]:
+        return [_result(part.group, i, sums, nodes, stages) for i in part.out]
+
+    work: list[list[_Part]] = [[] for _ in range(count)]
     for group in packing.groups:
-        last = max([stages[value] for value in _ends(group.first)])
         at = [stages[value] for value in group.first.exports]
+        last = max([stages[value] for value in _ends(group.first)])
         for stage in range(last + 1):
             out = [i for i, of in enumerate(at) if of == stage]
-            if not out and stage < last:
-                continue
-            kernel = _kernel(group, out, stage == last, in_place, narrow, inverse)
-            for number, buffer in enumerate(buffers):
-                if buffer.group is group:
-                    kernel.buffers.append((number, [_result(group, buffer, i, parts, nodes, stages) for i in out]))
-            kernels[stage].append(kernel)
+            if out or stage == last:
+                work[stage].append(_part(group, out, stage == last, in_place, narrow, inverse))
+    for stage, parts in enumerate(work):
+        for part in parts:
+            if part.group.flat:
+                calls = [([number], results(part)) for number in numbers[id(part.group)]]
+                kernels[stage].append(_kernel([part], calls, in_place))
+        rest = [part for part in parts if not part.group.flat]
+        for together in (rest[i : i + _TOGETHER] for i in range(0, len(rest), _TOGETHER)):
+            call = [numbers[id(part.group)][0] for part in together], [x for part in together for x in results(part)]
+            kernels[stage].append(_kernel(together, [call], in_place))
     wanted = {value for stage in kernels for kernel in stage for value in kernel.scalars}
     wanted.update(packing.loose.values())
-    nodes, _ = _needed(_sorted([_with_parts(node, parts, packing.sums) for node in nodes]), wanted)
+    nodes, _ = _needed(_sorted([_with_parts(node, sums, packing.sums) for node in nodes]), wanted)
     scalars = []
     for stage in range(count):
         here = [node for node in nodes if stages[node.outputs[0]] == stage]
@@ -137,7 +169,7 @@ def _buffers(group: Group, sizes: Callable[[torch.device], tuple[int, int]]) -> 
 
 
 def _result(
-    group: Group, buffer: Buffer, i: int, parts: dict[Value, list[Value]], nodes: list[Node], stages: dict[Value, int]
+    group: Group, i: int, parts: dict[Value, list[Value]], nodes: list[Node], stages: dict[Value, int]
 ) -> Value:
     """What a kernel returns for one export of its homes, and how the exports are had from it."""
     exports = [home.exports[i] for home in group.homes]
@@ -254,14 +286,14 @@ def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node],
     return found[::-1], needed
 
 
-def _kernel(
+def _part(
     group: Group,
     out: list[int],
     last: bool,
     in_place: bool,
     narrow: Callable[[Value, torch.dtype], Value],
     inverse: Callable[[Value], Value],
-) -> Kernel:
+) -> _Part:
     home = group.first
     writes = home.writes if last else []
     ends = [*(home.exports[i] for i in out), *(value for _, value in writes)]
@@ -273,19 +305,31 @@ def _kernel(
     read = {i for i, value in enumerate(home.inputs) if value in needed}
     reads = sorted(read.union(places) if in_place else read or [0])
     inputs = [home.inputs[i] for i in reads]
-    scalars = list(dict.fromkeys(value for node in nodes for value in node.inputs if value not in mine))
-    outer = scalars
+    scalars = outer = list(dict.fromkeys(value for node in nodes for value in node.inputs if value not in mine))
     if len(group.homes) > 1 and not group.flat:
         nodes, inputs, outer, ends = _mapped(len(group.homes), nodes, inputs, scalars, ends)
+    return _Part(group, out, reads, places, scalars, nodes, inputs, outer, ends)
+
+
+def _kernel(parts: list[_Part], calls: list[tuple[list[int], list[Value]]], in_place: bool) -> Kernel:
+    """One graph of what some groups do: inputs, scalars, then places to write into unless these are the inputs."""
     emitter = _Emitter()
-    taken = {i: emitter.input(value) for i, value in zip(reads, inputs, strict=True)}
-    for value in outer:
-        emitter.input(value)
-    targets = [taken[i] if in_place else emitter.input() for i in places]
-    emitter.run(nodes)
-    values = [emitter.values[value] for value in ends]
-    emitter.store(list(zip(targets, values[len(out) :], strict=True)))
-    return Kernel(emitter.module(values[: len(out)]), reads, scalars, places)
+    taken = [dict(zip(part.reads, [emitter.input(value) for value in part.inputs], strict=True)) for part in parts]
+    scalars = {value: emitter.input() for value in dict.fromkeys(value for part in parts for value in part.scalars)}
+    places = [
+        [found[i] if in_place else emitter.input() for i in part.places]
+        for part, found in zip(parts, taken, strict=True)
+    ]
+    results, pairs = [], []
+    for part, targets in zip(parts, places, strict=True):
+        emitter.values.update((inner, scalars[value]) for inner, value in zip(part.outer, part.scalars, strict=True))
+        emitter.run(part.nodes)
+        values = [emitter.values[value] for value in part.ends]
+        results += values[: len(part.out)]
+        pairs += zip(targets, values[len(part.out) :], strict=True)
+    emitter.store(pairs)
+    reads, writes = [part.reads for part in parts], [part.places for part in parts]
+    return Kernel(emitter.module(results), parts[0].group.flat, reads, list(scalars), writes, calls)
 
 
 def _narrowed(

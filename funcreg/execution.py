@@ -145,12 +145,26 @@ class _Compiled:
 _Places = dict[tuple[int, int], list[int]]
 
 
-def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that compiles a graph; Inductor's without the checks of shapes at every call, which are known."""
-    if named == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """Inductor without checks of what is known: shapes at every call, and if the compiler knows this processor.
 
-        return lambda module, inputs: compile_fx(module, inputs, config_patches={"size_asserts": False})
+    The latter takes longer than all else of a first call; if it does not, compilation fails and is done again.
+    """
+    from torch._inductor import cpu_vec_isa
+    from torch._inductor.compile_fx import compile_fx
+
+    known = {"size_asserts": False}
+    try:
+        return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
+    except Exception:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        return compile_fx(module, inputs, config_patches=known)
+
+
+def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that compiles a graph."""
+    if named == "inductor":
+        return _inductor
     if isinstance(named, str):
         from torch._dynamo import lookup_backend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 import funcreg as fr
+
+#: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU.
+DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")
+
 
 # Trees
 
@@ -23,10 +28,11 @@ class Layer(NamedTuple):
 def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A nested tree of a matrix, vectors and a filter bank, with zeros among the entries."""
     generator = torch.Generator().manual_seed(seed)
+    on_cpu = {"generator": generator, "device": "cpu"}  # The same numbers on every device.
 
     def leaf(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return torch.where(torch.rand(shape, generator=generator) < 0.1, 0.0, x).to(dtype)
+        x = torch.randn(shape, dtype=torch.float64, **on_cpu) * scale
+        return torch.where(torch.rand(shape, **on_cpu) < 0.1, 0.0, x).to(DEVICE, dtype)
 
     return {"head": Layer(leaf(4, 3), leaf(4)), "body": {"filters": leaf(3, 2, 2, 2), "scale": (leaf(5),)}}
 

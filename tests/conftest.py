@@ -3,10 +3,16 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
+from cases import DEVICE
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # Tests are many and small: starting threads takes longer than their work.
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)  # Before tests are imported: some rows of tables hold tensors.
+    # What is printed in documentation, written in articles and run as a script is the same on every device.
+    collect_ignore = ["test_articles.py", "test_examples.py", "test_public.py"]
 
 
 @pytest.fixture(autouse=True)

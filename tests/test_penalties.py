@@ -439,6 +439,20 @@ def test_elastic_is_between_lasso_and_ridge(seed, alpha, scale):
 
 
 @every_penalty
+def test_results_lie_with_the_parameters_whatever_the_default_device(case):
+    params, metric = draw(), fr.tree_map(lambda w: w.abs() + 1, draw())
+
+    def everything():
+        points = [case.prox(params, 0.5, **({"metric": metric} if weighed else {})) for weighed in {False, case.metric}]
+        return case.value(params), case.grad(params), points, fr.sparsity(params)
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    assert_equal(found, expected)
+
+
+@every_penalty
 def test_arguments_stay_as_they_were(case):
     params, h = draw(), fr.tree_map(torch.ones_like, draw())
     before = copy.deepcopy((params, h))

@@ -91,6 +91,19 @@ def test_leaves_of_state_and_updates_share_no_memory(case):
 
 
 @every_transform
+def test_what_is_made_lies_with_the_parameters_whatever_the_default_device(case):
+    def last():
+        tx = case.make()
+        return tx.update(grads, tx.init(params), params)
+
+    params, grads = draw(), draw(1)
+    expected = last()
+    with torch.device("meta"):
+        found = last()
+    assert_equal(found, expected)
+
+
+@every_transform
 def test_sixteen_bit_updates_are_those_of_float32_rounded(case):
     grads = fr.tree_map(lambda g: g.bfloat16(), draw(10))
     tx, params = case.make(), draw(dtype=torch.bfloat16)

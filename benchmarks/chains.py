@@ -81,7 +81,7 @@ def proximal(act: Callable[[Any, Tensor], Tensor]) -> Callable[[list[Any], Any],
     def after(leaves: list[Any], optimizer: Any) -> None:
         for w in leaves:
             state = optimizer.state[w]
-            w.copy_(act(w, (state["exp_avg_sq"] / (1 - 0.999 ** state["step"])).sqrt() + 1e-8))
+            w.copy_(act(w, (state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8))
 
     return after
 

@@ -24,7 +24,7 @@ from funcreg.tree import reader
 _SETS = 8
 #: Entries from which a leaf is computed with where it lies: a call of a kernel then costs less than gathering it.
 _SIZES = {"cpu": (60_000, 1_000_000)}
-_SIZES_ELSEWHERE = (4_000_000, 1 << 62)
+_SIZES_ELSEWHERE = (4_000_000, (1 << 31) - 1)
 
 
 class Compiler:
@@ -145,15 +145,20 @@ class _Compiled:
 _Places = dict[tuple[int, int], list[int]]
 
 
+def _untyped(x: Any) -> Any:
+    """What torch has, but not its types."""
+    return x
+
+
 def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     """Inductor without checks of what is known: shapes at every call, and if the compiler knows this processor.
 
     The latter takes longer than all else of a first call; if it does not, compilation fails and is done again.
     """
+    from torch._inductor import compile_fx as inductor
     from torch._inductor import cpu_vec_isa
-    from torch._inductor.compile_fx import compile_fx
 
-    known = {"size_asserts": False}
+    known, compile_fx = {"size_asserts": False}, _untyped(inductor.compile_fx)
     try:
         return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
     except Exception:
@@ -178,7 +183,7 @@ class Slab:
     def __init__(self, buffers: Sequence[Buffer], places: _Places) -> None:
         self.buffers: dict[tuple[int, int], Tensor] = {}
         self._memory: list[Tensor] = []
-        self._counts: tuple[int, int] | None = None
+        self._counts: tuple[int, int, int] | None = None
         views: dict[int, Tensor] = {}
         together: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, slot in places:
@@ -186,18 +191,21 @@ class Slab:
         for i, keys in enumerate(together.values()):
             slot, like = keys[0][1], buffers[keys[0][0]].homes[0].inputs[keys[0][1]]
             sizes = [math.prod(buffers[number].shapes[slot]) for number, _ in keys]
-            self._memory.append(empty(sum(sizes), like.dtype, like.device, i))
-            for key, part in zip(keys, self._memory[-1].split(sizes), strict=True):
+            # On a GPU every buffer begins where wide loads may: kernels copy others at every call.
+            padded = sizes if like.device.type == "cpu" else [-(-size // 64) * 64 for size in sizes]
+            self._memory.append(empty(sum(padded), like.dtype, like.device, i))
+            for key, part, size in zip(keys, self._memory[-1].split(padded), sizes, strict=True):
                 buffer = buffers[key[0]]
-                self.buffers[key] = part.view(buffer.shapes[slot])
+                self.buffers[key] = part[:size].view(buffer.shapes[slot])
                 views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
         self.views = [views[number] for number in sorted(views)]
+        self.pointers = [view.data_ptr() for view in self.views]
         self.places = {view.data_ptr() for view in self.views if view.numel()}
 
     def free(self) -> bool:
         """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
         stored = sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
-        counts = sum(map(sys.getrefcount, self.views)), stored
+        counts = sum(map(sys.getrefcount, self.views)), sum(map(_untyped(Tensor)._use_count, self.views)), stored
         if self._counts is None:
             self._counts = counts
         return counts == self._counts
@@ -230,6 +238,13 @@ def _leaves(buffer: Buffer, slot: int, data: Tensor) -> list[Tensor]:
 
 
 _like = operator.attrgetter("shape", "dtype", "device")
+
+
+def _signature(values: Sequence[Value], any_shape: bool = False) -> tuple[Any, ...]:
+    """What code that was compiled for some values is right for."""
+    return tuple([(value.dtype, value.device, None if any_shape else value.shape) for value in values])
+
+
 _requires_grad = operator.attrgetter("requires_grad")
 
 
@@ -284,10 +299,10 @@ class Plan:
         slabs: dict[Any, list[Slab]],
         sizes: tuple[int, int] | None = None,
     ) -> None:
-        self.specs, self.likes = specs, likes
+        self.specs, self.seen, self.likes, self.in_place = specs, specs, likes, in_place
         params, results = len(likes[0]), len(found.outputs)
         self.program = compose(packing, in_place, lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE))
-        self._in_place, self._params, self._results = in_place, params, results
+        self._params, self._results = params, results
         self._loose = packing.loose
         self._scratch: dict[Any, Tensor] = {}
         self._most: dict[Any, int] = {}  # Entries of the largest use of what many calls share.
@@ -320,19 +335,19 @@ class Plan:
             for slot in range(len(slots))
         }
         #: Shared with plans that differ in nothing but what else they take, such as gradients of another dtype.
-        layout = [*likes[0], *likes[2], *((key, *there) for key, there in self.kept.items())]
+        layout: list[Any] = [*likes[0], *likes[2]]
+        for (number, slot), there in self.kept.items():
+            buffer = self.program.buffers[number]
+            layout.append((number, slot, buffer.group.flat, buffer.shapes[slot], *there))
         self._slabs = slabs.setdefault(tuple(layout), [])
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
-        #: Gradients that kernels read where they lie.
-        single = [x[0] for slots in self._sources for x in slots if len(x) == 1]
-        self._direct = [x - params for x in single if isinstance(x, int) and params <= x < 2 * params]
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._alike: Callable[..., bool] | None = None
         self._others: list[tuple[int, Any]] = []
         self._stages = [
             (
-                scalars and (compiler(scalars.module, "scalars", dynamic=False), scalars),
+                scalars and (compiler(scalars.module, _signature(scalars.takes), dynamic=False), scalars),
                 [call for kernel in kernels for call in self._calls(kernel, compiler)],
             )
             for scalars, kernels in self.program.stages
@@ -348,11 +363,11 @@ class Plan:
         for numbers, results in kernel.calls:
             buffers = [self.program.buffers[number] for number in numbers]
             entries = math.prod(buffers[0].shapes[0])
-            key = tuple(
-                [(value.dtype, value.device) for buffer in buffers for value in buffer.homes[0].inputs]
-                + ([min(entries, 2)] if kernel.flat else [tuple(buffer.shapes) for buffer in buffers])
-            )
-            run = compiler(kernel.module, key, kernel.flat) if entries or not kernel.flat else kernel.module
+            dynamic = kernel.flat and buffers[0].homes[0].inputs[0].device.type == "cpu"
+            shapes = (min(entries, 2),) if dynamic else tuple([tuple(buffer.shapes) for buffer in buffers])
+            like = [_signature(buffer.homes[0].inputs, dynamic) for buffer in buffers]
+            key = (*like, _signature(kernel.scalars), shapes)
+            run = compiler(kernel.module, key, dynamic) if entries or not kernel.flat else kernel.module
             reads = [(number, slot) for number, slots in zip(numbers, kernel.reads, strict=True) for slot in slots]
             writes = [(number, slot) for number, slots in zip(numbers, kernel.writes, strict=True) for slot in slots]
             calls.append((run, reads, writes, kernel.scalars, results))
@@ -361,11 +376,14 @@ class Plan:
     def slab(self) -> Slab:
         """Memory that nobody uses: what results have left, or new."""
         free = [slab for slab in self._slabs if slab.free()]
-        for slab in free[1:]:
-            self._slabs.remove(slab)
-        if free:
-            return free[0]
-        slab = Slab(self.program.buffers, self.kept)
+        clean = [slab for slab in free if not any(map(_requires_grad, slab.views))]
+        for slab in free:  # One is enough; and somebody may have made a leaf require a gradient.
+            if slab is not (clean or [None])[0]:
+                self._slabs.remove(slab)
+        if clean:
+            return clean[0]
+        with torch.inference_mode(False), torch.no_grad():
+            slab = Slab(self.program.buffers, self.kept)
         slab.free()
         self._slabs.append(slab)
         del self._slabs[:-_SETS]
@@ -373,7 +391,8 @@ class Plan:
 
     def gradients(self) -> list[Tensor]:
         """Zeros for gradients, which lie as kernels read them."""
-        slab = Slab(self.program.buffers, self._read)
+        with torch.inference_mode(False), torch.no_grad():
+            slab = Slab(self.program.buffers, self._read)
         lying = dict(zip(sorted(i for numbers in self._read.values() for i in numbers), slab.views, strict=True))
         empty_ones = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.likes[1]]
         self._gradients = slab, [lying.get(self._params + i, x).zero_() for i, x in enumerate(empty_ones)]
@@ -386,7 +405,8 @@ class Plan:
         picked = self._pick(leaves)
         for slab in reversed(self._slabs):
             if all(map(operator.is_, picked, slab.views)):
-                return slab
+                # `w.data = x` leaves a tensor what it is, but elsewhere.
+                return slab if list(map(Tensor.data_ptr, picked)) == slab.pointers else None
         return None
 
     def recall(self, params: Any) -> list[Any] | None:
@@ -398,8 +418,9 @@ class Plan:
         """Learn to read parameters like these without a look at each of them."""
         self._readers, self._alike = [reader(params)], _guards(leaves)
 
-    def remember(self, params: Any, grads: Any, state: Any, columns: Sequence[list[Any]]) -> None:
+    def remember(self, params: Any, grads: Any, state: Any, columns: Sequence[list[Any]], specs: Any) -> None:
         """Learn to read trees like these without a look at each of their tensors."""
+        self.seen = specs
         self._readers = [reader(tree) for tree in (params, grads, state)]
         self._alike = _guards(columns[1])
         leaves = [*columns[0], *columns[2]]
@@ -425,16 +446,17 @@ class Plan:
         return columns, slab
 
     def suspicious(self, columns: Sequence[list[Any]], slab: Slab) -> bool:
-        """Whether a gradient that is used where it lies, or a parameter that came to need one, forbids donation."""
-        lying = map(Tensor.data_ptr, [columns[1][i] for i in self._direct])
-        return any(map(_requires_grad, columns[0])) or not slab.places.isdisjoint(lying)
+        """Whether gradients that lie in donated memory, or leaves that came to need one, forbid donation."""
+        wanting = any(map(_requires_grad, columns[0])) or any(map(_requires_grad, columns[2]))
+        return wanting or not slab.places.isdisjoint(map(Tensor.data_ptr, columns[1]))
 
     def run(self, arguments: list[Any], slab: Slab | None) -> list[Tensor]:
         """Results: views of buffers, or in place the parameters and the state that were given."""
-        out = None if self._in_place else self.slab()
+        out = None if self.in_place else self.slab()
         values: dict[Value, Any] = {}
         for value, source in self._given:
-            values[value] = arguments[source] if isinstance(source, int) else source
+            given = arguments[source] if isinstance(source, int) else source
+            values[value] = given.contiguous() if given.ndim else given
         bound: dict[tuple[int, int], Tensor] = {} if slab is None else dict(slab.buffers)
         mine, params = self._gradients, self._params
         if mine is not None and all(map(operator.is_, arguments[params : 2 * params], mine[1])):
@@ -464,23 +486,25 @@ class Plan:
         self, arguments: list[Any], values: dict[Value, Any], bound: Any, slab: Slab | None, out: Slab | None
     ) -> list[Tensor]:
         params = self._params
+        dtypes = [like[1] for like in (*self.likes[0], *self.likes[2])] + [None]
+        loose: dict[int, Tensor] = {}
+        for position, value in self._loose.items():
+            x = values[value]
+            # A copy of what may share memory with an argument, which may be written before it is read.
+            loose[position] = x.clone(memory_format=torch.contiguous_format) if value.alias else x
+            if dtypes[min(position, len(dtypes) - 1)] not in (None, x.dtype):
+                loose[position] = loose[position].to(dtypes[position])
         if out is None:
             results = [*arguments[:params], *arguments[2 * params : params + self._results]]
-            new = [values[value] for value in self._loose.values()]
-            # A result that is an argument may be written before it is read.
-            new = [x.clone() if value.node is None else x for x, value in zip(new, self._loose.values(), strict=True)]
-            for position, x in zip(self._loose, new, strict=True):
+            for position, x in loose.items():
                 results[position].copy_(x)
             if slab is None:
                 for (number, slot), positions in self.kept.items():
                     self._scattered(number, slot, bound[number, slot], [results[i] for i in positions])
             return results
-        results: list[Any] = [None] * self._results
+        results: list[Any] = [loose.get(position) for position in range(self._results)]
         for position, view in zip(self.owned, out.views, strict=True):
             results[position] = view
-        for position, value in self._loose.items():
-            x = values[value]
-            results[position] = x.clone() if value.node is None else x
         return results
 
     def _gatherer(self, number: int, slot: int, arguments: int) -> Callable[[list[Any]], Tensor]:
@@ -492,7 +516,7 @@ class Plan:
             pick = lambda entries: captured
         flat = buffer.group.flat
         if len(sources) == 1:
-            return lambda entries: pick(entries)[0].reshape(-1) if flat else pick(entries)[0].contiguous()
+            return lambda entries: pick(entries)[0].contiguous().view(-1) if flat else pick(entries)[0].contiguous()
         join = torch.cat if flat else torch.stack
         vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
 

@@ -21,7 +21,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.execution import Compiler, Plan, Slab, lying, say_once
 from funcreg.packing import pack
 from funcreg.penalty import Penalty
-from funcreg.recording import CannotRecordError, record, stand_in
+from funcreg.recording import record, stand_in
 from funcreg.regularizing import check_penalty
 from funcreg.transform import Transform, nonnegative
 from funcreg.tree import (
@@ -90,18 +90,19 @@ class FusedStep:
         self._pure = pure
 
         def in_place(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> list[Tensor]:
-            new = pure(params, grads, state, extra)
+            new = leaves_like((params, state), pure(params, grads, state, extra))
+            new = [leaf + 0 if leaf.dtype != torch.bool else leaf.clone() for leaf in new]  # All are read first.
             scalars = []
-            for old, leaf in zip(tree_leaves((params, state)), leaves_like((params, state), new), strict=True):
+            for old, leaf in zip(tree_leaves((params, state)), new, strict=True):
                 if old.ndim:
                     old.copy_(leaf)
                 else:
                     scalars.append(leaf)
             return scalars
 
-        self._unpacked = torch.compile(
-            _with_code_of_its_own(in_place if donate else pure), fullgraph=True, backend=backend
-        )
+        self._plainly = in_place if donate else pure
+        self._compiles = True
+        self._unpacked = torch.compile(_with_code_of_its_own(self._plainly), backend=backend)
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -160,36 +161,45 @@ class FusedStep:
             check_alike(params, grads, ("params", "grads"))
             return self._pure(params, grads, state, extra)
         with torch.no_grad():
-            read = None if extra or self._last is None else self._last.read(params, grads, state)
-            if read is not None:
+            skip = extra or self._last is None or _autocast()
+            read = None if skip or self._last is None else self._last.read(params, grads, state)
+            if read is not None and self._last is not None:
                 plan, (columns, slab) = self._last, read
+                specs = plan.seen
             else:
                 trees = (params, grads, state, _tensors(extra))
                 columns, specs = zip(*map(structure, trees), strict=True)
-                plan = self._plan(trees, columns, specs)
+                plan = None if _autocast() else self._plan(trees, columns, specs)
                 slab = plan and plan.find([*columns[0], *columns[2]])
+                columns = [columns[0], _plain(columns[1]), columns[2], _plain(columns[3])]
             if self._donate and (plan is None or slab is None or read is None or plan.suspicious(columns, slab)):
                 self._check_donated(params, grads, state, columns, slab)
             if plan is None:
                 return self._step_unpacked(params, grads, state, extra)
             if plan is not self._last:
-                plan.remember(params, grads, state, columns)
+                plan.remember(params, grads, state, columns, specs)
                 self._last = plan
             tensors = [*columns[0], *columns[1], *columns[2]]
             if extra:
-                tensors += [x for x in columns[3] if isinstance(x, Tensor)]
+                inside = {x.untyped_storage().data_ptr() for x in tensors} if self._donate else set()
+                given = [x for x in columns[3] if isinstance(x, Tensor)]
+                tensors += [x.clone() if x.untyped_storage().data_ptr() in inside else x for x in given]
             results = plan.run(tensors, slab)
             if self._donate:
+                if not plan.in_place:
+                    for old, new in zip([*columns[0], *columns[2]], results, strict=True):
+                        old.copy_(new)
                 return params, state
             count = len(columns[0])
-            return restored(plan.specs[0], results[:count]), restored(plan.specs[2], results[count:])
+            return restored(specs[0], results[:count]), restored(specs[2], results[count:])
 
     def _plan(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
         """The plan for trees like these, made if they are new, or None if the chain could not be recorded."""
         check_params(trees[0])
         check_alike(trees[0], trees[1], ("params", "grads"))
         likes = [[_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column] for column in columns]
-        key = (specs, *map(tuple, likes))
+        kinds = [(type(x), x.layout) for column in columns for x in column if isinstance(x, Tensor)]
+        key = (specs, *map(tuple, likes), *kinds)
         if key not in self._plans:
             if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
                 del self._plans[next(iter(self._plans))]
@@ -205,6 +215,15 @@ class FusedStep:
                 return leaves_like((params, state), self._pure(params, grads, state, extra))
 
             found = record(results, *(x for column in twins for x in column))
+            count = len(columns[0])
+            written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
+            same = [place.shape == value.shape for place, value in zip(written, found.outputs, strict=True)]
+            if all(same):
+                # Where old numbers go to new places, places are not written before all are read.
+                pairs = zip(found.outputs, written, strict=True)
+                moved = any([value.alias and value is not place for value, place in pairs])
+                packing = pack(found, count, count, written)
+                return Plan(found, packing, specs, likes, self._donate and not moved, self._compiler, self._slabs)
         except Exception as error:
             # If the call is at fault, the plain functions say how, and which leaf.
             self._pure(*trees)
@@ -212,22 +231,24 @@ class FusedStep:
                 f"fuse compiles this chain leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}"
             )
             return None
-        count = len(columns[0])
-        written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
-        for place, value, name in zip(written, found.outputs, _names(trees[0], trees[2]), strict=True):
-            if place.shape != value.shape:
-                raise ValueError(
-                    f"{name} came out of the step with shape {value.shape}; expected {place.shape}, as before"
-                )
-        return Plan(found, pack(found, count, count, written), specs, likes, self._donate, self._compiler, self._slabs)
+        which = same.index(False)
+        raise ValueError(
+            f"{_names(trees[0], trees[2])[which]} came out of the step with shape {found.outputs[which].shape}; "
+            f"expected {written[which].shape}, as before"
+        )
 
     def _step_unpacked(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
+        result: Any
         try:
-            result = self._unpacked(params, grads, state, extra)
-        except Exception:
+            if self._compiles:
+                result = self._unpacked(params, grads, state, extra)
+            else:
+                result = self._plainly(params, grads, state, extra)
+        except Exception as error:
             # The compiler wraps what tracing raises; the plain functions say it as it is.
-            self._pure(params, grads, state, extra)
-            raise
+            result = self._plainly(params, grads, state, extra)
+            self._compiles = False
+            say_once(f"fuse runs this chain without a compiler: {' '.join(str(error).split())[:300]}")
         if not self._donate:
             return result
         # Out of the graph: compiled code loses what is written into a float64 input without dimensions.
@@ -238,6 +259,10 @@ class FusedStep:
     def _check_donated(self, params: Params, grads: Updates, state: State, columns: Any, slab: Slab | None) -> None:
         owned = [*columns[0], *columns[2]]
         for name, leaf in zip(_names(params, state), owned, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"{name} is {leaf!r}; expected a tensor, into which the next one can be written")
+            if leaf.is_neg() or leaf.is_conj():
+                raise ValueError(f"{name} is a negated or conjugated view and cannot be donated; pass a copy of it")
             if leaf.requires_grad:
                 raise ValueError(
                     f"{name} requires grad and cannot be donated. step.init(params) gives copies that can."
@@ -324,7 +349,8 @@ class _Passes:
         if key not in self._plans:
             try:
                 self._plans[key] = self._plan(leaves, spec, likes)
-            except CannotRecordError as error:
+            except Exception as error:
+                self._plain(params)  # If the call is at fault, the plain functions say how.
                 say_once(f"value_and_grad computes leaf by leaf, without a compiler: {error}")
                 self._plans[key] = None
         self._last = self._plans[key]
@@ -376,6 +402,16 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
                 f"{first} and {second} share memory and cannot be donated. Are weights tied? "
                 "step.init(params) gives copies that share nothing."
             )
+
+
+def _autocast() -> bool:
+    """Whether operations choose a dtype of their own, which no plan knows of."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def _plain(column: list[Any]) -> list[Any]:
+    """Tensors whose memory holds their numbers: neither negated nor conjugated."""
+    return [x.resolve_conj().resolve_neg() if isinstance(x, Tensor) else x for x in column]
 
 
 def _tensors(extra: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -85,26 +84,20 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
         sizes: For a device, the number of entries from which a leaf is computed with where it lies, and the largest
             number of entries of leaves that are copied together.
     """
-    count = 1 + max([packing.stages[value] for group in packing.groups for value in _ends(group.first)], default=0)
+    # What goes out of the last kernels may need one more stage of scalars.
+    count = 2 + max([packing.stages[value] for group in packing.groups for value in _ends(group.first)], default=0)
     count = max(count, 1 + max([packing.stages[node.outputs[0]] for node in packing.scalars], default=0))
     buffers = [buffer for group in packing.groups for buffer in _buffers(group, sizes)]
     kernels: list[list[Kernel]] = [[] for _ in range(count)]
     stages, nodes = packing.stages, list(packing.scalars)
-    more: dict[tuple[Any, Value, torch.dtype], Value] = {}
-
-    def beside(op: Any, value: Value, dtype: torch.dtype, kwargs: dict[str, Any]) -> Value:
-        """Another scalar, made of one."""
-        if (op, value, dtype) not in more:
-            more[op, value, dtype] = made = Value((), dtype, value.device)
-            nodes.append(Node(op, (value,), kwargs, [made], several=False))
-            stages[made] = stages[value]
-        return more[op, value, dtype]
+    more: dict[tuple[Value, torch.dtype], Value] = {}
 
     def narrow(value: Value, dtype: torch.dtype) -> Value:
-        return beside(_aten._to_copy.default, value, dtype, {"dtype": dtype}) if value.dtype != dtype else value
-
-    def inverse(value: Value) -> Value:
-        return beside(_aten.reciprocal.default, value, value.dtype, {})
+        if (value, dtype) not in more:
+            more[value, dtype] = made = Value((), dtype, value.device)
+            nodes.append(Node(_aten._to_copy.default, (value,), {"dtype": dtype}, [made], several=False))
+            stages[made] = stages[value]
+        return more[value, dtype]
 
     sums: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
     numbers: dict[int, list[int]] = {}
@@ -121,7 +114,7 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
         for stage in range(last + 1):
             out = [i for i, of in enumerate(at) if of == stage]
             if out or stage == last:
-                work[stage].append(_part(group, out, stage == last, in_place, narrow, inverse))
+                work[stage].append(_part(group, out, stage == last, in_place, narrow))
     for stage, parts in enumerate(work):
         for part in parts:
             if part.group.flat:
@@ -292,7 +285,6 @@ def _part(
     last: bool,
     in_place: bool,
     narrow: Callable[[Value, torch.dtype], Value],
-    inverse: Callable[[Value], Value],
 ) -> _Part:
     home = group.first
     writes = home.writes if last else []
@@ -300,7 +292,7 @@ def _part(
     nodes, needed = _needed(home.nodes, ends)
     mine = {*home.inputs, *(value for node in home.nodes for value in node.outputs)}
     if group.flat:
-        nodes = [_narrowed(node, mine, narrow, inverse) for node in nodes]
+        nodes = [_narrowed(node, mine, narrow) for node in nodes]
     places = [home.inputs.index(place) for place, _ in writes]
     read = {i for i, value in enumerate(home.inputs) if value in needed}
     reads = sorted(read.union(places) if in_place else read or [0])
@@ -332,26 +324,15 @@ def _kernel(parts: list[_Part], calls: list[tuple[list[int], list[Value]]], in_p
     return Kernel(emitter.module(results), parts[0].group.flat, reads, list(scalars), writes, calls)
 
 
-def _narrowed(
-    node: Node, mine: set[Value], narrow: Callable[[Value, torch.dtype], Value], inverse: Callable[[Value], Value]
-) -> Node:
-    """A node with scalars in the precision it computes with; a division by a scalar is a product."""
-    dtypes = [value.dtype for value in node.inputs if value in mine]
-    if not dtypes or not all([dtype.is_floating_point for dtype in dtypes]):
+def _narrowed(node: Node, mine: set[Value], narrow: Callable[[Value, torch.dtype], Value]) -> Node:
+    """A node with scalars in the precision it computes with, as they are where a tensor meets a scalar."""
+    dtypes = {value.dtype for value in node.inputs if value in mine}
+    if dtypes != {torch.float32}:
         return node
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    op, args = node.op, node.args
-    by = args[1] if op is _aten.div.Tensor else None
-    if isinstance(by, Value) and by not in mine and by.dtype.is_floating_point:
-        op, args = _aten.mul.Tensor, (args[0], inverse(by))
-
-    def fit(value: Value) -> Value:
-        known = value in mine or not value.dtype.is_floating_point
-        return value if known or torch.promote_types(value.dtype, dtype) == dtype else narrow(value, dtype)
-
-    args = tuple([replaced(arg, fit) for arg in args])
+    fit = lambda x: narrow(x, torch.float32) if x not in mine and x.dtype == torch.float64 else x
+    args = tuple([replaced(arg, fit) for arg in node.args])
     kwargs = {name: replaced(arg, fit) for name, arg in node.kwargs.items()}
-    return Node(op, args, kwargs, node.outputs, node.several)
+    return Node(node.op, args, kwargs, node.outputs, node.several)
 
 
 def _mapped(

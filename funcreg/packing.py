@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from funcreg.recording import Node, Record, Value
+from funcreg.recording import Node, Record, Value, constant
 
 _aten = torch.ops.aten
 _LIKE = {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten._to_copy.default}
@@ -168,13 +168,11 @@ def _only(owners: Iterable[_Owner]) -> int | None:
 
 def _writes(owner: dict[Value, _Owner], value: Value, place: Value | None) -> bool:
     """Whether a home writes an output in the place of an input of its own."""
+    # What has no dimensions is not written by kernels: compiled code loses it, if it is of float64.
+    if place is None or not place.shape or (value.shape, value.dtype) != (place.shape, place.dtype):
+        return False
     mine = owner[value]
-    return (
-        place is not None
-        and isinstance(mine, int)
-        and owner[place] == mine
-        and (value.shape, value.dtype) == (place.shape, place.dtype)
-    )
+    return isinstance(mine, int) and owner[place] == mine
 
 
 def _homes(
@@ -260,7 +258,7 @@ def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -
 def _flat(home: Home, owner: dict[Value, _Owner]) -> bool:
     """Whether a home is one leaf and elementwise, but for sums over all of it that go out."""
     shape, device = home.inputs[0].shape, home.inputs[0].device
-    if len(home.leaves) != 1 or not shape:
+    if len(home.leaves) != 1 or not shape or any([value.shape for value in home.exports]):
         return False
     if any([value.shape != shape or value.device != device for value in home.inputs]):
         return False
@@ -288,12 +286,12 @@ def _description(
 
     def tell(value: Value) -> None:
         names[value] = len(names)
-        told.append((value.dtype, value.device, bool(value.shape) if flat else value.shape))
+        told.append((value.dtype, value.device, bool(value.shape) if flat else value.shape, value.held))
 
     def name(arg: Any) -> Any:
         if isinstance(arg, Value):
             return names.get(arg, arg)  # A value from outside stands for itself.
-        return tuple([name(each) for each in arg]) if isinstance(arg, list) else (type(arg), arg)
+        return tuple([name(each) for each in arg]) if isinstance(arg, list) else constant(arg)
 
     for value in home.inputs:
         tell(value)

@@ -27,6 +27,7 @@ _SAME = {
 }
 
 
+_VIEWS = {_aten.view.default, _aten._unsafe_view.default}
 #: Types of leaves that are memory and nothing else.
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -38,11 +39,17 @@ class CannotRecordError(Exception):
 class Value:
     """A tensor of a record: an input, or what an operation makes."""
 
-    __slots__ = ("device", "dtype", "node", "shape")
+    __slots__ = ("device", "dtype", "held", "node", "shape")
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.node: Node | None = None
+        self.held = False  # Whether it is a tensor that the function holds.
+
+    @property
+    def alias(self) -> bool:
+        """Whether its memory is that of an input, or of a value that another value may share."""
+        return self.node is None or any([out.alias_info is not None for out in self.node.op._schema.returns])
 
 
 class Node:
@@ -111,7 +118,12 @@ def _hashable(arg: Any) -> Any:
     """An argument by which the same operation is known again; 1, 1.0 and True are not the same."""
     if isinstance(arg, Value):
         return arg
-    return tuple([_hashable(each) for each in arg]) if isinstance(arg, (list, tuple)) else (type(arg), arg)
+    return tuple([_hashable(each) for each in arg]) if isinstance(arg, (list, tuple)) else constant(arg)
+
+
+def constant(arg: Any) -> tuple[Any, ...]:
+    """A constant by which it is known again: 1, 1.0 and True are not the same, nor are 0.0 and -0.0."""
+    return (type(arg), arg, str(arg)) if type(arg) is float and arg == 0 else (type(arg), arg)
 
 
 class _Constant:
@@ -178,6 +190,7 @@ class _Recorder(TorchDispatchMode):
             return x
         if id(x) not in self._captured:
             stand_in = self._captured[id(x)] = _StandIn(Value(tuple(x.shape), x.dtype, x.device))
+            stand_in.value.held = True
             self._record.captured.append((stand_in.value, x))
         return self._captured[id(x)]
 
@@ -231,6 +244,8 @@ def _simplify(found: Record) -> None:
     Inductor computes entry by entry on a CPU, becomes a comparison.
     """
     for node in found.nodes:
+        if node.op in _VIEWS:  # Stand-ins are contiguous, tensors may be not.
+            Node.__init__(node, _aten.reshape.default, node.args, {}, node.outputs, several=False)
         if node.op is _aten.isnan.default:
             Node.__init__(node, _aten.ne.Tensor, (node.args[0], node.args[0]), {}, node.outputs, several=False)
         if node.op is not _aten.where.self:

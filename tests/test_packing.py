@@ -261,7 +261,178 @@ def test_extra_arguments_are_part_of_the_step():
         assert_equal(params, expected, rtol=1e-12, atol=1e-14)
 
 
+U = torch.float64
+TWO = lambda p: {"a": p["w"] * 2, "b": p["w"] * 3}
+KEEPS = {
+    "old parameters": (TWO, lambda u, s, p: (u, {"a": p["w"], "b": s["a"]})),
+    "a view of old parameters": (TWO, lambda u, s, p: (u, {"a": p["w"].T, "b": s["a"].T})),
+    "two leaves that change places": (
+        TWO,
+        lambda u, s, p: ({"w": u["w"] + s["a"] + 2 * s["b"]}, {"a": s["b"], "b": s["a"]}),
+    ),
+    "views that change places": (TWO, lambda u, s, p: (u, {"a": s["b"][:], "b": s["a"][:]})),
+    "what is not contiguous": (
+        TWO,
+        lambda u, s, p: ({"w": u["w"] + s["a"]}, {"a": s["a"].T, "b": u["w"].T.reshape(3, 3)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("row", KEEPS.values(), ids=KEEPS)
+def test_old_numbers_may_go_to_new_places(row, donate, backend):
+    tx = fr.Transform(*row)
+    square = lambda n, dtype: {"w": torch.randn(3, 3, generator=torch.Generator().manual_seed(n), dtype=U)}
+    step = fr.fuse(tx, donate=donate, backend=backend)
+    follow(tx, step, *step.init(square(0, U)), grads=square, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_leaves_without_dimensions_are_steps_like_others(donate, backend):
+    shared = fr.stateless(lambda u, p: {"p": u["p"], "q": u["q"] * p["p"], "w": u["w"] * p["p"]})
+    grads = lambda n, dtype: {
+        "p": torch.tensor(n + 1.0, dtype=U),
+        "q": torch.ones(3, 2, dtype=U),
+        "w": torch.ones(5, dtype=U),
+    }
+    for tx in (shared, fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1))):
+        step = fr.fuse(tx, donate=donate, backend=backend)
+        follow(tx, step, *step.init(grads(1, U)), grads=grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_one_step_serves_many_dtypes_and_layouts(donate):
+    tx = fr.chain(fr.clip_by_global_norm(0.1), fr.scale(1.0))
+    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    for dtype in (torch.float32, U, torch.bfloat16, torch.float32):
+        params = lambda n, dtype=dtype: {"a": torch.ones(4, dtype=dtype), "b": torch.full((3,), n + 1.0, dtype=dtype)}
+        grads = lambda n, _, params=params: params(n)
+        follow(
+            tx,
+            step,
+            params(0),
+            tx.init(params(0)),
+            grads=grads,
+            steps=2,
+            rtol=1e-2 if dtype is torch.bfloat16 else 1e-6,
+        )
+    memory = torch.zeros(8)
+    step({"w": memory[::2]}, {"w": torch.ones(4)}, tx.init({"w": memory[::2]}))
+    assert not memory[1::2].any()
+    if donate:
+        torch.testing.assert_close(memory[::2], torch.full((4,), 0.05))
+
+
+def test_extra_arguments_of_other_shapes_and_strides_are_not_mixed_up():
+    tx = fr.Transform(
+        fr.init_empty_state,
+        lambda u, s, p, *, A: (fr.tree_map(lambda u: u * (A * torch.arange(A.shape[1])).sum(), u), s),
+    )
+    step = fr.fuse(tx, backend="aot_eager")
+    params, A = {"w": torch.ones(3)}, torch.arange(16.0).reshape(4, 4)
+    for given in (A, A.T, A[::2], A[:2, :2], A.double()):
+        expected = fr.apply_updates(params, tx.update(params, fr.EmptyState(), params, A=given)[0])
+        assert_equal(step(params, params, fr.EmptyState(), A=given)[0], expected)
+
+
+def test_plans_of_other_layouts_share_no_memory():
+    def update(updates, state, params, *, rows):
+        return fr.tree_map(lambda u: u / u.norm(dim=1, keepdim=True) if rows else 2 * u, updates), state
+
+    tx = fr.Transform(fr.init_empty_state, update)
+    step = fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init({"a": torch.ones(4, 3), "b": torch.ones(2, 3)}, rows=False)
+    for rows in (False, True, False):
+        grads = fr.tree_map(torch.ones_like, params)
+        expected = fr.apply_updates(params, update(grads, state, params, rows=rows)[0])
+        params, state = step(params, grads, state, rows=rows)
+        assert_equal(params, expected)
+
+
+def test_a_tensor_that_was_given_other_memory_is_read_there():
+    step = fr.fuse(fr.sgd(0.1), donate=True, backend="eager")
+    params, state = step.init({"w": torch.ones(3)})
+    params["w"].data = torch.zeros(3)
+    step(params, {"w": torch.ones(3)}, state)
+    torch.testing.assert_close(params["w"], torch.full((3,), -0.1))
+
+
+def test_memory_of_leaves_with_a_gradient_is_not_used_again():
+    step = fr.fuse(fr.sgd(0.1), backend="eager")
+    params, state = step.init({"w": torch.ones(1)})
+    for _ in range(4):
+        params["w"].requires_grad_()
+        params["w"].square().sum().backward()
+        torch.testing.assert_close(params["w"].grad, 2 * params["w"].detach())
+        params, state = step(params, {"w": params["w"].grad}, state)
+        assert not params["w"].requires_grad
+
+
+def test_dictionaries_keep_the_order_of_their_keys():
+    step = fr.fuse(fr.sgd(0.1), backend="eager")
+    for names in (("a", "b"), ("b", "a"), ("a", "b")):
+        params = {name: torch.ones(2) for name in names}
+        for _ in range(3):
+            params, _ = step(params, params, fr.sgd(0.1).init(params))
+            assert tuple(params) == names
+
+
+def test_zeros_of_both_signs_are_two_constants():
+    tx = fr.stateless(
+        lambda u, p: {n: torch.copysign(x, torch.full_like(x, 0.0 if n == "a" else -0.0)) for n, x in u.items()}
+    )
+    step, params = fr.fuse(tx, backend="eager"), {"a": torch.zeros(2), "b": torch.zeros(2)}
+    after, _ = step(params, {"a": torch.ones(2), "b": torch.ones(2)}, fr.EmptyState())
+    assert (after["a"].tolist(), after["b"].tolist()) == ([1.0, 1.0], [-1.0, -1.0])
+
+
+def test_captured_tensors_and_arguments_are_told_apart():
+    held = torch.full((5,), 2.0)
+    tx = fr.Transform(fr.init_empty_state, lambda u, s, p, *, A: ({"a": u["a"] * held, "b": u["b"] * A}, s))
+    step, params = fr.fuse(tx, backend="eager"), {"a": torch.zeros(5), "b": torch.zeros(5)}
+    ones = {"a": torch.ones(5), "b": torch.ones(5)}
+    after, _ = step(params, ones, fr.EmptyState(), A=torch.full((5,), 3.0))
+    assert (after["a"][0], after["b"][0]) == (2.0, 3.0)
+
+
+def test_numbers_in_a_state_are_refused_where_they_cannot_be_written():
+    tx = fr.Transform(lambda p: 0, lambda u, s, p: (u, s + 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(TypeError, match=r"state.*is 0; expected a tensor"):
+            fr.fuse(tx, donate=True, backend="eager")({"w": torch.ones(2)}, {"w": torch.ones(2)}, 0)
+
+
 # What falls back
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda u, p: u if fr.global_norm(u) > 1 else fr.tree_map(torch.zeros_like, u),
+        lambda u, p: fr.tree_map(lambda u: u * float(u.sum()), u),
+        lambda u, p: fr.tree_map(lambda u: u.index_fill(0, torch.tensor([0]), 3.0), u),
+        lambda u, p: fr.tree_map(lambda u: torch._foreach_add([u], 1.0)[0], u),
+    ],
+)
+def test_whatever_a_transform_does_there_is_a_step(rule, donate):
+    tx = fr.stateless(rule)
+    params = {"a": torch.ones(4), "b": torch.ones(4)}
+    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        follow(tx, step, params, fr.EmptyState(), grads=lambda n, dtype: {"a": torch.ones(4) * n, "b": torch.ones(4)})
+
+
+def test_inference_mode_leaves_no_traces():
+    step = fr.fuse(fr.sgd(0.1, 0.9), donate=True, backend="eager")
+    with torch.inference_mode():
+        params, state = step.init({"w": torch.zeros(3)})
+    params, state = step(params, {"w": torch.ones(3)}, state)
+    torch.testing.assert_close(params["w"], torch.full((3,), -0.1))
 
 
 def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once(monkeypatch):

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --write
 
-Needs about 5 GiB of memory, for 100 million parameters.
+Needs 6 GiB of memory, for 100 million parameters.
 """
 
 from __future__ import annotations

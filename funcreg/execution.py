@@ -33,9 +33,10 @@ class Compiler:
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         self._backend = backend
         self._made: dict[Any, _Compiled] = {}
+        self.compiles = backend != "eager"
 
     def __call__(self, module: fx.GraphModule, key: Any, dynamic: bool) -> Callable[..., Any]:
-        if self._backend == "eager":
+        if not self.compiles:
             return _in_pieces(module) if dynamic else module
         key = (module.code, key)
         if key not in self._made:
@@ -178,12 +179,17 @@ def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Slab:
-    """Memory for some inputs of all buffers, and the leaves that are views of it."""
+    """Memory for some inputs of all buffers, and the leaves that are views of it.
+
+    Under `~number`, with the number of the first buffer of a flat group, there are also all of its buffers as one.
+    """
 
     def __init__(self, buffers: Sequence[Buffer], places: _Places) -> None:
         self.buffers: dict[tuple[int, int], Tensor] = {}
+        self.leaves: list[Any] = []  # What a step returned, views and other leaves.
         self._memory: list[Tensor] = []
         self._counts: tuple[int, int, int] | None = None
+        self._uses = -1
         views: dict[int, Tensor] = {}
         together: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, slot in places:
@@ -194,6 +200,8 @@ class Slab:
             # On a GPU every buffer begins where wide loads may: kernels copy others at every call.
             padded = sizes if like.device.type == "cpu" else [-(-size // 64) * 64 for size in sizes]
             self._memory.append(empty(sum(padded), like.dtype, like.device, i))
+            if padded is sizes and buffers[keys[0][0]].group.flat:
+                self.buffers[~keys[0][0], slot] = self._memory[-1]
             for key, part, size in zip(keys, self._memory[-1].split(padded), sizes, strict=True):
                 buffer = buffers[key[0]]
                 self.buffers[key] = part[:size].view(buffer.shapes[slot])
@@ -202,10 +210,28 @@ class Slab:
         self.pointers = [view.data_ptr() for view in self.views]
         self.places = {view.data_ptr() for view in self.views if view.numel()}
 
+    def moved(self, often: int) -> bool:
+        """Whether a leaf lies elsewhere since `w.data = x`, which leaves it the same tensor.
+
+        The first leaves, as many as `often`, are always looked at. The others are when another number of tensors than
+        at the last look lies in this memory.
+        """
+        if list(map(Tensor.data_ptr, self.views[:often])) != self.pointers[:often]:
+            return True
+        uses = self._used()
+        if uses != self._uses:
+            if list(map(Tensor.data_ptr, self.views)) != self.pointers:
+                return True
+            self._uses = uses
+        return False
+
+    def _used(self) -> int:
+        return sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
+
     def free(self) -> bool:
         """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
-        stored = sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
-        counts = sum(map(sys.getrefcount, self.views)), sum(map(_untyped(Tensor)._use_count, self.views)), stored
+        held = sum(map(sys.getrefcount, self.views)), sum(map(_untyped(Tensor)._use_count, self.views))
+        counts = (*held, self._used())
         if self._counts is None:
             self._counts = counts
         return counts == self._counts
@@ -281,6 +307,10 @@ def _guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
         return None
 
 
+def _wholes(keys: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(~number, slot) for number, slot in keys]
+
+
 class Plan:
     """A program for trees of one structure, with what is needed to call it.
 
@@ -301,9 +331,12 @@ class Plan:
     ) -> None:
         self.specs, self.seen, self.likes, self.in_place = specs, specs, likes, in_place
         params, results = len(likes[0]), len(found.outputs)
-        self.program = compose(packing, in_place, lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE))
+        limits = lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE)
+        self.program = compose(packing, in_place, limits, products=compiler.compiles)
         self._params, self._results = params, results
         self._loose = packing.loose
+        dtypes = [like[1] for like in (*likes[0], *likes[2])]
+        self._dtypes = {position: dtypes[position] for position in packing.loose if position < len(dtypes)}
         self._scratch: dict[Any, Tensor] = {}
         self._most: dict[Any, int] = {}  # Entries of the largest use of what many calls share.
         self._shared: set[tuple[int, int]] = set()
@@ -322,13 +355,14 @@ class Plan:
             for slot, arguments in enumerate(slots)
             if (mine := [x for x in arguments if isinstance(x, int) and params <= x < 2 * params])
         }
-        self._gradients: tuple[Slab, list[Tensor]] | None = None
+        self._gradients: Slab | None = None
         for number, buffer in enumerate(self.program.buffers):
             home = buffer.homes[0]
             for slot in sorted({home.inputs.index(place) for place, _ in home.writes}):
                 arguments = self._sources[number][slot]
                 numbered = [x for x in arguments if isinstance(x, int)]
                 self.kept[number, slot] = [i if i < params else i - params for i in numbered]
+        self._lying = {**self.kept, **self._read}
         self._gather = {
             (number, slot): self._gatherer(number, slot, len(found.inputs))
             for number, slots in enumerate(self._sources)
@@ -342,9 +376,15 @@ class Plan:
         self._slabs = slabs.setdefault(tuple(layout), [])
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
+        self._often = sum([position < params for position in self.owned])
+        self._loosely = sorted(set(range(results)).difference(self.owned))
+        # Gradients that are copied before anything is written may lie anywhere.
+        copied = len(self.program.buffers) == 1 and len(self.program.buffers[0].homes) > 1
+        self._anywhere = copied and self.program.buffers[0].group.flat
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._alike: Callable[..., bool] | None = None
         self._others: list[tuple[int, Any]] = []
+        self._merged: tuple[list[Any], dict[Value, Tensor]] | None = None
         self._stages = [
             (
                 scalars and (compiler(scalars.module, _signature(scalars.takes), dynamic=False), scalars),
@@ -373,17 +413,47 @@ class Plan:
             calls.append((run, reads, writes, kernel.scalars, results))
         return calls
 
+    def _stages_of_wholes(self) -> tuple[list[Any], dict[Value, Tensor]]:
+        """Stages for gradients that lie as kernels read them: one call for all buffers of a flat group.
+
+        Also the values of what the calls return that are no longer made.
+        """
+        stages, blank = [], {}
+        for (scalars, calls), (_, kernels) in zip(self._stages, self.program.stages, strict=True):
+            rest, merged = iter(calls), []
+            for kernel in kernels:
+                mine = [next(rest) for _ in kernel.calls]
+                reads = [key for _, reads, *_ in mine for key in reads]
+                known = all([len(self._lying.get(key, ())) == len(self._sources[key[0]][key[1]]) for key in reads])
+                near = self.program.buffers[kernel.calls[0][0][0]].homes[0].inputs[0].device.type == "cpu"
+                if len(mine) > 1 and kernel.flat and known and near:
+                    run, reads, writes, taken, results = mine[0]
+                    mine = [(run, _wholes(reads), _wholes(writes), taken, results)]
+                    for _, parts in kernel.calls[1:]:  # Sums over one buffer, which are now in the first.
+                        blank.update((value, torch.zeros((), dtype=value.dtype)) for value in parts)
+                merged += mine
+            stages.append((scalars, merged))
+        return stages, blank
+
     def slab(self) -> Slab:
         """Memory that nobody uses: what results have left, or new."""
-        free = [slab for slab in self._slabs if slab.free()]
-        clean = [slab for slab in free if not any(map(_requires_grad, slab.views))]
-        for slab in free:  # One is enough; and somebody may have made a leaf require a gradient.
-            if slab is not (clean or [None])[0]:
-                self._slabs.remove(slab)
-        if clean:
-            return clean[0]
+        found: Slab | None = None
+        for slab in list(self._slabs):
+            if found is not None and len(self._slabs) <= 2:
+                break
+            if slab.free():
+                # One is enough; and somebody may have made a leaf require a gradient.
+                if found is not None or any(map(_requires_grad, slab.views)):
+                    self._slabs.remove(slab)
+                else:
+                    found = slab
+        if found is not None:
+            return found
         with torch.inference_mode(False), torch.no_grad():
             slab = Slab(self.program.buffers, self.kept)
+        views = dict(zip(self.owned, slab.views, strict=True))
+        slab.leaves = [views.get(position) for position in range(self._results)]
+        del views  # Who holds leaves from now on holds results.
         slab.free()
         self._slabs.append(slab)
         del self._slabs[:-_SETS]
@@ -395,19 +465,27 @@ class Plan:
             slab = Slab(self.program.buffers, self._read)
         lying = dict(zip(sorted(i for numbers in self._read.values() for i in numbers), slab.views, strict=True))
         empty_ones = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.likes[1]]
-        self._gradients = slab, [lying.get(self._params + i, x).zero_() for i, x in enumerate(empty_ones)]
-        return self._gradients[1]
+        slab.leaves = [lying.get(self._params + i, x).zero_() for i, x in enumerate(empty_ones)]
+        self._gradients = slab
+        return slab.leaves
 
-    def find(self, leaves: Sequence[Tensor]) -> Slab | None:
+    def find(self, leaves: list[Any]) -> Slab | None:
         """The memory in which parameters and state lie, if they lie where a step put them."""
         if not self.owned:
             return None
-        picked = self._pick(leaves)
         for slab in reversed(self._slabs):
-            if all(map(operator.is_, picked, slab.views)):
-                # `w.data = x` leaves a tensor what it is, but elsewhere.
-                return slab if list(map(Tensor.data_ptr, picked)) == slab.pointers else None
+            if not all(map(operator.is_, leaves, slab.leaves)):
+                if not all(map(operator.is_, self._pick(leaves), slab.views)):
+                    continue
+                for i in self._loosely:
+                    slab.leaves[i] = leaves[i]
+            return None if slab.moved(self._often) else slab
         return None
+
+    def ours(self, grads: list[Any]) -> bool:
+        """Whether gradients are those of `gradients`, and lie where they did."""
+        mine = self._gradients
+        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved(len(mine.views))
 
     def recall(self, params: Any) -> list[Any] | None:
         """Leaves of parameters like those before."""
@@ -426,8 +504,8 @@ class Plan:
         leaves = [*columns[0], *columns[2]]
         self._others = [(i, _like(leaves[i])) for i in range(self._results) if i not in set(self.owned)]
 
-    def read(self, *trees: Any) -> tuple[list[list[Any]], Slab] | None:
-        """Leaves and memory of trees that a step has made, with gradients like those before."""
+    def read(self, *trees: Any) -> tuple[list[list[Any]], Slab, bool] | None:
+        """Leaves and memory of trees that a step has made, with gradients like those before or `ours`, and if ours."""
         if self._alike is None:
             return None
         columns: list[list[Any]] = []
@@ -438,30 +516,39 @@ class Plan:
             columns.append(leaves)
         leaves = [*columns[0], *columns[2]]
         slab = self.find(leaves)
-        if slab is None or not self._alike(*columns[1]):
+        if slab is None:
+            return None
+        ours = self.ours(columns[1])
+        if not ours and not self._alike(*columns[1]):
             return None
         for i, like in self._others:
             if not isinstance(leaves[i], Tensor) or _like(leaves[i]) != like:
                 return None
-        return columns, slab
+        return columns, slab, ours
 
-    def suspicious(self, columns: Sequence[list[Any]], slab: Slab) -> bool:
-        """Whether gradients that lie in donated memory, or leaves that came to need one, forbid donation."""
-        wanting = any(map(_requires_grad, columns[0])) or any(map(_requires_grad, columns[2]))
-        return wanting or not slab.places.isdisjoint(map(Tensor.data_ptr, columns[1]))
+    def suspicious(self, columns: Sequence[list[Any]], slab: Slab, ours: bool) -> bool:
+        """Whether gradients that lie in donated memory, or parameters that came to need one, forbid donation."""
+        if any(map(_requires_grad, columns[0])):
+            return True
+        return not (ours or self._anywhere or slab.places.isdisjoint(map(Tensor.data_ptr, columns[1])))
 
-    def run(self, arguments: list[Any], slab: Slab | None) -> list[Tensor]:
-        """Results: views of buffers, or in place the parameters and the state that were given."""
+    def run(self, arguments: list[Any], slab: Slab | None, ours: bool = False) -> list[Tensor]:
+        """Results, which are views of buffers; none if they are in place, in the parameters and the state given."""
         out = None if self.in_place else self.slab()
         values: dict[Value, Any] = {}
         for value, source in self._given:
             given = arguments[source] if isinstance(source, int) else source
             values[value] = given.contiguous() if given.ndim else given
         bound: dict[tuple[int, int], Tensor] = {} if slab is None else dict(slab.buffers)
-        mine, params = self._gradients, self._params
-        if mine is not None and all(map(operator.is_, arguments[params : 2 * params], mine[1])):
-            bound.update(mine[0].buffers)
-        for scalars, calls in self._stages:
+        stages = self._stages
+        if ours and self._gradients is not None:
+            bound.update(self._gradients.buffers)
+            if slab is not None:
+                if self._merged is None:
+                    self._merged = self._stages_of_wholes()
+                stages, blank = self._merged
+                values.update(blank)
+        for scalars, calls in stages:
             if scalars is not None:
                 run, told = scalars
                 values.update(zip(told.makes, run(*[values[value] for value in told.takes]), strict=True))
@@ -485,27 +572,24 @@ class Plan:
     def _finished(
         self, arguments: list[Any], values: dict[Value, Any], bound: Any, slab: Slab | None, out: Slab | None
     ) -> list[Tensor]:
-        params = self._params
-        dtypes = [like[1] for like in (*self.likes[0], *self.likes[2])] + [None]
         loose: dict[int, Tensor] = {}
         for position, value in self._loose.items():
             x = values[value]
             # A copy of what may share memory with an argument, which may be written before it is read.
             loose[position] = x.clone(memory_format=torch.contiguous_format) if value.alias else x
-            if dtypes[min(position, len(dtypes) - 1)] not in (None, x.dtype):
-                loose[position] = loose[position].to(dtypes[position])
+            if self._dtypes.get(position, x.dtype) != x.dtype:
+                loose[position] = loose[position].to(self._dtypes[position])
         if out is None:
-            results = [*arguments[:params], *arguments[2 * params : params + self._results]]
+            place = lambda i: arguments[i if i < self._params else i + self._params]
             for position, x in loose.items():
-                results[position].copy_(x)
+                place(position).copy_(x)
             if slab is None:
                 for (number, slot), positions in self.kept.items():
-                    self._scattered(number, slot, bound[number, slot], [results[i] for i in positions])
-            return results
-        results: list[Any] = [loose.get(position) for position in range(self._results)]
-        for position, view in zip(self.owned, out.views, strict=True):
-            results[position] = view
-        return results
+                    self._scattered(number, slot, bound[number, slot], [place(i) for i in positions])
+            return []
+        for position in self._loosely:
+            out.leaves[position] = loose[position]
+        return list(out.leaves)
 
     def _gatherer(self, number: int, slot: int, arguments: int) -> Callable[[list[Any]], Tensor]:
         """What makes an input of a kernel of leaves: where they lie if it is one, else copied together."""
@@ -516,7 +600,7 @@ class Plan:
             pick = lambda entries: captured
         flat = buffer.group.flat
         if len(sources) == 1:
-            return lambda entries: pick(entries)[0].contiguous().view(-1) if flat else pick(entries)[0].contiguous()
+            return lambda entries: pick(entries)[0].reshape(-1) if flat else pick(entries)[0].contiguous()
         join = torch.cat if flat else torch.stack
         vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
 

@@ -164,15 +164,16 @@ class FusedStep:
             skip = extra or self._last is None or _autocast()
             read = None if skip or self._last is None else self._last.read(params, grads, state)
             if read is not None and self._last is not None:
-                plan, (columns, slab) = self._last, read
+                plan, (columns, slab, ours) = self._last, read
                 specs = plan.seen
             else:
                 trees = (params, grads, state, _tensors(extra))
                 columns, specs = zip(*map(structure, trees), strict=True)
                 plan = None if _autocast() else self._plan(trees, columns, specs)
                 slab = plan and plan.find([*columns[0], *columns[2]])
+                ours = plan is not None and plan.ours(columns[1])
                 columns = [columns[0], _plain(columns[1]), columns[2], _plain(columns[3])]
-            if self._donate and (plan is None or slab is None or read is None or plan.suspicious(columns, slab)):
+            if self._donate and (plan is None or slab is None or read is None or plan.suspicious(columns, slab, ours)):
                 self._check_donated(params, grads, state, columns, slab)
             if plan is None:
                 return self._step_unpacked(params, grads, state, extra)
@@ -184,7 +185,7 @@ class FusedStep:
                 inside = {x.untyped_storage().data_ptr() for x in tensors} if self._donate else set()
                 given = [x for x in columns[3] if isinstance(x, Tensor)]
                 tensors += [x.clone() if x.untyped_storage().data_ptr() in inside else x for x in given]
-            results = plan.run(tensors, slab)
+            results = plan.run(tensors, slab, ours)
             if self._donate:
                 if not plan.in_place:
                     for old, new in zip([*columns[0], *columns[2]], results, strict=True):

@@ -75,7 +75,9 @@ class Program:
     stages: list[tuple[Scalars | None, list[Kernel]]]
 
 
-def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tuple[int, int]]) -> Program:
+def compose(
+    packing: Packing, in_place: bool, sizes: Callable[[torch.device], tuple[int, int]], products: bool = False
+) -> Program:
     """The program of a packed step.
 
     Args:
@@ -83,6 +85,7 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
         in_place: Whether kernels write into their inputs; else they take buffers to write into.
         sizes: For a device, the number of entries from which a leaf is computed with where it lies, and the largest
             number of entries of leaves that are copied together.
+        products: Whether to multiply with the inverse of a scalar instead of dividing by it.
     """
     # What goes out of the last kernels may need one more stage of scalars.
     count = 2 + max([packing.stages[value] for group in packing.groups for value in _ends(group.first)], default=0)
@@ -99,6 +102,26 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
             stages[made] = stages[value]
         return more[value, dtype]
 
+    inverses: dict[Value, list[Value]] = {}
+
+    def inverse(value: Value) -> list[Value]:
+        if value not in inverses:
+            found = record(_split_inverse, stand_in(value))
+            (inner,) = found.inputs
+            inverses[value] = found.outputs
+            for node in found.nodes:
+                args = tuple([replaced(arg, lambda x: value if x is inner else x) for arg in node.args])
+                nodes.append(Node(node.op, args, node.kwargs, node.outputs, node.several))
+                stages.update((made, stages[value]) for made in node.outputs)
+        return inverses[value]
+
+    def fitted(group: Group, nodes: list[Node], mine: set[Value]) -> list[Node]:
+        if not group.flat:
+            return nodes
+        if products and group.first.inputs[0].device.type == "cpu":  # Elsewhere memory is what takes time.
+            nodes = [each for node in nodes for each in _multiplied(node, mine, inverse)]
+        return [_narrowed(node, mine, narrow) for node in nodes]
+
     sums: dict[Value, list[Value]] = {}  # From what goes out of a home to the parts of which the sum is wanted.
     numbers: dict[int, list[int]] = {}
     for number, buffer in enumerate(buffers):
@@ -114,7 +137,7 @@ def compose(packing: Packing, in_place: bool, sizes: Callable[[torch.device], tu
         for stage in range(last + 1):
             out = [i for i, of in enumerate(at) if of == stage]
             if out or stage == last:
-                work[stage].append(_part(group, out, stage == last, in_place, narrow))
+                work[stage].append(_part(group, out, stage == last, in_place, fitted))
     for stage, parts in enumerate(work):
         for part in parts:
             if part.group.flat:
@@ -284,15 +307,15 @@ def _part(
     out: list[int],
     last: bool,
     in_place: bool,
-    narrow: Callable[[Value, torch.dtype], Value],
+    fitted: Callable[[Group, list[Node], set[Value]], list[Node]],
 ) -> _Part:
     home = group.first
     writes = home.writes if last else []
     ends = [*(home.exports[i] for i in out), *(value for _, value in writes)]
     nodes, needed = _needed(home.nodes, ends)
     mine = {*home.inputs, *(value for node in home.nodes for value in node.outputs)}
-    if group.flat:
-        nodes = [_narrowed(node, mine, narrow) for node in nodes]
+    nodes = fitted(group, nodes, mine)
+    mine.update(value for node in nodes for value in node.outputs)
     places = [home.inputs.index(place) for place, _ in writes]
     read = {i for i, value in enumerate(home.inputs) if value in needed}
     reads = sorted(read.union(places) if in_place else read or [0])
@@ -333,6 +356,26 @@ def _narrowed(node: Node, mine: set[Value], narrow: Callable[[Value, torch.dtype
     args = tuple([replaced(arg, fit) for arg in node.args])
     kwargs = {name: replaced(arg, fit) for name, arg in node.kwargs.items()}
     return Node(node.op, args, kwargs, node.outputs, node.several)
+
+
+def _multiplied(node: Node, mine: set[Value], inverse: Callable[[Value], list[Value]]) -> list[Node]:
+    """A float32 division by a scalar as products, which take a fraction of the time."""
+    if node.op is not _aten.div.Tensor or node.outputs[0].dtype != torch.float32:
+        return [node]
+    x, by = node.args
+    if not isinstance(x, Value) or x not in mine or not isinstance(by, Value) or by in mine or by.dtype.is_complex:
+        return [node]
+    large, small = inverse(by)
+    between = Value(x.shape, torch.float32, x.device)
+    first = Node(_aten.mul.Tensor, (x, large), {}, [between], several=False)
+    return [first, Node(_aten.mul.Tensor, (between, small), {}, node.outputs, several=False)]
+
+
+def _split_inverse(x: Tensor) -> list[Tensor]:
+    """Two float32 factors of 1 / x, the second of them 1 unless the inverse is beyond what float32 holds exactly."""
+    whole = x.double().reciprocal()
+    first = whole.abs().clamp(2.0**-126, 2.0**127).copysign(whole)
+    return [first.float(), (whole / first).float()]
 
 
 def _mapped(

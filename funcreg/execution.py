@@ -9,6 +9,7 @@ import mmap
 import operator
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -384,7 +385,7 @@ class Plan:
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._alike: Callable[..., bool] | None = None
         self._others: list[tuple[int, Any]] = []
-        self._merged: tuple[list[Any], dict[Value, Tensor]] | None = None
+        self._bindings: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._stages = [
             (
                 scalars and (compiler(scalars.module, _signature(scalars.takes), dynamic=False), scalars),
@@ -467,6 +468,7 @@ class Plan:
         empty_ones = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.likes[1]]
         slab.leaves = [lying.get(self._params + i, x).zero_() for i, x in enumerate(empty_ones)]
         self._gradients = slab
+        self._bindings.clear()
         return slab.leaves
 
     def find(self, leaves: list[Any]) -> Slab | None:
@@ -539,35 +541,52 @@ class Plan:
         for value, source in self._given:
             given = arguments[source] if isinstance(source, int) else source
             values[value] = given.contiguous() if given.ndim else given
-        bound: dict[tuple[int, int], Tensor] = {} if slab is None else dict(slab.buffers)
-        stages = self._stages
-        if ours and self._gradients is not None:
-            bound.update(self._gradients.buffers)
-            if slab is not None:
-                if self._merged is None:
-                    self._merged = self._stages_of_wholes()
-                stages, blank = self._merged
-                values.update(blank)
+        bound: dict[tuple[int, int], Tensor] = {}  # What is gathered in this call, for all stages and the end.
+        stages, blank = self._bound(slab, out, ours)
+        values.update(blank)
         for scalars, calls in stages:
             if scalars is not None:
                 run, told = scalars
                 values.update(zip(told.makes, run(*[values[value] for value in told.takes]), strict=True))
-            for run, reads, writes, taken, results in calls:
-                inputs = []
-                for key in reads:
+            for run, reads, missing, taken, writes, results in calls:
+                inputs = reads.copy()
+                for i, key, gather, shared in missing:
                     data = bound.get(key)
                     if data is None:
-                        data = self._gather[key](arguments)
-                        if key not in self._shared:
+                        data = gather(arguments)
+                        if not shared:
                             bound[key] = data
-                    inputs.append(data)
-                inputs += [values[value] for value in taken]
-                if out is not None:
-                    inputs += [out.buffers[key] for key in writes]
-                made = run(*inputs)
+                    inputs[i] = data
+                made = run(*inputs, *[values[value] for value in taken], *writes)
                 if results:
                     values.update(zip(results, made, strict=True))
         return self._finished(arguments, values, bound, slab, out)
+
+    def _bound(self, slab: Slab | None, out: Slab | None, ours: bool) -> tuple[list[Any], dict[Value, Tensor]]:
+        """Stages with what is read and written in some memory, and what must be gathered, by place in the call."""
+        # Memory that is let go of takes what is known of it along.
+        known = self._bindings.setdefault(slab or self, weakref.WeakKeyDictionary()).setdefault(out or self, {})
+        if ours in known:
+            return known[ours]
+        buffers: dict[tuple[int, int], Tensor] = {} if slab is None else dict(slab.buffers)
+        stages, blank = self._stages, {}
+        if ours and self._gradients is not None:
+            buffers.update(self._gradients.buffers)
+            if slab is not None:
+                stages, blank = self._stages_of_wholes()
+        found: list[Any] = []
+        for scalars, calls in stages:
+            bound = []
+            for run, reads, writes, taken, results in calls:
+                given = [buffers.get(key) for key in reads]
+                missing = [
+                    (i, key, self._gather[key], key in self._shared) for i, key in enumerate(reads) if given[i] is None
+                ]
+                targets = [] if out is None else [out.buffers[key] for key in writes]
+                bound.append((run, given, missing, taken, targets, results))
+            found.append((scalars, bound))
+        known[ours] = found, blank
+        return known[ours]
 
     def _finished(
         self, arguments: list[Any], values: dict[Value, Any], bound: Any, slab: Slab | None, out: Slab | None
@@ -600,7 +619,10 @@ class Plan:
             pick = lambda entries: captured
         flat = buffer.group.flat
         if len(sources) == 1:
-            return lambda entries: pick(entries)[0].reshape(-1) if flat else pick(entries)[0].contiguous()
+            first, shape = sources[0], (-1,) if flat else buffer.shapes[slot]
+            if isinstance(first, int):
+                return lambda entries: entries[first].contiguous().view(shape)
+            return lambda entries: first.contiguous().view(shape)
         join = torch.cat if flat else torch.stack
         vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
 

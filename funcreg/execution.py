@@ -636,7 +636,7 @@ class Plan:
 
         def gather(entries: list[Any]) -> Tensor:
             leaves = pick(entries)
-            if flat and not kept and (whole := lying(leaves)) is not None:
+            if flat and not (kept and self.in_place) and (whole := lying(leaves)) is not None:
                 return whole
             memory = self._scratch.get(key)
             if memory is None:

@@ -276,20 +276,68 @@ class _Emitter:
 
 
 def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
-    """A module to run without a compiler: what is elementwise is written over an argument that is needed no more."""
+    """A module to run without a compiler: what is elementwise is written where it goes, or over what is needed no more.
+
+    Each operation then writes into memory that is in a cache already.
+    """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    for node in list(graph.nodes):
+        if node.target is _aten.where.self and (x := _nan_of(node)) is not None:
+            # `where` is slow; a value between itself and itself is itself, but NaN goes through.
+            unequal, _, value = node.args
+            node.target, node.args = _aten.clamp.Tensor, (x, value, value)
+            if not unequal.users:
+                graph.erase_node(unequal)
     order = {node: i for i, node in enumerate(graph.nodes)}
+    last = lambda node: max([order[user] for user in node.users])
+    for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
+        place, node = copy.args
+        if "value" in node.meta and list(node.users) == [copy] and _elementwise(node):
+            others = [order[user] for user in place.users if user is not copy]
+            if order[node] >= max(others, default=0) and (out := _variant(node.target, "out")) is not None:
+                node.target, node.kwargs = out, {**node.kwargs, "out": place}
+                graph.erase_node(copy)
     for node in graph.nodes:
         first = node.args[0] if node.args else None
-        if "value" not in node.meta or not isinstance(first, fx.Node) or first.op != "call_function":
+        if "out" in node.kwargs or "value" not in node.meta or not isinstance(first, fx.Node) or not _elementwise(node):
             continue
-        made, over = node.meta["value"], first.meta.get("value")
-        alike = over is not None and (made.shape, made.dtype) == (over.shape, over.dtype)
-        if alike and torch.Tag.pointwise in node.target.tags and order[node] == max([order[x] for x in first.users]):
-            packet = getattr(_aten, node.target.overloadpacket.__name__ + "_", None)
-            node.target = getattr(packet, node.target._overloadname, node.target)
+        if first.op != "call_function" or not _same_kind(node, first) or order[node] < last(first):
+            continue
+        if (inside := _variant(node.target, "_")) is not None:
+            node.target = inside
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _elementwise(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _same_kind(node: fx.Node, other: fx.Node) -> bool:
+    made, over = node.meta["value"], other.meta.get("value")
+    return over is not None and (made.shape, made.dtype) == (over.shape, over.dtype)
+
+
+def _variant(op: Any, kind: str) -> Any:
+    """The operation that writes into its first argument, `_`, or into an argument `out`."""
+    name, packet = op._overloadname, op.overloadpacket
+    if kind == "_":
+        return getattr(getattr(_aten, packet.__name__ + "_", None), name, None)
+    like = lambda schema: [(arg.name, str(arg.type)) for arg in schema.arguments if arg.name != "out"]
+    for found in [getattr(packet, each, None) for each in ("out", f"{name}_out")]:
+        if found is not None and like(found._schema) == like(op._schema):
+            return found
+    return None
+
+
+def _nan_of(node: fx.Node) -> fx.Node | None:
+    """What a `where` takes where that is NaN."""
+    unequal, x, value = node.args
+    if not isinstance(unequal, fx.Node) or not isinstance(value, fx.Node) or not isinstance(x, fx.Node):
+        return None
+    made = [y.meta.get("value") for y in (node, value)]
+    alike = all(made) and made[0].dtype == made[1].dtype and not made[0].dtype.is_complex
+    return x if alike and unequal.target is _aten.ne.Tensor and unequal.args == (x, x) else None
 
 
 def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], set[Value]]:

@@ -241,9 +241,18 @@ def _simplify(found: Record) -> None:
     """Replace what compilers are slow with by what has equal values.
 
     Roots that are made safe at zero for their derivatives become plain ones, for a step has none; `isnan`, which
-    Inductor computes entry by entry on a CPU, becomes a comparison.
+    Inductor computes entry by entry on a CPU, becomes a comparison. A product with one is its other factor.
     """
+    same: dict[Value, Value] = {}
     for node in found.nodes:
+        if same:
+            args = tuple([replaced(arg, lambda x: same.get(x, x)) for arg in node.args])
+            kwargs = {name: replaced(arg, lambda x: same.get(x, x)) for name, arg in node.kwargs.items()}
+            Node.__init__(node, node.op, args, kwargs, node.outputs, node.several)
+        if node.op is _aten.mul.Tensor and type(node.args[1]) is float and node.args[1] == 1:
+            x, made = node.args[0], node.outputs[0]
+            if x.dtype == made.dtype and not (made in found.outputs and x.alias):
+                same[made] = x
         if node.op in _VIEWS:  # Stand-ins are contiguous, tensors may be not.
             Node.__init__(node, _aten.reshape.default, node.args, {}, node.outputs, several=False)
         if node.op is _aten.isnan.default:
@@ -258,6 +267,7 @@ def _simplify(found: Record) -> None:
             x, of = zero.node.args[0], inner.node.args
             if of[0] is zero and of[2] is x and zero.node.args[1] == 0 and _made_by(of[1], _aten.ones_like.default):
                 Node.__init__(node, _aten.sqrt.default, (x,), {}, node.outputs, several=False)
+    found.outputs = [same.get(value, value) for value in found.outputs]
 
 
 def _made_by(value: Any, op: Any) -> bool:

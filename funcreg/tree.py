@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from funcreg._typing import Hyper, Mask, Params, Updates
 
@@ -365,6 +366,7 @@ def check_nonnegative(name: str, value: Hyper) -> None:
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_BARE = (Tensor, torch.nn.Parameter)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -475,8 +477,19 @@ def squared(w: Tensor) -> Tensor:
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
+def _bare(w: Tensor) -> bool:
+    """Whether operations on a tensor are nothing but arithmetic: neither traced, batched, nor differentiated."""
+    if torch.compiler.is_compiling() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):
+        return False
+    return maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
+
+
 def sign(w: Tensor) -> Tensor:
     """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
+    if not w.is_complex() and _bare(w):
+        signs = w.sign()
+        # The same in a third of the time, but for derivatives. Adding zero turns -0.0 into +0.0.
+        return torch.clamp(w, signs, signs, out=signs).add_(0.0)
     return torch.where(w != w, w, w.sgn() if w.is_complex() else w.sign())
 
 

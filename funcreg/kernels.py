@@ -335,9 +335,9 @@ def _nan_of(node: fx.Node) -> fx.Node | None:
     unequal, x, value = node.args
     if not isinstance(unequal, fx.Node) or not isinstance(value, fx.Node) or not isinstance(x, fx.Node):
         return None
-    made = [y.meta.get("value") for y in (node, value)]
-    alike = all(made) and made[0].dtype == made[1].dtype and not made[0].dtype.is_complex
-    return x if alike and unequal.target is _aten.ne.Tensor and unequal.args == (x, x) else None
+    if "value" not in node.meta or not _same_kind(node, value) or node.meta["value"].dtype.is_complex:
+        return None
+    return x if unequal.target is _aten.ne.Tensor and unequal.args == (x, x) else None
 
 
 def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], set[Value]]:

@@ -241,7 +241,8 @@ def _simplify(found: Record) -> None:
     """Replace what compilers are slow with by what has equal values.
 
     Roots that are made safe at zero for their derivatives become plain ones, for a step has none; `isnan`, which
-    Inductor computes entry by entry on a CPU, becomes a comparison. A product with one is its other factor.
+    Inductor computes entry by entry on a CPU, becomes a comparison. A product with one is its other factor, and
+    an update added to what it starts from is where it leads: exactly, and with fewer operations.
     """
     same: dict[Value, Value] = {}
     for node in found.nodes:
@@ -253,6 +254,12 @@ def _simplify(found: Record) -> None:
             x, made = node.args[0], node.outputs[0]
             if x.dtype == made.dtype and not (made in found.outputs and x.alias):
                 same[made] = x
+        if (z := _moved_there(node)) is not None:
+            same[node.outputs[0]] = z
+        if node.op is _aten.sqrt.default and _made_by(node.args[0], _aten.add.Tensor):
+            x, zero, *_ = node.args[0].node.args
+            if type(zero) is float and zero == 0 and x.dtype == node.outputs[0].dtype:
+                Node.__init__(node, _aten.sqrt.default, (x,), {}, node.outputs, several=False)
         if node.op in _VIEWS:  # Stand-ins are contiguous, tensors may be not.
             Node.__init__(node, _aten.reshape.default, node.args, {}, node.outputs, several=False)
         if node.op is _aten.isnan.default:
@@ -268,6 +275,19 @@ def _simplify(found: Record) -> None:
             if of[0] is zero and of[2] is x and zero.node.args[1] == 0 and _made_by(of[1], _aten.ones_like.default):
                 Node.__init__(node, _aten.sqrt.default, (x,), {}, node.outputs, several=False)
     found.outputs = [same.get(value, value) for value in found.outputs]
+
+
+def _moved_there(node: Node) -> Value | None:
+    """What `x + (z - x)` comes to, an update that is added to what it is the way from."""
+    if node.op is not _aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return None
+    x, way = node.args
+    if not _made_by(way, _aten.sub.Tensor) or way.node.kwargs:
+        return None
+    z, start = way.node.args
+    kinds = {(y.shape, y.dtype) for y in (z, way, node.outputs[0]) if isinstance(y, Value)}
+    plain = start is x and isinstance(z, Value) and len(kinds) == 1 and z.node is not None
+    return z if plain and not z.alias else None
 
 
 def _made_by(value: Any, op: Any) -> bool:

@@ -359,6 +359,52 @@ def test_a_tensor_that_was_given_other_memory_is_read_there():
     torch.testing.assert_close(params["w"], torch.full((3,), -0.1))
 
 
+def test_a_moment_that_was_given_other_memory_is_read_there():
+    tx = fr.trace(0.5)
+    step = fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init({"w": torch.zeros(3), "b": torch.zeros(2)})
+    grads = {"w": torch.ones(3), "b": torch.ones(2)}
+    params, state = step(params, grads, state)
+    view = state.trace["w"].data  # Kept, so that as many tensors lie in this memory as before.
+    state.trace["b"].data = torch.full((2,), 8.0)
+    del view
+    params, state = step(params, grads, state)
+    torch.testing.assert_close(params["b"], torch.full((2,), 6.0))
+
+
+@pytest.mark.parametrize("by", [0.0, -0.0, 1e-45, 3e-39, -1e-39, 2e38, float("inf"), float("nan"), -3.0, 1e-60, 1e60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_division_by_a_scalar_is_division_whatever_the_scalar(by, dtype):
+    entries = torch.tensor([0.0, -0.0, 1.0, -3e38, 1e-38, 2e-45, float("inf"), float("nan")])
+    tx = fr.Transform(fr.init_empty_state, lambda u, s, p, *, by: (fr.tree_map(lambda u: u / by, u), s))
+    step = fr.fuse(tx, backend="aot_eager")
+    params, by = {"w": torch.zeros(8)}, torch.tensor(by, dtype=dtype)
+    after, _ = step(params, {"w": entries}, fr.EmptyState(), by=by)
+    expected = (entries.double() / by.double()).float()
+    torch.testing.assert_close(after["w"], expected, rtol=2e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_packed_gradients_are_read_where_they_lie(donate, small_buffers):
+    tx = fr.chain(fr.clip_by_global_norm(0.5), fr.scale_by_adam(), fr.add_decayed_weights(0.1), fr.scale(-0.1))
+    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    params, state = step.init({f"w{i}": torch.full((n,), float(n)) for i, n in enumerate((3, 40, 5, 17, 30, 2, 9, 14))})
+    expected = copy.deepcopy((params, state))
+    mine = step.gradients(params)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        grads = fr.tree_map(lambda w, g=generator: torch.randn(w.shape, generator=g), params)
+        fr.tree_map(lambda place, g: place.copy_(g), mine, grads)
+        updates, after = tx.update(grads, expected[1], expected[0])
+        expected = fr.apply_updates(expected[0], updates), after
+        params, state = step(params, mine, state)
+        assert_equal((params, state), expected, rtol=1e-5, atol=1e-6)
+    mine["w1"].data = torch.zeros(40)  # Another place: it is read there.
+    updates, after = tx.update(mine, expected[1], expected[0])
+    params, state = step(params, mine, state)
+    assert_equal(params, fr.apply_updates(expected[0], updates), rtol=1e-5, atol=1e-6)
+
+
 def test_memory_of_leaves_with_a_gradient_is_not_used_again():
     step = fr.fuse(fr.sgd(0.1), backend="eager")
     params, state = step.init({"w": torch.ones(1)})

@@ -114,7 +114,7 @@ def l_half(w: Tensor) -> Tensor:
     Example:
         >>> params = {"weight": torch.tensor([4.0, -1.0])}
         >>> l_half(params), l_half.prox(params, 1.0)
-        (tensor(3.), {'weight': tensor([3.7409, 0.0000])})
+        (tensor(3.), {'weight': tensor([3.7415, 0.0000])})
 
     References:
         Xu, Chang, Xu & Zhang, *L1/2 regularization: a thresholding representation theory*, 2012.
@@ -148,7 +148,7 @@ def l_two_thirds(w: Tensor) -> Tensor:
     Example:
         >>> params = {"weight": torch.tensor([8.0, -1.0])}
         >>> l_two_thirds(params), l_two_thirds.prox(params, 1.0)
-        (tensor(5.), {'weight': tensor([7.6619, 0.0000])})
+        (tensor(5.), {'weight': tensor([7.6618, 0.0000])})
 
     References:
         Cao, Sun & Xu, *Fast image deconvolution using closed-form thresholding formulas of Lq regularization*, 2013.
@@ -332,17 +332,12 @@ def capped_l1(w: Tensor, threshold: Scalar) -> Tensor:
 
 
 def _huber_gradient(w: Tensor, delta: Scalar) -> Tensor:
-    size = w.abs()
-    safe = torch.where(size == 0, 1.0, size)
-    return w * (delta / safe).clamp(max=1)
+    return torch.where(w.abs() <= delta, w, delta * sign(w))
 
 
 def _huber_proximal(w: Tensor, step: Scalar, delta: Scalar) -> Tensor:
-    size = w.abs()
-    safe = torch.where(size == 0, 1.0, size)
-    # The greater factor is that of the square for small entries, that of the line for large ones.
-    line = torch.where(size == 0, torch.zeros_like(size), 1 - step * delta / safe)
-    return w * torch.maximum(line, 1 / (1 + step + torch.zeros_like(size))) + 0.0  # +0.0 also from -0.0.
+    square, line = w / (1 + step), w - step * delta * sign(w)
+    return torch.where(w.abs() <= (1 + step) * delta, square, line) + 0.0  # +0.0 also from -0.0.
 
 
 def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Tensor:
@@ -511,7 +506,7 @@ def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
 # Non-negative forms
 
 
-def nonnegative_form(penalty: Penalty) -> Penalty:
+def nonnegative_form(inner: Penalty) -> Penalty:
     r"""A separable penalty on weights of at least 0: its value there, infinite elsewhere.
 
     The proximal operator is :math:`\arg\min_{z \ge 0} \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`, which is
@@ -519,7 +514,7 @@ def nonnegative_form(penalty: Penalty) -> Penalty:
     that of :math:`g`.
 
     Args:
-        penalty: A separable penalty, of reach `"elementwise"`, that is convex (`ewc`) or depends on magnitudes and
+        inner: A separable penalty, of reach `"elementwise"`, that is convex (`ewc`) or depends on magnitudes and
             grows with them (`l1`, `mcp`).
 
     Raises:
@@ -531,22 +526,22 @@ def nonnegative_form(penalty: Penalty) -> Penalty:
         >>> nonnegative_mcp.prox(params, 1.0, 1.0, 4.0), nonnegative_mcp(params, 1.0, 4.0)
         ({'weight': tensor([2.6667, 0.0000, 0.0000])}, tensor(inf))
     """
-    if penalty.reach != "elementwise":
+    if inner.reach != "elementwise":
         raise ValueError(
-            f"nonnegative_form got {penalty!r} of reach {penalty.reach!r}; expected a separable penalty, of reach "
+            f"nonnegative_form got {inner!r} of reach {inner.reach!r}; expected a separable penalty, of reach "
             "'elementwise'. To put negative entries to 0 is exact for those alone."
         )
 
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
         outside = compute_leaves(lambda w: torch.where(_real(w) < 0, math.inf, 0.0).sum(), params)
-        return total([penalty(params, *hyper, **options), *outside])
+        return total([inner(params, *hyper, **options), *outside])
 
     def proximal(params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
-        landed = penalty.prox(params, step, *hyper, metric=metric, **options)
+        landed = inner.prox(params, step, *hyper, metric=metric, **options)
         return compute(lambda z: _real(z).relu(), landed)
 
-    form = Penalty(value, penalty.grad, proximal, reach=penalty.reach, rule=penalty)
-    form.__name__ = form.__qualname__ = f"nonnegative {penalty.__name__}"
+    form = Penalty(value, inner.grad, proximal, reach=inner.reach, rule=inner)
+    form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form
 
 

@@ -187,14 +187,14 @@ def test_infinities_stay_and_an_infinite_step_leads_to_the_centre(entry):
     for hyper in entry.hypers:
         for step in STEPS:
             assert torch.equal(entry.penalty.prox(far, step, *hyper), far)
-        if 0.0 in hyper[-1:] + hyper[:1] and entry.penalty not in (fr.anchored_l1, fr.anchored_l2):
+        if not all(hyper):
             continue  # Nothing times infinity.
         for step in (math.inf, torch.tensor(math.inf), torch.full_like(near, math.inf)):
             z = entry.penalty.prox(near, step, *hyper)
             assert z[-1].isnan()
             assert (z[:-1] == centre(entry, hyper)).all()
-            slopes = grad(lambda x, s=step, h=hyper: entry.penalty.prox(x, s, *h).sum())(near[:-1])
-            assert (slopes == 0).all()
+            slopes = grad(lambda x, s=step, h=hyper: entry.penalty.prox(x, s, *h).sum())(near)
+            assert (slopes[:-1] == 0).all()
 
 
 @every_entry
@@ -240,7 +240,7 @@ def test_derivatives_through_prox_are_finite_everywhere_and_right(entry):
         d = 1e-7
         ahead, behind = entry.penalty.prox(x + d, step, *hyper), entry.penalty.prox(x - d, step, *hyper)
         here = entry.penalty.prox(x, step, *hyper)
-        smooth = (ahead + behind - 2 * here).abs() < 1e-12
+        smooth = ((ahead + behind - 2 * here).abs() < 1e-12) & (x != 0)
         steep = slopes[0].abs() > 5  # Beside a jump that is about to open.
         torch.testing.assert_close(
             slopes[0][smooth & ~steep], ((ahead - behind) / (2 * d))[smooth & ~steep], rtol=1e-4, atol=1e-5
@@ -295,9 +295,40 @@ def test_an_anchor_is_a_tree_like_the_parameters():
             p(params, *({**h, "head": h["head"]._replace(weight=torch.zeros(5))} for h in hyper))
     # Most weights are back, to the last bit, in any dtype.
     for dtype in (torch.float32, torch.bfloat16):
-        start = fr.tree_map(lambda a: a.to(dtype), anchor)
-        moved = fr.tree_map(lambda a, w: a + 0.1 * w.to(dtype), start, params)
+        start = draw(1, dtype)
+        moved = fr.tree_map(lambda a, w: a + 0.1 * w, start, draw(2, dtype))
         assert_equal(fr.anchored_l1.prox(moved, 10.0, start), start)
+
+
+def test_weights_are_trees_of_strengths():
+    params, weights = draw(), fr.tree_map(torch.abs, draw(1))
+    terms = flat(weights) * flat(params).abs()
+    torch.testing.assert_close(fr.elastic(params, weights, 1.0), terms.sum())
+    torch.testing.assert_close(fr.ewc(params, 0.0, weights), 0.5 * (flat(weights) * flat(params)) @ flat(params))
+    assert_equal(fr.elastic.prox(params, 0.5, weights, 1.0), fr.l1.prox(params, fr.tree_map(lambda h: h / 2, weights)))
+    kept = fr.l0.prox(params, weights)
+    stays = flat(params).square() > 2 * flat(weights)
+    assert torch.equal(flat(kept), torch.where(stays, flat(params), 0.0))
+    residual = fr.log_sum.residual(params, fr.tree_map(torch.zeros_like, params), 0.5, strength=weights)
+    assert_equal(residual, fr.tree_map(lambda h, g: h * g, weights, fr.log_sum.grad(params, 0.5)), rtol=1e-14)
+
+
+def test_trees_of_hyperparameters_stand_in_fused_steps():
+    anchor, fisher = draw(1), fr.tree_map(torch.square, draw(2))
+    strengths = fr.tree_map(lambda w: w.abs() + 0.1, draw(3))
+    for tx in (
+        fr.chain(fr.add_penalty(fr.ewc, anchor, fisher, strength=0.5), fr.sgd(0.1)),
+        fr.prox_adam(0.1, fr.anchored_l1, anchor, strength=2.0, eps=0.1),
+        fr.prox_adam(0.1, fr.mcp, strengths, 3.0, eps=0.1),
+        fr.prox_sgd(0.5, fr.nonnegative_form(fr.l0), strength=strengths),
+    ):
+        params, step = draw(), fr.fuse(tx, backend="eager")
+        fused, state = (params, tx.init(params)), tx.init(params)
+        for seed in range(4, 8):
+            updates, state = tx.update(draw(seed), state, params)
+            params = fr.apply_updates(params, updates)
+            fused = step(fused[0], draw(seed), fused[1])
+        assert_equal(fused, (params, state), rtol=1e-12, atol=1e-15)
 
 
 def test_prox_adam_solves_nonconvex_and_anchored_problems():
@@ -311,7 +342,7 @@ def test_prox_adam_solves_nonconvex_and_anchored_problems():
         (fr.anchored_l1, (anchor,), 0.5),
         (fr.ewc, (anchor, {"w": b.square()}), 0.5),
     ):
-        tx, params = fr.prox_adam(0.05, penalty, *hyper, strength=strength, b2=0.99), {"w": torch.ones_like(b)}
+        tx, params = fr.prox_adam(0.05, penalty, *hyper, strength=strength, eps=0.1), {"w": torch.ones_like(b)}
         state = tx.init(params)
         for _ in range(1500):
             updates, state = tx.update({"w": params["w"] - b}, state, params)
@@ -361,6 +392,12 @@ def test_a_nonnegative_form_is_its_penalty_on_weights_of_at_least_zero():
     assert (flat(p.prox(draw(), 0.7, 0.3, 0.5, metric=h)) >= 0).all()
     masked = p.prox(draw(), 0.7, 0.3, 0.5, mask=fr.select("head.*"))
     assert_equal(masked["body"], draw()["body"])
+    with torch.device("meta"):
+        here = p(params, 0.3, 0.5), p.prox(params, 0.7, 0.3, 0.5)
+    assert_equal(here, (p(params, 0.3, 0.5), p.prox(params, 0.7, 0.3, 0.5)))
+    assert p({"w": torch.tensor([])}, 0.3, 0.5) == p({}, 0.3, 0.5) == 0
+    assert p(fr.tree_map(lambda w: w.bfloat16(), params), 0.3, 0.5).dtype == torch.float32
+    assert p.prox(torch.tensor(-1.0, dtype=torch.float16), 0.7, 0.3, 0.5).dtype == torch.float16
     nan = p.prox(torch.tensor([math.nan, -1.0]), 0.7, 0.3, 0.5)
     assert nan[0].isnan()
     assert nan[1] == 0

@@ -3,6 +3,8 @@ r"""Separable penalties, :math:`\sum_i \phi(|w_i|)`, many of them nonconvex, and
 A nonconvex proximal operator has regimes: past some step the objective is no longer convex, the minimum jumps, and
 other formulas hold. In the metric of Adam the step of each entry is its own, `step / h`, and may lie in any regime:
 each operator holds for every step, entry by entry, and is a global minimum. Where two points tie, it is the smaller.
+
+A weight for each leaf or entry is a tree of steps, of strengths of a transform, or of a hyperparameter.
 """
 
 from __future__ import annotations

@@ -442,7 +442,7 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[dict[str, int | 
         elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
             flattened = flattened or spread
         elif not isinstance(layer, _CHANNELWISE):
-            opaque = said
+            opaque = opaque or said
     if families:
         last = next(iter(families.pop()))
         if families and isinstance(read := families[-1][last], Along):

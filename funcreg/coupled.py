@@ -53,9 +53,9 @@ class Along(NamedTuple):
 
 
 #: From the dotted names of the leaves of a family to the dimension along which its groups run.
-Family: TypeAlias = "dict[str, int | Along]"
+Family: TypeAlias = dict[str, int | Along]
 #: Families of groups, or a function that makes them from parameters.
-Groups: TypeAlias = "Family | Sequence[Family] | Callable[[Params], Family | Sequence[Family]]"
+Groups: TypeAlias = Family | Sequence[Family] | Callable[[Params], Family | Sequence[Family]]
 
 
 class _Place(NamedTuple):
@@ -362,7 +362,7 @@ _CHANNELWISE = (
 )
 
 
-def channel_groups(module: nn.Module, prefix: str = "") -> list[dict[str, int | Along]]:
+def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
     """The channels of a network of layers in sequence, one family for each layer but the last.
 
     A channel has its filter and bias, and the scale and shift of a `BatchNorm` after it: once all of these are zero
@@ -385,7 +385,7 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[dict[str, int | 
         >>> channel_groups(net)
         [{'0.weight': 0, '0.bias': 0, '3.weight': Along(dim=1, size=36, packed=1, penalized=True)}]
     """
-    families: list[dict[str, int | Along]] = []
+    families: list[Family] = []
     channels = 0  # Of the last family; 0 where no layer has made channels yet.
     spread, flattened = False, False  # Whether a channel has pixels, and whether they lie in one dimension now.
     opaque = ""  # A layer that channels cannot be followed through.

@@ -205,6 +205,21 @@ def test_the_compiled_step_is_the_plain_one():
     assert 0 < fr.sparsity(params) < 1
 
 
+def test_members_of_an_ensemble_have_strengths_of_their_own():
+    shapes, groups = FAMILIES["a linear layer after a flattening"]
+    p, strengths = fr.coupled(fr.group_lasso, groups), torch.tensor([0.0, 3.0, 100.0], dtype=torch.float64)
+    step = fr.fuse(fr.ensemble(lambda strength: fr.prox_adam(0.1, p, strength=strength), strengths), backend="eager")
+    stack = lambda seed: fr.tree_map(lambda w: torch.stack([w] * 3), tensors(shapes, seed))
+    params, state = step.init(stack(0))
+    params, state = step(params, stack(1), state)
+    for i, strength in enumerate(strengths):
+        tx = fr.prox_adam(0.1, p, strength=strength)
+        updates, _ = tx.update(tensors(shapes, 1), tx.init(tensors(shapes)), tensors(shapes))
+        alone = fr.apply_updates(tensors(shapes), updates)
+        assert_equal(fr.tree_map(lambda w, i=i: w[i], params), alone, rtol=1e-12, atol=1e-14)
+    assert not params["linear"][2].any()
+
+
 @pytest.mark.parametrize("make", [fr.fista, fr.prox_adam], ids=["fista", "prox_adam"])
 def test_the_optimizers_solve_the_problem_of_the_concatenated_rows(make):
     x = tensors({"x": (200, 6)})["x"]
@@ -424,15 +439,24 @@ def test_families_of_a_network_do_not_overlap_and_miss_only_the_last_bias(make, 
     assert [f"part.{name}" for family in fr.channel_groups(net) for name in family] == [n for f in inside for n in f]
 
 
-def test_layers_that_keep_zeros_keep_them():
-    from funcreg.coupled import _CHANNELWISE
-
-    for kind in _CHANNELWISE:
-        size = next((d for d in "123" if kind.__name__.endswith(d + "d")), "2")
-        zeros = torch.zeros(2, 3, *[4] * int(size))
-        given = {"Upsample": {"scale_factor": 2}}.get(kind.__name__, {})
-        needed = [2] if "Pool" in kind.__name__ or "Pad" in kind.__name__ else []
-        assert not kind(*needed, **given)(zeros).any(), kind
+def test_layers_that_channels_are_followed_through_keep_zeros():
+    followed = set()
+    for name, kind in vars(nn).items():
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module) or name.startswith("Lazy"):
+            continue
+        for arguments in ((), (2,)):
+            try:
+                layer = kind(*arguments)
+                fr.channel_groups(nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Conv2d(3, 1, 1)))
+            except (FutureWarning, TypeError, ValueError):  # Deprecated, it needs other arguments, or is refused.
+                continue
+            if name == "Upsample":
+                layer = kind(scale_factor=2)
+            followed.add(name)
+            zeros = torch.zeros(2, 3, *[4] * int(next((d for d in "13" if name.endswith(d + "d")), "2")))
+            assert not layer(zeros).any(), name
+    assert {"ReLU", "GELU", "Dropout2d", "MaxPool2d", "AdaptiveAvgPool3d", "Identity"} <= followed
+    assert not {"Sigmoid", "Softplus", "LayerNorm", "PReLU", "AlphaDropout", "InstanceNorm2d"} & followed
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,8 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
             seen.add(id(layer))
         if isinstance(layer, (nn.Linear, _CONVOLUTIONS)):
             linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, _TRANSPOSED)
+            if "weight" not in _named(layer):
+                raise refuse(said, "it has no parameter weight; is it parametrized?")
             if isinstance(layer, nn.Linear):
                 out, into, apart = layer.out_features, layer.in_features, 1
             else:
@@ -472,7 +474,8 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
         params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives.
 
     Raises:
-        ValueError: The module has no such parameter, or a layer of another kind changes its width.
+        ValueError: The module has no such parameter, a layer of another kind changes its width, or the running
+            statistics of a normalization that does are not given.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -495,16 +498,22 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
         layer, old, new = smaller.get_submodule(path), known[name], leaf.detach().clone()
         setattr(layer, own, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         if new.shape != old.shape:
-            _resize(name, layer)
+            _resize(name, layer, new)
+    for name, layer in smaller.named_modules():
+        if isinstance(layer, _NORMS) and len({x.shape for x in (*layer.parameters(), *layer.buffers()) if x.ndim}) > 1:
+            raise ValueError(
+                f"resized got another width for some of the parameters and buffers of '{name}'. Are its running "
+                "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
+            )
     return smaller
 
 
-def _resize(name: str, layer: nn.Module) -> None:
+def _resize(name: str, layer: nn.Module, leaf: Tensor) -> None:
     """Make what a layer says of its width what its parameters are."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, _NORMS) and layer.running_mean is not None:
-        layer.num_features = layer.running_mean.shape[0]
+    elif isinstance(layer, _NORMS):
+        layer.num_features = leaf.shape[0]
     elif isinstance(layer, _CONVOLUTIONS):
         first, second = layer.weight.shape[:2]
         layer.out_channels, layer.in_channels = (second, first) if isinstance(layer, _TRANSPOSED) else (first, second)

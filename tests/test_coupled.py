@@ -391,6 +391,12 @@ NETS = {
         ),
         (2, 9),
     ),
+    "norms without statistics": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)
+        ),
+        (5,),
+    ),
     "one layer": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), (2, 3)),
 }
 every_net = pytest.mark.parametrize(("make", "shape"), NETS.values(), ids=NETS)
@@ -444,17 +450,15 @@ def test_layers_that_channels_are_followed_through_keep_zeros():
     for name, kind in vars(nn).items():
         if not isinstance(kind, type) or not issubclass(kind, nn.Module) or name.startswith("Lazy"):
             continue
-        for arguments in ((), (2,)):
-            try:
-                layer = kind(*arguments)
-                fr.channel_groups(nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Conv2d(3, 1, 1)))
-            except (FutureWarning, TypeError, ValueError):  # Deprecated, it needs other arguments, or is refused.
-                continue
-            if name == "Upsample":
-                layer = kind(scale_factor=2)
-            followed.add(name)
-            zeros = torch.zeros(2, 3, *[4] * int(next((d for d in "13" if name.endswith(d + "d")), "2")))
-            assert not layer(zeros).any(), name
+        try:
+            layer = kind(2) if "Pool" in name or "Pad" in name else kind()
+            fr.channel_groups(nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Conv2d(3, 1, 1)))
+        except (Warning, TypeError, ValueError):  # Deprecated, in need of other arguments, or refused.
+            continue
+        followed.add(name)
+        layer = kind(scale_factor=2) if name == "Upsample" else layer
+        zeros = torch.zeros(2, 3, *[4] * int(next((d for d in "13" if name.endswith(d + "d")), "2")))
+        assert not layer(zeros).any(), name
     assert {"ReLU", "GELU", "Dropout2d", "MaxPool2d", "AdaptiveAvgPool3d", "Identity"} <= followed
     assert not {"Sigmoid", "Softplus", "LayerNorm", "PReLU", "AlphaDropout", "InstanceNorm2d"} & followed
 
@@ -472,6 +476,7 @@ def test_layers_that_channels_are_followed_through_keep_zeros():
         ([nn.Linear(2, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 1)], r"'1', a BatchNorm1d: without a scale"),
         ([nn.Linear(2, 3), nn.Bilinear(3, 3, 2), nn.Linear(2, 1)], r"'1', a Bilinear"),
         ([nn.Linear(3, 3)] * 2, r"'1', a Linear: it is used twice"),
+        ([nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 1)], r"no parameter weight"),
     ],
 )
 def test_networks_whose_channels_cannot_be_followed_are_errors(layers, message):
@@ -485,6 +490,9 @@ def test_what_is_resized_must_be_known():
         fr.resized(net, {"0.scale": torch.ones(3)})
     with pytest.raises(ValueError, match=r"'1.weight' has another shape .* change a PReLU"):
         fr.resized(net, {"1.weight": torch.ones(2)})
+    normal = block(1, 3)
+    with pytest.raises(ValueError, match=r"of '1'. Are its running statistics missing"):
+        fr.resized(normal, fr.remove_dead({n: w[:2] for n, w in normal.named_parameters()}, {"0.weight": 0}))
     frozen = nn.Linear(2, 3).requires_grad_(False)
     assert not fr.resized(frozen, {"weight": torch.ones(1, 2)}).get_parameter("weight").requires_grad
 

@@ -456,7 +456,7 @@ def test_layers_that_channels_are_followed_through_keep_zeros():
         except (Warning, TypeError, ValueError):  # Deprecated, in need of other arguments, or refused.
             continue
         followed.add(name)
-        layer = kind(scale_factor=2) if name == "Upsample" else layer
+        layer = kind(scale_factor=2) if isinstance(layer, nn.Upsample) else layer
         zeros = torch.zeros(2, 3, *[4] * int(next((d for d in "13" if name.endswith(d + "d")), "2")))
         assert not layer(zeros).any(), name
     assert {"ReLU", "GELU", "Dropout2d", "MaxPool2d", "AdaptiveAvgPool3d", "Identity"} <= followed

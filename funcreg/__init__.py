@@ -31,6 +31,13 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
+from funcreg.coupled import (
+    Along as Along,
+    channel_groups as channel_groups,
+    coupled as coupled,
+    remove_dead as remove_dead,
+    resized as resized,
+)
 from funcreg.ensemble import (
     ensemble as ensemble,
 )

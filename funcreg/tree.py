@@ -565,7 +565,7 @@ def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
 
 
 def _visible(node: Any) -> Any:
-    if isinstance(node, Tensor) or (opened := _open(node)) is None or not _hidden(node):
+    if isinstance(node, Tensor) or (opened := _open(node)) is None or not hidden(node):
         return node
     keys, children, rebuild = opened
     if isinstance(node, dict):
@@ -651,7 +651,7 @@ def select(
     def choose(params: Params) -> list[bool]:
         names = tree_paths(params)
         for glob in globs:
-            if not any(_matches(name, glob) for name in names) and not _hidden(params):
+            if not any(_matches(name, glob) for name in names) and not hidden(params):
                 raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {', '.join(names)}")
         chosen = [not patterns or name in typed or any(_matches(name, glob) for glob in globs) for name in names]
         return [a and leaf.ndim >= min_ndim for a, leaf in zip(chosen, tree_leaves(params), strict=True)]
@@ -667,10 +667,10 @@ def _matches(name: str, glob: str) -> bool:
 vars(_matches)["_dynamo_marked_constant"] = True
 
 
-def _hidden(node: Any) -> bool:
+def hidden(node: Any) -> bool:
     """Whether an outer mask left leaves out, so that a glob may rightly match none of the rest."""
     opened = _open(node)
-    return isinstance(node, Absent) or (opened is not None and any(_hidden(child) for child in opened[1]))
+    return isinstance(node, Absent) or (opened is not None and any(hidden(child) for child in opened[1]))
 
 
 matrices = Selection(

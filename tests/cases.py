@@ -482,3 +482,24 @@ PENALTIES.update(
         ),
     }
 )
+
+
+# Penalties of groups that span leaves
+
+
+def _by_rows(params: Any) -> list[dict[str, int | fr.Along]]:
+    """Leaves whose first dimensions are equal share their groups."""
+    families: dict[int, dict[str, int | fr.Along]] = {}
+    for name, leaf in zip(fr.tree_paths(params), fr.tree_leaves(params), strict=True):
+        families.setdefault(leaf.shape[0], {})[name] = 0
+    return list(families.values())
+
+
+PENALTIES.update(
+    {
+        "coupled group_lasso": PenaltyCase(fr.coupled(fr.group_lasso, _by_rows), None),
+        "coupled sparse_group_lasso by size": PenaltyCase(
+            fr.coupled(fr.sparse_group_lasso, _by_rows), None, hyper=(0.5, 0.4), options={"weights": "sqrt_size"}
+        ),
+    }
+)

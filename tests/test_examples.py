@@ -36,3 +36,11 @@ def test_lasso_agrees_with_scikit_learn():
 @pytest.mark.slow
 def test_adamw_chain_trains_a_transformer():
     assert "loss" in run("adamw_chain.py", "--steps", "3", "--width", "16", "--layers", "1")
+
+
+@pytest.mark.slow
+def test_structured_sparsity_gives_a_smaller_network_with_equal_outputs():
+    said = run("structured_sparsity.py", "--steps", "40", "--width", "8", "--strength", "0.01")
+    before, after = (int(row.split("%")[0].split()[-2].replace(",", "")) for row in said.splitlines() if "ms" in row)
+    assert after < before
+    assert "largest difference" in said

@@ -74,7 +74,7 @@ LAYERS = [
     ["tree", "schedules", "packing"],
     ["transform", "penalty", "kernels"],
     ["execution"],
-    ["penalties", "scaling", "clipping", "combine", "conventions"],
+    ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["separable"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],

@@ -1,0 +1,526 @@
+"""Groups that span leaves: what belongs to one channel of a network shares a norm, and lives or dies together.
+
+A family of groups says along which dimension of each leaf its groups run. Gathered by group, the leaves of a family
+are the rows of one matrix, and any penalty of rows becomes a penalty of such groups: the mathematics stays where it
+is. The same families tell which slices of which leaves a dead group takes with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from funcreg._typing import Hyper, Params
+from funcreg.penalty import Penalty
+from funcreg.tree import chosen_by, flatten, hidden, leaves_like, total, tree_leaves, tree_paths
+
+
+class Along(NamedTuple):
+    """How the groups of a family lie in a leaf, where a dimension alone does not say it.
+
+    The dimension counts `packed` blocks, in each of them every group, and of each group `size` entries.
+
+    Args:
+        dim: Dimension of the leaf along which the groups run.
+        size: Number of consecutive entries that belong to one group: the pixels of a channel in a linear layer that
+            comes after `Flatten`, the features of an attention head.
+        packed: Number of blocks laid end to end, 3 where queries, keys and values share a matrix.
+        penalized: Whether these entries are in the norm of their group. False for entries that a dead group leaves
+            without use and that `remove_dead` takes with it, such as the inputs of a layer whose own outputs form
+            groups.
+
+    Example:
+        The heads of `torch.nn.MultiheadAttention`, four of eight features:
+
+        >>> attention = torch.nn.MultiheadAttention(32, 4)
+        >>> heads = {"in_proj_weight": Along(0, size=8, packed=3), "in_proj_bias": Along(0, size=8, packed=3)}
+        >>> heads["out_proj.weight"] = Along(1, size=8)
+        >>> params = {name: torch.ones_like(w) for name, w in attention.named_parameters()}
+        >>> coupled(group_lasso, heads)(params)  # Of 3 * 8 * 32 + 3 * 8 + 32 * 8 entries each.
+        tensor(129.4913)
+    """
+
+    dim: int
+    size: int = 1
+    packed: int = 1
+    penalized: bool = True
+
+
+#: From the dotted names of the leaves of a family to the dimension along which its groups run.
+Family: TypeAlias = dict[str, int | Along]
+#: Families of groups, or a function that makes them from parameters.
+Groups: TypeAlias = Family | Sequence[Family] | Callable[[Params], Family | Sequence[Family]]
+
+
+class _Place(NamedTuple):
+    """Where the groups of a family lie in one leaf."""
+
+    leaf: int  # Its number among the leaves.
+    along: Along
+
+
+def coupled(penalty: Penalty, groups: Groups) -> Penalty:
+    r"""A penalty of groups that span leaves, such as :math:`\sum_g c_g \sqrt{\sum_l \|w_{l,g}\|^2}`.
+
+    A channel of a network is a filter, its bias, the scale and shift of its normalization and the slice of the next
+    layer that reads it. With one norm they become zero together, and the channel can be taken out (`remove_dead`).
+    Leaves that no family names carry no penalty. The leaves of a family share one step: strengths that differ
+    between families or groups are `weights`.
+
+    A leaf may be penalized in two families, as a hidden layer is by its outputs and by its inputs. Value and gradient
+    take that; a proximal operator of groups that overlap has no closed form, and raises. `channel_groups` makes
+    families that do not overlap.
+
+    Args:
+        penalty: A penalty of groups whose groups are rows: `group_lasso`, `sparse_group_lasso` or one of your own. Its
+            hyperparameters and options remain, without `dim`; `weights` may also be a list, one for each family.
+        groups: A family, a list of families, or a function that makes them from parameters. A family is a dict from
+            dotted names of leaves to the dimension along which its groups run, or to an `Along`.
+
+    Raises:
+        ValueError: A leaf has not the groups that its family has; later, from the parameters.
+
+    Example:
+        Two units: the rows of one layer, its biases, and the columns of the next.
+
+        >>> params = {
+        ...     "0.weight": torch.tensor([[2.0, 2.0], [0.1, 0.2]]),
+        ...     "0.bias": torch.tensor([4.0, 0.2]),
+        ...     "2.weight": torch.tensor([[5.0, 0.4]]),
+        ... }
+        >>> units = coupled(group_lasso, {"0.weight": 0, "0.bias": 0, "2.weight": 1})
+        >>> units(params)
+        tensor(7.5000)
+        >>> units.prox(params, 3.5)
+        {'0.weight': tensor([[1., 1.],
+                [0., 0.]]), '0.bias': tensor([2., 0.]), '2.weight': tensor([[2.5000, 0.0000]])}
+
+    References:
+        Wen, Wu, Wang, Chen & Li, *Learning structured sparsity in deep neural networks*, 2016.
+        Fang, Ma, Song, Mi & Wang, *DepGraph: towards any structural pruning*, 2023.
+    """
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"penalty is {penalty!r}; expected a Penalty of rows such as group_lasso")
+    if not callable(groups):
+        _families(groups)
+    signature = inspect.signature(penalty)
+    in_rows = {"dim": ...} if "dim" in signature.parameters else {}
+
+    def families(params: Params) -> list[list[_Place]]:
+        return [[place for place in family if place.along.penalized] for family in _places(groups, params)]
+
+    def apart(params: Params) -> list[list[_Place]]:
+        """The families, if no leaf is in two of them."""
+        found = families(params)
+        used = [place.leaf for family in found for place in family]
+        for leaf in used:
+            if used.count(leaf) > 1:
+                raise ValueError(
+                    f"leaf '{tree_paths(params)[leaf]}' is in {used.count(leaf)} families of groups: where groups "
+                    f"overlap, {penalty.__name__} has a value and a gradient, but no proximal operator. Leave the "
+                    "leaf to one family, and write Along(dim, penalized=False) in the others."
+                )
+        return found
+
+    def rows(leaves: Sequence[Tensor], family: Sequence[_Place]) -> Tensor:
+        """The leaves of a family as one matrix, a group in each row."""
+        parts = [_gather(leaves[leaf], along) for leaf, along in family]
+        return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
+
+    def each(family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of one of the families."""
+        weights = options.get("weights")
+        if not isinstance(weights, (list, tuple)):
+            return {**options, **in_rows}
+        if len(weights) != count:
+            raise ValueError(f"weights has {len(weights)} entries; expected {count}, one for each family of groups")
+        return {**options, **in_rows, "weights": weights[family]}
+
+    def mapped(
+        f: Callable[..., Tensor], found: list[list[_Place]], params: Params, *trees: Params, options: dict[str, Any]
+    ) -> list[Tensor | None]:
+        """For each leaf the sum of what `f` makes of the rows of its families, None if it has none."""
+        leaves = tree_leaves(params)
+        columns = [leaves, *[leaves_like(params, tree) for tree in trees]]
+        results: list[Tensor | None] = [None] * len(leaves)
+        for i, family in enumerate(found):
+            if not family:
+                continue
+            made = f(*[rows(column, family) for column in columns], **each(i, len(found), options))
+            widths = [_width(leaves[leaf], along) for leaf, along in family]
+            for (leaf, along), part in zip(family, made.split(widths, 1), strict=True):
+                own = _scatter(_like(part, leaves[leaf]), leaves[leaf], along)
+                earlier = results[leaf]
+                results[leaf] = own if earlier is None else earlier + own
+        return results
+
+    def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        _shared(hyper)
+        leaves, found = tree_leaves(params), families(params)
+        return total(
+            [
+                penalty(rows(leaves, family), *hyper, **each(i, len(found), options))
+                for i, family in enumerate(found)
+                if family
+            ]
+        )
+
+    def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
+        _shared(hyper)
+        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), families(params), params, options=options)
+        leaves, rebuild = flatten(params)
+        return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
+
+    def proximal(params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
+        _shared((step, *hyper))
+        trees = () if metric is None else (metric,)
+        landed = mapped(
+            lambda w, h=None, **o: penalty.prox(w, step, *hyper, metric=h, **o),
+            apart(params),
+            params,
+            *trees,
+            options=options,
+        )
+        leaves, rebuild = flatten(params)
+        return rebuild([w if z is None else z for w, z in zip(leaves, landed, strict=True)])
+
+    def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        _shared((strength, *hyper))
+        found = mapped(
+            lambda w, g, **o: penalty.residual(w, g, *hyper, strength=strength, **o),
+            apart(params),
+            params,
+            grads,
+            options=options,
+        )
+        leaves, rebuild = flatten(grads)
+        return rebuild([g if r is None else r for g, r in zip(leaves, found, strict=True)])
+
+    def rule(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        return value(params, *hyper, **options)
+
+    rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
+    vars(rule)["__signature__"] = signature.replace(parameters=kept)
+    return Penalty(value, gradient, proximal, residual=residual, reach="global", rule=rule)
+
+
+def _shared(hyper: Sequence[Hyper]) -> None:
+    """Raise an error if a hyperparameter is a tree: leaves that share a norm cannot each have one."""
+    for value in hyper:
+        if not isinstance(value, (int, float, Tensor)):
+            raise ValueError(
+                f"a step, strength or hyperparameter is a {type(value).__name__}; expected a number or a tensor, "
+                "because the leaves of a group share it. Strengths for families or groups are weights=."
+            )
+
+
+# Groups in leaves
+
+
+def _families(found: Any) -> list[dict[str, Along]]:
+    """Families as a list, each dimension an `Along`."""
+    families = [found] if isinstance(found, dict) else found
+    if not isinstance(families, (list, tuple)) or not all([isinstance(family, dict) for family in families]):
+        raise TypeError(f"groups is {found!r}; expected a dict from names of leaves to dimensions, or a list of them")
+    return [{name: _along(name, where) for name, where in family.items()} for family in families]
+
+
+def _along(name: Any, where: Any) -> Along:
+    along = Along(where) if isinstance(where, int) and not isinstance(where, bool) else where
+    if not isinstance(name, str) or not isinstance(along, Along):
+        raise TypeError(f"groups maps {name!r} to {where!r}; expected the name of a leaf, and an int or an Along")
+    if along.size < 1 or along.packed < 1:
+        raise ValueError(f"at leaf '{name}': groups has {along}; expected a size and packed blocks of at least 1")
+    return along
+
+
+def _places(groups: Groups, params: Params) -> list[list[_Place]]:
+    """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
+    names, leaves = tree_paths(params), tree_leaves(params)
+    numbers = {name: i for i, name in enumerate(names)}
+    masked = hidden(params)
+    places: list[list[_Place]] = []
+    for family in _families(chosen_by(groups, params)[0]):
+        found: list[_Place] = []
+        for name, along in family.items():
+            if name in numbers:
+                found.append(_Place(numbers[name], along))
+            elif along.penalized and not masked:
+                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {', '.join(names)}")
+        counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]
+        for (leaf, along), count in zip(found, counts, strict=True):
+            if count != counts[0]:
+                raise ValueError(
+                    f"leaf '{names[leaf]}' of shape {tuple(leaves[leaf].shape)} has {count} groups by {along}, and "
+                    f"'{names[found[0].leaf]}' has {counts[0]}; the leaves of a family have the same groups"
+                )
+        places.append(found)
+    return places
+
+
+def _count(name: str, leaf: Tensor, along: Along) -> int:
+    """The number of groups in a leaf."""
+    if not -leaf.ndim <= along.dim < leaf.ndim:
+        raise ValueError(f"at leaf '{name}': its shape {tuple(leaf.shape)} has no dimension {along.dim}")
+    entries, share = leaf.shape[along.dim], along.size * along.packed
+    if entries % share:
+        raise ValueError(
+            f"at leaf '{name}': dimension {along.dim} of shape {tuple(leaf.shape)} is no multiple of {share}, as "
+            f"{along} needs it to be"
+        )
+    return entries // share
+
+
+def _gather(leaf: Tensor, along: Along) -> Tensor:
+    """A leaf as a matrix, the entries of a group in each row."""
+    dim, size, packed, _ = along
+    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
+    return leaf.movedim(dim, 0).reshape(packed, count, width // packed).movedim(1, 0).reshape(count, width)
+
+
+def _scatter(rows: Tensor, leaf: Tensor, along: Along) -> Tensor:
+    """What `_gather` made a matrix of, in the shape of the leaf again."""
+    dim, size, packed, _ = along
+    front = leaf.movedim(dim, 0).shape
+    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
+    return rows.reshape(count, packed, width // packed).movedim(1, 0).reshape(front).movedim(0, dim)
+
+
+def _width(leaf: Tensor, along: Along) -> int:
+    """The number of entries of a group in a leaf."""
+    dims = leaf.movedim(along.dim, 0).shape
+    return along.size * along.packed * math.prod(dims[1:])
+
+
+def _like(x: Tensor, leaf: Tensor) -> Tensor:
+    """A result with the dtype and the device of a leaf: a family may mix them."""
+    return (x.real if x.is_complex() and not leaf.is_complex() else x).to(leaf.device, leaf.dtype)
+
+
+# Removal
+
+
+def remove_dead(params: Params, groups: Groups) -> Params:
+    """A smaller tree, without the groups all of whose penalized entries are zero.
+
+    Leaves that no family names stay as they are; buffers may be among the leaves, and are sliced if a family names
+    them. One group of a family always stays, so that no layer is left without entries. The numbers of groups depend on
+    what is in the tensors, so that this is no step to be compiled or mapped over.
+
+    Args:
+        params: Tree of parameters, also with the buffers of their module.
+        groups: The families that the penalty had; see `coupled`.
+
+    Raises:
+        ValueError: A leaf has not the groups that its family has.
+
+    Example:
+        >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
+        >>> remove_dead(params, {"0.weight": 0, "2.weight": Along(1, penalized=False)})
+        {'0.weight': tensor([[3.]]), '2.weight': tensor([[2.]])}
+    """
+    leaves, rebuild = flatten(params)
+    slices: dict[tuple[int, int], Tensor] = {}
+    for family in _places(groups, params):
+        marks = [(_gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
+        if not marks:
+            continue
+        alive = torch.stack(marks).any(0)
+        if not alive.any():
+            alive[:1] = True
+        for leaf, (dim, size, packed, _) in family:
+            here = alive[None, :, None].expand(packed, -1, size).reshape(-1)
+            place = leaf, dim % leaves[leaf].ndim
+            slices[place] = slices[place] & here if place in slices else here
+    smaller = list(leaves)
+    for (leaf, dim), kept in slices.items():
+        smaller[leaf] = smaller[leaf].index_select(dim, kept.nonzero()[:, 0].to(smaller[leaf].device))
+    return rebuild(smaller)
+
+
+# Networks
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: Layers that keep channels apart, and take a channel of zeros to a channel of zeros.
+_CHANNELWISE = (
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Upsample),
+)
+
+
+def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
+    """The channels of a network of layers in sequence, one family for each layer but the last.
+
+    A channel has its filter and bias, and the scale and shift of a `BatchNorm` after it: once all of these are zero
+    the channel is zero at every input, whatever the layer that reads it. The last layer, whose outputs do not form
+    groups, adds the slice that reads the channel. Where the next layer forms groups of its own, its slice is not
+    penalized a second time; it goes when the channel does (`remove_dead`), with the running statistics.
+
+    Args:
+        module: `torch.nn.Sequential`, also nested, of linear layers, convolutions (also transposed and depthwise),
+            `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
+        prefix: Name of the module inside the one whose parameters are penalized, such as `"features"`.
+
+    Raises:
+        ValueError: Channels cannot be followed through a layer, or a dead one would not be zero after it.
+
+    Example:
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
+        ... )
+        >>> channel_groups(net)
+        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(dim=1, size=36, packed=1, penalized=True)}]
+    """
+    families: list[Family] = []
+    channels = 0  # Of the last family; 0 where no layer has made channels yet.
+    spread, flattened = False, False  # Whether a channel has pixels, and whether they lie in one dimension now.
+    opaque = ""  # A layer that channels cannot be followed through.
+    seen: set[int] = set()
+
+    def refuse(name: str, reason: str) -> ValueError:
+        return ValueError(
+            f"channel_groups cannot follow channels through {name}: {reason}. Write the families by hand, or take the "
+            "part of the network before or after it."
+        )
+
+    def entries(name: str, width: int) -> int:
+        """The number of entries of a channel, in a dimension that counts channels."""
+        if width % channels or (width != channels and not flattened):
+            raise refuse(name, f"it takes {width} channels, and {channels} come in")
+        return width // channels
+
+    for name, layer in _layers(module, prefix):
+        said = f"'{name}', a {type(layer).__name__}"
+        if next(layer.parameters(), None) is not None:
+            if id(layer) in seen:
+                raise refuse(said, "it is used twice")
+            seen.add(id(layer))
+        if isinstance(layer, (nn.Linear, _CONVOLUTIONS)):
+            linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, _TRANSPOSED)
+            if "weight" not in _named(layer):
+                raise refuse(said, "it has no parameter weight; is it parametrized?")
+            if isinstance(layer, nn.Linear):
+                out, into, apart = layer.out_features, layer.in_features, 1
+            else:
+                out, into, apart = layer.out_channels, layer.in_channels, layer.groups
+            if channels:
+                if opaque:
+                    raise refuse(opaque, "it may mix them, or turn zeros into other numbers")
+                if linear == (spread and not flattened):
+                    raise refuse(said, "a Flatten belongs between" if linear else "it takes pixels")
+            if apart > 1:
+                if not apart == into == out:
+                    raise refuse(said, f"it has groups={apart}")
+                if channels:  # Each channel to itself.
+                    entries(said, into)
+                    families[-1].update(dict.fromkeys([f"{name}.{own}" for own in _named(layer)], 0))
+                continue
+            if channels:
+                size, dim = entries(said, into), 0 if transposed else 1
+                families[-1][f"{name}.weight"] = Along(dim, size, penalized=False)
+            families.append({f"{name}.{own}": 1 if transposed and own == "weight" else 0 for own in _named(layer)})
+            channels, spread, flattened, opaque = out, not linear, False, ""
+        elif isinstance(layer, _NORMS) and channels and not opaque:
+            size = entries(said, layer.num_features)
+            if not layer.affine:
+                raise refuse(said, "without a scale and a shift it turns zeros into other numbers")
+            families[-1].update(dict.fromkeys((f"{name}.weight", f"{name}.bias"), 0 if size == 1 else Along(0, size)))
+            statistics = [f"{name}.{own}" for own, x in layer.named_buffers() if x.ndim]
+            families[-1].update(dict.fromkeys(statistics, Along(0, size, penalized=False)))
+        elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+            flattened = flattened or spread
+        elif not isinstance(layer, _CHANNELWISE):
+            opaque = opaque or said
+    if families:
+        last = next(iter(families.pop()))
+        if families and isinstance(read := families[-1][last], Along):
+            families[-1][last] = read._replace(penalized=True) if read.size > 1 else read.dim
+    return families
+
+
+def _named(layer: nn.Module) -> list[str]:
+    return [name for name, _ in layer.named_parameters(recurse=False)]
+
+
+def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested sequences in their order, with their names."""
+    if type(module).forward is not nn.Sequential.forward:
+        yield prefix, module
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+
+
+def resized(module: nn.Module, params: Params) -> nn.Module:
+    """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
+
+    Args:
+        module: A module whose linear layers, convolutions and `BatchNorm` layers may change their width.
+        params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives.
+
+    Raises:
+        ValueError: The module has no such parameter, a layer of another kind changes its width, or the running
+            statistics of a normalization that does are not given.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     for w in (net[0].weight, net[0].bias, net[2].weight.T):
+        ...         w[5:] = 0
+        >>> resized(net, remove_dead(dict(net.named_parameters()), channel_groups(net)))
+        Sequential(
+          (0): Linear(in_features=3, out_features=5, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=5, out_features=2, bias=True)
+        )
+    """
+    smaller = copy.deepcopy(module)
+    known = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
+    for name, leaf in zip(tree_paths(params), tree_leaves(params), strict=True):
+        if name not in known:
+            raise ValueError(f"resized got '{name}', which the module has not; it has {', '.join(known)}")
+        path, _, own = name.rpartition(".")
+        layer, old, new = smaller.get_submodule(path), known[name], leaf.detach().clone()
+        setattr(layer, own, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if new.shape != old.shape:
+            _resize(name, layer, new)
+    for name, layer in smaller.named_modules():
+        if isinstance(layer, _NORMS) and len({x.shape for x in (*layer.parameters(), *layer.buffers()) if x.ndim}) > 1:
+            raise ValueError(
+                f"resized got another width for some of the parameters and buffers of '{name}'. Are its running "
+                "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
+            )
+    return smaller
+
+
+def _resize(name: str, layer: nn.Module, leaf: Tensor) -> None:
+    """Make what a layer says of its width what its parameters are."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, _NORMS):
+        layer.num_features = leaf.shape[0]
+    elif isinstance(layer, _CONVOLUTIONS):
+        first, second = layer.weight.shape[:2]
+        layer.out_channels, layer.in_channels = (second, first) if isinstance(layer, _TRANSPOSED) else (first, second)
+        if layer.groups > 1:  # A depthwise one, or the channels could not have been followed.
+            layer.groups = layer.out_channels = layer.in_channels = first
+    else:
+        raise ValueError(
+            f"'{name}' has another shape than in the module, and resized knows no way to change a "
+            f"{type(layer).__name__}; it knows linear layers, convolutions and BatchNorm"
+        )

@@ -38,6 +38,11 @@ from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,
 )
+from funcreg.groups import (
+    group_l0 as group_l0,
+    group_mcp as group_mcp,
+    group_scad as group_scad,
+)
 from funcreg.optimizers import (
     adagrad as adagrad,
     adam as adam,

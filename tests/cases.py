@@ -108,6 +108,9 @@ class PenaltyCase:
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
+    nonconvex: str = ""  # Why laws of convex penalties do not hold.
+    uncompiled: str = ""  # Why it is not compiled in one graph.
+    unshaped: str = ""  # Why it does not take leaves of every shape.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -434,3 +437,42 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "fista with restart": TransformCase(lambda h=1.0: fr.fista(0.1, fr.l1, strength=h), None),
 }
+
+
+# Groups, vectors and orders
+
+
+def _norms_of_rows(w: Tensor) -> Tensor:
+    return w.abs().square().sum(_rows(w)).sqrt() if w.ndim > 1 else w.abs()
+
+
+def _mcp_of_norms(n: Tensor, alpha: float, gamma: float) -> Tensor:
+    reached = n.clamp(max=gamma * alpha)
+    return (alpha * reached - reached**2 / (2 * gamma)).sum()
+
+
+def _scad_of_norms(n: Tensor, alpha: float, a: float) -> Tensor:
+    """The integral of its slope, piece by piece."""
+    bent = n.clamp(alpha, a * alpha) - alpha
+    return (alpha * n.clamp(max=alpha) + alpha * bent - bent**2 / (2 * (a - 1))).sum()
+
+
+PENALTIES.update(
+    {
+        "group_mcp": PenaltyCase(
+            fr.group_mcp,
+            lambda w: _mcp_of_norms(_norms_of_rows(w), 0.7, 2.0),
+            hyper=(0.7, 2.0),
+            nonconvex="levels off",
+        ),
+        "group_scad": PenaltyCase(
+            fr.group_scad,
+            lambda w: _scad_of_norms(_norms_of_rows(w), 0.7, 5.0),
+            hyper=(0.7, 5.0),
+            nonconvex="levels off",
+        ),
+        "group_l0": PenaltyCase(
+            fr.group_l0, lambda w: (_norms_of_rows(w) != 0).double().sum(), nonconvex="jumps at zero"
+        ),
+    }
+)

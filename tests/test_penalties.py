@@ -22,6 +22,19 @@ every_penalty_of_complex_leaves = pytest.mark.parametrize(
 every_penalty_on_leaves = pytest.mark.parametrize(
     "case", [c for c in PENALTIES.values() if c.equation], ids=[n for n, c in PENALTIES.items() if c.equation]
 )
+every_convex_penalty = pytest.mark.parametrize(
+    "case", [c for c in PENALTIES.values() if not c.nonconvex], ids=[n for n, c in PENALTIES.items() if not c.nonconvex]
+)
+every_compiled_penalty = pytest.mark.parametrize(
+    "case",
+    [c for c in PENALTIES.values() if not c.uncompiled],
+    ids=[n for n, c in PENALTIES.items() if not c.uncompiled],
+)
+every_penalty_of_every_shape = pytest.mark.parametrize(
+    "case",
+    [c for c in PENALTIES.values() if c.equation and not c.unshaped],
+    ids=[n for n, c in PENALTIES.items() if c.equation and not c.unshaped],
+)
 STEPS = [0.0, 0.1, 1.0, 3.0, 100.0]
 
 
@@ -75,7 +88,7 @@ def test_prox_minimizes_its_objective(case, step):
     assert all(objective(case, x, other, step) >= least - 1e-12 for other in candidates)
 
 
-@every_penalty
+@every_convex_penalty
 @pytest.mark.parametrize("step", [0.1, 1.0, 3.0])
 def test_what_prox_takes_away_is_a_subgradient_where_it_lands(case, step):
     x = draw()
@@ -86,7 +99,7 @@ def test_what_prox_takes_away_is_a_subgradient_where_it_lands(case, step):
         assert case.value(other) >= case.value(z) + slope @ (flat(other) - flat(z)) - 1e-10
 
 
-@every_penalty
+@every_convex_penalty
 def test_prox_is_firmly_nonexpansive(case):
     for seed in range(10):
         x, y = draw(seed), draw(seed + 100, scale=2.0)
@@ -166,7 +179,7 @@ def test_sixteen_bit_values_are_summed_in_float32(case, dtype):
     torch.testing.assert_close(case.value(params).double(), exact, rtol=1e-5, atol=0)
 
 
-@every_penalty_on_leaves
+@every_penalty_of_every_shape
 def test_leaves_of_every_shape_are_taken(case):
     leaves = [
         torch.tensor(0.7),
@@ -247,7 +260,7 @@ def test_vmap_is_a_loop_over_members(case):
         assert_equal(member(points), p.prox(tree, steps[i], *h, **options), rtol=1e-12, atol=1e-15)
 
 
-@every_penalty
+@every_compiled_penalty
 def test_compiling_the_whole_changes_nothing(case):
     def everything(params, step):
         return case.value(params), grad(case.value)(params), case.grad(params), case.prox(params, step)

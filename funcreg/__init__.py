@@ -39,9 +39,12 @@ from funcreg.fused import (
     value_and_grad as value_and_grad,
 )
 from funcreg.groups import (
+    exclusive_lasso as exclusive_lasso,
     group_l0 as group_l0,
     group_mcp as group_mcp,
     group_scad as group_scad,
+    l1_linf as l1_linf,
+    linf as linf,
 )
 from funcreg.optimizers import (
     adagrad as adagrad,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from funcreg.penalties import (
     group_directions,
     group_norms,
     group_sizes,
+    shrink,
     shrink_groups,
 )
 from funcreg.penalty import penalty
-from funcreg.tree import safe_sqrt, squared
+from funcreg.tree import safe_sqrt, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -38,13 +40,13 @@ def members(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The entries of each group along one last dimension, after the dimensions that count groups."""
     kept = [d for d in range(x.ndim) if d not in dims]
     size = math.prod([x.shape[d] for d in dims])
-    return x.permute(*kept, *dims).reshape(*[x.shape[d] for d in kept], size)
+    return x.permute([*kept, *dims]).reshape([*[x.shape[d] for d in kept], size])
 
 
 def from_members(rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """What `members` took from a tensor of the shape of `w`, put back in its place."""
     order = [*[d for d in range(w.ndim) if d not in dims], *dims]
-    return rows.reshape([w.shape[d] for d in order]).permute(*[order.index(d) for d in range(w.ndim)])
+    return rows.reshape([w.shape[d] for d in order]).permute([order.index(d) for d in range(w.ndim)])
 
 
 def per_group(x: Any, w: Tensor, dims: tuple[int, ...]) -> Any:
@@ -282,9 +284,9 @@ def _group_scad_residual(
 def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""SCAD of the norms of groups, :math:`\sum_g \text{scad}(\|w_g\|_2; c_g \lambda, a)`.
 
-    Smoothly clipped absolute deviation: :math:`\text{scad}(n; \lambda, a)` has slope :math:`\lambda` up to :math:`\lambda`, a slope that falls to 0 at
-    :math:`a \lambda`, and is constant from there on. It is not convex; the proximal operator is the global minimum
-    for every step.
+    The smoothly clipped absolute deviation :math:`\text{scad}(n; \lambda, a)` has slope :math:`\lambda` up to
+    :math:`\lambda`, a slope that falls to 0 at :math:`a \lambda`, and is constant from there on. It is not convex;
+    the proximal operator is the global minimum for every step.
 
     Args:
         strength: Slope at zero :math:`\lambda`, at least 0.
@@ -366,3 +368,209 @@ def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     norms = group_norms(w, dims)
     # Through the norms, so that NaN goes through and derivatives are zeros.
     return group_sizes(w, dims, weights) * torch.where(norms.isnan(), norms, (norms != 0).to(norms.dtype))
+
+
+# Greatest magnitudes
+
+
+def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
+    r"""The level :math:`c` of :math:`\sum_i h_i \max(x_i - c, 0) = v` along the last dimension, which is kept.
+
+    The sum is convex and falls in :math:`c`. That of the largest entries alone is never greater, and equal for the
+    right number of them, so that the level is the greatest of the levels of all numbers of entries.
+
+    References:
+        Held, Wolfe & Crowder, *Validation of subgradient optimization*, 1974.
+    """
+    sorted_, order = x.sort(dim=-1, descending=True)
+    sizes = weight.expand(x.shape).gather(-1, order)
+    return (((sizes * sorted_).cumsum(-1) - volume) / sizes.cumsum(-1)).amax(-1, keepdim=True)
+
+
+def _cut(w: Tensor, level: Tensor) -> Tensor:
+    """Magnitudes cut at a level, signs and phases kept."""
+    if w.is_complex():
+        size = w.abs()
+        return w * torch.where(size > level, level / torch.where(size == 0, torch.ones_like(size), size), 1.0) + 0.0
+    return torch.minimum(torch.maximum(w, -level), level) + 0.0
+
+
+def _greatest(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The greatest magnitude of each group, reduced dimensions kept; 0 of a group without entries."""
+    return w.abs().amax(dims, keepdim=True) if w.numel() and dims else sum_groups(w.abs(), dims)
+
+
+def _ties(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """1 where an entry is a greatest one of its group, 0 elsewhere, NaN through a group with NaN."""
+    top = _greatest(w, dims)
+    return torch.where(top.isnan(), top, (w.abs() == top).to(top.dtype))
+
+
+def _greatest_gradient(w: Tensor, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    ties = _ties(w, dims)
+    return sign(w) * (group_sizes(w, dims, weights) * ties / sum_groups(ties, dims))
+
+
+def _greatest_proximal(w: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    return _greatest_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+
+
+def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return w.clone()
+    rows = members(w, dims)
+    volume = per_group(step * group_sizes(w, dims, weights), w, dims)
+    return from_members(_cut(rows, water_level(rows.abs(), members(h, dims), volume).relu()), w, dims)
+
+
+def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return g.clone()
+    at_zero = _greatest_proximal(g, strength, dim=dim, weights=weights)
+    # The strength is poured over the greatest entries, most where they are pushed up most.
+    ties = members(_ties(w, dims), dims)
+    push = -(members(g, dims) * members(sign(w), dims).conj()).real
+    push = torch.where(ties == 0, torch.full_like(push, torch.finfo(push.dtype).min / 4), push)
+    volume = per_group(strength * group_sizes(w, dims, weights), w, dims)
+    poured = ties * (push - water_level(push, ties, volume)).relu()
+    return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * from_members(poured, w, dims))
+
+
+@penalty(
+    gradient=partial(_greatest_gradient, dim=None),
+    proximal=partial(_greatest_proximal, dim=None),
+    metric=partial(_greatest_metric, dim=None),
+    residual=partial(_greatest_residual, dim=None),
+    reach="leaf",
+)
+def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
+    r"""Greatest magnitude of each leaf, :math:`\max_i |w_i|`, summed over leaves.
+
+    The proximal operator cuts all magnitudes at one level, where what is cut off sums to the step: what it takes
+    away is the projection on the :math:`\ell_1` ball. It makes entries equal, and all zero when their magnitudes
+    sum to no more than the step. The gradient is shared evenly among equal greatest entries.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`. By default each leaf is one group.
+        weights: Factors of the groups; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -2.5, 1.0])}
+        >>> linf(params), linf.prox(params, 1.5)
+        (tensor(3.), {'weight': tensor([ 2., -2.,  1.])})
+
+    References:
+        Parikh & Boyd, *Proximal algorithms*, 2014, section 6.5.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * _greatest(w, dims)
+
+
+@penalty(
+    gradient=partial(_greatest_gradient, dim=...),
+    proximal=partial(_greatest_proximal, dim=...),
+    metric=partial(_greatest_metric, dim=...),
+    residual=partial(_greatest_residual, dim=...),
+    reach="leaf",
+)
+def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Sum over groups of the greatest magnitude, :math:`\sum_g c_g \max_{i \in g} |w_i|`, which zeroes whole groups.
+
+    A group costs no more for all of its entries than for the greatest one, so that groups that stay are used in
+    full. `linf` is the same with one group for each leaf.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g`; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, -2.5], [0.5, 0.25]])}
+        >>> l1_linf(params), l1_linf.prox(params, 1.0)
+        (tensor(3.5000), {'weight': tensor([[ 2.2500, -2.2500],
+                [ 0.0000,  0.0000]])})
+
+    References:
+        Quattoni, Carreras, Collins & Darrell, *An efficient projection for l1,inf regularization*, 2009.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * _greatest(w, dims)
+
+
+# Competition inside groups
+
+
+def _exclusive_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    return 2 * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims) * sign(w)
+
+
+def _exclusive_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    return _exclusive_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+
+
+def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return w.clone()
+    rows, give = members(w, dims), 1 / members(h, dims)
+    size, force = rows.abs(), per_group(2 * step * group_sizes(w, dims, weights), w, dims)
+    # With f = force, the sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+. That of some entries alone is
+    # never greater, and equal for those that stay: the greatest s belongs to them.
+    order = (size / give).argsort(dim=-1, descending=True)
+    sums, gives = size.gather(-1, order).cumsum(-1), give.gather(-1, order).cumsum(-1)
+    last = (sums / (1 + force * gives)).argmax(-1, keepdim=True)
+    total, given = sums.gather(-1, last), gives.gather(-1, last)
+    # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.
+    left = (size + force * (size * given - total * give)).relu() / (1 + force * given)
+    return from_members(sign(rows) * left + 0.0, w, dims)
+
+
+def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
+    return torch.where(w == 0, shrink(g, force), g + force * sign(w))
+
+
+@penalty(
+    gradient=_exclusive_gradient,
+    proximal=_exclusive_proximal,
+    metric=_exclusive_metric,
+    residual=_exclusive_residual,
+    reach="leaf",
+)
+def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Sum over groups of the squared sum of magnitudes, :math:`\sum_g c_g \|w_g\|_1^2`. No factor one half.
+
+    Entries of a group compete: few of each group stay, but no group vanishes, for near zero the square is flat.
+    With groups of one entry it is `l2`.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g`; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, -1.0], [0.3, 0.0]])}
+        >>> exclusive_lasso(params)
+        tensor(16.0900)
+        >>> exclusive_lasso.prox(params, 0.25)
+        {'weight': tensor([[2.0000, 0.0000],
+                [0.2000, 0.0000]])}
+
+    References:
+        Zhou, Jin & Hoi, *Exclusive lasso for multi-task feature selection*, 2010.
+        Kowalski, *Sparse regression using mixed norms*, 2009.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * sum_groups(w.abs(), dims).square()

@@ -104,7 +104,7 @@ class PenaltyCase:
     equation: Callable[[Tensor], Tensor] | None  # On one leaf; None where leaves are coupled.
     hyper: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    smooth: bool = False  # Has a gradient at zero, and makes no zeros.
+    smooth: bool = False  # Has a gradient at zero, which no step reaches.
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
@@ -473,6 +473,22 @@ PENALTIES.update(
         ),
         "group_l0": PenaltyCase(
             fr.group_l0, lambda w: (_norms_of_rows(w) != 0).double().sum(), nonconvex="jumps at zero"
+        ),
+        "linf": PenaltyCase(fr.linf, lambda w: w.abs().max()),
+        "linf of columns": PenaltyCase(
+            fr.linf, lambda w: w.abs().amax(0).sum(), options={"dim": 0, "weights": None}, least_ndim=1
+        ),
+        "l1_linf": PenaltyCase(
+            fr.l1_linf,
+            lambda w: w.abs().reshape((*w.shape[:1], -1)).amax(1).sum() if w.ndim > 1 else w.abs().sum(),
+        ),
+        "exclusive_lasso": PenaltyCase(
+            fr.exclusive_lasso,
+            lambda w: w.abs().sum(_rows(w)).square().sum() if w.ndim > 1 else w.abs().square().sum(),
+            smooth=True,
+        ),
+        "exclusive_lasso of leaves": PenaltyCase(
+            fr.exclusive_lasso, lambda w: w.abs().sum().square(), options={"dim": None}, smooth=True
         ),
     }
 )

@@ -108,6 +108,13 @@ from funcreg.schedules import (
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
 )
+from funcreg.structured import (
+    fused_lasso as fused_lasso,
+    oscar as oscar,
+    slope as slope,
+    total_variation as total_variation,
+    tree_lasso as tree_lasso,
+)
 from funcreg.transform import (
     EmptyState as EmptyState,
     Transform as Transform,

@@ -104,13 +104,14 @@ class PenaltyCase:
     equation: Callable[[Tensor], Tensor] | None  # On one leaf; None where leaves are coupled.
     hyper: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    smooth: bool = False  # Has a gradient at zero, which no step reaches.
+    smooth: bool = False  # No step takes all to zero.
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
     nonconvex: str = ""  # Why laws of convex penalties do not hold.
     uncompiled: str = ""  # Why it is not compiled in one graph.
     unshaped: str = ""  # Why it does not take leaves of every shape.
+    ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -489,6 +490,67 @@ PENALTIES.update(
         ),
         "exclusive_lasso of leaves": PenaltyCase(
             fr.exclusive_lasso, lambda w: w.abs().sum().square(), options={"dim": None}, smooth=True
+        ),
+        "total_variation": PenaltyCase(
+            fr.total_variation, lambda w: w.diff(dim=-1).abs().sum(), smooth=True, least_ndim=1, complex=False
+        ),
+        "total_variation of columns": PenaltyCase(
+            fr.total_variation,
+            lambda w: w.diff(dim=0).abs().sum(),
+            options={"dim": 0},
+            uncompiled="the row before is, and takes as long",
+            smooth=True,
+            least_ndim=1,
+            complex=False,
+        ),
+        "fused_lasso": PenaltyCase(
+            fr.fused_lasso,
+            lambda w: 0.3 * w.abs().sum() + 0.2 * w.diff(dim=-1).abs().sum(),
+            hyper=(0.5, 0.6),
+            least_ndim=1,
+            complex=False,
+        ),
+        "slope": PenaltyCase(
+            fr.slope, lambda w: 0.5 * w.abs().sum(), hyper=(0.5,), metric=False, ruleless="no closed form is known"
+        ),
+        "oscar": PenaltyCase(
+            fr.oscar,
+            lambda w: (
+                0.3 * w.abs().sum() + 0.1 * torch.maximum(w.abs().reshape(-1, 1), w.abs().reshape(1, -1)).triu(1).sum()
+            ),
+            hyper=(0.3, 0.1),
+            options={"dim": None},
+            metric=False,
+            ruleless="no closed form is known",
+        ),
+        "oscar of rows": PenaltyCase(
+            fr.oscar,
+            lambda w: (
+                sum((PENALTIES["oscar"].equation(row) for row in w), torch.zeros(()).to(w.real))
+                if w.ndim > 1
+                else 0.3 * w.abs().sum()
+            ),
+            hyper=(0.3, 0.1),
+            options={"dim": ...},
+            uncompiled="the row before is, and takes as long",
+            metric=False,
+            ruleless="no closed form is known",
+        ),
+        "tree_lasso": PenaltyCase(
+            fr.tree_lasso,
+            lambda w: (
+                w.abs().square().sum().sqrt() + w[0].abs().square().sum().sqrt() + w[1:].abs().square().sum().sqrt()
+            ),
+            options={"groups": (((0,), (1, ...)),)},
+            metric=False,
+            unshaped="groups name rows that a leaf may not have",
+        ),
+        "tree_lasso of one group": PenaltyCase(
+            fr.tree_lasso,
+            lambda w: w.abs().square().sum().sqrt(),
+            options={"groups": ((...,),), "axis": -1},
+            metric=False,
+            least_ndim=1,
         ),
     }
 )

@@ -10,6 +10,7 @@ from cases import assert_equal
 from torch.func import grad, vmap
 
 import funcreg as fr
+from funcreg.structured import falling_fit
 
 NONCONVEX = [
     (fr.group_mcp, (0.7, 2.0)),
@@ -181,3 +182,197 @@ def test_weights_of_vectors_are_strengths_of_their_groups():
     # 1 / 2 of the square as Kowalski writes it: t = 2 step.
     a = torch.tensor([[3.0, 2.0, 0.1]], dtype=torch.float64)
     torch.testing.assert_close(fr.exclusive_lasso.prox(a, 0.5), (a - 5 / 3).clamp(min=0))
+
+
+# Neighbours
+
+
+def blocks_of(z):
+    """Runs of equal entries, as lists of places."""
+    runs = [[0]]
+    for i in range(1, len(z)):
+        runs.append([i]) if z[i] != z[i - 1] else runs[-1].append(i)
+    return runs
+
+
+def slack(x, z, h, jump, pull):
+    """How far from optimal a row is for the fused lasso: the forces between neighbours are summed up from the left."""
+    pulls = pull * z.sign()
+    forces, low, high, worst = [], 0.0, 0.0, 0.0
+    for i in range(len(z)):
+        free = pull if z[i] == 0 else 0.0  # A zero leaves the pull of the magnitude free.
+        push = h[i] * (z[i] - x[i]) + pulls[i]
+        low, high = low + push - free, high + push + free
+        if i == len(z) - 1:
+            limits = (0.0, 0.0)
+        elif (z[i + 1] - z[i]).abs() < 1e-12:
+            limits = (-jump, jump)
+        else:
+            limits = (float(jump * (z[i + 1] - z[i]).sign()),) * 2
+        worst = max(worst, float(limits[0] - high), float(low - limits[1]))
+        low, high = max(low, limits[0]), min(high, limits[1])
+        forces.append((low, high))
+    return worst
+
+
+@pytest.mark.parametrize(("jump", "pull"), [(0.05, 0.0), (0.5, 0.0), (3.0, 0.0), (0.5, 0.2), (0.2, 1.0), (0.0, 0.3)])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_fused_rows_satisfy_the_equations_of_their_forces(jump, pull, spread):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 10, 60):
+        x = torch.randn(3, size, dtype=torch.float64, generator=generator).cumsum(1)
+        x[0] = x[0].round()  # Ties and zeros.
+        h = 10 ** (spread * (2 * torch.rand(3, size, dtype=torch.float64, generator=generator) - 1))
+        alpha = jump + pull
+        z = fr.fused_lasso.prox(x, 1.0, alpha, pull / alpha, metric=h)
+        for i in range(3):
+            assert slack(x[i], z[i], h[i], jump, pull) <= 1e-12 * size
+        if spread == 0:
+            chain = fr.l1.prox(fr.total_variation.prox(x, jump), pull)
+            assert_equal(fr.fused_lasso.prox(x, 1.0, alpha, pull / alpha), chain, rtol=1e-12, atol=1e-13)
+
+
+def test_total_variation_has_its_known_solutions():
+    ramp = torch.arange(5.0)
+    assert_equal(fr.total_variation.prox(ramp, 0.5), torch.tensor([0.5, 1.0, 2.0, 3.0, 3.5]))
+    assert_equal(fr.total_variation.prox(ramp, math.inf), torch.full((5,), 2.0))
+    assert_equal(fr.total_variation.prox(torch.tensor([0.0, 6.0, 0.0]), 1.0), torch.tensor([1.0, 4.0, 1.0]))
+    assert_equal(fr.total_variation.prox(torch.ones(2, 4), 3.0), torch.ones(2, 4))
+    # The slope of a hill is spread over its top.
+    assert_equal(fr.total_variation.grad(torch.tensor([0.0, 2.0, 2.0, 1.0])), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+    w = torch.randn(3, 4, 5, dtype=torch.float64)
+    along = fr.total_variation.prox(w, 0.4, dim=1)
+    assert_equal(along.transpose(1, 2), fr.total_variation.prox(w.transpose(1, 2), 0.4))
+    with pytest.raises(ValueError, match="expected an int"):
+        fr.total_variation(w, dim=(0, 1))
+    with pytest.raises(ValueError, match="complex"):
+        fr.total_variation.prox(w.to(torch.complex64), 1.0)
+
+
+def test_fused_rows_with_nan_are_nan_and_leave_other_rows_alone():
+    w = torch.tensor([[1.0, math.nan, 3.0], [1.0, 2.0, 4.0]])
+    z = fr.fused_lasso.prox(w, 0.5, 1.0, 0.5)
+    assert z[0].isnan().all()
+    assert_equal(z[1], fr.fused_lasso.prox(w[1], 0.5, 1.0, 0.5))
+
+
+def test_derivatives_of_fused_rows_are_means_over_blocks():
+    x = torch.tensor([3.0, 2.5, 0.25, -0.25, 0.1], dtype=torch.float64)
+    z = fr.total_variation.prox(x, 0.5)
+    for block in blocks_of(z):
+        for i in block:
+            slope = grad(lambda x, i=i: fr.total_variation.prox(x, 0.5)[i])(x)
+            expected = torch.zeros_like(x)
+            expected[block] = 1 / len(block)
+            assert_equal(slope, expected, rtol=1e-14)
+    for penalty, hyper in ((fr.total_variation, ()), (fr.fused_lasso, (1.0, 0.5))):
+        for w in (torch.zeros(2, 4), torch.ones(2, 4)):
+            assert grad(lambda w, p=penalty, h=hyper: p.prox(w, 0.3, *h).square().sum())(w).isfinite().all()
+
+
+# Orders
+
+
+def falling(y):
+    """Isotonic regression by pooling adjacent violators, one entry after another."""
+    means, sizes = [], []
+    for value in y.tolist():
+        means.append(value)
+        sizes.append(1)
+        while len(means) > 1 and means[-2] <= means[-1]:
+            n = sizes[-2] + sizes[-1]
+            means[-2:], sizes[-2:] = [(means[-2] * sizes[-2] + means[-1] * sizes[-1]) / n], [n]
+    return torch.tensor([m for m, n in zip(means, sizes, strict=True) for _ in range(n)], dtype=y.dtype)
+
+
+def test_falling_fits_are_those_of_pooling():
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 4, 5, 8, 13, 64, 100):
+        for ties in (False, True):
+            y = torch.randn(5, size, dtype=torch.float64, generator=generator) + torch.linspace(1, -1, size)
+            y = (2 * y).round() if ties else y
+            expected = torch.stack([falling(row) for row in y])
+            assert_equal(falling_fit(y), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_slope_is_least_against_other_points_and_has_its_limits():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    w[0, :3] = 0.5
+    w[1] = 0
+    weights = torch.linspace(1.2, 0.1, 6, dtype=torch.float64)
+    for step in (0.0, 0.2, 1.0):
+        z = fr.slope.prox(w, step, weights, dim=1)
+        for i in range(4):
+            row, others = w[i], z[i] + torch.randn(400, 6, dtype=torch.float64, generator=generator) * 0.1
+            at = lambda z, row=row, step=step: 0.5 * (z - row).square().sum() + step * fr.slope(z, weights)
+            assert (vmap(at)(others) >= at(z[i]) - 1e-12).all()
+            assert_equal(fr.slope.prox(row, step, weights), z[i])
+            order = row.abs().argsort(descending=True)
+            fitted = falling(row.abs()[order] - step * weights).clamp(min=0)
+            torch.testing.assert_close(z[i].abs()[order], fitted, rtol=1e-12, atol=1e-13)
+    first = torch.tensor([0.7, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert_equal(fr.slope.prox(w, 1.0, first, dim=1), fr.l1_linf.prox(w, 0.7), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fr.slope(w, first, dim=1), 0.7 * fr.l1_linf(w))
+    assert_equal(fr.slope.prox(w, 1.0, 0.3), fr.l1.prox(w, 0.3), rtol=1e-14, atol=1e-15)
+    falls = 0.2 + 0.1 * torch.arange(5, -1, -1, dtype=torch.float64)
+    assert_equal(fr.slope.prox(w, 0.9, falls, dim=1), fr.oscar.prox(w, 0.9, 0.2, 0.1, dim=1), rtol=1e-13, atol=1e-15)
+    several = torch.stack([weights, 2 * weights])
+    both = vmap(lambda weights: fr.slope.prox(w, 0.5, weights, dim=1))(several)
+    assert_equal(both[1], fr.slope.prox(w, 1.0, weights, dim=1))
+
+
+def test_derivatives_of_orders_are_finite_at_ties_and_zeros():
+    weights = torch.linspace(1.2, 0.1, 6, dtype=torch.float64)
+    for w in (torch.zeros(6), torch.ones(6), torch.tensor([1.0, 1.0, -1.0, 0.0, 0.0, 2.0])):
+        for step in (0.0, 0.3, 30.0):
+            through = lambda w, weights, step=step: fr.slope.prox(w, step, weights).square().sum()
+            by_entries, by_weights = grad(through, argnums=(0, 1))(w.double(), weights)
+            assert by_entries.isfinite().all()
+            assert by_weights.isfinite().all()
+
+
+# Trees
+
+
+def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
+    generator = torch.Generator().manual_seed(0)
+    groups = ((0, (1, (2,)), (-1,)), (3, 4))
+    w = torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    inside = [[0, 1, 2, 5], [1, 2], [2], [5], [3, 4]]
+    weights = torch.tensor([0.5, 1.0, 0.3, 0.2, 1.0], dtype=torch.float64)
+    value = lambda w, c: sum(c * w[g].square().sum().sqrt() for c, g in zip(c, inside, strict=True))
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups), value(w, torch.ones(5)))
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups, weights=weights), value(w, weights))
+    root = torch.tensor([len(g) * 2.0 for g in inside]).double().sqrt()
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups, weights="sqrt_size"), value(w, root))
+    for step in (0.1, 0.5, 1.5):
+        z = fr.tree_lasso.prox(w, step, groups=groups, weights=weights)
+        at = lambda z, step=step: 0.5 * (z - w).square().sum() + step * value(z, weights)
+        for size in (1e-3, 1e-1, 1.0):
+            others = z + size * torch.randn(300, 6, 2, dtype=torch.float64, generator=generator)
+            assert min(at(other) for other in others) >= at(z) - 1e-12
+        assert_equal(fr.tree_lasso.prox(w.T, step, groups=groups, weights=weights, axis=-1), z.T)
+    assert_equal(
+        fr.tree_lasso.prox(w, 0.5, groups=((0,), (1,), (2,), (3,), (4,), (5,))), fr.group_lasso.prox(w, 0.5), rtol=1e-15
+    )
+    assert_equal(fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[2:], w[2:])
+    assert not fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[:2].any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (((0, 1), (1, 2)), "twice"),
+        (((..., (...,)),), "twice"),
+        (((0, 9),), "the slice 9"),
+        ((0, 1), "a tuple of groups"),
+        ([(0, 1)], "a tuple of groups"),
+        (((0, "1"),), "'1'"),
+    ],
+)
+def test_groups_that_are_no_trees_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        fr.tree_lasso({"w": torch.zeros(4)}, groups=groups)
+    with pytest.raises(ValueError, match="3 entries for 1 groups"):
+        fr.tree_lasso(torch.zeros(4), groups=((0, 1),), weights=torch.ones(3))

@@ -76,6 +76,7 @@ LAYERS = [
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
     ["groups"],
+    ["structured"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
 ]

@@ -108,6 +108,20 @@ from funcreg.schedules import (
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
 )
+from funcreg.separable import (
+    anchored_l1 as anchored_l1,
+    anchored_l2 as anchored_l2,
+    capped_l1 as capped_l1,
+    ewc as ewc,
+    huber as huber,
+    l0 as l0,
+    l_half as l_half,
+    l_two_thirds as l_two_thirds,
+    log_sum as log_sum,
+    mcp as mcp,
+    nonnegative_form as nonnegative_form,
+    scad as scad,
+)
 from funcreg.structured import (
     fused_lasso as fused_lasso,
     oscar as oscar,

@@ -27,6 +27,15 @@ from funcreg.penalties import (
     shrink_groups,
 )
 from funcreg.penalty import penalty
+from funcreg.separable import (
+    l0_landing,
+    mcp_landing,
+    mcp_slope,
+    mcp_value,
+    scad_landing,
+    scad_slope,
+    scad_value,
+)
 from funcreg.tree import safe_sqrt, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -62,49 +71,6 @@ def sum_groups(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 # Nonconvex penalties of the norm
-
-
-def mcp_value(size: Tensor, strength: Any, gamma: Scalar) -> Tensor:
-    reached = size.clamp(max=gamma * strength)
-    return strength * reached - squared(reached) / (2 * gamma)
-
-
-def mcp_slope(size: Tensor, strength: Any, gamma: Scalar) -> Tensor:
-    return (strength - size / gamma).relu()
-
-
-def mcp_landing(size: Tensor, step: Tensor, strength: Any, gamma: Scalar) -> Tensor:
-    """The minimum over z of (z - size)^2 / 2 + step mcp(z), for sizes and a z of at least 0."""
-    curved = step < gamma  # Otherwise the objective is concave up to the flat part.
-    bend = torch.where(curved, 1 - step / gamma, torch.ones_like(step))
-    firm = torch.where(size <= gamma * strength, (size - step * strength).relu() / bend, size)
-    hard = torch.where(size <= strength * (gamma * step).sqrt(), torch.zeros_like(size), size)
-    return torch.where(curved, firm, hard)
-
-
-def scad_value(size: Tensor, strength: Any, a: Scalar) -> Tensor:
-    bent = (size - strength).relu().clamp(max=(a - 1) * strength)
-    return strength * (size.clamp(max=strength) + bent) - squared(bent) / (2 * (a - 1))
-
-
-def scad_slope(size: Tensor, strength: Any, a: Scalar) -> Tensor:
-    return ((a * strength - size).relu() / (a - 1)).clamp(max=strength)
-
-
-def scad_landing(size: Tensor, step: Tensor, strength: Any, a: Scalar) -> Tensor:
-    """The minimum over z of (z - size)^2 / 2 + step scad(z), for sizes and a z of at least 0."""
-    soft = (size - step * strength).relu()
-    curved, never = step < a - 1, step > a + 1
-    bend = torch.where(curved, a - 1 - step, torch.ones_like(step))
-    middle = torch.where(size <= a * strength, ((a - 1) * size - a * strength * step) / bend, size)
-    smooth = torch.where(size <= strength * (1 + step), soft, middle)
-    jump = torch.where(size <= strength * (a + 1 + step) / 2, soft, size)
-    hard = torch.where(size <= strength * ((a + 1) * step).sqrt(), torch.zeros_like(size), size)
-    return torch.where(curved, smooth, torch.where(never, hard, jump))
-
-
-def l0_landing(size: Tensor, step: Tensor) -> Tensor:
-    return torch.where(size <= (2 * step).sqrt(), torch.zeros_like(size), size)
 
 
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
@@ -157,11 +123,6 @@ def _best(
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
 
 
-def _as_tensor(x: Any, like: Tensor) -> Tensor:
-    """A number or tensor in the precision of another tensor."""
-    return x.to(like.dtype) if isinstance(x, Tensor) else torch.full_like(like, x)
-
-
 def _group_mcp_gradient(w: Tensor, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     slope = mcp_slope(group_norms(w, dims), alpha * group_sizes(w, dims, weights), gamma)
@@ -173,7 +134,7 @@ def _group_mcp_proximal(
 ) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, mcp_landing(norms, _as_tensor(step, norms), alpha * group_sizes(w, dims, weights), gamma))
+    return _rescale(w, norms, mcp_landing(norms, step, alpha * group_sizes(w, dims, weights), gamma))
 
 
 def _group_mcp_metric(
@@ -249,7 +210,7 @@ def _group_scad_proximal(
 ) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, scad_landing(norms, _as_tensor(step, norms), alpha * group_sizes(w, dims, weights), a))
+    return _rescale(w, norms, scad_landing(norms, step, alpha * group_sizes(w, dims, weights), a))
 
 
 def _group_scad_metric(
@@ -321,7 +282,7 @@ def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) ->
 def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, l0_landing(norms, _as_tensor(step * group_sizes(w, dims, weights), norms)))
+    return _rescale(w, norms, l0_landing(norms, step * group_sizes(w, dims, weights)))
 
 
 def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

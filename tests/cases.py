@@ -112,6 +112,7 @@ class PenaltyCase:
     uncompiled: str = ""  # Why it is not compiled in one graph.
     unshaped: str = ""  # Why it does not take leaves of every shape.
     ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
+    centre: float = 0.0  # Where each entry has its kink or least value.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -438,6 +439,52 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "fista with restart": TransformCase(lambda h=1.0: fr.fista(0.1, fr.l1, strength=h), None),
 }
+
+
+# Separable penalties
+
+
+def _scad(w: Tensor) -> Tensor:
+    a, t, size = 5.0, 0.8, w.abs()
+    middle = (2 * a * t * size - size.square() - t * t) / (2 * (a - 1))
+    return torch.where(size <= t, t * size, torch.where(size <= a * t, middle, t * t * (a + 1) / 2)).sum()
+
+
+PENALTIES.update(
+    {
+        "l0": PenaltyCase(fr.l0, lambda w: (w.abs() > 0).double().sum(), nonconvex="jumps at zero"),
+        "l_half": PenaltyCase(fr.l_half, lambda w: w.abs().sqrt().sum(), nonconvex="concave away from zero"),
+        "l_two_thirds": PenaltyCase(
+            fr.l_two_thirds, lambda w: w.abs().pow(2).pow(1 / 3).sum(), nonconvex="concave away from zero"
+        ),
+        "log_sum": PenaltyCase(
+            fr.log_sum, lambda w: (1 + w.abs() / 0.4).log().sum(), hyper=(0.4,), nonconvex="concave away from zero"
+        ),
+        "mcp": PenaltyCase(
+            fr.mcp,
+            lambda w: torch.where(w.abs() <= 2.4, 0.8 * w.abs() - w.abs().square() / 6, 0.96).sum(),
+            hyper=(0.8, 3.0),
+            nonconvex="levels off",
+        ),
+        "scad": PenaltyCase(fr.scad, _scad, hyper=(0.8, 5.0), nonconvex="levels off"),
+        "capped_l1": PenaltyCase(
+            fr.capped_l1, lambda w: w.abs().clamp(max=0.6).sum(), hyper=(0.6,), nonconvex="levels off"
+        ),
+        "huber": PenaltyCase(
+            fr.huber,
+            lambda w: torch.where(w.abs() <= 0.7, w.abs().square() / 2, 0.7 * (w.abs() - 0.35)).sum(),
+            hyper=(0.7,),
+            smooth=True,
+        ),
+        "anchored_l1": PenaltyCase(fr.anchored_l1, lambda w: (w - 0.3).abs().sum(), hyper=(0.3,), centre=0.3),
+        "anchored_l2": PenaltyCase(
+            fr.anchored_l2, lambda w: (w - 0.3).abs().square().sum(), hyper=(0.3,), smooth=True, centre=0.3
+        ),
+        "ewc": PenaltyCase(
+            fr.ewc, lambda w: 0.25 * (w + 0.3).abs().square().sum(), hyper=(-0.3, 0.5), smooth=True, centre=-0.3
+        ),
+    }
+)
 
 
 # Groups, vectors and orders

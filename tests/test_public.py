@@ -75,6 +75,7 @@ LAYERS = [
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
+    ["separable"],
     ["groups"],
     ["structured"],
     ["regularizing"],

@@ -124,6 +124,7 @@ from funcreg.separable import (
 )
 from funcreg.structured import (
     fused_lasso as fused_lasso,
+    hierarchical as hierarchical,
     oscar as oscar,
     slope as slope,
     total_variation as total_variation,

@@ -7,16 +7,17 @@ way at once, so that they run under `vmap`, on any device, and have derivatives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcreg._typing import Scalar
+from funcreg._typing import Params, Scalar
 from funcreg.groups import from_members, members
 from funcreg.penalties import Dim, Weights, group_dims
-from funcreg.penalty import penalty
-from funcreg.tree import safe_sqrt, sign, squared
+from funcreg.penalty import Penalty, penalty
+from funcreg.tree import flatten, safe_sqrt, sign, squared, tree_paths, widen
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -591,3 +592,111 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     squares = forest.squares(w)
     terms = [factors * forest.norms(squares, height) for height, factors in enumerate(forest.factors)]
     return torch.cat(terms) if terms else 0 * squares
+
+
+# Features of a network
+
+
+def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
+    r"""LassoNet: :math:`\sum_j \|\theta_j\|_2 + \alpha \|W_j\|_1` under :math:`|W_{ij}| \le M \|\theta_j\|_2`.
+
+    A network gets a linear layer :math:`\theta` that skips it, beside its first layer :math:`W`. A feature :math:`j`
+    may be used by the first layer only as far as the skip layer uses it: when :math:`\theta_j` becomes zero, the
+    whole network forgets the feature. The value is infinite where the constraint is broken, beyond rounding. The
+    gradient is that of the sum of norms. The proximal operator is the global minimum, and keeps the constraint; where
+    :math:`\theta_j` was zero and the first layer brings it back, its entries are equal. There is none in a diagonal
+    metric.
+
+    The hyperparameters of the penalty are `ratio`, the :math:`M`, and `alpha`, by default 0.
+
+    Args:
+        skip: Dotted name of the weight of the skip layer, such as `"skip.weight"`.
+        hidden: Dotted name of the weight of the first layer, such as `"layers.0.weight"`.
+        axis: Dimension of both along which features lie; by default the last, as in `torch.nn.Linear`.
+
+    Raises:
+        ValueError: There are no such leaves, or they have not the same features; later, from the parameters.
+
+    Example:
+        >>> lassonet = hierarchical("skip", "hidden")
+        >>> params = {"skip": torch.tensor([[2.0, 0.5]]), "hidden": torch.tensor([[3.0, 0.25], [0.5, 0.0]])}
+        >>> lassonet.prox(params, 1.0, ratio=1.0)
+        {'skip': tensor([[2., 0.]]), 'hidden': tensor([[2.0000, 0.0000],
+                [0.5000, 0.0000]])}
+
+    References:
+        Lemhadri, Ruan, Abraham & Tibshirani, *LassoNet: a neural network with feature sparsity*, 2021.
+    """
+
+    def pair(params: Params) -> tuple[list[Tensor], list[int], Callable[[Iterable[Tensor]], Params]]:
+        """All leaves, the places of the two among them, and the way back to a tree."""
+        leaves, rebuild = flatten(params)
+        paths = tree_paths(params)
+        missing = [name for name in (skip, hidden) if name not in paths]
+        if missing:
+            raise ValueError(f"hierarchical looks for leaf '{missing[0]}'; the parameters have {', '.join(paths)}")
+        places = [paths.index(skip), paths.index(hidden)]
+        sizes = [leaves[i].shape[axis] if leaves[i].ndim else 0 for i in places]
+        if sizes[0] != sizes[1] or not leaves[places[0]].ndim:
+            raise ValueError(
+                f"'{skip}' and '{hidden}' have {sizes[0]} and {sizes[1]} features along axis {axis}; expected as many"
+            )
+        return leaves, places, rebuild
+
+    def features(w: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """A row for each feature, and the dimensions that it holds."""
+        dims = tuple(d for d in range(w.ndim) if d != axis % w.ndim)
+        return members(widen(w), dims), dims
+
+    def value(params: Params, ratio: Scalar, alpha: Scalar = 0.0) -> Tensor:
+        leaves, places, _ = pair(params)
+        (theta, _), (inner, _) = [features(leaves[i]) for i in places]
+        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+        slack = 1 + 32 * torch.finfo(norms.dtype).eps
+        broken = (inner.abs() > ratio * norms * slack).any()
+        total = norms.sum() + alpha * inner.abs().sum()
+        return torch.where(broken, torch.inf, total)
+
+    def gradient(params: Params, ratio: Scalar, alpha: Scalar = 0.0) -> Params:
+        leaves, places, rebuild = pair(params)
+        slopes = [torch.zeros_like(w) for w in leaves]
+        theta, dims = features(leaves[places[0]])
+        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+        found = from_members(theta / torch.where(norms == 0, 1.0, norms), leaves[places[0]], dims)
+        slopes[places[0]] = found.to(leaves[places[0]].dtype)
+        slopes[places[1]] = (alpha * sign(widen(leaves[places[1]]))).to(leaves[places[1]].dtype)
+        return rebuild(slopes)
+
+    def proximal(
+        params: Params, step: Scalar, ratio: Scalar, alpha: Scalar = 0.0, metric: Params | None = None
+    ) -> Params:
+        if metric is not None:
+            raise ValueError("hierarchical has no proximal operator in a metric: its constraint couples two leaves")
+        if any(isinstance(x, Tensor) and x.ndim for x in (step, ratio, alpha)) or not all(
+            isinstance(x, (int, float, Tensor)) for x in (step, ratio, alpha)
+        ):
+            raise ValueError("hierarchical takes one step, ratio and alpha for both of its leaves, not trees of them")
+        leaves, places, rebuild = pair(params)
+        (theta, outer_dims), (inner, inner_dims) = [features(leaves[i]) for i in places]
+        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+        size = inner.abs()
+        sorted_ = size.sort(dim=-1, descending=True).values - step * alpha
+        none = torch.zeros_like(norms)
+        # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
+        pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
+        counts = torch.arange(pushes.shape[-1], dtype=norms.dtype, device=norms.device)
+        landed = (norms - step + ratio * pushes).relu() / (1 + counts * ratio**2)
+        fits = ratio * landed >= torch.cat([sorted_.relu(), none], -1)
+        landed = landed.gather(-1, fits.to(torch.int64).argmax(-1, keepdim=True))
+        even = torch.full_like(theta, 1 / math.sqrt(max(1, theta.shape[-1])))
+        way = torch.where(norms == 0, even, theta / torch.where(norms == 0, 1.0, norms))
+        bound = ratio * landed
+        kept = sign(inner) * torch.minimum((size - step * alpha).relu(), bound)
+        results = list(leaves)
+        for i, rows, dims in ((places[0], way * landed, outer_dims), (places[1], kept, inner_dims)):
+            results[i] = (from_members(rows, leaves[i], dims) + 0.0).to(leaves[i].dtype)
+        return rebuild(results)
+
+    value.__name__ = "hierarchical"
+    value.__doc__ = f"The penalty of LassoNet of '{skip}' and '{hidden}'."
+    return Penalty(value, gradient, proximal, bounds={"ratio": _AT_LEAST_0, "alpha": _AT_LEAST_0})

@@ -376,3 +376,69 @@ def test_groups_that_are_no_trees_are_refused(groups, message):
         fr.tree_lasso({"w": torch.zeros(4)}, groups=groups)
     with pytest.raises(ValueError, match="3 entries for 1 groups"):
         fr.tree_lasso(torch.zeros(4), groups=((0, 1),), weights=torch.ones(3))
+
+
+# Features of a network
+
+
+LASSONET = fr.hierarchical("skip", "hidden")
+
+
+def lassonet_cost(v, u, b, step, ratio, alpha):
+    """The objective at skip weights of norm b along v: the best hidden weights follow."""
+    w = torch.minimum((u.abs() - step * alpha).clamp(min=0), ratio * b[:, None])
+    far = 0.5 * (b - v.square().sum().sqrt()) ** 2 + 0.5 * ((u.abs() - w) ** 2).sum(1)
+    return far + step * (b + alpha * w.sum(1))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        "skip": torch.randn(2, 12, dtype=torch.float64, generator=generator),
+        "hidden": 2 * torch.randn(5, 12, dtype=torch.float64, generator=generator),
+        "other": torch.ones(3),
+    }
+    params["skip"][:, :2] = 0
+    params["hidden"][:, 1:3] = 0
+    norms = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    for step in (0.0, 0.4, 2.0):
+        z = LASSONET.prox(params, step, ratio, alpha)
+        assert LASSONET(z, ratio, alpha).isfinite()
+        assert_equal(z["other"], params["other"])
+        for j in range(12):
+            v, u, b, w = params["skip"][:, j], params["hidden"][:, j], z["skip"][:, j], z["hidden"][:, j]
+            found = 0.5 * ((b - v).square().sum() + (w - u).square().sum())
+            found = found + step * (b.square().sum().sqrt() + alpha * w.abs().sum())
+            assert found <= lassonet_cost(v, u, norms, step, ratio, alpha).min() + 1e-12
+            assert not w[b.abs().sum() == 0].any()
+    through = lambda params: sum(w.square().sum() for w in LASSONET.prox(params, 0.4, ratio, alpha).values())
+    assert all(w.isfinite().all() for w in grad(through)(params).values())
+
+
+def test_lassonet_is_a_penalty_of_two_leaves():
+    params = {"skip": torch.tensor([[2.0, 0.5]]), "hidden": torch.tensor([[1.0, 0.25], [0.5, 0.0]])}
+    torch.testing.assert_close(LASSONET(params, 1.0, 0.5), torch.tensor(2.5 + 0.875))
+    assert LASSONET(params, 0.1) == math.inf
+    slopes = grad(LASSONET)(params, 1.0, 0.5)
+    assert_equal(slopes, LASSONET.grad(params, 1.0, 0.5))
+    far = LASSONET.prox(params, 100.0, 1.0)
+    assert not far["skip"].any()
+    assert not far["hidden"].any()
+    halves = fr.tree_map(lambda w: w.bfloat16(), params)
+    assert {w.dtype for w in LASSONET.prox(halves, 0.1, 1.0).values()} == {torch.bfloat16}
+    steps = torch.tensor([0.1, 1.0])
+    both = vmap(lambda step: LASSONET.prox(params, step, 1.0))(steps)
+    for i, step in enumerate(steps):
+        assert_equal(fr.tree_map(lambda w, i=i: w[i], both), LASSONET.prox(params, step, 1.0))
+    turned = fr.hierarchical("skip", "hidden", axis=0).prox(fr.tree_map(lambda w: w.T, params), 0.3, 1.0)
+    assert_equal(fr.tree_map(lambda w: w.T, turned), LASSONET.prox(params, 0.3, 1.0))
+    with pytest.raises(ValueError, match="looks for leaf 'skip'"):
+        LASSONET({"hidden": torch.ones(2, 2)}, 1.0)
+    with pytest.raises(ValueError, match="2 and 3 features"):
+        LASSONET({"skip": torch.ones(1, 2), "hidden": torch.ones(2, 3)}, 1.0)
+    with pytest.raises(ValueError, match="in a metric"):
+        LASSONET.prox(params, 1.0, 1.0, metric=params)
+    with pytest.raises(ValueError, match="not trees"):
+        LASSONET.prox(params, {"skip": 0.1, "hidden": 0.2}, 1.0)

@@ -101,7 +101,7 @@ def _fused_rows(x: Tensor, h: Tensor, jump: Tensor, pull: Tensor) -> Tensor:
     fused = block_means(total, h, joined)
     held = (z == 0) & (block_means(pull, h, joined) > 0)
     fused = torch.where(held, 0.0, fused) + 0.0
-    return torch.where(x.isnan().any(-1, keepdim=True), torch.nan, fused)
+    return torch.where(x.isfinite().all(-1, keepdim=True), fused, torch.nan)
 
 
 def _differences(rows: Tensor) -> Tensor:
@@ -181,7 +181,8 @@ def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tens
 
     For weights whose order along a dimension means something: positions of a kernel, times, frequencies. The
     proximal operator is exact. It takes one round of small tensor operations for each entry of a row and work that
-    grows with the square of the length of a row: meant for rows of up to some thousand entries.
+    grows with the square of the length of a row: meant for rows of up to some thousand entries. A row with an entry
+    that is not finite becomes NaN.
 
     Args:
         alpha: Strength, at least 0.
@@ -380,7 +381,8 @@ def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) 
 
 def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return _sorted_proximal(w, _oscar_costs(w, dims, step * alpha, step * beta), dims)
+    costs = _oscar_costs(w, dims, alpha, beta)
+    return _sorted_proximal(w, _like(step, costs, w, dims) * costs, dims)
 
 
 @penalty(

@@ -522,9 +522,13 @@ PENALTIES.update(
         "group_l0": PenaltyCase(
             fr.group_l0, lambda w: (_norms_of_rows(w) != 0).double().sum(), nonconvex="jumps at zero"
         ),
-        "linf": PenaltyCase(fr.linf, lambda w: w.abs().max()),
+        "linf": PenaltyCase(fr.linf, lambda w: w.abs().max(), uncompiled="its rules are in the graph of another row"),
         "linf of columns": PenaltyCase(
-            fr.linf, lambda w: w.abs().amax(0).sum(), options={"dim": 0, "weights": None}, least_ndim=1
+            fr.linf,
+            lambda w: w.abs().amax(0).sum(),
+            options={"dim": 0, "weights": None},
+            least_ndim=1,
+            uncompiled="its rules are in the graph of another row",
         ),
         "l1_linf": PenaltyCase(
             fr.l1_linf,
@@ -536,16 +540,25 @@ PENALTIES.update(
             smooth=True,
         ),
         "exclusive_lasso of leaves": PenaltyCase(
-            fr.exclusive_lasso, lambda w: w.abs().sum().square(), options={"dim": None}, smooth=True
+            fr.exclusive_lasso,
+            lambda w: w.abs().sum().square(),
+            options={"dim": None},
+            smooth=True,
+            uncompiled="its rules are in the graph of another row",
         ),
         "total_variation": PenaltyCase(
-            fr.total_variation, lambda w: w.diff(dim=-1).abs().sum(), smooth=True, least_ndim=1, complex=False
+            fr.total_variation,
+            lambda w: w.diff(dim=-1).abs().sum(),
+            smooth=True,
+            least_ndim=1,
+            complex=False,
+            uncompiled="its rules are in the graph of another row",
         ),
         "total_variation of columns": PenaltyCase(
             fr.total_variation,
             lambda w: w.diff(dim=0).abs().sum(),
             options={"dim": 0},
-            uncompiled="the row before is, and takes as long",
+            uncompiled="its rules are in the graph of another row",
             smooth=True,
             least_ndim=1,
             complex=False,
@@ -579,7 +592,7 @@ PENALTIES.update(
             ),
             hyper=(0.3, 0.1),
             options={"dim": ...},
-            uncompiled="the row before is, and takes as long",
+            uncompiled="its rules are in the graph of another row",
             metric=False,
             ruleless="no closed form is known",
         ),
@@ -598,6 +611,7 @@ PENALTIES.update(
             options={"groups": ((...,),), "axis": -1},
             metric=False,
             least_ndim=1,
+            uncompiled="its rules are in the graph of another row",
         ),
     }
 )

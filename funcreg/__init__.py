@@ -45,6 +45,14 @@ from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,
 )
+from funcreg.groups import (
+    exclusive_lasso as exclusive_lasso,
+    group_l0 as group_l0,
+    group_mcp as group_mcp,
+    group_scad as group_scad,
+    l1_linf as l1_linf,
+    linf as linf,
+)
 from funcreg.optimizers import (
     adagrad as adagrad,
     adam as adam,
@@ -120,6 +128,14 @@ from funcreg.separable import (
     mcp as mcp,
     nonnegative_form as nonnegative_form,
     scad as scad,
+)
+from funcreg.structured import (
+    fused_lasso as fused_lasso,
+    hierarchical as hierarchical,
+    oscar as oscar,
+    slope as slope,
+    total_variation as total_variation,
+    tree_lasso as tree_lasso,
 )
 from funcreg.transform import (
     EmptyState as EmptyState,

@@ -176,7 +176,7 @@ def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
 # Groups
 
 
-def _dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
+def group_dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(w.ndim))
     if isinstance(dim, EllipsisType):
@@ -196,13 +196,13 @@ def _dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
     return dims
 
 
-def _norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+def group_norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The norm of each group, reduced dimensions kept."""
     squares = squared(w)
     return safe_sqrt(squares.sum(dims, keepdim=True) if dims else squares)  # sum(()) would reduce them all.
 
 
-def _sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
+def group_sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
     """What multiplies the norm of each group."""
     if weights is None:
         return 1.0
@@ -216,19 +216,19 @@ def _sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
     raise ValueError(f"weights is {weights!r}; expected None, 'sqrt_size' or a tensor with one entry a group")
 
 
-def _shrink_groups(w: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
-    norms = _norms(w, dims)
+def shrink_groups(w: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
+    norms = group_norms(w, dims)
     # Adding zero turns -0.0 into +0.0.
     return w * ((norms - threshold).relu() / torch.where(norms == 0, torch.ones_like(norms), norms)) + 0.0
 
 
-def _directions(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+def group_directions(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Each group divided by its norm, zero for a group of zeros."""
-    norms = _norms(w, dims)
+    norms = group_norms(w, dims)
     return w / torch.where(norms == 0, torch.ones_like(norms), norms)
 
 
-def _shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
+def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
     r"""Group soft thresholding in a diagonal metric, by the root of :math:`\sum (h w)^2 / (h \theta + t)^2 = 1`.
 
     Newton's method on :math:`\phi^{-1/2} - 1`, which is concave, climbs to the root from the left without a bracket.
@@ -264,24 +264,24 @@ def _shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tupl
 
 
 def _group_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = _dims(w, dim)
-    return _sizes(w, dims, weights) * _directions(w, dims)
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * group_directions(w, dims)
 
 
 def _group_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = _dims(w, dim)
-    return _shrink_groups(w, step * _sizes(w, dims, weights), dims)
+    dims = group_dims(w, dim)
+    return shrink_groups(w, step * group_sizes(w, dims, weights), dims)
 
 
 def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = _dims(w, dim)
-    return _shrink_groups_in_metric(w, h, step * _sizes(w, dims, weights), dims)
+    dims = group_dims(w, dim)
+    return shrink_groups_in_metric(w, h, step * group_sizes(w, dims, weights), dims)
 
 
 def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = _dims(w, dim)
-    force = strength * _sizes(w, dims, weights)
-    return torch.where(_norms(w, dims) == 0, _shrink_groups(g, force, dims), g + force * _directions(w, dims))
+    dims = group_dims(w, dim)
+    force = strength * group_sizes(w, dims, weights)
+    return torch.where(group_norms(w, dims) == 0, shrink_groups(g, force, dims), g + force * group_directions(w, dims))
 
 
 @penalty(
@@ -315,8 +315,8 @@ def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor
     References:
         Yuan & Lin, *Model selection and estimation in regression with grouped variables*, 2006.
     """
-    dims = _dims(w, dim)
-    return _sizes(w, dims, weights) * _norms(w, dims)
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * group_norms(w, dims)
 
 
 def _sparse_group_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -372,6 +372,6 @@ def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ...,
     References:
         Simon, Friedman, Hastie & Tibshirani, *A sparse-group lasso*, 2013.
     """
-    dims = _dims(w, dim)
+    dims = group_dims(w, dim)
     inside = w.abs().sum(dims, keepdim=True) if dims else w.abs()
-    return alpha * (rho * inside + (1 - rho) * _sizes(w, dims, weights) * _norms(w, dims))
+    return alpha * (rho * inside + (1 - rho) * group_sizes(w, dims, weights) * group_norms(w, dims))

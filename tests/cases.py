@@ -104,11 +104,14 @@ class PenaltyCase:
     equation: Callable[[Tensor], Tensor] | None  # On one leaf; None where leaves are coupled.
     hyper: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    smooth: bool = False  # Has a gradient at zero, and makes no zeros.
+    smooth: bool = False  # No step takes all to zero.
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
     nonconvex: str = ""  # Why laws of convex penalties do not hold.
+    uncompiled: str = ""  # Why it is not compiled in one graph.
+    unshaped: str = ""  # Why it does not take leaves of every shape.
+    ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
     centre: float = 0.0  # Where each entry has its kink or least value.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
@@ -500,6 +503,136 @@ PENALTIES.update(
         "coupled group_lasso": PenaltyCase(fr.coupled(fr.group_lasso, _by_rows), None),
         "coupled sparse_group_lasso by size": PenaltyCase(
             fr.coupled(fr.sparse_group_lasso, _by_rows), None, hyper=(0.5, 0.4), options={"weights": "sqrt_size"}
+        ),
+    }
+)
+
+
+# Groups, vectors and orders
+
+
+def _norms_of_rows(w: Tensor) -> Tensor:
+    return w.abs().square().sum(_rows(w)).sqrt() if w.ndim > 1 else w.abs()
+
+
+def _mcp_of_norms(n: Tensor, alpha: float, gamma: float) -> Tensor:
+    reached = n.clamp(max=gamma * alpha)
+    return (alpha * reached - reached**2 / (2 * gamma)).sum()
+
+
+def _scad_of_norms(n: Tensor, alpha: float, a: float) -> Tensor:
+    """The integral of its slope, piece by piece."""
+    bent = n.clamp(alpha, a * alpha) - alpha
+    return (alpha * n.clamp(max=alpha) + alpha * bent - bent**2 / (2 * (a - 1))).sum()
+
+
+PENALTIES.update(
+    {
+        "group_mcp": PenaltyCase(
+            fr.group_mcp,
+            lambda w: _mcp_of_norms(_norms_of_rows(w), 0.7, 2.0),
+            hyper=(0.7, 2.0),
+            nonconvex="levels off",
+        ),
+        "group_scad": PenaltyCase(
+            fr.group_scad,
+            lambda w: _scad_of_norms(_norms_of_rows(w), 0.7, 5.0),
+            hyper=(0.7, 5.0),
+            nonconvex="levels off",
+        ),
+        "group_l0": PenaltyCase(
+            fr.group_l0, lambda w: (_norms_of_rows(w) != 0).double().sum(), nonconvex="jumps at zero"
+        ),
+        "linf": PenaltyCase(fr.linf, lambda w: w.abs().max(), uncompiled="its rules are in the graph of another row"),
+        "linf of columns": PenaltyCase(
+            fr.linf,
+            lambda w: w.abs().amax(0).sum(),
+            options={"dim": 0, "weights": None},
+            least_ndim=1,
+            uncompiled="its rules are in the graph of another row",
+        ),
+        "l1_linf": PenaltyCase(
+            fr.l1_linf,
+            lambda w: w.abs().reshape((*w.shape[:1], -1)).amax(1).sum() if w.ndim > 1 else w.abs().sum(),
+        ),
+        "exclusive_lasso": PenaltyCase(
+            fr.exclusive_lasso,
+            lambda w: w.abs().sum(_rows(w)).square().sum() if w.ndim > 1 else w.abs().square().sum(),
+            smooth=True,
+        ),
+        "exclusive_lasso of leaves": PenaltyCase(
+            fr.exclusive_lasso,
+            lambda w: w.abs().sum().square(),
+            options={"dim": None},
+            smooth=True,
+            uncompiled="its rules are in the graph of another row",
+        ),
+        "total_variation": PenaltyCase(
+            fr.total_variation,
+            lambda w: w.diff(dim=-1).abs().sum(),
+            smooth=True,
+            least_ndim=1,
+            complex=False,
+            uncompiled="its rules are in the graph of another row",
+        ),
+        "total_variation of columns": PenaltyCase(
+            fr.total_variation,
+            lambda w: w.diff(dim=0).abs().sum(),
+            options={"dim": 0},
+            uncompiled="its rules are in the graph of another row",
+            smooth=True,
+            least_ndim=1,
+            complex=False,
+        ),
+        "fused_lasso": PenaltyCase(
+            fr.fused_lasso,
+            lambda w: 0.3 * w.abs().sum() + 0.2 * w.diff(dim=-1).abs().sum(),
+            hyper=(0.5, 0.6),
+            least_ndim=1,
+            complex=False,
+        ),
+        "slope": PenaltyCase(
+            fr.slope, lambda w: 0.5 * w.abs().sum(), hyper=(0.5,), metric=False, ruleless="no closed form is known"
+        ),
+        "oscar": PenaltyCase(
+            fr.oscar,
+            lambda w: (
+                0.3 * w.abs().sum() + 0.1 * torch.maximum(w.abs().reshape(-1, 1), w.abs().reshape(1, -1)).triu(1).sum()
+            ),
+            hyper=(0.3, 0.1),
+            options={"dim": None},
+            metric=False,
+            ruleless="no closed form is known",
+        ),
+        "oscar of rows": PenaltyCase(
+            fr.oscar,
+            lambda w: (
+                sum((PENALTIES["oscar"].equation(row) for row in w), torch.zeros(()).to(w.real))
+                if w.ndim > 1
+                else 0.3 * w.abs().sum()
+            ),
+            hyper=(0.3, 0.1),
+            options={"dim": ...},
+            uncompiled="its rules are in the graph of another row",
+            metric=False,
+            ruleless="no closed form is known",
+        ),
+        "tree_lasso": PenaltyCase(
+            fr.tree_lasso,
+            lambda w: (
+                w.abs().square().sum().sqrt() + w[0].abs().square().sum().sqrt() + w[1:].abs().square().sum().sqrt()
+            ),
+            options={"groups": (((0,), (1, ...)),)},
+            metric=False,
+            unshaped="groups name rows that a leaf may not have",
+        ),
+        "tree_lasso of one group": PenaltyCase(
+            fr.tree_lasso,
+            lambda w: w.abs().square().sum().sqrt(),
+            options={"groups": ((...,),), "axis": -1},
+            metric=False,
+            least_ndim=1,
+            uncompiled="its rules are in the graph of another row",
         ),
     }
 )

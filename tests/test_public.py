@@ -76,6 +76,8 @@ LAYERS = [
     ["execution"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["separable"],
+    ["groups"],
+    ["structured"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
 ]

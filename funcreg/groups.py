@@ -1,0 +1,537 @@
+"""Penalties of whole groups of entries: nonconvex ones of the norm, greatest magnitudes, and competition inside groups.
+
+A group is what the option `dim` reduces, as in `group_lasso`. Everything here is done along the last dimension of
+`members(w, dims)`, which holds the entries of a group.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Scalar
+from funcreg.penalties import (
+    Dim,
+    Weights,
+    group_dims,
+    group_directions,
+    group_norms,
+    group_sizes,
+    shrink,
+    shrink_groups,
+)
+from funcreg.penalty import penalty
+from funcreg.separable import (
+    l0_landing,
+    mcp_landing,
+    mcp_slope,
+    mcp_value,
+    scad_landing,
+    scad_slope,
+    scad_value,
+)
+from funcreg.tree import safe_sqrt, sign, squared
+
+_AT_LEAST_0 = (0.0, math.inf)
+_ABOVE_0 = (sys.float_info.min, math.inf)
+
+
+# Groups as rows
+
+
+def members(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The entries of each group along one last dimension, after the dimensions that count groups."""
+    kept = [d for d in range(x.ndim) if d not in dims]
+    size = math.prod([x.shape[d] for d in dims])
+    return x.permute([*kept, *dims]).reshape([*[x.shape[d] for d in kept], size])
+
+
+def from_members(rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """What `members` took from a tensor of the shape of `w`, put back in its place."""
+    order = [*[d for d in range(w.ndim) if d not in dims], *dims]
+    return rows.reshape([w.shape[d] for d in order]).permute([order.index(d) for d in range(w.ndim)])
+
+
+def per_group(x: Any, w: Tensor, dims: tuple[int, ...]) -> Any:
+    """A number for each group, shaped to broadcast against `members`."""
+    if not isinstance(x, Tensor) or not x.ndim:
+        return x
+    return members(x.expand([1 if d in dims else n for d, n in enumerate(w.shape)]), dims)
+
+
+def sum_groups(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sums over groups, reduced dimensions kept."""
+    return x.sum(dims, keepdim=True) if dims else x  # sum(()) would reduce them all.
+
+
+# Nonconvex penalties of the norm
+
+
+def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
+    """Each group in its direction, with the norm where it landed."""
+    factor = landed / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return w * torch.where(landed == norms, torch.ones_like(norms), factor) + 0.0
+
+
+def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) -> Tensor:
+    r"""The point :math:`h w / (h + \mu)` of the greatest root of :math:`(\mu + b) \|h w / (h + \mu)\| = f`.
+
+    It is the local minimum of :math:`\frac{1}{2} \sum_i h_i (z_i - w_i)^2 + f \|z\| - \frac{b}{2} \|z\|^2` next to
+    zero, if it has one. :math:`f / \|h w / (h + \mu)\| - \mu - b` is concave in :math:`\mu`, so that Newton's method
+    falls to its greatest root from the right without a bracket. Without a root some other point comes back.
+    """
+    norms = safe_sqrt(sum_groups(squared(h * w), dims))
+    unit = torch.where(norms == 0, torch.ones_like(norms), norms)
+    # In units of the norm and of the greatest metric, so that no power leaves the range of float32.
+    top = h.amax(dims, keepdim=True) if dims else h
+    force, bend, h = force / unit, bend / top, h / top
+    alive = (norms != 0) & (force < 1) & (force > bend)
+    # The dead branch computes with ones, so that no derivative through it is NaN.
+    pulls = torch.where(alive, squared(h * w / (unit / top)), torch.ones_like(h))
+    weight = torch.where(alive, h, torch.ones_like(h))
+    force = torch.where(alive, force, torch.full_like(norms, 0.5))
+    start = (force - bend) / (1 - force)
+    start = torch.where(alive, start, torch.zeros_like(start))
+    shift = start
+    for _ in range(8):
+        scale = weight + shift
+        phi = sum_groups(pulls / scale.square(), dims)
+        cubic = sum_groups(pulls / (scale * scale.square()), dims)
+        gap = force / phi.sqrt() - shift - bend
+        slope = force * cubic / (phi * phi.sqrt()) - 1
+        falls = slope < -1e-6
+        shift = shift - torch.where(falls, gap / torch.where(falls, slope, torch.ones_like(slope)), 0 * gap)
+        shift = torch.minimum(shift.relu(), start)
+    return torch.where(alive, w * (weight / (weight + shift)), torch.zeros_like(w))
+
+
+def _best(
+    w: Tensor, h: Tensor, step: Any, value: Callable[[Tensor], Tensor], points: list[Tensor], dims: tuple[int, ...]
+) -> Tensor:
+    """Of zero, the start and some points, the one of least objective for each group; the first if two are equal."""
+    best, least = torch.zeros_like(w), sum_groups(h * squared(w), dims) / 2
+    for z in [w, *points]:
+        away = torch.where(z == w, torch.zeros_like(w), z - w)  # Infinity is at no distance from itself.
+        found = sum_groups(h * squared(away), dims) / 2 + step * value(group_norms(z, dims))
+        best, least = torch.where(found < least, z, best), torch.where(found < least, found, least)
+    return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
+
+
+def _group_mcp_gradient(w: Tensor, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    slope = mcp_slope(group_norms(w, dims), alpha * group_sizes(w, dims, weights), gamma)
+    return slope * group_directions(w, dims)
+
+
+def _group_mcp_proximal(
+    w: Tensor, step: Scalar, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    norms = group_norms(w, dims)
+    return _rescale(w, norms, mcp_landing(norms, step, alpha * group_sizes(w, dims, weights), gamma))
+
+
+def _group_mcp_metric(
+    w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    if not w.numel():
+        return w.clone()
+    dims = group_dims(w, dim)
+    alpha = alpha * group_sizes(w, dims, weights)
+    bent = _turn(w, h, step * alpha, step / gamma, dims)
+    return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
+
+
+def _group_mcp_residual(
+    w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    at_zero = shrink_groups(g, strength * alpha * group_sizes(w, dims, weights), dims)
+    slope = _group_mcp_gradient(w, alpha, gamma, dim=dim, weights=weights)
+    return torch.where(group_norms(w, dims) == 0, at_zero, g + strength * slope)
+
+
+@penalty(
+    gradient=_group_mcp_gradient,
+    proximal=_group_mcp_proximal,
+    metric=_group_mcp_metric,
+    residual=_group_mcp_residual,
+    reach="leaf",
+    bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
+)
+def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Minimax concave penalty of the norms of groups, :math:`\sum_g \text{mcp}(\|w_g\|_2; c_g \lambda, \gamma)`.
+
+    :math:`\text{mcp}(n; \lambda, \gamma)` is :math:`\lambda n - n^2 / 2 \gamma` up to :math:`n = \gamma \lambda` and
+    constant from there on: small groups vanish as under `group_lasso`, large ones are not shrunk at all. It is not
+    convex; the proximal operator is the global minimum for every step, also where the step is greater than
+    :math:`\gamma` and it jumps.
+
+    Args:
+        strength: Slope at zero :math:`\lambda`, at least 0.
+        gamma: How far the penalty bends, above 0, usually above 1; infinite is `group_lasso`.
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g` of the slope; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.9, 1.2], [0.3, 0.4]])}
+        >>> group_mcp(params, strength=1.0, gamma=3.0)
+        tensor(3.0833)
+        >>> group_mcp.prox(params, 1.0, strength=1.0, gamma=3.0)
+        {'weight': tensor([[3.0000, 4.0000],
+                [0.4500, 0.6000],
+                [0.0000, 0.0000]])}
+
+    References:
+        Zhang, *Nearly unbiased variable selection under minimax concave penalty*, 2010.
+        Huang, Breheny & Ma, *A selective review of group selection in high-dimensional models*, 2012.
+    """
+    dims = group_dims(w, dim)
+    return mcp_value(group_norms(w, dims), strength * group_sizes(w, dims, weights), gamma)
+
+
+def _group_scad_gradient(w: Tensor, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    slope = scad_slope(group_norms(w, dims), alpha * group_sizes(w, dims, weights), a)
+    return slope * group_directions(w, dims)
+
+
+def _group_scad_proximal(
+    w: Tensor, step: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    norms = group_norms(w, dims)
+    return _rescale(w, norms, scad_landing(norms, step, alpha * group_sizes(w, dims, weights), a))
+
+
+def _group_scad_metric(
+    w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    if not w.numel():
+        return w.clone()
+    dims = group_dims(w, dim)
+    alpha = alpha * group_sizes(w, dims, weights)
+    straight = _turn(w, h, step * alpha, 0.0, dims)
+    bent = _turn(w, h, step * alpha * a / (a - 1), step / (a - 1), dims)
+    return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)
+
+
+def _group_scad_residual(
+    w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    at_zero = shrink_groups(g, strength * alpha * group_sizes(w, dims, weights), dims)
+    slope = _group_scad_gradient(w, alpha, a, dim=dim, weights=weights)
+    return torch.where(group_norms(w, dims) == 0, at_zero, g + strength * slope)
+
+
+@penalty(
+    gradient=_group_scad_gradient,
+    proximal=_group_scad_proximal,
+    metric=_group_scad_metric,
+    residual=_group_scad_residual,
+    reach="leaf",
+    bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
+)
+def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""SCAD of the norms of groups, :math:`\sum_g \text{scad}(\|w_g\|_2; c_g \lambda, a)`.
+
+    The smoothly clipped absolute deviation :math:`\text{scad}(n; \lambda, a)` has slope :math:`\lambda` up to
+    :math:`\lambda`, a slope that falls to 0 at :math:`a \lambda`, and is constant from there on. It is not convex;
+    the proximal operator is the global minimum for every step.
+
+    Args:
+        strength: Slope at zero :math:`\lambda`, at least 0.
+        a: Where the penalty becomes constant, in units of :math:`\lambda`: at least 2; Fan & Li use 3.7.
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g` of the slope; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.9, 1.2], [0.3, 0.4]])}
+        >>> group_scad(params, strength=1.0, a=3.0)
+        tensor(3.9375)
+        >>> group_scad.prox(params, 1.0, strength=1.0, a=3.0)
+        {'weight': tensor([[3.0000, 4.0000],
+                [0.3000, 0.4000],
+                [0.0000, 0.0000]])}
+
+    References:
+        Fan & Li, *Variable selection via nonconcave penalized likelihood and its oracle properties*, 2001.
+        Huang, Breheny & Ma, *A selective review of group selection in high-dimensional models*, 2012.
+    """
+    dims = group_dims(w, dim)
+    return scad_value(group_norms(w, dims), strength * group_sizes(w, dims, weights), a)
+
+
+def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    return 0 * w
+
+
+def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    norms = group_norms(w, dims)
+    return _rescale(w, norms, l0_landing(norms, step * group_sizes(w, dims, weights)))
+
+
+def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    lost = sum_groups(h * squared(w), dims) / 2
+    return torch.where(lost <= step * group_sizes(w, dims, weights), torch.zeros_like(w), w) + 0.0
+
+
+def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    return torch.where(group_norms(w, group_dims(w, dim)) == 0, torch.zeros_like(g), g)
+
+
+@penalty(
+    gradient=_group_l0_gradient,
+    proximal=_group_l0_proximal,
+    metric=_group_l0_metric,
+    residual=_group_l0_residual,
+    reach="leaf",
+)
+def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Number of groups that are not zero, :math:`\sum_g c_g [w_g \ne 0]`.
+
+    The proximal operator keeps a group as it is or zeroes it, by whether its norm is above
+    :math:`\sqrt{2 c_g \, \text{step}}`. The gradient is 0: in a loss this penalty does nothing. Zero is a stationary
+    point whatever the loss.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g`; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}
+        >>> group_l0(params), group_l0.prox(params, 1.0)
+        (tensor(2.), {'weight': tensor([[3., 4.],
+                [0., 0.]])})
+
+    References:
+        Blumensath & Davies, *Iterative thresholding for sparse approximations*, 2008.
+    """
+    dims = group_dims(w, dim)
+    norms = group_norms(w, dims)
+    # Through the norms, so that NaN goes through and derivatives are zeros.
+    return group_sizes(w, dims, weights) * torch.where(norms.isnan(), norms, (norms != 0).to(norms.dtype))
+
+
+# Greatest magnitudes
+
+
+def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
+    r"""The level :math:`c` of :math:`\sum_i h_i \max(x_i - c, 0) = v` along the last dimension, which is kept.
+
+    The sum is convex and falls in :math:`c`. That of the largest entries alone is never greater, and equal for the
+    right number of them, so that the level is the greatest of the levels of all numbers of entries.
+
+    References:
+        Held, Wolfe & Crowder, *Validation of subgradient optimization*, 1974.
+    """
+    sorted_, order = x.sort(dim=-1, descending=True)
+    sizes = weight.expand(x.shape).gather(-1, order)
+    return (((sizes * sorted_).cumsum(-1) - volume) / sizes.cumsum(-1)).amax(-1, keepdim=True)
+
+
+def _cut(w: Tensor, level: Tensor) -> Tensor:
+    """Magnitudes cut at a level, signs and phases kept."""
+    if w.is_complex():
+        size = w.abs()
+        return w * torch.where(size > level, level / torch.where(size == 0, torch.ones_like(size), size), 1.0) + 0.0
+    return torch.minimum(torch.maximum(w, -level), level) + 0.0
+
+
+def _greatest(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The greatest magnitude of each group, reduced dimensions kept; 0 of a group without entries."""
+    return w.abs().amax(dims, keepdim=True) if w.numel() and dims else sum_groups(w.abs(), dims)
+
+
+def _ties(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """1 where an entry is a greatest one of its group, 0 elsewhere, NaN through a group with NaN."""
+    top = _greatest(w, dims)
+    return torch.where(top.isnan(), top, (w.abs() == top).to(top.dtype))
+
+
+def _greatest_gradient(w: Tensor, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    ties = _ties(w, dims)
+    return sign(w) * (group_sizes(w, dims, weights) * ties / sum_groups(ties, dims))
+
+
+def _greatest_proximal(w: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    return _greatest_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+
+
+def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return w.clone()
+    rows = members(w, dims)
+    volume = per_group(step * group_sizes(w, dims, weights), w, dims)
+    return from_members(_cut(rows, water_level(rows.abs(), members(h, dims), volume).relu()), w, dims)
+
+
+def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return g.clone()
+    at_zero = _greatest_proximal(g, strength, dim=dim, weights=weights)
+    # The strength is poured over the greatest entries, most where they are pushed up most.
+    ties = members(_ties(w, dims), dims)
+    push = -(members(g, dims) * members(sign(w), dims).conj()).real
+    push = torch.where(ties == 0, torch.full_like(push, torch.finfo(push.dtype).min / 4), push)
+    volume = per_group(strength * group_sizes(w, dims, weights), w, dims)
+    poured = ties * (push - water_level(push, ties, volume)).relu()
+    return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * from_members(poured, w, dims))
+
+
+@penalty(
+    gradient=partial(_greatest_gradient, dim=None),
+    proximal=partial(_greatest_proximal, dim=None),
+    metric=partial(_greatest_metric, dim=None),
+    residual=partial(_greatest_residual, dim=None),
+    reach="leaf",
+)
+def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
+    r"""Greatest magnitude of each leaf, :math:`\max_i |w_i|`, summed over leaves.
+
+    The proximal operator cuts all magnitudes at one level, where what is cut off sums to the step: what it takes
+    away is the projection on the :math:`\ell_1` ball. It makes entries equal, and all zero when their magnitudes
+    sum to no more than the step. The gradient is shared evenly among equal greatest entries.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`. By default each leaf is one group.
+        weights: Factors of the groups; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -2.5, 1.0])}
+        >>> linf(params), linf.prox(params, 1.5)
+        (tensor(3.), {'weight': tensor([ 2., -2.,  1.])})
+
+    References:
+        Parikh & Boyd, *Proximal algorithms*, 2014, section 6.5.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * _greatest(w, dims)
+
+
+@penalty(
+    gradient=partial(_greatest_gradient, dim=...),
+    proximal=partial(_greatest_proximal, dim=...),
+    metric=partial(_greatest_metric, dim=...),
+    residual=partial(_greatest_residual, dim=...),
+    reach="leaf",
+)
+def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Sum over groups of the greatest magnitude, :math:`\sum_g c_g \max_{i \in g} |w_i|`, which zeroes whole groups.
+
+    A group costs no more for all of its entries than for the greatest one, so that groups that stay are used in
+    full. `linf` is the same with one group for each leaf.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g`; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, -2.5], [0.5, 0.25]])}
+        >>> l1_linf(params), l1_linf.prox(params, 1.0)
+        (tensor(3.5000), {'weight': tensor([[ 2.2500, -2.2500],
+                [ 0.0000,  0.0000]])})
+
+    References:
+        Quattoni, Carreras, Collins & Darrell, *An efficient projection for l1,inf regularization*, 2009.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * _greatest(w, dims)
+
+
+# Competition inside groups
+
+
+def _exclusive_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    return 2 * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims) * sign(w)
+
+
+def _exclusive_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    return _exclusive_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+
+
+def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return w.clone()
+    rows, give = members(w, dims), 1 / members(h, dims)
+    size, force = rows.abs(), per_group(2 * step * group_sizes(w, dims, weights), w, dims)
+    # With f = force, the sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+. That of some entries alone is
+    # never greater, and equal for those that stay: the greatest s belongs to them.
+    order = (size / give).argsort(dim=-1, descending=True)
+    sums, gives = size.gather(-1, order).cumsum(-1), give.gather(-1, order).cumsum(-1)
+    last = (sums / (1 + force * gives)).argmax(-1, keepdim=True)
+    total, given = sums.gather(-1, last), gives.gather(-1, last)
+    # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.
+    left = (size + force * (size * given - total * give)).relu() / (1 + force * given)
+    return from_members(sign(rows) * left + 0.0, w, dims)
+
+
+def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    dims = group_dims(w, dim)
+    force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
+    return torch.where(w == 0, shrink(g, force), g + force * sign(w))
+
+
+@penalty(
+    gradient=_exclusive_gradient,
+    proximal=_exclusive_proximal,
+    metric=_exclusive_metric,
+    residual=_exclusive_residual,
+    reach="leaf",
+)
+def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    r"""Sum over groups of the squared sum of magnitudes, :math:`\sum_g c_g \|w_g\|_1^2`. No factor one half.
+
+    Entries of a group compete: few of each group stay, but no group vanishes, for near zero the square is flat.
+    With groups of one entry it is `l2`.
+
+    Args:
+        dim: Dimensions that lie inside a group; see `group_lasso`.
+        weights: Factors :math:`c_g`; see `group_lasso`.
+
+    Raises:
+        ValueError: A leaf has no such dimension.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, -1.0], [0.3, 0.0]])}
+        >>> exclusive_lasso(params)
+        tensor(16.0900)
+        >>> exclusive_lasso.prox(params, 0.25)
+        {'weight': tensor([[2.0000, 0.0000],
+                [0.2000, 0.0000]])}
+
+    References:
+        Zhou, Jin & Hoi, *Exclusive lasso for multi-task feature selection*, 2010.
+        Kowalski, *Sparse regression using mixed norms*, 2009.
+    """
+    dims = group_dims(w, dim)
+    return group_sizes(w, dims, weights) * sum_groups(w.abs(), dims).square()

@@ -1,0 +1,452 @@
+"""Laws of groups, greatest magnitudes, orders and differences, beside those of the table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import assert_equal
+from torch.func import grad, vmap
+
+import funcreg as fr
+from funcreg.structured import falling_fit
+
+NONCONVEX = [
+    (fr.group_mcp, (0.7, 2.0)),
+    (fr.group_scad, (0.7, 3.7)),
+    (fr.group_scad, (0.7, 2.1)),
+    (fr.group_l0, ()),
+]
+
+
+def cost(penalty, hyper, w, z, step, h=1.0, **options):
+    """The objective of a proximal operator, for each of many points z."""
+    return 0.5 * (h * (z - w) ** 2).flatten(1).sum(1) + step * vmap(lambda z: penalty(z, *hyper, **options))(z)
+
+
+def rings(radii, angles=360):
+    """Points of the plane on circles around zero."""
+    turn = torch.linspace(0, 2 * math.pi, angles + 1, dtype=torch.float64)[:-1]
+    return (radii[:, None, None] * torch.stack([turn.cos(), turn.sin()], 1)).reshape(-1, 1, 2)
+
+
+@pytest.mark.parametrize(("penalty", "hyper"), NONCONVEX)
+@pytest.mark.parametrize("step", [0.3, 0.5, 1.0, 2.0, 2.6, 2.7, 3.3, 4.7, 6.0])
+def test_nonconvex_groups_land_at_the_global_minimum_for_every_step(penalty, hyper, step):
+    grid = torch.linspace(0, 6, 3001, dtype=torch.float64)
+    for size in torch.linspace(0, 5.5, 12, dtype=torch.float64):
+        w = size * torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+        z = penalty.prox(w, step, *hyper)
+        points = grid[:, None, None] * torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+        least = cost(penalty, hyper, w, z[None], step)
+        assert (cost(penalty, hyper, w, points, step) >= least - 1e-13).all()
+        torch.testing.assert_close(penalty.prox(w, torch.tensor(step), *hyper), z, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(penalty.prox(w, step, *hyper, metric=torch.ones_like(w)), z, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("penalty", "hyper"), NONCONVEX)
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
+def test_nonconvex_groups_land_at_the_global_minimum_in_every_metric(penalty, hyper, spread):
+    points = rings(torch.linspace(0, 5, 126, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        w = 3 * torch.randn(1, 2, dtype=torch.float64, generator=generator)
+        h = 10 ** (spread * (2 * torch.rand(1, 2, dtype=torch.float64, generator=generator) - 1))
+        for step in (0.3, 1.0, 4.0):
+            z = penalty.prox(w, step, *hyper, metric=h)
+            least = cost(penalty, hyper, w, z[None], step, h)
+            assert (cost(penalty, hyper, w, points, step, h) >= least - 1e-11).all()
+            fine = z + rings(torch.tensor([1e-4, 1e-2], dtype=torch.float64), 90)
+            assert (cost(penalty, hyper, w, fine, step, h) >= least - 1e-12).all()
+
+
+@pytest.mark.parametrize(("penalty", "hyper"), NONCONVEX)
+def test_infinite_groups_and_infinite_steps_have_their_limits(penalty, hyper):
+    w = torch.tensor([[math.inf, 1.0], [0.1, 0.1], [0.0, 0.0], [9.0, 9.0]])
+    assert_equal(penalty.prox(w, 0.5, *hyper), torch.tensor([[math.inf, 1.0], [0.0, 0.0], [0.0, 0.0], [9.0, 9.0]]))
+    assert not penalty.prox(w[1:], math.inf, *hyper).any()
+    assert penalty(w, *hyper).isfinite()
+    assert penalty.grad(w[1:], *hyper).isfinite().all()
+
+
+@pytest.mark.parametrize(("penalty", "hyper"), NONCONVEX[:3])
+def test_weights_of_nonconvex_groups_multiply_their_slope(penalty, hyper):
+    w, weights = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    z = penalty.prox(w, 0.9, *hyper, weights=weights)
+    for i, c in enumerate(weights):
+        row = w[i : i + 1]
+        torch.testing.assert_close(z[i : i + 1], penalty.prox(row, 0.9, c * hyper[0], *hyper[1:]))
+    torch.testing.assert_close(penalty.prox(w.T, 0.9, *hyper, weights=weights, dim=0), z.T)
+
+
+def test_curved_groups_become_straight_far_out():
+    w = torch.randn(5, 4, dtype=torch.float64)
+    for step in (0.1, 1.0):
+        torch.testing.assert_close(fr.group_mcp.prox(w, step, 1.0, 1e12), fr.group_lasso.prox(w, step))
+        torch.testing.assert_close(fr.group_scad.prox(w, step, 1.0, 1e12), fr.group_lasso.prox(w, step))
+        h = torch.rand_like(w) + 0.5
+        straight = fr.group_lasso.prox(w, step, metric=h)
+        torch.testing.assert_close(fr.group_mcp.prox(w, step, 1.0, 1e12, metric=h), straight)
+        torch.testing.assert_close(fr.group_scad.prox(w, step, 1.0, 1e12, metric=h), straight)
+
+
+@pytest.mark.parametrize(("penalty", "hyper"), NONCONVEX)
+def test_derivatives_of_nonconvex_groups_are_finite_in_every_regime(penalty, hyper):
+    w = torch.cat([torch.zeros(1, 3), torch.randn(4, 3), 30 * torch.randn(2, 3)]).double()
+    h = 10 ** torch.randn_like(w)
+    for step in (0.0, 0.1, hyper[-1] if hyper else 1.0, 1.7, 4.7, 50.0):
+        for metric in (None, h, torch.ones_like(w)):
+            slope = grad(lambda w, step=step, metric=metric: penalty.prox(w, step, *hyper, metric=metric).sum())(w)
+            assert slope.isfinite().all()
+            if hyper:
+                steps = torch.tensor(step, dtype=torch.float64)
+                slope = grad(lambda s, metric=metric: penalty.prox(w, s, *hyper, metric=metric).sum())(steps + 0.01)
+                assert slope.isfinite()
+
+
+# Greatest magnitudes and competition
+
+
+VECTORS = [(fr.linf, {"dim": 1}), (fr.l1_linf, {}), (fr.exclusive_lasso, {})]
+
+
+def l1_ball(w, radius):
+    """The projection of a vector, by bisection on the threshold."""
+    low, high = 0.0, float(w.abs().max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (w.abs() - middle).clamp(min=0).sum() > radius else (low, middle)
+    return w.sign() * (w.abs() - high).clamp(min=0)
+
+
+@pytest.mark.parametrize(("penalty", "options"), VECTORS)
+@pytest.mark.parametrize("metric", [[1.0, 1.0], [0.2, 3.0]])
+def test_vectors_land_at_the_minimum_over_the_plane(penalty, options, metric):
+    axis = torch.linspace(-4, 4, 401, dtype=torch.float64)
+    plane = torch.cartesian_prod(axis, axis)[:, None]
+    h = torch.tensor([metric], dtype=torch.float64)
+    for w in ([3.0, -1.0], [2.0, 2.0], [-0.5, 0.5], [0.0, 1.5], [0.0, 0.0], [-3.3, 3.1]):
+        w = torch.tensor([w], dtype=torch.float64)
+        for step in (0.2, 1.0, 3.0):
+            z = penalty.prox(w, step, metric=h, **options)
+            least = cost(penalty, (), w, z[None], step, h, **options)
+            assert (cost(penalty, (), w, plane, step, h, **options) >= least - 1e-13).all()
+            assert (cost(penalty, (), w, z + plane / 1e4, step, h, **options) >= least - 1e-13).all()
+
+
+def test_what_linf_takes_away_is_the_projection_on_the_l1_ball():
+    for size in (1, 2, 7, 100):
+        w = torch.randn(size, dtype=torch.float64)
+        for radius in (0.1, 1.0, 10.0):
+            z = fr.linf.prox(w, radius)
+            torch.testing.assert_close(w - z, l1_ball(w, radius), rtol=1e-12, atol=1e-14)
+    row = torch.randn(3, 4, 5, dtype=torch.float64)
+    assert_equal(fr.linf.prox(row, 0.7, dim=(0, 2)), fr.l1_linf.prox(row.transpose(0, 1), 0.7).transpose(0, 1))
+
+
+def test_equal_magnitudes_share_what_the_greatest_bears():
+    w = torch.tensor([2.0, -2.0, 2.0, 1.0])
+    assert_equal(fr.linf.grad(w), torch.tensor([1.0, -1.0, 1.0, 0.0]) / 3)
+    assert_equal(grad(fr.linf)(w), fr.linf.grad(w))
+    assert_equal(fr.linf.prox(w, 1.5), torch.tensor([1.5, -1.5, 1.5, 1.0]))
+    assert_equal(grad(lambda w: fr.linf.prox(w, 1.5).sum())(torch.zeros(3)).isfinite(), torch.ones(3).bool())
+    assert_equal(fr.linf.prox(w, 7.0), torch.zeros(4))
+    assert_equal(fr.exclusive_lasso.prox(torch.tensor([[1.0, -1.0]]), 0.5), torch.tensor([[1.0, -1.0]]) / 3)
+
+
+def test_the_residual_of_linf_pours_the_strength_over_equal_magnitudes():
+    w, g = torch.tensor([2.0, -2.0, 2.0, 1.0]), torch.tensor([-3.0, 2.5, 1.0, 0.3])
+    assert_equal(fr.linf.residual(w, g, strength=1.5), torch.tensor([-2.0, 2.0, 1.0, 0.3]))
+    assert_equal(fr.linf.residual(w, g, strength=0.0), g)
+    assert_equal(fr.linf.residual(torch.zeros(4), g, strength=10.0), torch.zeros(4))
+
+
+@pytest.mark.parametrize("penalty", [fr.linf, fr.l1_linf])
+def test_infinite_magnitudes_and_steps_of_vectors_have_their_limits(penalty):
+    w = torch.tensor([[math.inf, 2.0, -1.0], [1.0, 2.0, 3.0]])
+    assert_equal(penalty.prox(w, 0.5, dim=1)[0], w[0])
+    assert not penalty.prox(w[1:], math.inf, dim=1).any()
+
+
+def test_weights_of_vectors_are_strengths_of_their_groups():
+    w, weights = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    for penalty, options in VECTORS:
+        z = penalty.prox(w, 0.3, weights=weights, **options)
+        for i, c in enumerate(weights):
+            assert_equal(z[i : i + 1], penalty.prox(w[i : i + 1], 0.3 * c, **options), rtol=1e-14, atol=1e-15)
+        steps = 0.3 * weights[:, None]
+        assert_equal(penalty.prox(w, steps, **options), z, rtol=1e-14, atol=1e-15)
+        by_size = penalty(w, weights="sqrt_size", **options)
+        torch.testing.assert_close(by_size, 2 * penalty(w, **options))
+    # 1 / 2 of the square as Kowalski writes it: t = 2 step.
+    a = torch.tensor([[3.0, 2.0, 0.1]], dtype=torch.float64)
+    torch.testing.assert_close(fr.exclusive_lasso.prox(a, 0.5), (a - 5 / 3).clamp(min=0))
+
+
+# Neighbours
+
+
+def blocks_of(z):
+    """Runs of equal entries, as lists of places."""
+    runs = [[0]]
+    for i in range(1, len(z)):
+        runs.append([i]) if z[i] != z[i - 1] else runs[-1].append(i)
+    return runs
+
+
+def slack(x, z, h, jump, pull):
+    """How far from optimal a row is for the fused lasso: the forces between neighbours are summed up from the left."""
+    pulls = pull * z.sign()
+    forces, low, high, worst = [], 0.0, 0.0, 0.0
+    for i in range(len(z)):
+        free = pull if z[i] == 0 else 0.0  # A zero leaves the pull of the magnitude free.
+        push = h[i] * (z[i] - x[i]) + pulls[i]
+        low, high = low + push - free, high + push + free
+        if i == len(z) - 1:
+            limits = (0.0, 0.0)
+        elif (z[i + 1] - z[i]).abs() < 1e-12:
+            limits = (-jump, jump)
+        else:
+            limits = (float(jump * (z[i + 1] - z[i]).sign()),) * 2
+        worst = max(worst, float(limits[0] - high), float(low - limits[1]))
+        low, high = max(low, limits[0]), min(high, limits[1])
+        forces.append((low, high))
+    return worst
+
+
+@pytest.mark.parametrize(("jump", "pull"), [(0.05, 0.0), (0.5, 0.0), (3.0, 0.0), (0.5, 0.2), (0.2, 1.0), (0.0, 0.3)])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_fused_rows_satisfy_the_equations_of_their_forces(jump, pull, spread):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 10, 60):
+        x = torch.randn(3, size, dtype=torch.float64, generator=generator).cumsum(1)
+        x[0] = x[0].round()  # Ties and zeros.
+        h = 10 ** (spread * (2 * torch.rand(3, size, dtype=torch.float64, generator=generator) - 1))
+        alpha = jump + pull
+        z = fr.fused_lasso.prox(x, 1.0, alpha, pull / alpha, metric=h)
+        for i in range(3):
+            assert slack(x[i], z[i], h[i], jump, pull) <= 1e-12 * size
+        if spread == 0:
+            chain = fr.l1.prox(fr.total_variation.prox(x, jump), pull)
+            assert_equal(fr.fused_lasso.prox(x, 1.0, alpha, pull / alpha), chain, rtol=1e-12, atol=1e-13)
+
+
+def test_total_variation_has_its_known_solutions():
+    ramp = torch.arange(5.0)
+    assert_equal(fr.total_variation.prox(ramp, 0.5), torch.tensor([0.5, 1.0, 2.0, 3.0, 3.5]))
+    assert_equal(fr.total_variation.prox(ramp, math.inf), torch.full((5,), 2.0))
+    assert_equal(fr.total_variation.prox(torch.tensor([0.0, 6.0, 0.0]), 1.0), torch.tensor([1.0, 4.0, 1.0]))
+    assert_equal(fr.total_variation.prox(torch.ones(2, 4), 3.0), torch.ones(2, 4))
+    # The slope of a hill is spread over its top.
+    assert_equal(fr.total_variation.grad(torch.tensor([0.0, 2.0, 2.0, 1.0])), torch.tensor([-1.0, 1.0, 1.0, -1.0]))
+    w = torch.randn(3, 4, 5, dtype=torch.float64)
+    along = fr.total_variation.prox(w, 0.4, dim=1)
+    assert_equal(along.transpose(1, 2), fr.total_variation.prox(w.transpose(1, 2), 0.4))
+    with pytest.raises(ValueError, match="expected an int"):
+        fr.total_variation(w, dim=(0, 1))
+    with pytest.raises(ValueError, match="complex"):
+        fr.total_variation.prox(w.to(torch.complex64), 1.0)
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+def test_fused_rows_that_are_not_finite_are_nan_and_leave_other_rows_alone(entry):
+    w = torch.tensor([[1.0, entry, 3.0], [1.0, 2.0, 4.0]])
+    z = fr.fused_lasso.prox(w, 0.5, 1.0, 0.5)
+    assert z[0].isnan().all()
+    assert_equal(z[1], fr.fused_lasso.prox(w[1], 0.5, 1.0, 0.5))
+
+
+def test_derivatives_of_fused_rows_are_means_over_blocks():
+    x = torch.tensor([3.0, 2.5, 0.25, -0.25, 0.1], dtype=torch.float64)
+    z = fr.total_variation.prox(x, 0.5)
+    for block in blocks_of(z):
+        for i in block:
+            slope = grad(lambda x, i=i: fr.total_variation.prox(x, 0.5)[i])(x)
+            expected = torch.zeros_like(x)
+            expected[block] = 1 / len(block)
+            assert_equal(slope, expected, rtol=1e-14)
+    for penalty, hyper in ((fr.total_variation, ()), (fr.fused_lasso, (1.0, 0.5))):
+        for w in (torch.zeros(2, 4), torch.ones(2, 4)):
+            assert grad(lambda w, p=penalty, h=hyper: p.prox(w, 0.3, *h).square().sum())(w).isfinite().all()
+
+
+# Orders
+
+
+def falling(y):
+    """Isotonic regression by pooling adjacent violators, one entry after another."""
+    means, sizes = [], []
+    for value in y.tolist():
+        means.append(value)
+        sizes.append(1)
+        while len(means) > 1 and means[-2] <= means[-1]:
+            n = sizes[-2] + sizes[-1]
+            means[-2:], sizes[-2:] = [(means[-2] * sizes[-2] + means[-1] * sizes[-1]) / n], [n]
+    return torch.tensor([m for m, n in zip(means, sizes, strict=True) for _ in range(n)], dtype=y.dtype)
+
+
+def test_falling_fits_are_those_of_pooling():
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 3, 4, 5, 8, 13, 64, 100):
+        for ties in (False, True):
+            y = torch.randn(5, size, dtype=torch.float64, generator=generator) + torch.linspace(1, -1, size)
+            y = (2 * y).round() if ties else y
+            expected = torch.stack([falling(row) for row in y])
+            assert_equal(falling_fit(y), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_slope_is_least_against_other_points_and_has_its_limits():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    w[0, :3] = 0.5
+    w[1] = 0
+    weights = torch.linspace(1.2, 0.1, 6, dtype=torch.float64)
+    for step in (0.0, 0.2, 1.0):
+        z = fr.slope.prox(w, step, weights, dim=1)
+        for i in range(4):
+            row, others = w[i], z[i] + torch.randn(400, 6, dtype=torch.float64, generator=generator) * 0.1
+            at = lambda z, row=row, step=step: 0.5 * (z - row).square().sum() + step * fr.slope(z, weights)
+            assert (vmap(at)(others) >= at(z[i]) - 1e-12).all()
+            assert_equal(fr.slope.prox(row, step, weights), z[i])
+            order = row.abs().argsort(descending=True)
+            fitted = falling(row.abs()[order] - step * weights).clamp(min=0)
+            torch.testing.assert_close(z[i].abs()[order], fitted, rtol=1e-12, atol=1e-13)
+    first = torch.tensor([0.7, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert_equal(fr.slope.prox(w, 1.0, first, dim=1), fr.l1_linf.prox(w, 0.7), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fr.slope(w, first, dim=1), 0.7 * fr.l1_linf(w))
+    assert_equal(fr.slope.prox(w, 1.0, 0.3), fr.l1.prox(w, 0.3), rtol=1e-14, atol=1e-15)
+    falls = 0.2 + 0.1 * torch.arange(5, -1, -1, dtype=torch.float64)
+    assert_equal(fr.slope.prox(w, 0.9, falls, dim=1), fr.oscar.prox(w, 0.9, 0.2, 0.1, dim=1), rtol=1e-13, atol=1e-15)
+    several = torch.stack([weights, 2 * weights])
+    both = vmap(lambda weights: fr.slope.prox(w, 0.5, weights, dim=1))(several)
+    assert_equal(both[1], fr.slope.prox(w, 1.0, weights, dim=1))
+
+
+def test_orders_of_infinite_magnitudes_and_steps_have_their_limits():
+    w, weights = torch.tensor([1.0, math.inf, 0.5]), torch.tensor([1.0, 0.5, 0.2])
+    torch.testing.assert_close(fr.slope.prox(w, 0.5, weights), torch.tensor([0.75, math.inf, 0.4]))
+    for z in (fr.slope.prox(w[::2], math.inf, weights[1:]), fr.oscar.prox(w[::2], math.inf, 0.5, 0.1)):
+        assert not z.any()
+
+
+def test_derivatives_of_orders_are_finite_at_ties_and_zeros():
+    weights = torch.linspace(1.2, 0.1, 6, dtype=torch.float64)
+    for w in (torch.zeros(6), torch.ones(6), torch.tensor([1.0, 1.0, -1.0, 0.0, 0.0, 2.0])):
+        for step in (0.0, 0.3, 30.0):
+            through = lambda w, weights, step=step: fr.slope.prox(w, step, weights).square().sum()
+            by_entries, by_weights = grad(through, argnums=(0, 1))(w.double(), weights)
+            assert by_entries.isfinite().all()
+            assert by_weights.isfinite().all()
+
+
+# Trees
+
+
+def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
+    generator = torch.Generator().manual_seed(0)
+    groups = ((0, (1, (2,)), (-1,)), (3, 4))
+    w = torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    inside = [[0, 1, 2, 5], [1, 2], [2], [5], [3, 4]]
+    weights = torch.tensor([0.5, 1.0, 0.3, 0.2, 1.0], dtype=torch.float64)
+    value = lambda w, c: sum(c * w[g].square().sum().sqrt() for c, g in zip(c, inside, strict=True))
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups), value(w, torch.ones(5)))
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups, weights=weights), value(w, weights))
+    root = torch.tensor([len(g) * 2.0 for g in inside]).double().sqrt()
+    torch.testing.assert_close(fr.tree_lasso(w, groups=groups, weights="sqrt_size"), value(w, root))
+    for step in (0.1, 0.5, 1.5):
+        z = fr.tree_lasso.prox(w, step, groups=groups, weights=weights)
+        at = lambda z, step=step: 0.5 * (z - w).square().sum() + step * value(z, weights)
+        for size in (1e-3, 1e-1, 1.0):
+            others = z + size * torch.randn(300, 6, 2, dtype=torch.float64, generator=generator)
+            assert min(at(other) for other in others) >= at(z) - 1e-12
+        assert_equal(fr.tree_lasso.prox(w.T, step, groups=groups, weights=weights, axis=-1), z.T)
+    assert_equal(
+        fr.tree_lasso.prox(w, 0.5, groups=((0,), (1,), (2,), (3,), (4,), (5,))), fr.group_lasso.prox(w, 0.5), rtol=1e-15
+    )
+    assert_equal(fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[2:], w[2:])
+    assert not fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[:2].any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (((0, 1), (1, 2)), "twice"),
+        (((..., (...,)),), "twice"),
+        (((0, 9),), "the slice 9"),
+        ((0, 1), "a tuple of groups"),
+        ([(0, 1)], "a tuple of groups"),
+        (((0, "1"),), "'1'"),
+    ],
+)
+def test_groups_that_are_no_trees_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        fr.tree_lasso({"w": torch.zeros(4)}, groups=groups)
+    with pytest.raises(ValueError, match="3 entries for 1 groups"):
+        fr.tree_lasso(torch.zeros(4), groups=((0, 1),), weights=torch.ones(3))
+
+
+# Features of a network
+
+
+LASSONET = fr.hierarchical("skip", "hidden")
+
+
+def lassonet_cost(v, u, b, step, ratio, alpha):
+    """The objective at skip weights of norm b along v: the best hidden weights follow."""
+    w = torch.minimum((u.abs() - step * alpha).clamp(min=0), ratio * b[:, None])
+    far = 0.5 * (b - v.square().sum().sqrt()) ** 2 + 0.5 * ((u.abs() - w) ** 2).sum(1)
+    return far + step * (b + alpha * w.sum(1))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        "skip": torch.randn(2, 12, dtype=torch.float64, generator=generator),
+        "hidden": 2 * torch.randn(5, 12, dtype=torch.float64, generator=generator),
+        "other": torch.ones(3),
+    }
+    params["skip"][:, :2] = 0
+    params["hidden"][:, 1:3] = 0
+    norms = torch.linspace(0, 12, 24001, dtype=torch.float64)
+    for step in (0.0, 0.4, 2.0):
+        z = LASSONET.prox(params, step, ratio, alpha)
+        assert LASSONET(z, ratio, alpha).isfinite()
+        assert_equal(z["other"], params["other"])
+        for j in range(12):
+            v, u, b, w = params["skip"][:, j], params["hidden"][:, j], z["skip"][:, j], z["hidden"][:, j]
+            found = 0.5 * ((b - v).square().sum() + (w - u).square().sum())
+            found = found + step * (b.square().sum().sqrt() + alpha * w.abs().sum())
+            assert found <= lassonet_cost(v, u, norms, step, ratio, alpha).min() + 1e-12
+            assert not w[b.abs().sum() == 0].any()
+    through = lambda params: sum(w.square().sum() for w in LASSONET.prox(params, 0.4, ratio, alpha).values())
+    assert all(w.isfinite().all() for w in grad(through)(params).values())
+
+
+def test_lassonet_is_a_penalty_of_two_leaves():
+    params = {"skip": torch.tensor([[2.0, 0.5]]), "hidden": torch.tensor([[1.0, 0.25], [0.5, 0.0]])}
+    torch.testing.assert_close(LASSONET(params, 1.0, 0.5), torch.tensor(2.5 + 0.875))
+    assert LASSONET(params, 0.1) == math.inf
+    slopes = grad(LASSONET)(params, 1.0, 0.5)
+    assert_equal(slopes, LASSONET.grad(params, 1.0, 0.5))
+    far = LASSONET.prox(params, 100.0, 1.0)
+    assert not far["skip"].any()
+    assert not far["hidden"].any()
+    halves = fr.tree_map(lambda w: w.bfloat16(), params)
+    assert {w.dtype for w in LASSONET.prox(halves, 0.1, 1.0).values()} == {torch.bfloat16}
+    steps = torch.tensor([0.1, 1.0])
+    both = vmap(lambda step: LASSONET.prox(params, step, 1.0))(steps)
+    for i, step in enumerate(steps):
+        assert_equal(fr.tree_map(lambda w, i=i: w[i], both), LASSONET.prox(params, step, 1.0))
+    turned = fr.hierarchical("skip", "hidden", axis=0).prox(fr.tree_map(lambda w: w.T, params), 0.3, 1.0)
+    assert_equal(fr.tree_map(lambda w: w.T, turned), LASSONET.prox(params, 0.3, 1.0))
+    with pytest.raises(ValueError, match="looks for leaf 'skip'"):
+        LASSONET({"hidden": torch.ones(2, 2)}, 1.0)
+    with pytest.raises(ValueError, match="2 and 3 features"):
+        LASSONET({"skip": torch.ones(1, 2), "hidden": torch.ones(2, 3)}, 1.0)
+    with pytest.raises(ValueError, match="in a metric"):
+        LASSONET.prox(params, 1.0, 1.0, metric=params)
+    with pytest.raises(ValueError, match="not trees"):
+        LASSONET.prox(params, {"skip": 0.1, "hidden": 0.2}, 1.0)

@@ -22,6 +22,9 @@ from funcreg.combine import (
     partition as partition,
     set_to_zero as set_to_zero,
 )
+from funcreg.composition import (
+    Structure as Structure,
+)
 from funcreg.conventions import (
     Elastic as Elastic,
     elastic_from_glmnet as elastic_from_glmnet,

@@ -434,3 +434,61 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "fista with restart": TransformCase(lambda h=1.0: fr.fista(0.1, fr.l1, strength=h), None),
 }
+
+
+# Sums
+
+
+PENALTIES.update(
+    {
+        "a given one": PenaltyCase(
+            fr.elastic.given(0.3, rho=0.6), lambda w: 0.18 * w.abs().sum() + 0.06 * (w * w.conj()).real.sum()
+        ),
+        "a multiple": PenaltyCase(0.7 * fr.group_lasso, lambda w: 0.7 * _sum_of_norms(_rows)(w)),
+        "ridge + l1": PenaltyCase(
+            0.3 * fr.half_l2 + fr.l1 * 0.8, lambda w: 0.15 * (w * w.conj()).real.sum() + 0.8 * w.abs().sum()
+        ),
+        "two ridges": PenaltyCase(
+            0.3 * (fr.half_l2 + 0.5 * fr.l2), lambda w: 0.3 * (w * w.conj()).real.sum(), smooth=True
+        ),
+        "groups + elastic": PenaltyCase(
+            fr.group_lasso.given(dim=None) + fr.elastic.given(0.3, 0.6),
+            lambda w: 0.18 * w.abs().sum() + 0.06 * (w * w.conj()).real.sum() + _sum_of_norms(_all)(w),
+        ),
+        "nested groups + l1 + ridge": PenaltyCase(
+            0.5 * fr.group_lasso.given(dim=None)
+            + 0.3 * fr.sparse_group_lasso.given(0.5, 0.4, weights="sqrt_size")
+            + fr.l2,
+            lambda w: (
+                0.5 * _sum_of_norms(_all)(w)
+                + 0.15 * (0.4 * w.abs().sum() + 0.6 * _sum_of_norms(_rows, root=True)(w))
+                + (w * w.conj()).real.sum()
+            ),
+            metric=False,  # Groups in groups compose with one step for all entries alone.
+        ),
+        "a sum on some leaves": PenaltyCase(
+            fr.l1.given(mask=fr.matrices) + 0.5 * fr.group_lasso + 0.2 * fr.half_l2.given(mask=fr.matrices),
+            lambda w: 0.5 * _sum_of_norms(_rows)(w) + (w.ndim > 1) * (w.abs().sum() + 0.1 * (w * w.conj()).real.sum()),
+        ),
+    }
+)
+
+TRANSFORMS.update(
+    {
+        "add_penalty of a sum": TransformCase(
+            lambda h=1.0: fr.add_penalty(fr.l1.given(strength=0.1 * h) + fr.l2, strength=0.5),
+            lambda s, h: s.g + 0.05 * h * s.w.sign() + s.w,
+        ),
+        "prox_adam of a sum": TransformCase(
+            lambda h=1.0: fr.prox_adam(0.1, fr.l1.given(strength=h) + 0.5 * fr.half_l2, eps=0.1),
+            lambda s, h: (
+                _soft(
+                    (_hat(s.gs, 0.999, 2).sqrt() + 0.1) * s.w - 0.1 * _hat(s.gs, 0.9),
+                    0.1 * h,
+                )
+                / (_hat(s.gs, 0.999, 2).sqrt() + 0.1 + 0.05)
+                - s.w
+            ),
+        ),
+    }
+)

@@ -72,6 +72,7 @@ def test_penalties_look_like_functions():
 LAYERS = [
     ["_typing", "recording"],
     ["tree", "schedules", "packing"],
+    ["composition"],
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],

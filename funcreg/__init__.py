@@ -1,8 +1,10 @@
 """Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
 
 from funcreg.certificates import (
+    duality_gap as duality_gap,
     kkt_residual as kkt_residual,
     lambda_max as lambda_max,
+    null_model as null_model,
     sparsity as sparsity,
 )
 from funcreg.clipping import (

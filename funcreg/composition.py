@@ -153,7 +153,7 @@ def sum_gradient(terms: Sequence[Term], params: Params) -> Params:
 
 def sum_proximal(terms: Sequence[Term], params: Params, step: Hyper, metric: Params | None) -> Params:
     """The proximal operator of a sum, rounded once; a ValueError if it is not known to be exact."""
-    smooth, rough = split(terms)
+    smooth, rough = _sorted(terms)
     point = _widened(params)
     for term in smooth:
         point = term.prox(point, step, metric)
@@ -168,17 +168,22 @@ def sum_residual(terms: Sequence[Term], params: Params, grads: Params, strength:
 
     It is the first derivative of the proximal operator in its step, and so composes in the same order.
     """
-    smooth, rough = split(terms)
+    smooth, rough = _sorted(terms)
     for term in [*smooth, *_ordered(rough, params, not _varies(strength))]:
         grads = term.residual(params, grads, strength)
     return grads
 
 
 def split(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
-    """Terms with a constant second derivative, and the others."""
-    parts = [part for term in terms for part in term.parts()] if len(terms) > 1 else list(terms)
+    """The parts of a sum that have a constant second derivative, and the others."""
+    parts = [part for term in terms for part in term.parts()]
     smooth = [part for part in parts if part.penalty.structure.curvature is not None]
     return smooth, [part for part in parts if part.penalty.structure.curvature is None]
+
+
+def _sorted(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+    """`split`, except for a single term, whose own rules are as good."""
+    return split(terms) if len(terms) > 1 else ([], list(terms))
 
 
 def _widened(params: Params) -> Params:

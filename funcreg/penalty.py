@@ -197,12 +197,12 @@ class Penalty:
                 "Strengths of leaves go to what takes the penalty, as strength=."
             )
         one = isinstance(strength, (int, float)) and strength == 1
-        return _Sum((Term(self, () if one else (strength,), values, tuple(options.items()), mask),))
+        return Sum((Term(self, () if one else (strength,), values, tuple(options.items()), mask),))
 
     def __add__(self, other: Penalty) -> Penalty:
         if not isinstance(other, Penalty):
             return NotImplemented
-        return _Sum((*_terms(self), *_terms(other)))
+        return Sum((*_terms(self), *_terms(other)))
 
     def __mul__(self, strength: Scalar) -> Penalty:
         return self.given(strength=strength)
@@ -241,7 +241,7 @@ class Penalty:
         return tuple(values), options
 
 
-class _Sum(Penalty):
+class Sum(Penalty):
     """Terms added up: a penalty that takes no hyperparameters."""
 
     # In attributes alone, without a look at signatures: sums are also made inside compiled functions.
@@ -269,7 +269,7 @@ class _Sum(Penalty):
 
 
 def _terms(whole: Penalty) -> tuple[Term, ...]:
-    return whole._addends if isinstance(whole, _Sum) else _terms(whole.given())
+    return whole._addends if isinstance(whole, Sum) else _terms(whole.given())
 
 
 def _like(tree: Params | None, mask: Mask | None, params: Params) -> Params | None:

@@ -105,6 +105,12 @@ from funcreg.schedules import (
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
 )
+from funcreg.stochastic import (
+    adamprox as adamprox,
+    ftrl as ftrl,
+    ramda as ramda,
+    rmda as rmda,
+)
 from funcreg.transform import (
     EmptyState as EmptyState,
     Transform as Transform,

@@ -492,3 +492,64 @@ TRANSFORMS.update(
         ),
     }
 )
+
+
+# Under noise
+
+
+def _weighted(s: Seen, rate: float, power: int) -> Tensor:
+    return sum((rate * math.sqrt(i + 1) * g**power for i, g in enumerate(s.gs)), torch.zeros(()))
+
+
+def _rmda(s: Seen, rate: float, strength: float) -> Tensor:
+    whole, root = sum(rate * math.sqrt(i + 1) for i in range(s.n)), math.sqrt(s.n)
+    return _soft(s.ws[0] - _weighted(s, rate, 1) / root, whole * strength / root)
+
+
+def _ramda(s: Seen, rate: float, strength: float, eps: float) -> Tensor:
+    whole, h = sum(rate * math.sqrt(i + 1) for i in range(s.n)), _weighted(s, rate, 2) ** (1 / 3) + eps
+    return _soft(s.ws[0] - _weighted(s, rate, 1) / h, whole * strength / h)
+
+
+def _ftrl(s: Seen, rate: float, strengths: list[float]) -> Tensor:
+    """As McMahan and others write it, but for a start that is not zero."""
+    z, n = -s.ws[0] / rate, torch.zeros_like(s.w)
+    for g, w in zip(s.gs, s.ws, strict=True):
+        sigma = ((n + g * g).sqrt() - n.sqrt()) / rate
+        z, n = z + g - sigma * w, n + g * g
+    return -_soft(z, sum(strengths)) / ((1 + n.sqrt()) / rate)
+
+
+TRANSFORMS.update(
+    {
+        "rmda": TransformCase(
+            lambda h=1.0: fr.rmda(0.1 * h, fr.l1, strength=0.5), lambda s, h: _rmda(s, 0.1 * h, 0.5) - s.w
+        ),
+        "rmda with momentum": TransformCase(
+            lambda h=1.0: fr.rmda(0.1, fr.l1, strength=0.5 * h, momentum=0.25, mask=fr.matrices),
+            lambda s, h: 0.75 * (_rmda(s, 0.1, 0.5 * h * (s.w.ndim > 1)) - s.w),
+        ),
+        "ramda": TransformCase(
+            lambda h=1.0: fr.ramda(0.1, fr.l1, strength=0.5 * h, eps=0.1),
+            lambda s, h: _ramda(s, 0.1, 0.5 * h, 0.1) - s.w,
+        ),
+        "ramda of groups": TransformCase(
+            lambda h=1.0: fr.ramda(0.1, fr.sparse_group_lasso, 1.0, 0.5, strength=h, eps=0.1), None
+        ),
+        "ftrl": TransformCase(
+            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=0.3 * h), lambda s, h: _ftrl(s, 0.5, [0.3 * h] * s.n) - s.w
+        ),
+        "ftrl of a single round": TransformCase(
+            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=lambda count: h / (1 + count)),
+            lambda s, h: _ftrl(s, 0.5, [h]) - s.w,
+        ),
+        "adamprox": TransformCase(
+            lambda h=1.0: fr.adamprox(0.1, 30.0 * h, eps=0.1),
+            lambda s, h: (s.w - 0.1 * _adam(s, eps=0.1)) / (1 + 3 * h) - s.w,
+        ),
+        "adamprox on a schedule, masked": TransformCase(
+            lambda h=1.0: fr.adamprox(falling, h, eps=0.1, mask=fr.matrices),
+            lambda s, h: (s.w - _adam(s, eps=0.1) / s.n) / (1 + (s.w.ndim > 1) * h / s.n) - s.w,
+        ),
+    }
+)

@@ -78,6 +78,7 @@ LAYERS = [
     ["penalties", "scaling", "clipping", "combine", "conventions"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
+    ["stochastic"],
 ]
 
 

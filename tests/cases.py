@@ -540,7 +540,7 @@ TRANSFORMS.update(
             lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=0.3 * h), lambda s, h: _ftrl(s, 0.5, [0.3 * h] * s.n) - s.w
         ),
         "ftrl of a single round": TransformCase(
-            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=lambda count: h / (1 + count)),
+            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=lambda count: h * falling(count)),
             lambda s, h: _ftrl(s, 0.5, [h]) - s.w,
         ),
         "adamprox": TransformCase(

@@ -175,3 +175,50 @@ def test_masks_of_sums_and_of_terms_both_hold():
     assert_equal(z["head"].bias, w["head"].bias / 1.5, rtol=1e-13)
     assert_equal(z["body"]["filters"], w["body"]["filters"])
     assert_equal(z["body"]["scale"], fr.tree_map(lambda w: w / 3, w["body"]["scale"]), rtol=1e-13)
+
+
+def _apart_gradient(w):
+    slope = (w[1] - w[0]).sign()
+    return torch.stack([-slope, slope])
+
+
+def _apart_proximal(w, step):
+    gap = fr.shrink(w[1] - w[0], 2 * step) / 2
+    middle = (w[0] + w[1]) / 2
+    return torch.stack([middle - gap, middle + gap])
+
+
+def test_differences_come_before_l1_and_before_one_norm_of_all():
+    structure = fr.Structure(needs=("order", "directions"), groups=lambda w: (0,))
+    apart = fr.penalty(gradient=_apart_gradient, proximal=_apart_proximal, structure=structure)(
+        lambda w: (w[1] - w[0]).abs()
+    )
+    line = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
+    for total in (
+        0.3 * fr.l1 + 0.4 * apart,
+        0.4 * apart + 0.5 * fr.group_lasso.given(dim=None) + 0.2 * fr.l1 + 0.5 * fr.half_l2,
+    ):
+        for w in grid[torch.randperm(len(grid))[:20]]:
+            z = total.prox(w, 0.9)
+            at = vmap(lambda z, w=w, total=total: 0.5 * (z - w).square().sum() + 0.9 * total(z))
+            assert at(z[None]) <= at(grid).min() + 1e-12
+            assert (at(grid).min() - at(z[None])) < 1e-2
+    with pytest.raises(ValueError, match="in a metric"):
+        (fr.l1 + apart).prox(w, 1.0, metric=torch.ones_like(w))
+    with pytest.raises(ValueError, match="no proximal operator"):
+        (fr.group_lasso.given(dim=()) + apart).prox(w, 1.0)
+
+
+def test_sums_are_fused_and_valued_as_other_penalties_are():
+    total = 0.3 * fr.l1 + 0.2 * fr.group_lasso.given(dim=None, mask=fr.matrices) + 0.1 * fr.half_l2
+    w = {"a": draw(dtype=torch.float32)["head"].weight, "b": draw(dtype=torch.float32)["head"].bias}
+    value, slopes = fr.value_and_grad(total, backend="aot_eager")(w)
+    torch.testing.assert_close(value, total(w))
+    assert_equal(slopes, total.grad(w), rtol=1e-6, atol=1e-7)
+    tx = fr.prox_adam(0.1, total)
+    updates, _ = tx.update(w, tx.init(w), w)
+    step = fr.fuse(tx, backend="aot_eager")
+    params, state = step.init(w)
+    params, _ = step(params, w, state)
+    assert_equal(params, fr.apply_updates(w, updates), rtol=2e-5, atol=1e-6)

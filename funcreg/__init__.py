@@ -1,8 +1,10 @@
 """Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
 
 from funcreg.certificates import (
+    duality_gap as duality_gap,
     kkt_residual as kkt_residual,
     lambda_max as lambda_max,
+    null_model as null_model,
     sparsity as sparsity,
 )
 from funcreg.clipping import (
@@ -21,6 +23,9 @@ from funcreg.combine import (
     named_chain as named_chain,
     partition as partition,
     set_to_zero as set_to_zero,
+)
+from funcreg.composition import (
+    Structure as Structure,
 )
 from funcreg.conventions import (
     Elastic as Elastic,
@@ -136,6 +141,12 @@ from funcreg.structured import (
     slope as slope,
     total_variation as total_variation,
     tree_lasso as tree_lasso,
+)
+from funcreg.stochastic import (
+    adamprox as adamprox,
+    ftrl as ftrl,
+    ramda as ramda,
+    rmda as rmda,
 )
 from funcreg.transform import (
     EmptyState as EmptyState,

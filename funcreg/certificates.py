@@ -1,17 +1,21 @@
-"""Certificates: is this a solution, from which strength on is everything zero, how sparse is it."""
+"""Certificates: is this a solution, how far from one is it, from which strength on is everything zero."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.func import grad, hessian, vjp, vmap
+from torch.nn.functional import softplus
 
-from funcreg._typing import Hyper, Mask, Params
-from funcreg.penalty import Penalty
+from funcreg._typing import Hyper, Mask, Params, Scalar
+from funcreg.composition import Term, split
+from funcreg.penalty import Penalty, Sum
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
-from funcreg.tree import check_params, keep, mask_leaves, tree_leaves, tree_map
+from funcreg.tree import check_params, compute, compute_leaves, flatten, keep, mask_leaves, total, tree_leaves, tree_map
 
 
 def kkt_residual(
@@ -76,7 +80,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     bisection over the 64 bits of a number, exact to the last one. Infinite for a penalty that makes no zeros.
 
     Args:
-        grads: Gradients of the loss at zero. Leaves that carry no penalty, such as an intercept, are fitted first.
+        grads: Gradients of the loss at zero. Leaves that carry no penalty, such as an intercept, are fitted first,
+            which `null_model` does.
         penalty: A convex penalty such as `l1`.
         hyper: Its hyperparameters.
         mask: Leaves on which the penalty acts; the others are not looked at.
@@ -94,13 +99,13 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     check_penalty(penalty, hyper, options)
     check_params(grads, "grads")
     chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
-    slopes = tree_map(lambda g: g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
+    downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
 
     def vanish(strength: Tensor) -> Tensor:
-        landed = penalty.prox(slopes, strength, *hyper, **options)
+        landed = penalty.prox(downhill, strength, *hyper, **options)
         return _largest(landed) == 0
 
-    size = _largest(slopes).to(torch.float64)
+    size = _largest(downhill).to(torch.float64)
     # Non-negative floats are ordered like their bits.
     low, high = torch.zeros_like(size).view(torch.int64), (size * 2.0**200).view(torch.int64)
     reachable = vanish(size * 2.0**200)
@@ -110,6 +115,160 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
         low, high = torch.where(gone, low, middle), torch.where(gone, middle, high)
     least = torch.where(vanish(torch.zeros_like(size)), torch.zeros_like(size), high.view(torch.float64))
     return torch.where(reachable, least, torch.where(size.isnan(), size, torch.inf))
+
+
+def null_model(loss: Callable[[Params], Tensor], params: Params, mask: Mask, steps: int = 30) -> Params:
+    r"""Parameters where a path of strengths begins: zero where a mask is True, and the rest fitted.
+
+    The leaves that carry no penalty (an intercept, a bias) are moved to the minimum of the loss by Newton's method, so
+    that `lambda_max` of the gradients there is the strength from which on all others are zero.
+
+    Args:
+        loss: From parameters to a scalar; smooth, and convex in the leaves that carry no penalty.
+        params: A tree of tensors; those of the leaves that are fitted are the start.
+        mask: Leaves on which the penalty acts; the others are fitted, and should have few entries in all: the second
+            derivative is a matrix of them.
+        steps: Number of Newton steps; the best of step sizes 1, 1/2, 1/4 ... is taken.
+
+    Example:
+        The mean of the targets is the intercept of a model without weights:
+
+        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1.0, 2.0, 6.0])
+        >>> def loss(params):
+        ...     return (x @ params["weight"] + params["bias"] - y).square().mean() / 2
+        >>> start = null_model(loss, {"weight": torch.ones(1), "bias": torch.zeros(())}, mask=select("weight"))
+        >>> start
+        {'weight': tensor([0.]), 'bias': tensor(3.)}
+        >>> lambda_max(torch.func.grad(loss)(start), l1, mask=select("weight"))
+        tensor(1.6667, dtype=torch.float64)
+    """
+    check_params(params)
+    bools = mask_leaves(mask, params)
+    leaves, rebuild = flatten(params)
+    free = [leaf for leaf, penalized in zip(leaves, bools, strict=True) if not penalized]
+    sizes = [leaf.numel() for leaf in free]
+
+    def model(point: Tensor) -> Params:
+        found = iter(point.split(sizes))
+        return rebuild(
+            [
+                torch.zeros_like(leaf) if penalized else next(found).reshape(leaf.shape).to(leaf.dtype)
+                for leaf, penalized in zip(leaves, bools, strict=True)
+            ]
+        )
+
+    if not sum(sizes):
+        return tree_map(lambda w: torch.zeros_like(w), params) if not free else model(free[0].reshape(-1))
+    point = torch.cat([leaf.reshape(-1) for leaf in free])
+    objective = lambda point: loss(model(point))
+    # Zero at last: whatever the loss does, no step makes it worse.
+    reaches = torch.cat([0.5 ** torch.arange(20, device=point.device), torch.zeros(1, device=point.device)]).to(point)
+    for _ in range(steps):
+        # Of least norm, where the minimum is not unique: biases of all classes may move together.
+        direction = torch.linalg.pinv(hessian(objective)(point), hermitian=True) @ grad(objective)(point)
+        candidates = point - reaches[:, None] * direction
+        losses = vmap(objective)(candidates)
+        best = torch.where(losses.isnan(), torch.inf, losses).argmin()
+        point = candidates.index_select(0, best[None])[0]
+    return model(point)
+
+
+#: Losses, means over samples: half the squared distance, and the logistic loss of targets from 0 to 1.
+Loss = Literal["squared", "logistic"]
+
+
+def _squared(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    distance = outputs - targets
+    return distance, lambda share: (1 - share).square() * distance.square() / 2
+
+
+def _logistic(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    guesses = outputs.sigmoid()
+
+    def divergence(share: Tensor) -> Tensor:
+        mixed = share * guesses + (1 - share) * targets
+        entropy = torch.xlogy(mixed, mixed) + torch.xlogy(1 - mixed, 1 - mixed)
+        return entropy + softplus(outputs) - mixed * outputs
+
+    return guesses - targets, divergence
+
+
+def duality_gap(
+    predict: Callable[[Params], Tensor],
+    params: Params,
+    targets: Tensor,
+    penalty: Penalty,
+    *hyper: Hyper,
+    strength: Scalar = 1.0,
+    loss: Loss = "squared",
+    **options: Any,
+) -> Tensor:
+    r"""Bound on how far :math:`f + \lambda g` is from its minimum, for a linear model; 0 at the solution.
+
+    With the gradient of the loss, scaled until it is feasible, as the point of the dual problem, as scikit-learn does:
+    for the same problem this is its `dual_gap_`.
+
+    Args:
+        predict: From parameters to outputs, samples first: linear in the parameters, but for a constant. Fit an
+            intercept first, or centre the samples, and leave it out of `params`.
+        params: Parameters; all of them carry the penalty.
+        targets: Tensor like the outputs.
+        penalty: A norm such as `l1` or `group_lasso`, or a sum of such with ridges, as `elastic` is.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number above 0, or 0-dim tensor.
+        loss: `"squared"`, half the squared distance, or `"logistic"`, the binary cross-entropy of logits and of targets
+            from 0 to 1; both summed over the outputs of a sample, and averaged over samples.
+        options: Static options of the penalty, such as `dim`.
+
+    Raises:
+        ValueError: The penalty is not a sum of norms and ridges, or has no norm in it.
+
+    Shape:
+        A 0-dim tensor.
+
+    Example:
+        >>> x, y = torch.eye(2), torch.tensor([3.0, 0.5])
+        >>> def predict(params):
+        ...     return x @ params["w"]
+        >>> duality_gap(predict, {"w": torch.tensor([1.0, 0.0])}, y, l1, strength=0.5)
+        tensor(0.2656)
+        >>> duality_gap(predict, {"w": torch.tensor([2.0, 0.0])}, y, l1, strength=0.5)
+        tensor(0.)
+
+    References:
+        Kim, Koh, Lustig, Boyd & Gorinevsky, *An interior-point method for large-scale l1-regularized least squares*,
+        2007.
+    """
+    nonnegative(strength=strength)
+    check_penalty(penalty, hyper, options)
+    check_params(params)
+    if loss not in _LOSSES:
+        raise ValueError(f"loss is {loss!r}; expected one of {', '.join(map(repr, _LOSSES))}")
+    values, options = penalty.bind(*hyper, **options)
+    smooth, norms = split([Term(penalty, (strength,), values, tuple(options.items()))])
+    other = [term.penalty.__name__ for term in norms if not term.penalty.structure.needs]
+    if other or not norms:
+        raise ValueError(
+            f"duality_gap of {penalty.__name__}: expected norms such as l1 and group_lasso, and ridges added to them"
+            + (f"; {other[0]} is neither" if other else "; there is no norm in it")
+        )
+    outputs, pull_back = vjp(predict, params)[:2]
+    if outputs.shape != targets.shape:
+        raise ValueError(f"targets have shape {tuple(targets.shape)}; expected {tuple(outputs.shape)}, as predicted")
+    slopes, divergence = _LOSSES[loss](outputs, targets)
+    samples = max(outputs.shape[0], 1) if outputs.ndim else 1
+    grads: Params = pull_back(slopes / samples)[0]
+    for term in smooth:
+        grads = compute(lambda g, s: g + s, grads, term.grad(params))
+    size = lambda_max(grads, Sum(tuple(norms)))
+    share = (1 / size).clamp(max=1.0)  # Of the gradient that is feasible in the dual problem; all of it at a solution.
+    along = total(compute_leaves(lambda g, w: (g * w).sum(), grads, params))
+    ridges = total([term.value(params) for term in smooth]) * (1 - share).square()
+    gap = divergence(share).sum() / samples + ridges + share * along + Sum(tuple(norms))(params)
+    return gap.to(along.dtype)
+
+
+_LOSSES = {"squared": _squared, "logistic": _logistic}
 
 
 def sparsity(params: Params, mask: Mask | None = None) -> Tensor:

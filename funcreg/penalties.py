@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcreg._typing import Scalar
+from funcreg._typing import Hyper, Scalar
+from funcreg.composition import Structure, Term
 from funcreg.penalty import penalty
-from funcreg.tree import safe_sqrt, sign, squared
+from funcreg.tree import safe_sqrt, sign, squared, tree_map
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
 Dim = int | tuple[int, ...] | EllipsisType | None
@@ -57,7 +58,13 @@ def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     return torch.where(w == 0, shrink(g, strength), g + strength * sign(w))
 
 
-@penalty(gradient=sign, proximal=_l1_proximal, residual=_l1_residual, reach="elementwise")
+@penalty(
+    gradient=sign,
+    proximal=_l1_proximal,
+    residual=_l1_residual,
+    reach="elementwise",
+    structure=Structure(needs=("signs",), keeps=("signs", "order")),
+)
 def l1(w: Tensor) -> Tensor:
     r"""Sum of magnitudes, :math:`\sum_i |w_i|`.
 
@@ -87,7 +94,13 @@ def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     return g + strength * _l2_gradient(w)
 
 
-@penalty(gradient=_l2_gradient, proximal=_l2_proximal, residual=_l2_residual, reach="elementwise")
+@penalty(
+    gradient=_l2_gradient,
+    proximal=_l2_proximal,
+    residual=_l2_residual,
+    reach="elementwise",
+    structure=Structure(curvature=lambda: 2.0),
+)
 def l2(w: Tensor) -> Tensor:
     r"""Sum of squares, :math:`\sum_i w_i^2`. No root, and no factor one half.
 
@@ -117,7 +130,13 @@ def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     return g + strength * w
 
 
-@penalty(gradient=_half_l2_gradient, proximal=_half_l2_proximal, residual=_half_l2_residual, reach="elementwise")
+@penalty(
+    gradient=_half_l2_gradient,
+    proximal=_half_l2_proximal,
+    residual=_half_l2_residual,
+    reach="elementwise",
+    structure=Structure(curvature=lambda: 1.0),
+)
 def half_l2(w: Tensor) -> Tensor:
     r"""Half the sum of squares, :math:`\frac{1}{2} \sum_i w_i^2`, whose gradient is :math:`w`.
 
@@ -144,12 +163,22 @@ def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho
     return torch.where(w == 0, at_zero, g + strength * _elastic_gradient(w, alpha, rho))
 
 
+def _elastic_parts(alpha: Hyper, rho: Hyper) -> list[Term]:
+    return [Term(l1, (alpha, rho)), Term(half_l2, (alpha, _rest(rho)))]
+
+
+def _rest(rho: Hyper) -> Hyper:
+    """The share of the other part, for a number or a tree of them."""
+    return tree_map(lambda rho: 1 - rho, rho)
+
+
 @penalty(
     gradient=_elastic_gradient,
     proximal=_elastic_proximal,
     residual=_elastic_residual,
     reach="elementwise",
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
+    structure=Structure(parts=_elastic_parts),
 )
 def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
     r"""Elastic net, :math:`\alpha (\rho \|w\|_1 + \frac{1 - \rho}{2} \|w\|_2^2)`.
@@ -278,6 +307,10 @@ def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights
     return shrink_groups_in_metric(w, h, step * group_sizes(w, dims, weights), dims)
 
 
+def _groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
+    return _dims(w, dim)
+
+
 def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     force = strength * group_sizes(w, dims, weights)
@@ -290,6 +323,7 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
     metric=_group_metric,
     residual=_group_residual,
     reach="leaf",
+    structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=_groups),
 )
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum of the norms of groups, :math:`\sum_g c_g \|w_g\|_2`, which zeroes whole groups.
@@ -343,6 +377,11 @@ def _sparse_group_residual(
     return _group_residual(w, entries, strength * alpha * (1 - rho), dim=dim, weights=weights)
 
 
+def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
+    groups = Term(group_lasso, (alpha, _rest(rho)), options=tuple(options.items()))
+    return [Term(l1, (alpha, rho)), groups]
+
+
 @penalty(
     gradient=_sparse_group_gradient,
     proximal=_sparse_group_proximal,
@@ -350,6 +389,7 @@ def _sparse_group_residual(
     residual=_sparse_group_residual,
     reach="leaf",
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
+    structure=Structure(parts=_sparse_group_parts),
 )
 def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Zero groups, and zeros inside groups, :math:`\alpha (\rho \|w\|_1 + (1 - \rho) \sum_g c_g \|w_g\|_2)`.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach
+from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
+from funcreg.composition import Structure, Term, sum_gradient, sum_proximal, sum_residual, sum_value
 from funcreg.tree import (
     check_alike,
     check_nonnegative,
@@ -35,6 +36,10 @@ class Penalty:
     alone. Most penalties are written on one leaf, with the decorator `penalty`; one that couples leaves is made
     from three functions on trees.
 
+    `p.given(*hyper, **options)` is the penalty of given hyperparameters; such penalties are scaled and added,
+    `0.1 * l1 + elastic.given(0.1, 0.5)`. A sum has a value and a gradient; it has a proximal operator where that is
+    exact, and raises an error that says why where it is not.
+
     Args:
         value: From `(params, *hyper, **options)` to a scalar.
         gradient: From the same to a tree like the parameters.
@@ -45,6 +50,7 @@ class Penalty:
         reach: How far one entry of the proximal operator looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         rule: The function whose name, documentation and signature these are; by default `value`.
+        structure: What sums with this penalty may rely on; by default nothing, so that a sum has no proximal operator.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -56,6 +62,16 @@ class Penalty:
         >>> params = {"weight": torch.tensor([3.0]), "bias": torch.tensor([4.0])}
         >>> joint(params), joint.prox(params, 6.0)
         (tensor(5.), {'weight': tensor([0.]), 'bias': tensor([0.])})
+
+        A sum, whose first term acts on matrices alone:
+
+        >>> both = 0.1 * l1.given(mask=matrices) + elastic.given(alpha=0.2, rho=0.5)
+        >>> both
+        <penalty 0.1 * l1 + elastic(params)>
+        >>> both({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([4.0])})
+        tensor(2.2500)
+        >>> both.prox({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([0.1])}, 1.0)
+        {'weight': tensor([[2.5455]]), 'bias': tensor([0.])}
     """
 
     def __init__(
@@ -68,10 +84,12 @@ class Penalty:
         reach: Reach | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         rule: Callable[..., Any] | None = None,
+        structure: Structure | None = None,
     ) -> None:
         rule = rule or value
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self.reach: Reach | None = reach
+        self.structure = structure or Structure()
         self.__name__ = self.__qualname__ = rule.__name__
         self.__doc__ = rule.__doc__
         self.__module__ = rule.__module__
@@ -154,6 +172,43 @@ class Penalty:
 
         return _on(mask, params, act, grads)
 
+    def given(self, *hyper: Hyper, strength: Scalar = 1.0, mask: Mask | None = None, **options: Any) -> Penalty:
+        """This penalty with its hyperparameters and options, times a number, on the leaves of a mask.
+
+        It takes nothing more, and may be added to others. `0.1 * l1` is `l1.given(strength=0.1)`; code that is
+        compiled writes the second if the number is a tensor.
+        """
+        missing = [p.name for p in self._hyper[len(hyper) :] if p.default is p.empty and p.name not in options]
+        if missing:
+            raise TypeError(
+                f"{self.__name__} still takes {', '.join(missing)}; a penalty that is scaled or added has its "
+                f"hyperparameters, as in 0.1 * {self.__name__}.given({', '.join(missing)})"
+            )
+        values, options = self.bind(*hyper, **options)
+        if any([callable(leaf) for value in (strength, *values) for leaf in tree_leaves(value)]):
+            raise TypeError(
+                f"{self.__name__} is given a function; expected numbers, tensors or trees of them. A schedule goes to "
+                "what takes the penalty, as strength= or as a hyperparameter there."
+            )
+        check_nonnegative(f"the strength of {self.__name__}", strength)
+        if not isinstance(strength, (int, float, Tensor)) or (isinstance(strength, Tensor) and strength.ndim):
+            raise TypeError(
+                f"the strength of {self.__name__} is {strength!r}; expected a number or a tensor without dimensions. "
+                "Strengths of leaves go to what takes the penalty, as strength=."
+            )
+        one = isinstance(strength, (int, float)) and strength == 1
+        return Sum((Term(self, () if one else (strength,), values, tuple(options.items()), mask),))
+
+    def __add__(self, other: Penalty) -> Penalty:
+        if not isinstance(other, Penalty):
+            return NotImplemented
+        return Sum((*_terms(self), *_terms(other)))
+
+    def __mul__(self, strength: Scalar) -> Penalty:
+        return self.given(strength=strength)
+
+    __rmul__ = __mul__
+
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
         """Hyperparameters in their order and options, or an error that says what this penalty takes."""
         takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
@@ -186,6 +241,37 @@ class Penalty:
         return tuple(values), options
 
 
+class Sum(Penalty):
+    """Terms added up: a penalty that takes no hyperparameters."""
+
+    # In attributes alone, without a look at signatures: sums are also made inside compiled functions.
+    def __init__(self, terms: tuple[Term, ...]) -> None:
+        self._addends = terms
+        self._hyper, self._options, self._bounds = (), frozenset(), {}
+        self.structure = Structure(parts=lambda: terms)
+        self.reach = "elementwise" if all([term.penalty.reach == "elementwise" for term in terms]) else None
+
+    @property
+    def __name__(self) -> str:
+        return " + ".join([str(term) for term in self._addends])
+
+    def _value(self, params: Params) -> Tensor:
+        return sum_value(self._addends, params)
+
+    def _gradient(self, params: Params) -> Params:
+        return sum_gradient(self._addends, params)
+
+    def _proximal(self, params: Params, step: Hyper, metric: Params | None = None) -> Params:
+        return sum_proximal(self._addends, params, step, metric)
+
+    def _residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
+        return sum_residual(self._addends, params, grads, strength)
+
+
+def _terms(whole: Penalty) -> tuple[Term, ...]:
+    return whole._addends if isinstance(whole, Sum) else _terms(whole.given())
+
+
 def _like(tree: Params | None, mask: Mask | None, params: Params) -> Params | None:
     return tree if mask is None or tree is None else keep(tree, mask_leaves(mask, params))
 
@@ -206,6 +292,7 @@ def penalty(
     residual: Callable[..., Tensor] | None = None,
     reach: Reach | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
+    structure: Structure | None = None,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
 
@@ -226,6 +313,7 @@ def penalty(
             :math:`g + \text{strength} \cdot \partial`; by default the residual of the proximal operator.
         reach: `"elementwise"` for a separable penalty, `"rows"`, `"matrix"` or `"leaf"`; None leaves it open.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
+        structure: What sums with this penalty may rely on; see `Structure`.
 
     Example:
         >>> def huber_gradient(w, width):
@@ -280,6 +368,7 @@ def penalty(
             reach=reach,
             bounds=bounds,
             rule=value,
+            structure=structure,
         )
 
     return lift

@@ -27,7 +27,7 @@ class ProximalState(NamedTuple):
     direction: State  # Of the momentum or the preconditioner.
 
 
-def _descend(
+def descend(
     direction: Transform,
     gain: Scalar,
     learning_rate: Hyper | Schedule,
@@ -38,6 +38,7 @@ def _descend(
     options: dict[str, Any],
     weight_decay: Hyper | Schedule = 0.0,
 ) -> Transform:
+    """A step along a direction, then the proximal operator in the direction's metric, if it has one."""
     nonnegative(learning_rate=learning_rate, strength=strength, weight_decay=weight_decay)
     check_penalty(penalty, hyper, options)
     check_mask(mask)
@@ -109,7 +110,7 @@ def prox_sgd(
         if isinstance(momentum, (int, float)) and momentum >= 1:
             raise ValueError(f"momentum is {momentum}; expected a number below 1")
         direction, gain = trace(momentum, nesterov), 1 / (1 - momentum)
-    return _descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
+    return descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
 
 
 def prox_adam(
@@ -159,7 +160,7 @@ def prox_adam(
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
     direction = scale_by_adam(b1, b2, eps)
-    return _descend(direction, 1.0, learning_rate, penalty, hyper, strength, mask, options, weight_decay)
+    return descend(direction, 1.0, learning_rate, penalty, hyper, strength, mask, options, weight_decay)
 
 
 class FistaState(NamedTuple):

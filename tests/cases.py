@@ -636,3 +636,122 @@ PENALTIES.update(
         ),
     }
 )
+
+
+# Sums
+
+
+PENALTIES.update(
+    {
+        "a given one": PenaltyCase(
+            fr.elastic.given(0.3, rho=0.6), lambda w: 0.18 * w.abs().sum() + 0.06 * (w * w.conj()).real.sum()
+        ),
+        "a multiple": PenaltyCase(0.7 * fr.group_lasso, lambda w: 0.7 * _sum_of_norms(_rows)(w)),
+        "ridge + l1": PenaltyCase(
+            0.3 * fr.half_l2 + fr.l1 * 0.8, lambda w: 0.15 * (w * w.conj()).real.sum() + 0.8 * w.abs().sum()
+        ),
+        "two ridges": PenaltyCase(
+            0.3 * (fr.half_l2 + 0.5 * fr.l2), lambda w: 0.3 * (w * w.conj()).real.sum(), smooth=True
+        ),
+        "groups + elastic": PenaltyCase(
+            fr.group_lasso.given(dim=None) + fr.elastic.given(0.3, 0.6),
+            lambda w: 0.18 * w.abs().sum() + 0.06 * (w * w.conj()).real.sum() + _sum_of_norms(_all)(w),
+        ),
+        "nested groups + l1 + ridge": PenaltyCase(
+            0.5 * fr.group_lasso.given(dim=None)
+            + 0.3 * fr.sparse_group_lasso.given(0.5, 0.4, weights="sqrt_size")
+            + fr.l2,
+            lambda w: (
+                0.5 * _sum_of_norms(_all)(w)
+                + 0.15 * (0.4 * w.abs().sum() + 0.6 * _sum_of_norms(_rows, root=True)(w))
+                + (w * w.conj()).real.sum()
+            ),
+            metric=False,  # Groups in groups compose with one step for all entries alone.
+        ),
+        "a sum on some leaves": PenaltyCase(
+            fr.l1.given(mask=fr.matrices) + 0.5 * fr.group_lasso + 0.2 * fr.half_l2.given(mask=fr.matrices),
+            lambda w: 0.5 * _sum_of_norms(_rows)(w) + (w.ndim > 1) * (w.abs().sum() + 0.1 * (w * w.conj()).real.sum()),
+        ),
+    }
+)
+
+TRANSFORMS.update(
+    {
+        "add_penalty of a sum": TransformCase(
+            lambda h=1.0: fr.add_penalty(fr.l1.given(strength=0.1 * h) + fr.l2, strength=0.5),
+            lambda s, h: s.g + 0.05 * h * s.w.sign() + s.w,
+        ),
+        "prox_adam of a sum": TransformCase(
+            lambda h=1.0: fr.prox_adam(0.1, fr.l1.given(strength=h) + 0.5 * fr.half_l2, eps=0.1),
+            lambda s, h: (
+                _soft(
+                    (_hat(s.gs, 0.999, 2).sqrt() + 0.1) * s.w - 0.1 * _hat(s.gs, 0.9),
+                    0.1 * h,
+                )
+                / (_hat(s.gs, 0.999, 2).sqrt() + 0.1 + 0.05)
+                - s.w
+            ),
+        ),
+    }
+)
+
+
+# Under noise
+
+
+def _weighted(s: Seen, rate: float, power: int) -> Tensor:
+    return sum((rate * math.sqrt(i + 1) * g**power for i, g in enumerate(s.gs)), torch.zeros(()))
+
+
+def _rmda(s: Seen, rate: float, strength: float) -> Tensor:
+    whole, root = sum(rate * math.sqrt(i + 1) for i in range(s.n)), math.sqrt(s.n)
+    return _soft(s.ws[0] - _weighted(s, rate, 1) / root, whole * strength / root)
+
+
+def _ramda(s: Seen, rate: float, strength: float, eps: float) -> Tensor:
+    whole, h = sum(rate * math.sqrt(i + 1) for i in range(s.n)), _weighted(s, rate, 2) ** (1 / 3) + eps
+    return _soft(s.ws[0] - _weighted(s, rate, 1) / h, whole * strength / h)
+
+
+def _ftrl(s: Seen, rate: float, strengths: list[float]) -> Tensor:
+    """As McMahan and others write it, but for a start that is not zero."""
+    z, n = -s.ws[0] / rate, torch.zeros_like(s.w)
+    for g, w in zip(s.gs, s.ws, strict=True):
+        sigma = ((n + g * g).sqrt() - n.sqrt()) / rate
+        z, n = z + g - sigma * w, n + g * g
+    return -_soft(z, sum(strengths)) / ((1 + n.sqrt()) / rate)
+
+
+TRANSFORMS.update(
+    {
+        "rmda": TransformCase(
+            lambda h=1.0: fr.rmda(0.1 * h, fr.l1, strength=0.5), lambda s, h: _rmda(s, 0.1 * h, 0.5) - s.w
+        ),
+        "rmda with momentum": TransformCase(
+            lambda h=1.0: fr.rmda(0.1, fr.l1, strength=0.5 * h, momentum=0.25, mask=fr.matrices),
+            lambda s, h: 0.75 * (_rmda(s, 0.1, 0.5 * h * (s.w.ndim > 1)) - s.w),
+        ),
+        "ramda": TransformCase(
+            lambda h=1.0: fr.ramda(0.1, fr.l1, strength=0.5 * h, eps=0.1),
+            lambda s, h: _ramda(s, 0.1, 0.5 * h, 0.1) - s.w,
+        ),
+        "ramda of groups": TransformCase(
+            lambda h=1.0: fr.ramda(0.1, fr.sparse_group_lasso, 1.0, 0.5, strength=h, eps=0.1), None
+        ),
+        "ftrl": TransformCase(
+            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=0.3 * h), lambda s, h: _ftrl(s, 0.5, [0.3 * h] * s.n) - s.w
+        ),
+        "ftrl of a single round": TransformCase(
+            lambda h=1.0: fr.ftrl(0.5, fr.l1, strength=lambda count: h * falling(count)),
+            lambda s, h: _ftrl(s, 0.5, [h]) - s.w,
+        ),
+        "adamprox": TransformCase(
+            lambda h=1.0: fr.adamprox(0.1, 30.0 * h, eps=0.1),
+            lambda s, h: (s.w - 0.1 * _adam(s, eps=0.1)) / (1 + 3 * h) - s.w,
+        ),
+        "adamprox on a schedule, masked": TransformCase(
+            lambda h=1.0: fr.adamprox(falling, h, eps=0.1, mask=fr.matrices),
+            lambda s, h: (s.w - _adam(s, eps=0.1) / s.n) / (1 + (s.w.ndim > 1) * h / s.n) - s.w,
+        ),
+    }
+)

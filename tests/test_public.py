@@ -72,6 +72,7 @@ def test_penalties_look_like_functions():
 LAYERS = [
     ["_typing", "recording"],
     ["tree", "schedules", "packing"],
+    ["composition"],
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
@@ -80,6 +81,7 @@ LAYERS = [
     ["structured"],
     ["regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
+    ["stochastic"],
 ]
 
 

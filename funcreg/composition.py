@@ -1,0 +1,257 @@
+"""Sums of penalties: when the proximal operator of a sum is that of one term after that of another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params
+from funcreg.tree import (
+    broadcast,
+    compute,
+    compute_wide,
+    flatten,
+    mask_leaves,
+    product,
+    total,
+    tree_leaves,
+    tree_map,
+)
+
+#: What a proximal operator may keep of the point that it moves; see `Structure`.
+Kept = Literal["signs", "order", "directions"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    r"""What a penalty tells of itself, from which a sum knows whether its proximal operator is exact.
+
+    :math:`\operatorname{prox}_{f + g} = \operatorname{prox}_f \circ \operatorname{prox}_g` where the proximal
+    operator of :math:`f` leaves every subgradient of :math:`g` a subgradient. So a penalty says what has to be kept
+    for that, and what its own proximal operator keeps:
+
+    - `"signs"`: no entry changes its sign, and zeros stay zeros;
+    - `"order"`: all entries of a leaf go through one odd function that never falls, so that those that were equal
+      stay equal;
+    - `"directions"`: each group is multiplied by a number of at least 0.
+
+    A penalty with a constant second derivative needs none of this: it shrinks first, and makes the metric stiffer.
+
+    Args:
+        needs: Each of these alone keeps the subgradients of this penalty.
+        keeps: What the proximal operator of this penalty keeps. In a metric only signs count.
+        groups: From a leaf and the static options to the dimensions inside a group, for `"directions"`: those of
+            small groups are kept by what scales larger ones.
+        curvature: From the hyperparameters to :math:`q`, for a penalty :math:`\frac{q}{2} \|w - c\|^2`.
+        parts: From the hyperparameters and options to the terms of a penalty that is itself a sum.
+
+    Example:
+        Soft thresholding keeps signs, and all that :math:`|w|` needs is its sign; so does this one:
+
+        >>> @penalty(
+        ...     gradient=lambda w: (w > 0).to(w.dtype),
+        ...     proximal=lambda w, step: w - w.clamp(min=0).clamp(max=step),
+        ...     structure=Structure(needs=("signs",), keeps=("signs",)),
+        ... )
+        ... def positive_part(w):
+        ...     return w.relu()
+        >>> (0.5 * l1 + positive_part).prox(torch.tensor([3.0, -3.0, 1.0]), 1.0)
+        tensor([ 1.5000, -2.5000,  0.0000])
+
+    References:
+        Yu, *On decomposing the proximal map*, 2013.
+    """
+
+    needs: tuple[Kept, ...] = ()
+    keeps: tuple[Kept, ...] = ()
+    groups: Callable[..., tuple[int, ...]] | None = None
+    curvature: Callable[..., Hyper] | None = None
+    parts: Callable[..., Sequence[Term]] | None = None
+
+
+class Term(NamedTuple):
+    """A penalty with all that it takes, times factors."""
+
+    penalty: Any  # A Penalty, whose module imports this one.
+    factors: tuple[Hyper, ...] = ()
+    hyper: tuple[Hyper, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    mask: Mask | None = None
+
+    def value(self, params: Params) -> Tensor:
+        value = self.penalty(params, *self.hyper, mask=self.mask, **dict(self.options))
+        for factor in self.factors:
+            value = (factor * value).to(value.dtype)
+        return value
+
+    def grad(self, params: Params) -> Params:
+        slopes = self.penalty.grad(params, *self.hyper, mask=self.mask, **dict(self.options))
+        return compute(lambda g, c: c * g, slopes, hyper=(product(params, *self.factors),)) if self.factors else slopes
+
+    def prox(self, params: Params, step: Hyper, metric: Params | None) -> Params:
+        step = product(params, step, *self.factors)
+        return self.penalty.prox(params, step, *self.hyper, metric=metric, mask=self.mask, **dict(self.options))
+
+    def residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
+        strength = product(params, strength, *self.factors)
+        return self.penalty.residual(
+            params, grads, *self.hyper, strength=strength, mask=self.mask, **dict(self.options)
+        )
+
+    def parts(self) -> list[Term]:
+        """The terms of this term, none of them itself a sum."""
+        split = self.penalty.structure.parts
+        if split is None:
+            return [self]
+        inner = [part for term in split(*self.hyper, **dict(self.options)) for part in term.parts()]
+        return [
+            part._replace(factors=(*self.factors, *part.factors), mask=_both(self.mask, part.mask)) for part in inner
+        ]
+
+    def curvature(self, params: Params) -> Hyper:
+        """The second derivative, 0 at leaves that the mask leaves out."""
+        bend = product(params, self.penalty.structure.curvature(*self.hyper, **dict(self.options)), *self.factors)
+        return bend if self.mask is None else product(params, bend, flatten(params)[1](map(float, self.places(params))))
+
+    def places(self, params: Params) -> list[bool]:
+        """On which leaves this term acts."""
+        return [True] * len(tree_leaves(params)) if self.mask is None else mask_leaves(self.mask, params)
+
+    def __str__(self) -> str:
+        factors = [f"{factor:g}" if isinstance(factor, (int, float)) else "c" for factor in self.factors]
+        name = self.penalty.__name__
+        return " * ".join([*factors, f"({name})" if factors and " + " in name else name])
+
+
+def _both(outer: Mask | None, inner: Mask | None) -> Mask | None:
+    if outer is None or inner is None:
+        return inner if outer is None else outer
+
+    def both(params: Params) -> Params:
+        bools = zip(mask_leaves(outer, params), mask_leaves(inner, params), strict=True)
+        return flatten(params)[1]([a and b for a, b in bools])
+
+    return both
+
+
+def sum_value(terms: Sequence[Term], params: Params) -> Tensor:
+    """The value of a sum."""
+    return total([term.value(params) for term in terms])
+
+
+def sum_gradient(terms: Sequence[Term], params: Params) -> Params:
+    """The sum of gradients, rounded once."""
+    exact = _widened(params)
+    slopes = [term.grad(exact) for term in terms]
+    return compute(lambda w, *slopes: functools.reduce(torch.add, slopes), params, *slopes)
+
+
+def sum_proximal(terms: Sequence[Term], params: Params, step: Hyper, metric: Params | None) -> Params:
+    """The proximal operator of a sum, rounded once; a ValueError if it is not known to be exact."""
+    smooth, rough = _sorted(terms)
+    point = _widened(params)
+    for term in smooth:
+        point = term.prox(point, step, metric)
+        step, metric = _stiffened(point, step, metric, term.curvature(point))
+    for term in _ordered(rough, point, metric is None and not _varies(step)):
+        point = term.prox(point, step, metric)
+    return compute(lambda w, z: z, params, point)
+
+
+def sum_residual(terms: Sequence[Term], params: Params, grads: Params, strength: Hyper) -> Params:
+    """The element of least norm of the subdifferential: what is left of the gradient after each term in turn.
+
+    It is the first derivative of the proximal operator in its step, and so composes in the same order.
+    """
+    smooth, rough = _sorted(terms)
+    for term in [*smooth, *_ordered(rough, params, not _varies(strength))]:
+        grads = term.residual(params, grads, strength)
+    return grads
+
+
+def split(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+    """The parts of a sum that have a constant second derivative, and the others."""
+    parts = [part for term in terms for part in term.parts()]
+    smooth = [part for part in parts if part.penalty.structure.curvature is not None]
+    return smooth, [part for part in parts if part.penalty.structure.curvature is None]
+
+
+def _sorted(terms: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+    """`split`, except for a single term, whose own rules are as good."""
+    return split(terms) if len(terms) > 1 else ([], list(terms))
+
+
+def _widened(params: Params) -> Params:
+    return compute_wide(lambda w: w, params)
+
+
+def _varies(value: Hyper) -> bool:
+    """Whether a hyperparameter differs between the entries of a leaf."""
+    return any(isinstance(x, Tensor) and x.ndim > 0 for x in tree_leaves(value))
+
+
+def _stiffened(params: Params, step: Hyper, metric: Params | None, curvature: Hyper) -> tuple[Hyper, Params | None]:
+    r"""Step and metric for what is left after a term of this curvature: the metric grows by step times curvature.
+
+    One number for a whole leaf divides the step instead, which every penalty understands.
+    """
+    if metric is None and not _varies(step) and not _varies(curvature):
+        rows = [broadcast(x, params, "a hyperparameter") for x in (step, curvature)]
+        steps = [s / (1 + s * q) for s, q in zip(*rows, strict=True)]
+        single = not _is_tree(step, rows[0]) and not _is_tree(curvature, rows[1])
+        return (steps[0] if single and steps else flatten(params)[1](steps)), None
+    if metric is None:
+        metric = tree_map(lambda w: torch.ones_like(w.real), params)
+    return step, compute_wide(lambda h, s, q: h + s * q, metric, hyper=(step, curvature))
+
+
+def _is_tree(value: Hyper, spread: list[Any]) -> bool:
+    return any(x is not value for x in spread)
+
+
+def _ordered(terms: list[Term], params: Params, uniform: bool) -> list[Term]:
+    """The terms in an order in which each leaves the subgradients of all before it what they are."""
+    uniform = uniform and not any(_varies(factor) for term in terms for factor in term.factors)
+    leaves, places = tree_leaves(params), [term.places(params) for term in terms]
+
+    def may_follow(last: int, first: int) -> bool:
+        shared = [w for w, here, there in zip(leaves, places[last], places[first], strict=True) if here and there]
+        return not shared or _leaves_alone(terms[last], terms[first], shared, uniform)
+
+    left, order = list(range(len(terms))), []
+    while left:
+        # Whatever may go first, may: the order of the others is as good without it.
+        first = next((i for i in left if all([may_follow(j, i) for j in left if j != i])), None)
+        if first is None:
+            raise ValueError(_why_not([terms[i] for i in left], uniform))
+        left.remove(first)
+        order.append(terms[first])
+    return order
+
+
+def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], uniform: bool) -> bool:
+    """Whether the proximal operator of `last` leaves subgradients of `first` subgradients."""
+    inner, outer = first.penalty.structure, last.penalty.structure
+    kept = [need for need in inner.needs if need in outer.keeps and (uniform or need == "signs")]
+    if any(need != "directions" for need in kept):
+        return True
+    if not kept or inner.groups is None or outer.groups is None:
+        return False
+    return all(
+        [set(inner.groups(w, **dict(first.options))) <= set(outer.groups(w, **dict(last.options))) for w in leaves]
+    )
+
+
+def _why_not(terms: Sequence[Term], uniform: bool) -> str:
+    where = "" if uniform else ", in a metric (as Adam has one) or with a step of its own for each entry,"
+    return (
+        f"{' + '.join(map(str, terms))} has a value and a gradient, but{where} no proximal operator that is known to "
+        "be exact: that of one term spoils what that of another found. Exact are sums of anything with half_l2 or l2, "
+        "l1 with group penalties, and groups nested in each other. Keep the proximal operator of one term and put the "
+        "other into the loss or add_penalty; or give each its own leaves with given(mask=...)."
+    )

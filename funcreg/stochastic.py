@@ -1,0 +1,307 @@
+"""Proximal training under noise: dual averaging, which finds a support and keeps it, and decay in proximal form.
+
+After a step along one noisy gradient, the proximal operator sees a weight that the noise has moved: zeros come and go
+with the batches. Dual averaging applies it to the sum of all gradients instead, with the penalty of all steps, so that
+the noise averages out and the support settles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.penalties import half_l2
+from funcreg.penalty import Penalty
+from funcreg.proximal import descend
+from funcreg.regularizing import check_penalty
+from funcreg.scaling import scale_by_adam
+from funcreg.transform import Transform, at_step, check_fit, counter, furthest, nonnegative
+from funcreg.tree import check_mask, compute, compute_wide, product, safe_sqrt, squared, tree_map, wide, zeros
+
+
+class DualAveragingState(NamedTuple):
+    """The state of `rmda` and `ramda`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    weight: Tensor  # Sum of the weights of all gradients so far, float64.
+    start: Params  # Parameters before the first update.
+    gradients: Params  # Weighted sum of all gradients.
+    squares: Params  # Weighted sum of their squared magnitudes; `rmda` has none.
+
+
+def _average(
+    metric: Callable[[Params], Params] | None,
+    learning_rate: Scalar | Schedule,
+    penalty: Penalty,
+    hyper: tuple[Hyper, ...],
+    strength: Hyper | Schedule,
+    momentum: Scalar | Schedule,
+    mask: Mask | None,
+    options: dict[str, Any],
+) -> Transform:
+    nonnegative(learning_rate=learning_rate, strength=strength, momentum=momentum)
+    check_penalty(penalty, hyper, options)
+    check_mask(mask)
+
+    def init(params: Params) -> DualAveragingState:
+        check_fit(params, mask, strength, *hyper)
+        steps = counter(params)
+        weight = torch.zeros_like(steps, dtype=torch.float64)
+        squares = () if metric is None else _real_zeros(params)
+        return DualAveragingState(steps, weight, tree_map(torch.clone, params), zeros(params), squares)
+
+    def update(updates: Updates, state: DualAveragingState, params: Params) -> tuple[Updates, DualAveragingState]:
+        rate, force, keep, *values = (
+            at_step(value, state.steps) for value in (learning_rate, strength, momentum, *hyper)
+        )
+        steps = state.steps + 1
+        root = steps.to(torch.float64).sqrt()
+        weight = state.weight + rate * root
+        gradients = compute(lambda v, g, s: v + s * g, state.gradients, updates, hyper=(rate * root,))
+        force = product(params, weight, force)
+        if metric is None:
+            squares, h, scale = (), None, root
+            force = product(params, force, 1 / root)  # One number for all entries, which every penalty understands.
+        else:
+            squares = compute(lambda v, g, s: v + s * squared(g), state.squares, updates, hyper=(rate * root,))
+            scale = h = metric(squares)
+        reached = compute_wide(lambda w, v, h: w - v / h, state.start, gradients, hyper=(scale,))
+        landed = penalty.prox(reached, force, *values, metric=h, mask=mask, **options)
+        # In the dtype of the parameters, or w + (0 - w) would not be 0.
+        moves = compute(lambda w, z, b: (1 - b) * (z - w), params, landed, hyper=(keep,))
+        return moves, DualAveragingState(steps, weight.to(torch.float64), state.start, gradients, squares)
+
+    return Transform(init, update, furthest([penalty.reach or "global"]), state=DualAveragingState)
+
+
+def _real_zeros(params: Params) -> Params:
+    return tree_map(lambda w: torch.zeros_like(w.real, dtype=wide(w.real.dtype)), params)
+
+
+def rmda(
+    learning_rate: Scalar | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    momentum: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Dual averaging: one proximal step from the start along the weighted sum of all gradients.
+
+    .. math::
+        z_t = \arg\min_z \; \langle \textstyle\sum_s c_s g_s, z \rangle + \frac{\sqrt{t}}{2} \|z - w_0\|^2
+        + \textstyle\sum_s c_s \cdot \lambda g(z), \quad c_s = \eta_s \sqrt{s}, \quad
+        w_t = \beta w_{t-1} + (1 - \beta) z_t
+
+    It ends at a minimum of :math:`f + \lambda g`, also under gradients of batches, and finds the support of that
+    minimum after finitely many steps, where `prox_sgd` lets zeros come and go. The pull back to the start fades as
+    1 / t, so that for an accurate solution of a problem without noise `fista` is the better one.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule, as for plain descent.
+        penalty: A penalty :math:`g` such as `l1`.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        momentum: :math:`\beta`: number of at least 0 and below 1, tensor or schedule. Zeros are exact where it is 0;
+            a schedule that ends there has both.
+        mask: Leaves on which the penalty acts; the others are averaged without it.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = rmda(0.5, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(1000):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7013, 0.0000])}
+
+    References:
+        Huang & Lee, *Training structured neural networks through manifold identification and variance reduction*,
+        2022.
+        Xiao, *Dual averaging methods for regularized stochastic learning and online optimization*, 2010.
+    """
+    return _average(None, learning_rate, penalty, hyper, strength, momentum, mask, options)
+
+
+def ramda(
+    learning_rate: Scalar | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    momentum: Scalar | Schedule = 0.0,
+    eps: Scalar = 1e-6,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Dual averaging in a metric of its own, :math:`h_t = \sqrt[3]{\sum_s c_s g_s^2} + \epsilon`.
+
+    .. math::
+        z_t = \arg\min_z \; \langle \textstyle\sum_s c_s g_s, z \rangle
+        + \frac{1}{2} \sum_i h_{t,i} (z_i - w_{0,i})^2 + \textstyle\sum_s c_s \cdot \lambda g(z), \quad
+        c_s = \eta_s \sqrt{s}, \quad w_t = \beta w_{t-1} + (1 - \beta) z_t
+
+    Like `rmda`, with a step size for each entry, as the step of MADGRAD: for networks whose gradients differ in size.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
+        penalty: A penalty :math:`g` that has a proximal operator in a metric.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        momentum: :math:`\beta`: number of at least 0 and below 1, tensor or schedule. Zeros are exact where it is 0.
+        eps: :math:`\epsilon`. An entry whose gradient is always 0 goes to zero at once; `mask` leaves it out.
+        mask: Leaves on which the penalty acts; the others are averaged without it.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = ramda(0.5, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(1000):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7004, 0.0000])}
+
+    References:
+        Huang & Lee, *Regularized adaptive momentum dual averaging with an efficient inexact subproblem solver for
+        training structured neural network*, 2024.
+        Defazio & Jelassi, *A momentumized, adaptive, dual averaged gradient method*, 2022.
+    """
+    nonnegative(eps=eps)
+
+    def metric(squares: Params) -> Params:
+        return compute(lambda v, e: _safe_cube_root(v) + e, squares, hyper=(eps,))
+
+    return _average(metric, learning_rate, penalty, hyper, strength, momentum, mask, options)
+
+
+def _safe_cube_root(x: Tensor) -> Tensor:
+    """Cube root of a number of at least 0, with derivative 0 at 0: both branches of a `where` are differentiated."""
+    zero = x == 0
+    return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).pow(1 / 3))
+
+
+class FtrlState(NamedTuple):
+    """The state of `ftrl`."""
+
+    steps: Tensor  # Number of updates made, int32.
+    squares: Params  # Sum of the squared magnitudes of all gradients.
+    linear: Params  # Sum of all gradients, less what each step's metric holds at its parameters.
+
+
+def ftrl(
+    learning_rate: Scalar,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    beta: Scalar = 1.0,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""Follow the regularized leader, FTRL-proximal, with a step size for each entry.
+
+    .. math::
+        w_{t+1} = \arg\min_z \; \langle \textstyle\sum_{s \le t} g_s, z \rangle
+        + \frac{1}{2} \sum_{s \le t} \sum_i (h_{s,i} - h_{s-1,i}) (z_i - w_{s,i})^2 + t \lambda g(z), \quad
+        h_t = \frac{\beta + \sqrt{\sum_{s \le t} g_s^2}}{\eta}
+
+    The steps of AdaGrad, with the penalty of all rounds at once: it ends at a minimum of :math:`f + \lambda g`, with
+    exact zeros that stay. McMahan and others (2013), and TensorFlow, keep the penalty of a single round however many
+    there are: that is `strength=lambda count: l1 / (count + 1)`.
+
+    Args:
+        learning_rate: :math:`\eta`: number above 0, or tensor.
+        penalty: A penalty :math:`g` that has a proximal operator in a metric.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        beta: :math:`\beta`, above 0: what holds the first step back.
+        mask: Leaves on which the penalty acts; the others take AdaGrad's steps.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = ftrl(0.5, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(400):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7000, 0.0000])}
+
+    References:
+        McMahan, *Follow-the-regularized-leader and mirror descent: equivalence theorems and L1 regularization*, 2011.
+        McMahan and others, *Ad click prediction: a view from the trenches*, 2013.
+    """
+    nonnegative(learning_rate=learning_rate, strength=strength, beta=beta)
+    check_penalty(penalty, hyper, options)
+    check_mask(mask)
+
+    def init(params: Params) -> FtrlState:
+        check_fit(params, mask, strength, *hyper)
+        return FtrlState(counter(params), _real_zeros(params), zeros(params))
+
+    def update(updates: Updates, state: FtrlState, params: Params) -> tuple[Updates, FtrlState]:
+        force, *values = (at_step(value, state.steps) for value in (strength, *hyper))
+        steps = state.steps + 1
+        squares = compute(lambda n, g: n + squared(g), state.squares, updates)
+        h = compute(lambda n, b, r: (b + safe_sqrt(n)) / r, squares, hyper=(beta, learning_rate))
+        before = compute(lambda n, b, r: (b + safe_sqrt(n)) / r, state.squares, hyper=(beta, learning_rate))
+        held = torch.where(state.steps == 0, 0.0, 1.0)  # Before the first step nothing holds.
+        linear = compute(
+            lambda z, g, w, h, h0, c: z + g - (h - c * h0) * w,
+            state.linear,
+            updates,
+            compute_wide(lambda w: w, params),
+            h,
+            before,
+            hyper=(held,),
+        )
+        reached = compute_wide(lambda z, h: -z / h, linear, h)
+        landed = penalty.prox(
+            reached, product(params, steps.to(torch.float64), force), *values, metric=h, mask=mask, **options
+        )
+        # In the dtype of the parameters, or w + (0 - w) would not be 0.
+        moves = compute(lambda w, z: z - w, params, landed)
+        return moves, FtrlState(steps, squares, linear)
+
+    return Transform(init, update, furthest([penalty.reach or "global"]), state=FtrlState)
+
+
+def adamprox(
+    learning_rate: Hyper | Schedule,
+    weight_decay: Hyper | Schedule = 1e-2,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    mask: Mask | None = None,
+) -> Transform:
+    r"""AdamW with its decay in proximal form, :math:`w' = (w - \eta d) / (1 + \eta \lambda)`, :math:`d` Adam's step.
+
+    AdamW multiplies by :math:`1 - \eta \lambda` instead: the same to first order, but negative for
+    :math:`\eta \lambda > 1`, and unstable above 2. This one shrinks weights at any strength. Like AdamW's, the decay
+    does not see Adam's metric; `prox_adam(learning_rate, half_l2)` is the ridge penalty that does.
+
+    Args:
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
+        weight_decay: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        b1: Decay of the mean.
+        b2: Decay of the mean square.
+        eps: :math:`\epsilon`, added to the root.
+        mask: Leaves that decay; True means apply.
+
+    Example:
+        >>> tx, params = adamprox(0.1, weight_decay=10.0), {"w": torch.tensor([2.0])}
+        >>> updates, state = tx.update({"w": torch.tensor([1.0])}, tx.init(params), params)
+        >>> apply_updates(params, updates)
+        {'w': tensor([0.9500])}
+
+    References:
+        Zhuang, Liu, Cutkosky & Orabona, *Understanding AdamW through proximal methods and scale-freeness*, 2022.
+    """
+    adam = scale_by_adam(b1, b2, eps)
+    plain = Transform(adam.init, adam.update, adam.reach)  # Tells no metric: the decay is that of AdamW.
+    return descend(plain, 1.0, learning_rate, half_l2, (), weight_decay, mask, {})

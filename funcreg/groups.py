@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.composition import Structure
 from funcreg.penalties import (
     Dim,
     Weights,
@@ -71,6 +72,14 @@ def sum_groups(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 # Nonconvex penalties of the norm
+
+
+def _dims(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+def _dims_of_leaf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> tuple[int, ...]:
+    return group_dims(w, dim)
 
 
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
@@ -162,6 +171,7 @@ def _group_mcp_residual(
     proximal=_group_mcp_proximal,
     metric=_group_mcp_metric,
     residual=_group_mcp_residual,
+    structure=Structure(keeps=("signs", "directions"), groups=_dims),
     reach="leaf",
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
 )
@@ -239,6 +249,7 @@ def _group_scad_residual(
     proximal=_group_scad_proximal,
     metric=_group_scad_metric,
     residual=_group_scad_residual,
+    structure=Structure(keeps=("signs", "directions"), groups=_dims),
     reach="leaf",
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
 )
@@ -300,6 +311,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     proximal=_group_l0_proximal,
     metric=_group_l0_metric,
     residual=_group_l0_residual,
+    structure=Structure(keeps=("signs", "directions"), groups=_dims),
     reach="leaf",
 )
 def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -405,6 +417,7 @@ def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weig
     proximal=partial(_greatest_proximal, dim=None),
     metric=partial(_greatest_metric, dim=None),
     residual=partial(_greatest_residual, dim=None),
+    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims_of_leaf),
     reach="leaf",
 )
 def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
@@ -438,6 +451,7 @@ def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
     proximal=partial(_greatest_proximal, dim=...),
     metric=partial(_greatest_metric, dim=...),
     residual=partial(_greatest_residual, dim=...),
+    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims),
     reach="leaf",
 )
 def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

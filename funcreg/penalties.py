@@ -308,7 +308,7 @@ def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights
 
 
 def _groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
-    return _dims(w, dim)
+    return group_dims(w, dim)
 
 
 def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

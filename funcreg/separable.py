@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
+from funcreg.composition import Structure
 from funcreg.penalties import shrink
 from funcreg.penalty import Penalty, penalty
 from funcreg.tree import compute, compute_leaves, sign, squared, total
@@ -53,7 +54,14 @@ def of_magnitudes(
         at_zero = shrink(g, pull.nan_to_num(0.0, posinf=math.inf))
         return torch.where(w == 0, at_zero, g + strength * gradient(w, *hyper))
 
-    return penalty(gradient=gradient, proximal=proximal, residual=residual, reach="elementwise", bounds=bounds)
+    return penalty(
+        gradient=gradient,
+        proximal=proximal,
+        residual=residual,
+        structure=Structure(keeps=("signs",)),
+        reach="elementwise",
+        bounds=bounds,
+    )
 
 
 # Powers
@@ -442,6 +450,7 @@ def _anchored_l2_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar
     gradient=_anchored_l2_gradient,
     proximal=_anchored_l2_proximal,
     residual=_anchored_l2_residual,
+    structure=Structure(curvature=lambda anchor: 2.0),
     reach="elementwise",
 )
 def anchored_l2(w: Tensor, anchor: Scalar) -> Tensor:
@@ -480,6 +489,7 @@ def _ewc_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar, fisher
     gradient=_ewc_gradient,
     proximal=_ewc_proximal,
     residual=_ewc_residual,
+    structure=Structure(curvature=lambda anchor, fisher: fisher),
     reach="elementwise",
     bounds={"fisher": _AT_LEAST_0},
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar
+from funcreg.composition import Structure
 from funcreg.groups import from_members, members
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
@@ -207,6 +208,10 @@ def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tens
     return alpha * (rho * rows.abs().sum(-1) + (1 - rho) * _differences(rows).abs().sum(-1))
 
 
+def _variation_dims(w: Tensor, *, dim: int = -1) -> tuple[int, ...]:
+    return _line(w, dim)
+
+
 def _variation_gradient(w: Tensor, *, dim: int = -1) -> Tensor:
     return _steps_gradient(w, _line(w, dim))
 
@@ -228,6 +233,7 @@ def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1
     proximal=_variation_proximal,
     metric=_variation_metric,
     residual=_variation_residual,
+    structure=Structure(needs=("order", "directions"), groups=_variation_dims),
     reach="leaf",
 )
 def total_variation(w: Tensor, *, dim: int = -1) -> Tensor:
@@ -337,7 +343,17 @@ def _slope_proximal(w: Tensor, step: Scalar, weights: Scalar, *, dim: Dim = None
     return _sorted_proximal(w, _like(step * weights, members(w.abs(), dims), w, dims), dims)
 
 
-@penalty(gradient=_slope_gradient, proximal=_slope_proximal, reach="leaf", bounds={"weights": _AT_LEAST_0})
+def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+@penalty(
+    gradient=_slope_gradient,
+    proximal=_slope_proximal,
+    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
+    reach="leaf",
+    bounds={"weights": _AT_LEAST_0},
+)
 def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
     r"""Sorted :math:`\ell_1` norm, :math:`\sum_i \lambda_i |w|_{(i)}` with :math:`|w|_{(1)} \ge |w|_{(2)} \ge \dots`.
 

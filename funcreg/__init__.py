@@ -22,6 +22,22 @@ from funcreg.combine import (
     partition as partition,
     set_to_zero as set_to_zero,
 )
+from funcreg.constraints import (
+    Constraint as Constraint,
+    box as box,
+    constraint as constraint,
+    halfspace as halfspace,
+    hyperplane as hyperplane,
+    l1_ball as l1_ball,
+    l2_ball as l2_ball,
+    l2_sphere as l2_sphere,
+    linf_ball as linf_ball,
+    max_norm as max_norm,
+    n_m_sparsity as n_m_sparsity,
+    nonnegative as nonnegative,
+    simplex as simplex,
+    top_k as top_k,
+)
 from funcreg.conventions import (
     Elastic as Elastic,
     elastic_from_glmnet as elastic_from_glmnet,
@@ -71,6 +87,7 @@ from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,
     add_penalty as add_penalty,
     keep_params_nonnegative as keep_params_nonnegative,
+    project as project,
     proximal as proximal,
     soft_threshold as soft_threshold,
 )

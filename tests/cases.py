@@ -434,3 +434,186 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "fista with restart": TransformCase(lambda h=1.0: fr.fista(0.1, fr.l1, strength=h), None),
 }
+
+
+# Constraints
+
+
+@dataclass(frozen=True)
+class ConstraintCase:
+    penalty: fr.Constraint
+    violation: Callable[[Tensor], Tensor]  # How far one leaf is from allowed, 0 in the set.
+    member: Callable[[Tensor], Tensor]  # An allowed leaf made from any leaf, not the nearest one.
+    hyper: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
+    complex: bool = True  # Takes complex leaves.
+    metric: bool = True  # Has a projection in a diagonal metric.
+    nonconvex: str = ""  # Why projections may move points apart.
+    uncompiled: str = ""  # Why it is left out of compilation.
+    finite: str = ""  # Why an infinite entry has no projection.
+    hole: str = ""  # Why zero has no projection.
+
+    def value(self, params: Any, **kwargs: Any) -> Tensor:
+        return self.penalty(params, *self.hyper, **self.options, **kwargs)
+
+    def grad(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
+
+    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
+        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
+
+    def project(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.project(params, *self.hyper, **self.options, **kwargs)
+
+
+def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
+    """A tree like that of `draw`, whose leaves have last dimensions of four."""
+    generator = torch.Generator().manual_seed(seed)
+    leaf = lambda *shape: (scale * torch.randn(shape, dtype=torch.float64, generator=generator)).to(DEVICE, dtype)
+    return {"head": Layer(leaf(3, 4), leaf(4)), "body": {"filters": leaf(2, 2, 1, 4), "scale": (leaf(4),)}}
+
+
+def _size(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return w.abs().square().sum(dims, keepdim=True).sqrt() if dims else w.abs()
+
+
+def _shorter(w: Tensor, dims: tuple[int, ...], radius: float) -> Tensor:
+    """Halfway into a ball, so that the boundary is never met."""
+    return w * radius / (radius + _size(w, dims))
+
+
+def _zeros_but(w: Tensor, k: int) -> Tensor:
+    """A leaf with all but `k` entries set to zero, the first of each run of four."""
+    kept = torch.arange(4, device=w.device) < k
+    return w * kept.repeat(max(1, w.numel() // 4))[: w.numel()].reshape(w.shape)
+
+
+def _beyond(x: Tensor, bound: float) -> Tensor:
+    return (x - bound).clamp(min=0).amax() if x.numel() else x.sum()
+
+
+def _centred(w: Tensor, total: float) -> Tensor:
+    return w - w.mean() + total / w.numel() if w.numel() else w
+
+
+CONSTRAINTS: dict[str, ConstraintCase] = {
+    "nonnegative": ConstraintCase(fr.nonnegative, lambda w: _beyond(-w, 0.0), lambda w: w.abs(), complex=False),
+    "box": ConstraintCase(
+        fr.box,
+        lambda w: _beyond((w - 0.2).abs(), 0.5),
+        lambda w: 0.2 + 0.5 * w.sin(),
+        hyper=(-0.3, 0.7),
+        complex=False,
+    ),
+    "linf_ball": ConstraintCase(
+        fr.linf_ball, lambda w: _beyond(w.abs(), 0.5), lambda w: 0.5 * w / (1 + w.abs()), hyper=(0.5,)
+    ),
+    "l2_ball": ConstraintCase(
+        fr.l2_ball,
+        lambda w: _beyond(_size(w, _all(w)), 0.7),
+        lambda w: _shorter(w, _all(w), 0.7),
+        hyper=(0.7,),
+        metric=False,
+    ),
+    "l2_ball of columns": ConstraintCase(
+        fr.l2_ball,
+        lambda w: _beyond(_size(w, _columns(w)), 0.7),
+        lambda w: _shorter(w, _columns(w), 0.7),
+        hyper=(0.7,),
+        options={"dim": 0},
+        least_ndim=1,
+        metric=False,
+    ),
+    "max_norm": ConstraintCase(
+        fr.max_norm,
+        lambda w: _beyond(_size(w, _rows(w)), 0.7),
+        lambda w: _shorter(w, _rows(w), 0.7),
+        hyper=(0.7,),
+        metric=False,
+    ),
+    "l2_sphere": ConstraintCase(
+        fr.l2_sphere,
+        lambda w: _beyond((_size(w, _all(w)) - 0.7).abs(), 0.0) if w.numel() else w.sum(),
+        lambda w: 0.7 * w / _size(w, _all(w)),
+        hyper=(0.7,),
+        metric=False,
+        nonconvex="a sphere is hollow",
+        hole="all points of a sphere are equally far from its centre",
+    ),
+    "l1_ball": ConstraintCase(
+        fr.l1_ball,
+        lambda w: _beyond(w.abs().sum(), 0.7),
+        lambda w: 0.7 * w / (0.7 + w.abs().sum()),
+        hyper=(0.7,),
+    ),
+    "l1_ball of rows": ConstraintCase(
+        fr.l1_ball,
+        lambda w: _beyond(w.abs().sum(_rows(w)) if w.ndim > 1 else w.abs(), 0.7),
+        lambda w: 0.7 * w / (0.7 + (w.abs().sum(_rows(w), keepdim=True) if w.ndim > 1 else w.abs())),
+        hyper=(0.7,),
+        options={"dim": ...},
+    ),
+    "simplex": ConstraintCase(
+        fr.simplex,
+        lambda w: (w.sum() - 1.5).abs() + _beyond(-w, 0.0) if w.numel() else w.sum(),
+        lambda w: 1.5 * w.reshape(-1).softmax(0).reshape(w.shape),
+        hyper=(1.5,),
+        complex=False,
+    ),
+    "simplex of columns": ConstraintCase(
+        fr.simplex,
+        lambda w: _beyond((w.sum(0) - 1.5).abs(), 0.0) + _beyond(-w, 0.0) if w.numel() else w.sum(),
+        lambda w: 1.5 * w.softmax(0),
+        hyper=(1.5,),
+        options={"dim": 0},
+        least_ndim=1,
+        complex=False,
+    ),
+    "top_k": ConstraintCase(
+        fr.top_k,
+        lambda w: _beyond((w != 0).sum().double(), 2.0),
+        lambda w: _zeros_but(w, 2) if w.numel() <= 4 else torch.zeros_like(w),
+        hyper=(2.0,),
+        nonconvex="a union of planes",
+    ),
+    "n_m_sparsity": ConstraintCase(
+        fr.n_m_sparsity,
+        lambda w: _beyond((w.unflatten(-1, (w.shape[-1] // 4, 4)) != 0).sum(-1).double(), 2.0),
+        lambda w: _zeros_but(w, 2),
+        hyper=(2.0, 4),
+        least_ndim=1,
+        nonconvex="a union of planes",
+    ),
+    "hyperplane": ConstraintCase(
+        fr.hyperplane,
+        lambda w: (2 * w.sum() - 0.6).abs() if w.numel() else w.sum(),
+        lambda w: _centred(w, 0.3),
+        hyper=(2.0, 0.6),
+        complex=False,
+        metric=False,
+        finite="the sum of an infinite entry and others is none of their own",
+    ),
+    "halfspace": ConstraintCase(
+        fr.halfspace,
+        lambda w: (2 * w.sum() + 0.6).clamp(min=0) if w.numel() else w.sum(),
+        lambda w: _centred(w, -0.3) - w.square().mean() if w.numel() else w,
+        hyper=(2.0, -0.6),
+        complex=False,
+        metric=False,
+        finite="the sum of an infinite entry and others is none of their own",
+    ),
+}
+
+TRANSFORMS.update(
+    {
+        "project": TransformCase(
+            lambda h=1.0: fr.project(fr.max_norm, 0.5 * h),
+            lambda s, h: (s.w + s.g) * (0.5 * h / _unit(s.w + s.g)).clamp(max=1) - s.w,
+        ),
+        "project on a schedule": TransformCase(
+            lambda h=1.0: fr.project(fr.linf_ball, lambda count: h * falling(count)),
+            lambda s, h: (s.w + s.g).clamp(-h / s.n, h / s.n) - s.w,
+        ),
+    }
+)

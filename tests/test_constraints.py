@@ -388,3 +388,56 @@ def test_constraints_may_be_written_by_users_on_trees():
         return w.round()
 
     assert whole.project(torch.tensor([0.7]), metric=torch.ones(1)).tolist() == [1.0]
+
+
+# Projections of whole trees
+
+
+def test_projections_of_a_tree_are_those_of_its_leaves_as_one_vector():
+    params, normal = draw(), draw(1)
+    for joint, single in (
+        (fr.projection_simplex, lambda w, s: fr.simplex.project(w, s)),
+        (fr.projection_l1_ball, lambda w, s: fr.l1_ball.project(w, s)),
+        (fr.projection_l2_ball, lambda w, s: fr.l2_ball.project(w, s)),
+        (fr.projection_l2_sphere, lambda w, s: fr.l2_sphere.project(w, s)),
+        (fr.projection_linf_ball, lambda w, s: fr.linf_ball.project(w, s)),
+        (fr.projection_hypercube, lambda w, s: fr.box.project(w, 0, s)),
+        (lambda w, s: fr.projection_hyperplane(w, normal, s), lambda w, s: fr.hyperplane.project(w, flat(normal), s)),
+        (lambda w, s: fr.projection_halfspace(w, normal, s), lambda w, s: fr.halfspace.project(w, flat(normal), s)),
+        (lambda w, s: fr.projection_box(w, -s, s), lambda w, s: w.clamp(-s, s)),
+        (lambda w, s: fr.projection_non_negative(w), lambda w, s: w.relu()),
+    ):
+        for scale in (0.5, torch.tensor(3.0)):
+            assert_equal(flat(joint(params, scale)), single(flat(params), scale))
+        scales = torch.tensor([0.5, 3.0])
+        both = vmap(lambda s, joint=joint: joint(params, s))(scales)
+        for i, s in enumerate(scales):
+            assert_equal(fr.tree_map(lambda w, i=i: w[i], both), joint(params, s), rtol=1e-14, atol=1e-15)
+        assert flat(grad(lambda p, joint=joint: flat(joint(p, 0.5)).square().sum())(params)).isfinite().all()
+        kept = joint(fr.tree_map(lambda w: w.bfloat16(), params), 0.5)
+        assert {w.dtype for w in fr.tree_leaves(kept)} == {torch.bfloat16}
+
+
+def test_the_l1_sphere_is_reached_also_from_zeros():
+    for params in (draw(), fr.tree_map(torch.zeros_like, draw())):
+        z = fr.projection_l1_sphere(params, 100.0)
+        torch.testing.assert_close(flat(z).abs().sum(), torch.tensor(100.0, dtype=torch.float64))
+
+
+def test_a_tree_along_itself_is_itself():
+    params = draw()
+    assert_equal(fr.projection_vector(params, fr.tree_map(lambda w: 2 * w, params)), params, rtol=1e-13, atol=1e-14)
+    zeros = fr.tree_map(torch.zeros_like, params)
+    assert_equal(fr.projection_vector(params, zeros), zeros)
+    assert fr.projection_simplex({}) == {}
+
+
+def test_projections_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="scale is -1"):
+        fr.projection_simplex(torch.ones(2), -1)
+    with pytest.raises(ValueError, match="radius of l2_ball is -1"):
+        fr.projection_l2_ball(torch.ones(2), -1)
+    with pytest.raises(ValueError, match="lower is 0 and upper is -1"):
+        fr.projection_hypercube(torch.ones(2), -1)
+    with pytest.raises(ValueError, match=r"the vector 'w' has shape \(3,\)"):
+        fr.projection_vector({"w": torch.ones(2)}, {"w": torch.ones(3)})

@@ -76,7 +76,7 @@ LAYERS = [
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
     ["constraints"],
-    ["regularizing"],
+    ["projections", "regularizing"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
 ]
 

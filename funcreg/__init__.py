@@ -131,6 +131,19 @@ from funcreg.schedules import (
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
 )
+from funcreg.spectral import (
+    hoyer_square as hoyer_square,
+    keras_orthogonal as keras_orthogonal,
+    nuclear as nuclear,
+    nuclear_ball as nuclear_ball,
+    on_singular_values as on_singular_values,
+    orthogonality as orthogonality,
+    orthogonality_offdiagonal as orthogonality_offdiagonal,
+    spectral as spectral,
+    spectral_ball as spectral_ball,
+    srip as srip,
+    stiefel as stiefel,
+)
 from funcreg.transform import (
     EmptyState as EmptyState,
     Transform as Transform,

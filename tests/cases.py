@@ -108,6 +108,8 @@ class PenaltyCase:
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
+    proximal: str = ""  # Why its residual is that of its proximal operator.
+    uncompiled: str = ""  # Why it is left out of compilation into one graph.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -450,7 +452,7 @@ class ConstraintCase:
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a projection in a diagonal metric.
     nonconvex: str = ""  # Why projections may move points apart.
-    uncompiled: str = ""  # Why it is left out of compilation.
+    uncompiled: str = ""  # Why it is left out of compilation into one graph.
     finite: str = ""  # Why an infinite entry has no projection.
     hole: str = ""  # Why zero has no projection.
 
@@ -614,6 +616,127 @@ TRANSFORMS.update(
         "project on a schedule": TransformCase(
             lambda h=1.0: fr.project(fr.linf_ball, lambda count: h * falling(count)),
             lambda s, h: (s.w + s.g).clamp(-h / s.n, h / s.n) - s.w,
+        ),
+    }
+)
+
+
+# Singular values
+
+
+def _values(w: Tensor) -> Tensor:
+    return torch.linalg.svdvals(w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1))
+
+
+def _smaller_gram(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    return m @ m.mH if m.shape[0] <= m.shape[1] else m.mH @ m
+
+
+def _one_less(gram: Tensor) -> Tensor:
+    return gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def _row_gram(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    return m @ m.mH - torch.diag((m @ m.mH).diagonal())
+
+
+def _cosine_sum(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    lengths = m.abs().square().sum(1, keepdim=True).sqrt()
+    unit = m / torch.where(lengths == 0, 1.0, lengths)
+    return _row_gram(unit).abs().sum() / max(1, len(m) * (len(m) - 1))
+
+
+def _hoyer(w: Tensor) -> Tensor:
+    squares = w.abs().square().sum()
+    return w.abs().sum().square() / torch.where(squares == 0, 1.0, squares)
+
+
+EAGER = "the compiler calls what has singular values, because it would lose their safe derivatives"
+
+PENALTIES.update(
+    {
+        "nuclear": PenaltyCase(fr.nuclear, lambda w: _values(w).sum(), metric=False, uncompiled=EAGER),
+        "spectral": PenaltyCase(
+            fr.spectral,
+            lambda w: _values(w).amax(),
+            metric=False,
+            uncompiled=EAGER,
+            proximal="level singular values have many slopes",
+        ),
+        "on_singular_values": PenaltyCase(
+            fr.on_singular_values(fr.elastic),
+            lambda w: 0.18 * _values(w).sum() + 0.06 * _values(w).square().sum(),
+            hyper=(0.3, 0.6),
+            metric=False,
+            uncompiled=EAGER,
+            proximal="the slopes beside the singular vectors are not known to an entry",
+        ),
+    }
+)
+
+#: Penalties that have no proximal operator.
+GRADIENT_ALONE: dict[str, PenaltyCase] = {
+    "orthogonality": PenaltyCase(
+        fr.orthogonality, lambda w: _one_less(_smaller_gram(w)).abs().square().sum(), smooth=True
+    ),
+    "orthogonality_offdiagonal": PenaltyCase(
+        fr.orthogonality_offdiagonal, lambda w: _row_gram(w).abs().square().sum(), smooth=True
+    ),
+    "keras_orthogonal": PenaltyCase(fr.keras_orthogonal, lambda w: 0.3 * _cosine_sum(w), hyper=(0.3,)),
+    "keras_orthogonal of columns": PenaltyCase(
+        fr.keras_orthogonal,
+        lambda w: 0.3 * _cosine_sum(w.flatten(1).T if w.ndim > 1 else w.reshape(1, -1)),
+        hyper=(0.3,),
+        options={"mode": "columns"},
+    ),
+    "srip": PenaltyCase(fr.srip, lambda w: (_values(w).square() - 1).abs().amax(), uncompiled=EAGER),
+    "hoyer_square": PenaltyCase(fr.hoyer_square, _hoyer),
+}
+
+
+def _first_values(w: Tensor, total: float) -> Tensor:
+    """A matrix of smaller singular values: divided by a bound on their sum."""
+    return w * total / (total + _values(w).sum()) if w.numel() else w
+
+
+def _orthonormal(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    m = m.mH if m.shape[0] < m.shape[1] else m
+    q = torch.linalg.qr(m)[0]
+    return (q if q.shape == (w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)).shape else q.mH).reshape(w.shape)
+
+
+CONSTRAINTS.update(
+    {
+        "spectral_ball": ConstraintCase(
+            fr.spectral_ball,
+            lambda w: _beyond(_values(w), 0.7) if w.numel() else w.sum(),
+            lambda w: _first_values(w, 0.7),
+            hyper=(0.7,),
+            metric=False,
+            uncompiled=EAGER,
+            finite="a matrix with infinite entries has no singular vectors",
+        ),
+        "nuclear_ball": ConstraintCase(
+            fr.nuclear_ball,
+            lambda w: _beyond(_values(w).sum(), 0.7) if w.numel() else w.sum(),
+            lambda w: _first_values(w, 0.7),
+            hyper=(0.7,),
+            metric=False,
+            uncompiled=EAGER,
+            finite="a matrix with infinite entries has no singular vectors",
+        ),
+        "stiefel": ConstraintCase(
+            fr.stiefel,
+            lambda w: _one_less(_smaller_gram(w)).abs().amax() if w.numel() else w.sum(),
+            _orthonormal,
+            metric=False,
+            uncompiled=EAGER,
+            nonconvex="a sphere is hollow",
+            finite="a matrix with infinite entries has no singular vectors",
         ),
     }
 )

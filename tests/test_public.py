@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CONSTRAINTS, PENALTIES, TRANSFORMS
+from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, TRANSFORMS
 
 import funcreg as fr
 
@@ -51,7 +51,10 @@ def test_its_docstring_names_its_arguments(name):
 @every_name
 def test_it_has_a_row_or_a_test(name):
     if isinstance(PUBLIC[name], fr.Penalty):
-        assert any(case.penalty is PUBLIC[name] for case in (*PENALTIES.values(), *CONSTRAINTS.values()))
+        assert any(
+            case.penalty is PUBLIC[name]
+            for case in (*PENALTIES.values(), *GRADIENT_ALONE.values(), *CONSTRAINTS.values())
+        )
     elif inspect.isfunction(PUBLIC[name]) and inspect.signature(PUBLIC[name]).return_annotation == "Transform":
         rows = {row.split()[0] for row in TRANSFORMS} | {"ensemble"}  # The ensemble is a law over all rows.
         assert name in rows
@@ -76,7 +79,7 @@ LAYERS = [
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
     ["constraints"],
-    ["projections", "regularizing"],
+    ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
 ]
 

@@ -472,7 +472,8 @@ class ConstraintCase:
 def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A tree like that of `draw`, whose leaves have last dimensions of four."""
     generator = torch.Generator().manual_seed(seed)
-    leaf = lambda *shape: (scale * torch.randn(shape, dtype=torch.float64, generator=generator)).to(DEVICE, dtype)
+    on_cpu = {"generator": generator, "device": "cpu"}
+    leaf = lambda *shape: (scale * torch.randn(shape, dtype=torch.float64, **on_cpu)).to(DEVICE, dtype)
     return {"head": Layer(leaf(3, 4), leaf(4)), "body": {"filters": leaf(2, 2, 1, 4), "scale": (leaf(4),)}}
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, assert_equal, draw, flat
+from cases import CONSTRAINTS, DEVICE, GRADIENT_ALONE, PENALTIES, assert_equal, draw, flat
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import funcreg as fr
@@ -30,7 +30,8 @@ every_map = pytest.mark.parametrize("f", SPECTRAL.values(), ids=SPECTRAL)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(DEVICE)
 
 
 def mcp_rules():
@@ -155,8 +156,8 @@ def test_polar_factors_are_those_of_scipy():
 
     for shape in ((3, 3), (5, 3), (3, 5)):
         w = random(*shape)
-        expected = polar(w.numpy())[0]
-        np.testing.assert_allclose(fr.stiefel.project(w).numpy(), expected, rtol=1e-12, atol=1e-12)
+        expected = polar(w.cpu().numpy())[0]
+        np.testing.assert_allclose(fr.stiefel.project(w).cpu().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lifted_penalties_are_the_named_ones():

@@ -131,6 +131,20 @@ from funcreg.schedules import (
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
 )
+from funcreg.separable import (
+    anchored_l1 as anchored_l1,
+    anchored_l2 as anchored_l2,
+    capped_l1 as capped_l1,
+    ewc as ewc,
+    huber as huber,
+    l0 as l0,
+    l_half as l_half,
+    l_two_thirds as l_two_thirds,
+    log_sum as log_sum,
+    mcp as mcp,
+    nonnegative_form as nonnegative_form,
+    scad as scad,
+)
 from funcreg.spectral import (
     hoyer_square as hoyer_square,
     keras_orthogonal as keras_orthogonal,
@@ -139,8 +153,10 @@ from funcreg.spectral import (
     on_singular_values as on_singular_values,
     orthogonality as orthogonality,
     orthogonality_offdiagonal as orthogonality_offdiagonal,
+    schatten as schatten,
     spectral as spectral,
     spectral_ball as spectral_ball,
+    spectral_mcp as spectral_mcp,
     srip as srip,
     stiefel as stiefel,
 )

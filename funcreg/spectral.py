@@ -18,8 +18,9 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.constraints import constraint, polar, simplex_excess
-from funcreg.penalties import Dim, _dims, shrink
+from funcreg.penalties import Dim, _dims, l1, l2, shrink
 from funcreg.penalty import Penalty, penalty
+from funcreg.separable import l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -408,6 +409,105 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     value.__name__ = value.__qualname__ = f"{g.__name__}_on_singular_values"
     value.__doc__, value.__module__ = f"`{g.__name__}` of the singular values of each leaf.", g.__module__
     return penalty(gradient=gradient, proximal=proximal, metric=metric, reach="matrix")(value)
+
+
+_POWERS = {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}
+
+
+def _power(p: float) -> Penalty:
+    if p not in _POWERS:
+        raise ValueError(f"p is {p!r}; expected 1/2, 2/3, 1 or 2, whose proximal operators are known")
+    return _POWERS[p]
+
+
+def _schatten_gradient(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+    g = _power(p)
+    return _apply(lambda s: g.grad(s), w)
+
+
+def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
+    g = _power(p)
+    return _apply(lambda s, t: g.prox(s, t), w, _one(step, "step"))
+
+
+def _schatten_metric(w: Tensor, h: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
+    return _in_metric("schatten", lambda w, step: _schatten_proximal(w, step, p=p), w, h, step, inner)
+
+
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, metric=_schatten_metric, reach="matrix")
+def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+    r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
+
+    Below 1 it lowers the rank and shrinks large singular values less than `nuclear`, which is 1; it is not convex
+    there. 2 is `l2`.
+
+    Args:
+        p: The power: 1/2, 2/3, 1 or 2, whose proximal operators have closed forms.
+        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
+            where that is not convex; see `nuclear`.
+
+    Raises:
+        ValueError: Another power.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[4.0, 0.0], [0.0, 1.0]])}
+        >>> schatten(params, p=1 / 2), schatten.prox(params, 1.0, p=1 / 2)
+        (tensor(3.), {'weight': tensor([[3.7415, 0.0000],
+                [0.0000, 0.0000]])})
+
+    References:
+        Nie, Huang & Ding, *Low-rank matrix recovery via efficient Schatten p-norm minimization*, 2012.
+    """
+    g = _power(p)
+    return _measure(lambda s: g(s), lambda s: g.grad(s), w)
+
+
+def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    return _apply(lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma"))
+
+
+def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    hyper = _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma")
+    return _apply(lambda s, *h: mcp.prox(s, *h), w, *hyper)
+
+
+def _spectral_mcp_metric(
+    w: Tensor, h: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0
+) -> Tensor:
+    prox = lambda w, step: _spectral_mcp_proximal(w, step, strength, gamma)
+    return _in_metric("spectral_mcp", prox, w, h, step, inner)
+
+
+@penalty(
+    gradient=_spectral_mcp_gradient,
+    proximal=_spectral_mcp_proximal,
+    metric=_spectral_mcp_metric,
+    reach="matrix",
+    bounds={"strength": _AT_LEAST_0, "gamma": _AT_LEAST_0},
+)
+def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
+
+    It lowers the rank and leaves large singular values exactly as they are. See `mcp`, whose proximal operator acts
+    on the singular values for every step. Nonconvex.
+
+    Args:
+        strength: :math:`\lambda`, the slope at zero, at least 0.
+        gamma: Concavity :math:`\gamma`, above 0; infinite for `nuclear`.
+        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
+            where that is not convex; see `nuclear`.
+
+    Example:
+        >>> spectral_mcp.prox({"weight": torch.tensor([[4.0, 0.0], [0.0, 0.5]])}, 1.0, 1.0, 3.0)
+        {'weight': tensor([[4., 0.],
+                [0., 0.]])}
+
+    References:
+        Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
+    """
+    return _measure(
+        lambda s, *h: mcp(s, *h), lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma")
+    )
 
 
 # Constraints

@@ -110,6 +110,8 @@ class PenaltyCase:
     metric: bool = True  # Has a proximal operator in a diagonal metric.
     proximal: str = ""  # Why its residual is that of its proximal operator.
     uncompiled: str = ""  # Why it is left out of compilation into one graph.
+    nonconvex: str = ""  # Why laws of convex penalties do not hold.
+    centre: float = 0.0  # Where each entry has its kink or least value.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -738,6 +740,75 @@ CONSTRAINTS.update(
             uncompiled=EAGER,
             nonconvex="a sphere is hollow",
             finite="a matrix with infinite entries has no singular vectors",
+        ),
+    }
+)
+
+
+# Separable penalties
+
+
+def _scad(w: Tensor) -> Tensor:
+    a, t, size = 5.0, 0.8, w.abs()
+    middle = (2 * a * t * size - size.square() - t * t) / (2 * (a - 1))
+    return torch.where(size <= t, t * size, torch.where(size <= a * t, middle, t * t * (a + 1) / 2)).sum()
+
+
+PENALTIES.update(
+    {
+        "l0": PenaltyCase(fr.l0, lambda w: (w.abs() > 0).double().sum(), nonconvex="jumps at zero"),
+        "l_half": PenaltyCase(fr.l_half, lambda w: w.abs().sqrt().sum(), nonconvex="concave away from zero"),
+        "l_two_thirds": PenaltyCase(
+            fr.l_two_thirds, lambda w: w.abs().pow(2).pow(1 / 3).sum(), nonconvex="concave away from zero"
+        ),
+        "log_sum": PenaltyCase(
+            fr.log_sum, lambda w: (1 + w.abs() / 0.4).log().sum(), hyper=(0.4,), nonconvex="concave away from zero"
+        ),
+        "mcp": PenaltyCase(
+            fr.mcp,
+            lambda w: torch.where(w.abs() <= 2.4, 0.8 * w.abs() - w.abs().square() / 6, 0.96).sum(),
+            hyper=(0.8, 3.0),
+            nonconvex="levels off",
+        ),
+        "scad": PenaltyCase(fr.scad, _scad, hyper=(0.8, 5.0), nonconvex="levels off"),
+        "capped_l1": PenaltyCase(
+            fr.capped_l1, lambda w: w.abs().clamp(max=0.6).sum(), hyper=(0.6,), nonconvex="levels off"
+        ),
+        "huber": PenaltyCase(
+            fr.huber,
+            lambda w: torch.where(w.abs() <= 0.7, w.abs().square() / 2, 0.7 * (w.abs() - 0.35)).sum(),
+            hyper=(0.7,),
+            smooth=True,
+        ),
+        "anchored_l1": PenaltyCase(fr.anchored_l1, lambda w: (w - 0.3).abs().sum(), hyper=(0.3,), centre=0.3),
+        "anchored_l2": PenaltyCase(
+            fr.anchored_l2, lambda w: (w - 0.3).abs().square().sum(), hyper=(0.3,), smooth=True, centre=0.3
+        ),
+        "ewc": PenaltyCase(
+            fr.ewc, lambda w: 0.25 * (w + 0.3).abs().square().sum(), hyper=(-0.3, 0.5), smooth=True, centre=-0.3
+        ),
+    }
+)
+
+PENALTIES.update(
+    {
+        "schatten": PenaltyCase(
+            fr.schatten,
+            lambda w: _values(w).sqrt().sum(),
+            options={"p": 0.5},
+            metric=False,
+            proximal="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="concave away from zero",
+            uncompiled=EAGER,
+        ),
+        "spectral_mcp": PenaltyCase(
+            fr.spectral_mcp,
+            lambda w: torch.where(_values(w) <= 2.4, 0.8 * _values(w) - _values(w).square() / 6, 0.96).sum(),
+            hyper=(0.8, 3.0),
+            metric=False,
+            proximal="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="levels off",
+            uncompiled=EAGER,
         ),
     }
 )

@@ -78,7 +78,7 @@ LAYERS = [
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "scaling", "clipping", "combine", "conventions"],
-    ["constraints"],
+    ["constraints", "separable"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
 ]

@@ -34,27 +34,6 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(DEVICE)
 
 
-def mcp_rules():
-    """A penalty that flattens out, of strength 1 and width `gamma`, with both regimes of its step."""
-
-    def gradient(w, gamma):
-        return w.sign() * (1 - w.abs() / gamma).relu()
-
-    def proximal(w, step, gamma):
-        step = torch.as_tensor(step, dtype=w.dtype)
-        firm = step < gamma
-        inside = fr.shrink(w, step) / torch.where(firm, 1 - step / gamma, torch.ones_like(step))
-        soft = torch.where(w.abs() > gamma, w, inside)
-        return torch.where(firm, soft, torch.where(w.abs() > (gamma * step).sqrt(), w, torch.zeros_like(w)))
-
-    @fr.penalty(gradient=gradient, proximal=proximal, reach="elementwise")
-    def mcp_of_one(w, gamma):
-        """Minimax concave penalty of strength one."""
-        return torch.where(w.abs() <= gamma, w.abs() - w.square() / (2 * gamma), gamma / 2)
-
-    return mcp_of_one
-
-
 # Singular values
 
 
@@ -176,15 +155,24 @@ def test_lifted_penalties_are_the_named_ones():
 
 @pytest.mark.parametrize("step", [0.4, 1.9, 3.0])
 def test_a_nonconvex_rule_on_singular_values_has_the_global_minimum(step):
-    spectral_mcp, gamma = fr.on_singular_values(mcp_rules()), 2.0
+    gamma = 2.0
     for seed in range(5):
         w = 1.5 * random(2, 2, seed=seed)
-        z = spectral_mcp.prox(w, step, gamma)
-        objective = lambda z, w=w: 0.5 * (z - w).square().sum() + step * spectral_mcp(z, gamma)
+        z = fr.spectral_mcp.prox(w, step, 1.0, gamma)
+        objective = lambda z, w=w: 0.5 * (z - w).square().sum() + step * fr.spectral_mcp(z, 1.0, gamma)
         others = torch.cat([s * random(300, 2, 2, seed=9) + c * z for s in (1e-3, 0.1, 2.0) for c in (0.0, 1.0)])
-        rests = [w, torch.zeros_like(w), *(spectral_mcp.prox(w, other, gamma) for other in (0.1, 1.0, 5.0))]
+        rests = [w, torch.zeros_like(w), *(fr.spectral_mcp.prox(w, other, 1.0, gamma) for other in (0.1, 1.0, 5.0))]
         assert (vmap(objective)(torch.cat([others, torch.stack(rests)])) >= objective(z) - 1e-12).all()
-        assert grad(lambda w: spectral_mcp.prox(w, step, gamma).sum())(w).isfinite().all()
+        assert grad(lambda w: fr.spectral_mcp.prox(w, step, 1.0, gamma).sum())(w).isfinite().all()
+
+
+def test_powers_of_singular_values_are_the_named_penalties():
+    params = draw()
+    for p, named in ((1, fr.nuclear), (2, fr.l2), (2 / 3, fr.on_singular_values(fr.l_two_thirds))):
+        torch.testing.assert_close(fr.schatten(params, p=p), named(params))
+        assert_equal(fr.schatten.prox(params, 0.3, p=p), named.prox(params, 0.3), rtol=1e-11, atol=1e-13)
+    with pytest.raises(ValueError, match="expected 1/2, 2/3, 1 or 2"):
+        fr.schatten(params, p=3)
 
 
 def test_a_metric_takes_an_inner_descent():

@@ -27,6 +27,22 @@ from funcreg.combine import (
 from funcreg.composition import (
     Structure as Structure,
 )
+from funcreg.constraints import (
+    Constraint as Constraint,
+    box as box,
+    constraint as constraint,
+    halfspace as halfspace,
+    hyperplane as hyperplane,
+    l1_ball as l1_ball,
+    l2_ball as l2_ball,
+    l2_sphere as l2_sphere,
+    linf_ball as linf_ball,
+    max_norm as max_norm,
+    n_m_sparsity as n_m_sparsity,
+    nonnegative as nonnegative,
+    simplex as simplex,
+    top_k as top_k,
+)
 from funcreg.conventions import (
     Elastic as Elastic,
     elastic_from_glmnet as elastic_from_glmnet,
@@ -82,6 +98,20 @@ from funcreg.penalty import (
     Penalty as Penalty,
     penalty as penalty,
 )
+from funcreg.projections import (
+    projection_box as projection_box,
+    projection_halfspace as projection_halfspace,
+    projection_hypercube as projection_hypercube,
+    projection_hyperplane as projection_hyperplane,
+    projection_l1_ball as projection_l1_ball,
+    projection_l1_sphere as projection_l1_sphere,
+    projection_l2_ball as projection_l2_ball,
+    projection_l2_sphere as projection_l2_sphere,
+    projection_linf_ball as projection_linf_ball,
+    projection_non_negative as projection_non_negative,
+    projection_simplex as projection_simplex,
+    projection_vector as projection_vector,
+)
 from funcreg.proximal import (
     fista as fista,
     prox_adam as prox_adam,
@@ -91,6 +121,7 @@ from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,
     add_penalty as add_penalty,
     keep_params_nonnegative as keep_params_nonnegative,
+    project as project,
     proximal as proximal,
     soft_threshold as soft_threshold,
 )
@@ -147,6 +178,21 @@ from funcreg.stochastic import (
     ftrl as ftrl,
     ramda as ramda,
     rmda as rmda,
+)
+from funcreg.spectral import (
+    hoyer_square as hoyer_square,
+    keras_orthogonal as keras_orthogonal,
+    nuclear as nuclear,
+    nuclear_ball as nuclear_ball,
+    on_singular_values as on_singular_values,
+    orthogonality as orthogonality,
+    orthogonality_offdiagonal as orthogonality_offdiagonal,
+    schatten as schatten,
+    spectral as spectral,
+    spectral_ball as spectral_ball,
+    spectral_mcp as spectral_mcp,
+    srip as srip,
+    stiefel as stiefel,
 )
 from funcreg.transform import (
     EmptyState as EmptyState,

@@ -8,6 +8,7 @@ import torch
 
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
+from funcreg.constraints import Constraint
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
 from funcreg.transform import Transform, nonnegative, scheduled, stateless
@@ -147,6 +148,33 @@ def soft_threshold(threshold: Hyper | Schedule, mask: Mask | None = None) -> Tra
     """
     nonnegative(threshold=threshold)
     return proximal(l1, threshold, mask=mask)
+
+
+def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any) -> Transform:
+    r"""Keep parameters in a set, :math:`u' = P_C(w + u) - w`.
+
+    It goes last in a chain: after it, parameters lie in the set, to the rounding of one addition. With plain gradient
+    steps this is projected gradient descent, and minimizes over the set.
+
+    Args:
+        constraint: A constraint such as `simplex`.
+        hyper: Its hyperparameters: numbers, tensors, schedules or trees.
+        mask: Leaves on which the constraint acts; True means apply.
+        options: Its static options, such as `dim`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([1.0, 0.5])}
+        >>> tx = chain(scale(-1.0), project(l2_ball, 1.0))
+        >>> updates, state = tx.update({"weight": torch.tensor([-2.0, -3.5])}, tx.init(params), params)
+        >>> apply_updates(params, updates)
+        {'weight': tensor([0.6000, 0.8000])}
+
+    References:
+        Goldstein, *Convex programming in Hilbert space*, 1964.
+    """
+    if not isinstance(constraint, Constraint):
+        raise TypeError(f"constraint is {constraint!r}; expected one such as simplex. For a penalty use proximal.")
+    return proximal(constraint, 0.0, *hyper, mask=mask, **options)
 
 
 def keep_params_nonnegative() -> Transform:

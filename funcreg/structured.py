@@ -404,6 +404,7 @@ def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim
 @penalty(
     gradient=_oscar_gradient,
     proximal=_oscar_proximal,
+    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
     reach="leaf",
     bounds={"alpha": _AT_LEAST_0, "beta": _AT_LEAST_0},
 )

@@ -441,6 +441,311 @@ TRANSFORMS: dict[str, TransformCase] = {
 }
 
 
+# Constraints
+
+
+@dataclass(frozen=True)
+class ConstraintCase:
+    penalty: fr.Constraint
+    violation: Callable[[Tensor], Tensor]  # How far one leaf is from allowed, 0 in the set.
+    member: Callable[[Tensor], Tensor]  # An allowed leaf made from any leaf, not the nearest one.
+    hyper: tuple[float, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
+    complex: bool = True  # Takes complex leaves.
+    metric: bool = True  # Has a projection in a diagonal metric.
+    nonconvex: str = ""  # Why projections may move points apart.
+    uncompiled: str = ""  # Why it is left out of compilation into one graph.
+    finite: str = ""  # Why an infinite entry has no projection.
+    hole: str = ""  # Why zero has no projection.
+
+    def value(self, params: Any, **kwargs: Any) -> Tensor:
+        return self.penalty(params, *self.hyper, **self.options, **kwargs)
+
+    def grad(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
+
+    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
+        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
+
+    def project(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.project(params, *self.hyper, **self.options, **kwargs)
+
+
+def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
+    """A tree like that of `draw`, whose leaves have last dimensions of four."""
+    generator = torch.Generator().manual_seed(seed)
+    on_cpu = {"generator": generator, "device": "cpu"}
+    leaf = lambda *shape: (scale * torch.randn(shape, dtype=torch.float64, **on_cpu)).to(DEVICE, dtype)
+    return {"head": Layer(leaf(3, 4), leaf(4)), "body": {"filters": leaf(2, 2, 1, 4), "scale": (leaf(4),)}}
+
+
+def _size(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return w.abs().square().sum(dims, keepdim=True).sqrt() if dims else w.abs()
+
+
+def _shorter(w: Tensor, dims: tuple[int, ...], radius: float) -> Tensor:
+    """Halfway into a ball, so that the boundary is never met."""
+    return w * radius / (radius + _size(w, dims))
+
+
+def _zeros_but(w: Tensor, k: int) -> Tensor:
+    """A leaf with all but `k` entries set to zero, the first of each run of four."""
+    kept = torch.arange(4, device=w.device) < k
+    return w * kept.repeat(max(1, w.numel() // 4))[: w.numel()].reshape(w.shape)
+
+
+def _beyond(x: Tensor, bound: float) -> Tensor:
+    return (x - bound).clamp(min=0).amax() if x.numel() else x.sum()
+
+
+def _centred(w: Tensor, total: float) -> Tensor:
+    return w - w.mean() + total / w.numel() if w.numel() else w
+
+
+CONSTRAINTS: dict[str, ConstraintCase] = {
+    "nonnegative": ConstraintCase(fr.nonnegative, lambda w: _beyond(-w, 0.0), lambda w: w.abs(), complex=False),
+    "box": ConstraintCase(
+        fr.box,
+        lambda w: _beyond((w - 0.2).abs(), 0.5),
+        lambda w: 0.2 + 0.5 * w.sin(),
+        hyper=(-0.3, 0.7),
+        complex=False,
+    ),
+    "linf_ball": ConstraintCase(
+        fr.linf_ball, lambda w: _beyond(w.abs(), 0.5), lambda w: 0.5 * w / (1 + w.abs()), hyper=(0.5,)
+    ),
+    "l2_ball": ConstraintCase(
+        fr.l2_ball,
+        lambda w: _beyond(_size(w, _all(w)), 0.7),
+        lambda w: _shorter(w, _all(w), 0.7),
+        hyper=(0.7,),
+        metric=False,
+    ),
+    "l2_ball of columns": ConstraintCase(
+        fr.l2_ball,
+        lambda w: _beyond(_size(w, _columns(w)), 0.7),
+        lambda w: _shorter(w, _columns(w), 0.7),
+        hyper=(0.7,),
+        options={"dim": 0},
+        least_ndim=1,
+        metric=False,
+    ),
+    "max_norm": ConstraintCase(
+        fr.max_norm,
+        lambda w: _beyond(_size(w, _rows(w)), 0.7),
+        lambda w: _shorter(w, _rows(w), 0.7),
+        hyper=(0.7,),
+        metric=False,
+    ),
+    "l2_sphere": ConstraintCase(
+        fr.l2_sphere,
+        lambda w: _beyond((_size(w, _all(w)) - 0.7).abs(), 0.0) if w.numel() else w.sum(),
+        lambda w: 0.7 * w / _size(w, _all(w)),
+        hyper=(0.7,),
+        metric=False,
+        nonconvex="a sphere is hollow",
+        hole="all points of a sphere are equally far from its centre",
+    ),
+    "l1_ball": ConstraintCase(
+        fr.l1_ball,
+        lambda w: _beyond(w.abs().sum(), 0.7),
+        lambda w: 0.7 * w / (0.7 + w.abs().sum()),
+        hyper=(0.7,),
+    ),
+    "l1_ball of rows": ConstraintCase(
+        fr.l1_ball,
+        lambda w: _beyond(w.abs().sum(_rows(w)) if w.ndim > 1 else w.abs(), 0.7),
+        lambda w: 0.7 * w / (0.7 + (w.abs().sum(_rows(w), keepdim=True) if w.ndim > 1 else w.abs())),
+        hyper=(0.7,),
+        options={"dim": ...},
+    ),
+    "simplex": ConstraintCase(
+        fr.simplex,
+        lambda w: (w.sum() - 1.5).abs() + _beyond(-w, 0.0) if w.numel() else w.sum(),
+        lambda w: 1.5 * w.reshape(-1).softmax(0).reshape(w.shape),
+        hyper=(1.5,),
+        complex=False,
+    ),
+    "simplex of columns": ConstraintCase(
+        fr.simplex,
+        lambda w: _beyond((w.sum(0) - 1.5).abs(), 0.0) + _beyond(-w, 0.0) if w.numel() else w.sum(),
+        lambda w: 1.5 * w.softmax(0),
+        hyper=(1.5,),
+        options={"dim": 0},
+        least_ndim=1,
+        complex=False,
+    ),
+    "top_k": ConstraintCase(
+        fr.top_k,
+        lambda w: _beyond((w != 0).sum().double(), 2.0),
+        lambda w: _zeros_but(w, 2) if w.numel() <= 4 else torch.zeros_like(w),
+        hyper=(2.0,),
+        nonconvex="a union of planes",
+    ),
+    "n_m_sparsity": ConstraintCase(
+        fr.n_m_sparsity,
+        lambda w: _beyond((w.unflatten(-1, (w.shape[-1] // 4, 4)) != 0).sum(-1).double(), 2.0),
+        lambda w: _zeros_but(w, 2),
+        hyper=(2.0, 4),
+        least_ndim=1,
+        nonconvex="a union of planes",
+    ),
+    "hyperplane": ConstraintCase(
+        fr.hyperplane,
+        lambda w: (2 * w.sum() - 0.6).abs() if w.numel() else w.sum(),
+        lambda w: _centred(w, 0.3),
+        hyper=(2.0, 0.6),
+        complex=False,
+        metric=False,
+        finite="the sum of an infinite entry and others is none of their own",
+    ),
+    "halfspace": ConstraintCase(
+        fr.halfspace,
+        lambda w: (2 * w.sum() + 0.6).clamp(min=0) if w.numel() else w.sum(),
+        lambda w: _centred(w, -0.3) - w.square().mean() if w.numel() else w,
+        hyper=(2.0, -0.6),
+        complex=False,
+        metric=False,
+        finite="the sum of an infinite entry and others is none of their own",
+    ),
+}
+
+TRANSFORMS.update(
+    {
+        "project": TransformCase(
+            lambda h=1.0: fr.project(fr.max_norm, 0.5 * h),
+            lambda s, h: (s.w + s.g) * (0.5 * h / _unit(s.w + s.g)).clamp(max=1) - s.w,
+        ),
+        "project on a schedule": TransformCase(
+            lambda h=1.0: fr.project(fr.linf_ball, lambda count: h * falling(count)),
+            lambda s, h: (s.w + s.g).clamp(-h / s.n, h / s.n) - s.w,
+        ),
+    }
+)
+
+
+# Singular values
+
+
+def _values(w: Tensor) -> Tensor:
+    return torch.linalg.svdvals(w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1))
+
+
+def _smaller_gram(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    return m @ m.mH if m.shape[0] <= m.shape[1] else m.mH @ m
+
+
+def _one_less(gram: Tensor) -> Tensor:
+    return gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def _row_gram(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    return m @ m.mH - torch.diag((m @ m.mH).diagonal())
+
+
+def _cosine_sum(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    lengths = m.abs().square().sum(1, keepdim=True).sqrt()
+    unit = m / torch.where(lengths == 0, 1.0, lengths)
+    return _row_gram(unit).abs().sum() / max(1, len(m) * (len(m) - 1))
+
+
+def _hoyer(w: Tensor) -> Tensor:
+    squares = w.abs().square().sum()
+    return w.abs().sum().square() / torch.where(squares == 0, 1.0, squares)
+
+
+EAGER = "the compiler calls what has singular values, because it would lose their safe derivatives"
+
+PENALTIES.update(
+    {
+        "nuclear": PenaltyCase(fr.nuclear, lambda w: _values(w).sum(), metric=False, uncompiled=EAGER),
+        "spectral": PenaltyCase(
+            fr.spectral,
+            lambda w: _values(w).amax(),
+            metric=False,
+            uncompiled=EAGER,
+            ruleless="level singular values have many slopes",
+        ),
+        "on_singular_values": PenaltyCase(
+            fr.on_singular_values(fr.elastic),
+            lambda w: 0.18 * _values(w).sum() + 0.06 * _values(w).square().sum(),
+            hyper=(0.3, 0.6),
+            metric=False,
+            uncompiled=EAGER,
+            ruleless="the slopes beside the singular vectors are not known to an entry",
+        ),
+    }
+)
+
+#: Penalties that have no proximal operator.
+GRADIENT_ALONE: dict[str, PenaltyCase] = {
+    "orthogonality": PenaltyCase(
+        fr.orthogonality, lambda w: _one_less(_smaller_gram(w)).abs().square().sum(), smooth=True
+    ),
+    "orthogonality_offdiagonal": PenaltyCase(
+        fr.orthogonality_offdiagonal, lambda w: _row_gram(w).abs().square().sum(), smooth=True
+    ),
+    "keras_orthogonal": PenaltyCase(fr.keras_orthogonal, lambda w: 0.3 * _cosine_sum(w), hyper=(0.3,)),
+    "keras_orthogonal of columns": PenaltyCase(
+        fr.keras_orthogonal,
+        lambda w: 0.3 * _cosine_sum(w.flatten(1).T if w.ndim > 1 else w.reshape(1, -1)),
+        hyper=(0.3,),
+        options={"mode": "columns"},
+    ),
+    "srip": PenaltyCase(fr.srip, lambda w: (_values(w).square() - 1).abs().amax(), uncompiled=EAGER),
+    "hoyer_square": PenaltyCase(fr.hoyer_square, _hoyer),
+}
+
+
+def _first_values(w: Tensor, total: float) -> Tensor:
+    """A matrix of smaller singular values: divided by a bound on their sum."""
+    return w * total / (total + _values(w).sum()) if w.numel() else w
+
+
+def _orthonormal(w: Tensor) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    m = m.mH if m.shape[0] < m.shape[1] else m
+    q = torch.linalg.qr(m)[0]
+    return (q if q.shape == (w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)).shape else q.mH).reshape(w.shape)
+
+
+CONSTRAINTS.update(
+    {
+        "spectral_ball": ConstraintCase(
+            fr.spectral_ball,
+            lambda w: _beyond(_values(w), 0.7) if w.numel() else w.sum(),
+            lambda w: _first_values(w, 0.7),
+            hyper=(0.7,),
+            metric=False,
+            uncompiled=EAGER,
+            finite="a matrix with infinite entries has no singular vectors",
+        ),
+        "nuclear_ball": ConstraintCase(
+            fr.nuclear_ball,
+            lambda w: _beyond(_values(w).sum(), 0.7) if w.numel() else w.sum(),
+            lambda w: _first_values(w, 0.7),
+            hyper=(0.7,),
+            metric=False,
+            uncompiled=EAGER,
+            finite="a matrix with infinite entries has no singular vectors",
+        ),
+        "stiefel": ConstraintCase(
+            fr.stiefel,
+            lambda w: _one_less(_smaller_gram(w)).abs().amax() if w.numel() else w.sum(),
+            _orthonormal,
+            metric=False,
+            uncompiled=EAGER,
+            nonconvex="a sphere is hollow",
+            finite="a matrix with infinite entries has no singular vectors",
+        ),
+    }
+)
+
+
 # Separable penalties
 
 
@@ -752,6 +1057,29 @@ TRANSFORMS.update(
         "adamprox on a schedule, masked": TransformCase(
             lambda h=1.0: fr.adamprox(falling, h, eps=0.1, mask=fr.matrices),
             lambda s, h: (s.w - _adam(s, eps=0.1) / s.n) / (1 + (s.w.ndim > 1) * h / s.n) - s.w,
+        ),
+    }
+)
+
+PENALTIES.update(
+    {
+        "schatten": PenaltyCase(
+            fr.schatten,
+            lambda w: _values(w).sqrt().sum(),
+            options={"p": 0.5},
+            metric=False,
+            ruleless="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="concave away from zero",
+            uncompiled=EAGER,
+        ),
+        "spectral_mcp": PenaltyCase(
+            fr.spectral_mcp,
+            lambda w: torch.where(_values(w) <= 2.4, 0.8 * _values(w) - _values(w).square() / 6, 0.96).sum(),
+            hyper=(0.8, 3.0),
+            metric=False,
+            ruleless="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="levels off",
+            uncompiled=EAGER,
         ),
     }
 )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.twins import TRANSFORMS, run, tree_map
+from reference.twins import PROJECTIONS, TRANSFORMS, run, tree_map
 
 import funcreg as fr
 
@@ -51,6 +51,7 @@ def parameters(name):
 
 def test_every_row_has_reference_numbers():
     assert set(TRANSFORMS) == set(REFERENCE["transforms"])
+    assert set(PROJECTIONS) == set(REFERENCE["projections"])
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -60,6 +61,13 @@ def test_twelve_steps_lead_where_optax_goes(name):
     close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), first, tensors(expected["first"]))
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), last, tensors(expected["last"]))
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_projections_of_whole_trees_are_those_of_optax(name):
+    params, other = (tensors(REFERENCE["inputs"][key]) for key in ("params", "target"))
+    found, expected = PROJECTIONS[name](LIB, params, other), tensors(REFERENCE["projections"][name])
+    tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12), found, expected)
 
 
 def test_every_name_that_optax_has_too_is_in_a_row():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import PENALTIES, TRANSFORMS
+from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, TRANSFORMS
 
 import funcreg as fr
 
@@ -51,7 +51,10 @@ def test_its_docstring_names_its_arguments(name):
 @every_name
 def test_it_has_a_row_or_a_test(name):
     if isinstance(PUBLIC[name], fr.Penalty):
-        assert any(case.penalty is PUBLIC[name] for case in PENALTIES.values())
+        assert any(
+            case.penalty is PUBLIC[name]
+            for case in (*PENALTIES.values(), *GRADIENT_ALONE.values(), *CONSTRAINTS.values())
+        )
     elif inspect.isfunction(PUBLIC[name]) and inspect.signature(PUBLIC[name]).return_annotation == "Transform":
         rows = {row.split()[0] for row in TRANSFORMS} | {"ensemble"}  # The ensemble is a law over all rows.
         assert name in rows
@@ -76,10 +79,10 @@ LAYERS = [
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
-    ["separable"],
+    ["constraints", "separable"],
     ["groups"],
     ["structured"],
-    ["regularizing"],
+    ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
     ["stochastic"],
 ]

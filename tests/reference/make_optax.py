@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from twins import COUNTS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
+from twins import COUNTS, PROJECTIONS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
 
 jax.config.update("jax_enable_x64", True)
 
@@ -48,8 +48,11 @@ def _in_float64(make: Any) -> Any:
 SCHEDULES_OF_OPTAX = {name for name in dir(optax.schedules) if name.endswith(("_schedule", "_schedules", "_decay"))}
 
 
+LIBRARIES = (optax, optax.transforms, optax.projections)
+
+
 def _find(name: str) -> Any:
-    return getattr(optax, name) if hasattr(optax, name) else getattr(optax.transforms, name)
+    return next(getattr(lib, name) for lib in LIBRARIES if hasattr(lib, name))
 
 
 def inputs() -> dict[str, Any]:
@@ -90,11 +93,15 @@ def main() -> None:
     for name in TRANSFORMS:
         first, last = (tree_map(lambda leaf: np.asarray(leaf).tolist(), tree) for tree in run(spy, name, arrays))
         steps[name] = {"first": first, "last": last}
+    projected = {}
+    for name, project in PROJECTIONS.items():
+        z = project(spy, arrays["params"], arrays["target"])
+        projected[name] = tree_map(lambda leaf: np.asarray(leaf).tolist(), z)
     values = {}
     for name, make in SCHEDULES.items():
         schedule = make(spy)
         values[name] = [float(schedule(count)) for count in COUNTS]
-    public = {n for lib in (optax, optax.transforms) for n in dir(lib) if n[0] != "_" and callable(getattr(lib, n))}
+    public = {n for lib in LIBRARIES for n in dir(lib) if n[0] != "_" and callable(getattr(lib, n))}
     parts = {
         "optax": json.dumps(optax.__version__),
         "names": json.dumps(" ".join(sorted(public))),
@@ -103,6 +110,7 @@ def main() -> None:
         "schedules": _lines(values),
         "inputs": _lines(given),
         "transforms": _lines(steps),
+        "projections": _lines(projected),
     }
     text = "{\n" + ",\n".join(f'  "{name}": {part}' for name, part in parts.items()) + "\n}\n"
     Path(__file__).with_name("optax.json").write_text(text)

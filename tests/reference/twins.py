@@ -268,3 +268,31 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
         [lib.warmup_cosine_decay_schedule(0.0, 1.0, 3, 9), lib.polynomial_schedule(0.5, 0.0, 2, 9, 2)], [12]
     ),
 }
+
+#: From a library, parameters and a second tree like them to a projection. Where optax takes numbers for the bounds of
+#: a single tensor alone, and leaves the sphere where an entry is zero, the rows stay on its side.
+PROJECTIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "non_negative": lambda lib, w, a: lib.projection_non_negative(w),
+    "box": lambda lib, w, a: lib.projection_box(w["heads"], -0.2, 0.7),
+    "box of trees": lambda lib, w, a: lib.projection_box(w, a, tree_map(lambda x: x + 0.3, a)),
+    "hypercube": lambda lib, w, a: lib.projection_hypercube(w["heads"]),
+    "hypercube of a scale": lambda lib, w, a: lib.projection_hypercube(w["heads"], scale=0.4),
+    "simplex": lambda lib, w, a: lib.projection_simplex(w),
+    "simplex of a scale": lambda lib, w, a: lib.projection_simplex(w, 7.5),
+    "l1_sphere": lambda lib, w, a: lib.projection_l1_sphere(w),
+    "l1_sphere outwards": lambda lib, w, a: lib.projection_l1_sphere(a, scale=100.0),
+    "l1_ball": lambda lib, w, a: lib.projection_l1_ball(w),
+    "l1_ball of a scale": lambda lib, w, a: lib.projection_l1_ball(w, 5.0),
+    "l1_ball inside": lambda lib, w, a: lib.projection_l1_ball(w, scale=100.0),
+    "l2_sphere": lambda lib, w, a: lib.projection_l2_sphere(w),
+    "l2_sphere outwards": lambda lib, w, a: lib.projection_l2_sphere(w, scale=100.0),
+    "l2_ball": lambda lib, w, a: lib.projection_l2_ball(w),
+    "l2_ball inside": lambda lib, w, a: lib.projection_l2_ball(w, scale=100.0),
+    "linf_ball": lambda lib, w, a: lib.projection_linf_ball(w),
+    "linf_ball of a scale": lambda lib, w, a: lib.projection_linf_ball(w, scale=0.3),
+    "vector": lambda lib, w, a: lib.projection_vector(w, a),
+    "hyperplane": lambda lib, w, a: lib.projection_hyperplane(w, a, 2.0),
+    "hyperplane by name": lambda lib, w, a: lib.projection_hyperplane(x=w, a=a, b=-1.0),
+    "halfspace": lambda lib, w, a: lib.projection_halfspace(w, a, -3.0),
+    "halfspace inside": lambda lib, w, a: lib.projection_halfspace(x=w, a=a, b=100.0),
+}

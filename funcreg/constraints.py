@@ -1,0 +1,568 @@
+"""The constraints: penalties of value 0 or infinity, whose proximal operator is a projection for every step.
+
+Each is one block: the rule that projects one leaf, with its documentation. A rule never branches on a value, and
+sorts rather than searches, so that a batch of radii costs one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
+from funcreg.penalties import Dim, group_dims
+from funcreg.penalty import Penalty
+from funcreg.tree import compute, safe_sqrt, sign, squared, tree_leaves, tree_paths, widen
+from funcreg.tree import total as summed
+
+_AT_LEAST_0 = (0.0, math.inf)
+
+
+class Constraint(Penalty):
+    r"""A set of allowed parameters: the penalty that is 0 in the set and infinite outside of it.
+
+    `c.project(params, *hyper)` is the nearest point of the set, `c.prox(params, step, *hyper)` the same for every
+    step, also for 0. `c(params, *hyper)` is 0 if the parameters lie in the set and infinite if not; a leaf counts as
+    inside if its distance from the set is within the rounding of its size. The gradient is 0: a constraint has no
+    slope inside, and outside none that helps. Most are made from a rule on one leaf, with the decorator `constraint`.
+
+    Args:
+        projection: From `(params, *hyper, metric, **options)` to the nearest tree of the set; `metric` is None or a
+            tree of positive tensors that weigh the squared distance.
+        reach: How far one entry of the projection looks; None leaves it open, which is always right.
+        bounds: From the name of a hyperparameter to the least and greatest number it may be.
+        check: Function of the hyperparameters that raises an error if they contradict each other.
+        rule: The function whose name, documentation and signature these are; by default `projection`.
+
+    Example:
+        Parameters that are all the same, in one leaf:
+
+        >>> equal = Constraint(lambda params, *, metric=None: tree_map(lambda w: w.mean().expand_as(w).clone(), params))
+        >>> params = {"weight": torch.tensor([1.0, 3.0])}
+        >>> equal(params), equal.project(params), equal(equal.project(params))
+        (tensor(inf), {'weight': tensor([2., 2.])}, tensor(0.))
+    """
+
+    def __init__(
+        self,
+        projection: Callable[..., Params],
+        *,
+        reach: Reach | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        check: Callable[..., None] | None = None,
+        rule: Callable[..., Any] | None = None,
+    ) -> None:
+        def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+            nearest = projection(params, *hyper, metric=None, **options)
+            return summed([_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)])
+
+        def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
+            return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
+
+        def proximal(
+            params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
+        ) -> Params:
+            return projection(params, *hyper, metric=metric, **options)
+
+        super().__init__(value, gradient, proximal, reach=reach, bounds=bounds, rule=rule or projection)
+        self._options -= {"metric"}  # Of the projection, not of the set.
+        shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
+        self.__signature__ = inspect.Signature(shown)
+        self._check = check
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("<penalty", "<constraint", 1)
+
+    def project(
+        self, params: Params, *hyper: Hyper, metric: Params | None = None, mask: Mask | None = None, **options: Any
+    ) -> Params:
+        r"""The nearest point of the set, :math:`\arg\min_{z \in C} \sum_i h_i (z_i - w_i)^2`.
+
+        Args:
+            params: The tree :math:`w`.
+            hyper: Hyperparameters of the constraint.
+            metric: Tree of positive tensors :math:`h` like the parameters; by default all ones.
+            mask: Leaves on which the constraint acts; the others stay as they are.
+            options: Static options of the constraint.
+        """
+        return self.prox(params, 0.0, *hyper, metric=metric, mask=mask, **options)
+
+    def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
+        """Hyperparameters in their order and options, or an error that says what this constraint takes."""
+        values, options = super().bind(*hyper, **options)
+        if self._check is not None:
+            self._check(*values)
+        return values, options
+
+
+def _outside(w: Tensor, z: Tensor) -> Tensor:
+    """0 if a leaf is its own projection but for rounding, infinite if not, NaN if it has one."""
+    rounding = 32 * torch.finfo(w.dtype).eps
+    w, z = widen(w), widen(z)
+    off = torch.where(w == z, torch.zeros_like(w), w - z).abs()
+    sizes = z.abs()
+    sizes = torch.where(sizes == math.inf, torch.zeros_like(sizes), sizes)
+    # In units of the largest, so that no square leaves the range of float32.
+    unit = sizes.amax() if w.numel() else sizes.sum()
+    unit = torch.where(unit == 0, torch.ones_like(unit), unit)
+    distance, size = ((x / unit).square().sum().sqrt() for x in (off, sizes))
+    inside = torch.where(distance <= rounding * size, torch.zeros_like(unit), torch.full_like(unit, math.inf))
+    return torch.where(off.isnan().any(), torch.full_like(unit, math.nan), inside)
+
+
+def constraint(
+    *,
+    metric: Callable[..., Tensor] | None = None,
+    reach: Reach | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    check: Callable[..., None] | None = None,
+    real: bool = False,
+) -> Callable[[Callable[..., Tensor]], Constraint]:
+    r"""Lift the projection of one leaf to a `Constraint` on trees.
+
+    Positional arguments after the leaf are hyperparameters: numbers, tensors, or trees like the parameters.
+    Keyword-only arguments are static options. The rule sees float32 at least; projections come back in the dtype of
+    the leaf.
+
+    Args:
+        metric: `(w, metric, *hyper, **options)` to the nearest point where :math:`h` weighs the squared distance; not
+            needed for an elementwise constraint.
+        reach: `"elementwise"` if each entry is bounded by itself, `"rows"`, `"matrix"` or `"leaf"`; None leaves it
+            open.
+        bounds: From the name of a hyperparameter to the least and greatest number it may be.
+        check: Function of the hyperparameters that raises an error if they contradict each other.
+        real: Whether complex leaves are refused, for a set that needs an order.
+
+    Example:
+        >>> @constraint(reach="elementwise", real=True)
+        ... def whole(w):
+        ...     "Whole numbers."
+        ...     return w.round()
+        >>> whole.project({"weight": torch.tensor([0.7, -2.2])})
+        {'weight': tensor([ 1., -2.])}
+        >>> whole(torch.tensor([1.0, -2.0])), whole(torch.tensor([0.5]))
+        (tensor(0.), tensor(inf))
+    """
+
+    def lift(rule: Callable[..., Tensor]) -> Constraint:
+        def projection(params: Params, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
+            if real and any(leaf.is_complex() for leaf in tree_leaves(params)):
+                names = zip(tree_paths(params), tree_leaves(params), strict=True)
+                first = next(name for name, leaf in names if leaf.is_complex())
+                raise TypeError(f"leaf '{first}' is complex; {rule.__name__} takes real numbers, which have an order")
+            if metric is None or reach == "elementwise":
+                return compute(lambda w, *row: rule(w, *row, **options), params, hyper=hyper)
+            return compute(lambda w, h, *row: weighed(w, h, *row, **options), params, metric, hyper=hyper)
+
+        def weighed(w: Tensor, h: Tensor, *hyper: Any, **options: Any) -> Tensor:
+            if metric is None:
+                raise ValueError(
+                    f"{rule.__name__} has no projection in a metric: it couples the entries of a leaf, and no closed "
+                    "form is known. Give @constraint a metric= rule, or project without a metric."
+                )
+            return metric(w, h, *hyper, **options)
+
+        return Constraint(projection, reach=reach, bounds=bounds, check=check, rule=rule)
+
+    return lift
+
+
+# Groups
+
+
+def grouped(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A leaf with the entries of each group along one last dimension."""
+    if not dims:
+        return w.unsqueeze(-1)
+    return w.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
+
+
+def ungrouped(x: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """What `grouped` made of a leaf, in the shape of that leaf again."""
+    if not dims:
+        return x.squeeze(-1)
+    outer = [n for d, n in enumerate(w.shape) if d not in dims]
+    return x.reshape([*outer, *[w.shape[d] for d in dims]]).movedim(tuple(range(-len(dims), 0)), dims)
+
+
+def _of_groups(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Scalar:
+    """A hyperparameter that broadcasts against a leaf, beside the groups of that leaf."""
+    return grouped(x.broadcast_to(w.shape), dims)[..., :1] if isinstance(x, Tensor) and x.ndim else x
+
+
+def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The norm of each group and its direction, zero for a group of zeros; computed in units of the largest entry.
+
+    A group with infinite entries points along them alone.
+    """
+    if not w.numel():
+        return squared(w).sum(dims, keepdim=True) if dims else squared(w), w.clone()
+    size = w.abs()
+    largest = size.amax(dims, keepdim=True) if dims else size
+    plain = (largest > 0) & (largest < math.inf)
+    unit = torch.where(plain, largest, torch.ones_like(largest))
+    infinite = torch.where(size == math.inf, sign(w), torch.zeros_like(w))
+    scaled = torch.where(largest == math.inf, infinite, w / unit)
+    norms = squared(scaled)
+    norms = safe_sqrt(norms.sum(dims, keepdim=True) if dims else norms)
+    directions = scaled / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return torch.where(largest == math.inf, largest, norms * unit), directions
+
+
+# Entries
+
+
+@constraint(reach="elementwise", real=True)
+def nonnegative(w: Tensor) -> Tensor:
+    r"""No entry below zero, :math:`w_i \ge 0`.
+
+    The projection sets negative entries to 0.
+
+    Example:
+        >>> nonnegative.project({"weight": torch.tensor([2.0, -3.0])})
+        {'weight': tensor([2., 0.])}
+        >>> nonnegative(torch.tensor([2.0, 0.0])), nonnegative(torch.tensor([2.0, -3.0]))
+        (tensor(0.), tensor(inf))
+
+    References:
+        Lee & Seung, *Learning the parts of objects by non-negative matrix factorization*, 1999.
+    """
+    return w.relu() + 0.0  # +0.0 also from -0.0.
+
+
+def _numbers(bound: Hyper) -> list[Any]:
+    return [x for x in tree_leaves(bound) if isinstance(x, (int, float))]
+
+
+def check_bounds(lower: Hyper, upper: Hyper) -> None:
+    """Raise a ValueError if numbers among the bounds of a box cross."""
+    lows, highs = _numbers(lower), _numbers(upper)
+    pairs = zip(lows, highs, strict=True) if len(lows) == len(highs) else ((a, b) for a in lows for b in highs)
+    if len(lows) == len(highs) or 1 in (len(lows), len(highs)):
+        for low, high in pairs:
+            if not low <= high:
+                raise ValueError(f"lower is {low} and upper is {high}; expected lower <= upper. Are they swapped?")
+
+
+def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
+    """Each entry in its bounds, NaN where they cross; bounds may be tensors of another dtype."""
+    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    inside = torch.where(w < low, low, torch.where(w > high, high, w))
+    return torch.where(low <= high, inside, torch.full_like(w, math.nan)) + 0.0
+
+
+@constraint(reach="elementwise", check=check_bounds, real=True)
+def box(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
+    r"""Each entry in an interval, :math:`l_i \le w_i \le u_i`.
+
+    Args:
+        lower: :math:`l`: number, tensor that broadcasts against a leaf, or a tree of them; may be `-math.inf`.
+        upper: :math:`u`, at least `lower`; may be `math.inf`. Tensors that cross leave an empty set, whose projection
+            is NaN.
+
+    Raises:
+        ValueError: Numbers cross.
+
+    Example:
+        >>> box.project({"weight": torch.tensor([2.0, -3.0, 0.5])}, -1.0, 1.0)
+        {'weight': tensor([ 1.0000, -1.0000,  0.5000])}
+    """
+    return clamp(w, lower, upper)
+
+
+@constraint(reach="elementwise", bounds={"radius": _AT_LEAST_0})
+def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
+    r"""No entry larger than a radius, :math:`\max_i |w_i| \le r`.
+
+    Args:
+        radius: :math:`r`, at least 0.
+
+    Example:
+        >>> linf_ball.project({"weight": torch.tensor([2.0, -3.0, 0.5])}, 1.0)
+        {'weight': tensor([ 1.0000, -1.0000,  0.5000])}
+    """
+    if not w.is_complex():
+        return clamp(w, -radius, radius)
+    return torch.where(w.abs() > radius, sign(w) * radius, w) + 0.0
+
+
+# Norms
+
+
+@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
+
+    The projection scales a group that is too long, and leaves the others exactly as they are.
+
+    Args:
+        radius: :math:`r`, at least 0.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. `...` makes a group of each row or
+            filter, which is `max_norm`; see `group_lasso`.
+
+    Example:
+        >>> l2_ball.project({"weight": torch.tensor([[3.0, 4.0], [0.0, 0.0]]), "bias": torch.tensor([0.5])}, 1.0)
+        {'weight': tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]]), 'bias': tensor([0.5000])}
+    """
+    norms, directions = polar(w, group_dims(w, dim))
+    return torch.where(norms > radius, radius * directions, w) + 0.0
+
+
+@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
+    r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
+
+    This is `l2_ball` with a group for each row of a matrix and each filter of a convolution.
+
+    Args:
+        radius: :math:`r`, at least 0.
+        dim: Dimensions that lie inside a group; by default (`...`) all but the first. Keras lays a dense matrix out
+            the other way round; what it calls `axis=0` is `dim=1` here.
+
+    Example:
+        >>> max_norm.project({"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)
+        {'weight': tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])}
+
+    References:
+        Srebro, Rennie & Jaakkola, *Maximum-margin matrix factorization*, 2004.
+        Srivastava et al., *Dropout: a simple way to prevent neural networks from overfitting*, 2014.
+    """
+    norms, directions = polar(w, group_dims(w, dim))
+    return torch.where(norms > radius, radius * directions, w) + 0.0
+
+
+@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
+
+    All points of the sphere are equally near to a group of zeros; the projection leaves it at zero, outside.
+
+    Args:
+        radius: :math:`r`, at least 0.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> l2_sphere.project({"weight": torch.tensor([0.3, 0.4])}, 1.0)
+        {'weight': tensor([0.6000, 0.8000])}
+    """
+    return radius * polar(w, group_dims(w, dim))[1] + 0.0
+
+
+def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
+    r"""By how much each entry exceeds the threshold that leaves a total, :math:`\sum_i (x_i - \tau / h_i)_+ = t`.
+
+    Along the last dimension, for :math:`t \ge 0`. Entries are taken relative to the largest, so that neither their
+    offset nor an infinite one spoils the sum.
+    """
+    if not x.shape[-1]:
+        return x.clone()
+    if h is not None:  # In a metric the threshold of an entry is its own: no offset is common to all.
+        pulls, order = (h * x).sort(-1, descending=True)
+        inverse = (1 / h).gather(-1, order)
+        sums, weights = (pulls * inverse).cumsum(-1) - total, inverse.cumsum(-1)
+        last = ((pulls * weights > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
+        return (x - sums.gather(-1, last) / weights.gather(-1, last) / h).relu()
+    largest = x.amax(-1, keepdim=True)
+    # Infinite entries are level with each other.
+    x = torch.where((x == largest) & largest.isinf(), torch.zeros_like(x), x - largest)
+    ordered = x.sort(-1, descending=True).values
+    sums = ordered.cumsum(-1) - total
+    counts = torch.ones_like(x).cumsum(-1)
+    last = ((counts * ordered > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return (x - sums.gather(-1, last) / counts.gather(-1, last)).relu()
+
+
+def _simplex_metric(w: Tensor, h: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    dims = group_dims(w, dim)
+    return ungrouped(simplex_excess(grouped(w, dims), _of_groups(total, w, dims), grouped(h, dims)), w, dims)
+
+
+@constraint(reach="leaf", metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True)
+def simplex(w: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    r"""Shares of a whole, :math:`w_i \ge 0` and :math:`\sum_{i \in g} w_i = t`.
+
+    The projection subtracts one number from all entries of a group and sets what is below 0 to 0, so that it has
+    exact zeros, unlike a softmax.
+
+    Args:
+        total: :math:`t`, the sum, at least 0.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> simplex.project({"shares": torch.tensor([0.5, 0.9, -1.0])}, 1.0)
+        {'shares': tensor([0.3000, 0.7000, 0.0000])}
+
+    References:
+        Duchi, Shalev-Shwartz, Singer & Chandra, *Efficient projections onto the l1-ball*, 2008.
+    """
+    dims = group_dims(w, dim)
+    return ungrouped(simplex_excess(grouped(w, dims), _of_groups(total, w, dims)), w, dims)
+
+
+def _within_l1(w: Tensor, h: Tensor | None, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
+    x, radius = grouped(w, dims), _of_groups(radius, w, dims)
+    sizes = x.abs()
+    shrunk = sign(x) * simplex_excess(sizes, radius, None if h is None else grouped(h, dims))
+    return ungrouped(torch.where(sizes.sum(-1, keepdim=True) <= radius, x, shrunk) + 0.0, w, dims)
+
+
+def _l1_ball_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    return _within_l1(w, h, radius, group_dims(w, dim))
+
+
+@constraint(reach="leaf", metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0})
+def l1_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    r"""Sum of magnitudes within a radius, :math:`\sum_{i \in g} |w_i| \le r`: the lasso as a constraint.
+
+    The projection is soft thresholding by what it takes, with exact zeros; a group inside stays as it is.
+
+    Args:
+        radius: :math:`r`, at least 0.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> l1_ball.project({"weight": torch.tensor([3.0, -2.0, 0.5])}, 2.0)
+        {'weight': tensor([ 1.5000, -0.5000,  0.0000])}
+
+    References:
+        Duchi, Shalev-Shwartz, Singer & Chandra, *Efficient projections onto the l1-ball*, 2008.
+    """
+    return _within_l1(w, None, radius, group_dims(w, dim))
+
+
+# Counts
+
+
+def _keep_largest(w: Tensor, sizes: Tensor, count: Scalar) -> Tensor:
+    """The entries along the last dimension that have the largest sizes; of equal ones the first."""
+    ranks = sizes.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    return torch.where((ranks < count) | w.isnan(), w, torch.zeros_like(w)) + 0.0
+
+
+def _top_k_metric(w: Tensor, h: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
+    dims = group_dims(w, dim)
+    x = grouped(w, dims)
+    return ungrouped(_keep_largest(x, grouped(h, dims).sqrt() * x.abs(), _of_groups(k, w, dims)), w, dims)
+
+
+@constraint(reach="leaf", metric=_top_k_metric, bounds={"k": _AT_LEAST_0})
+def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
+    r"""At most :math:`k` entries that are not zero, :math:`\|w_g\|_0 \le k`.
+
+    The projection keeps the largest, which is magnitude pruning at every step: iterative hard thresholding. Of equal
+    magnitudes it keeps those that come first. The set is not convex.
+
+    Args:
+        k: How many entries of a group may be non-zero, at least 0. A tensor is allowed, also a batched one.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> top_k.project({"weight": torch.tensor([0.5, -3.0, 2.0, 2.0])}, 2)
+        {'weight': tensor([ 0., -3.,  2.,  0.])}
+
+    References:
+        Blumensath & Davies, *Iterative hard thresholding for compressed sensing*, 2009.
+    """
+    dims = group_dims(w, dim)
+    x = grouped(w, dims)
+    return ungrouped(_keep_largest(x, x.abs(), _of_groups(k, w, dims)), w, dims)
+
+
+def _runs(w: Tensor, m: Any, dim: int) -> Tensor:
+    """A leaf with each run of `m` entries of a dimension along a last dimension."""
+    if not isinstance(m, int):
+        raise ValueError(f"m is {m!r}; expected a whole number: it is part of a shape, and cannot be a tensor")
+    (at,) = group_dims(w, dim)
+    if w.shape[at] % m:
+        raise ValueError(
+            f"n_m_sparsity got a leaf of shape {tuple(w.shape)}, whose dimension {dim} is no multiple of m={m}. Leave "
+            "such leaves out with mask=, or choose another dim."
+        )
+    return w.movedim(at, -1).unflatten(-1, (w.shape[at] // m, m))
+
+
+def _n_m_metric(w: Tensor, h: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
+    x = _runs(w, m, dim)
+    return _keep_largest(x, _runs(h, m, dim).sqrt() * x.abs(), n).flatten(-2).movedim(-1, dim)
+
+
+@constraint(reach="leaf", metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)})
+def n_m_sparsity(w: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
+    r"""At most :math:`n` of each :math:`m` neighbours that are not zero: the 2:4 pattern that sparse hardware runs.
+
+    Of equal magnitudes the projection keeps those that come first. The set is not convex.
+
+    Args:
+        n: How many may be non-zero, at least 0.
+        m: How many neighbours make a group, a whole number that divides the dimension.
+        dim: The dimension along which they are neighbours; by default the last, the inputs of a linear layer.
+
+    Raises:
+        ValueError: A leaf has no such dimension, or `m` does not divide it.
+
+    Example:
+        >>> n_m_sparsity.project({"weight": torch.tensor([[0.5, -3.0, 2.0, 1.0, 0.1, 0.2, 0.0, 0.3]])}, 2, 4)
+        {'weight': tensor([[ 0.0000, -3.0000,  2.0000,  0.0000,  0.0000,  0.2000,  0.0000,  0.3000]])}
+
+    References:
+        Mishra et al., *Accelerating sparse deep neural networks*, 2021.
+    """
+    x = _runs(w, m, dim)
+    return _keep_largest(x, x.abs(), n).flatten(-2).movedim(-1, dim)
+
+
+# Planes
+
+
+def _along(w: Tensor, normal: Scalar, offset: Scalar, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """How many normals a group lies below a plane, and the normals. A normal of zeros moves nothing."""
+    normals = torch.zeros_like(w) + normal
+    products, squares = w * normals, squared(normals)
+    if dims:
+        products, squares = (x.sum(dims, keepdim=True) for x in (products, squares))
+    return (offset - products) / torch.where(squares == 0, torch.full_like(squares, math.inf), squares), normals
+
+
+@constraint(reach="leaf", real=True)
+def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    r"""A linear equation, :math:`\langle a, w_g \rangle = b`.
+
+    With the normal 1 and the offset 0 the entries of each group sum to 0: centred weights.
+
+    Args:
+        normal: :math:`a`: number, tensor that broadcasts against a leaf, or a tree of them. One that is all zeros
+            moves nothing.
+        offset: :math:`b`: number, tensor that broadcasts against the groups, or a tree of them.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> hyperplane.project({"weight": torch.tensor([1.0, 2.0, 6.0])}, 1.0, 0.0)
+        {'weight': tensor([-2., -1.,  3.])}
+    """
+    below, normals = _along(w, normal, offset, group_dims(w, dim))
+    return w + below * normals
+
+
+@constraint(reach="leaf", real=True)
+def halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    r"""A linear inequality, :math:`\langle a, w_g \rangle \le b`.
+
+    Args:
+        normal: :math:`a`: number, tensor that broadcasts against a leaf, or a tree of them. One that is all zeros
+            moves nothing.
+        offset: :math:`b`: number, tensor that broadcasts against the groups, or a tree of them.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> halfspace.project({"a": torch.tensor([1.0, 2.0, 6.0]), "b": torch.tensor([-1.0])}, 1.0, 0.0)
+        {'a': tensor([-2., -1.,  3.]), 'b': tensor([-1.])}
+    """
+    below, normals = _along(w, normal, offset, group_dims(w, dim))
+    return w + below.clamp(max=0) * normals + 0.0

@@ -1,0 +1,763 @@
+"""Penalties and constraints of singular values, and penalties of a matrix that have a gradient alone.
+
+A leaf is read as a matrix, its first dimension against all others: the filters of a convolution are rows, a vector
+is one column. Derivatives go through divided differences of the rule on singular values, not through those of
+singular vectors, and so are finite also where singular values are equal or zero. A leaf that holds NaN or infinities
+has no singular values: all that is made of it is NaN.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Scalar
+from funcreg.constraints import constraint, polar, simplex_excess
+from funcreg.penalties import Dim, group_dims, l1, l2, shrink
+from funcreg.penalty import Penalty, penalty
+from funcreg.separable import l_half, l_two_thirds, mcp
+from funcreg.tree import sign, squared
+
+_AT_LEAST_0 = (0.0, math.inf)
+
+#: From singular values and hyperparameters to as many numbers, or to one.
+Rule = Callable[..., Tensor]
+
+
+def as_matrix(w: Tensor) -> Tensor:
+    """A leaf as a matrix: its first dimension against all others."""
+    return w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+
+
+def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whether all entries are finite, and the singular value decomposition, where rounding counts as zero."""
+    finite = w.isfinite().all()
+    u, s, vh = torch.linalg.svd(torch.where(finite, w, torch.zeros_like(w)), full_matrices=False)
+    noise = s.amax() * (max(w.shape) * torch.finfo(s.dtype).eps)
+    return finite, u, torch.where(s <= noise, torch.zeros_like(s), s), vh
+
+
+def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Tensor:
+    r"""The derivative of :math:`U f(S) V^*` along a direction, which is also its own adjoint.
+
+    In the bases of singular vectors, the Hermitian part of the direction is multiplied by
+    :math:`\frac{f_i - f_j}{s_i - s_j}`, the other part by :math:`\frac{f_i + f_j}{s_i + s_j}`, and what lies outside
+    by :math:`f_i / s_i`; where these are 0 / 0, by the derivative :math:`f'`.
+    """
+    finite, u, s, vh = _decompose(w)
+    pull: Any
+    t, pull = torch.func.vjp(lambda s: rule(s, *hyper), s)[:2]
+    (slopes,) = pull(torch.ones_like(t))
+    # Nearer than this, the difference is more rounding than number.
+    tie = s.amax() * math.sqrt(torch.finfo(s.dtype).eps)
+
+    def divided(over: Tensor, under: Tensor, least: Tensor, otherwise: Tensor) -> Tensor:
+        tied = under.abs() <= least
+        return torch.where(tied, otherwise, over / torch.where(tied, torch.ones_like(under), under))
+
+    rows, columns = s.unsqueeze(-1), s.unsqueeze(-2)
+    mean = (slopes.unsqueeze(-1) + slopes.unsqueeze(-2)) / 2
+    differences = divided(t.unsqueeze(-1) - t.unsqueeze(-2), rows - columns, tie, mean)
+    sums = divided(t.unsqueeze(-1) + t.unsqueeze(-2), rows + columns, torch.zeros_like(tie), mean)
+    ratios = divided(t, s, torch.zeros_like(tie), slopes)
+    uh, v = u.mH, vh.mH
+    inside = uh @ d @ v
+    turned = (differences * (inside + inside.mH) + sums * (inside - inside.mH)) / 2
+    left, right = (d @ v - u @ inside) * ratios, ratios.unsqueeze(-1) * (uh @ d - inside @ vh)
+    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(w, math.nan))
+
+
+def _pull_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], along: Tensor) -> list[Tensor | None]:
+    """What a cotangent of a rule is for each of its hyperparameters; None for a number."""
+    tensors = [h for h in hyper if isinstance(h, Tensor)]
+
+    def of_tensors(*given: Tensor) -> Tensor:
+        new = iter(given)
+        return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
+
+    found = iter(torch.func.vjp(of_tensors, *tensors)[1](along) if tensors else ())
+    return [next(found) if isinstance(h, Tensor) else None for h in hyper]
+
+
+def _push_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], tangents: Sequence[Any]) -> Tensor:
+    """The derivative of a rule along tangents of its hyperparameters."""
+    moved = [
+        (h, torch.zeros_like(h) if t is None else t)
+        for h, t in zip(hyper, tangents, strict=True)
+        if isinstance(h, Tensor)
+    ]
+
+    def of_tensors(*given: Tensor) -> Tensor:
+        new = iter(given)
+        return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
+
+    if not moved:
+        return torch.zeros_like(rule(s, *hyper))
+    return torch.func.jvp(of_tensors, tuple(h for h, _ in moved), tuple(t for _, t in moved))[1]
+
+
+def _keep_hyper(ctx: Any, w: Tensor, hyper: tuple[Any, ...]) -> None:
+    """Keep a matrix and hyperparameters for derivatives: tensors where autograd looks after them."""
+    tensors = [h for h in hyper if isinstance(h, Tensor)]
+    ctx.numbers = [None if isinstance(h, Tensor) else h for h in hyper]
+    ctx.save_for_backward(w, *tensors)
+    ctx.save_for_forward(w, *tensors)
+
+
+def _kept(ctx: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    w, *tensors = ctx.saved_tensors
+    new = iter(tensors)
+    return w, tuple(next(new) if number is None else number for number in ctx.numbers)
+
+
+class _Apply(torch.autograd.Function):
+    """A matrix with a rule applied to each of its singular values."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
+        finite, u, s, vh = _decompose(w)
+        t = rule(s, *hyper).to(s.dtype)
+        # Where nothing changes the matrix stays exactly as it is; adding zero turns -0.0 into +0.0.
+        made = torch.where((t == s).all(), w, (u * t) @ vh) + 0.0
+        return torch.where(finite, made, torch.full_like(made, math.nan))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rule, w, *hyper = inputs
+        _keep_hyper(ctx, w, tuple(hyper))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (w, hyper) = grad_outputs, _kept(ctx)
+        _, u, s, vh = _decompose(w)
+        along = (u.mH @ g @ vh.mH).diagonal(dim1=-2, dim2=-1)
+        along = along.real if along.is_complex() else along
+        return None, _derivative(ctx.rule, w, hyper, g), *_pull_hyper(ctx.rule, s, hyper, along)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (_, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
+        finite, u, s, vh = _decompose(w)
+        moved = (u * _push_hyper(ctx.rule, s, hyper, tangents)) @ vh
+        moved = torch.where(finite, moved, torch.full_like(moved, math.nan))
+        return moved if d is None else moved + _derivative(ctx.rule, w, hyper, d)
+
+
+class _Measure(torch.autograd.Function):
+    """A number made of singular values by a rule whose gradient is another."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
+        finite, _, s, _ = _decompose(w)
+        made = rule(s, *hyper)
+        return torch.where(finite, made, torch.full_like(made, math.nan))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.rule, ctx.slope, w, *hyper = inputs
+        _keep_hyper(ctx, w, tuple(hyper))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (w, hyper) = grad_outputs, _kept(ctx)
+        pulled = _pull_hyper(ctx.rule, _decompose(w)[2], hyper, g)
+        return None, None, g * _apply(ctx.slope, w, *hyper), *pulled
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (_, _, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
+        moved = _push_hyper(ctx.rule, _decompose(w)[2], hyper, tangents)
+        if d is None:
+            return moved
+        along = _apply(ctx.slope, w, *hyper).conj() * d
+        return moved + (along.real if along.is_complex() else along).sum()
+
+
+def _called(function: Any, *args: Any) -> Tensor:
+    # The compiler would trace what is above, and then differentiate the decomposition instead: it is made to call it.
+    call: Any = torch.compiler.disable(function.apply) if torch.compiler.is_dynamo_compiling() else function.apply
+    return call(*args)
+
+
+def _apply(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
+    """`_Apply` on a leaf of any shape."""
+    if not w.numel():
+        return w.clone()
+    return _called(_Apply, rule, as_matrix(w), *hyper).reshape(w.shape)
+
+
+def _measure(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
+    """`_Measure` on a leaf of any shape, 0 for an empty one."""
+    if not w.numel():
+        return squared(w).sum()
+    return _called(_Measure, rule, slope, as_matrix(w), *hyper)
+
+
+def _one(value: Scalar, name: str) -> Scalar:
+    """A hyperparameter of a whole matrix, without dimensions."""
+    if isinstance(value, Tensor) and value.ndim:
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected one number for each matrix")
+        return value.reshape(())
+    return value
+
+
+def _in_metric(
+    name: str, prox: Callable[[Tensor, Scalar], Tensor], w: Tensor, h: Tensor, step: Scalar, inner: int
+) -> Tensor:
+    """The proximal operator in a diagonal metric, by accelerated descent in the largest entry of the metric."""
+    if not inner:
+        raise ValueError(
+            f"{name} has no closed proximal operator in a diagonal metric: its entries turn with the singular vectors. "
+            "Take one number h for each matrix, in the step before it too, and give step / h; or give inner=, the "
+            "number of steps of a descent that finds it, each of which takes a singular value decomposition."
+        )
+    if not w.numel():
+        return w.clone()
+    top = h.amax()
+    z, y, t = w, w, torch.ones_like(top)
+    for _ in range(inner):
+        landed = prox(y - h / top * (y - w), step / top)
+        uphill = (
+            ((y - landed).conj() * (landed - z)).real.sum() if w.is_complex() else ((y - landed) * (landed - z)).sum()
+        )
+        t = torch.where(uphill > 0, torch.ones_like(t), t)
+        after = (1 + (1 + 4 * t.square()).sqrt()) / 2
+        y, z, t = landed + (t - 1) / after * (landed - z), landed, after
+    return z
+
+
+# Singular values
+
+
+def _sum_of_values(s: Tensor) -> Tensor:
+    return s.sum(-1)
+
+
+def _rank(s: Tensor) -> Tensor:
+    return s.sign()
+
+
+def _all_one(s: Tensor) -> Tensor:
+    return torch.ones_like(s)
+
+
+def _clipped(s: Tensor, radius: Scalar) -> Tensor:
+    return torch.where(s > radius, radius, s)
+
+
+def _nuclear_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
+    return _apply(_rank, w)
+
+
+def _nuclear_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+    return _apply(shrink, w, _one(step, "step"))
+
+
+def _nuclear_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+    return _in_metric("nuclear", _nuclear_proximal, w, h, step, inner)
+
+
+def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar, *, inner: int = 0) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    turns, slopes = as_matrix(_nuclear_gradient(w)), as_matrix(g)
+    # What the singular vectors of w do not reach is free to be shrunk.
+    beside = slopes - turns @ (turns.mH @ slopes)
+    beside = beside - (beside @ turns.mH) @ turns
+    return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
+
+
+@penalty(
+    gradient=_nuclear_gradient,
+    proximal=_nuclear_proximal,
+    metric=_nuclear_metric,
+    residual=_nuclear_residual,
+    reach="matrix",
+)
+def nuclear(w: Tensor, *, inner: int = 0) -> Tensor:
+    r"""Nuclear norm, the sum of singular values, :math:`\sum_i \sigma_i(W)`: the lasso of rank.
+
+    The proximal operator shrinks the singular values and leaves a matrix of lower rank. The gradient is
+    :math:`U V^*` over the singular values that are not 0.
+
+    In a diagonal metric, as Adam has one, there is no closed form: take one number for each matrix, in the step as
+    in `step / h`, or a descent of `inner` steps.
+
+    Args:
+        inner: Steps of the descent that finds the proximal operator in a metric: 50 give 8 digits where the metric
+            spans two orders of magnitude. Zero for none, and then a metric is refused.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}
+        >>> nuclear(params), nuclear.prox(params, 1.0)
+        (tensor(3.5000), {'weight': tensor([[2., 0.],
+                [0., 0.]])})
+
+    References:
+        Fazel, *Matrix rank minimization with applications*, 2002.
+        Cai, Candes & Shen, *A singular value thresholding algorithm for matrix completion*, 2010.
+    """
+    return _measure(_sum_of_values, _rank, w)
+
+
+def _largest_value(s: Tensor) -> Tensor:
+    return s.amax(-1)
+
+
+def _is_largest(s: Tensor) -> Tensor:
+    top = ((s == s.amax(-1, keepdim=True)) & (s > 0)).to(s.dtype)
+    return top / top.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _spectral_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
+    return _apply(_is_largest, w)
+
+
+def _cut(w: Tensor, amount: Scalar) -> Tensor:
+    """The number above which the singular values of a leaf exceed it by an amount in sum, 0 if they never do."""
+    s = _decompose(as_matrix(w))[2]
+    return (s - simplex_excess(s, amount)).amax(-1).relu()
+
+
+def _spectral_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+    return _apply(_clipped, w, _cut(w, _one(step, "step"))) if w.numel() else w.clone()
+
+
+def _spectral_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+    return _in_metric("spectral", _spectral_proximal, w, h, step, inner)
+
+
+@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, metric=_spectral_metric, reach="matrix")
+def spectral(w: Tensor, *, inner: int = 0) -> Tensor:
+    r"""Spectral norm, the largest singular value, :math:`\sigma_1(W)`: how much a layer can stretch.
+
+    The proximal operator lowers the largest singular values to a common one. For a convolution this is the norm of
+    its filters as a matrix, which bounds that of the operator but is not it.
+
+    Args:
+        inner: Steps of the descent that finds the proximal operator in a metric; see `nuclear`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}
+        >>> spectral(params), spectral.prox(params, 1.0)
+        (tensor(3.), {'weight': tensor([[2.0000, 0.0000],
+                [0.0000, 0.5000]])})
+
+    References:
+        Yoshida & Miyato, *Spectral norm regularization for improving the generalizability of deep learning*, 2017.
+    """
+    return _measure(_largest_value, _is_largest, w)
+
+
+def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
+    r"""Lift a separable penalty to the singular values of each leaf, :math:`\sum_i g(\sigma_i(W))`.
+
+    The proximal operator applies that of :math:`g` to the singular values. `on_singular_values(l1)` is `nuclear`; the
+    square root as :math:`g` makes the Schatten-1/2 quasi-norm, a penalty that flattens out, such as MCP, a nuclear
+    norm that leaves large singular values as they are. Hyperparameters are those of :math:`g`, one number for each
+    leaf.
+
+    Args:
+        penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them.
+
+    Raises:
+        ValueError: The penalty does not say that it is separable, with `reach="elementwise"`.
+
+    Example:
+        >>> ridge = on_singular_values(elastic)
+        >>> ridge.prox({"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}, 1.0, 2.0, 0.5)
+        {'weight': tensor([[1., 0.],
+                [0., 0.]])}
+
+    References:
+        Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
+    """
+    g = penalty_of_entries
+    if not isinstance(g, Penalty) or g.reach != "elementwise":
+        raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
+
+    def ones(hyper: tuple[Any, ...]) -> list[Any]:
+        return [_one(value, "a hyperparameter") for value in hyper]
+
+    def gradient(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+        return _apply(lambda s, *h: g.grad(s, *h, **options), w, *ones(hyper))
+
+    def proximal(w: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+        return _apply(lambda s, *h: g.prox(s, *h, **options), w, *ones((step, *hyper)))
+
+    def metric(w: Tensor, h: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+        prox = lambda w, step: proximal(w, step, *hyper, **options)
+        return _in_metric(value.__name__, prox, w, h, step, inner)
+
+    def value(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+        rule, slope = (lambda s, *h: g(s, *h, **options)), (lambda s, *h: g.grad(s, *h, **options))
+        return _measure(rule, slope, w, *ones(hyper))
+
+    inner = inspect.Parameter("inner", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int")
+    parameters = [*inspect.signature(g).parameters.values(), inner]
+    value.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+    value.__name__ = value.__qualname__ = f"{g.__name__}_on_singular_values"
+    value.__doc__, value.__module__ = f"`{g.__name__}` of the singular values of each leaf.", g.__module__
+    return penalty(gradient=gradient, proximal=proximal, metric=metric, reach="matrix")(value)
+
+
+_POWERS = {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}
+
+
+def _power(p: float) -> Penalty:
+    if p not in _POWERS:
+        raise ValueError(f"p is {p!r}; expected 1/2, 2/3, 1 or 2, whose proximal operators are known")
+    return _POWERS[p]
+
+
+def _schatten_gradient(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+    g = _power(p)
+    return _apply(lambda s: g.grad(s), w)
+
+
+def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
+    g = _power(p)
+    return _apply(lambda s, t: g.prox(s, t), w, _one(step, "step"))
+
+
+def _schatten_metric(w: Tensor, h: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
+    return _in_metric("schatten", lambda w, step: _schatten_proximal(w, step, p=p), w, h, step, inner)
+
+
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, metric=_schatten_metric, reach="matrix")
+def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+    r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
+
+    Below 1 it lowers the rank and shrinks large singular values less than `nuclear`, which is 1; it is not convex
+    there. 2 is `l2`.
+
+    Args:
+        p: The power: 1/2, 2/3, 1 or 2, whose proximal operators have closed forms.
+        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
+            where that is not convex; see `nuclear`.
+
+    Raises:
+        ValueError: Another power.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[4.0, 0.0], [0.0, 1.0]])}
+        >>> schatten(params, p=1 / 2), schatten.prox(params, 1.0, p=1 / 2)
+        (tensor(3.), {'weight': tensor([[3.7415, 0.0000],
+                [0.0000, 0.0000]])})
+
+    References:
+        Nie, Huang & Ding, *Low-rank matrix recovery via efficient Schatten p-norm minimization*, 2012.
+    """
+    g = _power(p)
+    return _measure(lambda s: g(s), lambda s: g.grad(s), w)
+
+
+def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    return _apply(lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma"))
+
+
+def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    hyper = _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma")
+    return _apply(lambda s, *h: mcp.prox(s, *h), w, *hyper)
+
+
+def _spectral_mcp_metric(
+    w: Tensor, h: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0
+) -> Tensor:
+    prox = lambda w, step: _spectral_mcp_proximal(w, step, strength, gamma)
+    return _in_metric("spectral_mcp", prox, w, h, step, inner)
+
+
+@penalty(
+    gradient=_spectral_mcp_gradient,
+    proximal=_spectral_mcp_proximal,
+    metric=_spectral_mcp_metric,
+    reach="matrix",
+    bounds={"strength": _AT_LEAST_0, "gamma": _AT_LEAST_0},
+)
+def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+    r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
+
+    It lowers the rank and leaves large singular values exactly as they are. See `mcp`, whose proximal operator acts
+    on the singular values for every step. Nonconvex.
+
+    Args:
+        strength: :math:`\lambda`, the slope at zero, at least 0.
+        gamma: Concavity :math:`\gamma`, above 0; infinite for `nuclear`.
+        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
+            where that is not convex; see `nuclear`.
+
+    Example:
+        >>> spectral_mcp.prox({"weight": torch.tensor([[4.0, 0.0], [0.0, 0.5]])}, 1.0, 1.0, 3.0)
+        {'weight': tensor([[4., 0.],
+                [0., 0.]])}
+
+    References:
+        Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
+    """
+    return _measure(
+        lambda s, *h: mcp(s, *h), lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma")
+    )
+
+
+# Constraints
+
+
+@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
+    r"""Singular values within a radius, :math:`\sigma_1(W) \le r`: a layer that stretches no input by more.
+
+    The projection lowers the singular values that are too large; a matrix inside stays exactly as it is.
+
+    Args:
+        radius: :math:`r`, at least 0.
+
+    Example:
+        >>> spectral_ball.project({"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}, 1.0)
+        {'weight': tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]])}
+
+    References:
+        Gouk, Frank, Pfahringer & Cree, *Regularisation of neural networks by enforcing Lipschitz continuity*, 2021.
+    """
+    return _apply(_clipped, w, _one(radius, "radius"))
+
+
+@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
+    r"""Sum of singular values within a radius, :math:`\sum_i \sigma_i(W) \le r`, with low rank at its corners.
+
+    Args:
+        radius: :math:`r`, at least 0.
+
+    Example:
+        >>> nuclear_ball.project({"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}, 2.0)
+        {'weight': tensor([[2., 0.],
+                [0., 0.]])}
+
+    References:
+        Srebro & Shraibman, *Rank, trace-norm and max-norm*, 2005.
+    """
+    return _apply(shrink, w, _cut(w, _one(radius, "radius"))) if w.numel() else w.clone()
+
+
+@constraint(reach="matrix")
+def stiefel(w: Tensor) -> Tensor:
+    r"""Orthonormal rows, or columns if there are fewer of them, :math:`W W^* = I` or :math:`W^* W = I`.
+
+    The projection sets all singular values to 1: the polar factor. The nearest point to a matrix without full rank is
+    one of many. The set is not convex.
+
+    Example:
+        >>> stiefel.project({"weight": torch.tensor([[3.0, 0.0], [0.0, -0.5]])})
+        {'weight': tensor([[ 1.,  0.],
+                [ 0., -1.]])}
+
+    References:
+        Fan & Hoffman, *Some metric inequalities in the space of matrices*, 1955.
+    """
+    return _apply(_all_one, w)
+
+
+# Gradient alone
+
+
+def _without_prox(name: str) -> Callable[..., Tensor]:
+    def proximal(w: Tensor, step: Scalar, *hyper: Any, **options: Any) -> Tensor:
+        raise ValueError(
+            f"{name} has no proximal operator: it is not convex, and no closed form is known. Use its gradient: put it "
+            "into the loss, or into a chain with add_penalty."
+        )
+
+    return proximal
+
+
+def _gram(w: Tensor, smaller: bool) -> tuple[Tensor, Tensor]:
+    """A leaf as a matrix with fewer rows than columns if `smaller`, and the products of its rows."""
+    m = as_matrix(w)
+    m = m.mH if smaller and m.shape[0] > m.shape[1] else m
+    return m, m @ m.mH
+
+
+def _on_diagonal(gram: Tensor) -> Tensor:
+    return torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+
+
+def _less_one(gram: Tensor) -> Tensor:
+    return gram - torch.diag_embed(torch.ones_like(gram.diagonal(dim1=-2, dim2=-1)))
+
+
+def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
+    """A matrix, or its transpose, in the shape of a leaf."""
+    return (x if x.shape == as_matrix(w).shape else x.mH).reshape(w.shape)
+
+
+def _orthogonality_gradient(w: Tensor) -> Tensor:
+    m, gram = _gram(w, smaller=True)
+    return _as_leaf(4 * _less_one(gram) @ m, w)
+
+
+@penalty(gradient=_orthogonality_gradient, proximal=_without_prox("orthogonality"), reach="matrix")
+def orthogonality(w: Tensor) -> Tensor:
+    r"""How far from orthonormal rows, :math:`\|W W^* - I\|_F^2`, or columns if there are fewer of them.
+
+    Of the two it is the one that can be 0; they differ by a constant, and have one gradient,
+    :math:`4 (W W^* - I) W`. It has no proximal operator; the constraint is `stiefel`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])}
+        >>> orthogonality(params), orthogonality.grad(params)
+        (tensor(9.), {'weight': tensor([[24.,  0.,  0.],
+                [ 0.,  0.,  0.]])})
+
+    References:
+        Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
+    """
+    return squared(_less_one(_gram(w, smaller=True)[1]))
+
+
+def _offdiagonal_gradient(w: Tensor) -> Tensor:
+    m, gram = _gram(w, smaller=False)
+    return (4 * (gram - _on_diagonal(gram)) @ m).reshape(w.shape)
+
+
+@penalty(gradient=_offdiagonal_gradient, proximal=_without_prox("orthogonality_offdiagonal"), reach="matrix")
+def orthogonality_offdiagonal(w: Tensor) -> Tensor:
+    r"""How far rows are from orthogonal, whatever their norms, :math:`\sum_{i \ne j} \langle w_i, w_j \rangle^2`.
+
+    Rows and filters are the units. It has no proximal operator.
+
+    Example:
+        >>> orthogonality_offdiagonal({"weight": torch.tensor([[2.0, 0.0], [1.0, 1.0]])})
+        tensor(8.)
+
+    References:
+        Brock, Lim, Ritchie & Weston, *Neural photo editing with introspective adversarial networks*, 2017.
+    """
+    gram = _gram(w, smaller=False)[1]
+    return squared(gram - _on_diagonal(gram))
+
+
+def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Norms and directions of the vectors, what their cosines are off the diagonal, and one over their pairs."""
+    if mode not in ("rows", "columns"):
+        raise ValueError(f"mode is {mode!r}; expected 'rows' or 'columns'")
+    m = as_matrix(w)
+    norms, directions = polar(m if mode == "rows" else m.mH, (1,))
+    cosines = directions @ directions.mH
+    size = cosines.shape[-1]
+    return norms, directions, cosines - _on_diagonal(cosines), 1 / max(1, size * (size - 1))
+
+
+def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
+    norms, directions, cosines, share = _cosines(w, mode)
+    signs = sign(cosines)
+    slopes = signs @ directions - cosines.abs().sum(-1, keepdim=True) * directions
+    slopes = 2 * factor * share * slopes / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return (slopes if mode == "rows" else slopes.mH).reshape(w.shape)
+
+
+@penalty(
+    gradient=_keras_gradient,
+    proximal=_without_prox("keras_orthogonal"),
+    reach="matrix",
+    bounds={"factor": _AT_LEAST_0},
+)
+def keras_orthogonal(w: Tensor, factor: Scalar = 0.01, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
+    r"""The mean magnitude of cosines between rows, :math:`\frac{f}{m (m - 1)} \sum_{i \ne j} |\cos(w_i, w_j)|`.
+
+    The numbers are those of `keras.regularizers.OrthogonalRegularizer`. Keras lays a dense matrix out the other way
+    round: its columns, the units, are the rows here. One row alone, of which Keras makes 0 / 0, has value 0. It has no
+    proximal operator.
+
+    Args:
+        factor: :math:`f`, at least 0.
+        mode: `"rows"` or `"columns"`: what is to be orthogonal.
+
+    Raises:
+        ValueError: Another mode.
+
+    Example:
+        >>> keras_orthogonal({"weight": torch.tensor([[2.0, 0.0], [3.0, 4.0]])}, 0.5)
+        tensor(0.3000)
+
+    References:
+        Chollet et al., *Keras*, 2015.
+    """
+    _, _, cosines, share = _cosines(w, mode)
+    return factor * share * cosines.abs()
+
+
+def _furthest_from_one(s: Tensor) -> Tensor:
+    return (s.square() - 1).abs().amax(-1)
+
+
+def _srip_slope(s: Tensor) -> Tensor:
+    off = s.square() - 1
+    top = (off.abs() == off.abs().amax(-1, keepdim=True)).to(s.dtype)
+    return 2 * s * off.sign() * top / top.sum(-1, keepdim=True)
+
+
+def _srip_gradient(w: Tensor) -> Tensor:
+    return _apply(_srip_slope, w)
+
+
+@penalty(gradient=_srip_gradient, proximal=_without_prox("srip"), reach="matrix")
+def srip(w: Tensor) -> Tensor:
+    r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
+
+    This is the spectral norm of :math:`W W^* - I`, or of :math:`W^* W - I` if it is the smaller matrix, exact where
+    the paper iterates. It has no proximal operator.
+
+    Example:
+        >>> srip({"weight": torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]])})
+        tensor(3.)
+
+    References:
+        Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
+    """
+    return _measure(_furthest_from_one, _srip_slope, w)
+
+
+def _hoyer_parts(w: Tensor, dim: Dim) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of magnitudes of each group over its norm, one over the norm, and its direction."""
+    dims = group_dims(w, dim)
+    norms, directions = polar(w, dims)
+    ratios = directions.abs().sum(dims, keepdim=True) if dims else directions.abs()
+    return ratios, 1 / torch.where(norms == 0, torch.ones_like(norms), norms), directions
+
+
+def _hoyer_gradient(w: Tensor, *, dim: Dim = None) -> Tensor:
+    ratios, inverse, directions = _hoyer_parts(w, dim)
+    return 2 * ratios * (sign(w) - ratios * directions) * inverse
+
+
+@penalty(gradient=_hoyer_gradient, proximal=_without_prox("hoyer_square"), reach="leaf")
+def hoyer_square(w: Tensor, *, dim: Dim = None) -> Tensor:
+    r"""Sparsity whatever the scale, :math:`\left( \sum_i |w_i| \right)^2 / \sum_i w_i^2`.
+
+    From 1 for one entry alone to the number of entries for equal magnitudes: a smooth count of those that are not 0.
+    A leaf of zeros has value 0. It has no proximal operator.
+
+    Args:
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> hoyer_square({"weight": torch.tensor([3.0, -4.0])})
+        tensor(1.9600)
+
+    References:
+        Yang, Wen & Li, *DeepHoyer: learning sparser neural network with differentiable scale-invariant sparsity
+        measures*, 2020.
+    """
+    return _hoyer_parts(w, dim)[0].square()

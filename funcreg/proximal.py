@@ -250,8 +250,9 @@ def proximal_step(
 
     An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
     :math:`\epsilon`, and the step :math:`\eta / \epsilon` takes it to zero at once. That is the minimum, but may
-    surprise: `max_step` lets it shrink by no more than `max_step` times the slope of the penalty, and `mask` leaves
-    it alone. With :math:`1 / L`, for a gradient with Lipschitz constant L, no learning rate is too large.
+    surprise: `max_step` bounds :math:`\eta / h`, so that the entry shrinks by that times the slope of
+    :math:`\lambda g`, and `mask` leaves it alone. With a bound of :math:`1 / L`, for a gradient with Lipschitz
+    constant L, no learning rate is too large.
 
     Args:
         preconditioner: A transform that tells its metric, or a chain with one such link.

@@ -264,8 +264,8 @@ def proximal_step(
         max_step: Greatest :math:`\eta / h`, above 0: number, tensor, schedule, or a tree of them; None for no bound.
         inner_steps: For a convex penalty without a proximal operator in a metric: how many steps of `fista` stand in
             for it, at least 1. The fixed point is the same for any number. With 1 the step and the proximal operator
-            share one number, the greatest of :math:`h` in each leaf (in all leaves, if the penalty may couple them),
-            and more come nearer to the metric of each entry. None for the penalty's own rule.
+            share one number, the greatest of :math:`h` in each leaf (in all leaves, if the penalty may couple them);
+            about 5 come near the metric of each entry, and need far fewer updates. None for the penalty's own rule.
         mask: Leaves on which the penalty acts; the others take plain steps.
         options: Static options of the penalty, such as `dim`.
 

@@ -343,6 +343,33 @@ def test_any_number_of_inner_steps_has_the_same_fixed_point(steps):
         assert [not leaf.any() for leaf in fr.tree_leaves(params)] == zeros
 
 
+def _low_rank(w, step):
+    u, size, v = torch.linalg.svd(w, full_matrices=False)
+    return u @ torch.relu(size - step).diag() @ v
+
+
+@fr.penalty(gradient=lambda w: _low_rank(w, 0.0), proximal=_low_rank, reach="matrix")
+def sum_of_singular_values(w):
+    """A penalty that has no proximal operator in a diagonal metric, and needs the proximal step alone."""
+    return torch.linalg.svdvals(w)
+
+
+def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
+    generator = torch.Generator().manual_seed(0)
+    draws = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x = draws(80, 6) * torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, 2.0])
+    y = x @ draws(6, 2) @ draws(2, 5) + 0.1 * draws(80, 5)
+    loss = lambda p: (x @ p["w"] - y).square().mean(0).sum() / 2
+    start = {"w": torch.zeros(6, 5, dtype=torch.float64)}
+    plain = fr.fista(0.08, sum_of_singular_values, strength=0.5)
+    metric = fr.proximal_step(fr.scale_by_rss(), 1.0, sum_of_singular_values, strength=0.5, inner_steps=5)
+    expected, found = (train(tx, loss, start, 600)[0]["w"] for tx in (plain, metric))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert torch.linalg.matrix_rank(found, tol=1e-9) == 2
+    with pytest.raises(ValueError, match=r"has no proximal operator in a metric.*inner_steps"):
+        train(fr.prox_adam(0.1, sum_of_singular_values), loss, start, 1)
+
+
 def test_leaves_without_the_penalty_take_whole_steps_whatever_the_inner_ones():
     params, mask = draw(), {"head": True, "body": False}
     for steps in (1, 4):

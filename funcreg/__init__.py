@@ -116,6 +116,7 @@ from funcreg.proximal import (
     fista as fista,
     prox_adam as prox_adam,
     prox_sgd as prox_sgd,
+    proximal_step as proximal_step,
 )
 from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,

@@ -351,7 +351,8 @@ def penalty(
             if reach != "elementwise" and (reach is not None or value(w, *hyper, **options).shape != w.shape):
                 raise ValueError(
                     f"{value.__name__} has no proximal operator in a metric: its value couples the entries of a leaf. "
-                    "Give @penalty a metric= rule, or let the value return one term for each entry."
+                    "Give @penalty a metric= rule, let the value return one term for each entry, or give the optimizer "
+                    "inner_steps=."
                 )
             return proximal(w, step / h, *hyper, **options)
 

@@ -17,11 +17,24 @@ from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
 from funcreg.transform import Transform, at_step, check_fit, counter, furthest, identity, nonnegative
-from funcreg.tree import check_mask, compute, compute_leaves, compute_wide, product, total, tree_map
+from funcreg.tree import (
+    check_mask,
+    compute,
+    compute_leaves,
+    compute_wide,
+    flatten,
+    keep,
+    mask_leaves,
+    merge,
+    product,
+    total,
+    tree_leaves,
+    tree_map,
+)
 
 
 class ProximalState(NamedTuple):
-    """The state of `prox_sgd` and `prox_adam`."""
+    """The state of `prox_sgd`, `prox_adam` and `proximal_step`."""
 
     steps: Tensor  # Number of updates made, int32.
     direction: State  # Of the momentum or the preconditioner.
@@ -37,6 +50,8 @@ def descend(
     mask: Mask | None,
     options: dict[str, Any],
     weight_decay: Hyper | Schedule = 0.0,
+    max_step: Hyper | Schedule | None = None,
+    inner_steps: int | None = None,
 ) -> Transform:
     """A step along a direction, then the proximal operator in the direction's metric, if it has one."""
     nonnegative(learning_rate=learning_rate, strength=strength, weight_decay=weight_decay)
@@ -52,15 +67,61 @@ def descend(
             at_step(value, state.steps) for value in (learning_rate, strength, weight_decay, *hyper)
         )
         along, inner = direction.update(updates, state.direction, params)
+        metric = None if direction.metric is None else direction.metric(inner)
+        if max_step is not None:
+            # The direction is divided by the same metric that the proximal operator sees.
+            most, free = at_step(max_step, state.steps), metric
+            metric = compute(lambda h, r, m: h.clamp(min=r / m), free, hyper=(rate, most))
+            along = compute_wide(lambda d, h, c: d * (h / c), along, free, metric)
         reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
         step = product(params, rate, force, gain)
-        metric = None if direction.metric is None else direction.metric(inner)
-        landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
+        if inner_steps is None:
+            landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
+        else:
+            landed = _approach(inner_steps, params, reached, metric, penalty, step, values, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    return Transform(init, update, furthest([direction.reach, penalty.reach or "global"]), state=ProximalState)
+    reach = "global" if inner_steps else furthest([direction.reach, penalty.reach or "global"])
+    return Transform(init, update, reach, state=ProximalState)
+
+
+def _approach(
+    steps: int,
+    params: Params,
+    reached: Params,
+    metric: Params,
+    penalty: Penalty,
+    step: Hyper,
+    hyper: list[Hyper],
+    mask: Mask | None,
+    options: dict[str, Any],
+) -> Params:
+    """Some steps of `fista` from the parameters towards the proximal operator in a metric, without its own rule.
+
+    At a solution of the penalized problem the parameters are that point already, and any number of steps stays.
+    """
+    chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
+    y, x, h = (keep(tree, chosen) for tree in (compute_wide(lambda w: w, params), reached, metric))
+    least = _least_steps(h, alone=penalty.reach not in (None, "global"))
+    tx = fista(least, penalty, *hyper, strength=step, **options)
+    state = tx.init(y)
+    for _ in range(steps):
+        slopes = compute_wide(lambda y, x, h: h * (y - x), y, x, h)
+        moves, state = tx.update(slopes, state, y)
+        y = compute_wide(lambda y, u: y + u, y, moves)
+    return merge(reached, state.solution, chosen)
+
+
+def _least_steps(metric: Params, alone: bool) -> Hyper:
+    """One over the greatest number of a metric: for each leaf, or one for leaves that a penalty may couple."""
+    _, rebuild = flatten(metric)
+    # A leaf without entries has no greatest one.
+    tops = compute_leaves(lambda h: h.amax() if h.numel() else h.sum(), metric)
+    if alone:
+        return rebuild([1 / top for top in tops])
+    return 1 / torch.stack([top.to(tops[0].device, tops[0].dtype) for top in tops]).amax() if tops else 1.0
 
 
 def prox_sgd(
@@ -133,11 +194,12 @@ def prox_adam(
     each entry by its own :math:`h_i`, and with :math:`\lambda \ge 1` zero everything.
 
     An entry whose gradient is always 0 (an unused row of an embedding) has :math:`h = \epsilon` and goes to zero at
-    once; leave it out with `mask`, or raise `eps`.
+    once; leave it out with `mask`, raise `eps`, or give `max_step`.
 
     Args:
         learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
-        penalty: A penalty :math:`g`: any separable one, `group_lasso` or `sparse_group_lasso`.
+        penalty: A penalty :math:`g` that has a proximal operator in a metric, as every separable one does and
+            `group_lasso`; others take `inner_steps`.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         b1: Decay of the mean.
@@ -145,7 +207,7 @@ def prox_adam(
         eps: :math:`\epsilon`.
         weight_decay: Decoupled decay, as in AdamW: the step also subtracts :math:`\eta` times this times :math:`w`.
         mask: Leaves on which the penalty acts; the others take plain steps.
-        options: Static options of the penalty, such as `dim`.
+        options: Static options of the penalty, such as `dim`; `max_step` and `inner_steps` of `proximal_step`.
 
     Example:
         >>> tx, params = prox_adam(0.1, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
@@ -159,8 +221,101 @@ def prox_adam(
     References:
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
-    direction = scale_by_adam(b1, b2, eps)
-    return descend(direction, 1.0, learning_rate, penalty, hyper, strength, mask, options, weight_decay)
+    adam = scale_by_adam(b1, b2, eps)
+    return proximal_step(
+        adam, learning_rate, penalty, *hyper, strength=strength, weight_decay=weight_decay, mask=mask, **options
+    )
+
+
+def proximal_step(
+    preconditioner: Transform,
+    learning_rate: Hyper | Schedule,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    weight_decay: Hyper | Schedule = 0.0,
+    max_step: Hyper | Schedule | None = None,
+    inner_steps: int | None = None,
+    mask: Mask | None = None,
+    **options: Any,
+) -> Transform:
+    r"""A step of a preconditioner, with the proximal operator in its metric :math:`h`, and zeros that are exact.
+
+    .. math:: w' = \arg\min_z \frac{1}{2} \sum_i h_i (z_i - w_i + \eta d_i)^2 + \eta \lambda g(z)
+
+    Its fixed point minimizes :math:`f + \lambda g` whatever the metric, if the direction :math:`d` comes to be the
+    gradient over :math:`h`, as it does for `scale_by_adam`, `scale_by_amsgrad`, `scale_by_rms`, `scale_by_stddev`
+    and `scale_by_rss`. Momentum stands before these as `ema`; `trace` exceeds the gradient, and would weaken the
+    penalty.
+
+    An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
+    :math:`\epsilon`, and the step :math:`\eta / \epsilon` takes it to zero at once. That is the minimum, but may
+    surprise: `max_step` bounds :math:`\eta / h`, so that the entry shrinks by that times the slope of
+    :math:`\lambda g`, and `mask` leaves it alone. With a bound of :math:`1 / L`, for a gradient with Lipschitz
+    constant L, no learning rate is too large.
+
+    Args:
+        preconditioner: A transform that tells its metric, or a chain with one such link.
+        learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
+        penalty: A penalty :math:`g`.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
+        weight_decay: Decoupled decay, as in AdamW: the step also subtracts :math:`\eta` times this times :math:`w`.
+        max_step: Greatest :math:`\eta / h`, above 0: number, tensor, schedule, or a tree of them; None for no bound.
+        inner_steps: For a convex penalty without a proximal operator in a metric: how many steps of `fista` stand in
+            for it, at least 1. The fixed point is the same for any number. With 1 the step and the proximal operator
+            share one number, the greatest of :math:`h` in each leaf (in all leaves, if the penalty may couple them);
+            about 5 come near the metric of each entry, and need far fewer updates. None for the penalty's own rule.
+        mask: Leaves on which the penalty acts; the others take plain steps.
+        options: Static options of the penalty, such as `dim`.
+
+    Example:
+        >>> tx, params = proximal_step(scale_by_rms(), 0.1, l1, strength=0.3), {"w": torch.tensor([2.0, 0.1])}
+        >>> state = tx.init(params)
+        >>> for _ in range(400):
+        ...     updates, state = tx.update({"w": params["w"] - torch.tensor([1.0, 0.2])}, state, params)
+        ...     params = apply_updates(params, updates)
+        >>> params
+        {'w': tensor([0.7000, 0.0000])}
+
+        The second weight has no gradient: capped, it shrinks by 0.5 times 0.3.
+
+        >>> tx = proximal_step(scale_by_adam(), 0.1, l1, strength=0.3, max_step=0.5)
+        >>> params, grads = {"w": torch.tensor([2.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> apply_updates(params, updates)
+        {'w': tensor([1.8700, 1.8500])}
+
+    References:
+        Duchi, Hazan & Singer, *Adaptive subgradient methods for online learning and stochastic optimization*, 2011.
+        Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
+    """
+    if not isinstance(preconditioner, Transform):
+        raise TypeError(f"preconditioner is {preconditioner!r}; expected a Transform such as scale_by_adam()")
+    if preconditioner.metric is None:
+        raise ValueError(
+            "preconditioner tells no metric; expected a transform such as scale_by_adam, or a chain with one such "
+            "link. Is it a wrapper, which may stand around proximal_step instead? For momentum alone, take prox_sgd."
+        )
+    if max_step is not None:
+        nonnegative(max_step=max_step)
+        if any(isinstance(leaf, (int, float)) and leaf == 0 for leaf in tree_leaves(max_step)):
+            raise ValueError("max_step is 0.0; expected a number above 0. For leaves that stay, use freeze or mask.")
+    if inner_steps is not None and (type(inner_steps) is not int or inner_steps < 1):
+        raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number of at least 1, or None")
+    return descend(
+        preconditioner,
+        1.0,
+        learning_rate,
+        penalty,
+        hyper,
+        strength,
+        mask,
+        options,
+        weight_decay,
+        max_step,
+        inner_steps,
+    )
 
 
 class FistaState(NamedTuple):

@@ -1083,3 +1083,64 @@ PENALTIES.update(
         ),
     }
 )
+
+
+# Proximal steps in a metric
+
+
+def _proximal_step(s: Seen, direction: Tensor, metric: Tensor, strength: float, rate: float = 0.1) -> Tensor:
+    return _soft(s.w - rate * direction, rate * strength / metric) - s.w
+
+
+def _rss(s: Seen) -> Tensor:
+    return (0.2 + 1e-7 + torch.stack(s.gs).square().sum(0)).sqrt()
+
+
+def _capped(s: Seen, metric: Tensor, strength: float) -> Tensor:
+    free = metric.clamp(min=0.1 / 0.09)
+    return _proximal_step(s, s.g / free, free, strength)
+
+
+TRANSFORMS.update(
+    {
+        "proximal_step of RMSprop": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_rms(eps=0.1), 0.1, fr.l1, strength=h),
+            lambda s, h: _proximal_step(s, s.g / (v := (_mean(s.gs, 0.9, 2) + 0.1).sqrt()), v, h),
+        ),
+        "proximal_step of centred RMSprop on schedules": TransformCase(
+            lambda h=1.0: fr.proximal_step(
+                fr.scale_by_stddev(eps=0.3), lambda count: h * falling(count), fr.l1, strength=falling
+            ),
+            lambda s, h: _proximal_step(
+                s, s.g / (v := (_mean(s.gs, 0.9, 2) - _mean(s.gs, 0.9) ** 2 + 0.3).sqrt()), v, 1 / s.n, h / s.n
+            ),
+        ),
+        "proximal_step of AMSGrad with decay": TransformCase(
+            lambda h=1.0: fr.proximal_step(
+                fr.scale_by_amsgrad(eps=0.1, eps_root=0.1), 0.1, fr.l1, strength=h, weight_decay=0.5
+            ),
+            lambda s, h: _proximal_step(
+                s,
+                _hat(s.gs, 0.9)
+                / (v := torch.stack([_hat(s.gs[: i + 1], 0.999, 2) for i in range(s.n)]).amax(0).add(0.1).sqrt() + 0.1)
+                + 0.5 * s.w,
+                v,
+                h,
+            ),
+        ),
+        "proximal_step of AdaGrad, capped": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_rss(0.2), 0.1, fr.l1, strength=h, max_step=0.09),
+            lambda s, h: _capped(s, _rss(s), h),
+        ),
+        "proximal_step of one number a leaf": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_rss(0.2), 0.1, fr.l1, strength=h, inner_steps=1),
+            lambda s, h: _proximal_step(s, s.g / _rss(s).amax(), _rss(s).amax(), h),
+        ),
+        "proximal_step of groups that all leaves share": TransformCase(
+            lambda h=1.0: fr.proximal_step(
+                fr.scale_by_adam(eps=0.1), 0.1, joint, strength=h, inner_steps=3, mask=fr.matrices
+            ),
+            None,
+        ),
+    }
+)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import assert_equal
+from cases import assert_equal, draw, flat, joint
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso, Ridge
 from torch import Tensor
@@ -232,3 +232,163 @@ def test_strengths_convert_from_torch_and_keras():
     )
     assert fr.elastic_from_keras() == (0.0, 0.0)
     assert_equal(fr.elastic.grad(w, *fr.elastic_from_torch(0.1)), {"w": 0.1 * w["w"]}, rtol=1e-14)
+
+
+# In the metric of any preconditioner
+
+
+# From a preconditioner to its learning rate for the lasso, and options.
+PRECONDITIONERS: dict[str, tuple[Callable[[], fr.Transform], Any, dict[str, Any]]] = {
+    "Adam": (fr.scale_by_adam, fr.cosine_decay_schedule(0.05, 1500), {}),
+    "NAdam": (lambda: fr.scale_by_adam(nesterov=True), fr.cosine_decay_schedule(0.05, 1500), {}),
+    "AMSGrad": (fr.scale_by_amsgrad, fr.cosine_decay_schedule(0.05, 1500), {}),
+    "RMSprop": (fr.scale_by_rms, fr.cosine_decay_schedule(0.02, 1500), {}),
+    # Its metric vanishes as gradients settle, so that only a bound holds its steps.
+    "centred RMSprop": (fr.scale_by_stddev, 0.05, {"max_step": 0.24}),
+    "AdaGrad": (fr.scale_by_rss, 1.0, {}),
+    "RMSprop with momentum": (
+        lambda: fr.chain(fr.ema(0.9), fr.scale_by_rms()),
+        fr.cosine_decay_schedule(0.02, 1500),
+        {},
+    ),
+    "Adam at a rate beyond reason": (fr.scale_by_adam, 100.0, {"max_step": 0.24}),
+    "Adam with one number a leaf": (fr.scale_by_adam, fr.cosine_decay_schedule(0.05, 1500), {"inner_steps": 1}),
+}
+every_preconditioner = pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+
+
+@every_preconditioner
+def test_the_direction_times_the_metric_comes_to_be_the_gradient(preconditioner):
+    tx, params, grads = PRECONDITIONERS[preconditioner][0](), draw(), draw(1)
+    state = tx.init(params)
+    for _ in range(400):
+        direction, state = tx.update(grads, state, params)
+    assert_equal(fr.tree_map(torch.mul, direction, tx.metric(state)), grads, rtol=1e-12)
+
+
+@pytest.mark.slow
+@every_preconditioner
+def test_the_fixed_point_is_the_lasso_in_the_metric_of(preconditioner):
+    problem, (make, rate, options) = lasso(), PRECONDITIONERS[preconditioner]
+    tx = fr.proximal_step(make(), rate, fr.l1, strength=problem.strength, **options)
+    params, _ = train(tx, problem.loss, {"w": torch.zeros_like(problem.solution)}, 1500)
+    assert_equal(params, {"w": problem.solution}, rtol=1e-8, atol=1e-10)
+    assert torch.equal(params["w"] == 0, problem.solution == 0)
+    assert fr.kkt_residual(params, grad(problem.loss)(params), fr.l1, strength=problem.strength) < 1e-10
+
+
+def test_prox_adam_is_the_proximal_step_of_adam():
+    params, hyper = draw(), {"strength": 0.3, "weight_decay": 0.1, "mask": fr.matrices, "max_step": 0.2}
+    one = fr.prox_adam(0.1, fr.elastic, 0.5, rho=0.4, b1=0.8, b2=0.9, eps=0.1, **hyper)
+    other = fr.proximal_step(fr.scale_by_adam(0.8, 0.9, 0.1), 0.1, fr.elastic, 0.5, rho=0.4, **hyper)
+    for tx in (one, other):
+        state = tx.init(params)
+        assert fr.tree_paths(state) == fr.tree_paths(one.init(params))
+    assert_equal(*(tx.update(draw(1), tx.init(params), params)[0] for tx in (one, other)))
+
+
+def test_an_entry_without_gradients_shrinks_by_no_more_than_the_greatest_step():
+    grads = {"w": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+
+    def after(steps, **options):
+        params = {"w": torch.full((2,), 0.9, dtype=torch.float64)}
+        return train(fr.prox_adam(0.01, fr.l1, strength=0.4, **options), lambda p: p["w"][0], params, steps)[0]["w"]
+
+    assert after(1)[1] == 0  # The minimum of the penalty alone, in one step of 0.01 / 1e-8.
+    torch.testing.assert_close(after(1, max_step=0.5)[1], grads["w"][0] * 0.7)
+    torch.testing.assert_close(after(4, max_step=0.5)[1], grads["w"][0] * 0.1)
+    assert after(5, max_step=0.5)[1] == 0
+    assert_equal({"w": after(3, max_step=0.5)[0]}, {"w": after(3)[0]}, rtol=1e-14)  # The others step as they did.
+    assert_equal({"w": after(3, max_step=1e9)}, {"w": after(3)}, rtol=1e-14)
+
+
+def without_metric(penalty):
+    """The same penalty without a proximal operator in a metric."""
+
+    def proximal(params, step, *hyper, metric=None, **options):
+        if metric is not None:
+            raise ValueError("no proximal operator in a metric")
+        return penalty.prox(params, step, *hyper, **options)
+
+    return fr.Penalty(penalty, penalty.grad, proximal, reach=penalty.reach)
+
+
+def test_inner_steps_come_to_the_proximal_operator_in_the_metric():
+    params, grads, adam = draw(), draw(1), fr.scale_by_adam(eps=0.3)
+    for penalty, hyper in ((fr.l1, ()), (fr.group_lasso, ()), (fr.sparse_group_lasso, (0.5, 0.4))):
+        gap = []
+        expected = fr.proximal_step(adam, 0.1, penalty, *hyper, mask=fr.matrices)
+        expected = flat(expected.update(grads, expected.init(params), params)[0])
+        for steps in (1, 10, 100):
+            tx = fr.proximal_step(adam, 0.1, without_metric(penalty), *hyper, mask=fr.matrices, inner_steps=steps)
+            gap.append((flat(tx.update(grads, tx.init(params), params)[0]) - expected).abs().max())
+        assert gap[0] > 1e-3
+        assert gap[1] < 0.1 * gap[0]
+        assert gap[2] < 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_any_number_of_inner_steps_has_the_same_fixed_point(steps):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 9, generator=generator, dtype=torch.float64) * torch.arange(9, 0, -1) / 4
+    y = x[:, :2].sum(-1)
+    loss = lambda p: (x[:, :4] @ p["a"] + x[:, 4:].unflatten(1, (5, 1)).sum(-1) @ p["b"] - y).square().mean() / 2
+    start = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones(5, dtype=torch.float64)}
+    leaves = without_metric(fr.group_lasso)
+    for penalty, options, zeros in ((leaves, {"dim": None}, [False, True]), (joint, {}, [False, False])):
+        tx = fr.proximal_step(fr.scale_by_rss(), 2.0, penalty, strength=0.4, inner_steps=steps, max_step=0.2, **options)
+        params, _ = train(tx, loss, start, 600)
+        slopes = grad(loss)(params)
+        assert fr.kkt_residual(params, slopes, penalty, strength=0.4, **options) < 1e-12
+        assert [not leaf.any() for leaf in fr.tree_leaves(params)] == zeros
+
+
+def _low_rank(w, step):
+    u, size, v = torch.linalg.svd(w, full_matrices=False)
+    return u @ torch.relu(size - step).diag() @ v
+
+
+@fr.penalty(gradient=lambda w: _low_rank(w, 0.0), proximal=_low_rank, reach="matrix")
+def sum_of_singular_values(w):
+    """A penalty that has no proximal operator in a diagonal metric, and needs the proximal step alone."""
+    return torch.linalg.svdvals(w)
+
+
+def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
+    generator = torch.Generator().manual_seed(0)
+    draws = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    x = draws(80, 6) * torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, 2.0])
+    y = x @ draws(6, 2) @ draws(2, 5) + 0.1 * draws(80, 5)
+    loss = lambda p: (x @ p["w"] - y).square().mean(0).sum() / 2
+    start = {"w": torch.zeros(6, 5, dtype=torch.float64)}
+    plain = fr.fista(0.08, sum_of_singular_values, strength=0.5)
+    metric = fr.proximal_step(fr.scale_by_rss(), 1.0, sum_of_singular_values, strength=0.5, inner_steps=5)
+    expected, found = (train(tx, loss, start, 600)[0]["w"] for tx in (plain, metric))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    assert torch.linalg.matrix_rank(found, tol=1e-9) == 2
+    with pytest.raises(ValueError, match=r"has no proximal operator in a metric.*inner_steps"):
+        train(fr.prox_adam(0.1, sum_of_singular_values), loss, start, 1)
+
+
+def test_leaves_without_the_penalty_take_whole_steps_whatever_the_inner_ones():
+    params, mask = draw(), {"head": True, "body": False}
+    for steps in (1, 4):
+        tx = fr.proximal_step(fr.scale_by_rms(), 0.1, joint, mask=mask, inner_steps=steps)
+        plain = fr.chain(fr.scale_by_rms(), fr.scale(-0.1))
+        found, expected = (t.update(draw(1), t.init(params), params)[0]["body"] for t in (tx, plain))
+        assert_equal(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_what_is_no_preconditioner_is_said():
+    for wrong in (fr.trace(0.9), fr.scale_by_lion(), fr.prox_sgd(0.1, fr.l1)):
+        with pytest.raises(ValueError, match="preconditioner tells no metric; expected a transform such as"):
+            fr.proximal_step(wrong, 0.1, fr.l1)
+    with pytest.raises(TypeError, match=r"preconditioner is 0\.1; expected a Transform"):
+        fr.proximal_step(0.1, fr.scale_by_adam(), fr.l1)
+    with pytest.raises(ValueError, match=r"max_step is 0\.0; expected a number above 0"):
+        fr.prox_adam(0.1, fr.l1, max_step=0.0)
+    with pytest.raises(ValueError, match="max_step is -1; expected a number of at least 0"):
+        fr.prox_adam(0.1, fr.l1, max_step=-1)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match=r"inner_steps is .*; expected a whole number of at least 1"):
+            fr.prox_adam(0.1, fr.l1, inner_steps=wrong)

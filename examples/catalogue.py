@@ -54,19 +54,16 @@ def builders() -> list[Any]:
     return [f for f in functions if f.__annotations__.get("return") == "Penalty"]
 
 
-def arguments(penalty: fr.Penalty) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hyperparameters and options to try a penalty with."""
-    hyper, options = [], {}
+def arguments(penalty: fr.Penalty, **other: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hyperparameters and options to try a penalty with: those given, or others of their names."""
+    given, hyper, options = GIVEN | other, [], {}
     for p in list(inspect.signature(penalty).parameters.values())[1:]:
-        keyword = p.kind is p.KEYWORD_ONLY
-        if p.default is not p.empty and (keyword or p.name not in GIVEN):
-            continue
-        if p.name not in GIVEN:
-            raise ValueError(f"{penalty!r} takes {p.name}, which has no default; write one into GIVEN")
-        if keyword:
-            options[p.name] = GIVEN[p.name]
-        else:
-            hyper.append(GIVEN[p.name])
+        if p.default is p.empty and p.name not in given:
+            raise ValueError(f"{penalty!r} takes {p.name}, which has no default; write a value for it into GIVEN")
+        if p.kind is not p.KEYWORD_ONLY:
+            hyper.append(given.get(p.name, p.default))
+        elif p.default is p.empty:
+            options[p.name] = given[p.name]
     return tuple(hyper), options
 
 
@@ -100,12 +97,16 @@ def alike(x: Tensor) -> bool:
     return bool(x.max() - x.min() <= 1e-9 * x.abs().max())
 
 
+def is_varied(row: Tensor) -> bool:
+    """Three magnitudes that are not zero, or one of either sign: not what vanishes together by being equal."""
+    sizes = row.abs().round(decimals=9).unique()
+    return bool((sizes > 0).sum() > 2 or ((row > 0).any() and alike(row.abs()) and (row < 0).any()))
+
+
 def zeroes_rows(s: Seen) -> bool:
-    """Three different entries or more vanish at once, as the last of their row, and other rows stay."""
+    """What was left of a row vanishes at once, and other rows stay."""
     dead = (s.z == 0).all(1)
-    return bool(0 < dead.sum() < ROWS) and any(
-        [(row != 0).sum() > 2 and not alike(row[row != 0]) for row in s.before[dead]]
-    )
+    return bool(0 < dead.sum() < ROWS) and any(map(is_varied, s.before[dead]))
 
 
 def zeroes_entries(s: Seen) -> bool:

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # Tests are many and small: starting threads takes lon
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)  # Before tests are imported: some rows of tables hold tensors.
     # What is printed in documentation, written in articles and run as a script is the same on every device.
-    collect_ignore = ["test_articles.py", "test_examples.py", "test_public.py"]
+    collect_ignore = ["test_articles.py", "test_catalogue.py", "test_examples.py", "test_public.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -44,3 +44,11 @@ def test_structured_sparsity_gives_a_smaller_network_with_equal_outputs():
     before, after = (int(row.split("%")[0].split()[-2].replace(",", "")) for row in said.splitlines() if "ms" in row)
     assert after < before
     assert "largest difference" in said
+
+
+@pytest.mark.slow
+def test_gallery_draws_every_penalty_of_two_weights(tmp_path):
+    said = run("gallery.py", "--points", "21", "--out", str(tmp_path / "gallery.png"))
+    assert (tmp_path / "gallery.png").stat().st_size > 10_000
+    curves, balls = (int(count) for count in said.split() if count.isdigit())
+    assert 15 <= curves <= balls

@@ -29,7 +29,8 @@ def test_it_has_every_public_penalty_once():
 
 @pytest.mark.parametrize("penalty", made["penalties"](), ids=lambda penalty: penalty.__name__)
 def test_it_sees_whether_a_penalty_is_convex(penalty):
-    rows = [case for case in PENALTIES.values() if case.penalty is penalty]
+    # Rows with options of their own may be of another kind: a power below 1 is not convex.
+    rows = [case for case in PENALTIES.values() if case.penalty is penalty and "p" not in case.options]
     assert not rows or made["is_convex"](penalty) == (not rows[0].nonconvex)
 
 

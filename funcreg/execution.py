@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -190,7 +191,6 @@ class Slab:
         self.leaves: list[Any] = []  # What a step returned, views and other leaves.
         self._memory: list[Tensor] = []
         self._counts: tuple[int, int, int] | None = None
-        self._uses = -1
         views: dict[int, Tensor] = {}
         together: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, slot in places:
@@ -209,25 +209,28 @@ class Slab:
                 views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
         self.views = [views[number] for number in sorted(views)]
         self.pointers = [view.data_ptr() for view in self.views]
-        self.places = {view.data_ptr() for view in self.views if view.numel()}
+        self.strides = [view.stride() for view in self.views]
+        self._storages = [x.untyped_storage() for x in self._memory]
+        self._spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in self._memory]
 
-    def moved(self, often: int) -> bool:
-        """Whether a leaf lies elsewhere since `w.data = x`, which leaves it the same tensor.
-
-        The first leaves, as many as `often`, are always looked at. The others are when another number of tensors than
-        at the last look lies in this memory.
-        """
-        if list(map(Tensor.data_ptr, self.views[:often])) != self.pointers[:often]:
+    def moved(self) -> bool:
+        """Whether a leaf lies elsewhere since `w.data = x` or `w.t_()`, which leave it the same tensor."""
+        if list(map(Tensor.data_ptr, self.views)) != self.pointers:
             return True
-        uses = self._used()
-        if uses != self._uses:
-            if list(map(Tensor.data_ptr, self.views)) != self.pointers:
-                return True
-            self._uses = uses
-        return False
+        return list(map(Tensor.stride, self.views)) != self.strides
 
     def _used(self) -> int:
-        return sum([torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in self._memory])
+        counts = [torch._C._storage_Use_Count(x._cdata) for x in self._storages]
+        return sum(counts) + sum(map(sys.getrefcount, self._storages))
+
+    def spoilt(self) -> bool:
+        """Whether a leaf cannot be a result once more: it lies elsewhere, or somebody gave it a gradient."""
+        return self.moved() or any([x.is_leaf and x.grad is not None for x in self.views])
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of these begins in this memory."""
+        pointers = sorted(map(Tensor.data_ptr, tensors))
+        return any([bisect.bisect_left(pointers, a) < bisect.bisect_left(pointers, b) for a, b in self._spans])
 
     def free(self) -> bool:
         """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
@@ -280,7 +283,7 @@ def lying(leaves: Sequence[Tensor]) -> Tensor | None:
     first = leaves[0]
     place, size = first.data_ptr(), first.element_size()
     for leaf in leaves:
-        if leaf.data_ptr() != place or not leaf.is_contiguous():
+        if leaf.data_ptr() != place or not leaf.is_contiguous() or leaf.is_conj() or leaf.is_neg():
             return None
         place += leaf.numel() * size
     entries, storage = (place - first.data_ptr()) // size, first.untyped_storage()
@@ -377,11 +380,7 @@ class Plan:
         self._slabs = slabs.setdefault(tuple(layout), [])
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
-        self._often = sum([position < params for position in self.owned])
         self._loosely = sorted(set(range(results)).difference(self.owned))
-        # Gradients that are copied before anything is written may lie anywhere.
-        copied = len(self.program.buffers) == 1 and len(self.program.buffers[0].homes) > 1
-        self._anywhere = copied and self.program.buffers[0].group.flat
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._alike: Callable[..., bool] | None = None
         self._others: list[tuple[int, Any]] = []
@@ -428,10 +427,14 @@ class Plan:
                 known = all([len(self._lying.get(key, ())) == len(self._sources[key[0]][key[1]]) for key in reads])
                 near = self.program.buffers[kernel.calls[0][0][0]].homes[0].inputs[0].device.type == "cpu"
                 if len(mine) > 1 and kernel.flat and known and near:
-                    run, reads, writes, taken, results = mine[0]
+                    _, reads, writes, taken, results = mine[0]
+                    entries = [math.prod(self.program.buffers[numbers[0]].shapes[0]) for numbers, _ in kernel.calls]
+                    run = mine[entries.index(max(entries))][0]  # Not what was compiled for one entry, or for none.
                     mine = [(run, _wholes(reads), _wholes(writes), taken, results)]
                     for _, parts in kernel.calls[1:]:  # Sums over one buffer, which are now in the first.
-                        blank.update((value, torch.zeros((), dtype=value.dtype)) for value in parts)
+                        blank.update(
+                            (value, torch.zeros((), dtype=value.dtype, device=value.device)) for value in parts
+                        )
                 merged += mine
             stages.append((scalars, merged))
         return stages, blank
@@ -442,7 +445,9 @@ class Plan:
         for slab in list(self._slabs):
             if found is not None and len(self._slabs) <= 2:
                 break
-            if slab.free():
+            if slab.spoilt():
+                self._slabs.remove(slab)
+            elif slab.free():
                 # One is enough; and somebody may have made a leaf require a gradient.
                 if found is not None or any(map(_requires_grad, slab.views)):
                     self._slabs.remove(slab)
@@ -481,13 +486,13 @@ class Plan:
                     continue
                 for i in self._loosely:
                     slab.leaves[i] = leaves[i]
-            return None if slab.moved(self._often) else slab
+            return None if slab.moved() else slab
         return None
 
     def ours(self, grads: list[Any]) -> bool:
         """Whether gradients are those of `gradients`, and lie where they did."""
         mine = self._gradients
-        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved(len(mine.views))
+        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved()
 
     def recall(self, params: Any) -> list[Any] | None:
         """Leaves of parameters like those before."""
@@ -532,7 +537,7 @@ class Plan:
         """Whether gradients that lie in donated memory, or parameters that came to need one, forbid donation."""
         if any(map(_requires_grad, columns[0])):
             return True
-        return not (ours or self._anywhere or slab.places.isdisjoint(map(Tensor.data_ptr, columns[1])))
+        return not ours and slab.holds(columns[1])
 
     def run(self, arguments: list[Any], slab: Slab | None, ours: bool = False) -> list[Tensor]:
         """Results, which are views of buffers; none if they are in place, in the parameters and the state given."""
@@ -634,13 +639,16 @@ class Plan:
             self._shared.add((number, slot))
             self._most[key] = max(self._most.get(key, 0), size)
 
+        scratches, most, in_place = self._scratch, self._most, self.in_place  # No cycle, which would outlive the plan.
+
         def gather(entries: list[Any]) -> Tensor:
             leaves = pick(entries)
-            if flat and not (kept and self.in_place) and (whole := lying(leaves)) is not None:
+            if flat and not (kept and in_place) and (whole := lying(leaves)) is not None:
                 return whole
-            memory = self._scratch.get(key)
+            memory = scratches.get(key)
             if memory is None:
-                self._scratch[key] = memory = empty(self._most.get(key, size), like.dtype, like.device)
+                with torch.inference_mode(False):
+                    scratches[key] = memory = empty(most.get(key, size), like.dtype, like.device)
             scratch = memory[:size].view(shape)
             join(tuple(leaves) if vectors else [x.reshape(-1) for x in leaves], out=scratch)
             return scratch

@@ -6,9 +6,12 @@ A step is recorded once for trees of one structure (`recording`), cut into group
 
 from __future__ import annotations
 
+import bisect
 import operator
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -40,6 +43,8 @@ from funcreg.tree import (
 _like = operator.attrgetter("shape", "dtype", "device")
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32
+#: Memory that a step makes use of again belongs to one call at a time.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., Any] = "inductor") -> FusedStep:
@@ -49,7 +54,8 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
     compiled for all of them, whatever the number of leaves. What is a tensor (a counter, a strength held as a tensor)
     is read at every step; what is Python (a mask, a float, a closure) is read once. The step records no autograd
     history: to differentiate through training steps, call `tx.update` and `apply_updates`. Called inside `vmap` or
-    `grad`, a step that does not donate is these plain functions.
+    `grad`, a step that does not donate is these plain functions. Results differ from theirs by rounding, and where a
+    parameter is infinite: a proximal point is written as it is, and not as the parameter plus the way there.
 
     Args:
         tx: The transform; its updates are added to the parameters.
@@ -81,7 +87,7 @@ class FusedStep:
         self._plans: dict[Any, Plan | None] = {}  # None where the chain could not be recorded.
         self._slabs: dict[Any, list[Slab]] = {}
         self._last: Plan | None = None
-        self._owned: list[Any] = []
+        self._owned: list[Any] = []  # Weak references: the tensors are the caller's.
 
         def pure(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
             updates, new = tx.update(grads, state, params, **extra)
@@ -113,7 +119,7 @@ class FusedStep:
         """
         check_params(params)
         params = tree_map(lambda w: w.detach(), params)
-        with torch.no_grad():
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             trees = (params, params, self._tx.init(params), _tensors(extra))
             columns, specs = zip(*map(structure, trees), strict=True)
             try:
@@ -143,9 +149,9 @@ class FusedStep:
         """
         leaves, spec = structure(params)
         likes = [_like(x) for x in leaves]
-        for plan in self._plans.values():
-            if plan is not None and plan.specs[0] == spec and plan.likes[0] == likes:
-                return restored(spec, plan.gradients())
+        for (specs, known, *_), plan in self._plans.items():
+            if specs[0] == spec and known == tuple(likes):
+                return restored(spec, plan.gradients() if plan is not None else map(torch.zeros_like, leaves))
         raise ValueError("gradients got parameters that this step's init did not make; call init first")
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
@@ -160,7 +166,7 @@ class FusedStep:
             check_params(params)
             check_alike(params, grads, ("params", "grads"))
             return self._pure(params, grads, state, extra)
-        with torch.no_grad():
+        with _ONE_AT_A_TIME, torch.no_grad():
             skip = extra or self._last is None or _autocast()
             read = None if skip or self._last is None else self._last.read(params, grads, state)
             if read is not None and self._last is not None:
@@ -179,7 +185,7 @@ class FusedStep:
                 return self._step_unpacked(params, grads, state, extra)
             if plan is not self._last:
                 plan.remember(params, grads, state, columns, specs)
-                self._last = plan
+                self._last = None if extra else plan  # Which is read without a look at extra arguments.
             tensors = [*columns[0], *columns[1], *columns[2]]
             if extra:
                 inside = {x.untyped_storage().data_ptr() for x in tensors} if self._donate else set()
@@ -201,9 +207,16 @@ class FusedStep:
         likes = [[_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column] for column in columns]
         kinds = [(type(x), x.layout) for column in columns for x in column if isinstance(x, Tensor)]
         key = (specs, *map(tuple, likes), *kinds)
+        try:
+            hash(key)
+        except TypeError as error:
+            say_once(f"fuse compiles this chain leaf by leaf, which is slow: among the extra arguments is an {error}")
+            return None
         if key not in self._plans:
             if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
                 del self._plans[next(iter(self._plans))]
+                used = [plan._slabs for plan in self._plans.values() if plan is not None]
+                self._slabs = {key: slabs for key, slabs in self._slabs.items() if any(slabs is x for x in used)}
             self._plans[key] = self._recorded(trees, columns, specs, likes)
         return self._plans[key]
 
@@ -268,13 +281,15 @@ class FusedStep:
                 raise ValueError(
                     f"{name} requires grad and cannot be donated. step.init(params) gives copies that can."
                 )
-        known = len(owned) == len(self._owned) and all(map(operator.is_, owned, self._owned))
+        known = len(owned) == len(self._owned) and all([x is ref() for x, ref in zip(owned, self._owned, strict=True)])
         if slab is None and not known:
             _check_apart(_names(params, state), owned)
-            self._owned = owned
-        places = slab.places if slab else {leaf.data_ptr() for leaf in owned if leaf.numel()}
+            self._owned = [weakref.ref(x) for x in owned]
+        spans = sorted([_span(leaf) for leaf in owned if leaf.numel()])
         for name, leaf in zip(tree_paths(grads), columns[1], strict=True):
-            if leaf.data_ptr() in places and leaf.numel():
+            start, end = _span(leaf)
+            before = bisect.bisect_left(spans, (end, 0)) - 1  # They are apart: no other reaches further.
+            if before >= 0 and spans[before][1] > start and leaf.numel():
                 raise ValueError(
                     f"grads '{name}' shares memory with params or state, which are donated and so overwritten. "
                     "Pass a copy of it."
@@ -330,9 +345,9 @@ class _Passes:
         self._last: Plan | None = None
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
-        if torch.compiler.is_compiling() or maybe_current_level() is not None:
+        if torch.compiler.is_compiling() or maybe_current_level() is not None or _autocast():
             return self._plain(params)
-        with torch.no_grad():
+        with _ONE_AT_A_TIME, torch.no_grad():
             leaves = None if self._last is None else self._last.recall(params)
             if leaves is None:
                 leaves = self._prepare(params)
@@ -348,6 +363,8 @@ class _Passes:
         likes = [_like(x) for x in leaves]
         key = (spec, tuple(likes))
         if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                del self._plans[next(iter(self._plans))]
             try:
                 self._plans[key] = self._plan(leaves, spec, likes)
             except Exception as error:
@@ -382,6 +399,12 @@ def _names(params: Params, state: State) -> list[str]:
     return [f"params '{name}'" for name in tree_paths(params)] + [f"state '{name}'" for name in tree_paths(state)]
 
 
+def _span(leaf: Tensor) -> tuple[int, int]:
+    """Where in memory a tensor begins and ends."""
+    last = sum([(size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)])
+    return leaf.data_ptr(), leaf.data_ptr() + (last + 1) * leaf.element_size()
+
+
 def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
     """Raise an error for two leaves, or two entries of one, in the same memory."""
     spans = []
@@ -393,9 +416,7 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
             if size > 1 and stride <= reach:
                 raise ValueError(f"{name} is an expanded tensor, whose entries share memory, and cannot be donated")
             reach += (size - 1) * stride
-        last = sum((size - 1) * abs(stride) for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
-        start = leaf.data_ptr()
-        spans.append((start, start + (last + 1) * leaf.element_size(), name))
+        spans.append((*_span(leaf), name))
     spans.sort()
     for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
@@ -417,7 +438,7 @@ def _plain(column: list[Any]) -> list[Any]:
 
 def _tensors(extra: dict[str, Any]) -> dict[str, Any]:
     """Extra arguments with tensors for numbers, which change from step to step."""
-    return tree_map(lambda x: torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x, extra)
+    return tree_map(lambda x: torch.tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, float) else x, extra)
 
 
 def _with_code_of_its_own(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,10 +99,12 @@ def compose(
         if (value, dtype) not in more:
             more[value, dtype] = made = Value((), dtype, value.device)
             nodes.append(Node(_aten._to_copy.default, (value,), {"dtype": dtype}, [made], several=False))
-            stages[made] = stages[value]
+            stages[made] = known(value)
         return more[value, dtype]
 
     inverses: dict[Value, list[Value]] = {}
+    exported = {value for group in packing.groups for home in group.homes for value in home.exports}
+    known = lambda value: stages[value] + (value in exported)  # What kernels return is there a stage later.
 
     def inverse(value: Value) -> list[Value]:
         if value not in inverses:
@@ -112,7 +114,7 @@ def compose(
             for node in found.nodes:
                 args = tuple([replaced(arg, lambda x: value if x is inner else x) for arg in node.args])
                 nodes.append(Node(node.op, args, node.kwargs, node.outputs, node.several))
-                stages.update((made, stages[value]) for made in node.outputs)
+                stages.update((made, known(value)) for made in node.outputs)
         return inverses[value]
 
     def fitted(group: Group, nodes: list[Node], mine: set[Value]) -> list[Node]:
@@ -287,6 +289,10 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
             # `where` is slow; a value between itself and itself is itself, but NaN goes through.
             unequal, _, value = node.args
             node.target, node.args = _aten.clamp.Tensor, (x, value, value)
+            with graph.inserting_after(node):  # Of zeros of two signs it may take either; a sign is never -0.0.
+                positive = graph.call_function(_aten.add.Tensor, (node, 0.0))
+            positive.meta["value"] = node.meta["value"]
+            node.replace_all_uses_with(positive, delete_user_cb=lambda user, new=positive: user is not new)
             if not unequal.users:
                 graph.erase_node(unequal)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -337,7 +343,8 @@ def _nan_of(node: fx.Node) -> fx.Node | None:
         return None
     if "value" not in node.meta or not _same_kind(node, value) or node.meta["value"].dtype.is_complex:
         return None
-    return x if unequal.target is _aten.ne.Tensor and unequal.args == (x, x) else None
+    signs = value.target in (_aten.sign.default, _aten.sgn.default)
+    return x if signs and unequal.target is _aten.ne.Tensor and unequal.args == (x, x) else None
 
 
 def _needed(nodes: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], set[Value]]:

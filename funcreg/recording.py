@@ -256,10 +256,6 @@ def _simplify(found: Record) -> None:
                 same[made] = x
         if (z := _moved_there(node)) is not None:
             same[node.outputs[0]] = z
-        if node.op is _aten.sqrt.default and _made_by(node.args[0], _aten.add.Tensor):
-            x, zero, *_ = node.args[0].node.args
-            if type(zero) is float and zero == 0 and x.dtype == node.outputs[0].dtype:
-                Node.__init__(node, _aten.sqrt.default, (x,), {}, node.outputs, several=False)
         if node.op in _VIEWS:  # Stand-ins are contiguous, tensors may be not.
             Node.__init__(node, _aten.reshape.default, node.args, {}, node.outputs, several=False)
         if node.op is _aten.isnan.default:

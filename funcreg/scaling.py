@@ -240,6 +240,8 @@ def scale_by_adam(
 
 
 def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+    if isinstance(eps_root, (int, float)) and eps_root == 0:  # By default: nothing to add, in no pass.
+        return compute(lambda v, c, e: safe_sqrt(v / c) + e, nu, hyper=(missing, eps))
     return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
 
 

@@ -17,6 +17,7 @@ import optree
 import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
 from funcreg._typing import Hyper, Mask, Params, Updates
 
@@ -480,6 +481,8 @@ def squared(w: Tensor) -> Tensor:
 def _bare(w: Tensor) -> bool:
     """Whether operations on a tensor are nothing but arithmetic: neither traced, batched, nor differentiated."""
     if torch.compiler.is_compiling() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
 

@@ -209,23 +209,31 @@ class Slab:
                 views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
         self.views = [views[number] for number in sorted(views)]
         self.pointers = [view.data_ptr() for view in self.views]
-        self.strides = [view.stride() for view in self.views]
         self._storages = [x.untyped_storage() for x in self._memory]
         self._spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in self._memory]
 
-    def moved(self) -> bool:
-        """Whether a leaf lies elsewhere since `w.data = x` or `w.t_()`, which leave it the same tensor."""
+    def moved(self, first: int) -> bool:
+        """Whether a leaf lies elsewhere since `w.data = x`, or one of the first ones otherwise since `w.t_()`.
+
+        Both leave it the same tensor; moments are not transposed.
+        """
         if list(map(Tensor.data_ptr, self.views)) != self.pointers:
             return True
-        return list(map(Tensor.stride, self.views)) != self.strides
+        return not all(map(Tensor.is_contiguous, self.views[:first]))
 
     def _used(self) -> int:
         counts = [torch._C._storage_Use_Count(x._cdata) for x in self._storages]
         return sum(counts) + sum(map(sys.getrefcount, self._storages))
 
-    def spoilt(self) -> bool:
-        """Whether a leaf cannot be a result once more: it lies elsewhere, or somebody gave it a gradient."""
-        return self.moved() or any([x.is_leaf and x.grad is not None for x in self.views])
+    def spoilt(self, first: int) -> bool:
+        """Whether a leaf cannot be a result once more: it lies elsewhere, or one of the first ones got a gradient."""
+        if any(map(_requires_grad, self.views)) or self.moved(first):
+            return True
+        return any([gradient is not None for gradient in map(_gradient, self.views[:first])])
+
+    def left(self) -> bool:
+        """Whether fewer tensors than before lie in this memory."""
+        return self._counts is not None and self._used() < self._counts[2]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether one of these begins in this memory."""
@@ -275,7 +283,7 @@ def _signature(values: Sequence[Value], any_shape: bool = False) -> tuple[Any, .
     return tuple([(value.dtype, value.device, None if any_shape else value.shape) for value in values])
 
 
-_requires_grad = operator.attrgetter("requires_grad")
+_requires_grad, _gradient = operator.attrgetter("requires_grad"), operator.attrgetter("grad")
 
 
 def lying(leaves: Sequence[Tensor]) -> Tensor | None:
@@ -380,6 +388,7 @@ class Plan:
         self._slabs = slabs.setdefault(tuple(layout), [])
         self.owned = sorted([position for positions in self.kept.values() for position in positions])
         self._pick = _picker(self.owned)
+        self._parameters = sum([position < params for position in self.owned])
         self._loosely = sorted(set(range(results)).difference(self.owned))
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._alike: Callable[..., bool] | None = None
@@ -445,14 +454,13 @@ class Plan:
         for slab in list(self._slabs):
             if found is not None and len(self._slabs) <= 2:
                 break
-            if slab.spoilt():
-                self._slabs.remove(slab)
-            elif slab.free():
-                # One is enough; and somebody may have made a leaf require a gradient.
-                if found is not None or any(map(_requires_grad, slab.views)):
+            if slab.free():
+                if found is not None or slab.spoilt(self._parameters):  # One is enough.
                     self._slabs.remove(slab)
                 else:
                     found = slab
+            elif slab.left():
+                self._slabs.remove(slab)
         if found is not None:
             return found
         with torch.inference_mode(False), torch.no_grad():
@@ -486,13 +494,13 @@ class Plan:
                     continue
                 for i in self._loosely:
                     slab.leaves[i] = leaves[i]
-            return None if slab.moved() else slab
+            return None if slab.moved(self._parameters) else slab
         return None
 
     def ours(self, grads: list[Any]) -> bool:
         """Whether gradients are those of `gradients`, and lie where they did."""
         mine = self._gradients
-        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved()
+        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved(len(mine.views))
 
     def recall(self, params: Any) -> list[Any] | None:
         """Leaves of parameters like those before."""

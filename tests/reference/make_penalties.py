@@ -1,0 +1,188 @@
+"""Ask other libraries for values, gradients and proximal points, and store what they say in `penalties.json`.
+
+A row is a penalty or constraint of funcreg, and the call of a peer that should give the same. The suite reads the
+file and needs none of the peers. To make it again:
+
+    pip install jax jaxopt && python tests/reference/make_penalties.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxopt.projection as jp
+import numpy as np
+from jaxopt import prox as jx
+
+jax.config.update("jax_enable_x64", True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What funcreg is asked, and the function of the inputs and a step that asks a peer the same."""
+
+    ours: str  # A name of funcreg, or of `MADE` in tests/test_peers.py.
+    given: str  # A name of the inputs.
+    theirs: Callable[..., Any]
+    hyper: tuple[Any, ...] = ()
+    strength: Any = 1.0  # Factor on the penalty: a number, or one for each entry in a proximal operator.
+    options: dict[str, Any] = field(default_factory=dict)
+    convention: str | None = (
+        None  # Function of funcreg that turns the peer's hyperparameters, here in `hyper`, to ours.
+    )
+    steps: tuple[float, ...] = (0.25, 1.5)
+    rounded: bool = False  # The peer computes in float32, or guards a quotient by a small number.
+
+
+def inputs() -> dict[str, Any]:
+    """Of three decimals; `sparse` has zeros, a zero row and ties, the others have none."""
+    rng = np.random.default_rng(0)
+    drawn = {
+        "vector": rng.normal(size=12) * 2,
+        "matrix": rng.normal(size=(5, 4)),
+        "sparse": rng.normal(size=(4, 3)),
+        "anchor": rng.normal(size=12),
+        "weights": np.sort(rng.uniform(0.1, 1.0, size=12))[::-1],
+    }
+    drawn["sparse"][1] = 0.0
+    drawn["sparse"][2] = [0.0, 0.7, -0.7]
+    return {name: np.round(x, 3) for name, x in drawn.items()}
+
+
+X = inputs()
+MATRIX_ROWS = {"dim": 1}
+MATRIX_COLUMNS = {"dim": 0}
+
+
+def _each_row(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda w: np.stack([np.asarray(f(row)) for row in w])
+
+
+# jaxopt. The documentation of `prox_ridge` has no factor one half; its code has it, and is what runs here.
+# Not here: `projection_l2_sphere` of zero, which is NaN.
+JAXOPT_PROX = {
+    "prox_lasso": Row("l1", "sparse", lambda w, s: jx.prox_lasso(w, 0.7, s), strength=0.7),
+    "prox_lasso, a strength for each entry": Row(
+        "l1", "vector", lambda w, s: jx.prox_lasso(w, X["weights"], s), strength=X["weights"]
+    ),
+    "prox_non_negative_lasso": Row(
+        "nonnegative_form(l1)", "sparse", lambda w, s: jx.prox_non_negative_lasso(w, 0.7, s), strength=0.7
+    ),
+    "prox_elastic_net": Row(
+        "elastic", "sparse", lambda w, s: jx.prox_elastic_net(w, (0.8 * 0.3, (1 - 0.3) / 0.3), s), hyper=(0.8, 0.3)
+    ),
+    "prox_ridge": Row("half_l2", "sparse", lambda w, s: jx.prox_ridge(w, 0.7, s), strength=0.7),
+    "prox_ridge of twice the strength": Row("l2", "sparse", lambda w, s: jx.prox_ridge(w, 2 * 0.7, s), strength=0.7),
+    "prox_non_negative_ridge": Row(
+        "nonnegative_form(half_l2)", "sparse", lambda w, s: jx.prox_non_negative_ridge(w, 0.7, s), strength=0.7
+    ),
+    "prox_group_lasso of rows": Row(
+        "group_lasso",
+        "sparse",
+        lambda w, s: _each_row(lambda row: jx.prox_group_lasso(row, 0.7, s))(w),
+        strength=0.7,
+        options=MATRIX_ROWS,
+    ),
+    "prox_group_lasso of columns": Row(
+        "group_lasso",
+        "matrix",
+        lambda w, s: _each_row(lambda row: jx.prox_group_lasso(row, 0.7, s))(w.T).T,
+        strength=0.7,
+        options=MATRIX_COLUMNS,
+    ),
+    "prox_group_lasso of all": Row(
+        "group_lasso", "sparse", lambda w, s: jx.prox_group_lasso(w, 0.7, s), strength=0.7, options={"dim": None}
+    ),
+}
+
+JAXOPT_PROJECTIONS = {
+    "projection_non_negative": Row("nonnegative", "sparse", jp.projection_non_negative),
+    "projection_box": Row("box", "vector", lambda w: jp.projection_box(w, (-0.4, 0.6)), hyper=(-0.4, 0.6)),
+    "projection_box, bounds for each entry": Row(
+        "box",
+        "vector",
+        lambda w: jp.projection_box(w, (X["anchor"], X["anchor"] + X["weights"])),
+        hyper=(X["anchor"], X["anchor"] + X["weights"]),
+    ),
+    "projection_hypercube": Row("box", "sparse", lambda w: jp.projection_hypercube(w, 0.9), hyper=(0.0, 0.9)),
+    "projection_simplex": Row("simplex", "vector", lambda w: jp.projection_simplex(w, 1.7), hyper=(1.7,)),
+    "projection_simplex of rows": Row("simplex", "sparse", _each_row(jp.projection_simplex), options=MATRIX_ROWS),
+    "projection_l1_ball": Row("l1_ball", "vector", lambda w: jp.projection_l1_ball(w, 2.5), hyper=(2.5,)),
+    "projection_l1_ball inside": Row("l1_ball", "vector", lambda w: jp.projection_l1_ball(w, 99.0), hyper=(99.0,)),
+    "projection_l1_ball of rows": Row("l1_ball", "sparse", _each_row(jp.projection_l1_ball), options=MATRIX_ROWS),
+    "projection_l2_ball": Row("l2_ball", "sparse", lambda w: jp.projection_l2_ball(w, 1.3), hyper=(1.3,)),
+    "projection_l2_ball inside": Row("l2_ball", "sparse", lambda w: jp.projection_l2_ball(w, 99.0), hyper=(99.0,)),
+    "projection_l2_ball of rows": Row(
+        "max_norm", "sparse", _each_row(lambda row: jp.projection_l2_ball(row, 1.1)), hyper=(1.1,)
+    ),
+    "projection_l2_sphere": Row("l2_sphere", "sparse", lambda w: jp.projection_l2_sphere(w, 1.3), hyper=(1.3,)),
+    "projection_linf_ball": Row("linf_ball", "sparse", lambda w: jp.projection_linf_ball(w, 0.6), hyper=(0.6,)),
+    "projection_hyperplane": Row(
+        "hyperplane", "vector", lambda w: jp.projection_hyperplane(w, (X["anchor"], 0.8)), hyper=(X["anchor"], 0.8)
+    ),
+    "projection_halfspace": Row(
+        "halfspace", "vector", lambda w: jp.projection_halfspace(w, (X["anchor"], -9.0)), hyper=(X["anchor"], -9.0)
+    ),
+    "projection_halfspace inside": Row(
+        "halfspace", "vector", lambda w: jp.projection_halfspace(w, (X["anchor"], 99.0)), hyper=(X["anchor"], 99.0)
+    ),
+}
+
+#: From a peer to the rule it is asked for to rows.
+PEERS: dict[str, dict[str, dict[str, Row]]] = {
+    "jaxopt": {"prox": JAXOPT_PROX, "project": JAXOPT_PROJECTIONS},
+}
+
+
+def ask(rule: str, row: Row) -> Any:
+    """The answer of the peer: one for each step if it is asked for a proximal point."""
+    w = X[row.given]
+    answers = [row.theirs(w.copy(), step) for step in row.steps] if rule == "prox" else [row.theirs(w.copy())]
+    for answer in answers:
+        dtype = np.asarray(answer).dtype
+        assert dtype == np.float64 or row.rounded, f"{row.ours} came in {dtype}"
+    numbers = [np.asarray(answer, np.float64).tolist() for answer in answers]
+    return numbers if rule == "prox" else numbers[0]
+
+
+def stored(rule: str, row: Row) -> dict[str, Any]:
+    """A row as it is written: what funcreg needs, and the answer."""
+    parts = {
+        "rule": rule,
+        "ours": row.ours,
+        "given": row.given,
+        "hyper": [np.asarray(h).tolist() for h in row.hyper],
+        "strength": np.asarray(row.strength).tolist(),
+        "options": row.options,
+        "convention": row.convention,
+        "steps": list(row.steps) if rule == "prox" else None,
+        "rounded": row.rounded,
+    }
+    return {name: part for name, part in parts.items() if part} | {"theirs": ask(rule, row)}
+
+
+def _lines(rows: dict[str, Any]) -> str:
+    return "{\n" + ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n  }"
+
+
+def main() -> None:
+    parts = {
+        "versions": json.dumps({peer: version(peer) for peer in PEERS}),
+        "inputs": _lines({name: x.tolist() for name, x in X.items()}),
+    }
+    for peer, rules in PEERS.items():
+        parts[peer] = _lines(
+            {f"{name}, {rule}": stored(rule, row) for rule, rows in rules.items() for name, row in rows.items()}
+        )
+    text = "{\n" + ",\n".join(f'  "{name}": {part}' for name, part in parts.items()) + "\n}\n"
+    Path(__file__).with_name("penalties.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

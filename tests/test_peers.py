@@ -1,0 +1,55 @@
+"""What jaxopt has too: the same values, gradients and proximal points, against stored numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEVICE
+
+import funcreg as fr
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "penalties.json").read_text())
+
+ROWS = {f"{peer}: {name}": row for peer in REFERENCE["versions"] for name, row in REFERENCE[peer].items()}
+
+# Penalties that are made from others.
+MADE = {
+    "nonnegative_form(l1)": fr.nonnegative_form(fr.l1),
+    "nonnegative_form(half_l2)": fr.nonnegative_form(fr.half_l2),
+}
+
+
+def tensor(numbers):
+    return torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
+
+
+def number(x):
+    """A hyperparameter: lists are tensors."""
+    return tensor(x) if isinstance(x, list) else x
+
+
+def answer(row):
+    """What funcreg says to the question of a row."""
+    penalty = MADE[row["ours"]] if row["ours"] in MADE else getattr(fr, row["ours"])
+    params, strength = {"weight": tensor(REFERENCE["inputs"][row["given"]])}, number(row["strength"])
+    hyper = [number(x) for x in row.get("hyper", [])]
+    if "convention" in row:
+        hyper = getattr(fr, row["convention"])(*hyper)
+    options = row.get("options", {})
+    if row["rule"] == "value":
+        return strength * penalty(params, *hyper, **options)
+    if row["rule"] == "grad":
+        return strength * penalty.grad(params, *hyper, **options)["weight"]
+    if row["rule"] == "project":
+        return penalty.project(params, *hyper, **options)["weight"]
+    return torch.stack([penalty.prox(params, strength * s, *hyper, **options)["weight"] for s in row["steps"]])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_peer_says_the_same(name):
+    row = ROWS[name]
+    tolerance = 1e-6 if row.get("rounded") else 1e-10
+    torch.testing.assert_close(answer(row), tensor(row["theirs"]), rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""What jaxopt has too: the same values, gradients and proximal points, against stored numbers."""
+"""What jaxopt and pyproximal have too: the same values, gradients and proximal points, against stored numbers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ ROWS = {f"{peer}: {name}": row for peer in REFERENCE["versions"] for name, row i
 MADE = {
     "nonnegative_form(l1)": fr.nonnegative_form(fr.l1),
     "nonnegative_form(half_l2)": fr.nonnegative_form(fr.half_l2),
+    "on_singular_values(scad)": fr.on_singular_values(fr.scad),
+    "on_singular_values(log_sum)": fr.on_singular_values(fr.log_sum),
 }
 
 

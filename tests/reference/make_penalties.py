@@ -3,12 +3,13 @@
 A row is a penalty or constraint of funcreg, and the call of a peer that should give the same. The suite reads the
 file and needs none of the peers. To make it again:
 
-    pip install jax jaxopt && python tests/reference/make_penalties.py
+    pip install jax jaxopt pyproximal && python tests/reference/make_penalties.py
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jaxopt.projection as jp
 import numpy as np
+import pyproximal as pp
 from jaxopt import prox as jx
 
 jax.config.update("jax_enable_x64", True)
@@ -134,9 +136,113 @@ JAXOPT_PROJECTIONS = {
     ),
 }
 
+
+# pyproximal.
+# Not here: `L0` (its threshold has no root and no 2), `L0Ball` and `L10Ball` of 0 (keep everything), `Log1` and `Huber`
+# (each switches branches at the wrong size), `SCAD` with a step above a + 1, `L21_plus_L1` of exact zeros (0 / 0), `TV`
+# (iterates, with a wrong rule for its momentum), `ETP`, `Geman` and others that funcreg does not have.
+def _matrix(f: Callable[..., Any]) -> Callable[..., Any]:
+    """From a function of one flat array to one of matrices."""
+    return lambda w, *step: f(w.ravel(), *step).reshape(w.shape) if step else f(w.ravel())
+
+
+def _columns_in_front(f: Callable[..., Any]) -> Callable[..., Any]:
+    """From a function of one flat array, whose groups are columns, to one of the rows of a matrix."""
+    return lambda w, *step: f(w.T.ravel(), *step).reshape(w.T.shape).T if step else f(w.T.ravel())
+
+
+def _each_entry(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda w, *step: (
+        np.array([f(w[i : i + 1], *step)[0] for i in range(len(w))]) if step else sum(f(x[None]) for x in w)
+    )
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of pyproximal, and how it takes its inputs."""
+
+    make: Callable[[], Any]
+    ours: str
+    given: str = "vector"
+    hyper: tuple[Any, ...] = ()
+    strength: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[float, ...] = (0.25, 1.5)
+    through: Callable[[Callable[..., Any]], Callable[..., Any]] = _matrix
+
+    def row(self, call: str) -> Row:
+        def theirs(w: Any, step: float = 1.0) -> Any:
+            made = self.make()
+            return self.through(made)(w) if call == "value" else self.through(made.prox)(w, step)
+
+        return Row(self.ours, self.given, theirs, self.hyper, self.strength, self.options, steps=self.steps)
+
+
+_LOG = 0.8 / math.log(1 + 1.3)  # pyproximal's logarithm is 1 at 1, funcreg's has slope 1 / epsilon at 0.
+_EXACTLY = {"xtol": 1e-15, "maxiter": 1000}
+
+PYPROXIMAL = {
+    "L1": Operator(lambda: pp.L1(sigma=0.7), "l1", "sparse", strength=0.7),
+    "L1 around g": Operator(lambda: pp.L1(0.7, g=X["anchor"]), "anchored_l1", hyper=(X["anchor"],), strength=0.7),
+    "L2": Operator(lambda: pp.L2(sigma=0.7), "half_l2", "sparse", strength=0.7),
+    "L2 of b": Operator(lambda: pp.L2(b=X["anchor"], sigma=2 * 0.7), "anchored_l2", hyper=(X["anchor"],), strength=0.7),
+    "Euclidean": Operator(lambda: pp.Euclidean(0.7), "group_lasso", "matrix", strength=0.7, options={"dim": None}),
+    "L21": Operator(
+        lambda: pp.L21(ndim=4, sigma=0.7),
+        "group_lasso",
+        "matrix",
+        strength=0.7,
+        options=MATRIX_ROWS,
+        through=_columns_in_front,
+    ),
+    "L21_plus_L1": Operator(
+        lambda: pp.L21_plus_L1(sigma=0.7, rho=0.3),
+        "sparse_group_lasso",
+        "matrix",
+        (0.7, 0.3),
+        options=MATRIX_COLUMNS,
+        through=lambda f: f,
+    ),
+    "HuberCircular": Operator(
+        lambda: pp.HuberCircular(0.6), "huber", hyper=(0.6,), strength=1 / 0.6, through=_each_entry
+    ),
+    "SCAD": Operator(lambda: pp.SCAD(0.7, 3.7), "scad", hyper=(0.7, 3.7), steps=(0.25, 1.5, 2.6, 3.5)),
+    "Log": Operator(lambda: pp.Log(0.8, 1.3), "log_sum", hyper=(1 / 1.3,), strength=_LOG),
+    "QuadraticEnvelopeCard": Operator(
+        lambda: pp.QuadraticEnvelopeCard(0.7**2 / 2), "mcp", hyper=(0.7, 1.0), steps=(0.25, 0.9)
+    ),
+    "Nuclear": Operator(lambda: pp.Nuclear((5, 4), 0.7), "nuclear", "matrix", strength=0.7),
+    "SingularValuePenalty of SCAD": Operator(
+        lambda: pp.SingularValuePenalty((5, 4), pp.SCAD(0.7, 3.7)), "on_singular_values(scad)", "matrix", (0.7, 3.7)
+    ),
+    "SingularValuePenalty of Log": Operator(
+        lambda: pp.SingularValuePenalty((5, 4), pp.Log(0.8, 1.3)),
+        "on_singular_values(log_sum)",
+        "matrix",
+        (1 / 1.3,),
+        strength=_LOG,
+    ),
+}
+
+PYPROXIMAL_SETS = {
+    "Box": Operator(lambda: pp.Box(-0.4, 0.6), "box", hyper=(-0.4, 0.6)),
+    "Simplex": Operator(lambda: pp.Simplex(12, 1.7, **_EXACTLY), "simplex", hyper=(1.7,)),
+    "EuclideanBall": Operator(lambda: pp.EuclideanBall(0.0, 1.3), "l2_ball", "sparse", (1.3,)),
+    "L1Ball": Operator(lambda: pp.L1Ball(12, 2.5, **_EXACTLY), "l1_ball", hyper=(2.5,)),
+    "L0Ball": Operator(lambda: pp.L0Ball(5), "top_k", "matrix", (5,)),
+    "NuclearBall": Operator(lambda: pp.NuclearBall((5, 4), 2.5, **_EXACTLY), "nuclear_ball", "matrix", (2.5,)),
+    "HalfSpace": Operator(lambda: pp.HalfSpace(X["anchor"], -9.0), "halfspace", hyper=(X["anchor"], -9.0)),
+    "HalfSpace inside": Operator(lambda: pp.HalfSpace(X["anchor"], 99.0), "halfspace", hyper=(X["anchor"], 99.0)),
+}
+
 #: From a peer to the rule it is asked for to rows.
 PEERS: dict[str, dict[str, dict[str, Row]]] = {
     "jaxopt": {"prox": JAXOPT_PROX, "project": JAXOPT_PROJECTIONS},
+    "pyproximal": {
+        "value": {name: operator.row("value") for name, operator in PYPROXIMAL.items()},
+        "prox": {name: operator.row("prox") for name, operator in PYPROXIMAL.items()},
+        "project": {name: operator.row("project") for name, operator in PYPROXIMAL_SETS.items()},
+    },
 }
 
 

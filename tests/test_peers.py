@@ -1,4 +1,4 @@
-"""What jaxopt and pyproximal have too: the same values, gradients and proximal points, against stored numbers."""
+"""What other libraries have too: the same values, gradients and proximal points, against stored numbers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ ROWS = {f"{peer}: {name}": row for peer in REFERENCE["versions"] for name, row i
 MADE = {
     "nonnegative_form(l1)": fr.nonnegative_form(fr.l1),
     "nonnegative_form(half_l2)": fr.nonnegative_form(fr.half_l2),
+    "nonnegative_form(elastic)": fr.nonnegative_form(fr.elastic),
+    "nonnegative_form(mcp)": fr.nonnegative_form(fr.mcp),
     "on_singular_values(scad)": fr.on_singular_values(fr.scad),
     "on_singular_values(log_sum)": fr.on_singular_values(fr.log_sum),
 }

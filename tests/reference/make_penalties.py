@@ -3,7 +3,7 @@
 A row is a penalty or constraint of funcreg, and the call of a peer that should give the same. The suite reads the
 file and needs none of the peers. To make it again:
 
-    pip install jax jaxopt pyproximal && python tests/reference/make_penalties.py
+    pip install jax jaxopt pyproximal skglm && python tests/reference/make_penalties.py
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax
 import jaxopt.projection as jp
 import numpy as np
 import pyproximal as pp
+import skglm.penalties as sk
 from jaxopt import prox as jx
 
 jax.config.update("jax_enable_x64", True)
@@ -235,6 +236,96 @@ PYPROXIMAL_SETS = {
     "HalfSpace inside": Operator(lambda: pp.HalfSpace(X["anchor"], 99.0), "halfspace", hyper=(X["anchor"], 99.0)),
 }
 
+# skglm.
+# Not here: `MCPenalty` with a step of gamma or above (its formula holds below), `SCAD` with a step of a - 1 (divides by
+# 0), blocks of zeros (ZeroDivisionError), `L1_plus_L2.alpha_max` (forgets the share of l1), `L2_05` (funcreg has no
+# such groups).
+_GROUPS = (np.arange(0, 21, 4, dtype=np.int32), np.arange(20, dtype=np.int32))  # The rows of `matrix`, flat.
+_SIZES = np.full(5, math.sqrt(4))
+
+
+def _prox_1d(penalty: Any) -> Callable[..., Any]:
+    return lambda w, s: np.array([penalty.prox_1d(x, s, i) for i, x in enumerate(w.ravel())]).reshape(w.shape)
+
+
+def _prox_1feat(penalty: Any) -> Callable[..., Any]:
+    return lambda w, s: np.stack([penalty.prox_1feat(row, s, i) for i, row in enumerate(w)])
+
+
+def _prox_1group(penalty: Any) -> Callable[..., Any]:
+    return lambda w, s: np.stack([penalty.prox_1group(row, s, i) for i, row in enumerate(w)])
+
+
+SKGLM_PROX = {
+    "L1": Row("l1", "sparse", _prox_1d(sk.L1(0.7)), strength=0.7),
+    "L1 positive": Row("nonnegative_form(l1)", "sparse", _prox_1d(sk.L1(0.7, positive=True)), strength=0.7),
+    "WeightedL1": Row("l1", "vector", _prox_1d(sk.WeightedL1(0.7, weights=X["weights"])), strength=0.7 * X["weights"]),
+    "L1_plus_L2": Row("elastic", "sparse", _prox_1d(sk.L1_plus_L2(0.8, 0.3)), (0.8, 0.3)),
+    "L1_plus_L2 positive": Row(
+        "nonnegative_form(elastic)", "sparse", _prox_1d(sk.L1_plus_L2(0.8, 0.3, positive=True)), (0.8, 0.3)
+    ),
+    "MCPenalty": Row("mcp", "vector", _prox_1d(sk.MCPenalty(0.7, 3.0)), (0.7, 3.0), steps=(0.25, 1.5, 2.9)),
+    "MCPenalty positive": Row(
+        "nonnegative_form(mcp)", "vector", _prox_1d(sk.MCPenalty(0.7, 3.0, positive=True)), (0.7, 3.0)
+    ),
+    "SCAD": Row("scad", "vector", _prox_1d(sk.SCAD(0.7, 3.7)), (0.7, 3.7), steps=(0.25, 1.5, 2.6, 3.5, 5.0)),
+    "L0_5": Row("l_half", "vector", _prox_1d(sk.L0_5(0.7)), strength=0.7),
+    "L2_3": Row("l_two_thirds", "vector", _prox_1d(sk.L2_3(0.7)), strength=0.7),
+    "LogSumPenalty": Row("log_sum", "vector", _prox_1d(sk.LogSumPenalty(0.7, 0.4)), (0.4,), strength=0.7),
+    "SLOPE": Row("slope", "vector", sk.SLOPE(X["weights"], 0.7).prox_vec, (X["weights"],), strength=0.7),
+    "L2_1": Row("group_lasso", "matrix", _prox_1feat(sk.L2_1(0.7)), strength=0.7),
+    "BlockMCPenalty": Row("group_mcp", "matrix", _prox_1feat(sk.BlockMCPenalty(0.7, 3.0)), (0.7, 3.0)),
+    "BlockSCAD": Row("group_scad", "matrix", _prox_1feat(sk.BlockSCAD(0.7, 3.7)), (0.7, 3.7)),
+    "WeightedGroupL2": Row(
+        "group_lasso",
+        "matrix",
+        _prox_1group(sk.WeightedGroupL2(0.7, _SIZES, *_GROUPS)),
+        strength=0.7,
+        options={"weights": "sqrt_size"},
+    ),
+    "WeightedL1GroupL2": Row(
+        "sparse_group_lasso",
+        "matrix",
+        _prox_1group(sk.WeightedL1GroupL2(0.7, (1 - 0.3) * _SIZES, np.full(20, 0.3), *_GROUPS)),
+        (0.7, 0.3),
+        options={"weights": "sqrt_size"},
+    ),
+}
+
+SKGLM_VALUES = {
+    "L1": Row("l1", "sparse", sk.L1(0.7).value, strength=0.7),
+    "L2": Row("half_l2", "vector", sk.L2(0.7).value, strength=0.7),
+    "L1_plus_L2": Row("elastic", "vector", sk.L1_plus_L2(0.8, 0.3).value, (0.8, 0.3)),
+    "MCPenalty": Row("mcp", "vector", sk.MCPenalty(0.7, 3.0).value, (0.7, 3.0)),
+    "SCAD": Row("scad", "vector", sk.SCAD(0.7, 3.7).value, (0.7, 3.7)),
+    "L0_5": Row("l_half", "vector", sk.L0_5(0.7).value, strength=0.7),
+    "L2_3": Row("l_two_thirds", "vector", sk.L2_3(0.7).value, strength=0.7),
+    "LogSumPenalty": Row("log_sum", "vector", sk.LogSumPenalty(0.7, 0.4).value, (0.4,), strength=0.7),
+    "SLOPE": Row("slope", "vector", sk.SLOPE(X["weights"], 0.7).value, (X["weights"],), strength=0.7),
+    "L2_1": Row("group_lasso", "sparse", sk.L2_1(0.7).value, strength=0.7),
+    "BlockMCPenalty": Row("group_mcp", "sparse", sk.BlockMCPenalty(0.7, 3.0).value, (0.7, 3.0)),
+    "BlockSCAD": Row("group_scad", "sparse", sk.BlockSCAD(0.7, 3.7).value, (0.7, 3.7)),
+    "WeightedGroupL2": Row(
+        "group_lasso",
+        "matrix",
+        lambda w: sk.WeightedGroupL2(0.7, _SIZES, *_GROUPS).value(w.ravel()),
+        strength=0.7,
+        options={"weights": "sqrt_size"},
+    ),
+    "WeightedL1GroupL2": Row(
+        "sparse_group_lasso",
+        "matrix",
+        lambda w: sk.WeightedL1GroupL2(0.7, (1 - 0.3) * _SIZES, np.full(20, 0.3), *_GROUPS).value(w.ravel()),
+        (0.7, 0.3),
+        options={"weights": "sqrt_size"},
+    ),
+}
+
+SKGLM_SETS = {
+    "IndicatorBox": Row("box", "sparse", lambda w: _prox_1d(sk.IndicatorBox(0.6))(w, 1.0), (0.0, 0.6)),
+    "PositiveConstraint": Row("nonnegative", "sparse", lambda w: _prox_1d(sk.PositiveConstraint())(w, 1.0)),
+}
+
 #: From a peer to the rule it is asked for to rows.
 PEERS: dict[str, dict[str, dict[str, Row]]] = {
     "jaxopt": {"prox": JAXOPT_PROX, "project": JAXOPT_PROJECTIONS},
@@ -243,6 +334,7 @@ PEERS: dict[str, dict[str, dict[str, Row]]] = {
         "prox": {name: operator.row("prox") for name, operator in PYPROXIMAL.items()},
         "project": {name: operator.row("project") for name, operator in PYPROXIMAL_SETS.items()},
     },
+    "skglm": {"value": SKGLM_VALUES, "prox": SKGLM_PROX, "project": SKGLM_SETS},
 }
 
 

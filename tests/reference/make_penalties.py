@@ -3,7 +3,8 @@
 A row is a penalty or constraint of funcreg, and the call of a peer that should give the same. The suite reads the
 file and needs none of the peers. To make it again:
 
-    pip install jax jaxopt pyproximal skglm && python tests/reference/make_penalties.py
+    pip install jax jaxopt pyproximal skglm keras
+    KERAS_BACKEND=jax python tests/reference/make_penalties.py
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxopt.projection as jp
+import keras
+import keras.constraints as kc
+import keras.regularizers as kr
 import numpy as np
 import pyproximal as pp
 import skglm.penalties as sk
 from jaxopt import prox as jx
 
 jax.config.update("jax_enable_x64", True)
+keras.config.set_floatx("float64")
 
 
 @dataclass(frozen=True)
@@ -326,6 +332,34 @@ SKGLM_SETS = {
     "PositiveConstraint": Row("nonnegative", "sparse", lambda w: _prox_1d(sk.PositiveConstraint())(w, 1.0)),
 }
 
+
+def _in_jax(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda w: f(jnp.asarray(w))
+
+
+# Keras. Its L2 has no factor one half.
+# Not here: `OrthogonalRegularizer` of a single row (divides by 0), `MinMaxNorm` (funcreg has no such set),
+# gradients at zeros (the derivative of a magnitude is 1 there in jax, and 0 in funcreg).
+KERAS = {
+    "L1": Row("l1", "sparse", kr.L1(0.7), strength=0.7),
+    "L2": Row("l2", "sparse", kr.L2(0.7), strength=0.7),
+    "L1L2": Row("elastic", "sparse", kr.L1L2(0.7, 0.4), (0.7, 0.4), convention="elastic_from_keras"),
+    "L1L2 of l2 alone": Row("elastic", "matrix", kr.L1L2(l2=0.4), (0.0, 0.4), convention="elastic_from_keras"),
+    "OrthogonalRegularizer": Row("keras_orthogonal", "matrix", kr.OrthogonalRegularizer()),
+    "OrthogonalRegularizer of rows": Row("keras_orthogonal", "matrix", kr.OrthogonalRegularizer(0.3), (0.3,)),
+    "OrthogonalRegularizer of columns": Row(
+        "keras_orthogonal", "matrix", kr.OrthogonalRegularizer(0.3, "columns"), (0.3,), options={"mode": "columns"}
+    ),
+}
+
+# The norms of `MaxNorm` and `UnitNorm` are too large by 1e-7, which guards their quotients.
+KERAS_SETS = {
+    "NonNeg": Row("nonnegative", "sparse", kc.NonNeg()),
+    "MaxNorm of columns": Row("max_norm", "matrix", kc.MaxNorm(1.1, axis=0), (1.1,), options={"dim": 0}, rounded=True),
+    "MaxNorm of rows": Row("max_norm", "sparse", kc.MaxNorm(1.1, axis=1), (1.1,), rounded=True),
+    "UnitNorm": Row("l2_sphere", "matrix", kc.UnitNorm(axis=1), options=MATRIX_ROWS, rounded=True),
+}
+
 #: From a peer to the rule it is asked for to rows.
 PEERS: dict[str, dict[str, dict[str, Row]]] = {
     "jaxopt": {"prox": JAXOPT_PROX, "project": JAXOPT_PROJECTIONS},
@@ -335,6 +369,13 @@ PEERS: dict[str, dict[str, dict[str, Row]]] = {
         "project": {name: operator.row("project") for name, operator in PYPROXIMAL_SETS.items()},
     },
     "skglm": {"value": SKGLM_VALUES, "prox": SKGLM_PROX, "project": SKGLM_SETS},
+    "keras": {
+        "value": {name: replace(row, theirs=_in_jax(row.theirs)) for name, row in KERAS.items()},
+        "grad": {
+            name: replace(row, given="matrix", theirs=_in_jax(jax.grad(row.theirs))) for name, row in KERAS.items()
+        },
+        "project": KERAS_SETS,
+    },
 }
 
 

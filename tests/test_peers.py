@@ -73,7 +73,7 @@ def answer(row):
     if row["rule"] == "grad":
         return strength * penalty.grad(params, *hyper, **options)["weight"]
     if row["rule"] == "project":
-        return penalty.project(params, *hyper, **options)["weight"]
+        return penalty.prox(params, 0.0, *hyper, **options)["weight"]
     return torch.stack([penalty.prox(params, strength * s, *hyper, **options)["weight"] for s in row["steps"]])
 
 

@@ -278,7 +278,7 @@ SKGLM_PROX = {
     "L0_5": Row("l_half", "vector", _prox_1d(sk.L0_5(0.7)), strength=0.7),
     "L2_3": Row("l_two_thirds", "vector", _prox_1d(sk.L2_3(0.7)), strength=0.7),
     "LogSumPenalty": Row("log_sum", "vector", _prox_1d(sk.LogSumPenalty(0.7, 0.4)), (0.4,), strength=0.7),
-    "SLOPE": Row("slope", "vector", sk.SLOPE(X["weights"], 0.7).prox_vec, (X["weights"],), strength=0.7),
+    "SLOPE": Row("slope", "vector", sk.SLOPE(0.7 * X["weights"]).prox_vec, (X["weights"],), strength=0.7),
     "L2_1": Row("group_lasso", "matrix", _prox_1feat(sk.L2_1(0.7)), strength=0.7),
     "BlockMCPenalty": Row("group_mcp", "matrix", _prox_1feat(sk.BlockMCPenalty(0.7, 3.0)), (0.7, 3.0)),
     "BlockSCAD": Row("group_scad", "matrix", _prox_1feat(sk.BlockSCAD(0.7, 3.7)), (0.7, 3.7)),
@@ -307,7 +307,7 @@ SKGLM_VALUES = {
     "L0_5": Row("l_half", "vector", sk.L0_5(0.7).value, strength=0.7),
     "L2_3": Row("l_two_thirds", "vector", sk.L2_3(0.7).value, strength=0.7),
     "LogSumPenalty": Row("log_sum", "vector", sk.LogSumPenalty(0.7, 0.4).value, (0.4,), strength=0.7),
-    "SLOPE": Row("slope", "vector", sk.SLOPE(X["weights"], 0.7).value, (X["weights"],), strength=0.7),
+    "SLOPE": Row("slope", "vector", sk.SLOPE(0.7 * X["weights"]).value, (X["weights"],), strength=0.7),
     "L2_1": Row("group_lasso", "sparse", sk.L2_1(0.7).value, strength=0.7),
     "BlockMCPenalty": Row("group_mcp", "sparse", sk.BlockMCPenalty(0.7, 3.0).value, (0.7, 3.0)),
     "BlockSCAD": Row("group_scad", "sparse", sk.BlockSCAD(0.7, 3.7).value, (0.7, 3.7)),
@@ -355,8 +355,8 @@ KERAS = {
 # The norms of `MaxNorm` and `UnitNorm` are too large by 1e-7, which guards their quotients.
 KERAS_SETS = {
     "NonNeg": Row("nonnegative", "sparse", kc.NonNeg()),
-    "MaxNorm of columns": Row("max_norm", "matrix", kc.MaxNorm(1.1, axis=0), (1.1,), options={"dim": 0}, rounded=True),
-    "MaxNorm of rows": Row("max_norm", "sparse", kc.MaxNorm(1.1, axis=1), (1.1,), rounded=True),
+    "MaxNorm of columns": Row("max_norm", "matrix", kc.MaxNorm(1, axis=0), (1.0,), options={"dim": 0}, rounded=True),
+    "MaxNorm of rows": Row("max_norm", "sparse", kc.MaxNorm(1, axis=1), (1.0,), rounded=True),
     "UnitNorm": Row("l2_sphere", "matrix", kc.UnitNorm(axis=1), options=MATRIX_ROWS, rounded=True),
 }
 

@@ -122,7 +122,7 @@ class Term(NamedTuple):
         """On which leaves this term acts."""
         return [True] * len(tree_leaves(params)) if self.mask is None else mask_leaves(self.mask, params)
 
-    def __str__(self) -> str:
+    def title(self) -> str:
         factors = [f"{factor:g}" if isinstance(factor, (int, float)) else "c" for factor in self.factors]
         name = self.penalty.__name__
         return " * ".join([*factors, f"({name})" if factors and " + " in name else name])
@@ -249,8 +249,9 @@ def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], uniform: bool) 
 
 def _why_not(terms: Sequence[Term], uniform: bool) -> str:
     where = "" if uniform else ", in a metric (as Adam has one) or with a step of its own for each entry,"
+    said = " + ".join([term.title() for term in terms])
     return (
-        f"{' + '.join(map(str, terms))} has a value and a gradient, but{where} no proximal operator that is known to "
+        f"{said} has a value and a gradient, but{where} no proximal operator that is known to "
         "be exact: that of one term spoils what that of another found. Exact are sums of anything with half_l2 or l2, "
         "l1 with group penalties, and groups nested in each other. Keep the proximal operator of one term and put the "
         "other into the loss or add_penalty; or give each its own leaves with given(mask=...)."

@@ -253,7 +253,7 @@ class Sum(Penalty):
 
     @property
     def __name__(self) -> str:
-        return " + ".join([str(term) for term in self._addends])
+        return " + ".join([term.title() for term in self._addends])
 
     def _value(self, params: Params) -> Tensor:
         return sum_value(self._addends, params)

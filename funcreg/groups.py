@@ -132,18 +132,29 @@ def _best(
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
 
 
-def _group_mcp_gradient(w: Tensor, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    slope = mcp_slope(group_norms(w, dims), alpha * group_sizes(w, dims, weights), gamma)
-    return slope * group_directions(w, dims)
+def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The rules of a penalty of the norms of groups, whose strength the weights multiply, from those on magnitudes."""
 
+    def gradient(w: Tensor, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+        dims = group_dims(w, dim)
+        return slope(group_norms(w, dims), strength * group_sizes(w, dims, weights), bend) * group_directions(w, dims)
 
-def _group_mcp_proximal(
-    w: Tensor, step: Scalar, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None
-) -> Tensor:
-    dims = group_dims(w, dim)
-    norms = group_norms(w, dims)
-    return _rescale(w, norms, mcp_landing(norms, step, alpha * group_sizes(w, dims, weights), gamma))
+    def proximal(
+        w: Tensor, step: Scalar, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None
+    ) -> Tensor:
+        dims = group_dims(w, dim)
+        norms = group_norms(w, dims)
+        return _rescale(w, norms, landing(norms, step, strength * group_sizes(w, dims, weights), bend))
+
+    def residual(
+        w: Tensor, g: Tensor, factor: Scalar, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None
+    ) -> Tensor:
+        dims = group_dims(w, dim)
+        at_zero = shrink_groups(g, factor * strength * group_sizes(w, dims, weights), dims)
+        slopes = gradient(w, strength, bend, dim=dim, weights=weights)
+        return torch.where(group_norms(w, dims) == 0, at_zero, g + factor * slopes)
+
+    return {"gradient": gradient, "proximal": proximal, "residual": residual}
 
 
 def _group_mcp_metric(
@@ -157,20 +168,9 @@ def _group_mcp_metric(
     return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
 
 
-def _group_mcp_residual(
-    w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None
-) -> Tensor:
-    dims = group_dims(w, dim)
-    at_zero = shrink_groups(g, strength * alpha * group_sizes(w, dims, weights), dims)
-    slope = _group_mcp_gradient(w, alpha, gamma, dim=dim, weights=weights)
-    return torch.where(group_norms(w, dims) == 0, at_zero, g + strength * slope)
-
-
 @penalty(
-    gradient=_group_mcp_gradient,
-    proximal=_group_mcp_proximal,
+    **_of_norms(mcp_slope, mcp_landing),
     metric=_group_mcp_metric,
-    residual=_group_mcp_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     reach="leaf",
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
@@ -209,20 +209,6 @@ def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., wei
     return mcp_value(group_norms(w, dims), strength * group_sizes(w, dims, weights), gamma)
 
 
-def _group_scad_gradient(w: Tensor, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    slope = scad_slope(group_norms(w, dims), alpha * group_sizes(w, dims, weights), a)
-    return slope * group_directions(w, dims)
-
-
-def _group_scad_proximal(
-    w: Tensor, step: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
-) -> Tensor:
-    dims = group_dims(w, dim)
-    norms = group_norms(w, dims)
-    return _rescale(w, norms, scad_landing(norms, step, alpha * group_sizes(w, dims, weights), a))
-
-
 def _group_scad_metric(
     w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
@@ -235,20 +221,9 @@ def _group_scad_metric(
     return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)
 
 
-def _group_scad_residual(
-    w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None
-) -> Tensor:
-    dims = group_dims(w, dim)
-    at_zero = shrink_groups(g, strength * alpha * group_sizes(w, dims, weights), dims)
-    slope = _group_scad_gradient(w, alpha, a, dim=dim, weights=weights)
-    return torch.where(group_norms(w, dims) == 0, at_zero, g + strength * slope)
-
-
 @penalty(
-    gradient=_group_scad_gradient,
-    proximal=_group_scad_proximal,
+    **_of_norms(scad_slope, scad_landing),
     metric=_group_scad_metric,
-    residual=_group_scad_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     reach="leaf",
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},

@@ -151,7 +151,7 @@ def half_l2(w: Tensor) -> Tensor:
 
 
 def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
-    return alpha * (rho * sign(w) + (1 - rho) * w)
+    return alpha * rho * sign(w) + alpha * (1 - rho) * w
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -199,7 +199,7 @@ def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
     References:
         Zou & Hastie, *Regularization and variable selection via the elastic net*, 2005.
     """
-    return alpha * (rho * w.abs() + 0.5 * (1 - rho) * squared(w))
+    return alpha * rho * w.abs() + alpha * (1 - rho) / 2 * squared(w)
 
 
 # Groups

@@ -17,6 +17,7 @@ import funcreg as fr
 
 ALPHA, RHO = 0.3, 0.6
 LOOP = "loop over parameters, backward"
+PACKED = "`funcreg.value_and_grad(penalty)`, parameters of a fused step"
 Pair = tuple[Leaves, Tensor]
 
 
@@ -90,6 +91,7 @@ def ways(case: Case, slow: bool) -> dict[str, Callable[[Leaves], Pair]]:
 
     found: dict[str, Callable[[Leaves], Pair]] = {
         "`funcreg.value_and_grad(penalty)`": direct("inductor"),
+        PACKED: direct("inductor"),
         '`funcreg.value_and_grad(penalty, backend="eager")`': direct("eager"),
         "`torch.func.grad_and_value(penalty)`": grad_and_value(value),
         "`penalty(params)`, `penalty.grad(params)`": both,
@@ -114,14 +116,16 @@ def checked(row: Row, case: Case, params: Leaves) -> Row:
 def main() -> None:
     options = start(__doc__, "slow")
     params = draw(shapes("transformer", options.quick), 0)
+    packed, _ = fr.fuse(fr.adamw(1e-3)).init(params)
     result: dict[str, Any] = {}
     for name, case in PENALTIES.items():
         reference = checked(backward_row(case.loop, params), case, params)
         for way, f in ways(case, options.slow).items():
-            make = lambda f=f, case=case: checked(pair_row(f, params), case, params)
+            given = packed if way == PACKED else params
+            make = lambda f=f, case=case, given=given: checked(pair_row(f, given), case, given)
             times = against(reference, make, options.quick)
             result.setdefault(way, {})[name] = times
-            print(f"{name:8} {way:58} {1e3 * times['seconds']:8.3f} ms {times['ratio']:6.2f}")
+            print(f"{name:8} {way:66} {1e3 * times['seconds']:8.3f} ms {times['ratio']:6.2f}")
     rows = [[LOOP, *["1.00"] * len(PENALTIES)]]
     rows += [[way, *(f"{times[name]['ratio']:.2f}" for name in PENALTIES)] for way, times in result.items()]
     header = ["value and gradient, 300 tensors, 10.7M", *(f"`{name}`" for name in PENALTIES)]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from funcreg.kernels import Buffer, Kernel, compose, over_temporaries
+from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch
 from funcreg.packing import Packing
 from funcreg.recording import Record, Value
 from funcreg.tree import reader
@@ -53,12 +53,23 @@ _PIECE = 262144
 def _in_pieces(module: fx.GraphModule) -> Callable[..., Any]:
     """An elementwise module, piece by piece; what it returns are sums."""
     module = over_temporaries(module)
+    near, dtypes = with_scratch(module)
+    memory: list[Tensor] = []
+
+    def scratch(entries: int) -> list[Tensor]:
+        if dtypes and (not memory or len(memory[0]) < entries):
+            with torch.inference_mode(False):
+                memory[:] = [empty(entries, dtype, torch.device("cpu"), i) for i, dtype in enumerate(dtypes)]
+        return [x if len(x) == entries else x[:entries] for x in memory]
 
     def run(*args: Any) -> Any:
-        if args[0].numel() <= _PIECE or args[0].device.type != "cpu":
+        if args[0].device.type != "cpu":
             return module(*args)
+        entries = args[0].numel()
+        if entries <= _PIECE:
+            return near.forward(*args, *scratch(entries))
         columns = [x.split(_PIECE) if x.ndim else itertools.repeat(x) for x in args]
-        rows = [module(*row) for row in zip(*columns, strict=False)]
+        rows = [near.forward(*row, *scratch(len(row[0]))) for row in zip(*columns, strict=False)]
         return tuple([functools.reduce(torch.add, parts) for parts in zip(*rows, strict=True)])
 
     return run
@@ -153,6 +164,24 @@ def _untyped(x: Any) -> Any:
     return x
 
 
+@functools.cache
+def _written_early() -> Any:
+    """What makes Inductor write a result before it sums: one loop then does both, and reads what both read once."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class WrittenEarly(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for copy in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+                place, value = copy.args
+                if list(place.users) == [copy] and value.op == "call_function":
+                    value.append(copy)
+
+        def uuid(self) -> Any:
+            return "funcreg: written early"
+
+    return WrittenEarly()
+
+
 def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     """Inductor without checks of what is known: shapes at every call, and if the compiler knows this processor.
 
@@ -161,7 +190,10 @@ def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     from torch._inductor import compile_fx as inductor
     from torch._inductor import cpu_vec_isa
 
-    known, compile_fx = {"size_asserts": False}, _untyped(inductor.compile_fx)
+    known, compile_fx = (
+        {"size_asserts": False, "post_grad_custom_post_pass": _written_early()},
+        _untyped(inductor.compile_fx),
+    )
     try:
         return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
     except Exception:
@@ -448,10 +480,10 @@ class Plan:
             stages.append((scalars, merged))
         return stages, blank
 
-    def slab(self) -> Slab:
-        """Memory that nobody uses: what results have left, or new."""
+    def slab(self, given: Slab | None = None) -> Slab:
+        """Memory that nobody uses, least of all that of what is given: what results have left, or new."""
         found: Slab | None = None
-        for slab in list(self._slabs):
+        for slab in [slab for slab in self._slabs if slab is not given]:
             if found is not None and len(self._slabs) <= 2:
                 break
             if slab.free():
@@ -549,14 +581,15 @@ class Plan:
 
     def run(self, arguments: list[Any], slab: Slab | None, ours: bool = False) -> list[Tensor]:
         """Results, which are views of buffers; none if they are in place, in the parameters and the state given."""
-        out = None if self.in_place else self.slab()
+        out = None if self.in_place else self.slab(slab)
         values: dict[Value, Any] = {}
         for value, source in self._given:
             given = arguments[source] if isinstance(source, int) else source
             values[value] = given.contiguous() if given.ndim else given
-        bound: dict[tuple[int, int], Tensor] = {}  # What is gathered in this call, for all stages and the end.
-        stages, blank = self._bound(slab, out, ours)
+        stages, blank, alone = self._bound(slab, out, ours)
         values.update(blank)
+        # What is gathered in this call, for all stages and the end: first what needs a look alone, while that is fast.
+        bound = {key: gather(arguments) for key, gather in alone.items()}
         for scalars, calls in stages:
             if scalars is not None:
                 run, told = scalars
@@ -575,8 +608,13 @@ class Plan:
                     values.update(zip(results, made, strict=True))
         return self._finished(arguments, values, bound, slab, out)
 
-    def _bound(self, slab: Slab | None, out: Slab | None, ours: bool) -> tuple[list[Any], dict[Value, Tensor]]:
-        """Stages with what is read and written in some memory, and what must be gathered, by place in the call."""
+    def _bound(
+        self, slab: Slab | None, out: Slab | None, ours: bool
+    ) -> tuple[list[Any], dict[Value, Tensor], dict[tuple[int, int], Any]]:
+        """Stages with what is read and written in some memory, and what must be gathered, by place in the call.
+
+        Also what makes inputs of single leaves.
+        """
         # Memory that is let go of takes what is known of it along.
         known = self._bindings.setdefault(slab or self, weakref.WeakKeyDictionary()).setdefault(out or self, {})
         if ours in known:
@@ -588,6 +626,7 @@ class Plan:
             if slab is not None:
                 stages, blank = self._stages_of_wholes()
         found: list[Any] = []
+        alone: dict[tuple[int, int], Any] = {}
         for scalars, calls in stages:
             bound = []
             for run, reads, writes, taken, results in calls:
@@ -595,10 +634,11 @@ class Plan:
                 missing = [
                     (i, key, self._gather[key], key in self._shared) for i, key in enumerate(reads) if given[i] is None
                 ]
+                alone.update((key, gather) for _, key, gather, _ in missing if len(self._sources[key[0]][key[1]]) == 1)
                 targets = [] if out is None else [out.buffers[key] for key in writes]
                 bound.append((run, given, missing, taken, targets, results))
             found.append((scalars, bound))
-        known[ours] = found, blank
+        known[ours] = found, blank, alone
         return known[ours]
 
     def _finished(

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -284,26 +284,39 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    inputs = graph.find_nodes(op="placeholder")
     for node in list(graph.nodes):
         if node.target is _aten.where.self and (x := _nan_of(node)) is not None:
-            # `where` is slow; a value between itself and itself is itself, but NaN goes through.
+            # `where` is slow; a magnitude between a sign and that sign is the sign, but NaN goes through.
             unequal, _, value = node.args
-            node.target, node.args = _aten.clamp.Tensor, (x, value, value)
-            with graph.inserting_after(node):  # Of zeros of two signs it may take either; a sign is never -0.0.
-                positive = graph.call_function(_aten.add.Tensor, (node, 0.0))
-            positive.meta["value"] = node.meta["value"]
-            node.replace_all_uses_with(positive, delete_user_cb=lambda user, new=positive: user is not new)
+            sizes = [user for user in x.users if user.target is _aten.abs.default]
+            made = x if x.op != "placeholder" else inputs[-1]
+            with graph.inserting_after(made):
+                size = graph.call_function(_aten.abs.default, (x,))
+            size.meta["value"] = node.meta["value"]
+            for other in sizes:
+                other.replace_all_uses_with(size)
+                graph.erase_node(other)
+            node.target, node.args = _aten.clamp.Tensor, (size, value, value)
             if not unequal.users:
                 graph.erase_node(unequal)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = lambda node: max([order[user] for user in node.users])
     for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
         place, node = copy.args
-        if "value" in node.meta and list(node.users) == [copy] and _elementwise(node):
-            others = [order[user] for user in place.users if user is not copy]
-            if order[node] >= max(others, default=0) and (out := _variant(node.target, "out")) is not None:
-                node.target, node.kwargs = out, {**node.kwargs, "out": place}
+        free = max(
+            [order[user] for user in place.users if user is not copy], default=0
+        )  # From there on it is not read.
+        made: fx.Node | None = node if "value" in node.meta and list(node.users) == [copy] else None
+        while made is not None and _elementwise(made) and order[made] >= free:
+            if (out := _variant(made.target, "out")) is None:
+                break
+            made.target, made.kwargs = out, {**made.kwargs, "out": place}
+            if made is node:
                 graph.erase_node(copy)
+            # What only this needs is made in the same place.
+            before = [x for x in made.all_input_nodes if _same_kind(made, x) and list(x.users) == [made]]
+            made = before[0] if before else None
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if "out" in node.kwargs or "value" not in node.meta or not isinstance(first, fx.Node) or not _elementwise(node):
@@ -313,6 +326,50 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
         if (inside := _variant(node.target, "_")) is not None:
             node.target = inside
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+class _Memory(NamedTuple):
+    place: fx.Node
+    dtype: torch.dtype
+
+
+def with_scratch(module: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.dtype]]:
+    """A module that takes memory for its temporaries as last arguments, as many as there are dtypes returned.
+
+    Memory that is asked for and given back at every call may have to be cleared by the system every time.
+    """
+    graph = module.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    holders: dict[fx.Node, fx.Node] = {}  # From what is made to what first was made there.
+    until: dict[fx.Node, int] = {}
+    for node in order:
+        if "value" in node.meta and "out" not in node.kwargs and _elementwise(node) and node.meta["value"].shape:
+            first, op = node.args[0], node.target
+            over = first if isinstance(first, fx.Node) and not isinstance(op, str) and op._schema.is_mutable else None
+            holder = holders[node] = node if over is None else holders.get(over, over)
+            until[holder] = max(until.get(holder, 0), order[node], *[order[user] for user in node.users])
+    last = graph.find_nodes(op="placeholder")[-1]
+    taken: list[_Memory] = []
+    free: list[_Memory] = []
+    busy: list[tuple[int, _Memory]] = []
+    for node in order:
+        out = _variant(node.target, "out") if holders.get(node) is node else None
+        if out is None:
+            continue
+        free += [memory for end, memory in busy if end < order[node]]
+        busy = [(end, memory) for end, memory in busy if end >= order[node]]
+        dtype = node.meta["value"].dtype
+        memory = next((memory for memory in free if memory.dtype == dtype), None)
+        if memory is None:
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"t{len(taken) + 1}")
+            memory = _Memory(last, dtype)
+            taken.append(memory)
+        else:
+            free.remove(memory)
+        busy.append((until[node], memory))
+        node.target, node.kwargs = out, {**node.kwargs, "out": memory.place}
+    return fx.GraphModule(torch.nn.Module(), graph), [memory.dtype for memory in taken]
 
 
 def _elementwise(node: fx.Node) -> bool:

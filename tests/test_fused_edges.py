@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 import warnings
 import weakref
@@ -340,6 +341,22 @@ def test_gradients_of_penalties_have_no_negative_zeros():
     plainly = fr.elastic.grad(params, 0.7, 0.5)
     for name, slope in f(params)[1].items():
         assert torch.equal(torch.signbit(slope), torch.signbit(plainly[name]))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_of_penalties_where_numbers_end(backend, monkeypatch):
+    monkeypatch.setattr(execution, "_PIECE", 7)
+    ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0, -3e38, math.inf, -math.inf, math.nan])
+    params = {"w": ends.repeat(3), "b": ends[:5], "c": ends.flip(0).view(3, 3)}
+    for penalty, hyper in ((fr.l1, ()), (fr.elastic, (0.5, 0.25)), (fr.huber, (1.0,))):
+        _, slopes = fr.value_and_grad(penalty, *hyper, backend=backend)(params)
+        for name, expected in penalty.grad(params, *hyper).items():
+            torch.testing.assert_close(slopes[name], expected, rtol=0, atol=0, equal_nan=True)
+            zero = expected == 0
+            assert torch.equal(torch.signbit(slopes[name][zero]), torch.signbit(expected[zero]))
+        finite = fr.tree_map(lambda w: w.nan_to_num(0.5, 2.0, -2.0), params)
+        value, _ = fr.value_and_grad(penalty, *hyper, backend=backend)(finite)
+        torch.testing.assert_close(value, penalty(finite, *hyper))
 
 
 def test_packed_gradients_under_another_default_device(monkeypatch):

@@ -153,7 +153,7 @@ class Penalty:
 
         Args:
             params: The tree :math:`w`.
-            step: Number of at least 0, tensor, or tree of them; 0 is the identity.
+            step: Number of at least 0, tensor, or tree of them, as finely cut as weights; 0 is the identity.
             hyper: Hyperparameters of the penalty.
             metric: Tree of positive tensors :math:`h` like the parameters; by default all ones.
             mask: Leaves on which the penalty acts; the others stay as they are.
@@ -423,6 +423,9 @@ def penalty(
             return total([term.sum() for term in terms])
 
         def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+            if isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim):
+                plain = tree_value(params, *hyper, **options)
+                return times(weights, plain).to(plain.dtype)
             rule = lambda w, c, *row: _weighted_sum(w, c, value(w, *row, **options))
             return total(compute_leaves(rule, params, hyper=(weights, *hyper)))
 
@@ -437,9 +440,9 @@ def penalty(
             inside = None if structure is None or structure.groups is None else structure.groups(w, **options)
             shape = [1 if inside is None or d in inside else n for d, n in enumerate(w.shape)]
             if not fits(c, shape):
-                whole = inside is None or len(inside) == w.ndim
+                whole = "matrix" if reach == "matrix" else "leaf"
                 expected = (
-                    "one number, for the whole leaf" if whole else f"one for each group, in the shape {tuple(shape)}"
+                    f"one number for each {whole}" if math.prod(shape) == 1 else f"one for each group, {tuple(shape)}"
                 )
                 raise ValueError(
                     f"a strength or step has shape {tuple(c.shape)}; expected {expected}, because "

@@ -448,7 +448,8 @@ def times(c: Scalar, x: Tensor) -> Tensor:
     """A weight times terms or slopes; an infinite weight leaves zeros what they are, as its proximal operator does."""
     if isinstance(c, (int, float)) and c != math.inf:
         return c * x
-    return torch.where((x == 0) & (c == math.inf), 1.0, c) * x
+    finite = torch.where(c == math.inf, 1.0, c) if isinstance(c, Tensor) else 1.0
+    return torch.where(x == 0, finite, c) * x
 
 
 def product(params: Params, *factors: Hyper) -> Hyper:

@@ -105,6 +105,9 @@ def test_every_row_is_weighted_or_says_why_not():
                 given(case, fr.tree_map(torch.ones_like, params))
             with pytest.raises(TypeError, match="expected a number or a tensor without dimensions"):
                 given(case, {"head": 1.0, "body": 2.0})
+            tx = fr.add_penalty(case.penalty, *case.hyper, strength={"head": 1.0, "body": 2.0}, **case.options)
+            with pytest.raises(TypeError, match="expected a number or a tensor without dimensions"):
+                tx.update(params, tx.init(params), params)
             torch.testing.assert_close((0.5 * given(case, 1.0))(params), 0.5 * case.value(params))
 
 
@@ -411,6 +414,28 @@ def test_weights_may_be_numbers_tensors_and_prefixes():
         ([2.0, row] * fr.l1)([params["head"].bias, params["head"].weight]),
         (row * fr.l1)(params["head"].weight) + 2 * fr.l1(params["head"].bias),
     )
+
+
+def test_weights_are_what_hyperparameters_and_options_are_where_both_say_it():
+    w, g = draw(), draw(1)
+    c, anchor = weights_for("l1", w), draw(2)
+    rows = torch.tensor([1.0, 0.0, 3.0, 0.5], dtype=torch.float64)
+    head = w["head"].weight
+    pairs = [
+        (c * fr.l1, fr.elastic.given(c, 1.0), w),
+        (c * fr.elastic.given(1.0, 0.3), fr.elastic.given(c, 0.3), w),
+        (fr.tree_map(lambda c: c / 2, c) * fr.anchored_l2.given(anchor), fr.ewc.given(anchor, c), w),
+        (rows[:, None] * fr.group_lasso, fr.group_lasso.given(weights=rows), head),
+        (rows[:, None] * fr.l1_linf, fr.l1_linf.given(weights=rows), head),
+        (rows[:, None] * fr.exclusive_lasso, fr.exclusive_lasso.given(weights=rows), head),
+        (2.0 * fr.group_l0.given(weights=rows), 2 * rows[:, None] * fr.group_l0, head),
+    ]
+    for found, expected, params in pairs:
+        assert_equal(found(params), expected(params), rtol=1e-13)
+        assert_equal(found.grad(params), expected.grad(params), rtol=1e-13, atol=1e-15)
+        assert_equal(found.prox(params, 0.4), expected.prox(params, 0.4), rtol=1e-12, atol=1e-14)
+        slopes = g if params is w else g["head"].weight
+        assert_equal(found.residual(params, slopes), expected.residual(params, slopes), rtol=1e-12, atol=1e-14)
 
 
 def test_weights_and_masks_both_hold():

@@ -278,7 +278,7 @@ def test_lambda_max_is_where_zero_becomes_a_solution(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["l1", "l0", "log_sum", "huber", "sparse_group_lasso", "group_mcp", "groups + elastic", "fused_lasso"]
+    "name", ["l1", "l0", "log_sum", "huber", "group_lasso", "group_mcp", "ridge + l1", "fused_lasso"]
 )
 def test_compiling_the_whole_changes_nothing(name):
     case, params = ROWS[name], {"w": draw()["head"].weight}

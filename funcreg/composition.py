@@ -16,6 +16,7 @@ from funcreg.tree import (
     compute,
     compute_wide,
     flatten,
+    keep,
     mask_leaves,
     product,
     total,
@@ -46,7 +47,7 @@ class Structure:
         needs: Each of these alone keeps the subgradients of this penalty.
         keeps: What the proximal operator of this penalty keeps. In a metric only signs count.
         groups: From a leaf and the static options to the dimensions inside a group, for `"directions"`: those of
-            small groups are kept by what scales larger ones.
+            small groups are kept by what scales larger ones. Weights of the penalty are one number for each group.
         curvature: From the hyperparameters to :math:`q`, for a penalty :math:`\frac{q}{2} \|w - c\|^2`.
         parts: From the hyperparameters and options to the terms of a penalty that is itself a sum.
 
@@ -84,14 +85,16 @@ class Term(NamedTuple):
     mask: Mask | None = None
 
     def value(self, params: Params) -> Tensor:
-        value = self.penalty(params, *self.hyper, mask=self.mask, **dict(self.options))
-        for factor in self.factors:
-            value = (factor * value).to(value.dtype)
-        return value
+        if not self.factors:
+            return self.penalty(params, *self.hyper, mask=self.mask, **dict(self.options))
+        weights = product(params, *self.factors)
+        return self.penalty.weighted_value(params, weights, *self.hyper, mask=self.mask, **dict(self.options))
 
     def grad(self, params: Params) -> Params:
-        slopes = self.penalty.grad(params, *self.hyper, mask=self.mask, **dict(self.options))
-        return compute(lambda g, c: c * g, slopes, hyper=(product(params, *self.factors),)) if self.factors else slopes
+        if not self.factors:
+            return self.penalty.grad(params, *self.hyper, mask=self.mask, **dict(self.options))
+        weights = product(params, *self.factors)
+        return self.penalty.weighted_grad(params, weights, *self.hyper, mask=self.mask, **dict(self.options))
 
     def prox(self, params: Params, step: Hyper, metric: Params | None) -> Params:
         step = product(params, step, *self.factors)
@@ -102,6 +105,15 @@ class Term(NamedTuple):
         return self.penalty.residual(
             params, grads, *self.hyper, strength=strength, mask=self.mask, **dict(self.options)
         )
+
+    def times(self, weights: Hyper) -> Term:
+        """This term with one more factor."""
+        return self._replace(factors=(weights, *self.factors))
+
+    def check(self, params: Params) -> None:
+        """Raise an error, which says where, if the factors are no weights of the terms of the penalty."""
+        chosen = params if self.mask is None else keep(params, self.places(params))
+        self.penalty.weigh(chosen, product(params, *self.factors), *self.hyper, **dict(self.options))
 
     def parts(self) -> list[Term]:
         """The terms of this term, none of them itself a sum."""
@@ -158,7 +170,7 @@ def sum_proximal(terms: Sequence[Term], params: Params, step: Hyper, metric: Par
     for term in smooth:
         point = term.prox(point, step, metric)
         step, metric = _stiffened(point, step, metric, term.curvature(point))
-    for term in _ordered(rough, point, metric is None and not _varies(step)):
+    for term in _ordered(rough, point, step, metric):
         point = term.prox(point, step, metric)
     return compute(lambda w, z: z, params, point)
 
@@ -169,7 +181,7 @@ def sum_residual(terms: Sequence[Term], params: Params, grads: Params, strength:
     It is the first derivative of the proximal operator in its step, and so composes in the same order.
     """
     smooth, rough = _sorted(terms)
-    for term in [*smooth, *_ordered(rough, params, not _varies(strength))]:
+    for term in [*smooth, *_ordered(rough, params, strength, None)]:
         grads = term.residual(params, grads, strength)
     return grads
 
@@ -192,7 +204,7 @@ def _widened(params: Params) -> Params:
 
 def _varies(value: Hyper) -> bool:
     """Whether a hyperparameter differs between the entries of a leaf."""
-    return any(isinstance(x, Tensor) and x.ndim > 0 for x in tree_leaves(value))
+    return any(isinstance(x, Tensor) and x.numel() != 1 for x in tree_leaves(value))
 
 
 def _stiffened(params: Params, step: Hyper, metric: Params | None, curvature: Hyper) -> tuple[Hyper, Params | None]:
@@ -214,30 +226,34 @@ def _is_tree(value: Hyper, spread: list[Any]) -> bool:
     return any(x is not value for x in spread)
 
 
-def _ordered(terms: list[Term], params: Params, uniform: bool) -> list[Term]:
+def _ordered(terms: list[Term], params: Params, step: Hyper, metric: Params | None) -> list[Term]:
     """The terms in an order in which each leaves the subgradients of all before it what they are."""
-    uniform = uniform and not any(_varies(factor) for term in terms for factor in term.factors)
     leaves, places = tree_leaves(params), [term.places(params) for term in terms]
+    # In a metric only signs are kept. Steps that vary in a leaf spoil the order of its entries; directions are kept,
+    # because penalties that say which weights they take refuse steps that vary inside a group.
+    even = [metric is None and not any([_varies(x) for x in (step, *term.factors)]) for term in terms]
+    straight = [alike or (metric is None and term.penalty.weighable) for alike, term in zip(even, terms, strict=True)]
 
     def may_follow(last: int, first: int) -> bool:
         shared = [w for w, here, there in zip(leaves, places[last], places[first], strict=True) if here and there]
-        return not shared or _leaves_alone(terms[last], terms[first], shared, uniform)
+        possible: dict[Kept, bool] = {"signs": True, "order": even[last], "directions": straight[last]}
+        return not shared or _leaves_alone(terms[last], terms[first], shared, possible)
 
     left, order = list(range(len(terms))), []
     while left:
         # Whatever may go first, may: the order of the others is as good without it.
         first = next((i for i in left if all([may_follow(j, i) for j in left if j != i])), None)
         if first is None:
-            raise ValueError(_why_not([terms[i] for i in left], uniform))
+            raise ValueError(_why_not([terms[i] for i in left], all(even)))
         left.remove(first)
         order.append(terms[first])
     return order
 
 
-def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], uniform: bool) -> bool:
+def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], possible: dict[Kept, bool]) -> bool:
     """Whether the proximal operator of `last` leaves subgradients of `first` subgradients."""
     inner, outer = first.penalty.structure, last.penalty.structure
-    kept = [need for need in inner.needs if need in outer.keeps and (uniform or need == "signs")]
+    kept = [need for need in inner.needs if need in outer.keeps and possible[need]]
     if any(need != "directions" for need in kept):
         return True
     if not kept or inner.groups is None or outer.groups is None:

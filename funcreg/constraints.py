@@ -69,7 +69,12 @@ class Constraint(Penalty):
         ) -> Params:
             return projection(params, *hyper, metric=metric, **options)
 
-        super().__init__(value, gradient, proximal, reach=reach, bounds=bounds, rule=rule or projection)
+        def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+            return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
+
+        super().__init__(
+            value, gradient, proximal, reach=reach, bounds=bounds, rule=rule or projection, weighted=weighted
+        )
         self._options -= {"metric"}  # Of the projection, not of the set.
         shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
         self.__signature__ = inspect.Signature(shown)

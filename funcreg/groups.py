@@ -495,6 +495,7 @@ def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..
     proximal=_exclusive_proximal,
     metric=_exclusive_metric,
     residual=_exclusive_residual,
+    structure=Structure(groups=_dims),
     reach="leaf",
 )
 def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

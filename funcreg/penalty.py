@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
+from funcreg._typing import Hyper, Mask, Params, Reach
 from funcreg.composition import Structure, Term, sum_gradient, sum_proximal, sum_residual, sum_value
 from funcreg.tree import (
     check_alike,
@@ -18,9 +18,12 @@ from funcreg.tree import (
     check_params,
     compute,
     compute_leaves,
+    fits,
+    flatten,
     keep,
     mask_leaves,
     merge,
+    times,
     total,
     tree_leaves,
     tree_map,
@@ -40,6 +43,11 @@ class Penalty:
     `0.1 * l1 + elastic.given(0.1, 0.5)`. A sum has a value and a gradient; it has a proximal operator where that is
     exact, and raises an error that says why where it is not.
 
+    `weights * p` is :math:`\sum_i c_i g(w_i)` in all its forms, for a tree of weights like the parameters or a prefix
+    of one. Each weight is a number for its leaf, or a tensor that broadcasts against the leaf: any for a separable
+    penalty, one number for each group for a penalty of groups (of shape `(n, 1)` for rows). A penalty that couples a
+    leaf otherwise takes a number for each leaf, and one that couples leaves a single number. 0 leaves entries alone.
+
     Args:
         value: From `(params, *hyper, **options)` to a scalar.
         gradient: From the same to a tree like the parameters.
@@ -51,6 +59,10 @@ class Penalty:
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         rule: The function whose name, documentation and signature these are; by default `value`.
         structure: What sums with this penalty may rely on; by default nothing, so that a sum has no proximal operator.
+        weighted: From `(params, weights, *hyper, **options)` to the value with each term times its weight; by default
+            one number times the value.
+        weigh: From the same to the weights, or an error where terms have no such weights; by default a single number
+            may multiply the penalty, and no tree. Steps that are trees are its business too.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -72,6 +84,13 @@ class Penalty:
         tensor(2.2500)
         >>> both.prox({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([0.1])}, 1.0)
         {'weight': tensor([[2.5455]]), 'bias': tensor([0.])}
+
+        A weight for each entry, and none for the bias:
+
+        >>> weighted = {"weight": torch.tensor([[1.0, 10.0]]), "bias": 0.0} * l1
+        >>> params = {"weight": torch.tensor([[3.0, -2.0]]), "bias": torch.tensor([4.0])}
+        >>> weighted(params), weighted.prox(params, 0.5)
+        (tensor(23.), {'weight': tensor([[2.5000, 0.0000]]), 'bias': tensor([4.])})
     """
 
     def __init__(
@@ -85,9 +104,12 @@ class Penalty:
         bounds: Mapping[str, tuple[float, float]] | None = None,
         rule: Callable[..., Any] | None = None,
         structure: Structure | None = None,
+        weighted: Callable[..., Tensor] | None = None,
+        weigh: Callable[..., Hyper] | None = None,
     ) -> None:
         rule = rule or value
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
+        self._weighted, self._weigh = weighted, weigh
         self.reach: Reach | None = reach
         self.structure = structure or Structure()
         self.__name__ = self.__qualname__ = rule.__name__
@@ -131,7 +153,7 @@ class Penalty:
 
         Args:
             params: The tree :math:`w`.
-            step: Number of at least 0, tensor, or tree of them; 0 is the identity.
+            step: Number of at least 0, tensor, or tree of them, as finely cut as weights; 0 is the identity.
             hyper: Hyperparameters of the penalty.
             metric: Tree of positive tensors :math:`h` like the parameters; by default all ones.
             mask: Leaves on which the penalty acts; the others stay as they are.
@@ -144,7 +166,8 @@ class Penalty:
             check_alike(params, metric, ("params", "metric"))
 
         def act(chosen: Params) -> Params:
-            return self._proximal(chosen, step, *values, metric=_like(metric, mask, params), **options)
+            own = self.weigh(chosen, step, *values, **options) if self.weighable else step
+            return self._proximal(chosen, own, *values, metric=_like(metric, mask, params), **options)
 
         return _on(mask, params, act, params)
 
@@ -164,19 +187,61 @@ class Penalty:
 
         def act(chosen: Params) -> Params:
             slopes = _like(grads, mask, params)
+            own = self.weigh(chosen, strength, *values, **options) if self.weighable else strength
             if self._residual is not None:
-                return self._residual(chosen, slopes, strength, *values, **options)
+                return self._residual(chosen, slopes, own, *values, **options)
             moved = compute(lambda w, g: w - g, chosen, slopes)
-            landed = self._proximal(moved, strength, *values, metric=None, **options)
+            landed = self._proximal(moved, own, *values, metric=None, **options)
             return compute(lambda w, z: w - z, chosen, landed)
 
         return _on(mask, params, act, grads)
 
-    def given(self, *hyper: Hyper, strength: Scalar = 1.0, mask: Mask | None = None, **options: Any) -> Penalty:
-        """This penalty with its hyperparameters and options, times a number, on the leaves of a mask.
+    @property
+    def weighable(self) -> bool:
+        """Whether weights that are trees may multiply this penalty."""
+        return self._weigh is not None
 
-        It takes nothing more, and may be added to others. `0.1 * l1` is `l1.given(strength=0.1)`; code that is
-        compiled writes the second if the number is a tensor.
+    def weigh(self, params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
+        """Weights as they multiply the terms of this penalty, or an error that says at which leaf they do not."""
+        if isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim):
+            return weights
+        if self._weigh is None or not self.weighable:
+            raise _one_number(self, weights)
+        values, options = self.bind(*hyper, **options)
+        return self._weigh(params, weights, *values, **options)
+
+    def weighted_value(
+        self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
+    ) -> Tensor:
+        """The value of `weights * self`."""
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        own = self.weigh(chosen, weights, *values, **options)
+        if self._weighted is not None:
+            return self._weighted(chosen, own, *values, **options)
+        value = self._value(chosen, *values, **options)
+        return times(own, value).to(value.dtype)
+
+    def weighted_grad(
+        self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
+    ) -> Params:
+        """The gradient of `weights * self`."""
+        values, options = self.bind(*hyper, **options)
+        check_params(params)
+        rest = None if mask is None else tree_map(torch.zeros_like, params)
+
+        def act(chosen: Params) -> Params:
+            own = self.weigh(chosen, weights, *values, **options)
+            return compute(lambda g, c: times(c, g), self._gradient(chosen, *values, **options), hyper=(own,))
+
+        return _on(mask, params, act, rest)
+
+    def given(self, *hyper: Hyper, strength: Hyper = 1.0, mask: Mask | None = None, **options: Any) -> Penalty:
+        """This penalty with its hyperparameters and options, times a number or weights, on the leaves of a mask.
+
+        It takes nothing more, and may be added to others. `0.1 * l1` is `l1.given(strength=0.1)`, and so with a tree
+        of weights; code that is compiled writes the second if the number is a tensor.
         """
         missing = [p.name for p in self._hyper[len(hyper) :] if p.default is p.empty and p.name not in options]
         if missing:
@@ -191,11 +256,9 @@ class Penalty:
                 "what takes the penalty, as strength= or as a hyperparameter there."
             )
         check_nonnegative(f"the strength of {self.__name__}", strength)
-        if not isinstance(strength, (int, float, Tensor)) or (isinstance(strength, Tensor) and strength.ndim):
-            raise TypeError(
-                f"the strength of {self.__name__} is {strength!r}; expected a number or a tensor without dimensions. "
-                "Strengths of leaves go to what takes the penalty, as strength=."
-            )
+        several = not isinstance(strength, (int, float, Tensor)) or (isinstance(strength, Tensor) and strength.ndim > 0)
+        if several and not self.weighable:
+            raise _one_number(self, strength)
         one = isinstance(strength, (int, float)) and strength == 1
         return Sum((Term(self, () if one else (strength,), values, tuple(options.items()), mask),))
 
@@ -204,7 +267,7 @@ class Penalty:
             return NotImplemented
         return Sum((*_terms(self), *_terms(other)))
 
-    def __mul__(self, strength: Scalar) -> Penalty:
+    def __mul__(self, strength: Hyper) -> Penalty:
         return self.given(strength=strength)
 
     __rmul__ = __mul__
@@ -255,6 +318,10 @@ class Sum(Penalty):
     def __name__(self) -> str:
         return " + ".join([term.title() for term in self._addends])
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.Signature([inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
+
     def _value(self, params: Params) -> Tensor:
         return sum_value(self._addends, params)
 
@@ -266,6 +333,27 @@ class Sum(Penalty):
 
     def _residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
         return sum_residual(self._addends, params, grads, strength)
+
+    @property
+    def weighable(self) -> bool:
+        return all([term.penalty.weighable for term in self._addends])
+
+    def _weighted(self, params: Params, weights: Hyper) -> Tensor:
+        return sum_value([term.times(weights) for term in self._addends], params)
+
+    def _weigh(self, params: Params, weights: Hyper) -> Hyper:
+        for term in self._addends:
+            term.times(weights).check(params)
+        return weights
+
+
+def _one_number(penalty: Penalty, weights: Hyper) -> TypeError:
+    came = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+    return TypeError(
+        f"the strength of {penalty.__name__} is {came}; expected a number or a tensor without dimensions, because this "
+        "penalty is not known to be a sum over leaves. The leaves on which it acts are given(mask=...); groups that "
+        "span leaves have weights=."
+    )
 
 
 def _terms(whole: Penalty) -> tuple[Term, ...]:
@@ -302,7 +390,8 @@ def penalty(
 
     The value may return one term for each entry, group or leaf; the penalty is the sum of the terms. One term for
     each entry makes the penalty separable, and the proximal operator in a diagonal metric :math:`h` is then its
-    own rule with `step / h`.
+    own rule with `step / h`. The same terms are what `weights * penalty` weighs: entries of a separable penalty,
+    groups where `structure` tells of groups (terms then keep the reduced dimensions), else leaves.
 
     Args:
         gradient: `(w, *hyper, **options)` to the gradient, 0 at a kink of a norm.
@@ -333,6 +422,37 @@ def penalty(
             terms = compute_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper)
             return total([term.sum() for term in terms])
 
+        def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+            if isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim):
+                plain = tree_value(params, *hyper, **options)
+                return times(weights, plain).to(plain.dtype)
+            rule = lambda w, c, *row: _weighted_sum(w, c, value(w, *row, **options))
+            return total(compute_leaves(rule, params, hyper=(weights, *hyper)))
+
+        def tree_weigh(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
+            own = compute_leaves(lambda w, *row: one_a_term(w, *row, **options), params, hyper=(weights, *hyper))
+            return flatten(params)[1](own)
+
+        def one_a_term(w: Tensor, c: Any, *hyper: Any, **options: Any) -> Any:
+            """A weight, if each term of the value of a leaf has one number of it; without dimensions if all have."""
+            if not isinstance(c, Tensor) or not c.ndim or separable(w, *hyper, **options):
+                return c
+            inside = None if structure is None or structure.groups is None else structure.groups(w, **options)
+            shape = [1 if inside is None or d in inside else n for d, n in enumerate(w.shape)]
+            if not fits(c, shape):
+                whole = "matrix" if reach == "matrix" else "leaf"
+                expected = (
+                    f"one number for each {whole}" if math.prod(shape) == 1 else f"one for each group, {tuple(shape)}"
+                )
+                raise ValueError(
+                    f"a strength or step has shape {tuple(c.shape)}; expected {expected}, because "
+                    f"{value.__name__} couples entries of this leaf of shape {tuple(w.shape)}"
+                )
+            return c.reshape(()) if inside is None else c
+
+        def separable(w: Tensor, *hyper: Any, **options: Any) -> bool:
+            return reach == "elementwise" or (reach is None and value(w, *hyper, **options).shape == w.shape)
+
         def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
             return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
 
@@ -348,7 +468,7 @@ def penalty(
         def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
             if metric is not None:
                 return metric(w, h, step, *hyper, **options)
-            if reach != "elementwise" and (reach is not None or value(w, *hyper, **options).shape != w.shape):
+            if not separable(w, *hyper, **options):
                 raise ValueError(
                     f"{value.__name__} has no proximal operator in a metric: its value couples the entries of a leaf. "
                     "Give @penalty a metric= rule, let the value return one term for each entry, or give the optimizer "
@@ -370,6 +490,20 @@ def penalty(
             bounds=bounds,
             rule=value,
             structure=structure,
+            weighted=tree_weighted,
+            weigh=tree_weigh,
         )
 
     return lift
+
+
+def _weighted_sum(w: Tensor, c: Any, terms: Tensor) -> Tensor:
+    """Terms of the value of a leaf, each times its weight, summed."""
+    if not isinstance(c, Tensor) or not c.ndim:
+        return times(c, terms.sum()).to(terms.dtype)
+    if terms.ndim != w.ndim:
+        raise ValueError(
+            f"weights of shape {tuple(c.shape)} got terms of shape {tuple(terms.shape)}; expected terms that keep the "
+            f"dimensions of a leaf of shape {tuple(w.shape)}, with 1 for those inside a group"
+        )
+    return times(c, terms).sum().to(terms.dtype)

@@ -81,7 +81,8 @@ def add_penalty(
 
     def rule(updates: Updates, params: Params, strength: Hyper, *values: Hyper) -> Updates:
         slopes = penalty.grad(params, *values, **options)
-        return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(strength,))
+        own = penalty.weigh(params, strength, *values, **options)
+        return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(own,))
 
     return _where(mask, scheduled(rule, strength, *hyper, reach=penalty.reach or "global"))
 

@@ -4,7 +4,8 @@ A nonconvex proximal operator has regimes: past some step the objective is no lo
 other formulas hold. In the metric of Adam the step of each entry is its own, `step / h`, and may lie in any regime:
 each operator holds for every step, entry by entry, and is a global minimum. Where two points tie, it is the smaller.
 
-A weight for each leaf or entry is a tree of steps, of strengths of a transform, or of a hyperparameter.
+A weight for each leaf or entry is a tree that multiplies a penalty, `weights * l0`, a tree of steps, of strengths of a
+transform, or of a hyperparameter.
 """
 
 from __future__ import annotations
@@ -523,7 +524,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
 
     The proximal operator is :math:`\arg\min_{z \ge 0} \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`, which is
     that of :math:`g` with negative entries put to 0. Step 0 is the projection on :math:`z \ge 0`. The gradient is
-    that of :math:`g`.
+    that of :math:`g`. Weights multiply :math:`g` alone: 0 alone still keeps entries from being negative.
 
     Args:
         inner: A separable penalty, of reach `"elementwise"`, that is convex (`ewc`) or depends on magnitudes and
@@ -544,15 +545,20 @@ def nonnegative_form(inner: Penalty) -> Penalty:
             "'elementwise'. To put negative entries to 0 is exact for those alone."
         )
 
+    def outside(params: Params) -> list[Tensor]:
+        return compute_leaves(lambda w: torch.where(_real(w) < 0, math.inf, 0.0).sum(), params)
+
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-        outside = compute_leaves(lambda w: torch.where(_real(w) < 0, math.inf, 0.0).sum(), params)
-        return total([inner(params, *hyper, **options), *outside])
+        return total([inner(params, *hyper, **options), *outside(params)])
+
+    def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+        return total([inner.weighted_value(params, weights, *hyper, **options), *outside(params)])
 
     def proximal(params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
         landed = inner.prox(params, step, *hyper, metric=metric, **options)
         return compute(lambda z: _real(z).relu(), landed)
 
-    form = Penalty(value, inner.grad, proximal, reach=inner.reach, rule=inner)
+    form = Penalty(value, inner.grad, proximal, reach=inner.reach, rule=inner, weighted=weighted, weigh=inner.weigh)
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form
 

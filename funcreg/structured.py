@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
-from funcreg.groups import from_members, members
+from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
 from funcreg.tree import flatten, safe_sqrt, sign, squared, tree_paths, widen
@@ -109,12 +109,21 @@ def _differences(rows: Tensor) -> Tensor:
     return rows[..., 1:] - rows[..., :-1]
 
 
+def _jumps(w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum of differences of neighbours along one dimension, which is kept."""
+    return _differences(members(w, dims)).abs().sum(-1, keepdim=True).movedim(-1, dims[0])
+
+
 def _line(w: Tensor, dim: int) -> tuple[int, ...]:
     if not isinstance(dim, int):
         raise ValueError(f"dim is {dim!r}; expected an int: neighbours lie along one dimension")
     if w.is_complex():
         raise ValueError("a leaf is complex; expected real numbers, whose neighbours have an order")
     return group_dims(w, dim)
+
+
+def _line_dims(w: Tensor, *, dim: int = -1) -> tuple[int, ...]:
+    return _line(w, dim)
 
 
 def _like(x: Any, rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -174,6 +183,7 @@ def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: 
     proximal=_fused_proximal,
     metric=_fused_metric,
     residual=_fused_residual,
+    structure=Structure(groups=_line_dims),
     reach="leaf",
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
 )
@@ -204,12 +214,8 @@ def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tens
         Tibshirani, Saunders, Rosset, Zhu & Knight, *Sparsity and smoothness via the fused lasso*, 2005.
         Friedman, Hastie, Höfling & Tibshirani, *Pathwise coordinate optimization*, 2007.
     """
-    rows = members(w, _line(w, dim))
-    return alpha * (rho * rows.abs().sum(-1) + (1 - rho) * _differences(rows).abs().sum(-1))
-
-
-def _variation_dims(w: Tensor, *, dim: int = -1) -> tuple[int, ...]:
-    return _line(w, dim)
+    dims = _line(w, dim)
+    return alpha * (rho * sum_groups(w.abs(), dims) + (1 - rho) * _jumps(w, dims))
 
 
 def _variation_gradient(w: Tensor, *, dim: int = -1) -> Tensor:
@@ -233,7 +239,7 @@ def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1
     proximal=_variation_proximal,
     metric=_variation_metric,
     residual=_variation_residual,
-    structure=Structure(needs=("order", "directions"), groups=_variation_dims),
+    structure=Structure(needs=("order", "directions"), groups=_line_dims),
     reach="leaf",
 )
 def total_variation(w: Tensor, *, dim: int = -1) -> Tensor:
@@ -256,7 +262,7 @@ def total_variation(w: Tensor, *, dim: int = -1) -> Tensor:
         Rudin, Osher & Fatemi, *Nonlinear total variation based noise removal algorithms*, 1992.
         Condat, *A direct algorithm for 1-D total variation denoising*, 2013.
     """
-    return _differences(members(w, _line(w, dim))).abs().sum(-1)
+    return _jumps(w, _line(w, dim))
 
 
 # Orders of magnitudes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-from funcreg._typing import Hyper, Mask, Params, Updates
+from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 
 Path = tuple[Any, ...]
 
@@ -417,7 +418,7 @@ def _compute(
         else:
             spread = broadcast(value, tree, "a hyperparameter")
             for i, x in enumerate(spread):
-                if isinstance(x, Tensor) and x.ndim and not _fits(x, leaves[i]):
+                if isinstance(x, Tensor) and x.ndim and not fits(x, leaves[i].shape):
                     raise ValueError(
                         f"at leaf '{tree_paths(tree)[i]}': a hyperparameter has shape {tuple(x.shape)}; expected one "
                         f"that broadcasts to {tuple(leaves[i].shape)}, the shape of the leaf"
@@ -432,15 +433,23 @@ def _compute(
     return results
 
 
-def _fits(x: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor broadcasts to the shape of a leaf."""
-    ends = zip(reversed(x.shape), reversed(leaf.shape), strict=False)
-    return x.ndim <= leaf.ndim and all([n in (1, size) for n, size in ends])
+def fits(x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a tensor broadcasts to a shape."""
+    ends = zip(reversed(x.shape), reversed(shape), strict=False)
+    return x.ndim <= len(shape) and all([n in (1, size) for n, size in ends])
 
 
 def beside(value: Any, leaf: Tensor) -> Any:
     """A value where the leaf is: trees may span devices, a counter lies on one."""
     return value.to(leaf.device) if isinstance(value, Tensor) and value.device != leaf.device else value
+
+
+def times(c: Scalar, x: Tensor) -> Tensor:
+    """A weight times terms or slopes; an infinite weight leaves zeros what they are, as its proximal operator does."""
+    if isinstance(c, (int, float)) and c != math.inf:
+        return c * x
+    finite = torch.where(c == math.inf, 1.0, c) if isinstance(c, Tensor) else 1.0
+    return torch.where(x == 0, finite, c) * x
 
 
 def product(params: Params, *factors: Hyper) -> Hyper:

@@ -113,6 +113,7 @@ class PenaltyCase:
     unshaped: str = ""  # Why it does not take leaves of every shape.
     ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
     centre: float = 0.0  # Where each entry has its kink or least value.
+    unweighted: str = ""  # Why no tree of weights multiplies it.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -150,7 +151,7 @@ PENALTIES: dict[str, PenaltyCase] = {
         smooth=True,
         complex=False,
     ),
-    "a user's on trees": PenaltyCase(joint, None, metric=False),
+    "a user's on trees": PenaltyCase(joint, None, metric=False, unweighted="all leaves share one norm"),
 }
 
 
@@ -805,9 +806,15 @@ def _by_rows(params: Any) -> list[dict[str, int | fr.Along]]:
 
 PENALTIES.update(
     {
-        "coupled group_lasso": PenaltyCase(fr.coupled(fr.group_lasso, _by_rows), None),
+        "coupled group_lasso": PenaltyCase(
+            fr.coupled(fr.group_lasso, _by_rows), None, unweighted="leaves share norms, and have weights="
+        ),
         "coupled sparse_group_lasso by size": PenaltyCase(
-            fr.coupled(fr.sparse_group_lasso, _by_rows), None, hyper=(0.5, 0.4), options={"weights": "sqrt_size"}
+            fr.coupled(fr.sparse_group_lasso, _by_rows),
+            None,
+            hyper=(0.5, 0.4),
+            options={"weights": "sqrt_size"},
+            unweighted="leaves share norms, and have weights=",
         ),
     }
 )

@@ -149,7 +149,7 @@ def test_what_is_no_penalty_or_lacks_hyperparameters_is_refused():
     with pytest.raises(ValueError, match="the strength of l1 is -1"):
         -1 * fr.l1
     with pytest.raises(TypeError, match="expected a number or a tensor without dimensions"):
-        torch.ones(3) * fr.l1
+        torch.ones(3) * fr.simplex
     with pytest.raises(TypeError, match="A schedule goes to"):
         (lambda count: 0.1) * fr.l1
     with pytest.raises(TypeError, match="A schedule goes to"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -182,24 +183,37 @@ class _Measure(torch.autograd.Function):
         return moved + (along.real if along.is_complex() else along).sum()
 
 
-def _called(function: Any, *args: Any) -> Tensor:
-    # The compiler would trace what is above, and then differentiate the decomposition instead: it is made to call it.
-    call: Any = torch.compiler.disable(function.apply) if torch.compiler.is_dynamo_compiling() else function.apply
-    return call(*args)
+#: Typed as what they return, which torch leaves open.
+_apply: Callable[..., Tensor] = _Apply.apply
+_measure: Callable[..., Tensor] = _Measure.apply
 
 
-def _apply(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
-    """`_Apply` on a leaf of any shape."""
-    if not w.numel():
-        return w.clone()
-    return _called(_Apply, rule, as_matrix(w), *hyper).reshape(w.shape)
+def _on_values(rule: Rule) -> Callable[..., Tensor]:
+    """From a rule to `(w, *hyper, **options)`: a leaf of any shape with the rule applied to each singular value.
+
+    The compiler takes the call into its graph as a whole. It would else trace the decomposition, and differentiate
+    that. It knows such a function by its identity: make it once, outside of what is compiled.
+    """
+
+    @torch.compiler.allow_in_graph
+    def applied(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
+        if not w.numel():
+            return w.clone()
+        return _apply(partial(rule, **options), as_matrix(w), *hyper).reshape(w.shape)
+
+    return applied
 
 
-def _measure(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
-    """`_Measure` on a leaf of any shape, 0 for an empty one."""
-    if not w.numel():
-        return squared(w).sum()
-    return _called(_Measure, rule, slope, as_matrix(w), *hyper)
+def _of_values(rule: Rule, slope: Rule) -> Callable[..., Tensor]:
+    """The same for a number made of singular values by a rule whose gradient is another; 0 for an empty leaf."""
+
+    @torch.compiler.allow_in_graph
+    def measured(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
+        if not w.numel():
+            return squared(w).sum()
+        return _measure(partial(rule, **options), partial(slope, **options), as_matrix(w), *hyper)
+
+    return measured
 
 
 def _one(value: Scalar, name: str) -> Scalar:
@@ -255,12 +269,16 @@ def _clipped(s: Tensor, radius: Scalar) -> Tensor:
     return torch.where(s > radius, radius, s)
 
 
+_shrunk, _cut_off, _polar_factor, _directions = map(_on_values, (shrink, _clipped, _all_one, _rank))
+_sum = _of_values(_sum_of_values, _rank)
+
+
 def _nuclear_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
-    return _apply(_rank, w)
+    return _directions(w)
 
 
 def _nuclear_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(shrink, w, _one(step, "step"))
+    return _shrunk(w, _one(step, "step"))
 
 
 def _nuclear_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
@@ -307,7 +325,7 @@ def nuclear(w: Tensor, *, inner: int = 0) -> Tensor:
         Fazel, *Matrix rank minimization with applications*, 2002.
         Cai, Candes & Shen, *A singular value thresholding algorithm for matrix completion*, 2010.
     """
-    return _measure(_sum_of_values, _rank, w)
+    return _sum(w)
 
 
 def _largest_value(s: Tensor) -> Tensor:
@@ -319,8 +337,11 @@ def _is_largest(s: Tensor) -> Tensor:
     return top / top.sum(-1, keepdim=True).clamp(min=1)
 
 
+_largest, _largest_directions = _of_values(_largest_value, _is_largest), _on_values(_is_largest)
+
+
 def _spectral_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
-    return _apply(_is_largest, w)
+    return _largest_directions(w)
 
 
 def _cut(w: Tensor, amount: Scalar) -> Tensor:
@@ -330,7 +351,7 @@ def _cut(w: Tensor, amount: Scalar) -> Tensor:
 
 
 def _spectral_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(_clipped, w, _cut(w, _one(step, "step"))) if w.numel() else w.clone()
+    return _cut_off(w, _cut(w, _one(step, "step"))) if w.numel() else w.clone()
 
 
 def _spectral_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
@@ -356,7 +377,7 @@ def spectral(w: Tensor, *, inner: int = 0) -> Tensor:
     References:
         Yoshida & Miyato, *Spectral norm regularization for improving the generalizability of deep learning*, 2017.
     """
-    return _measure(_largest_value, _is_largest, w)
+    return _largest(w)
 
 
 def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
@@ -386,22 +407,23 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     if not isinstance(g, Penalty) or g.reach != "elementwise":
         raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
 
+    slope, shrunk, whole = _on_values(g.grad), _on_values(g.prox), _of_values(g, g.grad)
+
     def ones(hyper: tuple[Any, ...]) -> list[Any]:
         return [_one(value, "a hyperparameter") for value in hyper]
 
     def gradient(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        return _apply(lambda s, *h: g.grad(s, *h, **options), w, *ones(hyper))
+        return slope(w, *ones(hyper), **options)
 
     def proximal(w: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        return _apply(lambda s, *h: g.prox(s, *h, **options), w, *ones((step, *hyper)))
+        return shrunk(w, *ones((step, *hyper)), **options)
 
     def metric(w: Tensor, h: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
         prox = lambda w, step: proximal(w, step, *hyper, **options)
         return _in_metric(value.__name__, prox, w, h, step, inner)
 
     def value(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        rule, slope = (lambda s, *h: g(s, *h, **options)), (lambda s, *h: g.grad(s, *h, **options))
-        return _measure(rule, slope, w, *ones(hyper))
+        return whole(w, *ones(hyper), **options)
 
     inner = inspect.Parameter("inner", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int")
     parameters = [*inspect.signature(g).parameters.values(), inner]
@@ -411,7 +433,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     return penalty(gradient=gradient, proximal=proximal, metric=metric, reach="matrix")(value)
 
 
-_POWERS = {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}
+_POWERS = {p: on_singular_values(g) for p, g in {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}.items()}
 
 
 def _power(p: float) -> Penalty:
@@ -421,13 +443,11 @@ def _power(p: float) -> Penalty:
 
 
 def _schatten_gradient(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
-    g = _power(p)
-    return _apply(lambda s: g.grad(s), w)
+    return _power(p).grad(w)
 
 
 def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
-    g = _power(p)
-    return _apply(lambda s, t: g.prox(s, t), w, _one(step, "step"))
+    return _power(p).prox(w, _one(step, "step"))
 
 
 def _schatten_metric(w: Tensor, h: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
@@ -458,17 +478,18 @@ def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
     References:
         Nie, Huang & Ding, *Low-rank matrix recovery via efficient Schatten p-norm minimization*, 2012.
     """
-    g = _power(p)
-    return _measure(lambda s: g(s), lambda s: g.grad(s), w)
+    return _power(p)(w)
+
+
+_mcp = on_singular_values(mcp)
 
 
 def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma"))
+    return _mcp.grad(w, _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
-    hyper = _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma")
-    return _apply(lambda s, *h: mcp.prox(s, *h), w, *hyper)
+    return _mcp.prox(w, _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 def _spectral_mcp_metric(
@@ -505,9 +526,7 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) 
     References:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
-    return _measure(
-        lambda s, *h: mcp(s, *h), lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma")
-    )
+    return _mcp(w, _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 # Constraints
@@ -530,7 +549,7 @@ def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     References:
         Gouk, Frank, Pfahringer & Cree, *Regularisation of neural networks by enforcing Lipschitz continuity*, 2021.
     """
-    return _apply(_clipped, w, _one(radius, "radius"))
+    return _cut_off(w, _one(radius, "radius"))
 
 
 @constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
@@ -548,7 +567,7 @@ def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     References:
         Srebro & Shraibman, *Rank, trace-norm and max-norm*, 2005.
     """
-    return _apply(shrink, w, _cut(w, _one(radius, "radius"))) if w.numel() else w.clone()
+    return _shrunk(w, _cut(w, _one(radius, "radius"))) if w.numel() else w.clone()
 
 
 @constraint(reach="matrix")
@@ -566,7 +585,7 @@ def stiefel(w: Tensor) -> Tensor:
     References:
         Fan & Hoffman, *Some metric inequalities in the space of matrices*, 1955.
     """
-    return _apply(_all_one, w)
+    return _polar_factor(w)
 
 
 # Gradient alone
@@ -708,11 +727,10 @@ def _srip_slope(s: Tensor) -> Tensor:
     return 2 * s * off.sign() * top / top.sum(-1, keepdim=True)
 
 
-def _srip_gradient(w: Tensor) -> Tensor:
-    return _apply(_srip_slope, w)
+_furthest = _of_values(_furthest_from_one, _srip_slope)
 
 
-@penalty(gradient=_srip_gradient, proximal=_without_prox("srip"), reach="matrix")
+@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), reach="matrix")
 def srip(w: Tensor) -> Tensor:
     r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
 
@@ -726,7 +744,7 @@ def srip(w: Tensor) -> Tensor:
     References:
         Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
     """
-    return _measure(_furthest_from_one, _srip_slope, w)
+    return _furthest(w)
 
 
 def _hoyer_parts(w: Tensor, dim: Dim) -> tuple[Tensor, Tensor, Tensor]:

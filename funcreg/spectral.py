@@ -73,33 +73,32 @@ def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Ten
     return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(w, math.nan))
 
 
-def _pull_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], along: Tensor) -> list[Tensor | None]:
-    """What a cotangent of a rule is for each of its hyperparameters; None for a number."""
-    tensors = [h for h in hyper if isinstance(h, Tensor)]
+def _by_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """A rule at singular values, and from a cotangent of it to those of the tensors among its hyperparameters."""
 
     def of_tensors(*given: Tensor) -> Tensor:
         new = iter(given)
         return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
 
-    found = iter(torch.func.vjp(of_tensors, *tensors)[1](along) if tensors else ())
+    tensors = [h for h in hyper if isinstance(h, Tensor)]
+    made: Any = torch.func.vjp(of_tensors, *tensors) if tensors else (rule(s, *hyper), lambda along: ())
+    return made
+
+
+def _pull_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], along: Tensor) -> list[Tensor | None]:
+    """What a cotangent of a rule is for each of its hyperparameters; None for a number."""
+    found = iter(_by_hyper(rule, s, hyper)[1](along))
     return [next(found) if isinstance(h, Tensor) else None for h in hyper]
 
 
 def _push_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], tangents: Sequence[Any]) -> Tensor:
     """The derivative of a rule along tangents of its hyperparameters."""
-    moved = [
-        (h, torch.zeros_like(h) if t is None else t)
-        for h, t in zip(hyper, tangents, strict=True)
-        if isinstance(h, Tensor)
-    ]
-
-    def of_tensors(*given: Tensor) -> Tensor:
-        new = iter(given)
-        return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
-
-    if not moved:
-        return torch.zeros_like(rule(s, *hyper))
-    return torch.func.jvp(of_tensors, tuple(h for h, _ in moved), tuple(t for _, t in moved))[1]
+    moved = tuple(
+        torch.zeros_like(h) if t is None else t for h, t in zip(hyper, tangents, strict=True) if isinstance(h, Tensor)
+    )
+    t, pull = _by_hyper(rule, s, hyper)
+    # The adjoint of the adjoint: torch does not nest derivatives in forward mode in compiled code.
+    return torch.func.vjp(pull, torch.zeros_like(t))[1](moved)[0] if moved else torch.zeros_like(t)
 
 
 def _keep_hyper(ctx: Any, w: Tensor, hyper: tuple[Any, ...]) -> None:
@@ -386,7 +385,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     The proximal operator applies that of :math:`g` to the singular values. `on_singular_values(l1)` is `nuclear`; the
     square root as :math:`g` makes the Schatten-1/2 quasi-norm, a penalty that flattens out, such as MCP, a nuclear
     norm that leaves large singular values as they are. Hyperparameters are those of :math:`g`, one number for each
-    leaf.
+    leaf. Lift it once, outside of what is compiled.
 
     Args:
         penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them.

@@ -13,10 +13,11 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 import funcreg as fr
 
 every_gradient = pytest.mark.parametrize("case", GRADIENT_ALONE.values(), ids=GRADIENT_ALONE)
+LIFTED = fr.on_singular_values(fr.elastic)
 SPECTRAL = {
     "nuclear": lambda w: fr.nuclear.prox(w, 0.3),
     "spectral": lambda w: fr.spectral.prox(w, 0.3),
-    "elastic": lambda w: fr.on_singular_values(fr.elastic).prox(w, 0.5, 0.6, 0.5),
+    "elastic": lambda w: LIFTED.prox(w, 0.5, 0.6, 0.5),
     "spectral_ball": lambda w: fr.spectral_ball.project(w, 0.9),
     "nuclear_ball": lambda w: fr.nuclear_ball.project(w, 1.1),
     "stiefel": fr.stiefel.project,

@@ -35,7 +35,11 @@ def as_matrix(w: Tensor) -> Tensor:
     return w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
 
 
-def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+#: Whether a matrix is finite, and its singular value decomposition.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _decompose(w: Tensor) -> Parts:
     """Whether all entries are finite, and the singular value decomposition, where rounding counts as zero."""
     finite = w.isfinite().all()
     u, s, vh = torch.linalg.svd(torch.where(finite, w, torch.zeros_like(w)), full_matrices=False)
@@ -43,14 +47,14 @@ def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return finite, u, torch.where(s <= noise, torch.zeros_like(s), s), vh
 
 
-def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Tensor:
+def _derivative(rule: Rule, parts: Parts, hyper: tuple[Any, ...], d: Tensor) -> Tensor:
     r"""The derivative of :math:`U f(S) V^*` along a direction, which is also its own adjoint.
 
     In the bases of singular vectors, the Hermitian part of the direction is multiplied by
     :math:`\frac{f_i - f_j}{s_i - s_j}`, the other part by :math:`\frac{f_i + f_j}{s_i + s_j}`, and what lies outside
     by :math:`f_i / s_i`; where these are 0 / 0, by the derivative :math:`f'`.
     """
-    finite, u, s, vh = _decompose(w)
+    finite, u, s, vh = parts
     pull: Any
     t, pull = torch.func.vjp(lambda s: rule(s, *hyper), s)[:2]
     (slopes,) = pull(torch.ones_like(t))
@@ -70,7 +74,7 @@ def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Ten
     inside = uh @ d @ v
     turned = (differences * (inside + inside.mH) + sums * (inside - inside.mH)) / 2
     left, right = (d @ v - u @ inside) * ratios, ratios.unsqueeze(-1) * (uh @ d - inside @ vh)
-    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(w, math.nan))
+    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(d, math.nan))
 
 
 def _by_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -101,18 +105,23 @@ def _push_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], tangents: Sequenc
     return torch.func.vjp(pull, torch.zeros_like(t))[1](moved)[0] if moved else torch.zeros_like(t)
 
 
-def _keep_hyper(ctx: Any, w: Tensor, hyper: tuple[Any, ...]) -> None:
-    """Keep a matrix and hyperparameters for derivatives: tensors where autograd looks after them."""
-    tensors = [h for h in hyper if isinstance(h, Tensor)]
-    ctx.numbers = [None if isinstance(h, Tensor) else h for h in hyper]
+def _keep(ctx: Any, w: Tensor, *rest: Any) -> None:
+    """Keep a matrix, its parts and hyperparameters for derivatives: tensors where autograd looks after them."""
+    tensors = [h for h in rest if isinstance(h, Tensor)]
+    ctx.numbers = [None if isinstance(h, Tensor) else h for h in rest]
     ctx.save_for_backward(w, *tensors)
     ctx.save_for_forward(w, *tensors)
 
 
-def _kept(ctx: Any) -> tuple[Tensor, tuple[Any, ...]]:
+def _kept(ctx: Any) -> tuple[Tensor, Any, tuple[Any, ...]]:
     w, *tensors = ctx.saved_tensors
     new = iter(tensors)
-    return w, tuple(next(new) if number is None else number for number in ctx.numbers)
+    rest = tuple(next(new) if number is None else number for number in ctx.numbers)
+    return w, rest[:4], rest[4:]
+
+
+# The functions below take a matrix and what `_decompose` made of it, and hand all of their derivative to the matrix:
+# none goes through singular vectors. Those are there for second derivatives, which are torch's own.
 
 
 class _Apply(torch.autograd.Function):
@@ -121,8 +130,7 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
-        finite, u, s, vh = _decompose(w)
+    def forward(rule: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any) -> Tensor:
         t = rule(s, *hyper).to(s.dtype)
         # Where nothing changes the matrix stays exactly as it is; adding zero turns -0.0 into +0.0.
         made = torch.where((t == s).all(), w, (u * t) @ vh) + 0.0
@@ -130,24 +138,25 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rule, w, *hyper = inputs
-        _keep_hyper(ctx, w, tuple(hyper))
+        ctx.rule = inputs[0]
+        _keep(ctx, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (g,), (w, hyper) = grad_outputs, _kept(ctx)
-        _, u, s, vh = _decompose(w)
+        (g,), (_, parts, hyper) = grad_outputs, _kept(ctx)
+        _, u, s, vh = parts
         along = (u.mH @ g @ vh.mH).diagonal(dim1=-2, dim2=-1)
         along = along.real if along.is_complex() else along
-        return None, _derivative(ctx.rule, w, hyper, g), *_pull_hyper(ctx.rule, s, hyper, along)
+        pulled = _pull_hyper(ctx.rule, s, hyper, along)
+        return None, _derivative(ctx.rule, parts, hyper, g), None, None, None, None, *pulled
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        (_, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
-        finite, u, s, vh = _decompose(w)
+        (_, d, _, _, _, _, *tangents), (_, parts, hyper) = grad_inputs, _kept(ctx)
+        finite, u, s, vh = parts
         moved = (u * _push_hyper(ctx.rule, s, hyper, tangents)) @ vh
         moved = torch.where(finite, moved, torch.full_like(moved, math.nan))
-        return moved if d is None else moved + _derivative(ctx.rule, w, hyper, d)
+        return moved if d is None else moved + _derivative(ctx.rule, parts, hyper, d)
 
 
 class _Measure(torch.autograd.Function):
@@ -156,29 +165,30 @@ class _Measure(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
-        finite, _, s, _ = _decompose(w)
+    def forward(
+        rule: Rule, slope: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any
+    ) -> Tensor:
         made = rule(s, *hyper)
         return torch.where(finite, made, torch.full_like(made, math.nan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rule, ctx.slope, w, *hyper = inputs
-        _keep_hyper(ctx, w, tuple(hyper))
+        ctx.rule, ctx.slope = inputs[:2]
+        _keep(ctx, *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (g,), (w, hyper) = grad_outputs, _kept(ctx)
-        pulled = _pull_hyper(ctx.rule, _decompose(w)[2], hyper, g)
-        return None, None, g * _apply(ctx.slope, w, *hyper), *pulled
+        (g,), (w, parts, hyper) = grad_outputs, _kept(ctx)
+        pulled = _pull_hyper(ctx.rule, parts[2], hyper, g)
+        return None, None, g * _apply(ctx.slope, w, *parts, *hyper), None, None, None, None, *pulled
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        (_, _, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
-        moved = _push_hyper(ctx.rule, _decompose(w)[2], hyper, tangents)
+        (_, _, d, _, _, _, _, *tangents), (w, parts, hyper) = grad_inputs, _kept(ctx)
+        moved = _push_hyper(ctx.rule, parts[2], hyper, tangents)
         if d is None:
             return moved
-        along = _apply(ctx.slope, w, *hyper).conj() * d
+        along = _apply(ctx.slope, w, *parts, *hyper).conj() * d
         return moved + (along.real if along.is_complex() else along).sum()
 
 
@@ -187,18 +197,25 @@ _apply: Callable[..., Tensor] = _Apply.apply
 _measure: Callable[..., Tensor] = _Measure.apply
 
 
-def _on_values(rule: Rule) -> Callable[..., Tensor]:
+def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
     """From a rule to `(w, *hyper, **options)`: a leaf of any shape with the rule applied to each singular value.
 
     The compiler takes the call into its graph as a whole. It would else trace the decomposition, and differentiate
     that. It knows such a function by its identity: make it once, outside of what is compiled.
+
+    Args:
+        rule: From singular values and hyperparameters to new values, each from its own.
+        common: From all singular values and the hyperparameters of the leaf to the one hyperparameter of the rule.
     """
 
     @torch.compiler.allow_in_graph
     def applied(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return w.clone()
-        return _apply(partial(rule, **options), as_matrix(w), *hyper).reshape(w.shape)
+        m = as_matrix(w)
+        parts = _decompose(m)
+        hyper = hyper if common is None else (common(parts[2], *hyper),)
+        return _apply(partial(rule, **options), m, *parts, *hyper).reshape(w.shape)
 
     return applied
 
@@ -210,7 +227,8 @@ def _of_values(rule: Rule, slope: Rule) -> Callable[..., Tensor]:
     def measured(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return squared(w).sum()
-        return _measure(partial(rule, **options), partial(slope, **options), as_matrix(w), *hyper)
+        m = as_matrix(w)
+        return _measure(partial(rule, **options), partial(slope, **options), m, *_decompose(m), *hyper)
 
     return measured
 
@@ -268,8 +286,14 @@ def _clipped(s: Tensor, radius: Scalar) -> Tensor:
     return torch.where(s > radius, radius, s)
 
 
-_shrunk, _cut_off, _polar_factor, _directions = map(_on_values, (shrink, _clipped, _all_one, _rank))
-_sum = _of_values(_sum_of_values, _rank)
+def _level(s: Tensor, amount: Scalar) -> Tensor:
+    """The number above which singular values exceed it by an amount in sum, 0 if they never do."""
+    return (s - simplex_excess(s, amount)).amax(-1).relu()
+
+
+_sum, _directions, _polar_factor = _of_values(_sum_of_values, _rank), _on_values(_rank), _on_values(_all_one)
+_shrunk, _within_sum = _on_values(shrink), _on_values(shrink, _level)
+_cut_off, _levelled = _on_values(_clipped), _on_values(_clipped, _level)
 
 
 def _nuclear_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
@@ -343,14 +367,8 @@ def _spectral_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
     return _largest_directions(w)
 
 
-def _cut(w: Tensor, amount: Scalar) -> Tensor:
-    """The number above which the singular values of a leaf exceed it by an amount in sum, 0 if they never do."""
-    s = _decompose(as_matrix(w))[2]
-    return (s - simplex_excess(s, amount)).amax(-1).relu()
-
-
 def _spectral_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _cut_off(w, _cut(w, _one(step, "step"))) if w.numel() else w.clone()
+    return _levelled(w, _one(step, "step"))
 
 
 def _spectral_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
@@ -566,7 +584,7 @@ def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     References:
         Srebro & Shraibman, *Rank, trace-norm and max-norm*, 2005.
     """
-    return _shrunk(w, _cut(w, _one(radius, "radius"))) if w.numel() else w.clone()
+    return _within_sum(w, _one(radius, "radius"))
 
 
 @constraint(reach="matrix")

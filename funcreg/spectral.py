@@ -197,18 +197,37 @@ _apply: Callable[..., Tensor] = _Apply.apply
 _measure: Callable[..., Tensor] = _Measure.apply
 
 
+def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
+
+    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
+    make it once, outside of what is compiled.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(call)
+
+    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
+    # the compiler, and so wait until there is one.
+    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+
+    def called(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return call(*args, **options)
+
+    return called
+
+
 def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
     """From a rule to `(w, *hyper, **options)`: a leaf of any shape with the rule applied to each singular value.
-
-    The compiler takes the call into its graph as a whole. It would else trace the decomposition, and differentiate
-    that. It knows such a function by its identity: make it once, outside of what is compiled.
 
     Args:
         rule: From singular values and hyperparameters to new values, each from its own.
         common: From all singular values and the hyperparameters of the leaf to the one hyperparameter of the rule.
     """
 
-    @torch.compiler.allow_in_graph
+    @_whole
     def applied(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return w.clone()
@@ -223,7 +242,7 @@ def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
 def _of_values(rule: Rule, slope: Rule) -> Callable[..., Tensor]:
     """The same for a number made of singular values by a rule whose gradient is another; 0 for an empty leaf."""
 
-    @torch.compiler.allow_in_graph
+    @_whole
     def measured(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return squared(w).sum()

@@ -422,7 +422,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     The proximal operator applies that of :math:`g` to the singular values. `on_singular_values(l1)` is `nuclear`; the
     square root as :math:`g` makes the Schatten-1/2 quasi-norm, a penalty that flattens out, such as MCP, a nuclear
     norm that leaves large singular values as they are. Hyperparameters are those of :math:`g`, one number for each
-    leaf. Lift it once, outside of what is compiled.
+    leaf. In compiled code, take one that was lifted outside of it and whose rules take all tensors as hyperparameters.
 
     Args:
         penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them.

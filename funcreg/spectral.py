@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,11 @@ def as_matrix(w: Tensor) -> Tensor:
     return w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
 
 
-def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+#: Whether a matrix is finite, and its singular value decomposition.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _decompose(w: Tensor) -> Parts:
     """Whether all entries are finite, and the singular value decomposition, where rounding counts as zero."""
     finite = w.isfinite().all()
     u, s, vh = torch.linalg.svd(torch.where(finite, w, torch.zeros_like(w)), full_matrices=False)
@@ -42,14 +47,14 @@ def _decompose(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return finite, u, torch.where(s <= noise, torch.zeros_like(s), s), vh
 
 
-def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Tensor:
+def _derivative(rule: Rule, parts: Parts, hyper: tuple[Any, ...], d: Tensor) -> Tensor:
     r"""The derivative of :math:`U f(S) V^*` along a direction, which is also its own adjoint.
 
     In the bases of singular vectors, the Hermitian part of the direction is multiplied by
     :math:`\frac{f_i - f_j}{s_i - s_j}`, the other part by :math:`\frac{f_i + f_j}{s_i + s_j}`, and what lies outside
     by :math:`f_i / s_i`; where these are 0 / 0, by the derivative :math:`f'`.
     """
-    finite, u, s, vh = _decompose(w)
+    finite, u, s, vh = parts
     pull: Any
     t, pull = torch.func.vjp(lambda s: rule(s, *hyper), s)[:2]
     (slopes,) = pull(torch.ones_like(t))
@@ -69,50 +74,54 @@ def _derivative(rule: Rule, w: Tensor, hyper: tuple[Any, ...], d: Tensor) -> Ten
     inside = uh @ d @ v
     turned = (differences * (inside + inside.mH) + sums * (inside - inside.mH)) / 2
     left, right = (d @ v - u @ inside) * ratios, ratios.unsqueeze(-1) * (uh @ d - inside @ vh)
-    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(w, math.nan))
+    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(d, math.nan))
 
 
-def _pull_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], along: Tensor) -> list[Tensor | None]:
-    """What a cotangent of a rule is for each of its hyperparameters; None for a number."""
-    tensors = [h for h in hyper if isinstance(h, Tensor)]
+def _by_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """A rule at singular values, and from a cotangent of it to those of the tensors among its hyperparameters."""
 
     def of_tensors(*given: Tensor) -> Tensor:
         new = iter(given)
         return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
 
-    found = iter(torch.func.vjp(of_tensors, *tensors)[1](along) if tensors else ())
+    tensors = [h for h in hyper if isinstance(h, Tensor)]
+    made: Any = torch.func.vjp(of_tensors, *tensors) if tensors else (rule(s, *hyper), lambda along: ())
+    return made
+
+
+def _pull_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], along: Tensor) -> list[Tensor | None]:
+    """What a cotangent of a rule is for each of its hyperparameters; None for a number."""
+    found = iter(_by_hyper(rule, s, hyper)[1](along))
     return [next(found) if isinstance(h, Tensor) else None for h in hyper]
 
 
 def _push_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...], tangents: Sequence[Any]) -> Tensor:
     """The derivative of a rule along tangents of its hyperparameters."""
-    moved = [
-        (h, torch.zeros_like(h) if t is None else t)
-        for h, t in zip(hyper, tangents, strict=True)
-        if isinstance(h, Tensor)
-    ]
-
-    def of_tensors(*given: Tensor) -> Tensor:
-        new = iter(given)
-        return rule(s, *[next(new) if isinstance(h, Tensor) else h for h in hyper])
-
-    if not moved:
-        return torch.zeros_like(rule(s, *hyper))
-    return torch.func.jvp(of_tensors, tuple(h for h, _ in moved), tuple(t for _, t in moved))[1]
+    moved = tuple(
+        torch.zeros_like(h) if t is None else t for h, t in zip(hyper, tangents, strict=True) if isinstance(h, Tensor)
+    )
+    t, pull = _by_hyper(rule, s, hyper)
+    # The adjoint of the adjoint: torch does not nest derivatives in forward mode in compiled code.
+    return torch.func.vjp(pull, torch.zeros_like(t))[1](moved)[0] if moved else torch.zeros_like(t)
 
 
-def _keep_hyper(ctx: Any, w: Tensor, hyper: tuple[Any, ...]) -> None:
-    """Keep a matrix and hyperparameters for derivatives: tensors where autograd looks after them."""
-    tensors = [h for h in hyper if isinstance(h, Tensor)]
-    ctx.numbers = [None if isinstance(h, Tensor) else h for h in hyper]
+def _keep(ctx: Any, w: Tensor, *rest: Any) -> None:
+    """Keep a matrix, its parts and hyperparameters for derivatives: tensors where autograd looks after them."""
+    tensors = [h for h in rest if isinstance(h, Tensor)]
+    ctx.numbers = [None if isinstance(h, Tensor) else h for h in rest]
     ctx.save_for_backward(w, *tensors)
     ctx.save_for_forward(w, *tensors)
 
 
-def _kept(ctx: Any) -> tuple[Tensor, tuple[Any, ...]]:
+def _kept(ctx: Any) -> tuple[Tensor, Any, tuple[Any, ...]]:
     w, *tensors = ctx.saved_tensors
     new = iter(tensors)
-    return w, tuple(next(new) if number is None else number for number in ctx.numbers)
+    rest = tuple(next(new) if number is None else number for number in ctx.numbers)
+    return w, rest[:4], rest[4:]
+
+
+# The functions below take a matrix and what `_decompose` made of it, and hand all of their derivative to the matrix:
+# none goes through singular vectors. Those are there for second derivatives, which are torch's own.
 
 
 class _Apply(torch.autograd.Function):
@@ -121,8 +130,7 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
-        finite, u, s, vh = _decompose(w)
+    def forward(rule: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any) -> Tensor:
         t = rule(s, *hyper).to(s.dtype)
         # Where nothing changes the matrix stays exactly as it is; adding zero turns -0.0 into +0.0.
         made = torch.where((t == s).all(), w, (u * t) @ vh) + 0.0
@@ -130,24 +138,25 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rule, w, *hyper = inputs
-        _keep_hyper(ctx, w, tuple(hyper))
+        ctx.rule = inputs[0]
+        _keep(ctx, *inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (g,), (w, hyper) = grad_outputs, _kept(ctx)
-        _, u, s, vh = _decompose(w)
+        (g,), (_, parts, hyper) = grad_outputs, _kept(ctx)
+        _, u, s, vh = parts
         along = (u.mH @ g @ vh.mH).diagonal(dim1=-2, dim2=-1)
         along = along.real if along.is_complex() else along
-        return None, _derivative(ctx.rule, w, hyper, g), *_pull_hyper(ctx.rule, s, hyper, along)
+        pulled = _pull_hyper(ctx.rule, s, hyper, along)
+        return None, _derivative(ctx.rule, parts, hyper, g), None, None, None, None, *pulled
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        (_, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
-        finite, u, s, vh = _decompose(w)
+        (_, d, _, _, _, _, *tangents), (_, parts, hyper) = grad_inputs, _kept(ctx)
+        finite, u, s, vh = parts
         moved = (u * _push_hyper(ctx.rule, s, hyper, tangents)) @ vh
         moved = torch.where(finite, moved, torch.full_like(moved, math.nan))
-        return moved if d is None else moved + _derivative(ctx.rule, w, hyper, d)
+        return moved if d is None else moved + _derivative(ctx.rule, parts, hyper, d)
 
 
 class _Measure(torch.autograd.Function):
@@ -156,50 +165,91 @@ class _Measure(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
-        finite, _, s, _ = _decompose(w)
+    def forward(
+        rule: Rule, slope: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any
+    ) -> Tensor:
         made = rule(s, *hyper)
         return torch.where(finite, made, torch.full_like(made, math.nan))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.rule, ctx.slope, w, *hyper = inputs
-        _keep_hyper(ctx, w, tuple(hyper))
+        ctx.rule, ctx.slope = inputs[:2]
+        _keep(ctx, *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (g,), (w, hyper) = grad_outputs, _kept(ctx)
-        pulled = _pull_hyper(ctx.rule, _decompose(w)[2], hyper, g)
-        return None, None, g * _apply(ctx.slope, w, *hyper), *pulled
+        (g,), (w, parts, hyper) = grad_outputs, _kept(ctx)
+        pulled = _pull_hyper(ctx.rule, parts[2], hyper, g)
+        return None, None, g * _apply(ctx.slope, w, *parts, *hyper), None, None, None, None, *pulled
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        (_, _, d, *tangents), (w, hyper) = grad_inputs, _kept(ctx)
-        moved = _push_hyper(ctx.rule, _decompose(w)[2], hyper, tangents)
+        (_, _, d, _, _, _, _, *tangents), (w, parts, hyper) = grad_inputs, _kept(ctx)
+        moved = _push_hyper(ctx.rule, parts[2], hyper, tangents)
         if d is None:
             return moved
-        along = _apply(ctx.slope, w, *hyper).conj() * d
+        along = _apply(ctx.slope, w, *parts, *hyper).conj() * d
         return moved + (along.real if along.is_complex() else along).sum()
 
 
-def _called(function: Any, *args: Any) -> Tensor:
-    # The compiler would trace what is above, and then differentiate the decomposition instead: it is made to call it.
-    call: Any = torch.compiler.disable(function.apply) if torch.compiler.is_dynamo_compiling() else function.apply
-    return call(*args)
+#: Typed as what they return, which torch leaves open.
+_apply: Callable[..., Tensor] = _Apply.apply
+_measure: Callable[..., Tensor] = _Measure.apply
 
 
-def _apply(rule: Rule, w: Tensor, *hyper: Any) -> Tensor:
-    """`_Apply` on a leaf of any shape."""
-    if not w.numel():
-        return w.clone()
-    return _called(_Apply, rule, as_matrix(w), *hyper).reshape(w.shape)
+def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
+
+    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
+    make it once, outside of what is compiled.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(call)
+
+    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
+    # the compiler, and so wait until there is one.
+    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+
+    def called(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return call(*args, **options)
+
+    return called
 
 
-def _measure(rule: Rule, slope: Rule, w: Tensor, *hyper: Any) -> Tensor:
-    """`_Measure` on a leaf of any shape, 0 for an empty one."""
-    if not w.numel():
-        return squared(w).sum()
-    return _called(_Measure, rule, slope, as_matrix(w), *hyper)
+def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
+    """From a rule to `(w, *hyper, **options)`: a leaf of any shape with the rule applied to each singular value.
+
+    Args:
+        rule: From singular values and hyperparameters to new values, each from its own.
+        common: From all singular values and the hyperparameters of the leaf to the one hyperparameter of the rule.
+    """
+
+    @_whole
+    def applied(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
+        if not w.numel():
+            return w.clone()
+        m = as_matrix(w)
+        parts = _decompose(m)
+        hyper = hyper if common is None else (common(parts[2], *hyper),)
+        return _apply(partial(rule, **options), m, *parts, *hyper).reshape(w.shape)
+
+    return applied
+
+
+def _of_values(rule: Rule, slope: Rule) -> Callable[..., Tensor]:
+    """The same for a number made of singular values by a rule whose gradient is another; 0 for an empty leaf."""
+
+    @_whole
+    def measured(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
+        if not w.numel():
+            return squared(w).sum()
+        m = as_matrix(w)
+        return _measure(partial(rule, **options), partial(slope, **options), m, *_decompose(m), *hyper)
+
+    return measured
 
 
 def _one(value: Scalar, name: str) -> Scalar:
@@ -255,12 +305,22 @@ def _clipped(s: Tensor, radius: Scalar) -> Tensor:
     return torch.where(s > radius, radius, s)
 
 
+def _level(s: Tensor, amount: Scalar) -> Tensor:
+    """The number above which singular values exceed it by an amount in sum, 0 if they never do."""
+    return (s - simplex_excess(s, amount)).amax(-1).relu()
+
+
+_sum, _directions, _polar_factor = _of_values(_sum_of_values, _rank), _on_values(_rank), _on_values(_all_one)
+_shrunk, _within_sum = _on_values(shrink), _on_values(shrink, _level)
+_cut_off, _levelled = _on_values(_clipped), _on_values(_clipped, _level)
+
+
 def _nuclear_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
-    return _apply(_rank, w)
+    return _directions(w)
 
 
 def _nuclear_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(shrink, w, _one(step, "step"))
+    return _shrunk(w, _one(step, "step"))
 
 
 def _nuclear_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
@@ -307,7 +367,7 @@ def nuclear(w: Tensor, *, inner: int = 0) -> Tensor:
         Fazel, *Matrix rank minimization with applications*, 2002.
         Cai, Candes & Shen, *A singular value thresholding algorithm for matrix completion*, 2010.
     """
-    return _measure(_sum_of_values, _rank, w)
+    return _sum(w)
 
 
 def _largest_value(s: Tensor) -> Tensor:
@@ -319,18 +379,15 @@ def _is_largest(s: Tensor) -> Tensor:
     return top / top.sum(-1, keepdim=True).clamp(min=1)
 
 
+_largest, _largest_directions = _of_values(_largest_value, _is_largest), _on_values(_is_largest)
+
+
 def _spectral_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
-    return _apply(_is_largest, w)
-
-
-def _cut(w: Tensor, amount: Scalar) -> Tensor:
-    """The number above which the singular values of a leaf exceed it by an amount in sum, 0 if they never do."""
-    s = _decompose(as_matrix(w))[2]
-    return (s - simplex_excess(s, amount)).amax(-1).relu()
+    return _largest_directions(w)
 
 
 def _spectral_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(_clipped, w, _cut(w, _one(step, "step"))) if w.numel() else w.clone()
+    return _levelled(w, _one(step, "step"))
 
 
 def _spectral_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
@@ -356,7 +413,7 @@ def spectral(w: Tensor, *, inner: int = 0) -> Tensor:
     References:
         Yoshida & Miyato, *Spectral norm regularization for improving the generalizability of deep learning*, 2017.
     """
-    return _measure(_largest_value, _is_largest, w)
+    return _largest(w)
 
 
 def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
@@ -365,7 +422,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     The proximal operator applies that of :math:`g` to the singular values. `on_singular_values(l1)` is `nuclear`; the
     square root as :math:`g` makes the Schatten-1/2 quasi-norm, a penalty that flattens out, such as MCP, a nuclear
     norm that leaves large singular values as they are. Hyperparameters are those of :math:`g`, one number for each
-    leaf.
+    leaf. In compiled code, take one that was lifted outside of it and whose rules take all tensors as hyperparameters.
 
     Args:
         penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them.
@@ -386,22 +443,23 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     if not isinstance(g, Penalty) or g.reach != "elementwise":
         raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
 
+    slope, shrunk, whole = _on_values(g.grad), _on_values(g.prox), _of_values(g, g.grad)
+
     def ones(hyper: tuple[Any, ...]) -> list[Any]:
         return [_one(value, "a hyperparameter") for value in hyper]
 
     def gradient(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        return _apply(lambda s, *h: g.grad(s, *h, **options), w, *ones(hyper))
+        return slope(w, *ones(hyper), **options)
 
     def proximal(w: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        return _apply(lambda s, *h: g.prox(s, *h, **options), w, *ones((step, *hyper)))
+        return shrunk(w, *ones((step, *hyper)), **options)
 
     def metric(w: Tensor, h: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
         prox = lambda w, step: proximal(w, step, *hyper, **options)
         return _in_metric(value.__name__, prox, w, h, step, inner)
 
     def value(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        rule, slope = (lambda s, *h: g(s, *h, **options)), (lambda s, *h: g.grad(s, *h, **options))
-        return _measure(rule, slope, w, *ones(hyper))
+        return whole(w, *ones(hyper), **options)
 
     inner = inspect.Parameter("inner", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int")
     parameters = [*inspect.signature(g).parameters.values(), inner]
@@ -411,7 +469,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     return penalty(gradient=gradient, proximal=proximal, metric=metric, reach="matrix")(value)
 
 
-_POWERS = {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}
+_POWERS = {p: on_singular_values(g) for p, g in {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}.items()}
 
 
 def _power(p: float) -> Penalty:
@@ -421,13 +479,11 @@ def _power(p: float) -> Penalty:
 
 
 def _schatten_gradient(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
-    g = _power(p)
-    return _apply(lambda s: g.grad(s), w)
+    return _power(p).grad(w)
 
 
 def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
-    g = _power(p)
-    return _apply(lambda s, t: g.prox(s, t), w, _one(step, "step"))
+    return _power(p).prox(w, _one(step, "step"))
 
 
 def _schatten_metric(w: Tensor, h: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
@@ -458,17 +514,18 @@ def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
     References:
         Nie, Huang & Ding, *Low-rank matrix recovery via efficient Schatten p-norm minimization*, 2012.
     """
-    g = _power(p)
-    return _measure(lambda s: g(s), lambda s: g.grad(s), w)
+    return _power(p)(w)
+
+
+_mcp = on_singular_values(mcp)
 
 
 def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
-    return _apply(lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma"))
+    return _mcp.grad(w, _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
-    hyper = _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma")
-    return _apply(lambda s, *h: mcp.prox(s, *h), w, *hyper)
+    return _mcp.prox(w, _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 def _spectral_mcp_metric(
@@ -505,9 +562,7 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) 
     References:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
-    return _measure(
-        lambda s, *h: mcp(s, *h), lambda s, *h: mcp.grad(s, *h), w, _one(strength, "strength"), _one(gamma, "gamma")
-    )
+    return _mcp(w, _one(strength, "strength"), _one(gamma, "gamma"))
 
 
 # Constraints
@@ -530,7 +585,7 @@ def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     References:
         Gouk, Frank, Pfahringer & Cree, *Regularisation of neural networks by enforcing Lipschitz continuity*, 2021.
     """
-    return _apply(_clipped, w, _one(radius, "radius"))
+    return _cut_off(w, _one(radius, "radius"))
 
 
 @constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
@@ -548,7 +603,7 @@ def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     References:
         Srebro & Shraibman, *Rank, trace-norm and max-norm*, 2005.
     """
-    return _apply(shrink, w, _cut(w, _one(radius, "radius"))) if w.numel() else w.clone()
+    return _within_sum(w, _one(radius, "radius"))
 
 
 @constraint(reach="matrix")
@@ -566,7 +621,7 @@ def stiefel(w: Tensor) -> Tensor:
     References:
         Fan & Hoffman, *Some metric inequalities in the space of matrices*, 1955.
     """
-    return _apply(_all_one, w)
+    return _polar_factor(w)
 
 
 # Gradient alone
@@ -708,11 +763,10 @@ def _srip_slope(s: Tensor) -> Tensor:
     return 2 * s * off.sign() * top / top.sum(-1, keepdim=True)
 
 
-def _srip_gradient(w: Tensor) -> Tensor:
-    return _apply(_srip_slope, w)
+_furthest = _of_values(_furthest_from_one, _srip_slope)
 
 
-@penalty(gradient=_srip_gradient, proximal=_without_prox("srip"), reach="matrix")
+@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), reach="matrix")
 def srip(w: Tensor) -> Tensor:
     r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
 
@@ -726,7 +780,7 @@ def srip(w: Tensor) -> Tensor:
     References:
         Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
     """
-    return _measure(_furthest_from_one, _srip_slope, w)
+    return _furthest(w)
 
 
 def _hoyer_parts(w: Tensor, dim: Dim) -> tuple[Tensor, Tensor, Tensor]:

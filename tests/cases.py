@@ -659,16 +659,13 @@ def _hoyer(w: Tensor) -> Tensor:
     return w.abs().sum().square() / torch.where(squares == 0, 1.0, squares)
 
 
-EAGER = "the compiler calls what has singular values, because it would lose their safe derivatives"
-
 PENALTIES.update(
     {
-        "nuclear": PenaltyCase(fr.nuclear, lambda w: _values(w).sum(), metric=False, uncompiled=EAGER),
+        "nuclear": PenaltyCase(fr.nuclear, lambda w: _values(w).sum(), metric=False),
         "spectral": PenaltyCase(
             fr.spectral,
             lambda w: _values(w).amax(),
             metric=False,
-            uncompiled=EAGER,
             ruleless="level singular values have many slopes",
         ),
         "on_singular_values": PenaltyCase(
@@ -676,7 +673,6 @@ PENALTIES.update(
             lambda w: 0.18 * _values(w).sum() + 0.06 * _values(w).square().sum(),
             hyper=(0.3, 0.6),
             metric=False,
-            uncompiled=EAGER,
             ruleless="the slopes beside the singular vectors are not known to an entry",
         ),
     }
@@ -697,7 +693,7 @@ GRADIENT_ALONE: dict[str, PenaltyCase] = {
         hyper=(0.3,),
         options={"mode": "columns"},
     ),
-    "srip": PenaltyCase(fr.srip, lambda w: (_values(w).square() - 1).abs().amax(), uncompiled=EAGER),
+    "srip": PenaltyCase(fr.srip, lambda w: (_values(w).square() - 1).abs().amax()),
     "hoyer_square": PenaltyCase(fr.hoyer_square, _hoyer),
 }
 
@@ -722,7 +718,6 @@ CONSTRAINTS.update(
             lambda w: _first_values(w, 0.7),
             hyper=(0.7,),
             metric=False,
-            uncompiled=EAGER,
             finite="a matrix with infinite entries has no singular vectors",
         ),
         "nuclear_ball": ConstraintCase(
@@ -731,7 +726,6 @@ CONSTRAINTS.update(
             lambda w: _first_values(w, 0.7),
             hyper=(0.7,),
             metric=False,
-            uncompiled=EAGER,
             finite="a matrix with infinite entries has no singular vectors",
         ),
         "stiefel": ConstraintCase(
@@ -739,7 +733,6 @@ CONSTRAINTS.update(
             lambda w: _one_less(_smaller_gram(w)).abs().amax() if w.numel() else w.sum(),
             _orthonormal,
             metric=False,
-            uncompiled=EAGER,
             nonconvex="a sphere is hollow",
             finite="a matrix with infinite entries has no singular vectors",
         ),
@@ -1077,7 +1070,6 @@ PENALTIES.update(
             metric=False,
             ruleless="the slopes beside the singular vectors are not known to an entry",
             nonconvex="concave away from zero",
-            uncompiled=EAGER,
         ),
         "spectral_mcp": PenaltyCase(
             fr.spectral_mcp,
@@ -1086,7 +1078,6 @@ PENALTIES.update(
             metric=False,
             ruleless="the slopes beside the singular vectors are not known to an entry",
             nonconvex="levels off",
-            uncompiled=EAGER,
         ),
     }
 )

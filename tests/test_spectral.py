@@ -13,15 +13,11 @@ from torch.func import grad, hessian, jacrev, jvp, vmap
 import funcreg as fr
 
 every_gradient = pytest.mark.parametrize("case", GRADIENT_ALONE.values(), ids=GRADIENT_ALONE)
-every_compiled_gradient = pytest.mark.parametrize(
-    "case",
-    [c for c in GRADIENT_ALONE.values() if not c.uncompiled],
-    ids=[n for n, c in GRADIENT_ALONE.items() if not c.uncompiled],
-)
+LIFTED = fr.on_singular_values(fr.elastic)
 SPECTRAL = {
     "nuclear": lambda w: fr.nuclear.prox(w, 0.3),
     "spectral": lambda w: fr.spectral.prox(w, 0.3),
-    "elastic": lambda w: fr.on_singular_values(fr.elastic).prox(w, 0.5, 0.6, 0.5),
+    "elastic": lambda w: LIFTED.prox(w, 0.5, 0.6, 0.5),
     "spectral_ball": lambda w: fr.spectral_ball.project(w, 0.9),
     "nuclear_ball": lambda w: fr.nuclear_ball.project(w, 1.1),
     "stiefel": fr.stiefel.project,
@@ -218,13 +214,57 @@ def test_a_fused_step_of_low_rank_is_the_plain_one():
     assert_equal(found, fr.apply_updates(params, updates), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # The compiler's own, where it breaks a graph.
+@every_map
+def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal_or_zero(f):
+    slope = grad(lambda w: f(w).square().sum() + f(w).sum())
+
+    def everything(w):
+        return f(w), slope(w), vmap(slope)(torch.stack([w, 2 * w])), jvp(f, (w,), (torch.ones_like(w),))[1]
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    eye = torch.eye(3, dtype=torch.float64)
+    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
+        found = compiled(w)
+        assert flat(found).isfinite().all()
+        assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["nuclear", "spectral", "schatten", "spectral_mcp", "srip"])
+def test_compiled_values_have_the_same_derivatives_where_singular_values_are_equal_or_zero(name):
+    case = (PENALTIES | GRADIENT_ALONE)[name]
+    twice = grad(lambda w: (grad(case.value)(w) * torch.ones_like(w)).sum())
+
+    def everything(w):
+        return case.value(w), grad(case.value)(w), vmap(grad(case.value))(torch.stack([w, 2 * w])), twice(w)
+
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    eye = torch.eye(3, dtype=torch.float64)
+    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
+        found = compiled(w)
+        assert flat(found).isfinite().all()
+        assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)
+
+
+def test_compiled_code_has_derivatives_in_steps_and_of_parameters():
+    def loss(w, step):
+        return fr.nuclear(w) + fr.spectral.prox(w, step).square().sum() + fr.nuclear_ball.project(w, step).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for w in (random(3, 3), torch.eye(3, dtype=torch.float64)):
+        arguments = w.requires_grad_(), torch.tensor(0.4, requires_grad=True)
+        expected = torch.autograd.grad(loss(*arguments), arguments)
+        assert_equal(torch.autograd.grad(compiled(*arguments), arguments), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nuclear", "spectral_ball"])
-def test_compiled_code_has_the_same_derivatives_where_singular_values_are_equal(name):
+def test_the_compiler_of_kernels_changes_nothing(name):
     f = SPECTRAL[name]
     slope = grad(lambda w: f(w).square().sum())
-    for w in (random(4, 3), torch.eye(3, dtype=torch.float64)):
-        torch.testing.assert_close(torch.compile(slope, backend="aot_eager")(w), slope(w))
+    everything = lambda w: (f(w), slope(w), vmap(slope)(torch.stack([w, 2 * w])))
+    compiled = torch.compile(everything, fullgraph=True)
+    for w in (random(4, 3), torch.eye(4, 3, dtype=torch.float64)):
+        assert_equal(compiled(w), everything(w), rtol=1e-11, atol=1e-13)
 
 
 def test_one_number_is_taken_for_each_matrix():
@@ -319,7 +359,7 @@ def test_vmap_is_a_loop_over_members(case):
         torch.testing.assert_close(traced[i], slopes[i], rtol=1e-11, atol=1e-13)
 
 
-@every_compiled_gradient
+@every_gradient
 def test_compiling_the_whole_changes_nothing(case):
     def everything(w):
         return case.value(w), grad(case.value)(w), case.grad(w)

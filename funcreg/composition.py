@@ -202,7 +202,7 @@ def _widened(params: Params) -> Params:
     return compute_wide(lambda w: w, params)
 
 
-def _varies(value: Hyper) -> bool:
+def varies(value: Hyper) -> bool:
     """Whether a hyperparameter differs between the entries of a leaf."""
     return any(isinstance(x, Tensor) and x.numel() != 1 for x in tree_leaves(value))
 
@@ -212,7 +212,7 @@ def _stiffened(params: Params, step: Hyper, metric: Params | None, curvature: Hy
 
     One number for a whole leaf divides the step instead, which every penalty understands.
     """
-    if metric is None and not _varies(step) and not _varies(curvature):
+    if metric is None and not varies(step) and not varies(curvature):
         rows = [broadcast(x, params, "a hyperparameter") for x in (step, curvature)]
         steps = [s / (1 + s * q) for s, q in zip(*rows, strict=True)]
         single = not _is_tree(step, rows[0]) and not _is_tree(curvature, rows[1])
@@ -231,7 +231,7 @@ def _ordered(terms: list[Term], params: Params, step: Hyper, metric: Params | No
     leaves, places = tree_leaves(params), [term.places(params) for term in terms]
     # In a metric only signs are kept. Steps that vary in a leaf spoil the order of its entries; directions are kept,
     # because penalties that say which weights they take refuse steps that vary inside a group.
-    even = [metric is None and not any([_varies(x) for x in (step, *term.factors)]) for term in terms]
+    even = [metric is None and not any([varies(x) for x in (step, *term.factors)]) for term in terms]
     straight = [alike or (metric is None and term.penalty.weighable) for alike, term in zip(even, terms, strict=True)]
 
     def may_follow(last: int, first: int) -> bool:

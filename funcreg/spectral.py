@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.composition import varies
 from funcreg.constraints import constraint, polar, simplex_excess
 from funcreg.penalties import Dim, group_dims, l1, l2, shrink
-from funcreg.penalty import Penalty, penalty
+from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared
 
@@ -425,7 +426,8 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     leaf. In compiled code, take one that was lifted outside of it and whose rules take all tensors as hyperparameters.
 
     Args:
-        penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them.
+        penalty_of_entries: A separable penalty :math:`g` that sees magnitudes alone and grows with them, the same for
+            all entries.
 
     Raises:
         ValueError: The penalty does not say that it is separable, with `reach="elementwise"`.
@@ -442,6 +444,12 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     g = penalty_of_entries
     if not isinstance(g, Penalty) or g.reach != "elementwise":
         raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
+    terms = g.structure.parts() if isinstance(g, Sum) and g.structure.parts is not None else []
+    if any([term.mask is not None or varies((*term.factors, *term.hyper)) for term in terms]):
+        raise ValueError(
+            f"penalty is {g!r} with weights for entries or a mask; expected one that treats all singular values alike. "
+            "Multiply the lifted penalty, as in weights * on_singular_values(l1), with a number for each leaf."
+        )
 
     slope, shrunk, whole = _on_values(g.grad), _on_values(g.prox), _of_values(g, g.grad)
 

@@ -403,3 +403,11 @@ def test_descent_on_orthogonality_ends_on_the_stiefel_manifold():
         updates, state = tx.update(torch.zeros_like(w), state, w)
         w = fr.apply_updates(w, updates)
     assert fr.stiefel(w) == 0
+
+
+def test_penalties_that_tell_entries_apart_are_not_lifted():
+    for unequal in (torch.tensor([1.0, 2.0]) * fr.l1, fr.l1.given(mask=fr.matrices), fr.mcp.given(torch.ones(3), 2.0)):
+        with pytest.raises(ValueError, match="all singular values alike"):
+            fr.on_singular_values(unequal)
+    w = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
+    assert fr.on_singular_values(2.0 * fr.l1 + fr.half_l2)(w) == 2 * 3.5 + (9 + 0.25) / 2

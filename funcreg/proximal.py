@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
@@ -20,9 +21,7 @@ from funcreg.transform import Transform, at_step, check_fit, counter, furthest, 
 from funcreg.tree import (
     check_mask,
     compute,
-    compute_leaves,
     compute_wide,
-    flatten,
     keep,
     mask_leaves,
     merge,
@@ -78,50 +77,18 @@ def descend(
         if inner_steps is None:
             landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
         else:
-            landed = _approach(inner_steps, params, reached, metric, penalty, step, values, mask, options)
+            chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
+            begin, goal, h = (keep(tree, chosen) for tree in (params, reached, metric))
+            prox = lambda x, size: penalty.prox(x, size, *values, **options)
+            apart = penalty.reach not in (None, "global")
+            # From the parameters: at a solution of the penalized problem they are that point already.
+            landed = merge(reached, approach(prox, begin, goal, h, step, inner_steps, apart), chosen)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
     reach = "global" if inner_steps else furthest([direction.reach, penalty.reach or "global"])
     return Transform(init, update, reach, state=ProximalState)
-
-
-def _approach(
-    steps: int,
-    params: Params,
-    reached: Params,
-    metric: Params,
-    penalty: Penalty,
-    step: Hyper,
-    hyper: list[Hyper],
-    mask: Mask | None,
-    options: dict[str, Any],
-) -> Params:
-    """Some steps of `fista` from the parameters towards the proximal operator in a metric, without its own rule.
-
-    At a solution of the penalized problem the parameters are that point already, and any number of steps stays.
-    """
-    chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
-    y, x, h = (keep(tree, chosen) for tree in (compute_wide(lambda w: w, params), reached, metric))
-    least = _least_steps(h, alone=penalty.reach not in (None, "global"))
-    tx = fista(least, penalty, *hyper, strength=step, **options)
-    state = tx.init(y)
-    for _ in range(steps):
-        slopes = compute_wide(lambda y, x, h: h * (y - x), y, x, h)
-        moves, state = tx.update(slopes, state, y)
-        y = compute_wide(lambda y, u: y + u, y, moves)
-    return merge(reached, state.solution, chosen)
-
-
-def _least_steps(metric: Params, alone: bool) -> Hyper:
-    """One over the greatest number of a metric: for each leaf, or one for leaves that a penalty may couple."""
-    _, rebuild = flatten(metric)
-    # A leaf without entries has no greatest one.
-    tops = compute_leaves(lambda h: h.amax() if h.numel() else h.sum(), metric)
-    if alone:
-        return rebuild([1 / top for top in tops])
-    return 1 / torch.stack([top.to(tops[0].device, tops[0].dtype) for top in tops]).amax() if tops else 1.0
 
 
 def prox_sgd(
@@ -301,8 +268,7 @@ def proximal_step(
         nonnegative(max_step=max_step)
         if any(isinstance(leaf, (int, float)) and leaf == 0 for leaf in tree_leaves(max_step)):
             raise ValueError("max_step is 0.0; expected a number above 0. For leaves that stay, use freeze or mask.")
-    if inner_steps is not None and (type(inner_steps) is not int or inner_steps < 1):
-        raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number of at least 1, or None")
+    check_inner_steps(inner_steps)
     return descend(
         preconditioner,
         1.0,
@@ -380,18 +346,10 @@ def fista(
         rate, force, *values = (at_step(value, state.steps) for value in (learning_rate, strength, *hyper))
         reached = compute_wide(lambda y, g, r: y - r * g, params, updates, hyper=(rate,))
         x = penalty.prox(reached, product(params, rate, force), *values, mask=mask, **options)
-        old = state.momentum
-        if restart:
-            uphill = total(compute_leaves(_overlap, params, x, state.solution)) > 0
-            old = torch.where(uphill.to(old.device), torch.ones_like(old), old)
-        new = (1 + (1 + 4 * old.square()).sqrt()) / 2
+        uphill = total(overlaps(params, x, state.solution)) > 0 if restart else None
+        further, momentum = accelerate(state.momentum, uphill)
         # From y to the next y, in one subtraction: where x and its predecessor are zero, y becomes exactly zero.
-        moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=((old - 1) / new,))
-        return moves, FistaState(state.steps + 1, new, compute(lambda x0, x: x, state.solution, x))
+        moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=(further,))
+        return moves, FistaState(state.steps + 1, momentum, compute(lambda x0, x: x, state.solution, x))
 
     return Transform(init, update, "global", state=FistaState)
-
-
-def _overlap(y: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-    """Half of the angle between where the momentum led and where the descent went: positive if it led uphill."""
-    return ((y - x).conj() * (x - x0)).real.sum() if y.is_complex() else ((y - x) * (x - x0)).sum()

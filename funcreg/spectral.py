@@ -262,31 +262,6 @@ def _one(value: Scalar, name: str) -> Scalar:
     return value
 
 
-def _in_metric(
-    name: str, prox: Callable[[Tensor, Scalar], Tensor], w: Tensor, h: Tensor, step: Scalar, inner: int
-) -> Tensor:
-    """The proximal operator in a diagonal metric, by accelerated descent in the largest entry of the metric."""
-    if not inner:
-        raise ValueError(
-            f"{name} has no closed proximal operator in a diagonal metric: its entries turn with the singular vectors. "
-            "Take one number h for each matrix, in the step before it too, and give step / h; or give inner=, the "
-            "number of steps of a descent that finds it, each of which takes a singular value decomposition."
-        )
-    if not w.numel():
-        return w.clone()
-    top = h.amax()
-    z, y, t = w, w, torch.ones_like(top)
-    for _ in range(inner):
-        landed = prox(y - h / top * (y - w), step / top)
-        uphill = (
-            ((y - landed).conj() * (landed - z)).real.sum() if w.is_complex() else ((y - landed) * (landed - z)).sum()
-        )
-        t = torch.where(uphill > 0, torch.ones_like(t), t)
-        after = (1 + (1 + 4 * t.square()).sqrt()) / 2
-        y, z, t = landed + (t - 1) / after * (landed - z), landed, after
-    return z
-
-
 # Singular values
 
 
@@ -316,19 +291,15 @@ _shrunk, _within_sum = _on_values(shrink), _on_values(shrink, _level)
 _cut_off, _levelled = _on_values(_clipped), _on_values(_clipped, _level)
 
 
-def _nuclear_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
+def _nuclear_gradient(w: Tensor) -> Tensor:
     return _directions(w)
 
 
-def _nuclear_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+def _nuclear_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _shrunk(w, _one(step, "step"))
 
 
-def _nuclear_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _in_metric("nuclear", _nuclear_proximal, w, h, step, inner)
-
-
-def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar, *, inner: int = 0) -> Tensor:
+def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     if not w.numel():
         return g.clone()
     turns, slopes = as_matrix(_nuclear_gradient(w)), as_matrix(g)
@@ -338,25 +309,15 @@ def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar, *, inner: int = 0)
     return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
-@penalty(
-    gradient=_nuclear_gradient,
-    proximal=_nuclear_proximal,
-    metric=_nuclear_metric,
-    residual=_nuclear_residual,
-    reach="matrix",
-)
-def nuclear(w: Tensor, *, inner: int = 0) -> Tensor:
+@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, reach="matrix")
+def nuclear(w: Tensor) -> Tensor:
     r"""Nuclear norm, the sum of singular values, :math:`\sum_i \sigma_i(W)`: the lasso of rank.
 
     The proximal operator shrinks the singular values and leaves a matrix of lower rank. The gradient is
     :math:`U V^*` over the singular values that are not 0.
 
-    In a diagonal metric, as Adam has one, there is no closed form: take one number for each matrix, in the step as
-    in `step / h`, or a descent of `inner` steps.
-
-    Args:
-        inner: Steps of the descent that finds the proximal operator in a metric: 50 give 8 digits where the metric
-            spans two orders of magnitude. Zero for none, and then a metric is refused.
+    In a diagonal metric, as Adam has one, there is no closed form: take `inner_steps`, each of which takes a singular
+    value decomposition. One lets an optimizer share one number of the metric for each matrix.
 
     Example:
         >>> params = {"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}
@@ -383,27 +344,20 @@ def _is_largest(s: Tensor) -> Tensor:
 _largest, _largest_directions = _of_values(_largest_value, _is_largest), _on_values(_is_largest)
 
 
-def _spectral_gradient(w: Tensor, *, inner: int = 0) -> Tensor:
+def _spectral_gradient(w: Tensor) -> Tensor:
     return _largest_directions(w)
 
 
-def _spectral_proximal(w: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
+def _spectral_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _levelled(w, _one(step, "step"))
 
 
-def _spectral_metric(w: Tensor, h: Tensor, step: Scalar, *, inner: int = 0) -> Tensor:
-    return _in_metric("spectral", _spectral_proximal, w, h, step, inner)
-
-
-@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, metric=_spectral_metric, reach="matrix")
-def spectral(w: Tensor, *, inner: int = 0) -> Tensor:
+@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, reach="matrix")
+def spectral(w: Tensor) -> Tensor:
     r"""Spectral norm, the largest singular value, :math:`\sigma_1(W)`: how much a layer can stretch.
 
     The proximal operator lowers the largest singular values to a common one. For a convolution this is the norm of
     its filters as a matrix, which bounds that of the operator but is not it.
-
-    Args:
-        inner: Steps of the descent that finds the proximal operator in a metric; see `nuclear`.
 
     Example:
         >>> params = {"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}
@@ -456,25 +410,19 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     def ones(hyper: tuple[Any, ...]) -> list[Any]:
         return [_one(value, "a hyperparameter") for value in hyper]
 
-    def gradient(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+    def gradient(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         return slope(w, *ones(hyper), **options)
 
-    def proximal(w: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+    def proximal(w: Tensor, step: Scalar, *hyper: Any, **options: Any) -> Tensor:
         return shrunk(w, *ones((step, *hyper)), **options)
 
-    def metric(w: Tensor, h: Tensor, step: Scalar, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
-        prox = lambda w, step: proximal(w, step, *hyper, **options)
-        return _in_metric(value.__name__, prox, w, h, step, inner)
-
-    def value(w: Tensor, *hyper: Any, inner: int = 0, **options: Any) -> Tensor:
+    def value(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         return whole(w, *ones(hyper), **options)
 
-    inner = inspect.Parameter("inner", inspect.Parameter.KEYWORD_ONLY, default=0, annotation="int")
-    parameters = [*inspect.signature(g).parameters.values(), inner]
-    value.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+    value.__signature__ = inspect.signature(g)  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
     value.__name__ = value.__qualname__ = f"{g.__name__}_on_singular_values"
     value.__doc__, value.__module__ = f"`{g.__name__}` of the singular values of each leaf.", g.__module__
-    return penalty(gradient=gradient, proximal=proximal, metric=metric, reach="matrix")(value)
+    return penalty(gradient=gradient, proximal=proximal, reach="matrix")(value)
 
 
 _POWERS = {p: on_singular_values(g) for p, g in {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}.items()}
@@ -486,20 +434,16 @@ def _power(p: float) -> Penalty:
     return _POWERS[p]
 
 
-def _schatten_gradient(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+def _schatten_gradient(w: Tensor, *, p: float = 1) -> Tensor:
     return _power(p).grad(w)
 
 
-def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
+def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1) -> Tensor:
     return _power(p).prox(w, _one(step, "step"))
 
 
-def _schatten_metric(w: Tensor, h: Tensor, step: Scalar, *, p: float = 1, inner: int = 0) -> Tensor:
-    return _in_metric("schatten", lambda w, step: _schatten_proximal(w, step, p=p), w, h, step, inner)
-
-
-@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, metric=_schatten_metric, reach="matrix")
-def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, reach="matrix")
+def schatten(w: Tensor, *, p: float = 1) -> Tensor:
     r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
 
     Below 1 it lowers the rank and shrinks large singular values less than `nuclear`, which is 1; it is not convex
@@ -507,8 +451,6 @@ def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
 
     Args:
         p: The power: 1/2, 2/3, 1 or 2, whose proximal operators have closed forms.
-        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
-            where that is not convex; see `nuclear`.
 
     Raises:
         ValueError: Another power.
@@ -528,29 +470,21 @@ def schatten(w: Tensor, *, p: float = 1, inner: int = 0) -> Tensor:
 _mcp = on_singular_values(mcp)
 
 
-def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     return _mcp.grad(w, _one(strength, "strength"), _one(gamma, "gamma"))
 
 
-def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar) -> Tensor:
     return _mcp.prox(w, _one(step, "step"), _one(strength, "strength"), _one(gamma, "gamma"))
-
-
-def _spectral_mcp_metric(
-    w: Tensor, h: Tensor, step: Scalar, strength: Scalar, gamma: Scalar, *, inner: int = 0
-) -> Tensor:
-    prox = lambda w, step: _spectral_mcp_proximal(w, step, strength, gamma)
-    return _in_metric("spectral_mcp", prox, w, h, step, inner)
 
 
 @penalty(
     gradient=_spectral_mcp_gradient,
     proximal=_spectral_mcp_proximal,
-    metric=_spectral_mcp_metric,
     reach="matrix",
     bounds={"strength": _AT_LEAST_0, "gamma": _AT_LEAST_0},
 )
-def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) -> Tensor:
+def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
 
     It lowers the rank and leaves large singular values exactly as they are. See `mcp`, whose proximal operator acts
@@ -559,8 +493,6 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, inner: int = 0) 
     Args:
         strength: :math:`\lambda`, the slope at zero, at least 0.
         gamma: Concavity :math:`\gamma`, above 0; infinite for `nuclear`.
-        inner: Steps of the descent that finds the proximal operator in a metric, or a stationary point of its objective
-            where that is not convex; see `nuclear`.
 
     Example:
         >>> spectral_mcp.prox({"weight": torch.tensor([[4.0, 0.0], [0.0, 0.5]])}, 1.0, 1.0, 3.0)

@@ -303,6 +303,27 @@ def test_a_metric_weighs_the_distance(case):
 
 
 @every_penalty
+def test_inner_steps_find_the_proximal_operator_in_a_metric(case):
+    x = draw()
+    if case.nonconvex:
+        pytest.skip(case.nonconvex)
+    h = fr.tree_map(lambda w: 10 ** (w / w.abs().amax()), draw(3))
+    z = case.prox(x, 0.7, metric=h, inner_steps=200)
+    if case.metric:
+        assert_equal(z, case.prox(x, 0.7, metric=h), rtol=1e-8, atol=1e-9)
+    least = objective(case, x, z, 0.7, h)
+    for seed in range(20):
+        for size in (1e-5, 1e-2, 1.0):
+            assert objective(case, x, nearby(z, seed, size), 0.7, h) >= least - 1e-9
+    constant = fr.tree_map(lambda w: torch.full_like(w, 4.0), x)
+    assert_equal(case.prox(x, 2.0, metric=constant, inner_steps=1), case.prox(x, 0.5), rtol=1e-12, atol=1e-14)
+    half = fr.tree_map(lambda w: w.bfloat16(), x)
+    assert all(w.dtype == torch.bfloat16 for w in fr.tree_leaves(case.prox(half, 0.7, metric=h, inner_steps=2)))
+    with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+        case.prox(x, 0.7, metric=h, inner_steps=0)
+
+
+@every_penalty
 def test_a_mask_hides_leaves(case):
     params, mask = draw(), fr.select("head.*")
     head = {"head": params["head"]}

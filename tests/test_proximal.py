@@ -366,7 +366,7 @@ def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     expected, found = (train(tx, loss, start, 600)[0]["w"] for tx in (plain, metric))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert torch.linalg.matrix_rank(found, tol=1e-9) == 2
-    with pytest.raises(ValueError, match=r"has no proximal operator in a metric.*inner_steps"):
+    with pytest.raises(ValueError, match=r"has no closed proximal operator in a metric.*inner_steps"):
         train(fr.prox_adam(0.1, sum_of_singular_values), loss, start, 1)
 
 

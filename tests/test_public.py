@@ -75,7 +75,7 @@ def test_penalties_look_like_functions():
 LAYERS = [
     ["_typing", "recording"],
     ["tree", "schedules", "packing"],
-    ["composition"],
+    ["composition", "descent"],
     ["transform", "penalty", "kernels"],
     ["execution"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],

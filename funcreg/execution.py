@@ -25,7 +25,7 @@ from funcreg.tree import reader
 #: Sets of parameters and state that a step knows at once. It takes others too, but has to copy them together.
 _SETS = 8
 #: Entries from which a leaf is computed with where it lies: a call of a kernel then costs less than gathering it.
-_SIZES = {"cpu": (60_000, 1_000_000)}
+_SIZES = {"cpu": (40_000, 1_000_000)}
 _SIZES_ELSEWHERE = (4_000_000, (1 << 31) - 1)
 
 
@@ -139,8 +139,9 @@ class _Compiled:
     def _straight(self, run: Callable[..., Any], inputs: list[Any], args: tuple[Any, ...]) -> None:
         """Find each input of compiled code among the arguments; if that is not clear, leave the call as it is."""
         places = {id(arg): i for i, arg in enumerate(args)}
-        # What was compiled for arguments that share memory is right for no others.
-        if len({arg.untyped_storage().data_ptr() for arg in args if arg.numel()}) < len(args):
+        # What was compiled for one tensor in two places is right for no two tensors. Two that overlap, of which one is
+        # written, became one input, which is found nowhere.
+        if len(places) < len(args):
             return
         entries = args[0].numel() if args else 0
         order: list[int] = []

@@ -339,6 +339,37 @@ def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return lambda entries: [entries[i] for i in places]
 
 
+def _stack(leaves: Sequence[Tensor], out: Tensor) -> None:
+    torch.stack(tuple(leaves), out=out)
+
+
+def _end_to_end(leaves: Sequence[Tensor], out: Tensor) -> None:
+    torch.cat([x.reshape(-1) for x in leaves], out=out)
+
+
+def _joiner(shapes: Sequence[tuple[int, ...]]) -> Callable[[Sequence[Tensor], Tensor], None]:
+    """What copies leaves of some shapes into a vector, end to end.
+
+    Neighbours that differ in their first dimension alone are put together as they are: to see each leaf as a vector
+    first takes longer than to copy a small one.
+    """
+    runs: list[tuple[slice, slice, tuple[int, ...]]] = []
+    start = entries = 0
+    for tail, run in itertools.groupby(shapes, key=lambda shape: shape[1:]):
+        heads = [shape[0] for shape in run]
+        size = sum(heads) * math.prod(tail)
+        runs.append((slice(start, start + len(heads)), slice(entries, entries + size), (sum(heads), *tail)))
+        start, entries = start + len(heads), entries + size
+    if 2 * len(runs) > len(shapes) > 1:
+        return _end_to_end
+
+    def join(leaves: Sequence[Tensor], out: Tensor) -> None:
+        for some, part, shape in runs:
+            torch.cat(tuple(leaves[some]), out=out[part].view(shape))
+
+    return join
+
+
 def _guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
     """A fast look at whether tensors have the shapes, strides, dtypes and devices of these."""
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
@@ -677,10 +708,8 @@ class Plan:
             if isinstance(first, int):
                 return lambda entries: entries[first].contiguous().view(shape)
             return lambda entries: first.contiguous().view(shape)
-        join = torch.cat if flat else torch.stack
-        vectors = not flat or all([len(home.inputs[slot].shape) == 1 for home in buffer.homes])
-
         shape, like = buffer.shapes[slot], buffer.homes[0].inputs[slot]
+        join = _joiner([home.inputs[slot].shape for home in buffer.homes]) if flat else _stack
         kept, size = (number, slot) in self.kept or not flat, math.prod(buffer.shapes[slot])
         # What is only read is copied together for one call of a flat kernel after the other, in the same memory.
         key = (number, slot) if kept else (slot, like.dtype, like.device)
@@ -692,14 +721,14 @@ class Plan:
 
         def gather(entries: list[Any]) -> Tensor:
             leaves = pick(entries)
-            if flat and not (kept and in_place) and (whole := lying(leaves)) is not None:
-                return whole
+            if flat and not (kept and in_place) and (there := lying(leaves)) is not None:
+                return there
             memory = scratches.get(key)
             if memory is None:
                 with torch.inference_mode(False):
                     scratches[key] = memory = empty(most.get(key, size), like.dtype, like.device)
             scratch = memory[:size].view(shape)
-            join(tuple(leaves) if vectors else [x.reshape(-1) for x in leaves], out=scratch)
+            join(leaves, scratch)
             return scratch
 
         return gather

@@ -240,6 +240,8 @@ def _groups(
     for (flat, *_), members in alike.items():
         summed = [_summed_by(value, users, sums) is not None for value in members[0].exports]
         if not flat or len(members) == 1 or all(summed):
+            if flat:  # Neighbours that differ in their first dimension alone are copied together as they are.
+                members.sort(key=lambda home: home.inputs[0].shape[1:])
             groups.append(Group(members, flat, summed=flat and len(members) > 1))
             continue
         stacked: dict[Any, list[Home]] = {}

@@ -337,6 +337,24 @@ def test_extra_arguments_of_other_shapes_and_strides_are_not_mixed_up():
         assert_equal(step(params, params, fr.EmptyState(), A=given)[0], expected)
 
 
+@pytest.mark.parametrize(
+    "shapes", [[(4, 3), (2, 3), (1, 3)], [(3, 0), (2, 0)], [(2, 3), (3, 2)], [(5, 1, 2), (4, 1, 2)]]
+)
+def test_leaves_that_differ_in_their_first_dimension(shapes):
+    tx = fr.chain(fr.trace(0.9), fr.scale(-0.1))
+    tree = lambda seed: {str(i): torch.randn(shape) + seed for i, shape in enumerate(shapes)}
+    for donate in (False, True):
+        step = fr.fuse(tx, donate=donate, backend="eager")
+        grads = tree(1)
+        follow(
+            tx,
+            step,
+            *step.init(tree(0)),
+            grads=lambda n, _, grads=grads: fr.tree_map(lambda g: g * n, grads),
+            rtol=1e-6,
+        )
+
+
 def test_plans_of_other_layouts_share_no_memory():
     def update(updates, state, params, *, rows):
         return fr.tree_map(lambda u: u / u.norm(dim=1, keepdim=True) if rows else 2 * u, updates), state

@@ -71,3 +71,45 @@ def test_resized_refuses_to_change_a_convolution_of_wide_groups():
     net = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2, bias=False))
     with pytest.raises(ValueError, match="belongs to a convolution of 2 groups"):
         fr.resized(net, {"0.weight": torch.ones(6, 2, 3)})
+
+
+# Constraints
+
+
+def test_what_a_projection_cannot_bring_into_the_set_is_outside_of_it():
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert fr.l2_sphere(torch.zeros(3)) == torch.inf
+    assert fr.l2_sphere(rows, torch.tensor([[1.0], [5.0]]), dim=1) == torch.inf
+    assert fr.l2_sphere(rows, torch.tensor([[0.0], [5.0]]), dim=1) == 0
+    assert fr.l2_sphere({"none": torch.zeros(0, 3), "one": torch.ones(1)}) == 0
+    assert fr.hyperplane(torch.ones(3), 0.0, 1.0) == torch.inf
+    assert fr.hyperplane(torch.ones(3), 0.0, 0.0) == 0
+    assert fr.halfspace(torch.ones(3), 0.0, -1.0) == torch.inf
+    assert fr.halfspace(torch.ones(3), 0.0, 1.0) == 0
+
+
+def test_the_simplex_of_a_tree_refuses_complex_leaves():
+    with pytest.raises(TypeError, match="simplex takes real numbers"):
+        fr.projection_simplex({"w": torch.ones(2, dtype=torch.complex64)})
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fr.ftrl(0.0, fr.l1), "learning_rate is 0.0; expected a number above 0"),
+        (lambda: fr.ftrl(0.1, fr.l1, beta=0.0), "beta is 0.0; expected a number above 0"),
+        (lambda: fr.rmda(0.1, fr.l1, momentum=1.0), "momentum is 1.0; expected a number below 1"),
+        (lambda: fr.ramda(0.1, fr.l1, momentum=1.5), "momentum is 1.5; expected a number below 1"),
+    ],
+)
+def test_numbers_at_which_a_transform_would_not_move_or_not_be_defined_are_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_nonnegative_form_of_no_penalty_is_an_error():
+    with pytest.raises(TypeError, match="inner is 3; expected a separable Penalty"):
+        fr.nonnegative_form(3)  # pyright: ignore[reportArgumentType]

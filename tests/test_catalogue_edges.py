@@ -113,3 +113,16 @@ def test_numbers_at_which_a_transform_would_not_move_or_not_be_defined_are_error
 def test_the_nonnegative_form_of_no_penalty_is_an_error():
     with pytest.raises(TypeError, match="inner is 3; expected a separable Penalty"):
         fr.nonnegative_form(3)  # pyright: ignore[reportArgumentType]
+
+
+# Certificates
+
+
+def test_the_gap_of_labels_of_minus_one_is_no_number():
+    x = torch.eye(3)
+    gap = [
+        fr.duality_gap(lambda p: x @ p["w"], {"w": torch.ones(3)}, torch.tensor(y), fr.l1, loss="logistic")
+        for y in ([0.0, 1.0, 1.0], [-1.0, 1.0, 1.0])
+    ]
+    assert gap[0] > 0
+    assert gap[1].isnan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -184,6 +185,8 @@ def _squared(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[Tensor
 
 def _logistic(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     guesses = outputs.sigmoid()
+    # The loss of other targets, such as -1, has no minimum to be near to.
+    targets = torch.where((targets < 0) | (targets > 1), math.nan, targets)
 
     def divergence(share: Tensor) -> Tensor:
         mixed = share * guesses + (1 - share) * targets
@@ -217,7 +220,8 @@ def duality_gap(
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number above 0, or 0-dim tensor.
         loss: `"squared"`, half the squared distance, or `"logistic"`, the binary cross-entropy of logits and of targets
-            from 0 to 1; both summed over the outputs of a sample, and averaged over samples.
+            from 0 to 1 (others, such as -1, give NaN); both summed over the outputs of a sample, and averaged over
+            samples.
         options: Static options of the penalty, such as `dim`.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
 from funcreg.penalties import Dim, group_dims
 from funcreg.penalty import Penalty
-from funcreg.tree import compute, safe_sqrt, sign, squared, tree_leaves, tree_paths, widen
+from funcreg.tree import compute, compute_leaves, safe_sqrt, sign, squared, tree_leaves, tree_paths, widen
 from funcreg.tree import total as summed
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -37,6 +37,8 @@ class Constraint(Penalty):
         reach: How far one entry of the projection looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
+        missed: From `(params, *hyper, **options)` to bools: whether a leaf lies outside although the projection leaves
+            it where it is, for want of a nearest point. By default none does.
         rule: The function whose name, documentation and signature these are; by default `projection`.
 
     Example:
@@ -55,11 +57,16 @@ class Constraint(Penalty):
         reach: Reach | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         check: Callable[..., None] | None = None,
+        missed: Callable[..., list[Tensor]] | None = None,
         rule: Callable[..., Any] | None = None,
     ) -> None:
         def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
             nearest = projection(params, *hyper, metric=None, **options)
-            return summed([_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)])
+            terms = [_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)]
+            if missed is not None:
+                lost = missed(params, *hyper, **options)
+                terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
+            return summed(terms)
 
         def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
             return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
@@ -127,6 +134,7 @@ def constraint(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     check: Callable[..., None] | None = None,
     real: bool = False,
+    missed: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
@@ -142,6 +150,8 @@ def constraint(
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         real: Whether complex leaves are refused, for a set that needs an order.
+        missed: `(w, *hyper, **options)` to bools: where a leaf lies outside although the projection leaves it where it
+            is, as it leaves zero in the middle of a sphere.
 
     Example:
         >>> @constraint(reach="elementwise", real=True)
@@ -172,7 +182,16 @@ def constraint(
                 )
             return metric(w, h, *hyper, **options)
 
-        return Constraint(projection, reach=reach, bounds=bounds, check=check, rule=rule)
+        def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
+            return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
+
+        def out(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
+            # Leaves without entries are in every set.
+            found = missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
+            return found.any()
+
+        tells = None if missed is None else lost
+        return Constraint(projection, reach=reach, bounds=bounds, check=check, missed=tells, rule=rule)
 
     return lift
 
@@ -343,7 +362,12 @@ def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     return torch.where(norms > radius, radius * directions, w) + 0.0
 
 
-@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+def _at_center(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    norms = polar(w, group_dims(w, dim))[0]
+    return (norms == 0) & (torch.zeros_like(norms) + radius > 0)
+
+
+@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0}, missed=_at_center)
 def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
 
@@ -535,7 +559,23 @@ def _along(w: Tensor, normal: Scalar, offset: Scalar, dims: tuple[int, ...]) -> 
     return (offset - products) / torch.where(squares == 0, torch.full_like(squares, math.inf), squares), normals
 
 
-@constraint(reach="leaf", real=True)
+def _without_normal(w: Tensor, normal: Scalar, dim: Dim) -> Tensor:
+    dims = group_dims(w, dim)
+    squares = squared(torch.zeros_like(w) + normal)
+    return (squares.sum(dims, keepdim=True) if dims else squares) == 0
+
+
+def _no_plane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    nothing = _without_normal(w, normal, dim)
+    return nothing & (torch.zeros_like(nothing, dtype=w.dtype) + offset != 0)
+
+
+def _no_halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    nothing = _without_normal(w, normal, dim)
+    return nothing & (torch.zeros_like(nothing, dtype=w.dtype) + offset < 0)
+
+
+@constraint(reach="leaf", real=True, missed=_no_plane)
 def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear equation, :math:`\langle a, w_g \rangle = b`.
 
@@ -543,7 +583,7 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
 
     Args:
         normal: :math:`a`: number, tensor that broadcasts against a leaf, or a tree of them. One that is all zeros
-            moves nothing.
+            moves nothing; the value tells whether it had to.
         offset: :math:`b`: number, tensor that broadcasts against the groups, or a tree of them.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
@@ -555,13 +595,13 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
     return w + below * normals
 
 
-@constraint(reach="leaf", real=True)
+@constraint(reach="leaf", real=True, missed=_no_halfspace)
 def halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear inequality, :math:`\langle a, w_g \rangle \le b`.
 
     Args:
         normal: :math:`a`: number, tensor that broadcasts against a leaf, or a tree of them. One that is all zeros
-            moves nothing.
+            moves nothing; the value tells whether it had to.
         offset: :math:`b`: number, tensor that broadcasts against the groups, or a tree of them.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 

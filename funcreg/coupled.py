@@ -355,11 +355,13 @@ _CHANNELWISE = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.Upsample),
 )
+#: Layers that do so for channels of pixels, by the number of dimensions of these. Anywhere else they mix channels.
+_PIXELWISE = {
+    1: (nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, nn.ZeroPad1d, nn.Upsample),
+    2: (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d, nn.Upsample),
+    3: (nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, nn.ZeroPad3d, nn.Upsample),
+}
 
 
 def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
@@ -387,9 +389,9 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
     """
     families: list[Family] = []
     channels = 0  # Of the last family; 0 where no layer has made channels yet.
-    spread, flattened = False, False  # Whether a channel has pixels, and whether they lie in one dimension now.
+    pixels, flattened = 0, False  # How many dimensions the pixels of a channel have, and whether they are one now.
     opaque = ""  # A layer that channels cannot be followed through.
-    seen: set[int] = set()
+    seen: dict[int, str] = {}  # Names of the layers before, by the layers and their parameters.
 
     def refuse(name: str, reason: str) -> ValueError:
         return ValueError(
@@ -405,10 +407,13 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
 
     for name, layer in _layers(module, prefix):
         said = f"'{name}', a {type(layer).__name__}"
-        if next(layer.parameters(), None) is not None:
+        if parameters := list(layer.parameters()):
             if id(layer) in seen:
                 raise refuse(said, "it is used twice")
-            seen.add(id(layer))
+            shared = next((seen[id(x)] for x in parameters if id(x) in seen), None)
+            if shared is not None:
+                raise refuse(said, f"it shares a parameter with '{shared}'")
+            seen.update(dict.fromkeys(map(id, (layer, *parameters)), name))
         if isinstance(layer, (nn.Linear, _CONVOLUTIONS)):
             linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, _TRANSPOSED)
             if "weight" not in _named(layer):
@@ -420,7 +425,7 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
             if channels:
                 if opaque:
                     raise refuse(opaque, "it may mix them, or turn zeros into other numbers")
-                if linear == (spread and not flattened):
+                if linear == (pixels > 0 and not flattened):
                     raise refuse(said, "a Flatten belongs between" if linear else "it takes pixels")
             if apart > 1:
                 if not apart == into == out:
@@ -433,7 +438,7 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
                 size, dim = entries(said, into), 0 if transposed else 1
                 families[-1][f"{name}.weight"] = Along(dim, size, penalized=False)
             families.append({f"{name}.{own}": 1 if transposed and own == "weight" else 0 for own in _named(layer)})
-            channels, spread, flattened, opaque = out, not linear, False, ""
+            channels, pixels, flattened, opaque = out, 0 if linear else layer.weight.ndim - 2, False, ""
         elif isinstance(layer, _NORMS) and channels and not opaque:
             size = entries(said, layer.num_features)
             if not layer.affine:
@@ -442,8 +447,8 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
             statistics = [f"{name}.{own}" for own, x in layer.named_buffers() if x.ndim]
             families[-1].update(dict.fromkeys(statistics, Along(0, size, penalized=False)))
         elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
-            flattened = flattened or spread
-        elif not isinstance(layer, _CHANNELWISE):
+            flattened = flattened or pixels > 0
+        elif not isinstance(layer, (*_CHANNELWISE, *_PIXELWISE.get(0 if flattened else pixels, ()))):
             opaque = opaque or said
     if families:
         last = next(iter(families.pop()))
@@ -490,15 +495,24 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
         )
     """
     smaller = copy.deepcopy(module)
-    known = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
-    for name, leaf in zip(tree_paths(params), tree_leaves(params), strict=True):
+    known = {
+        **dict(smaller.named_parameters(remove_duplicate=False)),
+        **dict(smaller.named_buffers(remove_duplicate=False)),
+    }
+    given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
+    for name, leaf in given.items():
         if name not in known:
             raise ValueError(f"resized got '{name}', which the module has not; it has {', '.join(known)}")
-        path, _, own = name.rpartition(".")
-        layer, old, new = smaller.get_submodule(path), known[name], leaf.detach().clone()
-        setattr(layer, own, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        if new.shape != old.shape:
-            _resize(name, layer, new)
+        old, new = known[name], leaf.detach().clone()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        # Layers that share a tensor share it still.
+        for place in [name, *[other for other, x in known.items() if x is old and other not in given]]:
+            path, _, own = place.rpartition(".")
+            layer = smaller.get_submodule(path)
+            setattr(layer, own, new)
+            if new.shape != old.shape:
+                _resize(place, layer, new)
     for name, layer in smaller.named_modules():
         if isinstance(layer, _NORMS) and len({x.shape for x in (*layer.parameters(), *layer.buffers()) if x.ndim}) > 1:
             raise ValueError(
@@ -515,10 +529,19 @@ def _resize(name: str, layer: nn.Module, leaf: Tensor) -> None:
     elif isinstance(layer, _NORMS):
         layer.num_features = leaf.shape[0]
     elif isinstance(layer, _CONVOLUTIONS):
+        transposed = isinstance(layer, _TRANSPOSED)
         first, second = layer.weight.shape[:2]
-        layer.out_channels, layer.in_channels = (second, first) if isinstance(layer, _TRANSPOSED) else (first, second)
-        if layer.groups > 1:  # A depthwise one, or the channels could not have been followed.
-            layer.groups = layer.out_channels = layer.in_channels = first
+        if layer.groups > 1:
+            each = layer.out_channels // layer.groups
+            if layer.in_channels != layer.groups or second != (each if transposed else 1):
+                raise ValueError(
+                    f"'{name}' has another shape than in the module, and belongs to a convolution of {layer.groups} "
+                    "groups; resized knows those of one group, and of one for each channel"
+                )
+            layer.groups = layer.in_channels = first if transposed else first // each
+            layer.out_channels = layer.groups * each
+        else:
+            layer.out_channels, layer.in_channels = (second, first) if transposed else (first, second)
     else:
         raise ValueError(
             f"'{name}' has another shape than in the module, and resized knows no way to change a "

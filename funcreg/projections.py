@@ -21,6 +21,7 @@ from funcreg.constraints import (
     l2_sphere,
     linf_ball,
     nonnegative,
+    simplex,
     simplex_excess,
 )
 from funcreg.tree import check_alike, check_nonnegative, check_params, flatten, sign, tree_leaves, widen
@@ -92,7 +93,7 @@ def projection_simplex(tree: Params, scale: Scalar = 1) -> Params:
         {'a': tensor([0.3000, 0.7000]), 'b': tensor(0.)}
     """
     check_nonnegative("scale", scale)
-    return _joint(lambda w: simplex_excess(w, scale), tree)
+    return _joint(lambda w: simplex.project(w, scale), tree)
 
 
 def projection_l1_sphere(tree: Params, scale: Scalar = 1) -> Params:

@@ -17,7 +17,7 @@ from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
-from funcreg.transform import Transform, at_step, check_fit, counter, furthest, identity, nonnegative
+from funcreg.transform import Transform, at_step, below_one, check_fit, counter, furthest, identity, nonnegative
 from funcreg.tree import (
     check_mask,
     compute,
@@ -134,9 +134,7 @@ def prox_sgd(
     if momentum is None:
         direction, gain = identity(), 1.0
     else:
-        nonnegative(momentum=momentum)
-        if isinstance(momentum, (int, float)) and momentum >= 1:
-            raise ValueError(f"momentum is {momentum}; expected a number below 1")
+        below_one(momentum=momentum)
         direction, gain = trace(momentum, nesterov), 1 / (1 - momentum)
     return descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
 

@@ -539,6 +539,8 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         >>> nonnegative_mcp.prox(params, 1.0, 1.0, 4.0), nonnegative_mcp(params, 1.0, 4.0)
         ({'weight': tensor([2.6667, 0.0000, 0.0000])}, tensor(inf))
     """
+    if not isinstance(inner, Penalty):
+        raise TypeError(f"inner is {inner!r}; expected a separable Penalty such as l1")
     if inner.reach != "elementwise":
         raise ValueError(
             f"nonnegative_form got {inner!r} of reach {inner.reach!r}; expected a separable penalty, of reach "

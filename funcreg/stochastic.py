@@ -19,7 +19,7 @@ from funcreg.penalty import Penalty
 from funcreg.proximal import descend
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam
-from funcreg.transform import Transform, at_step, check_fit, counter, furthest, nonnegative
+from funcreg.transform import Transform, at_step, below_one, check_fit, counter, furthest, nonnegative, positive
 from funcreg.tree import check_mask, compute, compute_wide, product, safe_sqrt, squared, tree_map, wide, zeros
 
 
@@ -43,7 +43,8 @@ def _average(
     mask: Mask | None,
     options: dict[str, Any],
 ) -> Transform:
-    nonnegative(learning_rate=learning_rate, strength=strength, momentum=momentum)
+    nonnegative(learning_rate=learning_rate, strength=strength)
+    below_one(momentum=momentum)
     check_penalty(penalty, hyper, options)
     check_mask(mask)
 
@@ -236,7 +237,8 @@ def ftrl(
         McMahan, *Follow-the-regularized-leader and mirror descent: equivalence theorems and L1 regularization*, 2011.
         McMahan and others, *Ad click prediction: a view from the trenches*, 2013.
     """
-    nonnegative(learning_rate=learning_rate, strength=strength, beta=beta)
+    nonnegative(strength=strength)
+    positive(learning_rate=learning_rate, beta=beta)
     check_penalty(penalty, hyper, options)
     check_mask(mask)
 

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Reach, State, Updates
-from funcreg.tree import broadcast, check_alike, check_nonnegative, check_params, flatten, mask_leaves, scalar_device
+from funcreg.tree import (
+    broadcast,
+    check_alike,
+    check_nonnegative,
+    check_params,
+    flatten,
+    mask_leaves,
+    scalar_device,
+    tree_leaves,
+)
 
 _REACHES: tuple[Reach, ...] = ("elementwise", "rows", "matrix", "leaf", "global")
 
@@ -193,3 +202,19 @@ def nonnegative(**hyper: Hyper) -> None:
     """Raise an error for the first of these hyperparameters that is a negative number, a string or a bool."""
     for name, value in hyper.items():
         check_nonnegative(name, value)
+
+
+def positive(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is a number of at most 0, a string or a bool."""
+    nonnegative(**hyper)
+    for name, value in hyper.items():
+        if any(isinstance(x, (int, float)) and x == 0 for x in tree_leaves(value)):
+            raise ValueError(f"{name} is {value}; expected a number above 0")
+
+
+def below_one(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is a number below 0 or of at least 1."""
+    nonnegative(**hyper)
+    for name, value in hyper.items():
+        if any(isinstance(x, (int, float)) and x >= 1 for x in tree_leaves(value)):
+            raise ValueError(f"{name} is {value}; expected a number below 1")

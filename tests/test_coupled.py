@@ -452,13 +452,14 @@ def test_layers_that_channels_are_followed_through_keep_zeros():
             continue
         try:
             layer = kind(2) if "Pool" in name or "Pad" in name else kind()
-            fr.channel_groups(nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Conv2d(3, 1, 1)))
+            pixels = int(next((d for d in "13" if name.endswith(d + "d")), "2"))
+            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[pixels - 1]
+            fr.channel_groups(nn.Sequential(convolution(1, 3, 1), layer, convolution(3, 1, 1)))
         except (Warning, TypeError, ValueError):  # Deprecated, in need of other arguments, or refused.
             continue
         followed.add(name)
         layer = kind(scale_factor=2) if isinstance(layer, nn.Upsample) else layer
-        zeros = torch.zeros(2, 3, *[4] * int(next((d for d in "13" if name.endswith(d + "d")), "2")))
-        assert not layer(zeros).any(), name
+        assert not layer(torch.zeros(2, 3, *[4] * pixels)).any(), name
     assert {"ReLU", "GELU", "Dropout2d", "MaxPool2d", "AdaptiveAvgPool3d", "Identity"} <= followed
     assert not {"Sigmoid", "Softplus", "LayerNorm", "PReLU", "AlphaDropout", "InstanceNorm2d"} & followed
 

@@ -304,10 +304,9 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
     last = lambda node: max([order[user] for user in node.users])
     for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
         place, node = copy.args
-        free = max(
-            [order[user] for user in place.users if user is not copy], default=0
-        )  # From there on it is not read.
-        made: fx.Node | None = node if "value" in node.meta and list(node.users) == [copy] else None
+        # From there on the place is not read.
+        free = max([order[user] for user in place.users if user is not copy], default=0)
+        made: fx.Node | None = node if "value" in node.meta and "out" not in node.kwargs else None
         while made is not None and _elementwise(made) and order[made] >= free:
             if (out := _variant(made.target, "out")) is None:
                 break
@@ -315,13 +314,15 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
             if made is node:
                 graph.erase_node(copy)
             # What only this needs is made in the same place.
-            before = [x for x in made.all_input_nodes if _same_kind(made, x) and list(x.users) == [made]]
-            made = before[0] if before else None
+            apart = [x for x in made.all_input_nodes if _same_kind(made, x) and list(x.users) == [made]]
+            made = next((x for x in apart if "out" not in x.kwargs), None)
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if "out" in node.kwargs or "value" not in node.meta or not isinstance(first, fx.Node) or not _elementwise(node):
             continue
         if first.op != "call_function" or not _same_kind(node, first) or order[node] < last(first):
+            continue
+        if "out" in first.kwargs:  # That is where it belongs, and stays.
             continue
         if (inside := _variant(node.target, "_")) is not None:
             node.target = inside

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params
-from funcreg.tree import compute_leaves, compute_wide, flatten, product, total
+from funcreg.tree import compute_leaves, compute_wide, flatten, product, scalar_device, total
 
 
 def accelerate(momentum: Tensor, uphill: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def approach(
     step = product(start, step, least)
     y = x = compute_wide(lambda w: w, start)
     leaves, rebuild = flatten(y)
-    momentum = [torch.ones((), dtype=torch.float64) for _ in range(len(leaves) if apart else 1)]
+    momentum = [torch.ones((), dtype=torch.float64, device=scalar_device(start))] * (len(leaves) if apart else 1)
     for _ in range(count):
         reached = compute_wide(lambda y, w, h, c: y - c * h * (y - w), y, point, metric, hyper=(least,))
         new = prox(reached, step)

@@ -139,8 +139,8 @@ class _Compiled:
     def _straight(self, run: Callable[..., Any], inputs: list[Any], args: tuple[Any, ...]) -> None:
         """Find each input of compiled code among the arguments; if that is not clear, leave the call as it is."""
         places = {id(arg): i for i, arg in enumerate(args)}
-        # What was compiled for one tensor in two places is right for no two tensors. Two that overlap, of which one is
-        # written, became one input, which is found nowhere.
+        # What was compiled for one tensor in two places is right for no two tensors. What is written overlaps nothing
+        # else: it is memory of the step's own, or donated and looked at.
         if len(places) < len(args):
             return
         entries = args[0].numel() if args else 0
@@ -191,10 +191,8 @@ def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     from torch._inductor import compile_fx as inductor
     from torch._inductor import cpu_vec_isa
 
-    known, compile_fx = (
-        {"size_asserts": False, "post_grad_custom_post_pass": _written_early()},
-        _untyped(inductor.compile_fx),
-    )
+    compile_fx = _untyped(inductor.compile_fx)
+    known = {"size_asserts": False, "post_grad_custom_post_pass": _written_early()}
     try:
         return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
     except Exception:

@@ -8,6 +8,7 @@ formula. Gradients are the same at every step, so that AMSGrad, too, agrees with
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -45,7 +46,7 @@ def adam_direction(w: Any, m: Tensor, v: Tensor, n: int, eps: float) -> Tensor:
     return m / (1 - 0.9**n) / ((v / (1 - 0.999**n)).sqrt() + eps)
 
 
-class Loop:
+class Loop(abc.ABC):
     """An optimizer that torch has not, as users write it: one leaf after the other."""
 
     def __init__(self, leaves: list[Tensor]) -> None:
@@ -58,8 +59,9 @@ class Loop:
         for leaf in zip(self.leaves, self.m, self.v, strict=True):
             self.one(*leaf)
 
+    @abc.abstractmethod
     def one(self, w: Any, m: Tensor, v: Tensor) -> None:
-        raise NotImplementedError
+        """Step one parameter, with its moments."""
 
 
 class Lion(Loop):

@@ -215,7 +215,7 @@ class Penalty:
 
     def weigh(self, params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
         """Weights as they multiply the terms of this penalty, or an error that says at which leaf they do not."""
-        if isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim):
+        if _single(weights):
             return weights
         if self._weigh is None or not self.weighable:
             raise _one_number(self, weights)
@@ -268,8 +268,7 @@ class Penalty:
                 "what takes the penalty, as strength= or as a hyperparameter there."
             )
         check_nonnegative(f"the strength of {self.__name__}", strength)
-        several = not isinstance(strength, (int, float, Tensor)) or (isinstance(strength, Tensor) and strength.ndim > 0)
-        if several and not self.weighable:
+        if not _single(strength) and not self.weighable:
             raise _one_number(self, strength)
         one = isinstance(strength, (int, float)) and strength == 1
         return Sum((Term(self, () if one else (strength,), values, tuple(options.items()), mask),))
@@ -359,6 +358,11 @@ class Sum(Penalty):
         return weights
 
 
+def _single(weights: Hyper) -> bool:
+    """Whether weights are a single number."""
+    return isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim)
+
+
 def _one_number(penalty: Penalty, weights: Hyper) -> TypeError:
     came = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
     return TypeError(
@@ -435,7 +439,7 @@ def penalty(
             return total([term.sum() for term in terms])
 
         def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
-            if isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim):
+            if _single(weights):
                 plain = tree_value(params, *hyper, **options)
                 return times(weights, plain).to(plain.dtype)
             rule = lambda w, c, *row: _weighted_sum(w, c, value(w, *row, **options))

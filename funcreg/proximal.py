@@ -17,7 +17,17 @@ from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
-from funcreg.transform import Transform, at_step, below_one, check_fit, counter, furthest, identity, nonnegative
+from funcreg.transform import (
+    Transform,
+    at_step,
+    below_one,
+    check_fit,
+    counter,
+    furthest,
+    identity,
+    nonnegative,
+    positive,
+)
 from funcreg.tree import (
     check_mask,
     compute,
@@ -263,9 +273,7 @@ def proximal_step(
             "link. Is it a wrapper, which may stand around proximal_step instead? For momentum alone, take prox_sgd."
         )
     if max_step is not None:
-        nonnegative(max_step=max_step)
-        if any(isinstance(leaf, (int, float)) and leaf == 0 for leaf in tree_leaves(max_step)):
-            raise ValueError("max_step is 0.0; expected a number above 0. For leaves that stay, use freeze or mask.")
+        positive(max_step=max_step)
     check_inner_steps(inner_steps)
     return descend(
         preconditioner,

@@ -365,7 +365,7 @@ def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
 
     Large weights pay more: it selects with a controlled rate of false discoveries, and makes magnitudes of
     correlated weights equal. With equal weights it is `l1`, with one alone `linf`. The proximal operator is exact;
-    there is none in a diagonal metric.
+    it has no closed form in a diagonal metric, where `inner_steps` find it.
 
     Args:
         weights: :math:`\lambda`, at least 0 and from greatest to least, as it must be for a convex penalty: a number,
@@ -589,8 +589,8 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     A group is a tuple of indices and of groups inside it, and `...` stands for all indices that are written nowhere.
     In `groups=((0, (1, 2), (3, (4,))),)` there is one tree: nothing in it stays without the group of all five, and 4
     not without 3. `groups=((0, 1), (2, 3, 4))` are two trees of one group each. The proximal operator shrinks groups
-    from the leaves of the trees to their roots, which is exact because groups are nested or apart. There is none in
-    a diagonal metric.
+    from the leaves of the trees to their roots, which is exact because groups are nested or apart. It has no closed
+    form in a diagonal metric, where `inner_steps` find it.
 
     Args:
         groups: Tuple of groups. Indices count slices along `axis`, such as the rows of a matrix.

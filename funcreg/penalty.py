@@ -435,8 +435,8 @@ def penalty(
 
     def lift(value: Callable[..., Tensor]) -> Penalty:
         def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-            terms = compute_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper)
-            return total([term.sum() for term in terms])
+            # Summed leaf by leaf: the terms of one are in a cache, and those of all would be a second set of weights.
+            return total(compute_leaves(lambda w, *row: value(w, *row, **options).sum(), params, hyper=hyper))
 
         def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             if _single(weights):

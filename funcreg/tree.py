@@ -500,6 +500,8 @@ def sign(w: Tensor) -> Tensor:
     """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
     if not w.is_complex() and _bare(w):
         signs = w.sign()
+        if w.device.type == "cpu" and not math.isnan(w.sum()):  # A look costs less than to write once more.
+            return signs
         # The same in a third of the time, but for derivatives. Adding zero turns -0.0 into +0.0.
         return torch.clamp(w, signs, signs, out=signs).add_(0.0)
     return torch.where(w != w, w, w.sgn() if w.is_complex() else w.sign())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -23,3 +23,5 @@ Hyper: TypeAlias = Any
 Mask: TypeAlias = Any
 #: How far one entry of a result looks: at its own entry, its row, its matrix, its leaf, or at every leaf.
 Reach: TypeAlias = Literal["elementwise", "rows", "matrix", "leaf", "global"]
+#: From the nearest to the furthest.
+REACHES: tuple[Reach, ...] = get_args(Reach)

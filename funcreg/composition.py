@@ -100,6 +100,9 @@ class Term(NamedTuple):
         step = product(params, step, *self.factors)
         return self.penalty.prox(params, step, *self.hyper, metric=metric, mask=self.mask, **dict(self.options))
 
+    def in_metric(self, params: Params) -> bool:
+        return self.penalty.in_metric(params, *self.hyper, mask=self.mask, **dict(self.options))
+
     def residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
         strength = product(params, strength, *self.factors)
         return self.penalty.residual(
@@ -175,6 +178,14 @@ def sum_proximal(terms: Sequence[Term], params: Params, step: Hyper, metric: Par
     return compute(lambda w, z: z, params, point)
 
 
+def sum_in_metric(terms: Sequence[Term], params: Params) -> bool:
+    """Whether the proximal operator of a sum is known in a metric."""
+    smooth, rough = _sorted(terms)
+    if not all([term.in_metric(params) for term in [*smooth, *rough]]):
+        return False
+    return not _arranged(rough, params, [False] * len(rough), [False] * len(rough))[1]
+
+
 def sum_residual(terms: Sequence[Term], params: Params, grads: Params, strength: Hyper) -> Params:
     """The element of least norm of the subdifferential: what is left of the gradient after each term in turn.
 
@@ -228,11 +239,28 @@ def _is_tree(value: Hyper, spread: list[Any]) -> bool:
 
 def _ordered(terms: list[Term], params: Params, step: Hyper, metric: Params | None) -> list[Term]:
     """The terms in an order in which each leaves the subgradients of all before it what they are."""
-    leaves, places = tree_leaves(params), [term.places(params) for term in terms]
     # In a metric only signs are kept. Steps that vary in a leaf spoil the order of its entries; directions are kept,
     # because penalties that say which weights they take refuse steps that vary inside a group.
     even = [metric is None and not any([varies(x) for x in (step, *term.factors)]) for term in terms]
     straight = [alike or (metric is None and term.penalty.weighable) for alike, term in zip(even, terms, strict=True)]
+    order, left = _arranged(terms, params, even, straight)
+    if left:
+        raise ValueError(_why_not(left, all(even)))
+    return order
+
+
+def _arranged(
+    terms: list[Term], params: Params, even: list[bool], straight: list[bool]
+) -> tuple[list[Term], list[Term]]:
+    """Terms in order, as far as there is one, and what is left.
+
+    Args:
+        terms: Terms in any order.
+        params: The tree on whose leaves they act.
+        even: Whether the proximal operator of each may keep the order of the entries of a leaf.
+        straight: Whether it may keep the directions of groups.
+    """
+    leaves, places = tree_leaves(params), [term.places(params) for term in terms]
 
     def may_follow(last: int, first: int) -> bool:
         shared = [w for w, here, there in zip(leaves, places[last], places[first], strict=True) if here and there]
@@ -244,10 +272,10 @@ def _ordered(terms: list[Term], params: Params, step: Hyper, metric: Params | No
         # Whatever may go first, may: the order of the others is as good without it.
         first = next((i for i in left if all([may_follow(j, i) for j in left if j != i])), None)
         if first is None:
-            raise ValueError(_why_not([terms[i] for i in left], all(even)))
+            break
         left.remove(first)
         order.append(terms[first])
-    return order
+    return order, [terms[i] for i in left]
 
 
 def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], possible: dict[Kept, bool]) -> bool:

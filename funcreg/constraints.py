@@ -32,19 +32,21 @@ class Constraint(Penalty):
     slope inside, and outside none that helps. Most are made from a rule on one leaf, with the decorator `constraint`.
 
     Args:
-        projection: From `(params, *hyper, metric, **options)` to the nearest tree of the set; `metric` is None or a
-            tree of positive tensors that weigh the squared distance.
+        projection: From `(params, *hyper, **options)` to the nearest tree of the set. One that knows it in a metric,
+            too, takes the keyword `metric=None`: a tree of positive tensors that weigh the squared distance.
         reach: How far one entry of the projection looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         missed: From `(params, *hyper, **options)` to bools: whether a leaf lies outside although the projection leaves
             it where it is, for want of a nearest point. By default none does.
+        in_metric: From the same to whether `projection` finds the nearest point in a metric; by default whether it
+            takes one.
         rule: The function whose name, documentation and signature these are; by default `projection`.
 
     Example:
         Parameters that are all the same, in one leaf:
 
-        >>> equal = Constraint(lambda params, *, metric=None: tree_map(lambda w: w.mean().expand_as(w).clone(), params))
+        >>> equal = Constraint(lambda params: tree_map(lambda w: w.mean().expand_as(w).clone(), params))
         >>> params = {"weight": torch.tensor([1.0, 3.0])}
         >>> equal(params), equal.project(params), equal(equal.project(params))
         (tensor(inf), {'weight': tensor([2., 2.])}, tensor(0.))
@@ -58,10 +60,11 @@ class Constraint(Penalty):
         bounds: Mapping[str, tuple[float, float]] | None = None,
         check: Callable[..., None] | None = None,
         missed: Callable[..., list[Tensor]] | None = None,
+        in_metric: Callable[..., bool] | None = None,
         rule: Callable[..., Any] | None = None,
     ) -> None:
         def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-            nearest = projection(params, *hyper, metric=None, **options)
+            nearest = projection(params, *hyper, **options)
             terms = [_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)]
             if missed is not None:
                 lost = missed(params, *hyper, **options)
@@ -71,16 +74,24 @@ class Constraint(Penalty):
         def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
             return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
 
-        def proximal(
-            params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
-        ) -> Params:
-            return projection(params, *hyper, metric=metric, **options)
+        def proximal(params: Params, step: Hyper, *hyper: Hyper, **options: Any) -> Params:
+            return projection(params, *hyper, **options)
 
         def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
 
+        if in_metric is None:
+            takes = "metric" in inspect.signature(projection).parameters
+            in_metric = lambda *hyper, **options: takes
         super().__init__(
-            value, gradient, proximal, reach=reach, bounds=bounds, rule=rule or projection, weighted=weighted
+            value,
+            gradient,
+            proximal,
+            reach=reach,
+            bounds=bounds,
+            rule=rule or projection,
+            weighted=weighted,
+            in_metric=in_metric,
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
         shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
@@ -91,7 +102,13 @@ class Constraint(Penalty):
         return super().__repr__().replace("<penalty", "<constraint", 1)
 
     def project(
-        self, params: Params, *hyper: Hyper, metric: Params | None = None, mask: Mask | None = None, **options: Any
+        self,
+        params: Params,
+        *hyper: Hyper,
+        metric: Params | None = None,
+        inner_steps: int | None = None,
+        mask: Mask | None = None,
+        **options: Any,
     ) -> Params:
         r"""The nearest point of the set, :math:`\arg\min_{z \in C} \sum_i h_i (z_i - w_i)^2`.
 
@@ -99,10 +116,11 @@ class Constraint(Penalty):
             params: The tree :math:`w`.
             hyper: Hyperparameters of the constraint.
             metric: Tree of positive tensors :math:`h` like the parameters; by default all ones.
+            inner_steps: For a convex set without a rule in a metric: the steps of a descent, as in `prox`.
             mask: Leaves on which the constraint acts; the others stay as they are.
             options: Static options of the constraint.
         """
-        return self.prox(params, 0.0, *hyper, metric=metric, mask=mask, **options)
+        return self.prox(params, 0.0, *hyper, metric=metric, inner_steps=inner_steps, mask=mask, **options)
 
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
         """Hyperparameters in their order and options, or an error that says what this constraint takes."""
@@ -164,23 +182,21 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
+    weighed = metric
+
     def lift(rule: Callable[..., Tensor]) -> Constraint:
         def projection(params: Params, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
             if real and any(leaf.is_complex() for leaf in tree_leaves(params)):
                 names = zip(tree_paths(params), tree_leaves(params), strict=True)
                 first = next(name for name, leaf in names if leaf.is_complex())
                 raise TypeError(f"leaf '{first}' is complex; {rule.__name__} takes real numbers, which have an order")
-            if metric is None or reach == "elementwise":
+            if metric is None or weighed is None:
                 return compute(lambda w, *row: rule(w, *row, **options), params, hyper=hyper)
-            return compute(lambda w, h, *row: weighed(w, h, *row, **options), params, metric, hyper=hyper)
+            near = weighed
+            return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
 
-        def weighed(w: Tensor, h: Tensor, *hyper: Any, **options: Any) -> Tensor:
-            if metric is None:
-                raise ValueError(
-                    f"{rule.__name__} has no projection in a metric: it couples the entries of a leaf, and no closed "
-                    "form is known. Give @constraint a metric= rule, or project without a metric."
-                )
-            return metric(w, h, *hyper, **options)
+        def in_metric(*hyper: Any, **options: Any) -> bool:
+            return weighed is not None or reach == "elementwise"
 
         def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
@@ -191,7 +207,9 @@ def constraint(
             return found.any()
 
         tells = None if missed is None else lost
-        return Constraint(projection, reach=reach, bounds=bounds, check=check, missed=tells, rule=rule)
+        return Constraint(
+            projection, reach=reach, bounds=bounds, check=check, missed=tells, in_metric=in_metric, rule=rule
+        )
 
     return lift
 
@@ -318,7 +336,48 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 # Norms
 
 
-@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
+    norms, directions = polar(w, dims)
+    return torch.where(norms > radius, radius * directions, w) + 0.0
+
+
+def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
+    r"""The point :math:`h_i w_i / (h_i + \lambda)` of the sphere, where a group is too long.
+
+    Newton's method on one over the norm, which is concave in :math:`\lambda`, climbs to the root from where no entry
+    alone is longer than the radius.
+    """
+
+    def over_group(x: Tensor) -> Tensor:
+        return x.sum(dims, keepdim=True) if dims else x
+
+    if not w.numel():
+        return w.clone()
+    norms, directions = polar(w, dims)
+    long = (norms > radius) & (norms < math.inf) & (torch.zeros_like(norms) + radius > 0)
+    # The branch inside the ball computes with ones, so that no derivative through it is NaN.
+    x, h = torch.where(long, directions, torch.ones_like(w)), torch.where(long, h, torch.ones_like(h))
+    h = h / (h.amax(dims, keepdim=True) if dims else h)
+    goal = torch.where(long, radius / norms, torch.ones_like(norms))
+    root = (h * (x.abs() / goal - 1)).relu()
+    root = root.amax(dims, keepdim=True) if dims else root
+    for _ in range(8):
+        z = h * x / (h + root)
+        length = over_group(squared(z)).sqrt()
+        root = root + length.square() / over_group(squared(z) / (h + root)) * (length / goal - 1)
+    z = h * x / (h + root)
+    return torch.where(long, radius * z / over_group(squared(z)).sqrt() + 0.0, _shortened(w, radius, dims))
+
+
+def _ball_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    return _shortened_in_metric(w, h, radius, group_dims(w, dim))
+
+
+def _max_norm_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
+    return _shortened_in_metric(w, h, radius, group_dims(w, dim))
+
+
+@constraint(reach="leaf", metric=_ball_metric, bounds={"radius": _AT_LEAST_0})
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -334,11 +393,10 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
         {'weight': tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]]), 'bias': tensor([0.5000])}
     """
-    norms, directions = polar(w, group_dims(w, dim))
-    return torch.where(norms > radius, radius * directions, w) + 0.0
+    return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0})
+@constraint(reach="leaf", metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0})
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 
@@ -358,8 +416,7 @@ def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
         Srebro, Rennie & Jaakkola, *Maximum-margin matrix factorization*, 2004.
         Srivastava et al., *Dropout: a simple way to prevent neural networks from overfitting*, 2014.
     """
-    norms, directions = polar(w, group_dims(w, dim))
-    return torch.where(norms > radius, radius * directions, w) + 0.0
+    return _shortened(w, radius, group_dims(w, dim))
 
 
 def _at_center(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
@@ -550,13 +607,19 @@ def n_m_sparsity(w: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tens
 # Planes
 
 
-def _along(w: Tensor, normal: Scalar, offset: Scalar, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """How many normals a group lies below a plane, and the normals. A normal of zeros moves nothing."""
+def _along(
+    w: Tensor, normal: Scalar, offset: Scalar, dims: tuple[int, ...], h: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many normals a group lies below a plane, and the normals. A normal of zeros moves nothing.
+
+    In a metric a step along the normal is one along the normal over the metric.
+    """
     normals = torch.zeros_like(w) + normal
-    products, squares = w * normals, squared(normals)
+    steps = normals if h is None else normals / h
+    products, squares = w * normals, steps * normals
     if dims:
         products, squares = (x.sum(dims, keepdim=True) for x in (products, squares))
-    return (offset - products) / torch.where(squares == 0, torch.full_like(squares, math.inf), squares), normals
+    return (offset - products) / torch.where(squares == 0, torch.full_like(squares, math.inf), squares), steps
 
 
 def _without_normal(w: Tensor, normal: Scalar, dim: Dim) -> Tensor:
@@ -575,7 +638,12 @@ def _no_halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim =
     return nothing & (torch.zeros_like(nothing, dtype=w.dtype) + offset < 0)
 
 
-@constraint(reach="leaf", real=True, missed=_no_plane)
+def _plane_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    below, steps = _along(w, normal, offset, group_dims(w, dim), h)
+    return w + below * steps
+
+
+@constraint(reach="leaf", metric=_plane_metric, real=True, missed=_no_plane)
 def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear equation, :math:`\langle a, w_g \rangle = b`.
 
@@ -595,7 +663,12 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
     return w + below * normals
 
 
-@constraint(reach="leaf", real=True, missed=_no_halfspace)
+def _halfspace_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
+    below, steps = _along(w, normal, offset, group_dims(w, dim), h)
+    return w + below.clamp(max=0) * steps + 0.0
+
+
+@constraint(reach="leaf", metric=_halfspace_metric, real=True, missed=_no_halfspace)
 def halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear inequality, :math:`\langle a, w_g \rangle \le b`.
 

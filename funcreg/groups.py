@@ -132,7 +132,7 @@ def _best(
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
 
 
-def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> dict[str, Any]:
     """The rules of a penalty of the norms of groups, whose strength the weights multiply, from those on magnitudes."""
 
     def gradient(w: Tensor, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

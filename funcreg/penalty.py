@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach
-from funcreg.composition import Structure, Term, sum_gradient, sum_proximal, sum_residual, sum_value
+from funcreg._typing import REACHES, Hyper, Mask, Params, Reach
+from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.descent import approach, check_inner_steps
 from funcreg.tree import (
     check_alike,
@@ -52,8 +52,8 @@ class Penalty:
     Args:
         value: From `(params, *hyper, **options)` to a scalar.
         gradient: From the same to a tree like the parameters.
-        proximal: From `(params, step, *hyper, metric, **options)` to a tree like the parameters; `metric` is None
-            or a tree of positive tensors like the parameters.
+        proximal: From `(params, step, *hyper, **options)` to a tree like the parameters. One that finds the minimum in
+            a metric, too, takes `metric=None`: a tree of positive tensors like the parameters.
         residual: From `(params, grads, strength, *hyper, **options)` to the element of least norm of
             :math:`\nabla f + \text{strength} \cdot \partial g`; by default the residual of the proximal operator.
         reach: How far one entry of the proximal operator looks; None leaves it open, which is always right.
@@ -64,11 +64,15 @@ class Penalty:
             one number times the value.
         weigh: From the same to the weights, or an error where terms have no such weights; by default a single number
             may multiply the penalty, and no tree. Steps that are trees are its business too.
+        in_metric: From `(params, *hyper, **options)` to whether `proximal` finds the minimum in a metric; by default
+            whether it takes one.
+        inner_steps: For a convex penalty that does not: the steps of a descent that `prox` then takes if it is not
+            told how many. None for an error.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
 
-        >>> def joint_prox(params, step, metric=None):
+        >>> def joint_prox(params, step):
         ...     norm = global_norm(params)
         ...     return tree_map(lambda w: w * torch.relu(norm - step) / norm, params)
         >>> joint = Penalty(global_norm, lambda params: tree_map(lambda w: w / global_norm(params), params), joint_prox)
@@ -107,10 +111,14 @@ class Penalty:
         structure: Structure | None = None,
         weighted: Callable[..., Tensor] | None = None,
         weigh: Callable[..., Hyper] | None = None,
+        in_metric: Callable[..., bool] | None = None,
+        inner_steps: int | None = None,
     ) -> None:
         rule = rule or value
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self._weighted, self._weigh = weighted, weigh
+        takes = "metric" in inspect.signature(proximal).parameters
+        self._in_metric, self._inner_steps = in_metric or (lambda *hyper, **options: takes), inner_steps
         self.reach: Reach | None = reach
         self.structure = structure or Structure()
         self.__name__ = self.__qualname__ = rule.__name__
@@ -161,6 +169,9 @@ class Penalty:
             inner_steps: For a convex penalty without a closed form in a metric: the number of steps, at least 1, of a
                 descent that finds the point there with the proximal operator without a metric. 100 give 7 to 12 digits
                 where the metric of a leaf spans two orders of magnitude. None for the penalty's own rule.
+
+        Raises:
+            ValueError: There is no rule in a metric, and no `inner_steps`.
             mask: Leaves on which the penalty acts; the others stay as they are.
             options: Static options of the penalty.
         """
@@ -174,11 +185,22 @@ class Penalty:
         def act(chosen: Params) -> Params:
             own = self.weigh(chosen, step, *values, **options) if self.weighable else step
             h = _like(metric, mask, params)
-            if inner_steps is None or h is None:
-                return self._proximal(chosen, own, *values, metric=h, **options)
-            plain = lambda x, size: self._proximal(x, size, *values, metric=None, **options)
+            if h is None:
+                return self._proximal(chosen, own, *values, **options)
+            count = inner_steps
+            if count is None:
+                if self._in_metric(chosen, *values, **options):
+                    return self._proximal(chosen, own, *values, metric=h, **options)
+                count = self._inner_steps
+            if count is None:
+                raise ValueError(
+                    f"{self.__name__} has no closed proximal operator in a metric: it couples entries, and gives no "
+                    "rule for one. Give inner_steps=, the number of steps of a descent that finds the minimum if the "
+                    "penalty is convex, or leave metric= out."
+                )
+            plain = lambda x, size: self._proximal(x, size, *values, **options)
             apart = self.reach not in (None, "global")
-            landed = approach(plain, chosen, chosen, h, own, inner_steps, apart)
+            landed = approach(plain, chosen, chosen, h, own, count, apart)
             return compute(lambda w, z: z, chosen, landed)
 
         return _on(mask, params, act, params)
@@ -203,10 +225,16 @@ class Penalty:
             if self._residual is not None:
                 return self._residual(chosen, slopes, own, *values, **options)
             moved = compute(lambda w, g: w - g, chosen, slopes)
-            landed = self._proximal(moved, own, *values, metric=None, **options)
+            landed = self._proximal(moved, own, *values, **options)
             return compute(lambda w, z: w - z, chosen, landed)
 
         return _on(mask, params, act, grads)
+
+    def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
+        """Whether the proximal operator of such parameters has a rule of its own in a metric."""
+        values, options = self.bind(*hyper, **options)
+        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        return self._in_metric(chosen, *values, **options)
 
     @property
     def weighable(self) -> bool:
@@ -321,9 +349,10 @@ class Sum(Penalty):
     # In attributes alone, without a look at signatures: sums are also made inside compiled functions.
     def __init__(self, terms: tuple[Term, ...]) -> None:
         self._addends = terms
-        self._hyper, self._options, self._bounds = (), frozenset(), {}
+        self._hyper, self._options, self._bounds, self._inner_steps = (), frozenset(), {}, None
         self.structure = Structure(parts=lambda: terms)
-        self.reach = "elementwise" if all([term.penalty.reach == "elementwise" for term in terms]) else None
+        reaches = [term.penalty.reach for term in terms]
+        self.reach = None if None in reaches else REACHES[max([REACHES.index(reach) for reach in reaches])]
 
     @property
     def __name__(self) -> str:
@@ -341,6 +370,14 @@ class Sum(Penalty):
 
     def _proximal(self, params: Params, step: Hyper, metric: Params | None = None) -> Params:
         return sum_proximal(self._addends, params, step, metric)
+
+    def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
+        self.bind(*hyper, **options)
+        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        return sum_in_metric(self._addends, chosen)
+
+    def _in_metric(self, params: Params) -> bool:
+        return True  # Or its own rule says why not.
 
     def _residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
         return sum_residual(self._addends, params, grads, strength)
@@ -397,6 +434,7 @@ def penalty(
     reach: Reach | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     structure: Structure | None = None,
+    inner_steps: int | None = None,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
 
@@ -419,6 +457,7 @@ def penalty(
         reach: `"elementwise"` for a separable penalty, `"rows"`, `"matrix"` or `"leaf"`; None leaves it open.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         structure: What sums with this penalty may rely on; see `Structure`.
+        inner_steps: For a convex penalty without `metric`: the steps of a descent that stand in for it.
 
     Example:
         >>> def huber_gradient(w, width):
@@ -484,14 +523,14 @@ def penalty(
         def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
             if metric is not None:
                 return metric(w, h, step, *hyper, **options)
-            if not separable(w, *hyper, **options):
-                raise ValueError(
-                    f"{value.__name__} has no closed proximal operator in a metric: its value couples the entries of a "
-                    "leaf. Give inner_steps=, the number of steps of a descent that finds it (1 lets an optimizer take "
-                    "one number for each leaf, in its step too), give @penalty a metric= rule, or let the value return "
-                    "one term for each entry."
-                )
             return proximal(w, step / h, *hyper, **options)
+
+        def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
+            if metric is not None or reach is not None:
+                return metric is not None or reach == "elementwise"
+            apart: list[bool] = []
+            compute_leaves(lambda w, *row: apart.append(separable(w, *row, **options)) or w, params, hyper=hyper)
+            return all(apart)
 
         def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
             rule = residual
@@ -509,6 +548,8 @@ def penalty(
             structure=structure,
             weighted=tree_weighted,
             weigh=tree_weigh,
+            in_metric=tree_in_metric,
+            inner_steps=inner_steps,
         )
 
     return lift

@@ -84,7 +84,10 @@ def descend(
             along = compute_wide(lambda d, h, c: d * (h / c), along, free, metric)
         reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
         step = product(params, rate, force, gain)
-        if inner_steps is None:
+        count = inner_steps
+        if count is None and metric is not None and not penalty.in_metric(params, *values, mask=mask, **options):
+            count = 1
+        if count is None:
             landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
         else:
             chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
@@ -92,12 +95,15 @@ def descend(
             prox = lambda x, size: penalty.prox(x, size, *values, **options)
             apart = penalty.reach not in (None, "global")
             # From the parameters: at a solution of the penalized problem they are that point already.
-            landed = merge(reached, approach(prox, begin, goal, h, step, inner_steps, apart), chosen)
+            landed = merge(reached, approach(prox, begin, goal, h, step, count, apart), chosen)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    reach = "global" if inner_steps else furthest([direction.reach, penalty.reach or "global"])
+    own = penalty.reach or "global"
+    if direction.metric is not None and own != "elementwise":
+        own = furthest([own, "leaf"])  # Which may share one number of the metric.
+    reach = "global" if inner_steps else furthest([direction.reach, own])
     return Transform(init, update, reach, state=ProximalState)
 
 
@@ -173,8 +179,8 @@ def prox_adam(
 
     Args:
         learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
-        penalty: A penalty :math:`g` that has a proximal operator in a metric, as every separable one does and
-            `group_lasso`; others take `inner_steps`.
+        penalty: A penalty :math:`g` with a proximal operator. One without a rule in a metric, such as `nuclear`,
+            shares one number of :math:`h` for each leaf; see `inner_steps` of `proximal_step`.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         b1: Decay of the mean.
@@ -237,10 +243,11 @@ def proximal_step(
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         weight_decay: Decoupled decay, as in AdamW: the step also subtracts :math:`\eta` times this times :math:`w`.
         max_step: Greatest :math:`\eta / h`, above 0: number, tensor, schedule, or a tree of them; None for no bound.
-        inner_steps: For a convex penalty without a proximal operator in a metric: how many steps of `fista` stand in
-            for it, at least 1. The fixed point is the same for any number. With 1 the step and the proximal operator
-            share one number, the greatest of :math:`h` in each leaf (in all leaves, if the penalty may couple them);
-            about 5 come near the metric of each entry, and need far fewer updates. None for the penalty's own rule.
+        inner_steps: For a penalty without a proximal operator in a metric, such as `nuclear`: how many steps of `fista`
+            stand in for it, at least 1. The fixed point is the same for any number. With 1, the default, the step and
+            the proximal operator share one number, the greatest of :math:`h` in each leaf (in all leaves, if the
+            penalty may couple them); where the penalty is convex, about 5 come near the metric of each entry, and
+            need far fewer updates. None for the penalty's own rule, where it has one.
         mask: Leaves on which the penalty acts; the others take plain steps.
         options: Static options of the penalty, such as `dim`.
 

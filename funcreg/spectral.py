@@ -316,8 +316,8 @@ def nuclear(w: Tensor) -> Tensor:
     The proximal operator shrinks the singular values and leaves a matrix of lower rank. The gradient is
     :math:`U V^*` over the singular values that are not 0.
 
-    In a diagonal metric, as Adam has one, there is no closed form: take `inner_steps`, each of which takes a singular
-    value decomposition. One lets an optimizer share one number of the metric for each matrix.
+    In a diagonal metric, as Adam has one, there is no closed form, and an optimizer shares one number of the metric
+    for each matrix. `inner_steps`, each of which takes a singular value decomposition, take the whole metric.
 
     Example:
         >>> params = {"weight": torch.tensor([[3.0, 0.0], [0.0, 0.5]])}
@@ -568,7 +568,7 @@ def stiefel(w: Tensor) -> Tensor:
 
 
 def _without_prox(name: str) -> Callable[..., Tensor]:
-    def proximal(w: Tensor, step: Scalar, *hyper: Any, **options: Any) -> Tensor:
+    def proximal(w: Tensor, *rest: Any, **options: Any) -> Tensor:
         raise ValueError(
             f"{name} has no proximal operator: it is not convex, and no closed form is known. Use its gradient: put it "
             "into the loss, or into a chain with add_penalty."
@@ -602,7 +602,12 @@ def _orthogonality_gradient(w: Tensor) -> Tensor:
     return _as_leaf(4 * _less_one(gram) @ m, w)
 
 
-@penalty(gradient=_orthogonality_gradient, proximal=_without_prox("orthogonality"), reach="matrix")
+@penalty(
+    gradient=_orthogonality_gradient,
+    proximal=_without_prox("orthogonality"),
+    metric=_without_prox("orthogonality"),
+    reach="matrix",
+)
 def orthogonality(w: Tensor) -> Tensor:
     r"""How far from orthonormal rows, :math:`\|W W^* - I\|_F^2`, or columns if there are fewer of them.
 
@@ -626,7 +631,12 @@ def _offdiagonal_gradient(w: Tensor) -> Tensor:
     return (4 * (gram - _on_diagonal(gram)) @ m).reshape(w.shape)
 
 
-@penalty(gradient=_offdiagonal_gradient, proximal=_without_prox("orthogonality_offdiagonal"), reach="matrix")
+@penalty(
+    gradient=_offdiagonal_gradient,
+    proximal=_without_prox("orthogonality_offdiagonal"),
+    metric=_without_prox("orthogonality_offdiagonal"),
+    reach="matrix",
+)
 def orthogonality_offdiagonal(w: Tensor) -> Tensor:
     r"""How far rows are from orthogonal, whatever their norms, :math:`\sum_{i \ne j} \langle w_i, w_j \rangle^2`.
 
@@ -665,6 +675,7 @@ def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns
 @penalty(
     gradient=_keras_gradient,
     proximal=_without_prox("keras_orthogonal"),
+    metric=_without_prox("keras_orthogonal"),
     reach="matrix",
     bounds={"factor": _AT_LEAST_0},
 )
@@ -706,7 +717,7 @@ def _srip_slope(s: Tensor) -> Tensor:
 _furthest = _of_values(_furthest_from_one, _srip_slope)
 
 
-@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), reach="matrix")
+@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), metric=_without_prox("srip"), reach="matrix")
 def srip(w: Tensor) -> Tensor:
     r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
 
@@ -736,7 +747,9 @@ def _hoyer_gradient(w: Tensor, *, dim: Dim = None) -> Tensor:
     return 2 * ratios * (sign(w) - ratios * directions) * inverse
 
 
-@penalty(gradient=_hoyer_gradient, proximal=_without_prox("hoyer_square"), reach="leaf")
+@penalty(
+    gradient=_hoyer_gradient, proximal=_without_prox("hoyer_square"), metric=_without_prox("hoyer_square"), reach="leaf"
+)
 def hoyer_square(w: Tensor, *, dim: Dim = None) -> Tensor:
     r"""Sparsity whatever the scale, :math:`\left( \sum_i |w_i| \right)^2 / \sum_i w_i^2`.
 

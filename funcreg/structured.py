@@ -18,7 +18,7 @@ from funcreg.composition import Structure
 from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import flatten, safe_sqrt, sign, squared, tree_paths, widen
+from funcreg.tree import bare, flatten, safe_sqrt, sign, squared, tree_paths, widen
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -339,14 +339,25 @@ def _sorted_proximal(w: Tensor, costs: Tensor, dims: tuple[int, ...]) -> Tensor:
     return sign(w) * from_members(landed, w, dims) + 0.0
 
 
+def _slope_costs(w: Tensor, weights: Scalar, dims: tuple[int, ...]) -> Tensor:
+    """What each magnitude pays, from greatest to least, or an error if a lesser one pays more."""
+    costs = _like(weights, members(w.abs(), dims), w, dims)
+    if costs.device.type == "cpu" and bare(costs) and (costs[..., 1:] > costs[..., :-1]).any():
+        raise ValueError(
+            "the weights of slope rise; expected numbers from greatest to least in the order of the entries of a group, "
+            "or a lesser magnitude would pay more than a greater one, and the penalty would not be convex"
+        )
+    return costs
+
+
 def _slope_gradient(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return sign(w) * _charges(w, _like(weights, members(w.abs(), dims), w, dims), dims)
+    return sign(w) * _charges(w, _slope_costs(w, weights, dims), dims)
 
 
 def _slope_proximal(w: Tensor, step: Scalar, weights: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return _sorted_proximal(w, _like(step * weights, members(w.abs(), dims), w, dims), dims)
+    return _sorted_proximal(w, _slope_costs(w, step * weights, dims), dims)
 
 
 def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
@@ -359,13 +370,14 @@ def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
     reach="leaf",
     bounds={"weights": _AT_LEAST_0},
+    inner_steps=100,
 )
 def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
     r"""Sorted :math:`\ell_1` norm, :math:`\sum_i \lambda_i |w|_{(i)}` with :math:`|w|_{(1)} \ge |w|_{(2)} \ge \dots`.
 
     Large weights pay more: it selects with a controlled rate of false discoveries, and makes magnitudes of
     correlated weights equal. With equal weights it is `l1`, with one alone `linf`. The proximal operator is exact;
-    it has no closed form in a diagonal metric, where `inner_steps` find it.
+    in a diagonal metric, where it has no closed form, `inner_steps` find it, by default 100.
 
     Args:
         weights: :math:`\lambda`, at least 0 and from greatest to least, as it must be for a convex penalty: a number,
@@ -374,7 +386,7 @@ def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
             each leaf is one group.
 
     Raises:
-        ValueError: A leaf has no such dimension.
+        ValueError: A leaf has no such dimension, or weights rise (seen on a CPU outside of compiled code alone).
 
     Example:
         >>> params = {"weight": torch.tensor([1.0, -3.0, 2.5])}
@@ -386,7 +398,7 @@ def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
         Bogdan, van den Berg, Sabatti, Su & Candès, *SLOPE: adaptive variable selection via convex optimization*, 2015.
     """
     dims = group_dims(w, dim)
-    return w.abs() * _charges(w, _like(weights, members(w.abs(), dims), w, dims), dims)
+    return w.abs() * _charges(w, _slope_costs(w, weights, dims), dims)
 
 
 def _oscar_costs(w: Tensor, dims: tuple[int, ...], alpha: Any, beta: Any) -> Tensor:
@@ -413,6 +425,7 @@ def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
     reach="leaf",
     bounds={"alpha": _AT_LEAST_0, "beta": _AT_LEAST_0},
+    inner_steps=100,
 )
 def oscar(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     r"""Magnitudes and the greater of each pair, :math:`\alpha \sum_i |w_i| + \beta \sum_{i<j} \max(|w_i|, |w_j|)`.
@@ -582,15 +595,15 @@ def _tree_residual(
     return forest.shrink(g + strength * forest.slope(w), strength, zero)
 
 
-@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, reach="leaf")
+@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, reach="leaf", inner_steps=100)
 def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
     r"""Sum of the norms of nested groups, :math:`\sum_g c_g \|w_g\|_2`: what lies deeper vanishes first.
 
     A group is a tuple of indices and of groups inside it, and `...` stands for all indices that are written nowhere.
     In `groups=((0, (1, 2), (3, (4,))),)` there is one tree: nothing in it stays without the group of all five, and 4
     not without 3. `groups=((0, 1), (2, 3, 4))` are two trees of one group each. The proximal operator shrinks groups
-    from the leaves of the trees to their roots, which is exact because groups are nested or apart. It has no closed
-    form in a diagonal metric, where `inner_steps` find it.
+    from the leaves of the trees to their roots, which is exact because groups are nested or apart. In a diagonal
+    metric, where there is no closed form, `inner_steps` find the point, by default 100.
 
     Args:
         groups: Tuple of groups. Indices count slices along `axis`, such as the rows of a matrix.
@@ -622,6 +635,78 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
 # Features of a network
 
 
+def _skipping(theta: Tensor, size: Tensor, force: Scalar, ratio: Scalar) -> tuple[Tensor, Tensor]:
+    """Skip weights of each feature after a proximal step, and the bound of its weights in the first layer.
+
+    Args:
+        theta: Skip weights, a row for each feature.
+        size: Magnitudes in the first layer, after soft thresholding.
+        force: The threshold of the norm of skip weights.
+        ratio: The bound over that norm.
+    """
+    norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+    sorted_, none = size.sort(dim=-1, descending=True).values, torch.zeros_like(norms)
+    # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
+    pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
+    counts = torch.arange(pushes.shape[-1], dtype=norms.dtype, device=norms.device)
+    landed = (norms - force + ratio * pushes).relu() / (1 + counts * ratio**2)
+    fits = ratio * landed >= torch.cat([sorted_, none], -1)
+    landed = landed.gather(-1, fits.to(torch.int64).argmax(-1, keepdim=True))
+    even = torch.full_like(theta, 1 / math.sqrt(max(1, theta.shape[-1])))
+    way = torch.where(norms == 0, even, theta / torch.where(norms == 0, 1.0, norms))
+    return way * landed, ratio * landed
+
+
+def _skipping_in_metric(
+    theta: Tensor, h: Tensor, size: Tensor, k: Tensor, force: Scalar, ratio: Scalar
+) -> tuple[Tensor, Tensor]:
+    r"""`_skipping` where :math:`h` and :math:`k` weigh the squared distances of skip weights and of the first layer.
+
+    Skip weights of norm b are :math:`h_i v_i / (h_i + \mu)` with some :math:`\mu > -\min h`. The cost of b is convex,
+    with derivative :math:`-\mu b + \text{force} - M \sum_i k_i (s_i - M b)_+`, and falls in :math:`\mu`: its root is
+    bisected. Two steps of Newton's method then make it exact, and give it derivatives.
+    """
+    # In units of the greatest metric and magnitude of a feature, so that no power leaves the range of float32.
+    most = torch.cat([h, k], -1).amax(-1, keepdim=True)
+    h, k, force = h / most, k / most, force / most
+    total = safe_sqrt(squared(h * theta).sum(-1, keepdim=True)) + ratio * (k * size).sum(-1, keepdim=True)
+    alive = total > force
+    length = torch.cat([theta.abs(), size], -1).amax(-1, keepdim=True)
+    length = torch.where(alive, length, 1.0)
+    least = h.amin(-1, keepdim=True)
+    softest = h == least
+    # What leaves zero goes where the metric is least.
+    stuck = ~((theta != 0) & softest).any(-1, keepdim=True)
+    pull = torch.where(softest & stuck, torch.finfo(h.dtype).eps, h * theta / length)
+    # The dead branch computes with ones, so that no derivative through it is NaN.
+    pull, size, force = torch.where(alive, pull, 1.0), size / length, force / length
+
+    def at(far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm of skip weights, derivative of the cost there, and its own in far."""
+        scale = h - least + far
+        norm = squared(pull / scale).sum(-1, keepdim=True).sqrt()
+        over = size - ratio * norm
+        push = ratio * (k * over.relu()).sum(-1, keepdim=True)
+        stiffness = ratio**2 * (k * (over > 0)).sum(-1, keepdim=True)
+        fall = -(squared(pull) / (scale * scale.square())).sum(-1, keepdim=True) / norm
+        return norm, (least - far) * norm + force - push, (least - far + stiffness) * fall - norm
+
+    low, high = torch.full_like(total, -60.0), torch.full_like(total, 50.0)
+    for _ in range(42):
+        middle = (low + high) / 2
+        rising = at(middle.exp())[1] > 0
+        low, high = torch.where(rising, middle, low), torch.where(rising, high, middle)
+    ends = low.exp(), high.exp()
+    far = ends[1]
+    for _ in range(2):  # In 1 / far, where the derivative is concave: from this side only rounding passes the root.
+        _, slope, bend = at(far)
+        far = torch.clamp(far / (1 + slope / (bend * far)), *ends)
+    norm = at(far)[0]
+    gone = torch.where(total.isnan(), total, 0.0)
+    kept, bound = torch.where(alive, length * pull / (h - least + far), gone), length * ratio * norm
+    return kept, torch.where(alive, bound, gone)
+
+
 def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     r"""LassoNet: :math:`\sum_j \|\theta_j\|_2 + \alpha \|W_j\|_1` under :math:`|W_{ij}| \le M \|\theta_j\|_2`.
 
@@ -629,8 +714,8 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     may be used by the first layer only as far as the skip layer uses it: when :math:`\theta_j` becomes zero, the
     whole network forgets the feature. The value is infinite where the constraint is broken, beyond rounding. The
     gradient is that of the sum of norms. The proximal operator is the global minimum, and keeps the constraint; where
-    :math:`\theta_j` was zero and the first layer brings it back, its entries are equal. There is none in a diagonal
-    metric.
+    :math:`\theta_j` was zero and the first layer brings it back, its entries are equal. In a diagonal metric it is the
+    minimum, too, to rounding; there the entries of the least metric come back.
 
     The hyperparameters of the penalty are `ratio`, the :math:`M`, and `alpha`, by default 0.
 
@@ -695,30 +780,23 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     def proximal(
         params: Params, step: Scalar, ratio: Scalar, alpha: Scalar = 0.0, metric: Params | None = None
     ) -> Params:
-        if metric is not None:
-            raise ValueError("hierarchical has no proximal operator in a metric: its constraint couples two leaves")
         if any(isinstance(x, Tensor) and x.ndim for x in (step, ratio, alpha)) or not all(
             isinstance(x, (int, float, Tensor)) for x in (step, ratio, alpha)
         ):
             raise ValueError("hierarchical takes one step, ratio and alpha for both of its leaves, not trees of them")
         leaves, places, rebuild = pair(params)
         (theta, outer_dims), (inner, inner_dims) = [features(leaves[i]) for i in places]
-        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
-        size = inner.abs()
-        sorted_ = size.sort(dim=-1, descending=True).values - step * alpha
-        none = torch.zeros_like(norms)
-        # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
-        pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
-        counts = torch.arange(pushes.shape[-1], dtype=norms.dtype, device=norms.device)
-        landed = (norms - step + ratio * pushes).relu() / (1 + counts * ratio**2)
-        fits = ratio * landed >= torch.cat([sorted_.relu(), none], -1)
-        landed = landed.gather(-1, fits.to(torch.int64).argmax(-1, keepdim=True))
-        even = torch.full_like(theta, 1 / math.sqrt(max(1, theta.shape[-1])))
-        way = torch.where(norms == 0, even, theta / torch.where(norms == 0, 1.0, norms))
-        bound = ratio * landed
-        kept = sign(inner) * torch.minimum((size - step * alpha).relu(), bound)
+        size = inner.abs() - step * alpha
+        if metric is None or not theta.numel():
+            kept, bound = _skipping(theta, size.relu(), step, ratio)
+        else:
+            weights = flatten(metric)[0]
+            (h, _), (k, _) = [features(weights[i]) for i in places]
+            size = inner.abs() - step * alpha / k
+            kept, bound = _skipping_in_metric(theta, h, size.relu(), k, step, ratio)
+        within = sign(inner) * torch.minimum(size.relu(), bound)
         results = list(leaves)
-        for i, rows, dims in ((places[0], way * landed, outer_dims), (places[1], kept, inner_dims)):
+        for i, rows, dims in ((places[0], kept, outer_dims), (places[1], within, inner_dims)):
             results[i] = (from_members(rows, leaves[i], dims) + 0.0).to(leaves[i].dtype)
         return rebuild(results)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach, State, Updates
+from funcreg._typing import REACHES, Hyper, Mask, Params, Reach, State, Updates
 from funcreg.tree import (
     broadcast,
     check_alike,
@@ -20,8 +20,6 @@ from funcreg.tree import (
     scalar_device,
     tree_leaves,
 )
-
-_REACHES: tuple[Reach, ...] = ("elementwise", "rows", "matrix", "leaf", "global")
 
 
 class Transform:
@@ -66,8 +64,8 @@ class Transform:
         frozen: Callable[[Params], list[bool]] | None = None,
         state: type | None = None,
     ) -> None:
-        if reach not in _REACHES:
-            raise ValueError(f"reach is {reach!r}; expected one of {', '.join(_REACHES)}")
+        if reach not in REACHES:
+            raise ValueError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}")
         self._init, self._update = init, update
         self.reach: Reach = reach
         self.metric = metric
@@ -99,7 +97,7 @@ def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, An
 
 def furthest(reaches: Iterable[Reach]) -> Reach:
     """The reach of transforms one after another."""
-    return _REACHES[max([0, *(_REACHES.index(reach) for reach in reaches)])]
+    return REACHES[max([0, *(REACHES.index(reach) for reach in reaches)])]
 
 
 class EmptyState(NamedTuple):

@@ -487,7 +487,7 @@ def squared(w: Tensor) -> Tensor:
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
-def _bare(w: Tensor) -> bool:
+def bare(w: Tensor) -> bool:
     """Whether operations on a tensor are nothing but arithmetic: neither traced, batched, nor differentiated."""
     if torch.compiler.is_compiling() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):
         return False
@@ -498,7 +498,7 @@ def _bare(w: Tensor) -> bool:
 
 def sign(w: Tensor) -> Tensor:
     """The sign, or the phase of a complex entry; NaN goes through, which `sgn` makes 0."""
-    if not w.is_complex() and _bare(w):
+    if not w.is_complex() and bare(w):
         signs = w.sign()
         if w.device.type == "cpu" and not math.isnan(w.sum()):  # A look costs less than to write once more.
             return signs

@@ -81,9 +81,7 @@ def huber(w: Tensor, width: Any) -> Tensor:
     return torch.where(w.abs() <= width, w.square() / 2, width * (w.abs() - width / 2))
 
 
-def _joint_prox(params: Any, step: Any, metric: Any = None) -> Any:
-    if metric is not None:
-        raise ValueError("joint has no proximal operator in a metric")
+def _joint_prox(params: Any, step: Any) -> Any:
     norm = fr.global_norm(params)
     factor = torch.relu(norm - step) / torch.where(norm == 0, 1.0, norm)
     return fr.tree_map(lambda w: (w * factor).to(w.dtype) + 0.0, params)
@@ -108,6 +106,7 @@ class PenaltyCase:
     least_ndim: int = 0  # Leaves of fewer dimensions are bad input.
     complex: bool = True  # Takes complex leaves.
     metric: bool = True  # Has a proximal operator in a diagonal metric.
+    inner_steps: int | None = None  # What stands in for one unless told otherwise.
     nonconvex: str = ""  # Why laws of convex penalties do not hold.
     uncompiled: str = ""  # Why it is not compiled in one graph.
     unshaped: str = ""  # Why it does not take leaves of every shape.
@@ -521,7 +520,6 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _beyond(_size(w, _all(w)), 0.7),
         lambda w: _shorter(w, _all(w), 0.7),
         hyper=(0.7,),
-        metric=False,
     ),
     "l2_ball of columns": ConstraintCase(
         fr.l2_ball,
@@ -530,14 +528,12 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(0.7,),
         options={"dim": 0},
         least_ndim=1,
-        metric=False,
     ),
     "max_norm": ConstraintCase(
         fr.max_norm,
         lambda w: _beyond(_size(w, _rows(w)), 0.7),
         lambda w: _shorter(w, _rows(w), 0.7),
         hyper=(0.7,),
-        metric=False,
     ),
     "l2_sphere": ConstraintCase(
         fr.l2_sphere,
@@ -598,7 +594,6 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _centred(w, 0.3),
         hyper=(2.0, 0.6),
         complex=False,
-        metric=False,
         finite="the sum of an infinite entry and others is none of their own",
     ),
     "halfspace": ConstraintCase(
@@ -607,7 +602,6 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _centred(w, -0.3) - w.square().mean() if w.numel() else w,
         hyper=(2.0, -0.6),
         complex=False,
-        metric=False,
         finite="the sum of an infinite entry and others is none of their own",
     ),
 }
@@ -897,7 +891,12 @@ PENALTIES.update(
             complex=False,
         ),
         "slope": PenaltyCase(
-            fr.slope, lambda w: 0.5 * w.abs().sum(), hyper=(0.5,), metric=False, ruleless="no closed form is known"
+            fr.slope,
+            lambda w: 0.5 * w.abs().sum(),
+            hyper=(0.5,),
+            metric=False,
+            inner_steps=100,
+            ruleless="no closed form is known",
         ),
         "oscar": PenaltyCase(
             fr.oscar,
@@ -907,6 +906,7 @@ PENALTIES.update(
             hyper=(0.3, 0.1),
             options={"dim": None},
             metric=False,
+            inner_steps=100,
             ruleless="no closed form is known",
         ),
         "oscar of rows": PenaltyCase(
@@ -920,6 +920,7 @@ PENALTIES.update(
             options={"dim": ...},
             uncompiled="its rules are in the graph of another row",
             metric=False,
+            inner_steps=100,
             ruleless="no closed form is known",
         ),
         "tree_lasso": PenaltyCase(
@@ -929,6 +930,7 @@ PENALTIES.update(
             ),
             options={"groups": (((0,), (1, ...)),)},
             metric=False,
+            inner_steps=100,
             unshaped="groups name rows that a leaf may not have",
         ),
         "tree_lasso of one group": PenaltyCase(
@@ -936,6 +938,7 @@ PENALTIES.update(
             lambda w: w.abs().square().sum().sqrt(),
             options={"groups": ((...,),), "axis": -1},
             metric=False,
+            inner_steps=100,
             least_ndim=1,
             uncompiled="its rules are in the graph of another row",
         ),

@@ -425,6 +425,57 @@ def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
     assert all(w.isfinite().all() for w in grad(through)(params).values())
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 10.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_lassonet_in_a_metric_lands_at_the_minimum_of_each_feature(outputs, ratio, alpha):
+    generator = torch.Generator().manual_seed(0)
+    draws = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    params, metric = ({"skip": draws(outputs, 12), "hidden": 2 * draws(5, 12), "other": draws(3)} for _ in range(2))
+    metric = fr.tree_map(lambda w: 10 ** (1.5 * w), metric)
+    params["skip"][:, :3] = 0
+    params["skip"][0, 5:7] = 0  # Where the metric of some is least.
+    params["hidden"][:, 2:4] = 0
+    h, k = metric["skip"], metric["hidden"]
+    ones = fr.tree_map(torch.ones_like, metric)
+    plain = LASSONET.prox(params, 0.4, ratio, alpha)
+    assert_equal(LASSONET.prox(params, 0.4, ratio, alpha, metric=ones), plain, rtol=1e-12, atol=1e-14)
+
+    def cost(skip, step):
+        """The objective of each feature at some skip weights; the best hidden weights follow."""
+        norms = skip.square().sum(0).sqrt()
+        hidden = torch.minimum((params["hidden"].abs() - step * alpha / k).clamp(min=0), ratio * norms)
+        far = (h * (skip - params["skip"]).square()).sum(0) + (k * (params["hidden"].abs() - hidden).square()).sum(0)
+        return far / 2 + step * (norms + alpha * hidden.sum(0))
+
+    for step in (0.0, 0.4, 20.0):
+        z = LASSONET.prox(params, step, ratio, alpha, metric=metric)
+        assert LASSONET(z, ratio, alpha).isfinite()
+        assert_equal(z["other"], params["other"])
+        found = (h * (z["skip"] - params["skip"]).square()).sum(0) + (
+            k * (z["hidden"] - params["hidden"]).square()
+        ).sum(0)
+        found = found / 2 + step * (z["skip"].square().sum(0).sqrt() + alpha * z["hidden"].abs().sum(0))
+        tolerance = 1e-12 * (1 + found)
+        assert (found <= cost(torch.zeros_like(z["skip"]), step) + tolerance).all()
+        for size in (1e-6, 1e-4, 1e-2, 0.3, 3.0):
+            for _ in range(40):
+                assert (found <= cost(z["skip"] + size * draws(outputs, 12), step) + tolerance).all()
+                assert (found <= cost(z["skip"] * (1 + size * draws(12)), step) + tolerance).all()
+        if outputs == 1:
+            for b in torch.linspace(-12, 12, 2401, dtype=torch.float64):
+                assert (found <= cost(b.expand(1, 12), step) + tolerance).all()
+    through = lambda params: sum(
+        w.square().sum() for w in LASSONET.prox(params, 0.4, ratio, alpha, metric=metric).values()
+    )
+    assert all(w.isfinite().all() for w in grad(through)(params).values())
+    rest = {name: w[..., 7:] if name != "other" else w for name, w in params.items()}
+    near = {name: w[..., 7:] if name != "other" else w for name, w in metric.items()}
+    whole = lambda v, u: LASSONET.prox({**rest, "skip": v, "hidden": u}, 0.4, ratio, alpha, metric=near)
+    leaves = [rest[name].clone().requires_grad_() for name in ("skip", "hidden")]
+    torch.autograd.gradcheck(lambda v, u: tuple(whole(v, u)[name] for name in ("skip", "hidden")), leaves)
+
+
 def test_lassonet_is_a_penalty_of_two_leaves():
     params = {"skip": torch.tensor([[2.0, 0.5]]), "hidden": torch.tensor([[1.0, 0.25], [0.5, 0.0]])}
     torch.testing.assert_close(LASSONET(params, 1.0, 0.5), torch.tensor(2.5 + 0.875))
@@ -446,7 +497,5 @@ def test_lassonet_is_a_penalty_of_two_leaves():
         LASSONET({"hidden": torch.ones(2, 2)}, 1.0)
     with pytest.raises(ValueError, match="2 and 3 features"):
         LASSONET({"skip": torch.ones(1, 2), "hidden": torch.ones(2, 3)}, 1.0)
-    with pytest.raises(ValueError, match="in a metric"):
-        LASSONET.prox(params, 1.0, 1.0, metric=params)
     with pytest.raises(ValueError, match="not trees"):
         LASSONET.prox(params, {"skip": 0.1, "hidden": 0.2}, 1.0)

@@ -289,6 +289,10 @@ def test_penalties_stand_in_a_loss_with_functional_call(case):
 def test_a_metric_weighs_the_distance(case):
     x = draw()
     h = fr.tree_map(lambda w: 10 ** (2 * w), draw(3))
+    assert case.penalty.in_metric(x, *case.hyper, **case.options) == case.metric
+    if case.inner_steps is not None:
+        assert_equal(case.prox(x, 0.5, metric=h), case.prox(x, 0.5, metric=h, inner_steps=case.inner_steps))
+        return
     if not case.metric:
         with pytest.raises(ValueError, match="metric"):
             case.prox(x, 0.5, metric=h)

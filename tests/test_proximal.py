@@ -305,9 +305,7 @@ def test_an_entry_without_gradients_shrinks_by_no_more_than_the_greatest_step():
 def without_metric(penalty):
     """The same penalty without a proximal operator in a metric."""
 
-    def proximal(params, step, *hyper, metric=None, **options):
-        if metric is not None:
-            raise ValueError("no proximal operator in a metric")
+    def proximal(params, step, *hyper, **options):
         return penalty.prox(params, step, *hyper, **options)
 
     return fr.Penalty(penalty, penalty.grad, proximal, reach=penalty.reach)
@@ -366,8 +364,33 @@ def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     expected, found = (train(tx, loss, start, 600)[0]["w"] for tx in (plain, metric))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert torch.linalg.matrix_rank(found, tol=1e-9) == 2
-    with pytest.raises(ValueError, match=r"has no closed proximal operator in a metric.*inner_steps"):
-        train(fr.prox_adam(0.1, sum_of_singular_values), loss, start, 1)
+    one = fr.proximal_step(fr.scale_by_rss(), 1.0, sum_of_singular_values, strength=0.5)
+    torch.testing.assert_close(train(one, loss, start, 3000)[0]["w"], expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "hyper", "options"),
+    [
+        (fr.nuclear, (), {}),
+        (fr.spectral_mcp, (0.5, 3.0), {}),
+        (fr.tree_lasso, (), {"groups": ((0, (1, 2)),)}),
+        (fr.l2_sphere, (0.7,), {}),
+        (fr.group_lasso.given(dim=None) + fr.group_lasso, (), {}),
+    ],
+)
+def test_without_a_rule_in_a_metric_a_leaf_has_one_number_of_it(penalty, hyper, options):
+    params, grads = draw()["head"].weight, draw(1)["head"].weight
+    adam = fr.scale_by_adam(eps=0.1)
+    tx = fr.proximal_step(adam, 0.3, penalty, *hyper, strength=0.4, **options)
+    found = tx.update(grads, tx.init(params), params)[0]
+    direction, state = adam.update(grads, adam.init(params), params)
+    h = adam.metric(state)
+    step = 0.3 / h.max()
+    expected = penalty.prox(params - step * h * direction, 0.4 * step, *hyper, **options) - params
+    assert_equal(found, expected, rtol=1e-12, atol=1e-14)
+    fused = fr.fuse(tx, backend="aot_eager")
+    after, _ = fused(params, grads, fused.init(params)[1])
+    assert_equal(after, params + expected, rtol=1e-12, atol=1e-14)
 
 
 def test_leaves_without_the_penalty_take_whole_steps_whatever_the_inner_ones():

@@ -364,21 +364,25 @@ _PIXELWISE = {
 }
 
 
-def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
+def channel_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
     """The channels of a network of layers in sequence, one family for each layer but the last.
 
     A channel has its filter and bias, and the scale and shift of a `BatchNorm` after it: once all of these are zero
-    the channel is zero at every input, whatever the layer that reads it. The last layer, whose outputs do not form
-    groups, adds the slice that reads the channel. Where the next layer forms groups of its own, its slice is not
-    penalized a second time; it goes when the channel does (`remove_dead`), with the running statistics.
+    the channel is zero at every input, whatever the layer that reads it. The slice of the next layer that reads it
+    has a part in its norm, too, if the outputs of that layer do not form groups, as those of the last one do not.
+    Where they do, the slice is not penalized a second time, because groups that overlap have no exact proximal
+    operator; it goes when the channel does (`remove_dead`), with the running statistics.
 
     Args:
         module: `torch.nn.Sequential`, also nested, of linear layers, convolutions (also transposed and depthwise),
             `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
         prefix: Name of the module inside the one whose parameters are penalized, such as `"features"`.
+        layers: Names of the layers whose outputs form groups; by default all but the last. With every second layer
+            each norm is of all that belongs to a channel.
 
     Raises:
-        ValueError: Channels cannot be followed through a layer, or a dead one would not be zero after it.
+        ValueError: Channels cannot be followed through a layer, a dead one would not be zero after it, or `layers`
+            names what is no layer with channels that another one reads.
 
     Example:
         >>> net = torch.nn.Sequential(
@@ -386,8 +390,12 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
         ... )
         >>> channel_groups(net)
         [{'0.weight': 0, '0.bias': 0, '3.weight': Along(dim=1, size=36, packed=1, penalized=True)}]
+        >>> deep = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        >>> channel_groups(deep, layers=["0"])
+        [{'0.weight': 0, '0.bias': 0, '1.weight': 1}]
     """
     families: list[Family] = []
+    names: list[str] = []  # Of the layers whose outputs these are.
     channels = 0  # Of the last family; 0 where no layer has made channels yet.
     pixels, flattened = 0, False  # How many dimensions the pixels of a channel have, and whether they are one now.
     opaque = ""  # A layer that channels cannot be followed through.
@@ -438,6 +446,7 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
                 size, dim = entries(said, into), 0 if transposed else 1
                 families[-1][f"{name}.weight"] = Along(dim, size, penalized=False)
             families.append({f"{name}.{own}": 1 if transposed and own == "weight" else 0 for own in _named(layer)})
+            names.append(name)
             channels, pixels, flattened, opaque = out, 0 if linear else layer.weight.ndim - 2, False, ""
         elif isinstance(layer, _NORMS) and channels and not opaque:
             size = entries(said, layer.num_features)
@@ -450,11 +459,14 @@ def channel_groups(module: nn.Module, prefix: str = "") -> list[Family]:
             flattened = flattened or pixels > 0
         elif not isinstance(layer, (*_CHANNELWISE, *_PIXELWISE.get(0 if flattened else pixels, ()))):
             opaque = opaque or said
-    if families:
-        last = next(iter(families.pop()))
-        if families and isinstance(read := families[-1][last], Along):
-            families[-1][last] = read._replace(penalized=True) if read.size > 1 else read.dim
-    return families
+    made = names[:-1] if layers is None else list(layers)
+    if isinstance(layers, str) or not set(made) <= set(names[:-1]):
+        raise ValueError(f"layers is {layers!r}; expected names among {', '.join(map(repr, names[:-1]))}")
+    for family, after in zip(families, names[1:], strict=False):
+        read = family[f"{after}.weight"]
+        if after not in made and isinstance(read, Along):
+            family[f"{after}.weight"] = read._replace(penalized=True) if read.size > 1 else read.dim
+    return [family for family, name in zip(families, names, strict=True) if name in made]
 
 
 def _named(layer: nn.Module) -> list[str]:

@@ -344,8 +344,8 @@ def _slope_costs(w: Tensor, weights: Scalar, dims: tuple[int, ...]) -> Tensor:
     costs = _like(weights, members(w.abs(), dims), w, dims)
     if costs.device.type == "cpu" and bare(costs) and (costs[..., 1:] > costs[..., :-1]).any():
         raise ValueError(
-            "the weights of slope rise; expected numbers from greatest to least in the order of the entries of a group, "
-            "or a lesser magnitude would pay more than a greater one, and the penalty would not be convex"
+            "the weights of slope rise; expected numbers from greatest to least in the order of the entries of a "
+            "group, or a lesser magnitude would pay more than a greater one, and the penalty would not be convex"
         )
     return costs
 

@@ -445,6 +445,32 @@ def test_families_of_a_network_do_not_overlap_and_miss_only_the_last_bias(make, 
     assert [f"part.{name}" for family in fr.channel_groups(net) for name in family] == [n for f in inside for n in f]
 
 
+@every_net
+@pytest.mark.parametrize("start", [0, 1])
+def test_every_second_layer_has_norms_of_all_that_belongs_to_a_channel(make, shape, start):
+    net, x = statistics(make()), torch.randn(4, *shape, dtype=torch.float64, device=DEVICE)
+    owners = [next(iter(family)).rpartition(".")[0] for family in fr.channel_groups(net)]
+    chosen = owners[start::2]
+    groups = fr.channel_groups(net, layers=chosen)
+    assert [next(iter(family)).rpartition(".")[0] for family in groups] == chosen
+    params, buffers = {n: w.detach() for n, w in net.named_parameters()}, dict(net.named_buffers())
+    for family in groups:
+        norm = squares(params, {n: w for n, w in family.items() if n in params}).sqrt()
+        torch.testing.assert_close(fr.coupled(fr.group_lasso, family)(params), norm.sum(), rtol=1e-12, atol=1e-12)
+        assert all(not isinstance(along, fr.Along) or along.penalized for n, along in family.items() if n in params)
+    dead = fr.coupled(fr.group_lasso, groups).prox(params, 1e6) if groups else params
+    smaller = fr.resized(net, fr.remove_dead({**dead, **buffers}, groups))
+    torch.testing.assert_close(smaller(x), functional_call(net, dead, (x,)), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_form_groups_are_layers_that_others_read():
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
+    for wrong in (["2"], ["1"], "0"):
+        with pytest.raises(ValueError, match=r"layers is .*; expected names among '0'"):
+            fr.channel_groups(net, layers=wrong)
+    assert fr.channel_groups(net, layers=[]) == []
+
+
 def test_layers_that_channels_are_followed_through_keep_zeros():
     followed = set()
     for name, kind in vars(nn).items():

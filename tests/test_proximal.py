@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import assert_equal, draw, flat, joint
+from cases import CONSTRAINTS, PENALTIES, assert_equal, draw, draw_fours, flat, joint
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso, Ridge
 from torch import Tensor
@@ -366,6 +366,22 @@ def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     assert torch.linalg.matrix_rank(found, tol=1e-9) == 2
     one = fr.proximal_step(fr.scale_by_rss(), 1.0, sum_of_singular_values, strength=0.5)
     torch.testing.assert_close(train(one, loss, start, 3000)[0]["w"], expected, rtol=1e-7, atol=1e-8)
+
+
+SOLVED = {name: case for name, case in {**PENALTIES, **CONSTRAINTS}.items() if case.nonconvex != "a union of planes"}
+
+
+@pytest.mark.parametrize("case", SOLVED.values(), ids=SOLVED)
+def test_prox_adam_solves_the_penalized_problem_of(case):
+    goal, curvature = draw_fours(), fr.tree_map(lambda w: 1.2 + w.tanh() / 2, draw_fours(1))
+    slopes = lambda params: fr.tree_map(lambda c, w, t: c * (w - t), curvature, params, goal)
+    tx = fr.prox_adam(0.6, case.penalty, *case.hyper, strength=0.5, b1=0.3, b2=0.8, eps=1.0, **case.options)
+    params, state = goal, tx.init(goal)
+    for _ in range(120):
+        updates, state = tx.update(slopes(params), state, params)
+        params = fr.apply_updates(params, updates)
+    options = {**case.options, "strength": 0.5}
+    assert fr.kkt_residual(params, slopes(params), case.penalty, *case.hyper, **options) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,9 @@ class Penalty:
             if count is None:
                 raise ValueError(
                     f"{self.__name__} has no closed proximal operator in a metric: it couples entries, and gives no "
-                    "rule for one. Give inner_steps=, the number of steps of a descent that finds the minimum if the "
-                    "penalty is convex, or leave metric= out."
+                    "rule for one. Give inner_steps=, the number of steps of a descent that finds the minimum of a "
+                    "convex penalty, or leave metric= out. In a penalty of your own, give @penalty a metric= rule, or "
+                    "let the value return one term for each entry."
                 )
             plain = lambda x, size: self._proximal(x, size, *values, **options)
             apart = self.reach not in (None, "global")

@@ -287,17 +287,18 @@ def test_prox_adam_moves_groups_to_the_minimum_in_its_metric():
     assert_equal(fr.apply_updates(params, updates), landed, rtol=1e-12, atol=1e-15)
 
 
-def test_prox_adam_of_a_penalty_on_trees_without_a_metric_rule_says_so():
+def test_a_penalty_of_a_users_own_tells_whether_it_has_a_rule_in_a_metric():
     from cases import huber, joint
 
-    params = draw()
-    with pytest.raises(ValueError, match="metric"):
-        tx = fr.prox_adam(0.1, joint)
+    params, ones = draw(), fr.tree_map(torch.ones_like, draw())
+    rows = fr.penalty(gradient=lambda w: w, proximal=lambda w, step: w)(lambda w: w.square().sum(-1).sqrt())
+    for penalty in (joint, rows):
+        assert not penalty.in_metric(params)
+        with pytest.raises(ValueError, match=r"in a metric: it couples entries.*give @penalty a metric= rule"):
+            penalty.prox(params, 0.1, metric=ones)
+        tx = fr.prox_adam(0.1, penalty)  # One number for all that may be coupled.
         tx.update(params, tx.init(params), params)
-    coupled = fr.penalty(gradient=lambda w: w, proximal=lambda w, step: w)(lambda w: w.square().sum(-1).sqrt())
-    with pytest.raises(ValueError, match="couples the entries"):
-        tx = fr.prox_adam(0.1, coupled)
-        tx.update(params, tx.init(params), params)
+    assert huber.in_metric(params, 0.5)
     tx = fr.prox_adam(0.1, huber, 0.5)  # One term an entry: separable, so the metric comes for free.
     tx.update(params, tx.init(params), params)
 

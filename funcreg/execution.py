@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import itertools
 import math
 import mmap
 import operator
+import platform
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ _SETS = 8
 #: Entries from which a leaf is computed with where it lies: a call of a kernel then costs less than gathering it.
 _SIZES = {"cpu": (40_000, 1_000_000)}
 _SIZES_ELSEWHERE = (4_000_000, (1 << 31) - 1)
+#: Bytes of results, on a CPU, that are more than its caches keep until the next step.
+_BEYOND_CACHES = 1 << 26
 
 
 class Compiler:
@@ -37,12 +41,14 @@ class Compiler:
         self._made: dict[Any, _Compiled] = {}
         self.compiles = backend != "eager"
 
-    def __call__(self, module: fx.GraphModule, key: Any, dynamic: bool) -> Callable[..., Any]:
+    def __call__(
+        self, module: fx.GraphModule, key: Any, dynamic: bool, past_caches: bool = False
+    ) -> Callable[..., Any]:
         if not self.compiles:
             return _in_pieces(module) if dynamic else module
-        key = (module.code, key)
+        key = (module.code, key, past_caches)
         if key not in self._made:
-            self._made[key] = _Compiled(module, self._backend, dynamic)
+            self._made[key] = _Compiled(module, self._backend, dynamic, past_caches)
         return self._made[key]
 
 
@@ -93,8 +99,11 @@ class _Compiled:
     later calls go straight to what the backend made.
     """
 
-    def __init__(self, module: fx.GraphModule, backend: str | Callable[..., Any], dynamic: bool) -> None:
-        self._module, self._backend, self._dynamic = module, backend, dynamic
+    def __init__(
+        self, module: fx.GraphModule, backend: str | Callable[..., Any], dynamic: bool, past_caches: bool
+    ) -> None:
+        self._module, self._dynamic = module, dynamic
+        self._backend = functools.partial(_inductor, past_caches=past_caches) if backend == "inductor" else backend
         self._run: Callable[..., Any] | None = None
         self._order: list[int] = []
 
@@ -166,7 +175,7 @@ def _untyped(x: Any) -> Any:
 
 
 @functools.cache
-def _written_early() -> Any:
+def _written_early(past_caches: bool) -> Any:
     """What makes Inductor write a result before it sums: one loop then does both, and reads what both read once."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -178,12 +187,42 @@ def _written_early() -> Any:
                     value.append(copy)
 
         def uuid(self) -> Any:
-            return "funcreg: written early"
+            # Inductor keeps what it made, and is to know what `_past_caches` did to it.
+            return f"funcreg: written early{', past caches' * past_caches}"
 
     return WrittenEarly()
 
 
-def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _past_caches() -> Iterator[None]:
+    """Let Inductor write vectors of float32 past the caches, which else read what is to be overwritten.
+
+    The barrier at the end of a parallel loop orders such writes before all that comes after it.
+    """
+    from torch._inductor.codegen import cpp
+
+    kernel = _untyped(cpp.CppVecKernel)
+    plain = kernel._get_store_line
+
+    def store_line(self: Any, value: Any, var: Any, index: Any, dtype: torch.dtype, *rest: Any, **options: Any) -> Any:
+        code = plain(self, value, var, index, dtype, *rest, **options)
+        text, before, bits = code.getvalue().strip(), f"{value}.store(", 32 * self.tiling_factor
+        whole = dtype == torch.float32 and self.tail_size is None and bits in (256, 512)
+        if not whole or not text.startswith(before) or "\n" in text:
+            return code
+        place, past = text.removeprefix(before).removesuffix(");"), type(code)()
+        aligned = f"reinterpret_cast<uintptr_t>({place}) % {bits // 8} == 0"
+        past.writeline(f"if ({aligned}) _mm{bits}_stream_ps({place}, {value}); else {text}")
+        return past
+
+    kernel._get_store_line = store_line
+    try:
+        yield
+    finally:
+        kernel._get_store_line = plain
+
+
+def _inductor(module: fx.GraphModule, inputs: Any, past_caches: bool = False) -> Callable[..., Any]:
     """Inductor without checks of what is known: shapes at every call, and if the compiler knows this processor.
 
     The latter takes longer than all else of a first call; if it does not, compilation fails and is done again.
@@ -192,18 +231,18 @@ def _inductor(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     from torch._inductor import cpu_vec_isa
 
     compile_fx = _untyped(inductor.compile_fx)
-    known = {"size_asserts": False, "post_grad_custom_post_pass": _written_early()}
+    known = {"size_asserts": False, "post_grad_custom_post_pass": _written_early(past_caches)}
     try:
-        return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
+        with _past_caches() if past_caches else contextlib.nullcontext():
+            return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
     except Exception:
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        known["post_grad_custom_post_pass"] = _written_early(False)
         return compile_fx(module, inputs, config_patches=known)
 
 
 def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:
     """The function that compiles a graph."""
-    if named == "inductor":
-        return _inductor
     if isinstance(named, str):
         from torch._dynamo import lookup_backend
 
@@ -442,6 +481,9 @@ class Plan:
             for number, slots in enumerate(self._sources)
             for slot in range(len(slots))
         }
+        self._past_caches = (
+            not in_place and platform.machine() in ("x86_64", "AMD64") and self._written() > _BEYOND_CACHES
+        )
         #: Shared with plans that differ in nothing but what else they take, such as gradients of another dtype.
         layout: list[Any] = [*likes[0], *likes[2]]
         for (number, slot), there in self.kept.items():
@@ -468,6 +510,14 @@ class Plan:
         needed.update(self._loose.values())
         self._given = [(value, numbers[value]) for value in needed if value in numbers]
 
+    def _written(self) -> int:
+        """Bytes of results that kernels write."""
+        sizes = 0
+        for number, slot in self.kept:
+            buffer = self.program.buffers[number]
+            sizes += math.prod(buffer.shapes[slot]) * buffer.homes[0].inputs[slot].dtype.itemsize
+        return sizes
+
     def _calls(self, kernel: Kernel, compiler: Compiler) -> list[Any]:
         """The calls of a kernel: what runs, what is read and written in which buffers, scalars and results."""
         calls = []
@@ -478,7 +528,9 @@ class Plan:
             shapes = (min(entries, 2),) if dynamic else tuple([tuple(buffer.shapes) for buffer in buffers])
             like = [_signature(buffer.homes[0].inputs, dynamic) for buffer in buffers]
             key = (*like, _signature(kernel.scalars), shapes)
-            run = compiler(kernel.module, key, dynamic) if entries or not kernel.flat else kernel.module
+            run = kernel.module
+            if entries or not kernel.flat:
+                run = compiler(kernel.module, key, dynamic, self._past_caches)
             reads = [(number, slot) for number, slots in zip(numbers, kernel.reads, strict=True) for slot in slots]
             writes = [(number, slot) for number, slots in zip(numbers, kernel.writes, strict=True) for slot in slots]
             calls.append((run, reads, writes, kernel.scalars, results))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import platform
 import warnings
 
 import pytest
@@ -574,3 +575,47 @@ def test_values_and_gradients_inside_vmap_are_the_plain_functions():
     value, slopes = torch.func.vmap(f)(torch.tensor([[1.0, -2.0], [0.0, 3.0]]))
     assert value.tolist() == [6.0, 6.0]
     assert slopes.tolist() == [[2.0, -2.0], [0.0, 2.0]]
+
+
+def test_results_are_the_same_past_the_caches(monkeypatch):
+    sizes = {"a": (64, 700), "b": (43, 977), "c": (5,), "d": (48_000,), "e": (41_003,)}  # Some begin anywhere.
+
+    def tree(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
+
+    tx = fr.chain(fr.scale_by_adam(), fr.add_decayed_weights(1e-2), fr.scale(-1e-2), fr.soft_threshold(1e-3))
+    found = []
+    for least in (execution._BEYOND_CACHES, 0):
+        monkeypatch.setattr(execution, "_BEYOND_CACHES", least)
+        torch._dynamo.reset()
+        step = fr.fuse(tx)
+        params, state = step.init(tree(0))
+        written = []
+        for n in range(1, 5):
+            params, state = step(params, tree(n), state)
+            written.append(copy.deepcopy((params, state)))
+        f = fr.value_and_grad(fr.elastic, 0.3, 0.5)
+        found.append((written, f(params)))
+    assert_equal(found[0], found[1])
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no such stores here")
+def test_code_for_large_results_writes_past_the_caches():
+    from torch._inductor.codegen.cpp import CppVecKernel
+    from torch._inductor.utils import run_and_get_cpp_code
+
+    plain = CppVecKernel._get_store_line
+
+    def compiled(past_caches):
+        torch._dynamo.reset()
+        x, out = torch.randn(5000), torch.zeros(5000)
+        backend = lambda module, inputs: execution._inductor(module, inputs, past_caches=past_caches)
+        double = torch.compile(lambda x, out: out.copy_(2 * x), backend=backend, fullgraph=True)
+        _, code = run_and_get_cpp_code(double, x, out)
+        torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)
+        return "_stream_ps" in code
+
+    assert compiled(True)
+    assert not compiled(False)
+    assert CppVecKernel._get_store_line is plain

@@ -187,25 +187,38 @@ def _written_early(past_caches: bool) -> Any:
                     value.append(copy)
 
         def uuid(self) -> Any:
-            # Inductor keeps what it made, and is to know what `_past_caches` did to it.
-            return f"funcreg: written early{', past caches' * past_caches}"
+            # Inductor keeps what it made, and is to know what `_streaming` did to it.
+            return f"funcreg: written early, read ahead{', past caches' * past_caches}"
 
     return WrittenEarly()
 
 
-@contextlib.contextmanager
-def _past_caches() -> Iterator[None]:
-    """Let Inductor write vectors of float32 past the caches, which else read what is to be overwritten.
+#: Bytes from what a loop reads to what it asks for meanwhile.
+_AHEAD = 1024
 
-    The barrier at the end of a parallel loop orders such writes before all that comes after it.
+
+@contextlib.contextmanager
+def _streaming(past_caches: bool) -> Iterator[None]:
+    """Let loops of Inductor on a CPU ask for memory before they read it, and write results past the caches if told.
+
+    A processor looks ahead by itself, but not over the end of a page, and not far where many vectors are read at once.
+    Stores first read what they are to overwrite, unless they go past the caches; the barrier at the end of a parallel
+    loop orders these before all that comes after it.
     """
     from torch._inductor.codegen import cpp
 
     kernel = _untyped(cpp.CppVecKernel)
-    plain = kernel._get_store_line
+    load, store = kernel._get_vec_load_line, kernel._get_store_line
+
+    def load_line(self: Any, var: Any, index: Any, *rest: Any, **options: Any) -> Any:
+        line = load(self, var, index, *rest, **options)
+        if self.tail_size is not None or index == 0:
+            return line
+        place = f"reinterpret_cast<const char*>({var} + {_untyped(cpp).cexpr_index(index)})"
+        return f"(__builtin_prefetch({place} + {_AHEAD}), {line})"
 
     def store_line(self: Any, value: Any, var: Any, index: Any, dtype: torch.dtype, *rest: Any, **options: Any) -> Any:
-        code = plain(self, value, var, index, dtype, *rest, **options)
+        code = store(self, value, var, index, dtype, *rest, **options)
         text, before, bits = code.getvalue().strip(), f"{value}.store(", 32 * self.tiling_factor
         whole = dtype == torch.float32 and self.tail_size is None and bits in (256, 512)
         if not whole or not text.startswith(before) or "\n" in text:
@@ -215,30 +228,34 @@ def _past_caches() -> Iterator[None]:
         past.writeline(f"if ({aligned}) _mm{bits}_stream_ps({place}, {value}); else {text}")
         return past
 
-    kernel._get_store_line = store_line
+    kernel._get_vec_load_line = load_line
+    if past_caches:
+        kernel._get_store_line = store_line
     try:
         yield
     finally:
-        kernel._get_store_line = plain
+        kernel._get_vec_load_line, kernel._get_store_line = load, store
 
 
 def _inductor(module: fx.GraphModule, inputs: Any, past_caches: bool = False) -> Callable[..., Any]:
-    """Inductor without checks of what is known: shapes at every call, and if the compiler knows this processor.
+    """Inductor for loops over much memory, without checks of what is known: shapes, and if it knows this processor.
 
-    The latter takes longer than all else of a first call; if it does not, compilation fails and is done again.
+    The latter takes longer than all else of a first call; if it does not, compilation fails and is done again. So it
+    is, as Inductor does it, if another version has other insides.
     """
     from torch._inductor import compile_fx as inductor
     from torch._inductor import cpu_vec_isa
 
     compile_fx = _untyped(inductor.compile_fx)
-    known = {"size_asserts": False, "post_grad_custom_post_pass": _written_early(past_caches)}
-    try:
-        with _past_caches() if past_caches else contextlib.nullcontext():
-            return compile_fx(module, inputs, config_patches={**known, "cpp.vec_isa_ok": True})
-    except Exception:
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        known["post_grad_custom_post_pass"] = _written_early(False)
-        return compile_fx(module, inputs, config_patches=known)
+    known = {"size_asserts": False}
+    ours = {**known, "post_grad_custom_post_pass": _written_early(past_caches)}
+    for patches in ({**ours, "cpp.vec_isa_ok": True}, ours):
+        try:
+            with _streaming(past_caches):
+                return compile_fx(module, inputs, config_patches=patches)
+        except Exception:
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    return compile_fx(module, inputs, config_patches=known)
 
 
 def _backend(named: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import platform
 import warnings
@@ -601,21 +602,26 @@ def test_results_are_the_same_past_the_caches(monkeypatch):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no such stores here")
-def test_code_for_large_results_writes_past_the_caches():
+def test_code_reads_ahead_and_writes_large_results_past_the_caches():
     from torch._inductor.codegen.cpp import CppVecKernel
     from torch._inductor.utils import run_and_get_cpp_code
 
-    plain = CppVecKernel._get_store_line
-
-    def compiled(past_caches):
+    plain = CppVecKernel._get_vec_load_line, CppVecKernel._get_store_line
+    for past_caches in (True, False):
         torch._dynamo.reset()
-        x, out = torch.randn(5000), torch.zeros(5000)
-        backend = lambda module, inputs: execution._inductor(module, inputs, past_caches=past_caches)
+        x, out = torch.randn(5003), torch.zeros(5003)
+        backend = functools.partial(execution._inductor, past_caches=past_caches)
         double = torch.compile(lambda x, out: out.copy_(2 * x), backend=backend, fullgraph=True)
         _, code = run_and_get_cpp_code(double, x, out)
         torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)
-        return "_stream_ps" in code
+        assert "__builtin_prefetch" in code
+        assert ("_stream_ps" in code) == past_caches
+        assert (CppVecKernel._get_vec_load_line, CppVecKernel._get_store_line) == plain
 
-    assert compiled(True)
-    assert not compiled(False)
-    assert CppVecKernel._get_store_line is plain
+
+def test_without_the_insides_of_inductor_code_is_as_right(monkeypatch):
+    monkeypatch.setattr(execution, "_AHEAD", "no number")  # Does not compile.
+    x, out = torch.randn(5003), torch.zeros(5003)
+    double = torch.compile(lambda x, out: out.copy_(2 * x), backend=execution._inductor, fullgraph=True)
+    double(x, out)
+    torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)

@@ -49,6 +49,28 @@ class ProximalState(NamedTuple):
     direction: State  # Of the momentum or the preconditioner.
 
 
+def land(
+    params: Params,
+    reached: Params,
+    step: Hyper,
+    metric: Params | None,
+    penalty: Penalty,
+    values: list[Hyper],
+    inner_steps: int | None,
+    mask: Mask | None,
+    options: dict[str, Any],
+) -> Params:
+    """The proximal point of what was reached: by the rule of a penalty, or by some steps from the parameters."""
+    if inner_steps is None or metric is None:
+        return penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
+    chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
+    begin, goal, h = (keep(tree, chosen) for tree in (params, reached, metric))
+    prox = lambda x, size: penalty.prox(x, size, *values, **options)
+    apart = penalty.reach not in (None, "global")
+    # From the parameters: at a solution of the penalized problem they are that point already.
+    return merge(reached, approach(prox, begin, goal, h, step, inner_steps, apart), chosen)
+
+
 def descend(
     direction: Transform,
     gain: Scalar,
@@ -87,15 +109,7 @@ def descend(
         count = inner_steps
         if count is None and metric is not None and not penalty.in_metric(params, *values, mask=mask, **options):
             count = 1
-        if count is None:
-            landed = penalty.prox(reached, step, *values, metric=metric, mask=mask, **options)
-        else:
-            chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
-            begin, goal, h = (keep(tree, chosen) for tree in (params, reached, metric))
-            prox = lambda x, size: penalty.prox(x, size, *values, **options)
-            apart = penalty.reach not in (None, "global")
-            # From the parameters: at a solution of the penalized problem they are that point already.
-            landed = merge(reached, approach(prox, begin, goal, h, step, count, apart), chosen)
+        landed = land(params, reached, step, metric, penalty, values, count, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)

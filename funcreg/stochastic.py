@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.descent import check_inner_steps
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
-from funcreg.proximal import descend
+from funcreg.proximal import descend, land
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam
 from funcreg.transform import Transform, at_step, below_one, check_fit, counter, furthest, nonnegative, positive
@@ -42,9 +43,11 @@ def _average(
     momentum: Scalar | Schedule,
     mask: Mask | None,
     options: dict[str, Any],
+    inner_steps: int | None = None,
 ) -> Transform:
     nonnegative(learning_rate=learning_rate, strength=strength)
     below_one(momentum=momentum)
+    check_inner_steps(inner_steps)
     check_penalty(penalty, hyper, options)
     check_mask(mask)
 
@@ -71,12 +74,13 @@ def _average(
             squares = compute(lambda v, g, s: v + s * squared(g), state.squares, updates, hyper=(rate * root,))
             scale = h = metric(squares)
         reached = compute_wide(lambda w, v, h: w - v / h, state.start, gradients, hyper=(scale,))
-        landed = penalty.prox(reached, force, *values, metric=h, mask=mask, **options)
+        landed = land(params, reached, force, h, penalty, values, inner_steps, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z, b: (1 - b) * (z - w), params, landed, hyper=(keep,))
         return moves, DualAveragingState(steps, weight.to(torch.float64), state.start, gradients, squares)
 
-    return Transform(init, update, furthest([penalty.reach or "global"]), state=DualAveragingState)
+    reach = "global" if inner_steps else furthest([penalty.reach or "global"])
+    return Transform(init, update, reach, state=DualAveragingState)
 
 
 def _real_zeros(params: Params) -> Params:
@@ -137,6 +141,7 @@ def ramda(
     strength: Hyper | Schedule = 1.0,
     momentum: Scalar | Schedule = 0.0,
     eps: Scalar = 1e-6,
+    inner_steps: int | None = None,
     mask: Mask | None = None,
     **options: Any,
 ) -> Transform:
@@ -151,11 +156,13 @@ def ramda(
 
     Args:
         learning_rate: :math:`\eta`: number of at least 0, tensor or schedule.
-        penalty: A penalty :math:`g` that has a proximal operator in a metric.
+        penalty: A penalty :math:`g` that has a proximal operator in a metric, or a convex one with `inner_steps`.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         momentum: :math:`\beta`: number of at least 0 and below 1, tensor or schedule. Zeros are exact where it is 0.
         eps: :math:`\epsilon`. An entry whose gradient is always 0 goes to zero at once; `mask` leaves it out.
+        inner_steps: For a convex penalty without a rule in a metric, such as `nuclear`: how many steps of a descent
+            from the parameters stand in for one, about 5. None for the penalty's own rule.
         mask: Leaves on which the penalty acts; the others are averaged without it.
         options: Static options of the penalty, such as `dim`.
 
@@ -178,7 +185,7 @@ def ramda(
     def metric(squares: Params) -> Params:
         return compute(lambda v, e: _safe_cube_root(v) + e, squares, hyper=(eps,))
 
-    return _average(metric, learning_rate, penalty, hyper, strength, momentum, mask, options)
+    return _average(metric, learning_rate, penalty, hyper, strength, momentum, mask, options, inner_steps)
 
 
 def _safe_cube_root(x: Tensor) -> Tensor:
@@ -201,6 +208,7 @@ def ftrl(
     *hyper: Hyper | Schedule,
     strength: Hyper | Schedule = 1.0,
     beta: Scalar = 1.0,
+    inner_steps: int | None = None,
     mask: Mask | None = None,
     **options: Any,
 ) -> Transform:
@@ -217,10 +225,11 @@ def ftrl(
 
     Args:
         learning_rate: :math:`\eta`: number above 0, or tensor.
-        penalty: A penalty :math:`g` that has a proximal operator in a metric.
+        penalty: A penalty :math:`g` that has a proximal operator in a metric, or a convex one with `inner_steps`.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         beta: :math:`\beta`, above 0: what holds the first step back.
+        inner_steps: For a convex penalty without a rule in a metric; see `ramda`.
         mask: Leaves on which the penalty acts; the others take AdaGrad's steps.
         options: Static options of the penalty, such as `dim`.
 
@@ -240,6 +249,7 @@ def ftrl(
     nonnegative(strength=strength)
     positive(learning_rate=learning_rate, beta=beta)
     check_penalty(penalty, hyper, options)
+    check_inner_steps(inner_steps)
     check_mask(mask)
 
     def init(params: Params) -> FtrlState:
@@ -263,14 +273,14 @@ def ftrl(
             hyper=(held,),
         )
         reached = compute_wide(lambda z, h: -z / h, linear, h)
-        landed = penalty.prox(
-            reached, product(params, steps.to(torch.float64), force), *values, metric=h, mask=mask, **options
-        )
+        force = product(params, steps.to(torch.float64), force)
+        landed = land(params, reached, force, h, penalty, values, inner_steps, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, FtrlState(steps, squares, linear)
 
-    return Transform(init, update, furthest([penalty.reach or "global"]), state=FtrlState)
+    reach = "global" if inner_steps else furthest([penalty.reach or "global"])
+    return Transform(init, update, reach, state=FtrlState)
 
 
 def adamprox(

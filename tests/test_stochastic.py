@@ -89,3 +89,21 @@ def test_the_readme_holds_the_measured_support():
     text = (root / "README.md").read_text()
     for row in json.loads((root / "benchmarks" / "support.json").read_text())["rows"]:
         assert f"| {row['way']} | {100 * row['accuracy']:.1f} % | {row['objective']:.3f} |" in text
+
+
+@pytest.mark.parametrize(("make", "rate"), [(fr.ramda, 0.2), (fr.ftrl, 1.0)])
+def test_inner_steps_average_in_a_metric_that_a_penalty_has_no_rule_for(make, rate):
+    generator = torch.Generator().manual_seed(0)
+    draws = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    goal, curvature = draws(5, 2) @ draws(2, 4), 0.5 + draws(5, 4).sigmoid()
+    slopes = lambda w: curvature * (w - goal)
+    with pytest.raises(ValueError, match="Give inner_steps="):
+        tx = make(rate, fr.nuclear, strength=0.4)
+        tx.update(goal, tx.init(goal), goal)
+    tx, w = make(rate, fr.nuclear, strength=0.4, inner_steps=5), torch.zeros_like(goal)
+    state = tx.init(w)
+    for _ in range(200):
+        updates, state = tx.update(slopes(w), state, w)
+        w = fr.apply_updates(w, updates)
+    assert fr.kkt_residual(w, slopes(w), fr.nuclear, strength=0.4) < 0.01
+    assert torch.linalg.matrix_rank(w, tol=1e-6) <= 2

@@ -190,6 +190,16 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         leaves, rebuild = flatten(params)
         return rebuild([w if z is None else z for w, z in zip(leaves, landed, strict=True)])
 
+    def in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
+        leaves, found = tree_leaves(params), families(params)
+        return all(
+            [
+                penalty.in_metric(rows(leaves, family), *hyper, **each(i, len(found), options))
+                for i, family in enumerate(found)
+                if family
+            ]
+        )
+
     def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
         _shared((strength, *hyper))
         found = mapped(
@@ -208,7 +218,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
     kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
     vars(rule)["__signature__"] = signature.replace(parameters=kept)
-    return Penalty(value, gradient, proximal, residual=residual, reach="global", rule=rule)
+    return Penalty(value, gradient, proximal, residual=residual, reach="global", rule=rule, in_metric=in_metric)
 
 
 def _shared(hyper: Sequence[Hyper]) -> None:

@@ -463,6 +463,22 @@ def test_every_second_layer_has_norms_of_all_that_belongs_to_a_channel(make, sha
     torch.testing.assert_close(smaller(x), functional_call(net, dead, (x,)), rtol=1e-12, atol=1e-12)
 
 
+def test_it_has_a_rule_in_a_metric_where_its_penalty_of_rows_has_one():
+    params = {"0.weight": torch.ones(2, 3), "2.weight": torch.ones(1, 2)}
+    groups = {"0.weight": 0, "2.weight": 1}
+    own = fr.penalty(
+        gradient=lambda w: fr.group_lasso.grad(w),
+        proximal=lambda w, step: fr.group_lasso.prox(w, step),
+        reach="rows",
+    )(lambda w: w.square().sum(1).sqrt())
+    assert fr.coupled(fr.group_lasso, groups).in_metric(params)
+    shared = fr.coupled(own, groups)
+    assert not shared.in_metric(params)
+    tx = fr.prox_adam(0.1, shared, strength=1e3)  # One number of the metric for all leaves.
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not any(w.any() for w in fr.apply_updates(params, updates).values())
+
+
 def test_layers_that_form_groups_are_layers_that_others_read():
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
     for wrong in (["2"], ["1"], "0"):

@@ -601,13 +601,13 @@ def test_results_are_the_same_past_the_caches(monkeypatch):
     assert_equal(found[0], found[1])
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have no such stores here")
 def test_code_reads_ahead_and_writes_large_results_past_the_caches():
     from torch._inductor.codegen.cpp import CppVecKernel
     from torch._inductor.utils import run_and_get_cpp_code
 
     plain = CppVecKernel._get_vec_load_line, CppVecKernel._get_store_line
-    for past_caches in (True, False):
+    # Steps ask for stores past the caches on x86 alone.
+    for past_caches in (True, False) if platform.machine() in ("x86_64", "AMD64") else (False,):
         torch._dynamo.reset()
         x, out = torch.randn(5003), torch.zeros(5003)
         backend = functools.partial(execution._inductor, past_caches=past_caches)

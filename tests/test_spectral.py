@@ -214,6 +214,16 @@ def test_a_fused_step_of_low_rank_is_the_plain_one():
     assert_equal(found, fr.apply_updates(params, updates), rtol=1e-12, atol=1e-14)
 
 
+def assert_compiled_is_plain(everything):
+    """At matrices with distinct, equal and zero singular values, where derivatives are finite, too."""
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    eye = torch.eye(3, dtype=torch.float64)
+    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
+        found = compiled(w)
+        assert flat(found).isfinite().all()
+        assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)
+
+
 @every_map
 def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal_or_zero(f):
     slope = grad(lambda w: f(w).square().sum() + f(w).sum())
@@ -221,12 +231,7 @@ def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal
     def everything(w):
         return f(w), slope(w), vmap(slope)(torch.stack([w, 2 * w])), jvp(f, (w,), (torch.ones_like(w),))[1]
 
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    eye = torch.eye(3, dtype=torch.float64)
-    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
-        found = compiled(w)
-        assert flat(found).isfinite().all()
-        assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)
+    assert_compiled_is_plain(everything)
 
 
 @pytest.mark.parametrize("name", ["nuclear", "spectral", "schatten", "spectral_mcp", "srip"])
@@ -237,12 +242,7 @@ def test_compiled_values_have_the_same_derivatives_where_singular_values_are_equ
     def everything(w):
         return case.value(w), grad(case.value)(w), vmap(grad(case.value))(torch.stack([w, 2 * w])), twice(w)
 
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    eye = torch.eye(3, dtype=torch.float64)
-    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
-        found = compiled(w)
-        assert flat(found).isfinite().all()
-        assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)
+    assert_compiled_is_plain(everything)
 
 
 def test_compiled_code_has_derivatives_in_steps_and_of_parameters():

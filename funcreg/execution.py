@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import itertools
@@ -13,6 +12,7 @@ import platform
 import sys
 import warnings
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch
+from funcreg.looks import Likeness, Looks, addresses, look, prepare
 from funcreg.packing import Packing
 from funcreg.recording import Record, Value
 from funcreg.tree import reader
@@ -39,7 +40,7 @@ class Compiler:
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         self._backend = backend
         self._made: dict[Any, _Compiled] = {}
-        self.compiles = backend != "eager"
+        self.compiles, self.compiles_cpp = backend != "eager", backend == "inductor"
 
     def __call__(
         self, module: fx.GraphModule, key: Any, dynamic: bool, past_caches: bool = False
@@ -52,6 +53,8 @@ class Compiler:
         return self._made[key]
 
 
+#: Leaves from which it takes long to look at them all.
+_MANY = 100
 #: Entries of a vector that code without a compiler computes with at once: what it makes then stays in a cache.
 _PIECE = 262144
 
@@ -277,7 +280,9 @@ class Slab:
         self.buffers: dict[tuple[int, int], Tensor] = {}
         self.leaves: list[Any] = []  # What a step returned, views and other leaves.
         self._memory: list[Tensor] = []
-        self._counts: tuple[int, int, int] | None = None
+        #: How many hold the memory, and the leaves, while nobody else does.
+        self._used_alone: int | None = None
+        self._alone: dict[Looks, tuple[int, ...] | None] = {}
         views: dict[int, Tensor] = {}
         together: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for number, slot in places:
@@ -295,18 +300,16 @@ class Slab:
                 self.buffers[key] = part[:size].view(buffer.shapes[slot])
                 views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
         self.views = [views[number] for number in sorted(views)]
-        self.pointers = [view.data_ptr() for view in self.views]
+        self._addresses = addresses(self.views)
         self._storages = [x.untyped_storage() for x in self._memory]
-        self._spans = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in self._memory]
+        self._spans = array("Q", [end for x in self._memory for end in (x.data_ptr(), x.data_ptr() + x.nbytes)])
 
     def moved(self, first: int) -> bool:
         """Whether a leaf lies elsewhere since `w.data = x`, or one of the first ones otherwise since `w.t_()`.
 
         Both leave it the same tensor; moments are not transposed.
         """
-        if list(map(Tensor.data_ptr, self.views)) != self.pointers:
-            return True
-        return not all(map(Tensor.is_contiguous, self.views[:first]))
+        return look().moved(self.views, self._addresses, first)
 
     def _used(self) -> int:
         counts = [torch._C._storage_Use_Count(x._cdata) for x in self._storages]
@@ -314,26 +317,27 @@ class Slab:
 
     def spoilt(self, first: int) -> bool:
         """Whether a leaf cannot be a result once more: it lies elsewhere, or one of the first ones got a gradient."""
-        if any(map(_requires_grad, self.views)) or self.moved(first):
-            return True
-        return any([gradient is not None for gradient in map(_gradient, self.views[:first])])
+        return look().spoilt(self.views, self._addresses, first)
 
     def left(self) -> bool:
         """Whether fewer tensors than before lie in this memory."""
-        return self._counts is not None and self._used() < self._counts[2]
+        return self._used_alone is not None and self._used() < self._used_alone
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
+    def holds(self, tensors: list[Tensor]) -> bool:
         """Whether one of these begins in this memory."""
-        pointers = sorted(map(Tensor.data_ptr, tensors))
-        return any([bisect.bisect_left(pointers, a) < bisect.bisect_left(pointers, b) for a, b in self._spans])
+        return look().begin_inside(tensors, self._spans)
 
     def free(self) -> bool:
         """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
-        held = sum(map(sys.getrefcount, self.views)), sum(map(_untyped(Tensor)._use_count, self.views))
-        counts = (*held, self._used())
-        if self._counts is None:
-            self._counts = counts
-        return counts == self._counts
+        by, used = look(), self._used()
+        if self._used_alone is None:
+            self._used_alone = used
+        held = by.held(self.views)
+        if by not in self._alone:  # Another one may have looked before.
+            if any([other.held(self.views) != alone for other, alone in self._alone.items()]):
+                return False
+            self._alone[by] = held
+        return used == self._used_alone and held is not None and held == self._alone[by]
 
 
 _HUGE = 1 << 22
@@ -368,9 +372,6 @@ _like = operator.attrgetter("shape", "dtype", "device")
 def _signature(values: Sequence[Value], any_shape: bool = False) -> tuple[Any, ...]:
     """What code that was compiled for some values is right for."""
     return tuple([(value.dtype, value.device, None if any_shape else value.shape) for value in values])
-
-
-_requires_grad, _gradient = operator.attrgetter("requires_grad"), operator.attrgetter("grad")
 
 
 def lying(leaves: Sequence[Tensor]) -> Tensor | None:
@@ -424,16 +425,11 @@ def _joiner(shapes: Sequence[tuple[int, ...]]) -> Callable[[Sequence[Tensor], Te
     return join
 
 
-def _guards(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """A fast look at whether tensors have the shapes, strides, dtypes and devices of these."""
-    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+def _likeness(tensors: list[Tensor]) -> Likeness | None:
+    """What gradients are compared with, if this version of torch can."""
     try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        # Its types say symbolic numbers; plain ones are what it is given everywhere.
-        guards: Any = TensorGuards
-        return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    except (ImportError, TypeError):  # Another version of torch: every call looks for itself.
+        return Likeness(tensors)
+    except (ImportError, TypeError):  # Every call looks for itself.
         return None
 
 
@@ -459,6 +455,8 @@ class Plan:
         slabs: dict[Any, list[Slab]],
         sizes: tuple[int, int] | None = None,
     ) -> None:
+        if compiler.compiles_cpp and sum(map(len, likes)) >= _MANY:
+            prepare()
         self.specs, self.seen, self.likes, self.in_place = specs, specs, likes, in_place
         params, results = len(likes[0]), len(found.outputs)
         limits = lambda device: sizes or _SIZES.get(device.type, _SIZES_ELSEWHERE)
@@ -512,7 +510,7 @@ class Plan:
         self._parameters = sum([position < params for position in self.owned])
         self._loosely = sorted(set(range(results)).difference(self.owned))
         self._readers: list[Callable[[Any], list[Any] | None]] = []
-        self._alike: Callable[..., bool] | None = None
+        self._likeness: Likeness | None = None
         self._others: list[tuple[int, Any]] = []
         self._bindings: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._stages = [
@@ -619,9 +617,12 @@ class Plan:
         """The memory in which parameters and state lie, if they lie where a step put them."""
         if not self.owned:
             return None
+        by = look()
         for slab in reversed(self._slabs):
-            if not all(map(operator.is_, leaves, slab.leaves)):
-                if not all(map(operator.is_, self._pick(leaves), slab.views)):
+            if leaves[self.owned[0]] is not slab.views[0]:
+                continue
+            if not by.same(leaves, slab.leaves):
+                if not by.same(self._pick(leaves), slab.views):
                     continue
                 for i in self._loosely:
                     slab.leaves[i] = leaves[i]
@@ -631,28 +632,30 @@ class Plan:
     def ours(self, grads: list[Any]) -> bool:
         """Whether gradients are those of `gradients`, and lie where they did."""
         mine = self._gradients
-        return mine is not None and all(map(operator.is_, grads, mine.leaves)) and not mine.moved(len(mine.views))
+        return mine is not None and look().same(grads, mine.leaves) and not mine.moved(len(mine.views))
 
     def recall(self, params: Any) -> list[Any] | None:
         """Leaves of parameters like those before."""
         leaves = self._readers[0](params)
-        return leaves if leaves is not None and self._alike is not None and self._alike(*leaves) else None
+        if leaves is None or self._likeness is None or not look().alike(leaves, self._likeness):
+            return None
+        return leaves
 
     def remember_params(self, params: Any, leaves: list[Tensor]) -> None:
         """Learn to read parameters like these without a look at each of them."""
-        self._readers, self._alike = [reader(params)], _guards(leaves)
+        self._readers, self._likeness = [reader(params)], _likeness(leaves)
 
     def remember(self, params: Any, grads: Any, state: Any, columns: Sequence[list[Any]], specs: Any) -> None:
         """Learn to read trees like these without a look at each of their tensors."""
         self.seen = specs
         self._readers = [reader(tree) for tree in (params, grads, state)]
-        self._alike = _guards(columns[1])
+        self._likeness = _likeness(columns[1])
         leaves = [*columns[0], *columns[2]]
         self._others = [(i, _like(leaves[i])) for i in range(self._results) if i not in set(self.owned)]
 
     def read(self, *trees: Any) -> tuple[list[list[Any]], Slab, bool] | None:
         """Leaves and memory of trees that a step has made, with gradients like those before or `ours`, and if ours."""
-        if self._alike is None:
+        if self._likeness is None:
             return None
         columns: list[list[Any]] = []
         for read, tree in zip(self._readers, trees, strict=True):
@@ -665,7 +668,7 @@ class Plan:
         if slab is None:
             return None
         ours = self.ours(columns[1])
-        if not ours and not self._alike(*columns[1]):
+        if not ours and not look().alike(columns[1], self._likeness):
             return None
         for i, like in self._others:
             if not isinstance(leaves[i], Tensor) or _like(leaves[i]) != like:
@@ -674,9 +677,7 @@ class Plan:
 
     def suspicious(self, columns: Sequence[list[Any]], slab: Slab, ours: bool) -> bool:
         """Whether gradients that lie in donated memory, or parameters that came to need one, forbid donation."""
-        if any(map(_requires_grad, columns[0])):
-            return True
-        return not ours and slab.holds(columns[1])
+        return look().need_gradient(columns[0]) or (not ours and slab.holds(columns[1]))
 
     def run(self, arguments: list[Any], slab: Slab | None, ours: bool = False) -> list[Tensor]:
         """Results, which are views of buffers; none if they are in place, in the parameters and the state given."""
@@ -795,7 +796,8 @@ class Plan:
                 with torch.inference_mode(False):
                     scratches[key] = memory = empty(most.get(key, size), like.dtype, like.device)
             scratch = memory[:size].view(shape)
-            join(leaves, scratch)
+            if not look().join(leaves, scratch):
+                join(leaves, scratch)
             return scratch
 
         return gather

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 import funcreg as fr
 from funcreg import execution
 
+pytestmark = pytest.mark.usefixtures("asked_by_each")
+
 
 def plain(tx, params, grads, state, **extra):
     """The plain functions, on copies."""

@@ -174,6 +174,7 @@ def test_the_number_of_kernels_does_not_grow_with_that_of_leaves(make, most):
         assert len(made) <= most
 
 
+@pytest.mark.usefixtures("asked_by_each")
 def test_results_that_somebody_holds_never_change():
     tx = fr.chain(fr.trace(0.9), fr.scale(-0.1))
     step = fr.fuse(tx, backend="eager")
@@ -188,6 +189,7 @@ def test_results_that_somebody_holds_never_change():
         assert_equal(held, before)
 
 
+@pytest.mark.usefixtures("asked_by_each")
 def test_results_that_nobody_holds_are_written_over():
     step = fr.fuse(fr.sgd(0.1), backend="eager")
     params, state = step.init({"w": torch.zeros(5, 3), "b": torch.zeros(5)})
@@ -339,6 +341,7 @@ def test_extra_arguments_of_other_shapes_and_strides_are_not_mixed_up():
         assert_equal(step(params, params, fr.EmptyState(), A=given)[0], expected)
 
 
+@pytest.mark.usefixtures("asked_by_each")
 @pytest.mark.parametrize(
     "shapes", [[(4, 3), (2, 3), (1, 3)], [(3, 0), (2, 0)], [(2, 3), (3, 2)], [(5, 1, 2), (4, 1, 2)]]
 )
@@ -371,6 +374,7 @@ def test_plans_of_other_layouts_share_no_memory():
         assert_equal(params, expected)
 
 
+@pytest.mark.usefixtures("asked_by_each")
 def test_a_tensor_that_was_given_other_memory_is_read_there():
     step = fr.fuse(fr.sgd(0.1), donate=True, backend="eager")
     params, state = step.init({"w": torch.ones(3)})
@@ -379,6 +383,7 @@ def test_a_tensor_that_was_given_other_memory_is_read_there():
     torch.testing.assert_close(params["w"], torch.full((3,), -0.1))
 
 
+@pytest.mark.usefixtures("asked_by_each")
 def test_a_moment_that_was_given_other_memory_is_read_there():
     tx = fr.trace(0.5)
     step = fr.fuse(tx, donate=True, backend="eager")
@@ -425,6 +430,7 @@ def test_packed_gradients_are_read_where_they_lie(donate, small_buffers):
     assert_equal(params, fr.apply_updates(expected[0], updates), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("asked_by_each")
 def test_memory_of_leaves_with_a_gradient_is_not_used_again():
     step = fr.fuse(fr.sgd(0.1), backend="eager")
     params, state = step.init({"w": torch.ones(1)})

@@ -74,7 +74,7 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "recording"],
-    ["tree", "schedules", "packing"],
+    ["tree", "schedules", "packing", "looks"],
     ["composition", "descent"],
     ["transform", "penalty", "kernels"],
     ["execution"],

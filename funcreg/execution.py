@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch
+from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch, without_nan
 from funcreg.looks import Likeness, Looks, addresses, look, prepare
 from funcreg.packing import Packing
 from funcreg.recording import Record, Value
@@ -61,27 +61,44 @@ _PIECE = 262144
 
 def _in_pieces(module: fx.GraphModule) -> Callable[..., Any]:
     """An elementwise module, piece by piece; what it returns are sums."""
-    module = over_temporaries(module)
-    near, dtypes = with_scratch(module)
-    memory: list[Tensor] = []
-
-    def scratch(entries: int) -> list[Tensor]:
-        if dtypes and (not memory or len(memory[0]) < entries):
-            with torch.inference_mode(False):
-                memory[:] = [empty(entries, dtype, torch.device("cpu"), i) for i, dtype in enumerate(dtypes)]
-        return [x if len(x) == entries else x[:entries] for x in memory]
+    careful, quick = _PieceByPiece(module), without_nan(module)
+    if quick is None:
+        return careful
+    quick = _PieceByPiece(quick)
 
     def run(*args: Any) -> Any:
-        if args[0].device.type != "cpu":
-            return module(*args)
-        entries = args[0].numel()
-        if entries <= _PIECE:
-            return near.forward(*args, *scratch(entries))
-        columns = [x.split(_PIECE) if x.ndim else itertools.repeat(x) for x in args]
-        rows = [near.forward(*row, *scratch(len(row[0]))) for row in zip(*columns, strict=False)]
-        return tuple([functools.reduce(torch.add, parts) for parts in zip(*rows, strict=True)])
+        if args[0].device.type != "cpu":  # Where a look at a result is a wait for it.
+            return careful(*args)
+        results = quick(*args)
+        return careful(*args) if any([x != x for x in map(Tensor.item, results)]) else results
 
     return run
+
+
+class _PieceByPiece:
+    """An elementwise module that never computes with more entries than a cache holds."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = over_temporaries(module)
+        self._near, self._dtypes = with_scratch(self._module)
+        self._memory: list[Tensor] = []
+
+    def _scratch(self, entries: int) -> list[Tensor]:
+        if self._dtypes and (not self._memory or len(self._memory[0]) < entries):
+            with torch.inference_mode(False):
+                cpu = torch.device("cpu")
+                self._memory = [empty(entries, dtype, cpu, i) for i, dtype in enumerate(self._dtypes)]
+        return [x if len(x) == entries else x[:entries] for x in self._memory]
+
+    def __call__(self, *args: Any) -> Any:
+        if args[0].device.type != "cpu":
+            return self._module(*args)
+        entries = args[0].numel()
+        if entries <= _PIECE:
+            return self._near.forward(*args, *self._scratch(entries))
+        columns = [x.split(_PIECE) if x.ndim else itertools.repeat(x) for x in args]
+        rows = [self._near.forward(*row, *self._scratch(len(row[0]))) for row in zip(*columns, strict=False)]
+        return tuple([functools.reduce(torch.add, parts) for parts in zip(*rows, strict=True)])
 
 
 _said: set[str] = set()

@@ -300,6 +300,9 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
             node.target, node.args = _aten.clamp.Tensor, (size, value, value)
             if not unequal.users:
                 graph.erase_node(unequal)
+    for node in list(graph.nodes):
+        if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and not node.kwargs:
+            _scale_inside(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = lambda node: max([order[user] for user in node.users])
     for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
@@ -392,6 +395,68 @@ def _variant(op: Any, kind: str) -> Any:
         if found is not None and like(found._schema) == like(op._schema):
             return found
     return None
+
+
+def _scale_inside(node: fx.Node) -> None:
+    """Let a sum multiply one of its terms by a number itself."""
+    swaps = node.target is _aten.add.Tensor
+    for place in (1, 0) if swaps else (1,):
+        term, other = node.args[place], node.args[1 - place]
+        if not isinstance(term, fx.Node) or not isinstance(other, fx.Node) or term.target is not _aten.mul.Tensor:
+            continue
+        x, by = term.args
+        if (
+            list(term.users) != [node]
+            or not isinstance(x, fx.Node)
+            or not isinstance(by, (int, float))
+            or term is other
+        ):
+            continue
+        if _same_kind(node, term) and _same_kind(node, x) and _same_kind(node, other) and _floats(node):
+            node.args, node.kwargs = (other, x), {"alpha": by}
+            node.graph.erase_node(term)
+            return
+
+
+def _floats(node: fx.Node) -> bool:
+    return node.meta["value"].dtype in (torch.float32, torch.float64)
+
+
+def without_nan(module: fx.GraphModule) -> fx.GraphModule | None:
+    """A module that is right if what it returns is not NaN, or None if that is no less work, or proves nothing.
+
+    Signs then need no care for NaN. It reads nothing that it writes, so that the other one can be run after it.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    careful = [node for node in graph.nodes if node.target is _aten.where.self and _nan_of(node) is not None]
+    for copy in graph.nodes:
+        if copy.target is _aten.copy_.default and list(copy.args[0].users) != [copy]:
+            return None
+    for node in careful:
+        if not _is_told(node.args[1]):
+            return None
+        node.replace_all_uses_with(node.args[2])
+        unequal = node.args[0]
+        graph.erase_node(node)
+        if not unequal.users:
+            graph.erase_node(unequal)
+    return fx.GraphModule(torch.nn.Module(), graph) if careful else None
+
+
+#: What is NaN where its first argument is, or any of them.
+_CARRY_NAN = (_aten.abs.default, _aten.neg.default, _aten.mul.Tensor, _aten.add.Tensor, _aten.sub.Tensor)
+_CARRY_NAN += (_aten.div.Tensor, _aten.sqrt.default, _aten.sum.default)
+
+
+def _is_told(x: fx.Node) -> bool:
+    """Whether something that a graph returns is NaN if an entry is."""
+    reached = [x]
+    for node in reached:  # Which grows meanwhile.
+        if any([user.op == "output" for user in node.users]):
+            return True
+        reached += [user for user in node.users if user.target in _CARRY_NAN and user not in reached]
+    return False
 
 
 def _nan_of(node: fx.Node) -> fx.Node | None:

@@ -361,6 +361,17 @@ def test_gradients_of_penalties_where_numbers_end(backend, monkeypatch):
         torch.testing.assert_close(value, penalty(finite, *hyper))
 
 
+def test_signs_of_nan_that_no_sum_tells():
+    careful = lambda w: torch.where(w != w, w, w.sign())
+    define = fr.penalty(gradient=careful, proximal=lambda w, step: w)
+    quiet, loud = define(lambda w: w.abs().nan_to_num(0.0)), define(lambda w: 2 * w.abs())
+    params = {"w": torch.tensor([1.0, math.nan, -2.0]), "b": torch.tensor([0.0])}
+    for penalty in (quiet, loud):
+        _, slopes = fr.value_and_grad(penalty, backend="eager")(params)
+        torch.testing.assert_close(slopes["w"], careful(params["w"]), rtol=0, atol=0, equal_nan=True)
+        assert slopes["b"] == 0
+
+
 def test_packed_gradients_under_another_default_device(monkeypatch):
     monkeypatch.setattr(execution, "_SIZES", {"cpu": (13, 20)})
     tx = fr.chain(fr.clip_by_global_norm(0.5), fr.trace(0.9))

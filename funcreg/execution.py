@@ -114,9 +114,8 @@ def say_once(message: str) -> None:
 class _Compiled:
     """A compiled module, or the module itself if compilation fails.
 
-    `torch.compile` looks at its arguments before every call, to see if it may use what it compiled; that takes longer
-    than a kernel for a few thousand entries. Here arguments differ in nothing but their numbers of entries, so that
-    later calls go straight to what the backend made.
+    The backend is given the module itself. `torch.compile` would first run it to see what it does, and then look at
+    its arguments before every call, which differ in nothing but their numbers of entries.
     """
 
     def __init__(
@@ -125,64 +124,43 @@ class _Compiled:
         self._module, self._dynamic = module, dynamic
         self._backend = functools.partial(_inductor, past_caches=past_caches) if backend == "inductor" else backend
         self._run: Callable[..., Any] | None = None
-        self._order: list[int] = []
 
     def __call__(self, *args: Any) -> Any:
-        if self._run is None:
-            return self._first(args)
-        if not self._order:
-            return self._run(*args)
-        args = (*args, args[0].numel())  # The last one is what place -1 picks.
-        return self._run(*[args[i] for i in self._order])
+        return self._first(args) if self._run is None else self._run(*args)
 
     def _first(self, args: tuple[Any, ...]) -> Any:
-        backend = _backend(self._backend)
-        made: list[tuple[Callable[..., Any], list[Any]]] = []
-        returned: list[Any] = []
-
-        def watched(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            run = backend(module, inputs)
-            made.append((run, list(inputs)))
-
-            def call(*given: Any) -> Any:
-                returned[:] = out = run(*given)
-                return out
-
-            return call
-
-        compiled = torch.compile(self._module, backend=watched, dynamic=self._dynamic, fullgraph=True)
+        graph = fx.Graph()  # Its own: backends write into what they are given.
+        graph.output(graph.graph_copy(self._module.graph, {}))
         try:
-            result = compiled(*args)
+            run = _backend(self._backend)(fx.GraphModule(torch.nn.Module(), graph), _apart(args, self._dynamic))
+            result = run(*args)
         except Exception as error:  # Nothing is written before a module is compiled.
             say_once(
-                "fuse runs without compiled kernels, with equal results, because torch.compile failed: "
+                "fuse runs without compiled kernels, with equal results, because compilation failed: "
                 + " ".join(str(error).split())[:300]
             )
-            self._run = _in_pieces(self._module) if self._dynamic else self._module
-            return self._run(*args)
-        self._run = compiled
-        if len(made) == 1 and len(returned) == len(result) and all(map(operator.is_, returned, result)):
-            self._straight(*made[0], args)
+            run = _in_pieces(self._module) if self._dynamic else self._module
+            result = run(*args)
+        self._run = run
         return result
 
-    def _straight(self, run: Callable[..., Any], inputs: list[Any], args: tuple[Any, ...]) -> None:
-        """Find each input of compiled code among the arguments; if that is not clear, leave the call as it is."""
-        places = {id(arg): i for i, arg in enumerate(args)}
-        # What was compiled for one tensor in two places is right for no two tensors. What is written overlaps nothing
-        # else: it is memory of the step's own, or donated and looked at.
-        if len(places) < len(args):
-            return
-        entries = args[0].numel() if args else 0
-        order: list[int] = []
-        for x in inputs:
-            if id(x) in places:
-                order.append(places[id(x)])
-            elif isinstance(x, (int, torch.SymInt)) and self._dynamic and int(x) == entries > 1:
-                order.append(-1)
-            else:
-                return
-        if order:
-            self._run, self._order = getattr(run, "_torchdynamo_orig_callable", run), order
+
+def _apart(args: tuple[Tensor, ...], dynamic: bool) -> list[Tensor]:
+    """Tensors without numbers, like some but that no two share memory, and vectors of any number of entries if told.
+
+    What kernels write overlaps nothing else: it is memory of the step's own, or donated and looked at.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    sizes: dict[int, Any] = {}
+    if dynamic:
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])
+        sizes[len(args[0])] = mode.from_tensor(args[0], symbolic_context=context).shape[0]
+    like = lambda x: {"dtype": x.dtype, "device": x.device}
+    with mode:
+        return [torch.empty_strided([sizes.get(n, n) for n in x.shape], x.stride(), **like(x)) for x in args]
 
 
 #: From the number of a buffer and of an input of its homes to the numbers of the leaves that lie there.
@@ -257,24 +235,45 @@ def _streaming(past_caches: bool) -> Iterator[None]:
         kernel._get_vec_load_line, kernel._get_store_line = load, store
 
 
-def _inductor(module: fx.GraphModule, inputs: Any, past_caches: bool = False) -> Callable[..., Any]:
-    """Inductor for loops over much memory, without checks of what is known: shapes, and if it knows this processor.
+@contextlib.contextmanager
+def _without_trials() -> Iterator[None]:
+    """Let Inductor take the vectors of a processor for granted, and do without what it would try to compile first.
 
-    The latter takes longer than all else of a first call; if it does not, compilation fails and is done again. So it
-    is, as Inductor does it, if another version has other insides.
+    These are instructions for matrices, of no use here. To try them takes longer than all else of a first call.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    kinds, known = _untyped(cpu_vec_isa.VecISA), _untyped(cpu_vec_isa.valid_vec_isa_list)
+    if known.cache_info().currsize:
+        yield
+        return
+    check = kinds.check_build
+    kinds.check_build = lambda self, code: False
+    try:
+        yield
+    finally:
+        kinds.check_build = check
+        known.cache_clear()  # For others, it is tried.
+        for kind in vars(cpu_vec_isa).values():
+            forget = getattr(getattr(kind, "__bool__", None), "cache_clear", None)
+            if forget is not None:
+                forget()
+
+
+def _inductor(module: fx.GraphModule, inputs: Any, past_caches: bool = False) -> Callable[..., Any]:
+    """Inductor for loops over much memory, without checks of what is known: shapes, and the vectors of a processor.
+
+    If compilation fails, it is done with these checks, and then, as another version may have other insides, as Inductor
+    does it.
     """
     from torch._inductor import compile_fx as inductor
-    from torch._inductor import cpu_vec_isa
 
     compile_fx = _untyped(inductor.compile_fx)
     known = {"size_asserts": False}
     ours = {**known, "post_grad_custom_post_pass": _written_early(past_caches)}
-    for patches in ({**ours, "cpp.vec_isa_ok": True}, ours):
-        try:
-            with _streaming(past_caches):
-                return compile_fx(module, inputs, config_patches=patches)
-        except Exception:
-            cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for trials, patches in ((_without_trials(), {**ours, "cpp.vec_isa_ok": True}), (contextlib.nullcontext(), ours)):
+        with contextlib.suppress(Exception), trials, _streaming(past_caches):
+            return compile_fx(module, inputs, config_patches=patches)
     return compile_fx(module, inputs, config_patches=known)
 
 

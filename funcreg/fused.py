@@ -7,6 +7,7 @@ A step is recorded once for trees of one structure (`recording`), cut into group
 from __future__ import annotations
 
 import bisect
+import functools
 import operator
 import sys
 import threading
@@ -108,7 +109,7 @@ class FusedStep:
 
         self._plainly = in_place if donate else pure
         self._compiles = True
-        self._unpacked = torch.compile(_with_code_of_its_own(self._plainly), backend=backend)
+        self._backend = backend
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -250,6 +251,11 @@ class FusedStep:
             f"{_names(trees[0], trees[2])[which]} came out of the step with shape {found.outputs[which].shape}; "
             f"expected {written[which].shape}, as before"
         )
+
+    @functools.cached_property
+    def _unpacked(self) -> Callable[..., Any]:
+        """The plain functions, compiled leaf by leaf."""
+        return torch.compile(_with_code_of_its_own(self._plainly), backend=self._backend)
 
     def _step_unpacked(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
         result: Any

@@ -625,6 +625,40 @@ def test_code_reads_ahead_and_writes_large_results_past_the_caches():
         assert (CppVecKernel._get_vec_load_line, CppVecKernel._get_store_line) == plain
 
 
+def _doubled():
+    graph = torch.fx.Graph()
+    x, out = graph.placeholder("x"), graph.placeholder("out")
+    twice = graph.call_function(torch.ops.aten.mul.Tensor, (x, 2.0))
+    graph.call_function(torch.ops.aten.copy_.default, (out, twice))
+    graph.output(())
+    return torch.fx.GraphModule(torch.nn.Module(), graph)
+
+
+def test_code_is_compiled_without_trials_of_the_processor(monkeypatch):
+    """Which Inductor makes for others, as if nothing had been compiled before."""
+    from torch._inductor import compile_fx, cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    tried, asked, compiler = [], [], compile_fx.compile_fx
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: tried.append(code))
+    check = cpu_vec_isa.VecISA.check_build
+
+    def counted(module, inputs, **options):
+        asked.extend([options["config_patches"]] if options.get("config_patches") else [])  # It calls itself, too.
+        return compiler(module, inputs, **options)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", counted)
+    monkeypatch.setattr(execution, "_AHEAD", 1088)  # Nothing that is kept.
+    double = execution.Compiler("inductor")(_doubled(), "key", dynamic=True)
+    x, out = torch.randn(5003), torch.zeros(5003)
+    double(x, out)
+    torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)
+    assert not tried
+    assert len(asked) == 1
+    assert cpu_vec_isa.VecISA.check_build is check
+    assert not cpu_vec_isa.valid_vec_isa_list.cache_info().currsize
+
+
 def test_without_the_insides_of_inductor_code_is_as_right(monkeypatch):
     monkeypatch.setattr(execution, "_AHEAD", "no number")  # Does not compile.
     x, out = torch.randn(5003), torch.zeros(5003)

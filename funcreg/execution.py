@@ -126,7 +126,9 @@ class _Compiled:
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return self._first(args) if self._run is None else self._run(*args)
+        if self._run is None:
+            return self._plainly(*args) if _forbidden() else self._first(args)
+        return self._run(*args)
 
     def _first(self, args: tuple[Any, ...]) -> Any:
         graph = fx.Graph()  # Its own: backends write into what they are given.
@@ -139,10 +141,21 @@ class _Compiled:
                 "fuse runs without compiled kernels, with equal results, because compilation failed: "
                 + " ".join(str(error).split())[:300]
             )
-            run = _in_pieces(self._module) if self._dynamic else self._module
+            run = self._plainly
             result = run(*args)
         self._run = run
         return result
+
+    @functools.cached_property
+    def _plainly(self) -> Callable[..., Any]:
+        return _in_pieces(self._module) if self._dynamic else self._module
+
+
+def _forbidden() -> bool:
+    """Whether `TORCH_COMPILE_DISABLE` forbids to compile."""
+    from torch._dynamo import config
+
+    return bool(_untyped(config).disable)
 
 
 def _apart(args: tuple[Tensor, ...], dynamic: bool) -> list[Tensor]:
@@ -156,8 +169,9 @@ def _apart(args: tuple[Tensor, ...], dynamic: bool) -> list[Tensor]:
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
     sizes: dict[int, Any] = {}
     if dynamic:
+        vector = next(x for x in args if x.ndim)
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])
-        sizes[len(args[0])] = mode.from_tensor(args[0], symbolic_context=context).shape[0]
+        sizes[len(vector)] = mode.from_tensor(vector, symbolic_context=context).shape[0]
     like = lambda x: {"dtype": x.dtype, "device": x.device}
     with mode:
         return [torch.empty_strided([sizes.get(n, n) for n in x.shape], x.stride(), **like(x)) for x in args]

@@ -543,6 +543,19 @@ def test_without_a_compiler_the_packed_step_runs_with_equal_results_and_says_so_
     assert "no compiler here" in str(said[0].message)
 
 
+def test_steps_do_not_compile_where_that_is_forbidden():
+    def refused(*_):
+        raise AssertionError
+
+    tx = fr.chain(fr.scale_by_adam(), fr.scale(-0.1))
+    params, grads = {"a": torch.ones(3)}, {"a": torch.full((3,), 2.0)}
+    expected = fr.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+    step = fr.fuse(tx, backend=refused)
+    with torch._dynamo.config.patch(disable=True):
+        for _ in range(2):
+            torch.testing.assert_close(step(params, grads, tx.init(params))[0], expected)
+
+
 def test_a_state_that_changes_its_shape_is_refused():
     grows = fr.Transform(lambda p: torch.zeros(1), lambda u, s, p: (u, torch.cat([s, s])))
     step = fr.fuse(grows, donate=True, backend="eager")

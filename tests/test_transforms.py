@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo
 from cases import HEAD, TRANSFORMS, Seen, assert_equal, draw, flat
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 import funcreg as fr
@@ -161,17 +161,20 @@ def test_fused_steps_are_the_eager_ones_and_compile_once(case, donate):
         return {"head": draw(seed)["head"]}
 
     tx = case.make()
-    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    step = fr.fuse(tx, donate=donate, backend=counter)
     params, state = step.init(small(0))
     expected, eager = small(0), tx.init(small(0))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for n in range(4):
-            updates, eager = tx.update(small(n + 1), eager, expected)
-            expected = fr.apply_updates(expected, updates)
-            before = [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
-            params, state = step(params, small(n + 1), state)
-            assert_equal((params, state), (expected, eager), rtol=1e-11, atol=1e-12)
-            assert not donate or before == [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
+    compiled = []
+    for n in range(4):
+        updates, eager = tx.update(small(n + 1), eager, expected)
+        expected = fr.apply_updates(expected, updates)
+        before = [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
+        params, state = step(params, small(n + 1), state)
+        assert_equal((params, state), (expected, eager), rtol=1e-11, atol=1e-12)
+        assert not donate or before == [leaf.data_ptr() for leaf in fr.tree_leaves((params, state))]
+        compiled.append(counter.frame_count)
+    assert compiled[0] == compiled[-1] > 0
 
 
 @every_transform

@@ -250,6 +250,7 @@ class _Emitter:
         node = self.graph.placeholder(f"x{self._inputs}")
         if value is not None:
             self.values[value] = node
+            node.meta["read"] = value
         return node
 
     def run(self, nodes: Iterable[Node]) -> None:
@@ -301,8 +302,8 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
             if not unequal.users:
                 graph.erase_node(unequal)
     for node in list(graph.nodes):
-        if node.target in (_aten.add.Tensor, _aten.sub.Tensor) and not node.kwargs:
-            _scale_inside(node)
+        if node.target in (_aten.add.Tensor, _aten.sub.Tensor):
+            _multiply_inside(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = lambda node: max([order[user] for user in node.users])
     for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
@@ -317,7 +318,7 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
             if made is node:
                 graph.erase_node(copy)
             # What only this needs is made in the same place.
-            apart = [x for x in made.all_input_nodes if _same_kind(made, x) and list(x.users) == [made]]
+            apart = [x for x in made.all_input_nodes if _only_for(made, x) and x.op == "call_function"]
             made = next((x for x in apart if "out" not in x.kwargs), None)
     for node in graph.nodes:
         first = node.args[0] if node.args else None
@@ -397,29 +398,44 @@ def _variant(op: Any, kind: str) -> Any:
     return None
 
 
-def _scale_inside(node: fx.Node) -> None:
-    """Let a sum multiply one of its terms by a number itself."""
-    swaps = node.target is _aten.add.Tensor
-    for place in (1, 0) if swaps else (1,):
-        term, other = node.args[place], node.args[1 - place]
-        if not isinstance(term, fx.Node) or not isinstance(other, fx.Node) or term.target is not _aten.mul.Tensor:
+def _multiply_inside(node: fx.Node) -> None:
+    """Let a sum multiply a term itself, by a number, and two factors if the term is their product."""
+    if "value" not in node.meta or node.meta["value"].dtype not in (torch.float32, torch.float64) or node.kwargs:
+        return
+    sign = 1 if node.target is _aten.add.Tensor else -1
+    for place in (1, 0) if sign > 0 else (1,):
+        term, other = _untyped(node.args[place]), node.args[1 - place]
+        if term is other or not _only_for(node, term) or not isinstance(other, fx.Node) or not _same_kind(node, other):
             continue
-        x, by = term.args
-        if (
-            list(term.users) != [node]
-            or not isinstance(x, fx.Node)
-            or not isinstance(by, (int, float))
-            or term is other
-        ):
-            continue
-        if _same_kind(node, term) and _same_kind(node, x) and _same_kind(node, other) and _floats(node):
-            node.args, node.kwargs = (other, x), {"alpha": by}
+        by, inner = 1.0, term
+        if term.target is _aten.mul.Tensor and isinstance(term.args[1], (int, float)):
+            inner, by = term.args
+        if inner is not term and _same_kind(node, inner):
+            node.args, node.kwargs = (other, inner), {"alpha": by}
             node.graph.erase_node(term)
+        factors = _factors(inner) if _only_for(node, inner) else ()
+        if factors and all([_same_kind(node, factor) for factor in factors]):
+            node.target, node.args, node.kwargs = _aten.addcmul.default, (other, *factors), {"value": sign * by}
+            node.graph.erase_node(inner)
+        if node.kwargs:
             return
 
 
-def _floats(node: fx.Node) -> bool:
-    return node.meta["value"].dtype in (torch.float32, torch.float64)
+def _untyped(x: Any) -> Any:
+    """An argument of a node, which may be much, but not its type."""
+    return x
+
+
+def _only_for(node: fx.Node, term: Any) -> bool:
+    """Whether a term is made for nothing but a sum of its kind."""
+    return isinstance(term, fx.Node) and list(term.users) == [node] and _same_kind(node, term)
+
+
+def _factors(term: Any) -> tuple[Any, ...]:
+    """Two tensors of which a term is the product."""
+    if term.target is _aten.mul.Tensor and isinstance(term.args[1], fx.Node):
+        return term.args
+    return (term.args[0],) * 2 if term.target is _aten.pow.Tensor_Scalar and term.args[1] == 2 else ()
 
 
 def without_nan(module: fx.GraphModule) -> fx.GraphModule | None:
@@ -429,6 +445,9 @@ def without_nan(module: fx.GraphModule) -> fx.GraphModule | None:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.find_nodes(op="placeholder"):
+        if "read" in node.meta:
+            node.meta["value"] = node.meta["read"]  # Sums may multiply it themselves, and round once.
     careful = [node for node in graph.nodes if node.target is _aten.where.self and _nan_of(node) is not None]
     for copy in graph.nodes:
         if copy.target is _aten.copy_.default and list(copy.args[0].users) != [copy]:

@@ -13,14 +13,11 @@
 namespace {
 
 PyTypeObject* tensor_type = nullptr;
+PyTypeObject* plain_type = nullptr;  // That of most of them.
 Py_ssize_t offset = 0;  // From where a tensor begins in Python to its pointer to the TensorImpl.
 
 c10::TensorImpl& tensor(PyObject* x) {
-  static PyTypeObject* known = nullptr;  // Most are of the type of the one before.
-  if (Py_TYPE(x) != known) {
-    if (!PyObject_TypeCheck(x, tensor_type)) throw std::invalid_argument("not a tensor");
-    known = Py_TYPE(x);
-  }
+  if (Py_TYPE(x) != plain_type && !PyObject_TypeCheck(x, tensor_type)) throw std::invalid_argument("not a tensor");
   return **reinterpret_cast<c10::TensorImpl**>(reinterpret_cast<char*>(x) + offset);
 }
 
@@ -97,8 +94,9 @@ bool is_plain(const c10::TensorImpl& x) {
 
 extern "C" {
 
-void begin(PyObject* type, Py_ssize_t to_impl) {
-  tensor_type = reinterpret_cast<PyTypeObject*>(type);
+void begin(PyObject* base, PyObject* plain, Py_ssize_t to_impl) {
+  tensor_type = reinterpret_cast<PyTypeObject*>(base);
+  plain_type = reinterpret_cast<PyTypeObject*>(plain);
   offset = to_impl;
 }
 

@@ -115,8 +115,8 @@ class _Cpp(Looks):
             function = getattr(code, name)
             function.argtypes, function.restype = types, ctypes.c_bool
         code.described.argtypes, code.described.restype = [objects, memory, ctypes.c_ssize_t], ctypes.c_ssize_t
-        code.begin.argtypes, code.begin.restype = [objects, ctypes.c_ssize_t], None
-        code.begin(torch._C.TensorBase, _to_impl())
+        code.begin.argtypes, code.begin.restype = [objects, objects, ctypes.c_ssize_t], None
+        code.begin(torch._C.TensorBase, Tensor, _to_impl())
 
     def same(self, found: Sequence[Any], known: Sequence[Any]) -> bool:
         return self._code.same(found, known)
@@ -183,15 +183,16 @@ def prepare() -> threading.Thread | None:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         compiler, folder = get_cpp_compiler(), Path(cache_dir()) / "funcreg"
-    except (ImportError, RuntimeError):  # Another version of torch, or no compiler.
+        source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
+        text = source.read_text()
+    except (ImportError, OSError, RuntimeError):  # Another version of torch, no place for what is made, no compiler.
         return None
-    source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
     command = [compiler, "-std=c++20", "-O2", "-DNDEBUG", "-shared", "-fPIC"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     command += [f"-I{sysconfig.get_path('include')}", f"-I{root / 'include'}", str(source)]
     command += [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-lc10"]
     command += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    made_for = [source.read_text(), *command, torch.version.git_version, str(sys.implementation.cache_tag)]
+    made_for = [text, *command, torch.version.git_version, str(sysconfig.get_config_var("SOABI"))]
     library = folder / f"looks-{hashlib.sha256(repr(made_for).encode()).hexdigest()[:32]}.so"
     if library.exists():
         _load(library)

@@ -404,7 +404,8 @@ def _multiply_inside(node: fx.Node) -> None:
         return
     sign = 1 if node.target is _aten.add.Tensor else -1
     for place in (1, 0) if sign > 0 else (1,):
-        term, other = _untyped(node.args[place]), node.args[1 - place]
+        term: Any = node.args[place]
+        other = node.args[1 - place]
         if term is other or not _only_for(node, term) or not isinstance(other, fx.Node) or not _same_kind(node, other):
             continue
         by, inner = 1.0, term
@@ -419,11 +420,6 @@ def _multiply_inside(node: fx.Node) -> None:
             node.graph.erase_node(inner)
         if node.kwargs:
             return
-
-
-def _untyped(x: Any) -> Any:
-    """An argument of a node, which may be much, but not its type."""
-    return x
 
 
 def _only_for(node: fx.Node, term: Any) -> bool:

@@ -44,6 +44,7 @@ bool any(PyObject* objects, Question question) noexcept {
   try {
     const Sequence all(objects);
     for (Py_ssize_t i = 0; i < all.size; ++i) {
+      // Tensors lie anywhere in memory, and are asked for before they are looked at.
       if (i + 16 < all.size) __builtin_prefetch(reinterpret_cast<char*>(all.first[i + 16]) + offset);
       if (i + 8 < all.size) {
         const char* ahead = reinterpret_cast<const char*>(&tensor(all.first[i + 8]));

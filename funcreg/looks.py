@@ -139,9 +139,9 @@ class _Cpp(Looks):
         if not super().alike(tensors, known):
             return False
         count = self._code.described(tensors, 0, 0)
-        numbers = array("q", bytes(8 * max(count, 0)))
-        if self._code.described(tensors, *numbers.buffer_info()) == count:
-            known.numbers = numbers
+        if count >= 0:
+            known.numbers = array("q", bytes(8 * count))
+            self._code.described(tensors, *known.numbers.buffer_info())
         return True
 
     def held(self, tensors: list[Tensor]) -> tuple[int, ...] | None:

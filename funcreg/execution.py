@@ -23,7 +23,7 @@ from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scra
 from funcreg.looks import Likeness, Looks, addresses, look, prepare
 from funcreg.packing import Packing
 from funcreg.recording import Record, Value
-from funcreg.tree import reader
+from funcreg.tree import copier, reader, restored
 
 #: Sets of parameters and state that a step knows at once. It takes others too, but has to copy them together.
 _SETS = 8
@@ -329,7 +329,11 @@ class Slab:
                 buffer = buffers[key[0]]
                 self.buffers[key] = part[:size].view(buffer.shapes[slot])
                 views.update(zip(places[key], _leaves(buffer, slot, self.buffers[key]), strict=True))
-        self.views = [views[number] for number in sorted(views)]
+        # As views autograd would keep more of them, and to ask them would take longer.
+        self.views = [views[number].detach() for number in sorted(views)]
+        #: For plans, the trees that their results are, with an ellipsis for other leaves.
+        self.trees: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self.spoilt = False
         self._addresses = addresses(self.views)
         self._storages = [x.untyped_storage() for x in self._memory]
         self._spans = array("Q", [end for x in self._memory for end in (x.data_ptr(), x.data_ptr() + x.nbytes)])
@@ -345,10 +349,6 @@ class Slab:
         counts = [torch._C._storage_Use_Count(x._cdata) for x in self._storages]
         return sum(counts) + sum(map(sys.getrefcount, self._storages))
 
-    def spoilt(self, first: int) -> bool:
-        """Whether a leaf cannot be a result once more: it lies elsewhere, or one of the first ones got a gradient."""
-        return look().spoilt(self.views, self._addresses, first)
-
     def left(self) -> bool:
         """Whether fewer tensors than before lie in this memory."""
         return self._used_alone is not None and self._used() < self._used_alone
@@ -357,17 +357,28 @@ class Slab:
         """Whether one of these begins in this memory."""
         return look().begin_inside(tensors, self._spans)
 
-    def free(self) -> bool:
-        """Whether nobody else holds a leaf, or a view of one, since this was first asked."""
+    def free(self, first: int) -> bool:
+        """Whether nobody else holds a leaf, or a view of one, since this was first asked.
+
+        Then `spoilt` tells whether one cannot be a result once more: it lies elsewhere, or one of the first ones got a
+        gradient.
+        """
         by, used = look(), self._used()
         if self._used_alone is None:
             self._used_alone = used
-        held = by.held(self.views)
+        held = self._held(by, first)
         if by not in self._alone:  # Another one may have looked before.
-            if any([other.held(self.views) != alone for other, alone in self._alone.items()]):
+            if any([self._held(other, first) != alone for other, alone in self._alone.items()]):
                 return False
             self._alone[by] = held
         return used == self._used_alone and held is not None and held == self._alone[by]
+
+    def _held(self, by: Looks, first: int) -> tuple[int, int] | None:
+        found = by.held(self.views, self._addresses, first)
+        if found is None:
+            return None
+        references, uses, self.spoilt = found
+        return references - len(self.trees) * len(self.views), uses
 
 
 _HUGE = 1 << 22
@@ -542,6 +553,9 @@ class Plan:
         self._readers: list[Callable[[Any], list[Any] | None]] = []
         self._likeness: Likeness | None = None
         self._others: list[tuple[int, Any]] = []
+        self._arrange: Callable[[list[Any]], Any] = tuple
+        self._copy: Callable[[Any, list[Any]], Any] = lambda old, new: old
+        self._places: list[int] | None = None  # Of other leaves, in the order in which they are found.
         self._bindings: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._stages = [
             (
@@ -613,8 +627,8 @@ class Plan:
         for slab in [slab for slab in self._slabs if slab is not given]:
             if found is not None and len(self._slabs) <= 2:
                 break
-            if slab.free():
-                if found is not None or slab.spoilt(self._parameters):  # One is enough.
+            if slab.free(self._parameters):
+                if found is not None or slab.spoilt:  # One is enough.
                     self._slabs.remove(slab)
                 else:
                     found = slab
@@ -627,7 +641,7 @@ class Plan:
         views = dict(zip(self.owned, slab.views, strict=True))
         slab.leaves = [views.get(position) for position in range(self._results)]
         del views  # Who holds leaves from now on holds results.
-        slab.free()
+        slab.free(self._parameters)
         self._slabs.append(slab)
         del self._slabs[:-_SETS]
         return slab
@@ -649,7 +663,7 @@ class Plan:
             return None
         by = look()
         for slab in reversed(self._slabs):
-            if leaves[self.owned[0]] is not slab.views[0]:
+            if len(leaves) != self._results or leaves[self.owned[0]] is not slab.views[0]:
                 continue
             if not by.same(leaves, slab.leaves):
                 if not by.same(self._pick(leaves), slab.views):
@@ -671,47 +685,84 @@ class Plan:
             return None
         return leaves
 
-    def remember_params(self, params: Any, leaves: list[Tensor]) -> None:
+    def remember_params(self, params: Any, spec: Any, leaves: list[Tensor]) -> None:
         """Learn to read parameters like these without a look at each of them."""
         self._readers, self._likeness = [reader(params)], _likeness(leaves)
+        self._returns(lambda new: (new[-1], restored(spec, new[:-1])))
 
     def remember(self, params: Any, grads: Any, state: Any, columns: Sequence[list[Any]], specs: Any) -> None:
         """Learn to read trees like these without a look at each of their tensors."""
         self.seen = specs
         self._readers = [reader(tree) for tree in (params, grads, state)]
         self._likeness = _likeness(columns[1])
-        leaves = [*columns[0], *columns[2]]
-        self._others = [(i, _like(leaves[i])) for i in range(self._results) if i not in set(self.owned)]
+        leaves, count = [*columns[0], *columns[2]], len(columns[0])
+        self._others = [(i, _like(leaves[i])) for i in self._loosely]
+        self._returns(lambda new: (restored(specs[0], new[:count]), restored(specs[2], new[count:])))
 
-    def read(self, *trees: Any) -> tuple[list[list[Any]], Slab, bool] | None:
+    def _returns(self, arrange: Callable[[list[Any]], Any]) -> None:
+        """Learn of what trees results are the leaves."""
+        self._arrange, self._places = arrange, None
+        self._copy = copier(arrange(list(range(self._results))), self._loosely)
+        for slab in self._slabs:
+            slab.trees.pop(self, None)
+
+    def _tree(self, slab: Slab) -> Any:
+        """What results in some memory are the leaves of, with an ellipsis for other leaves."""
+        if self not in slab.trees:
+            there = dict(zip(self.owned, slab.views, strict=True))
+            slab.trees[self] = self._arrange([there.get(i, ...) for i in range(self._results)])
+        return slab.trees[self]
+
+    def arranged(self, slab: Slab, results: list[Any]) -> Any:
+        """Trees of results, which lie in some memory."""
+        return self._copy(self._tree(slab), results)
+
+    def _recognized(self, params: Any, state: Any) -> Slab | None:
+        """The memory in which parameters and state lie, if they are just what a step returned, but for other leaves."""
+        by = look()
+        for slab in reversed(self._slabs):
+            others = by.same_tree((params, state), self._tree(slab))
+            if others is None:
+                continue
+            if self._places is None:
+                numbers = list(range(self._results))
+                dots = [... if i in self._loosely else i for i in numbers]
+                self._places = by.same_tree(self._arrange(numbers), self._arrange(dots))
+            for i, x in zip(self._places or (), others, strict=True):
+                slab.leaves[i] = x
+            return slab
+        return None
+
+    def read(self, params: Any, grads: Any, state: Any) -> tuple[list[list[Any]], Slab, bool] | None:
         """Leaves and memory of trees that a step has made, with gradients like those before or `ours`, and if ours."""
         if self._likeness is None:
             return None
-        columns: list[list[Any]] = []
-        for read, tree in zip(self._readers, trees, strict=True):
-            leaves = read(tree)
-            if leaves is None:
-                return None
-            columns.append(leaves)
-        leaves = [*columns[0], *columns[2]]
-        slab = self.find(leaves)
+        gradients = self._readers[1](grads)
+        if gradients is None:
+            return None
+        slab = self._recognized(params, state)
         if slab is None:
+            mine = [self._readers[0](params), self._readers[2](state)]
+            slab = self.find([x for leaves in mine for x in leaves or ()])
+            if slab is None:
+                return None
+        elif slab.moved(self._parameters):
             return None
-        ours = self.ours(columns[1])
-        if not ours and not look().alike(columns[1], self._likeness):
+        ours = self.ours(gradients)
+        if not ours and not look().alike(gradients, self._likeness):
             return None
+        leaves = slab.leaves
         for i, like in self._others:
             if not isinstance(leaves[i], Tensor) or _like(leaves[i]) != like:
                 return None
-        return columns, slab, ours
+        return [leaves[: self._params], gradients, leaves[self._params :]], slab, ours
 
     def suspicious(self, columns: Sequence[list[Any]], slab: Slab, ours: bool) -> bool:
         """Whether gradients that lie in donated memory, or parameters that came to need one, forbid donation."""
         return look().need_gradient(columns[0]) or (not ours and slab.holds(columns[1]))
 
-    def run(self, arguments: list[Any], slab: Slab | None, ours: bool = False) -> list[Tensor]:
-        """Results, which are views of buffers; none if they are in place, in the parameters and the state given."""
-        out = None if self.in_place else self.slab(slab)
+    def run(self, arguments: list[Any], slab: Slab | None, out: Slab | None, ours: bool = False) -> list[Tensor]:
+        """Results in some memory; none if they are in place, in the parameters and the state given."""
         values: dict[Value, Any] = {}
         for value, source in self._given:
             given = arguments[source] if isinstance(source, int) else source

@@ -192,12 +192,15 @@ class FusedStep:
                 inside = {x.untyped_storage().data_ptr() for x in tensors} if self._donate else set()
                 given = [x for x in columns[3] if isinstance(x, Tensor)]
                 tensors += [x.clone() if x.untyped_storage().data_ptr() in inside else x for x in given]
-            results = plan.run(tensors, slab, ours)
+            out = None if plan.in_place else plan.slab(slab)
+            results = plan.run(tensors, slab, out, ours)
             if self._donate:
                 if not plan.in_place:
                     for old, new in zip([*columns[0], *columns[2]], results, strict=True):
                         old.copy_(new)
                 return params, state
+            if out is not None and read is not None:
+                return plan.arranged(out, results)
             count = len(columns[0])
             return restored(specs[0], results[:count]), restored(specs[2], results[count:])
 
@@ -359,8 +362,8 @@ class _Passes:
                 leaves = self._prepare(params)
             if self._last is None:
                 return self._plain(params)
-            *slopes, value = self._last.run(leaves, None)
-            return value, restored(self._last.specs[0], slopes)
+            out = self._last.slab()
+            return self._last.arranged(out, self._last.run(leaves, None, out))
 
     def _prepare(self, params: Params) -> list[Tensor]:
         """Make or find the plan for parameters; their leaves."""
@@ -379,7 +382,7 @@ class _Passes:
                 self._plans[key] = None
         self._last = self._plans[key]
         if self._last is not None:
-            self._last.remember_params(params, leaves)
+            self._last.remember_params(params, spec, leaves)
         return leaves
 
     def _plan(self, leaves: list[Tensor], spec: Any, likes: Any) -> Plan:

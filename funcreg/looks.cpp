@@ -38,6 +38,27 @@ struct Sequence {
   }
 };
 
+bool is_same(PyObject* found, PyObject* known, PyObject* others) {
+  if (found == known) return true;
+  if (known == Py_Ellipsis) return PyList_Append(others, found) == 0;
+  if (Py_TYPE(found) != Py_TYPE(known)) return false;
+  if (PyDict_CheckExact(known)) {
+    PyObject *key, *value, *known_key, *known_value;
+    Py_ssize_t i = 0, j = 0;
+    while (PyDict_Next(known, &j, &known_key, &known_value)) {
+      if (!PyDict_Next(found, &i, &key, &value) || key != known_key) return false;
+      if (value != known_value && !is_same(value, known_value, others)) return false;
+    }
+    return PyDict_Size(found) == PyDict_Size(known);
+  }
+  if (!PyTuple_Check(known) && !PyList_CheckExact(known)) return false;
+  const Sequence a(found), b(known);
+  for (Py_ssize_t i = 0; i < b.size; ++i) {
+    if (i == a.size || !is_same(a.first[i], b.first[i], others)) return false;
+  }
+  return a.size == b.size;
+}
+
 // Whether the answer for an object, given its number, is yes for one.
 template <class Question>
 bool any(PyObject* objects, Question question) noexcept {
@@ -110,18 +131,12 @@ bool same(PyObject* found, PyObject* known) {
   }
 }
 
+bool same_tree(PyObject* found, PyObject* known, PyObject* others) { return is_same(found, known, others); }
+
 bool moved(PyObject* tensors, const std::uint64_t* known, Py_ssize_t first) {
   return any(tensors, [=](PyObject* object, Py_ssize_t i) {
     const auto& x = tensor(object);
     return is_elsewhere(x, known[i]) || (i < first && !x.is_contiguous());
-  });
-}
-
-bool spoilt(PyObject* tensors, const std::uint64_t* known, Py_ssize_t first) {
-  return any(tensors, [=](PyObject* object, Py_ssize_t i) {
-    const auto& x = tensor(object);
-    if (is_elsewhere(x, known[i]) || x.requires_grad()) return true;
-    return i < first && (!x.is_contiguous() || has_gradient(x));
   });
 }
 
@@ -161,10 +176,12 @@ bool alike(PyObject* tensors, const std::int64_t* known, Py_ssize_t count) {
   return !differ && known == end;
 }
 
-bool held(PyObject* tensors, std::int64_t* holders) {
-  return !any(tensors, [=](PyObject* x, Py_ssize_t) {
-    holders[0] += Py_REFCNT(x);
-    holders[1] += static_cast<std::int64_t>(c10::raw::intrusive_ptr::use_count(&tensor(x)));
+bool held(PyObject* tensors, const std::uint64_t* known, Py_ssize_t first, std::int64_t* out) {
+  return !any(tensors, [=](PyObject* object, Py_ssize_t i) {
+    auto& x = tensor(object);
+    out[0] += Py_REFCNT(object);
+    out[1] += static_cast<std::int64_t>(c10::raw::intrusive_ptr::use_count(&x));
+    out[2] |= is_elsewhere(x, known[i]) || x.requires_grad() || (i < first && (!x.is_contiguous() || has_gradient(x)));
     return false;
   });
 }

@@ -41,15 +41,16 @@ class Looks:
         """Whether two lists hold the same objects."""
         return len(found) == len(known) and all(map(operator.is_, found, known))
 
+    def same_tree(self, found: Any, known: Any) -> list[Any] | None:
+        """What a tree has where a known one has an ellipsis, if all else in it is the very same, by depth.
+
+        None if it is not, or if to read the tree is faster than to find out.
+        """
+        return None
+
     def moved(self, tensors: list[Tensor], known: array[int], first: int) -> bool:
         """Whether one begins elsewhere than at these addresses, or one of the first ones is not contiguous."""
         return addresses(tensors) != known or not all(map(Tensor.is_contiguous, tensors[:first]))
-
-    def spoilt(self, tensors: list[Tensor], known: array[int], first: int) -> bool:
-        """Whether one has moved or requires grad, or one of the first ones has a gradient."""
-        if self.moved(tensors, known, first) or self.need_gradient(tensors):
-            return True
-        return any([gradient is not None for gradient in map(_gradient, tensors[:first])])
 
     def need_gradient(self, tensors: list[Tensor]) -> bool:
         """Whether one requires grad."""
@@ -65,12 +66,15 @@ class Looks:
         """Whether tensors differ from others in nothing but their numbers and where they lie."""
         return known.guards(*tensors)
 
-    def held(self, tensors: list[Tensor]) -> tuple[int, ...] | None:
-        """How many references there are to tensors in Python, and in C++; None if that is not known.
+    def held(self, tensors: list[Tensor], known: array[int], first: int) -> tuple[int, int, bool] | None:
+        """How many references there are to tensors in Python and in C++, and whether they are spoilt; None if unknown.
 
-        One may count more than another does, but always as many more.
+        They are if one has moved or requires grad, or if one of the first ones has a gradient. One may count more than
+        another does, but always as many more.
         """
-        return sum(map(sys.getrefcount, tensors)), sum(map(_use_count, tensors))
+        spoilt = self.moved(tensors, known, first) or self.need_gradient(tensors)
+        spoilt = spoilt or any([gradient is not None for gradient in map(_gradient, tensors[:first])])
+        return sum(map(sys.getrefcount, tensors)), sum(map(_use_count, tensors)), spoilt
 
     def join(self, tensors: Sequence[Tensor], out: Tensor) -> bool:
         """Copy tensors end to end, if that is faster here than by `torch.cat`; whether it was done."""
@@ -104,12 +108,12 @@ class _Cpp(Looks):
         objects, memory = ctypes.py_object, ctypes.c_void_p
         for name, types in {
             "same": [objects, objects],
+            "same_tree": [objects, objects, objects],
             "moved": [objects, memory, ctypes.c_ssize_t],
-            "spoilt": [objects, memory, ctypes.c_ssize_t],
             "need_gradient": [objects],
             "begin_inside": [objects, memory, ctypes.c_ssize_t],
             "alike": [objects, memory, ctypes.c_ssize_t],
-            "held": [objects, memory],
+            "held": [objects, memory, ctypes.c_ssize_t, memory],
             "join": [objects, objects],
         }.items():
             function = getattr(code, name)
@@ -121,11 +125,12 @@ class _Cpp(Looks):
     def same(self, found: Sequence[Any], known: Sequence[Any]) -> bool:
         return self._code.same(found, known)
 
+    def same_tree(self, found: Any, known: Any) -> list[Any] | None:
+        others: list[Any] = []
+        return others if self._code.same_tree(found, known, others) else None
+
     def moved(self, tensors: list[Tensor], known: array[int], first: int) -> bool:
         return self._code.moved(tensors, known.buffer_info()[0], first)
-
-    def spoilt(self, tensors: list[Tensor], known: array[int], first: int) -> bool:
-        return self._code.spoilt(tensors, known.buffer_info()[0], first)
 
     def need_gradient(self, tensors: list[Tensor]) -> bool:
         return self._code.need_gradient(tensors)
@@ -144,9 +149,11 @@ class _Cpp(Looks):
             self._code.described(tensors, *known.numbers.buffer_info())
         return True
 
-    def held(self, tensors: list[Tensor]) -> tuple[int, ...] | None:
-        found = array("q", [0, 0])
-        return tuple(found) if self._code.held(tensors, found.buffer_info()[0]) else None
+    def held(self, tensors: list[Tensor], known: array[int], first: int) -> tuple[int, int, bool] | None:
+        found = array("q", [0, 0, 0])
+        if not self._code.held(tensors, known.buffer_info()[0], first, found.buffer_info()[0]):
+            return None
+        return found[0], found[1], bool(found[2])
 
     def join(self, tensors: Sequence[Tensor], out: Tensor) -> bool:
         return out.nbytes <= _FEW and self._code.join(tensors, out)

@@ -8,6 +8,8 @@ import math
 import threading
 import warnings
 import weakref
+from collections import OrderedDict, defaultdict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -86,6 +88,61 @@ def test_moments_that_swap_their_memory(donate):
     moment = state.trace
     moment["a"].data, moment["b"].data = moment["b"].data, moment["a"].data
     check(tx, step, params, square(), state)
+
+
+class Layer(NamedTuple):
+    weight: object
+    bias: object
+
+
+FORMS = {
+    "leaf": lambda a, b, c: a,
+    "tuple": lambda a, b, c: (a, b, c),
+    "list": lambda a, b, c: [a, [b], (), c],
+    "named tuple": lambda a, b, c: Layer(a, Layer(b, c)),
+    "dict": lambda a, b, c: {"z": a, "a": {"z": b, "a": (c,)}, "none": None},
+    "ordered dict": lambda a, b, c: OrderedDict(z=a, a=[b], m=c),
+    "default dict": lambda a, b, c: defaultdict(list, z=a, a=[b], m=c),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_trees_of_every_form_are_results_that_never_change(form):
+    tx = fr.chain(fr.scale_by_adam(), fr.scale(-0.1))
+    step = fr.fuse(tx, backend="eager")
+    trees = step.init(form(torch.ones(3), torch.ones(2, 2), torch.tensor(2.0)))
+    held = []
+    for i in range(12):
+        params, state = trees
+        grads = fr.tree_map(lambda w, i=i: torch.full_like(w, i - 3.0), params)
+        new = check(tx, step, params, grads, state)
+        assert fr.tree_map(type, new) == fr.tree_map(type, trees)
+        if i % 3:
+            held.append((new, copy.deepcopy(new)))
+        if i % 5 == 4:
+            held.append((params, copy.deepcopy(params)))
+            del held[0]
+        trees = new
+        del params, state
+    for found, before in held:
+        fr.tree_map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), found, before)
+
+
+def test_what_callers_do_to_trees_stays_theirs():
+    tx = fr.trace(0.5)
+    step = fr.fuse(tx, backend="eager")
+    grads = {"a": torch.ones(3), "b": {"c": torch.ones(2)}}
+    params, state = step.init(grads)
+    for i in range(6):
+        params, state = check(tx, step, params, grads, state)
+        if i % 2:
+            params["b"]["c"] = torch.full((2,), float(i))
+            state.trace["b"] = {"c": torch.full((2,), -float(i))}
+        if i == 4:
+            params["b"] = dict(reversed([("c", params["b"]["c"])]))
+            params = dict(reversed(params.items()))
+    with pytest.raises(ValueError, match="new"):
+        step({**params, "new": torch.ones(2)}, grads, state)
 
 
 @pytest.mark.parametrize("donate", [False, True])

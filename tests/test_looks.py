@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -65,11 +67,12 @@ SPAN = addresses([WHOLE.view(-1)[2:3], WHOLE.view(-1)[8:9]])
 def test_tensors_that_moved_are_those_of_python(name, first, cpp):
     tensors = [torch.ones(2), TENSORS[name](), torch.ones(3)]
     known = addresses(tensors)
-    for ask in (Looks.moved, Looks.spoilt):
-        name = ask.__name__
-        expected = getattr(python, name)(tensors, known, first)
-        assert getattr(cpp, name)(tensors, known, first) == expected
-        assert getattr(cpp, name)([tensors[0], torch.ones(2), tensors[2]], known, first)
+    other = [tensors[0], torch.ones(2), tensors[2]]
+    assert cpp.moved(tensors, known, first) == python.moved(tensors, known, first)
+    assert cpp.moved(other, known, first)
+    spoilt = lambda by, tensors: by.held(tensors, known, first)[2]
+    assert spoilt(cpp, tensors) == spoilt(python, tensors)
+    assert spoilt(cpp, other)
 
 
 @each
@@ -97,12 +100,16 @@ def test_tensors_are_alike_as_in_python(name, cpp):
         assert not cpp.alike([*found, torch.zeros(2)], likeness)
 
 
+def references(by, tensors):
+    return by.held(tensors, addresses(tensors), 0)[:2]
+
+
 @each
 def test_who_holds_a_tensor_is_counted_as_in_python(name, cpp):
     tensors = [TENSORS[name](), torch.ones(2)]
-    before = [by.held(tensors) for by in (python, cpp)]
+    before = [references(by, tensors) for by in (python, cpp)]
     names = [tensors[0], tensors[0], tensors[1]]
-    after = [by.held(tensors) for by in (python, cpp)]
+    after = [references(by, tensors) for by in (python, cpp)]
     growth = [tuple(map(operator.sub, b, a)) for a, b in zip(before, after, strict=True)]
     assert growth[0] == growth[1]
     assert growth[0][0] == len(names)
@@ -110,9 +117,9 @@ def test_who_holds_a_tensor_is_counted_as_in_python(name, cpp):
 
 def test_what_autograd_holds_is_counted_as_in_python(cpp):
     w, x = torch.ones(2), torch.ones(2, requires_grad=True)
-    before = [by.held([w]) for by in (python, cpp)]
+    before = [references(by, [w]) for by in (python, cpp)]
     y = w * x  # Which keeps w for its derivative.
-    after = [by.held([w]) for by in (python, cpp)]
+    after = [references(by, [w]) for by in (python, cpp)]
     growth = [tuple(map(operator.sub, b, a)) for a, b in zip(before, after, strict=True)]
     assert y.requires_grad
     assert growth[0] == growth[1] != (0, 0)
@@ -146,14 +153,58 @@ def test_lists_are_the_same_if_their_objects_are(cpp):
         assert not by.same([b], [float("1000")])
 
 
+class Pair(NamedTuple):
+    a: object
+    b: object
+
+
+ONE, TWO = torch.tensor(1.0), torch.tensor(2.0)
+
+
+def test_a_tree_is_the_same_if_its_leaves_are_and_gives_others(cpp):
+    known = {"w": ONE, "deep": {"x": (..., [TWO])}, "none": None, "pair": Pair(..., {}), "end": ...}
+    like = lambda a, b, c: {"w": ONE, "deep": {"x": (a, [TWO])}, "none": None, "pair": Pair(b, {}), "end": c}
+    assert cpp.same_tree(like(1, TWO, "c"), known) == [1, TWO, "c"]
+    assert cpp.same_tree(ONE, ONE) == []
+    assert cpp.same_tree(ONE, ...) == [ONE]
+    assert python.same_tree(like(1, 2, 3), known) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "known"),
+    [
+        (TWO, ONE),
+        (ONE.clone(), ONE),
+        ({"w": TWO}, {"w": ONE}),
+        ({"w": ONE}, {"v": ONE}),
+        ({}, {"w": ONE}),
+        ({"w": ONE}, {}),
+        ({"w": ONE, "v": TWO}, {"w": ONE}),
+        ({"w": ONE}, {"w": ONE, "v": TWO}),
+        ({"v": TWO, "w": ONE}, {"w": ONE, "v": TWO}),
+        (OrderedDict(w=ONE), {"w": ONE}),
+        ({"w": {"x": ONE}}, {"w": {"x": TWO}}),
+        ([ONE], [ONE, TWO]),
+        ([ONE, TWO], [ONE]),
+        ([ONE], (ONE,)),
+        ((ONE, TWO), Pair(ONE, TWO)),
+        (Pair(ONE, TWO), Pair(ONE, ONE)),
+        (ONE, [ONE]),
+        (None, ONE),
+        ({ONE}, {ONE}),
+    ],
+)
+def test_a_tree_with_another_leaf_key_order_or_type_is_not_the_same(found, known, cpp):
+    assert cpp.same_tree(found, known) is None
+
+
 def test_where_there_is_no_tensor_the_answer_is_the_careful_one(cpp):
     known = addresses([torch.ones(2)])
     for strange in ([None], [1.0], ["w"], {"w": torch.ones(2)}):
         assert cpp.moved(strange, known, 1)
-        assert cpp.spoilt(strange, known, 1)
         assert cpp.need_gradient(strange)
         assert cpp.begin_inside(strange, SPAN)
-        assert cpp.held(strange) is None
+        assert cpp.held(strange, known, 1) is None
         assert not cpp.join(strange, torch.empty(2))
 
 

@@ -185,7 +185,7 @@ def copier(numbered: Any, changed: Iterable[int]) -> Callable[[Any, Sequence[Any
 
 
 def _copier(node: Any, changed: frozenset[int]) -> Callable[[Any, Sequence[Any]], Any] | None:
-    """What copies such a node, so that it holds its leaves itself; None for a leaf that stays, and for an empty tuple."""
+    """What copies such a node, so that it holds leaves by itself; None for a leaf that stays, and an empty tuple."""
     kind = type(node)
     if kind is int:
         return (lambda old, new: new[node]) if node in changed else None

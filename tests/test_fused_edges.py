@@ -98,6 +98,7 @@ class Layer(NamedTuple):
 FORMS = {
     "leaf": lambda a, b, c: a,
     "tuple": lambda a, b, c: (a, b, c),
+    "pair": lambda a, b, c: (a, b),
     "list": lambda a, b, c: [a, [b], (), c],
     "named tuple": lambda a, b, c: Layer(a, Layer(b, c)),
     "dict": lambda a, b, c: {"z": a, "a": {"z": b, "a": (c,)}, "none": None},

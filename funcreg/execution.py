@@ -31,7 +31,7 @@ _SETS = 8
 _SIZES = {"cpu": (40_000, 1_000_000)}
 _SIZES_ELSEWHERE = (4_000_000, (1 << 31) - 1)
 #: Bytes of results, on a CPU, that are more than its caches keep until the next step.
-_BEYOND_CACHES = 1 << 26
+_BEYOND_CACHES = 1 << 24
 
 
 class Compiler:

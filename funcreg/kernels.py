@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -304,6 +305,8 @@ def over_temporaries(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target in (_aten.add.Tensor, _aten.sub.Tensor):
             _multiply_inside(node)
+    for node in graph.find_nodes(op="call_function", target=_aten.sum.default):
+        _sum_of_products(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = lambda node: max([order[user] for user in node.users])
     for copy in [node for node in graph.nodes if node.target is _aten.copy_.default]:
@@ -420,6 +423,23 @@ def _multiply_inside(node: fx.Node) -> None:
             node.graph.erase_node(inner)
         if node.kwargs:
             return
+
+
+def _sum_of_products(node: fx.Node) -> None:
+    """Let a sum over all entries of a vector multiply them itself; a magnitude is a number times its sign."""
+    term: Any = node.args[0]
+    if node.kwargs or list(term.users) != [node] or "value" not in term.meta:
+        return
+    made, factors = term.meta["value"], _factors(term)
+    if term.target is _aten.abs.default:
+        before = itertools.takewhile(lambda other: other is not node, node.graph.nodes)
+        signs = [other for other in before if other.target is _aten.sign.default and other.args == term.args]
+        factors = (*term.args, *signs[:1])
+    found = [factor.meta.get("value") or factor.meta.get("read") for factor in factors if isinstance(factor, fx.Node)]
+    same = [x is not None and (x.shape, x.dtype) == (made.shape, made.dtype) for x in found]
+    if made.dtype in (torch.float32, torch.float64) and same == [True, True]:
+        node.target, node.args = _aten.dot.default, tuple(factors)
+        node.graph.erase_node(term)
 
 
 def _only_for(node: fx.Node, term: Any) -> bool:

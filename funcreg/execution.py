@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch, without_nan
 from funcreg.looks import Likeness, Looks, addresses, look, prepare
-from funcreg.packing import Packing
-from funcreg.recording import Record, Value
+from funcreg.packing import Packing, sizes_known
+from funcreg.recording import Record, Value, undisturbed
 from funcreg.tree import copier, reader, restored
 
 #: Sets of parameters and state that a step knows at once. It takes others too, but has to copy them together.
@@ -43,13 +43,14 @@ class Compiler:
         self.compiles, self.compiles_cpp = backend != "eager", backend == "inductor"
 
     def __call__(
-        self, module: fx.GraphModule, key: Any, dynamic: bool, past_caches: bool = False
+        self, module: fx.GraphModule, key: Any, dynamic: bool = False, flat: bool = False, past_caches: bool = False
     ) -> Callable[..., Any]:
+        """What runs a module: on tensors of other sizes, too, if it is dynamic, and piece by piece if it is flat."""
         if not self.compiles:
-            return _in_pieces(module) if dynamic else module
+            return _in_pieces(module) if flat else module
         key = (module.code, key, past_caches)
         if key not in self._made:
-            self._made[key] = _Compiled(module, self._backend, dynamic, past_caches)
+            self._made[key] = _Compiled(module, self._backend, dynamic, flat, past_caches)
         return self._made[key]
 
 
@@ -119,11 +120,19 @@ class _Compiled:
     """
 
     def __init__(
-        self, module: fx.GraphModule, backend: str | Callable[..., Any], dynamic: bool, past_caches: bool
+        self,
+        module: fx.GraphModule,
+        backend: str | Callable[..., Any],
+        dynamic: bool,
+        flat: bool,
+        past_caches: bool,
     ) -> None:
-        self._module, self._dynamic = module, dynamic
+        self._module, self._dynamic, self._flat = module, dynamic, flat
         self._backend = functools.partial(_inductor, past_caches=past_caches) if backend == "inductor" else backend
         self._run: Callable[..., Any] | None = None
+        #: What is right for some shapes only, and for which, and what is known to be right for one.
+        self._made: list[tuple[Callable[[Any], bool], Callable[..., Any]]] = []
+        self._known: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         if self._run is None:
@@ -134,21 +143,36 @@ class _Compiled:
         graph = fx.Graph()  # Its own: backends write into what they are given.
         graph.output(graph.graph_copy(self._module.graph, {}))
         try:
-            run = _backend(self._backend)(fx.GraphModule(torch.nn.Module(), graph), _apart(args, self._dynamic))
+            like, unsure, holds = _apart(args, self._dynamic)
+            with undisturbed():
+                run = _backend(self._backend)(fx.GraphModule(torch.nn.Module(), graph), like)
             result = run(*args)
         except Exception as error:  # Nothing is written before a module is compiled.
             say_once(
                 "fuse runs without compiled kernels, with equal results, because compilation failed: "
                 + " ".join(str(error).split())[:300]
             )
-            run = self._plainly
-            result = run(*args)
-        self._run = run
+            self._run = self._plainly
+            return self._run(*args)
+        if self._made or unsure():
+            self._made.append((holds, run))
+            self._run = self._by_shape
+        else:
+            self._run = run
         return result
+
+    def _by_shape(self, *args: Any) -> Any:
+        shape = next(x.shape for x in args if x.ndim)
+        if shape not in self._known:
+            right = [run for holds, run in self._made if holds(shape)]
+            if not right:
+                return self._first(args)
+            self._known[shape] = right[0]
+        return self._known[shape](*args)
 
     @functools.cached_property
     def _plainly(self) -> Callable[..., Any]:
-        return _in_pieces(self._module) if self._dynamic else self._module
+        return _in_pieces(self._module) if self._flat else self._module
 
 
 def _forbidden() -> bool:
@@ -158,23 +182,39 @@ def _forbidden() -> bool:
     return bool(_untyped(config).disable)
 
 
-def _apart(args: tuple[Tensor, ...], dynamic: bool) -> list[Tensor]:
-    """Tensors without numbers, like some but that no two share memory, and vectors of any number of entries if told.
+def _apart(args: tuple[Tensor, ...], dynamic: bool) -> tuple[list[Tensor], Callable[[], bool], Callable[[Any], bool]]:
+    """Tensors without numbers, like some but that no two share memory, and of one shape of any sizes if told.
 
-    What kernels write overlaps nothing else: it is memory of the step's own, or donated and looked at.
+    What kernels write overlaps nothing else: it is memory of the step's own, or donated and looked at. Also what tells,
+    after a compilation, whether it took something for granted about sizes, and whether that is so for a shape.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
-    sizes: dict[int, Any] = {}
+    known = ShapeEnv()
+    mode = FakeTensorMode(shape_env=known if dynamic else None)
+    sizes: Sequence[Any] = ()
     if dynamic:
-        vector = next(x for x in args if x.ndim)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])
-        sizes[len(vector)] = mode.from_tensor(vector, symbolic_context=context).shape[0]
+        shape: Sequence[int] = next(x for x in args if x.ndim).shape
+        varying = [DimDynamic.DYNAMIC] * len(shape)
+        if len(shape) > 1:
+            shape = (max(2, shape[0]), *shape[1:])  # A stack of one leaf is computed with as one of many.
+            if sizes_known(shape)[-1] == shape[-1]:
+                varying[-1] = DimDynamic.STATIC
+        context: Any = StatelessSymbolicContext(dynamic_sizes=varying)
+        sizes = mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape
     like = lambda x: {"dtype": x.dtype, "device": x.device}
     with mode:
-        return [torch.empty_strided([sizes.get(n, n) for n in x.shape], x.stride(), **like(x)) for x in args]
+        made = [
+            torch.empty(sizes, **like(x)) if dynamic and x.ndim else torch.empty_strided(x.shape, x.stride(), **like(x))
+            for x in args
+        ]
+
+    def holds(shape: Any) -> bool:
+        there = {size.node.expr: given for size, given in zip(sizes, shape, strict=True) if not isinstance(size, int)}
+        return all([bool(guard.expr.subs(there)) for guard in known.guards])
+
+    return made, lambda: bool(known.guards), holds
 
 
 #: From the number of a buffer and of an input of its homes to the numbers of the leaves that lie there.
@@ -404,7 +444,7 @@ def _leaves(buffer: Buffer, slot: int, data: Tensor) -> list[Tensor]:
     shapes = [home.inputs[slot].shape for home in buffer.homes]
     if buffer.group.flat:
         return [x.view(shape) for x, shape in zip(data.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-    return [x.view(shape) for x, shape in zip(data if len(shapes) > 1 else [data], shapes, strict=True)]
+    return [x.view(shape) for x, shape in zip(data if buffer.group.stacked else [data], shapes, strict=True)]
 
 
 _like = operator.attrgetter("shape", "dtype", "device")
@@ -504,6 +544,7 @@ class Plan:
         self.program = compose(packing, in_place, limits, products=compiler.compiles)
         self._params, self._results = params, results
         self._loose = packing.loose
+        self._aliases = {position for position, value in packing.loose.items() if value.alias}
         dtypes = [like[1] for like in (*likes[0], *likes[2])]
         self._dtypes = {position: dtypes[position] for position in packing.loose if position < len(dtypes)}
         self._scratch: dict[Any, Tensor] = {}
@@ -568,6 +609,10 @@ class Plan:
         needed.update(value for scalars, _ in self.program.stages if scalars for value in scalars.takes)
         needed.update(self._loose.values())
         self._given = [(value, numbers[value]) for value in needed if value in numbers]
+        for group in packing.groups:
+            for home in group.homes:
+                home.nodes.clear()
+        found.forget()
 
     def _written(self) -> int:
         """Bytes of results that kernels write."""
@@ -583,13 +628,16 @@ class Plan:
         for numbers, results in kernel.calls:
             buffers = [self.program.buffers[number] for number in numbers]
             entries = math.prod(buffers[0].shapes[0])
-            dynamic = kernel.flat and buffers[0].homes[0].inputs[0].device.type == "cpu"
-            shapes = (min(entries, 2),) if dynamic else tuple([tuple(buffer.shapes) for buffer in buffers])
+            near = buffers[0].homes[0].inputs[0].device.type == "cpu"
+            dynamic = kernel.kin or (kernel.flat and near)
+            shapes = [shape for buffer in buffers for shape in buffer.shapes]
+            if dynamic:
+                shapes = [sizes_known(shape[1:]) if kernel.kin else (min(entries, 2),) for shape in shapes]
             like = [_signature(buffer.homes[0].inputs, dynamic) for buffer in buffers]
-            key = (*like, _signature(kernel.scalars), shapes)
+            key = (*like, _signature(kernel.scalars), *shapes)
             run = kernel.module
             if entries or not kernel.flat:
-                run = compiler(kernel.module, key, dynamic, self._past_caches)
+                run = compiler(kernel.module, key, dynamic, kernel.flat and near, self._past_caches)
             reads = [(number, slot) for number, slots in zip(numbers, kernel.reads, strict=True) for slot in slots]
             writes = [(number, slot) for number, slots in zip(numbers, kernel.writes, strict=True) for slot in slots]
             calls.append((run, reads, writes, kernel.scalars, results))
@@ -829,7 +877,8 @@ class Plan:
         for position, value in self._loose.items():
             x = values[value]
             # A copy of what may share memory with an argument, which may be written before it is read.
-            loose[position] = x.clone(memory_format=torch.contiguous_format) if value.alias else x
+            alias = position in self._aliases
+            loose[position] = x.clone(memory_format=torch.contiguous_format) if alias else x
             if self._dtypes.get(position, x.dtype) != x.dtype:
                 loose[position] = loose[position].to(self._dtypes[position])
         if out is None:

@@ -25,7 +25,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.execution import Compiler, Plan, Slab, lying, say_once
 from funcreg.packing import pack
 from funcreg.penalty import Penalty
-from funcreg.recording import record, stand_in
+from funcreg.recording import record, stand_in, undisturbed
 from funcreg.regularizing import check_penalty
 from funcreg.transform import Transform, nonnegative
 from funcreg.tree import (
@@ -221,7 +221,8 @@ class FusedStep:
                 del self._plans[next(iter(self._plans))]
                 used = [plan._slabs for plan in self._plans.values() if plan is not None]
                 self._slabs = {key: slabs for key, slabs in self._slabs.items() if any(slabs is x for x in used)}
-            self._plans[key] = self._recorded(trees, columns, specs, likes)
+            with undisturbed():
+                self._plans[key] = self._recorded(trees, columns, specs, likes)
         return self._plans[key]
 
     def _recorded(self, trees: Any, columns: Any, specs: Any, likes: Any) -> Plan | None:
@@ -375,7 +376,8 @@ class _Passes:
             if len(self._plans) >= _PLANS:
                 del self._plans[next(iter(self._plans))]
             try:
-                self._plans[key] = self._plan(leaves, spec, likes)
+                with undisturbed():
+                    self._plans[key] = self._plan(leaves, spec, likes)
             except Exception as error:
                 self._plain(params)  # If the call is at fault, the plain functions say how.
                 say_once(f"value_and_grad computes leaf by leaf, without a compiler: {error}")

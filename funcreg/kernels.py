@@ -38,6 +38,7 @@ class Kernel:
 
     module: fx.GraphModule
     flat: bool
+    kin: bool  # Whether it is right for stacks of other sizes, too.
     reads: list[list[int]]  # Of each group, inputs of a home, by number.
     scalars: list[Value]
     writes: list[list[int]]  # Of each group, inputs of a home whose places are written.
@@ -146,7 +147,9 @@ def compose(
             if part.group.flat:
                 calls = [([number], results(part)) for number in numbers[id(part.group)]]
                 kernels[stage].append(_kernel([part], calls, in_place))
-        rest = [part for part in parts if not part.group.flat]
+            elif part.group.kin:
+                kernels[stage].append(_kernel([part], [(numbers[id(part.group)], results(part))], in_place))
+        rest = [part for part in parts if not part.group.flat and not part.group.kin]
         for together in (rest[i : i + _TOGETHER] for i in range(0, len(rest), _TOGETHER)):
             call = [numbers[id(part.group)][0] for part in together], [x for part in together for x in results(part)]
             kernels[stage].append(_kernel(together, [call], in_place))
@@ -168,7 +171,7 @@ def _ends(home: Home) -> list[Value]:
 def _buffers(group: Group, sizes: Callable[[torch.device], tuple[int, int]]) -> Iterable[Buffer]:
     homes, first = group.homes, group.first.inputs
     if not group.flat:
-        many = (len(homes),) if len(homes) > 1 else ()
+        many = (len(homes),) if group.stacked else ()
         yield Buffer(group, homes, [many + value.shape for value in first])
         return
     least, most = sizes(first[0].device)
@@ -193,7 +196,7 @@ def _result(
     """What a kernel returns for one export of its homes, and how the exports are had from it."""
     exports = [home.exports[i] for home in group.homes]
     like, after = exports[0], stages[exports[0]] + 1
-    if len(exports) == 1:
+    if len(exports) == 1 and not group.stacked:
         return like
     if group.summed:
         part = Value((), like.dtype, like.device)
@@ -534,7 +537,7 @@ def _part(
     reads = sorted(read.union(places) if in_place else read or [0])
     inputs = [home.inputs[i] for i in reads]
     scalars = outer = list(dict.fromkeys(value for node in nodes for value in node.inputs if value not in mine))
-    if len(group.homes) > 1 and not group.flat:
+    if group.stacked:
         nodes, inputs, outer, ends = _mapped(len(group.homes), nodes, inputs, scalars, ends)
     return _Part(group, out, reads, places, scalars, nodes, inputs, outer, ends)
 
@@ -557,7 +560,8 @@ def _kernel(parts: list[_Part], calls: list[tuple[list[int], list[Value]]], in_p
         pairs += zip(targets, values[len(part.out) :], strict=True)
     emitter.store(pairs)
     reads, writes = [part.reads for part in parts], [part.places for part in parts]
-    return Kernel(emitter.module(results), parts[0].group.flat, reads, list(scalars), writes, calls)
+    first = parts[0].group
+    return Kernel(emitter.module(results), first.flat, first.kin, reads, list(scalars), writes, calls)
 
 
 def _narrowed(node: Node, mine: set[Value], narrow: Callable[[Value, torch.dtype], Value]) -> Node:

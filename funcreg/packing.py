@@ -46,6 +46,12 @@ class Group:
     homes: list[Home]
     flat: bool
     summed: bool = False  # Whether exports are wanted only as sums over all homes.
+    kin: bool = False  # Whether the code for another group is right for this one.
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its homes are computed with side by side, each a row of a stack."""
+        return not self.flat and (self.kin or len(self.homes) > 1)
 
     @property
     def first(self) -> Home:
@@ -80,7 +86,7 @@ def pack(found: Record, params: int, gradients: int, written: Sequence[Value | N
     sums = {node.outputs[0] for node in found.nodes if _only_summed(node, users)}
     owner = _owners(found, params, gradients, written)
     groups = _groups(_homes(found, owner, params, written, users), owner, users, sums)
-    alone = [group.first for group in groups if len(group.homes) == 1 and not group.flat]
+    alone = [group.first for group in groups if not group.flat and not group.stacked]
     if _hand_out_scalars(found, alone, owner):
         groups = _groups(_homes(found, owner, params, written, users), owner, users, sums)
     loose = {
@@ -248,7 +254,33 @@ def _groups(
         for home in members:
             stacked.setdefault(_description(home), []).append(home)
         groups.extend(Group(each, False) for each in stacked.values())
+    families: dict[Any, list[Group]] = {}
+    for group in groups:
+        if not group.flat and _of_any_sizes(group.first):
+            families.setdefault(_description(group.first, sizes=False), []).append(group)
+    for group in [group for family in families.values() if len(family) > 1 for group in family]:
+        group.kin = True
     return groups
+
+
+#: Entries of a row up to which code for rows of that length is faster than code for any.
+_SHORT = 32
+
+
+def sizes_known(shape: Sequence[int]) -> tuple[int, ...]:
+    """What code for leaves of any sizes knows of a shape: which sizes are 1, and how long its rows are, if short."""
+    return tuple([min(size, _SHORT + 1 if i == len(shape) - 1 else 2) for i, size in enumerate(shape)])
+
+
+def _of_any_sizes(home: Home) -> bool:
+    """Whether one code may serve homes that differ in the sizes of their leaves: all that they take is of one shape.
+
+    On a CPU, where compilation takes long and sizes that are known gain nothing.
+    """
+    made = {value for node in home.nodes for value in node.outputs}
+    taken = {*home.inputs, *(value for node in home.nodes for value in node.inputs)} - made
+    shapes = {value.shape for value in taken if value.shape}
+    return len(shapes) == 1 and 0 not in shapes.pop() and home.inputs[0].device.type == "cpu"
 
 
 def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -> tuple[Value, ...] | None:
@@ -279,16 +311,17 @@ def _flat(home: Home, owner: dict[Value, _Owner]) -> bool:
 
 
 def _description(
-    home: Home, users: dict[Value, list[Node]] | None = None, sums: set[Value] | None = None
+    home: Home, users: dict[Value, list[Node]] | None = None, sums: set[Value] | None = None, sizes: bool = True
 ) -> tuple[Any, ...]:
-    """What homes that are alike have in common; with users and sums, homes that are flat."""
+    """What homes that are alike have in common, but for sizes beyond 1 if told; with users and sums, flat ones."""
     flat = users is not None and sums is not None
     names: dict[Value, int] = {}
     told: list[Any] = [flat]
 
     def tell(value: Value) -> None:
         names[value] = len(names)
-        told.append((value.dtype, value.device, bool(value.shape) if flat else value.shape, value.held))
+        shape = bool(value.shape) if flat else value.shape if sizes else sizes_known(value.shape)
+        told.append((value.dtype, value.device, shape, value.held))
 
     def name(arg: Any) -> Any:
         if isinstance(arg, Value):

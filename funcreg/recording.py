@@ -7,7 +7,9 @@ recorded; what it does to tensors is in the record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +98,13 @@ class Record:
         self.captured: list[tuple[Value, Tensor]] = []  # Tensors that the function holds, such as a learning rate.
         self.nodes: list[Node] = []
         self.outputs: list[Value] = []
+
+    def forget(self) -> None:
+        """Let go of the operations: the garbage collector would look at all of them again and again."""
+        for node in self.nodes:
+            for value in node.outputs:
+                value.node = None
+        self.nodes.clear()
 
 
 class _StandIn(Tensor):
@@ -208,6 +217,18 @@ class _Recorder(TorchDispatchMode):
         if isinstance(out, (list, tuple)) and all(isinstance(each, FakeTensor) for each in out):
             return [(tuple(each.shape), each.dtype, each.device) for each in out]
         raise CannotRecordError(f"{func} reads a number from a tensor")
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let the garbage collector wait: of what is recorded nothing is garbage, and to look for some takes longest."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def stand_in(like: Any, count: int = 0) -> Tensor:

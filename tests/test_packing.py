@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import io
 import platform
 import warnings
 
 import pytest
 import torch
-from cases import PENALTIES, TRANSFORMS, assert_equal, draw
+from cases import DEVICE, PENALTIES, TRANSFORMS, assert_equal, draw
 
 import funcreg as fr
 from funcreg import execution
+from funcreg.recording import Node
 
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
@@ -172,6 +174,86 @@ def test_the_number_of_kernels_does_not_grow_with_that_of_leaves(make, most):
         step = fr.fuse(make(), donate=True, backend=backend)
         step(*(step.init(params)[i] if i != 1 else params for i in (0, 1)), step.init(params)[1])
         assert len(made) <= most
+
+
+ROWS = {f"w{i}": (3 * i + 2, 35 + 8 * (i % 4)) for i in range(6)} | {"short": (4, 3), "long": (9, 3), "one": (1, 40)}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_the_number_of_kernels_does_not_grow_with_that_of_shapes(donate):
+    shapes = {**ROWS, "w7": ROWS["w1"], "conv": (2, 3, 4, 40), "other conv": (5, 2, 7, 50)}
+    trees = lambda seed=0, dtype=None: {
+        name: draw_normal(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())
+    }
+    made, backend = counting()
+    tx = fr.prox_sgd(0.1, fr.group_lasso, strength=0.5, momentum=0.9)
+    step = fr.fuse(tx, donate=donate, backend=backend)
+    follow(tx, step, *step.init(trees()), grads=trees, steps=4, rtol=1e-9, atol=1e-12)
+    assert len(made) <= 5  # Scalars, long rows, short rows, a single row, kernels of convolutions.
+
+
+def draw_normal(shape, seed):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64).to(DEVICE)
+
+
+def test_code_that_is_right_for_some_sizes_serves_those():
+    made = []
+
+    def backend(module, inputs):
+        vectors = [x for x in inputs if x.ndim]
+        wide = bool(vectors[0].shape[-1] > 50) if vectors else None  # As Inductor takes for granted what it was given.
+        made.append(wide)
+
+        def run(*args):
+            for x in args:
+                assert not x.ndim or (x.shape[-1] > 50) == wide
+            return module.forward(*args)
+
+        return run
+
+    trees = lambda seed=0, dtype=None: {
+        name: draw_normal(shape, seed) for name, shape in ROWS.items() if name.startswith("w")
+    }
+    tx = fr.prox_sgd(0.1, fr.group_lasso, strength=0.5, momentum=0.9)
+    step = fr.fuse(tx, backend=backend)
+    follow(tx, step, *step.init(trees()), grads=trees, steps=4, rtol=1e-9, atol=1e-12)
+    assert sorted(wide for wide in made if wide is not None) == [False, True]
+
+
+@pytest.mark.slow
+def test_inductor_makes_one_code_for_rows_of_many_sizes():
+    trees = lambda seed=0, dtype=None: {
+        name: draw_normal((*shape[:-1], 100 * shape[-1]), seed) for name, shape in ROWS.items()
+    }
+    tx = fr.prox_adam(0.1, fr.group_lasso, strength=0.5)
+    step = fr.fuse(tx)
+    follow(tx, step, *step.init(trees()), grads=trees, rtol=1e-6, atol=1e-8)
+
+
+def test_plans_keep_no_operations():
+    count = lambda: sum([type(x) is Node for x in gc.get_objects()])
+    params, before = forest(), count()
+    steps = [fr.fuse(make(), backend="eager") for make in (lambda: fr.adamw(0.1), lambda: fr.prox_sgd(0.1, fr.l1))]
+    trees = [step(params, params, step.init(params)[1]) for step in steps]
+    f = fr.value_and_grad(fr.l1, backend="eager")
+    f(params)
+    # Scalar arithmetic that a plan came to need stays with it.
+    assert count() - before < len(fr.tree_leaves(params))
+    assert len(trees) == 2
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_recording_leaves_the_garbage_collector_as_it_was(enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        step = fr.fuse(fr.sgd(0.1), backend="eager")
+        step.init({"w": torch.ones(3)})
+        with pytest.raises(TypeError):
+            fr.value_and_grad(fr.l1, backend="eager")({"w": "no tensor"})
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 @pytest.mark.usefixtures("asked_by_each")
@@ -662,7 +744,7 @@ def test_code_is_compiled_without_trials_of_the_processor(monkeypatch):
 
     monkeypatch.setattr(compile_fx, "compile_fx", counted)
     monkeypatch.setattr(execution, "_AHEAD", 1088)  # Nothing that is kept.
-    double = execution.Compiler("inductor")(_doubled(), "key", dynamic=True)
+    double = execution.Compiler("inductor")(_doubled(), "key", dynamic=True, flat=True)
     x, out = torch.randn(5003), torch.zeros(5003)
     double(x, out)
     torch.testing.assert_close(out, 2 * x, rtol=0, atol=0)

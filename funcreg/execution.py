@@ -209,9 +209,10 @@ def _apart(args: tuple[Tensor, ...], dynamic: bool) -> tuple[list[Tensor], Calla
             torch.empty(sizes, **like(x)) if dynamic and x.ndim else torch.empty_strided(x.shape, x.stride(), **like(x))
             for x in args
         ]
+    symbols = {i: size.node.expr for i, size in enumerate(sizes) if not isinstance(size, int)}
 
     def holds(shape: Any) -> bool:
-        there = {size.node.expr: given for size, given in zip(sizes, shape, strict=True) if not isinstance(size, int)}
+        there = {symbol: shape[i] for i, symbol in symbols.items()}
         return all([bool(guard.expr.subs(there)) for guard in known.guards])
 
     return made, lambda: bool(known.guards), holds

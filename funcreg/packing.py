@@ -23,6 +23,8 @@ from funcreg.recording import Node, Record, Value, constant
 
 _aten = torch.ops.aten
 _LIKE = {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten._to_copy.default}
+#: Of some dimensions of their argument, which keep their place.
+_OF_ROWS = {_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.amin.default}
 
 #: What a value belongs to: a home, by one of its leaves; "many" homes; None if only what is shared made it.
 _Owner = int | Literal["many"] | None
@@ -263,6 +265,8 @@ def _groups(
     return groups
 
 
+#: Operations from which one code for all sizes is worth its slower run: several would compile for minutes.
+_LONG = 100
 #: Entries of a row up to which code for rows of that length is faster than code for any.
 _SHORT = 32
 
@@ -273,14 +277,21 @@ def sizes_known(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _of_any_sizes(home: Home) -> bool:
-    """Whether one code may serve homes that differ in the sizes of their leaves: all that they take is of one shape.
+    """Whether one code is to serve homes that differ in the sizes of their leaves.
 
-    On a CPU, where compilation takes long and sizes that are known gain nothing.
+    It is long, and no size is written in it: all is entry by entry or of rows, on a CPU. Elsewhere kernels of many
+    sizes compile side by side.
     """
-    made = {value for node in home.nodes for value in node.outputs}
-    taken = {*home.inputs, *(value for node in home.nodes for value in node.inputs)} - made
-    shapes = {value.shape for value in taken if value.shape}
-    return len(shapes) == 1 and 0 not in shapes.pop() and home.inputs[0].device.type == "cpu"
+    if len(home.nodes) < _LONG or home.inputs[0].device.type != "cpu":
+        return False
+    made = [value for node in home.nodes for value in node.outputs]
+    outside = [value for node in home.nodes for value in node.inputs if value.shape and value not in {*made}]
+    shapes = {value.shape for value in [*home.inputs, *outside]}
+    if any([len(value.shape) != len(home.inputs[0].shape) for value in made]):
+        return False
+    if not all([torch.Tag.pointwise in node.op.tags or node.op in _LIKE | _OF_ROWS for node in home.nodes]):
+        return False
+    return len(shapes) == 1 and 0 not in shapes.pop()
 
 
 def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -> tuple[Value, ...] | None:

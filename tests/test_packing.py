@@ -14,7 +14,7 @@ import torch
 from cases import DEVICE, PENALTIES, TRANSFORMS, assert_equal, draw
 
 import funcreg as fr
-from funcreg import execution
+from funcreg import execution, packing
 from funcreg.recording import Node
 
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -180,7 +180,8 @@ ROWS = {f"w{i}": (3 * i + 2, 35 + 8 * (i % 4)) for i in range(6)} | {"short": (4
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_the_number_of_kernels_does_not_grow_with_that_of_shapes(donate):
+def test_the_number_of_long_kernels_does_not_grow_with_that_of_shapes(donate, monkeypatch):
+    monkeypatch.setattr(packing, "_LONG", 10)
     shapes = {**ROWS, "w7": ROWS["w1"], "conv": (2, 3, 4, 40), "other conv": (5, 2, 7, 50)}
     trees = lambda seed=0, dtype=None: {
         name: draw_normal(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())
@@ -197,7 +198,8 @@ def draw_normal(shape, seed):
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64).to(DEVICE)
 
 
-def test_code_that_is_right_for_some_sizes_serves_those():
+def test_code_that_is_right_for_some_sizes_serves_those(monkeypatch):
+    monkeypatch.setattr(packing, "_LONG", 10)
     made = []
 
     def backend(module, inputs):
@@ -221,12 +223,20 @@ def test_code_that_is_right_for_some_sizes_serves_those():
     assert sorted(wide for wide in made if wide is not None) == [False, True]
 
 
+LONG = {
+    "prox_adam": lambda like: fr.prox_adam(0.1, fr.group_lasso, strength=0.5),
+    "strengths of leaves": lambda like: fr.prox_sgd(0.1, fr.group_lasso, strength=fr.tree_map(torch.mean, like)),
+    "norms of leaves": lambda like: fr.lamb(0.1),
+}
+
+
 @pytest.mark.slow
-def test_inductor_makes_one_code_for_rows_of_many_sizes():
-    trees = lambda seed=0, dtype=None: {
-        name: draw_normal((*shape[:-1], 100 * shape[-1]), seed) for name, shape in ROWS.items()
-    }
-    tx = fr.prox_adam(0.1, fr.group_lasso, strength=0.5)
+@pytest.mark.parametrize("make", LONG.values(), ids=LONG)
+def test_inductor_makes_one_code_for_rows_of_many_sizes(make, monkeypatch):
+    monkeypatch.setattr(packing, "_LONG", 10)
+    shapes = {name: (*shape[:-1], 100 * shape[-1]) for name, shape in ROWS.items()}
+    trees = lambda seed=0, dtype=None: {name: draw_normal(shape, seed) for name, shape in shapes.items()}
+    tx = make(fr.tree_map(torch.abs, trees()))
     step = fr.fuse(tx)
     follow(tx, step, *step.init(trees()), grads=trees, rtol=1e-6, atol=1e-8)
 

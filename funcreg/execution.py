@@ -130,43 +130,51 @@ class _Compiled:
         self._module, self._dynamic, self._flat = module, dynamic, flat
         self._backend = functools.partial(_inductor, past_caches=past_caches) if backend == "inductor" else backend
         self._run: Callable[..., Any] | None = None
-        #: What is right for some shapes only, and for which, and what is known to be right for one.
-        self._made: list[tuple[Callable[[Any], bool], Callable[..., Any]]] = []
+        #: Which argument has the shape that all others have, and which of its sizes code is told of in each call.
+        self._vector, self._dims = 0, ()
+        #: What is right for some shapes only, with those, and what was found to be right for one.
+        self._made: list[tuple[_Sizes, Callable[..., Any]]] = []
         self._known: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         if self._run is None:
             return self._plainly(*args) if _forbidden() else self._first(args)
-        return self._run(*args)
+        if not self._dims:
+            return self._run(*args)
+        return self._run(*args, *[args[self._vector].shape[i] for i in self._dims])
 
     def _first(self, args: tuple[Any, ...]) -> Any:
         graph = fx.Graph()  # Its own: backends write into what they are given.
         graph.output(graph.graph_copy(self._module.graph, {}))
         try:
-            like, unsure, holds = _apart(args, self._dynamic)
+            sizes = _Sizes(args, self._dynamic)
+            for i in sizes.dims:
+                with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                    graph.placeholder(f"s{i}")
             with undisturbed():
-                run = _backend(self._backend)(fx.GraphModule(torch.nn.Module(), graph), like)
-            result = run(*args)
+                run = _backend(self._backend)(fx.GraphModule(torch.nn.Module(), graph), sizes.like(args))
+            result = run(*args, *[args[sizes.vector].shape[i] for i in sizes.dims])
         except Exception as error:  # Nothing is written before a module is compiled.
             say_once(
                 "fuse runs without compiled kernels, with equal results, because compilation failed: "
                 + " ".join(str(error).split())[:300]
             )
-            self._run = self._plainly
+            self._run, self._dims = self._plainly, ()
             return self._run(*args)
-        if self._made or unsure():
-            self._made.append((holds, run))
+        self._vector, self._dims = sizes.vector, sizes.dims
+        if self._made or sizes.taken_for_granted:
+            self._made.append((sizes, run))
             self._run = self._by_shape
         else:
             self._run = run
         return result
 
     def _by_shape(self, *args: Any) -> Any:
-        shape = next(x.shape for x in args if x.ndim)
+        shape = args[self._vector].shape
         if shape not in self._known:
-            right = [run for holds, run in self._made if holds(shape)]
+            right = [run for sizes, run in self._made if sizes.hold(shape)]
             if not right:
-                return self._first(args)
+                return self._first(args[: len(args) - len(self._dims)])
             self._known[shape] = right[0]
         return self._known[shape](*args)
 
@@ -182,40 +190,57 @@ def _forbidden() -> bool:
     return bool(_untyped(config).disable)
 
 
-def _apart(args: tuple[Tensor, ...], dynamic: bool) -> tuple[list[Tensor], Callable[[], bool], Callable[[Any], bool]]:
-    """Tensors without numbers, like some but that no two share memory, and of one shape of any sizes if told.
+class _Sizes:
+    """What a compiler is told of the arguments of a module: in a dynamic one, vectors of one shape of any sizes.
 
-    What kernels write overlaps nothing else: it is memory of the step's own, or donated and looked at. Also what tells,
-    after a compilation, whether it took something for granted about sizes, and whether that is so for a shape.
+    Sizes are arguments of their own, too: Inductor keeps what it takes for granted about those, with what it made.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    known = ShapeEnv()
-    mode = FakeTensorMode(shape_env=known if dynamic else None)
-    sizes: Sequence[Any] = ()
-    if dynamic:
-        shape: Sequence[int] = next(x for x in args if x.ndim).shape
-        varying = [DimDynamic.DYNAMIC] * len(shape)
-        if len(shape) > 1:
-            shape = (max(2, shape[0]), *shape[1:])  # A stack of one leaf is computed with as one of many.
-            if sizes_known(shape)[-1] == shape[-1]:
-                varying[-1] = DimDynamic.STATIC
-        context: Any = StatelessSymbolicContext(dynamic_sizes=varying)
-        sizes = mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape
-    like = lambda x: {"dtype": x.dtype, "device": x.device}
-    with mode:
-        made = [
-            torch.empty(sizes, **like(x)) if dynamic and x.ndim else torch.empty_strided(x.shape, x.stride(), **like(x))
-            for x in args
-        ]
-    symbols = {i: size.node.expr for i, size in enumerate(sizes) if not isinstance(size, int)}
+    def __init__(self, args: tuple[Tensor, ...], dynamic: bool) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    def holds(shape: Any) -> bool:
-        there = {symbol: shape[i] for i, symbol in symbols.items()}
-        return all([bool(guard.expr.subs(there)) for guard in known.guards])
+        self._known = ShapeEnv()
+        self._mode = FakeTensorMode(shape_env=self._known if dynamic else None)
+        self.vector, self._shape = 0, None
+        if dynamic:
+            self.vector = next(i for i, x in enumerate(args) if x.ndim)
+            shape: Sequence[int] = args[self.vector].shape
+            varying = [DimDynamic.DYNAMIC] * len(shape)
+            if len(shape) > 1:
+                shape = (max(2, shape[0]), *shape[1:])  # A stack of one leaf is computed with as one of many.
+                if sizes_known(shape)[-1] == shape[-1]:
+                    varying[-1] = DimDynamic.STATIC
+            context: Any = StatelessSymbolicContext(dynamic_sizes=varying)
+            self._shape = self._mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape
+        sizes = enumerate(self._shape or ())
+        self._symbols = {i: size.node.expr for i, size in sizes if isinstance(size, torch.SymInt)}
+        #: Which sizes of vectors are unknown.
+        self.dims = tuple(self._symbols)
 
-    return made, lambda: bool(known.guards), holds
+    def like(self, args: tuple[Tensor, ...]) -> list[Any]:
+        """Arguments without numbers, of which no two share memory, and sizes.
+
+        What kernels write overlaps nothing else: it is memory of the step's own, or donated and looked at.
+        """
+        with self._mode:
+            made: list[Any] = [self._like(x) for x in args]
+        return made + [self._shape[i] for i in self.dims] if self._shape else made
+
+    def _like(self, x: Tensor) -> Tensor:
+        if self._shape and x.ndim:
+            return torch.empty(self._shape, dtype=x.dtype, device=x.device)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    @property
+    def taken_for_granted(self) -> bool:
+        """Whether the compiler took something for granted about sizes."""
+        return bool(self._known.guards)
+
+    def hold(self, shape: Sequence[int]) -> bool:
+        """Whether that is so for a shape."""
+        there = {symbol: shape[i] for i, symbol in self._symbols.items()}
+        return all([bool(guard.expr.subs(there)) for guard in self._known.guards])
 
 
 #: From the number of a buffer and of an input of its homes to the numbers of the leaves that lie there.

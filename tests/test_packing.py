@@ -203,13 +203,13 @@ def test_code_that_is_right_for_some_sizes_serves_those(monkeypatch):
     made = []
 
     def backend(module, inputs):
-        vectors = [x for x in inputs if x.ndim]
+        vectors = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim]
         wide = bool(vectors[0].shape[-1] > 50) if vectors else None  # As Inductor takes for granted what it was given.
         made.append(wide)
 
         def run(*args):
             for x in args:
-                assert not x.ndim or (x.shape[-1] > 50) == wide
+                assert isinstance(x, int) or not x.ndim or (x.shape[-1] > 50) == wide
             return module.forward(*args)
 
         return run
@@ -239,6 +239,25 @@ def test_inductor_makes_one_code_for_rows_of_many_sizes(make, monkeypatch):
     tx = make(fr.tree_map(torch.abs, trees()))
     step = fr.fuse(tx)
     follow(tx, step, *step.init(trees()), grads=trees, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_code_that_inductor_keeps_is_right_for_as_many_sizes_as_when_it_was_made():
+    graph = torch.fx.Graph()
+    x, out = graph.placeholder("x"), graph.placeholder("out")
+    norm = graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [2], True))
+    graph.call_function(torch.ops.aten.copy_.default, (out, graph.call_function(torch.ops.aten.mul.Tensor, (x, norm))))
+    graph.output(())
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    known = []
+    for _ in range(2):
+        run = execution.Compiler("inductor")(module, "key", dynamic=True)
+        for shape in [(1, 3, 40), (4, 2, 5000), (1, 1, 33)]:
+            x, out = torch.randn(shape), torch.zeros(shape)
+            run(x, out)
+            torch.testing.assert_close(out, x * x.sum(2, keepdim=True), rtol=1e-5, atol=1e-4)
+        known.append([len(run._made), run._dims])
+    assert known[0] == known[1]
 
 
 def test_plans_keep_no_operations():

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch, without_nan
 from funcreg.looks import Likeness, Looks, addresses, look, prepare
-from funcreg.packing import Packing, sizes_known
+from funcreg.packing import SHORT, Packing, sizes_known
 from funcreg.recording import Record, Value, undisturbed
 from funcreg.tree import copier, reader, restored
 
@@ -209,7 +209,7 @@ class _Sizes:
             varying = [DimDynamic.DYNAMIC] * len(shape)
             if len(shape) > 1:
                 shape = (max(2, shape[0]), *shape[1:])  # A stack of one leaf is computed with as one of many.
-                if sizes_known(shape)[-1] == shape[-1]:
+                if shape[-1] <= SHORT:
                     varying[-1] = DimDynamic.STATIC
             context: Any = StatelessSymbolicContext(dynamic_sizes=varying)
             self._shape = self._mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape

@@ -268,12 +268,12 @@ def _groups(
 #: Operations from which one code for all sizes is worth its slower run: several would compile for minutes.
 _LONG = 100
 #: Entries of a row up to which code for rows of that length is faster than code for any.
-_SHORT = 32
+SHORT = 32
 
 
 def sizes_known(shape: Sequence[int]) -> tuple[int, ...]:
     """What code for leaves of any sizes knows of a shape: which sizes are 1, and how long its rows are, if short."""
-    return tuple([min(size, _SHORT + 1 if i == len(shape) - 1 else 2) for i, size in enumerate(shape)])
+    return tuple([min(size, SHORT + 1 if i == len(shape) - 1 else 2) for i, size in enumerate(shape)])
 
 
 def _of_any_sizes(home: Home) -> bool:

@@ -223,6 +223,27 @@ def test_code_that_is_right_for_some_sizes_serves_those(monkeypatch):
     assert sorted(wide for wide in made if wide is not None) == [False, True]
 
 
+def test_code_serves_no_other_sizes_than_it_was_told(monkeypatch):
+    monkeypatch.setattr(packing, "_LONG", 10)
+
+    def backend(module, inputs):
+        told = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in inputs]
+
+        def run(*args):
+            for x, sizes in zip(args, told, strict=True):
+                for size, known in zip(getattr(x, "shape", ()), sizes, strict=True):
+                    assert size == known or not isinstance(known, int)
+            return module.forward(*args)
+
+        return run
+
+    shapes = [(rows, entries) for entries in (1, 2, 31, 32, 33, 34, 40) for rows in (1, 2, 3, 33)]
+    trees = lambda seed=0, dtype=None: {f"w{i}": draw_normal(shape, seed) for i, shape in enumerate(shapes)}
+    tx = fr.prox_sgd(0.1, fr.group_lasso, strength=0.5, momentum=0.9)
+    step = fr.fuse(tx, backend=backend)
+    follow(tx, step, *step.init(trees()), grads=trees, rtol=1e-9, atol=1e-12)
+
+
 LONG = {
     "prox_adam": lambda like: fr.prox_adam(0.1, fr.group_lasso, strength=0.5),
     "strengths of leaves": lambda like: fr.prox_sgd(0.1, fr.group_lasso, strength=fr.tree_map(torch.mean, like)),

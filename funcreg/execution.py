@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from funcreg.kernels import Buffer, Kernel, compose, over_temporaries, with_scratch, without_nan
 from funcreg.looks import Likeness, Looks, addresses, look, prepare
-from funcreg.packing import SHORT, Packing, sizes_known
+from funcreg.packing import Packing, sizes_known
 from funcreg.recording import Record, Value, undisturbed
 from funcreg.tree import copier, reader, restored
 
@@ -30,6 +30,8 @@ _SETS = 8
 #: Entries from which a leaf is computed with where it lies: a call of a kernel then costs less than gathering it.
 _SIZES = {"cpu": (40_000, 1_000_000)}
 _SIZES_ELSEWHERE = (4_000_000, (1 << 31) - 1)
+#: Sizes of what a module computes with, and None for those that may be any from call to call.
+_Told = tuple[int | None, ...]
 #: Bytes of results, on a CPU, that are more than its caches keep until the next step.
 _BEYOND_CACHES = 1 << 24
 
@@ -43,14 +45,14 @@ class Compiler:
         self.compiles, self.compiles_cpp = backend != "eager", backend == "inductor"
 
     def __call__(
-        self, module: fx.GraphModule, key: Any, dynamic: bool = False, flat: bool = False, past_caches: bool = False
+        self, module: fx.GraphModule, key: Any, told: _Told = (), flat: bool = False, past_caches: bool = False
     ) -> Callable[..., Any]:
-        """What runs a module: on tensors of other sizes, too, if it is dynamic, and piece by piece if it is flat."""
+        """What runs a module: with sizes told, on all tensors of such, and if flat, piece by piece."""
         if not self.compiles:
             return _in_pieces(module) if flat else module
-        key = (module.code, key, past_caches)
+        key = (module.code, key, told, flat, past_caches)
         if key not in self._made:
-            self._made[key] = _Compiled(module, self._backend, dynamic, flat, past_caches)
+            self._made[key] = _Compiled(module, self._backend, told, flat, past_caches)
         return self._made[key]
 
 
@@ -123,11 +125,11 @@ class _Compiled:
         self,
         module: fx.GraphModule,
         backend: str | Callable[..., Any],
-        dynamic: bool,
+        told: _Told,
         flat: bool,
         past_caches: bool,
     ) -> None:
-        self._module, self._dynamic, self._flat = module, dynamic, flat
+        self._module, self._told, self._flat = module, told, flat
         self._backend = functools.partial(_inductor, past_caches=past_caches) if backend == "inductor" else backend
         self._run: Callable[..., Any] | None = None
         #: Which argument has the shape that all others have, and which of its sizes code is told of in each call.
@@ -147,7 +149,7 @@ class _Compiled:
         graph = fx.Graph()  # Its own: backends write into what they are given.
         graph.output(graph.graph_copy(self._module.graph, {}))
         try:
-            sizes = _Sizes(args, self._dynamic)
+            sizes = _Sizes(args, self._told)
             for i in sizes.dims:
                 with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                     graph.placeholder(f"s{i}")
@@ -191,30 +193,29 @@ def _forbidden() -> bool:
 
 
 class _Sizes:
-    """What a compiler is told of the arguments of a module: in a dynamic one, vectors of one shape of any sizes.
+    """What a compiler is told of the arguments of a module: with sizes told, all that have dimensions have these.
 
     Sizes are arguments of their own, too: Inductor keeps what it takes for granted about those, with what it made.
     """
 
-    def __init__(self, args: tuple[Tensor, ...], dynamic: bool) -> None:
+    def __init__(self, args: tuple[Tensor, ...], told: _Told) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
         self._known = ShapeEnv()
-        self._mode = FakeTensorMode(shape_env=self._known if dynamic else None)
-        self.vector, self._shape = 0, None
-        if dynamic:
+        self._mode = FakeTensorMode(shape_env=self._known if told else None)
+        self.vector = 0
+        shape: Any = ()
+        if told:
             self.vector = next(i for i, x in enumerate(args) if x.ndim)
-            shape: Sequence[int] = args[self.vector].shape
-            varying = [DimDynamic.DYNAMIC] * len(shape)
-            if len(shape) > 1:
-                shape = (max(2, shape[0]), *shape[1:])  # A stack of one leaf is computed with as one of many.
-                if shape[-1] <= SHORT:
-                    varying[-1] = DimDynamic.STATIC
+            # A stack of one leaf is computed with as one of many: 1 would be told to the compiler.
+            found = args[self.vector].shape
+            sizes = [max(2, size) if known is None else known for size, known in zip(found, told, strict=True)]
+            varying = [DimDynamic.DYNAMIC if known is None else DimDynamic.STATIC for known in told]
             context: Any = StatelessSymbolicContext(dynamic_sizes=varying)
-            self._shape = self._mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=context).shape
-        sizes = enumerate(self._shape or ())
-        self._symbols = {i: size.node.expr for i, size in sizes if isinstance(size, torch.SymInt)}
+            shape = self._mode.from_tensor(torch.empty(sizes, device="meta"), symbolic_context=context).shape
+        self._shape = shape
+        self._symbols = {i: shape[i].node.expr for i, known in enumerate(told) if known is None}
         #: Which sizes of vectors are unknown.
         self.dims = tuple(self._symbols)
 
@@ -225,7 +226,7 @@ class _Sizes:
         """
         with self._mode:
             made: list[Any] = [self._like(x) for x in args]
-        return made + [self._shape[i] for i in self.dims] if self._shape else made
+        return made + [self._shape[i] for i in self.dims]
 
     def _like(self, x: Tensor) -> Tensor:
         if self._shape and x.ndim:
@@ -399,7 +400,6 @@ class Slab:
         self.views = [views[number].detach() for number in sorted(views)]
         #: For plans, the trees that their results are, with an ellipsis for other leaves.
         self.trees: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self.spoilt = False
         self._addresses = addresses(self.views)
         self._storages = [x.untyped_storage() for x in self._memory]
         self._spans = array("Q", [end for x in self._memory for end in (x.data_ptr(), x.data_ptr() + x.nbytes)])
@@ -423,28 +423,28 @@ class Slab:
         """Whether one of these begins in this memory."""
         return look().begin_inside(tensors, self._spans)
 
-    def free(self, first: int) -> bool:
-        """Whether nobody else holds a leaf, or a view of one, since this was first asked.
+    def free(self, first: int) -> tuple[bool, bool]:
+        """Whether nobody else holds a leaf, or a view of one, since this was first asked, and whether one is spoilt.
 
-        Then `spoilt` tells whether one cannot be a result once more: it lies elsewhere, or one of the first ones got a
-        gradient.
+        It cannot be a result once more: it lies elsewhere or requires grad, or one of the first ones got a gradient.
         """
         by, used = look(), self._used()
         if self._used_alone is None:
             self._used_alone = used
-        held = self._held(by, first)
+        held, spoilt = self._held(by, first)
         if by not in self._alone:  # Another one may have looked before.
-            if any([self._held(other, first) != alone for other, alone in self._alone.items()]):
-                return False
+            if any([self._held(other, first)[0] != alone for other, alone in self._alone.items()]):
+                return False, spoilt
             self._alone[by] = held
-        return used == self._used_alone and held is not None and held == self._alone[by]
+        return used == self._used_alone and held is not None and held == self._alone[by], spoilt
 
-    def _held(self, by: Looks, first: int) -> tuple[int, int] | None:
+    def _held(self, by: Looks, first: int) -> tuple[tuple[int, int] | None, bool]:
+        """How often others than trees of ours hold leaves, if that is known, and whether one is spoilt."""
         found = by.held(self.views, self._addresses, first)
         if found is None:
-            return None
-        references, uses, self.spoilt = found
-        return references - len(self.trees) * len(self.views), uses
+            return None, True
+        references, uses, spoilt = found
+        return (references - len(self.trees) * len(self.views), uses), spoilt
 
 
 _HUGE = 1 << 22
@@ -626,7 +626,7 @@ class Plan:
         self._bindings: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._stages = [
             (
-                scalars and (compiler(scalars.module, _signature(scalars.takes), dynamic=False), scalars),
+                scalars and (compiler(scalars.module, _signature(scalars.takes)), scalars),
                 [call for kernel in kernels for call in self._calls(kernel, compiler)],
             )
             for scalars, kernels in self.program.stages
@@ -654,16 +654,18 @@ class Plan:
         for numbers, results in kernel.calls:
             buffers = [self.program.buffers[number] for number in numbers]
             entries = math.prod(buffers[0].shapes[0])
-            near = buffers[0].homes[0].inputs[0].device.type == "cpu"
-            dynamic = kernel.kin or (kernel.flat and near)
-            shapes = [shape for buffer in buffers for shape in buffer.shapes]
-            if dynamic:
-                shapes = [sizes_known(shape[1:]) if kernel.kin else (min(entries, 2),) for shape in shapes]
-            like = [_signature(buffer.homes[0].inputs, dynamic) for buffer in buffers]
-            key = (*like, _signature(kernel.scalars), *shapes)
+            pieces = kernel.flat and buffers[0].homes[0].inputs[0].device.type == "cpu"
+            told: _Told = ()
+            if kernel.kin:
+                told = (None, *sizes_known(buffers[0].shapes[0][1:]))
+            elif pieces:
+                told = (entries if entries < 2 else None,)
+            shapes = () if told else tuple([tuple(buffer.shapes) for buffer in buffers])
+            like = [_signature(buffer.homes[0].inputs, any_shape=bool(told)) for buffer in buffers]
+            key = (*like, _signature(kernel.scalars), shapes)
             run = kernel.module
             if entries or not kernel.flat:
-                run = compiler(kernel.module, key, dynamic, kernel.flat and near, self._past_caches)
+                run = compiler(kernel.module, key, told, pieces, self._past_caches)
             reads = [(number, slot) for number, slots in zip(numbers, kernel.reads, strict=True) for slot in slots]
             writes = [(number, slot) for number, slots in zip(numbers, kernel.writes, strict=True) for slot in slots]
             calls.append((run, reads, writes, kernel.scalars, results))
@@ -701,8 +703,9 @@ class Plan:
         for slab in [slab for slab in self._slabs if slab is not given]:
             if found is not None and len(self._slabs) <= 2:
                 break
-            if slab.free(self._parameters):
-                if found is not None or slab.spoilt:  # One is enough.
+            free, spoilt = slab.free(self._parameters)
+            if free:
+                if found is not None or spoilt:  # One is enough.
                     self._slabs.remove(slab)
                 else:
                     found = slab
@@ -737,7 +740,7 @@ class Plan:
             return None
         by = look()
         for slab in reversed(self._slabs):
-            if len(leaves) != self._results or leaves[self.owned[0]] is not slab.views[0]:
+            if leaves[self.owned[0]] is not slab.views[0]:
                 continue
             if not by.same(leaves, slab.leaves):
                 if not by.same(self._pick(leaves), slab.views):
@@ -800,7 +803,8 @@ class Plan:
                 continue
             if self._places is None:
                 numbers = list(range(self._results))
-                dots = [... if i in self._loosely else i for i in numbers]
+                known = set(self.owned)
+                dots = [i if i in known else ... for i in numbers]
                 self._places = by.same_tree(self._arrange(numbers), self._arrange(dots))
             for i, x in zip(self._places or (), others, strict=True):
                 slab.leaves[i] = x
@@ -816,8 +820,8 @@ class Plan:
             return None
         slab = self._recognized(params, state)
         if slab is None:
-            mine = [self._readers[0](params), self._readers[2](state)]
-            slab = self.find([x for leaves in mine for x in leaves or ()])
+            mine, moments = self._readers[0](params), self._readers[2](state)
+            slab = None if mine is None or moments is None else self.find([*mine, *moments])
             if slab is None:
                 return None
         elif slab.moved(self._parameters):

@@ -38,7 +38,7 @@ class Kernel:
 
     module: fx.GraphModule
     flat: bool
-    kin: bool  # Whether it is right for stacks of other sizes, too.
+    kin: bool  # Whether its code is to serve stacks of other sizes, too.
     reads: list[list[int]]  # Of each group, inputs of a home, by number.
     scalars: list[Value]
     writes: list[list[int]]  # Of each group, inputs of a home whose places are written.

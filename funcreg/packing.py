@@ -4,8 +4,9 @@ Most of a step happens to each leaf by itself: its gradient, its moments and its
 scalars. That private computation is the *home* of the leaf. Homes that are alike, operation for operation, form a
 group. If all operations of a group are elementwise, shapes do not matter: leaves lie end to end in flat buffers, and
 one kernel serves all of them. If some are not (norms of rows, factors of matrices), leaves of one shape are stacked,
-and the home is mapped over the stack. What belongs to no home (counters, schedules, bias corrections, a global norm)
-is scalar arithmetic, computed once and handed to the kernels: inside of them it would be computed for each entry.
+and the home is mapped over the stack; if its code is long and all of rows, groups that differ in sizes alone are
+*kin*, and one code serves them. What belongs to no home (counters, schedules, bias corrections, a global norm) is
+scalar arithmetic, computed once and handed to the kernels: inside of them it would be computed for each entry.
 
 A kernel may need a scalar that another kernel makes, as clipping by a global norm does. Hence stages: the scalars of a
 stage, then its kernels. Of an earlier stage a kernel sees scalars only; all else it computes again from its inputs.
@@ -48,7 +49,7 @@ class Group:
     homes: list[Home]
     flat: bool
     summed: bool = False  # Whether exports are wanted only as sums over all homes.
-    kin: bool = False  # Whether the code for another group is right for this one.
+    kin: bool = False  # Whether another group differs from it in nothing but sizes, and one code is to serve both.
 
     @property
     def stacked(self) -> bool:
@@ -268,12 +269,12 @@ def _groups(
 #: Operations from which one code for all sizes is worth its slower run: several would compile for minutes.
 _LONG = 100
 #: Entries of a row up to which code for rows of that length is faster than code for any.
-SHORT = 32
+_SHORT = 32
 
 
-def sizes_known(shape: Sequence[int]) -> tuple[int, ...]:
-    """What code for leaves of any sizes knows of a shape: which sizes are 1, and how long its rows are, if short."""
-    return tuple([min(size, SHORT + 1 if i == len(shape) - 1 else 2) for i, size in enumerate(shape)])
+def sizes_known(shape: Sequence[int]) -> tuple[int | None, ...]:
+    """The sizes that code for leaves of any sizes is made for: 1, and the length of short rows; None is any other."""
+    return tuple([size if size <= (_SHORT if i == len(shape) - 1 else 1) else None for i, size in enumerate(shape)])
 
 
 def _of_any_sizes(home: Home) -> bool:
@@ -284,8 +285,8 @@ def _of_any_sizes(home: Home) -> bool:
     """
     if len(home.nodes) < _LONG or home.inputs[0].device.type != "cpu":
         return False
-    made = [value for node in home.nodes for value in node.outputs]
-    outside = [value for node in home.nodes for value in node.inputs if value.shape and value not in {*made}]
+    made = {value for node in home.nodes for value in node.outputs}
+    outside = [value for node in home.nodes for value in node.inputs if value.shape and value not in made]
     shapes = {value.shape for value in [*home.inputs, *outside]}
     if any([len(value.shape) != len(home.inputs[0].shape) for value in made]):
         return False
@@ -324,7 +325,7 @@ def _flat(home: Home, owner: dict[Value, _Owner]) -> bool:
 def _description(
     home: Home, users: dict[Value, list[Node]] | None = None, sums: set[Value] | None = None, sizes: bool = True
 ) -> tuple[Any, ...]:
-    """What homes that are alike have in common, but for sizes beyond 1 if told; with users and sums, flat ones."""
+    """What homes that are alike have in common; with users and sums, flat ones, and without sizes, kin."""
     flat = users is not None and sums is not None
     names: dict[Value, int] = {}
     told: list[Any] = [flat]

@@ -1,0 +1,69 @@
+"""Objects that remember the call that made them: they print as it was written, and pickle as that call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """A function and what it was called with."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        given = [written(arg) for arg in self.args]
+        given += [f"{name}={written(arg)}" for name, arg in self.kwargs.items()]
+        return f"{self.function.__name__}({', '.join(given)})"
+
+
+class Remembering:
+    """What is made of closures by public functions, and remembers which one made it, with which arguments."""
+
+    made_by: Call | None = None
+
+    def __repr__(self) -> str:
+        return object.__repr__(self) if self.made_by is None else str(self.made_by)
+
+    def __reduce__(self) -> Any:
+        # By default, closures and all: pickle then says which of them it cannot write.
+        return super().__reduce_ex__(2) if self.made_by is None else (_call, tuple(self.made_by))
+
+
+def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    return function(*args, **kwargs)
+
+
+def remembered(function: Callable[P, T]) -> Callable[P, T]:
+    """Let what a function returns, a `Remembering`, remember this call."""
+
+    @functools.wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        made = function(*args, **kwargs)
+        # What hands an argument through did not make it. A compiler needs neither name nor pickle.
+        if isinstance(made, Remembering) and not torch.compiler.is_compiling() and all(made is not arg for arg in args):
+            made.made_by = Call(make, args, kwargs)
+        return made
+
+    return make
+
+
+def written(value: Any) -> str:
+    """A value about as it is written in code."""
+    if isinstance(value, Tensor):
+        return f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        inner = ", ".join(map(written, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {written(each)}" for key, each in value.items()) + "}"
+    return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)

@@ -73,11 +73,11 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "recording"],
-    ["tree", "schedules", "packing", "looks"],
-    ["composition", "descent"],
-    ["transform", "penalty", "kernels"],
-    ["execution"],
+    ["_typing", "undocumented", "construction", "memory"],
+    ["tree", "schedules", "recording"],
+    ["composition", "descent", "grouping"],
+    ["transform", "penalty", "lowering"],
+    ["plan"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
     ["groups"],

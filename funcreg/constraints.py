@@ -461,8 +461,10 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     ordered = x.sort(-1, descending=True).values
     sums = ordered.cumsum(-1) - total
     counts = torch.ones_like(x).cumsum(-1)
-    last = ((counts * ordered > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
-    return (x - sums.gather(-1, last) / counts.gather(-1, last)).relu()
+    # Entries at the threshold count and rise with it, so that a total of 0 has the derivative of a small one.
+    last = ((counts * ordered >= sums).sum(-1, keepdim=True) - 1).clamp(min=0)
+    threshold = sums.gather(-1, last) / counts.gather(-1, last)
+    return torch.where(x < threshold, torch.zeros_like(x), x - threshold)
 
 
 def _simplex_metric(w: Tensor, h: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:

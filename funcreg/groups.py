@@ -37,7 +37,7 @@ from funcreg.separable import (
     scad_slope,
     scad_value,
 )
-from funcreg.tree import safe_sqrt, sign, squared
+from funcreg.tree import euclidean, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -85,7 +85,8 @@ def _dims_of_leaf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> tup
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
     """Each group in its direction, with the norm where it landed."""
     factor = landed / torch.where(norms == 0, torch.ones_like(norms), norms)
-    return w * torch.where(landed == norms, torch.ones_like(norms), factor) + 0.0
+    # An infinite norm that stays is no number over itself.
+    return w * torch.where((landed == norms) & norms.isinf(), torch.ones_like(norms), factor) + 0.0
 
 
 def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) -> Tensor:
@@ -95,7 +96,7 @@ def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) ->
     zero, if it has one. :math:`f / \|h w / (h + \mu)\| - \mu - b` is concave in :math:`\mu`, so that Newton's method
     falls to its greatest root from the right without a bracket. Without a root some other point comes back.
     """
-    norms = safe_sqrt(sum_groups(squared(h * w), dims))
+    norms = euclidean(h * w, dims)
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
     # In units of the norm and of the greatest metric, so that no power leaves the range of float32.
     top = h.amax(dims, keepdim=True) if dims else h
@@ -337,10 +338,8 @@ def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
 
 def _cut(w: Tensor, level: Tensor) -> Tensor:
     """Magnitudes cut at a level, signs and phases kept."""
-    if w.is_complex():
-        size = w.abs()
-        return w * torch.where(size > level, level / torch.where(size == 0, torch.ones_like(size), size), 1.0) + 0.0
-    return torch.minimum(torch.maximum(w, -level), level) + 0.0
+    # At the level itself the entry goes with it, so that the derivative in a step of 0 is that of what is cut.
+    return torch.where(w.abs() < level, w, sign(w) * level) + 0.0
 
 
 def _greatest(w: Tensor, dims: tuple[int, ...]) -> Tensor:

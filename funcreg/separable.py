@@ -222,7 +222,8 @@ def mcp_landing(size: Tensor, step: Scalar, strength: Scalar, gamma: Scalar) -> 
     share = torch.zeros_like(size) + step / gamma
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
-    firm = torch.minimum(size, (size - step * strength).relu() / room)
+    # By comparisons, not as the minimum of both, whose derivative a tie at step 0 would split.
+    firm = torch.where(size >= gamma * strength, size, (size - step * strength).relu() / room)
     hard = torch.where(size <= strength * (step * gamma) ** 0.5, torch.zeros_like(size), size)
     return torch.where(convex, firm, hard)
 
@@ -279,8 +280,10 @@ def scad_landing(size: Tensor, step: Scalar, strength: Scalar, a: Scalar) -> Ten
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
     soft = (size - step * strength).relu()
-    firm = torch.minimum(size, (size - strength * (step + share)).relu() / room)
-    return torch.where(convex, torch.maximum(soft, firm), _soft_or_stay(size, step * strength, strength * (a + 1) / 2))
+    # By comparisons, not as minimum and maximum, whose derivatives a tie at step 0 would split.
+    firm = torch.where(size >= a * strength, size, (size - strength * (step + share)).relu() / room)
+    firm = torch.where(size <= strength * (1 + step), soft, firm)
+    return torch.where(convex, firm, _soft_or_stay(size, step * strength, strength * (a + 1) / 2))
 
 
 @of_magnitudes(scad_slope, scad_landing, bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)})

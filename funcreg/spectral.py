@@ -278,7 +278,7 @@ def _all_one(s: Tensor) -> Tensor:
 
 
 def _clipped(s: Tensor, radius: Scalar) -> Tensor:
-    return torch.where(s > radius, radius, s)
+    return torch.where(s < radius, s, radius)
 
 
 def _level(s: Tensor, amount: Scalar) -> Tensor:

@@ -28,6 +28,7 @@ from funcreg.tree import (
     total,
     tree_leaves,
     tree_map,
+    without_autocast,
 )
 
 
@@ -135,6 +136,7 @@ class Penalty:
     def __repr__(self) -> str:
         return f"<penalty {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
 
+    @without_autocast
     def __call__(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
         """The value, summed over all leaves: a 0-dim tensor, float32 at least."""
         values, options = self.bind(*hyper, **options)
@@ -142,6 +144,7 @@ class Penalty:
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
         return self._value(chosen, *values, **options)
 
+    @without_autocast
     def grad(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
         """The gradient, the subgradient of least norm at a kink: a tree like the parameters."""
         values, options = self.bind(*hyper, **options)
@@ -149,6 +152,7 @@ class Penalty:
         rest = None if mask is None else tree_map(torch.zeros_like, params)
         return _on(mask, params, lambda chosen: self._gradient(chosen, *values, **options), rest)
 
+    @without_autocast
     def prox(
         self,
         params: Params,
@@ -206,6 +210,7 @@ class Penalty:
 
         return _on(mask, params, act, params)
 
+    @without_autocast
     def residual(
         self,
         params: Params,
@@ -251,6 +256,7 @@ class Penalty:
         values, options = self.bind(*hyper, **options)
         return self._weigh(params, weights, *values, **options)
 
+    @without_autocast
     def weighted_value(
         self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
     ) -> Tensor:
@@ -264,6 +270,7 @@ class Penalty:
         value = self._value(chosen, *values, **options)
         return times(own, value).to(value.dtype)
 
+    @without_autocast
     def weighted_grad(
         self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
     ) -> Params:

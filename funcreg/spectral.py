@@ -23,7 +23,7 @@ from funcreg.constraints import constraint, polar, simplex_excess
 from funcreg.penalties import Dim, group_dims, l1, l2, shrink
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
-from funcreg.tree import sign, squared
+from funcreg.tree import sign, squared, without_autocast
 
 _AT_LEAST_0 = (0.0, math.inf)
 
@@ -38,6 +38,61 @@ def as_matrix(w: Tensor) -> Tensor:
 
 #: Whether a matrix is finite, and its singular value decomposition.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
+
+    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
+    make it once, outside of what is compiled.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(call)
+
+    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
+    # the compiler, and so wait until there is one.
+    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+
+    def called(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return call(*args, **options)
+
+    return called
+
+
+class _Product(torch.autograd.Function):
+    """The product of two matrices, whose derivatives `torch.autocast` leaves alone wherever they are taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @without_autocast
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (a, b) = grad_outputs, ctx.saved_tensors
+        return _product(g, b.mH), _product(a.mH, g)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (da, db), (a, b) = grad_inputs, ctx.saved_tensors
+        parts = [_product(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+@_whole
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    made: Any = _Product.apply(a, b)
+    return made
 
 
 def _decompose(w: Tensor) -> Parts:
@@ -72,10 +127,12 @@ def _derivative(rule: Rule, parts: Parts, hyper: tuple[Any, ...], d: Tensor) -> 
     sums = divided(t.unsqueeze(-1) + t.unsqueeze(-2), rows + columns, torch.zeros_like(tie), mean)
     ratios = divided(t, s, torch.zeros_like(tie), slopes)
     uh, v = u.mH, vh.mH
-    inside = uh @ d @ v
+    inside = _product(_product(uh, d), v)
     turned = (differences * (inside + inside.mH) + sums * (inside - inside.mH)) / 2
-    left, right = (d @ v - u @ inside) * ratios, ratios.unsqueeze(-1) * (uh @ d - inside @ vh)
-    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(d, math.nan))
+    left = (_product(d, v) - _product(u, inside)) * ratios
+    right = ratios.unsqueeze(-1) * (_product(uh, d) - _product(inside, vh))
+    whole = _product(u, _product(turned, vh) + right) + _product(left, vh)
+    return torch.where(finite, whole, torch.full_like(d, math.nan))
 
 
 def _by_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -131,6 +188,7 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @without_autocast
     def forward(rule: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any) -> Tensor:
         t = rule(s, *hyper).to(s.dtype)
         # Where nothing changes the matrix stays exactly as it is; adding zero turns -0.0 into +0.0.
@@ -143,19 +201,21 @@ class _Apply(torch.autograd.Function):
         _keep(ctx, *inputs[1:])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (g,), (_, parts, hyper) = grad_outputs, _kept(ctx)
         _, u, s, vh = parts
-        along = (u.mH @ g @ vh.mH).diagonal(dim1=-2, dim2=-1)
+        along = _product(_product(u.mH, g), vh.mH).diagonal(dim1=-2, dim2=-1)
         along = along.real if along.is_complex() else along
         pulled = _pull_hyper(ctx.rule, s, hyper, along)
         return None, _derivative(ctx.rule, parts, hyper, g), None, None, None, None, *pulled
 
     @staticmethod
+    @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         (_, d, _, _, _, _, *tangents), (_, parts, hyper) = grad_inputs, _kept(ctx)
         finite, u, s, vh = parts
-        moved = (u * _push_hyper(ctx.rule, s, hyper, tangents)) @ vh
+        moved = _product(u * _push_hyper(ctx.rule, s, hyper, tangents), vh)
         moved = torch.where(finite, moved, torch.full_like(moved, math.nan))
         return moved if d is None else moved + _derivative(ctx.rule, parts, hyper, d)
 
@@ -178,12 +238,14 @@ class _Measure(torch.autograd.Function):
         _keep(ctx, *inputs[2:])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (g,), (w, parts, hyper) = grad_outputs, _kept(ctx)
         pulled = _pull_hyper(ctx.rule, parts[2], hyper, g)
         return None, None, g * _apply(ctx.slope, w, *parts, *hyper), None, None, None, None, *pulled
 
     @staticmethod
+    @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         (_, _, d, _, _, _, _, *tangents), (w, parts, hyper) = grad_inputs, _kept(ctx)
         moved = _push_hyper(ctx.rule, parts[2], hyper, tangents)
@@ -193,31 +255,37 @@ class _Measure(torch.autograd.Function):
         return moved + (along.real if along.is_complex() else along).sum()
 
 
+class _Values(torch.autograd.Function):
+    """Singular values, with the derivative that they have in the matrix."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+        return s.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, *inputs)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (_, (_, u, _, vh), _) = grad_outputs, _kept(ctx)
+        return _product(u * g, vh), None, None, None, None
+
+    @staticmethod
+    @without_autocast
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (d, *_), (_, (_, u, s, vh), _) = grad_inputs, _kept(ctx)
+        along = _product(_product(u.mH, d), vh.mH).diagonal(dim1=-2, dim2=-1)
+        return (along.real if along.is_complex() else along).to(s.dtype)
+
+
 #: Typed as what they return, which torch leaves open.
+_values: Callable[..., Tensor] = _Values.apply
 _apply: Callable[..., Tensor] = _Apply.apply
 _measure: Callable[..., Tensor] = _Measure.apply
-
-
-def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
-
-    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
-    make it once, outside of what is compiled.
-    """
-
-    def allow() -> None:
-        torch.compiler.allow_in_graph(call)
-
-    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
-    # the compiler, and so wait until there is one.
-    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
-
-    def called(*args: Any, **options: Any) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            allow()
-        return call(*args, **options)
-
-    return called
 
 
 def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
@@ -234,7 +302,7 @@ def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
             return w.clone()
         m = as_matrix(w)
         parts = _decompose(m)
-        hyper = hyper if common is None else (common(parts[2], *hyper),)
+        hyper = hyper if common is None else (common(_values(m, *parts), *hyper),)
         return _apply(partial(rule, **options), m, *parts, *hyper).reshape(w.shape)
 
     return applied
@@ -581,7 +649,7 @@ def _gram(w: Tensor, smaller: bool) -> tuple[Tensor, Tensor]:
     """A leaf as a matrix with fewer rows than columns if `smaller`, and the products of its rows."""
     m = as_matrix(w)
     m = m.mH if smaller and m.shape[0] > m.shape[1] else m
-    return m, m @ m.mH
+    return m, _product(m, m.mH)
 
 
 def _on_diagonal(gram: Tensor) -> Tensor:
@@ -599,7 +667,7 @@ def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
 
 def _orthogonality_gradient(w: Tensor) -> Tensor:
     m, gram = _gram(w, smaller=True)
-    return _as_leaf(4 * _less_one(gram) @ m, w)
+    return _as_leaf(_product(4 * _less_one(gram), m), w)
 
 
 @penalty(
@@ -628,7 +696,7 @@ def orthogonality(w: Tensor) -> Tensor:
 
 def _offdiagonal_gradient(w: Tensor) -> Tensor:
     m, gram = _gram(w, smaller=False)
-    return (4 * (gram - _on_diagonal(gram)) @ m).reshape(w.shape)
+    return _product(4 * (gram - _on_diagonal(gram)), m).reshape(w.shape)
 
 
 @penalty(
@@ -659,7 +727,7 @@ def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:
         raise ValueError(f"mode is {mode!r}; expected 'rows' or 'columns'")
     m = as_matrix(w)
     norms, directions = polar(m if mode == "rows" else m.mH, (1,))
-    cosines = directions @ directions.mH
+    cosines = _product(directions, directions.mH)
     size = cosines.shape[-1]
     return norms, directions, cosines - _on_diagonal(cosines), 1 / max(1, size * (size - 1))
 
@@ -667,7 +735,7 @@ def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:
 def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
     norms, directions, cosines, share = _cosines(w, mode)
     signs = sign(cosines)
-    slopes = signs @ directions - cosines.abs().sum(-1, keepdim=True) * directions
+    slopes = _product(signs, directions) - cosines.abs().sum(-1, keepdim=True) * directions
     slopes = 2 * factor * share * slopes / torch.where(norms == 0, torch.ones_like(norms), norms)
     return (slopes if mode == "rows" else slopes.mH).reshape(w.shape)
 

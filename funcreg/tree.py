@@ -12,7 +12,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
@@ -408,8 +408,25 @@ def check_nonnegative(name: str, value: Hyper) -> None:
 # Arithmetic
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+#: Types of devices for which torch casts by itself.
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _BARE = (Tensor, torch.nn.Parameter)
+
+
+def without_autocast(f: F) -> F:
+    """A function that computes in the precision of its arguments, also where `torch.autocast` is on."""
+
+    @functools.wraps(f)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return exact(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return exact  # pyright: ignore[reportReturnType]  # It takes and returns what the function does.
 
 
 def widen(x: Tensor) -> Tensor:

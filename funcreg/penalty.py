@@ -236,6 +236,11 @@ class Penalty:
 
         return _on(mask, params, act, grads)
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether the residual is that of a rule of its own, in the units of the gradient."""
+        return self._residual is not None
+
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         """Whether the proximal operator of such parameters has a rule of its own in a metric."""
         values, options = self.bind(*hyper, **options)

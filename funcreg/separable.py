@@ -22,7 +22,7 @@ from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.penalties import shrink
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import compute, compute_leaves, sign, squared, total
+from funcreg.tree import compute, compute_leaves, compute_wide, sign, squared, total
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -563,7 +563,26 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         landed = inner.prox(params, step, *hyper, metric=metric, **options)
         return compute(lambda z: _real(z).relu(), landed)
 
-    form = Penalty(value, inner.grad, proximal, reach=inner.reach, rule=inner, weighted=weighted, weigh=inner.weigh)
+    def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        if inner.has_residual:
+            left = inner.residual(params, grads, *hyper, strength=strength, **options)
+            # At zero, what would make an entry negative is taken up by the bound.
+            left = compute(lambda w, r: torch.where(w == 0, r.clamp(max=0), r), params, left)
+        else:
+            moved = compute_wide(lambda w, g: w - g, params, grads)
+            left = compute(lambda w, z: w - z, params, proximal(moved, strength, *hyper, **options))
+        return compute(lambda w, r: torch.where(_real(w) < 0, math.inf, r), params, left)
+
+    form = Penalty(
+        value,
+        inner.grad,
+        proximal,
+        residual=residual,
+        reach=inner.reach,
+        rule=inner,
+        weighted=weighted,
+        weigh=inner.weigh,
+    )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form
 

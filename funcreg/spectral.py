@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import varies
-from funcreg.constraints import constraint, polar, simplex_excess
+from funcreg.constraints import constraint, polar, share, simplex_excess
 from funcreg.penalties import Dim, group_dims, l1, l2, shrink
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
@@ -367,13 +367,17 @@ def _nuclear_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _shrunk(w, _one(step, "step"))
 
 
+def _beside(slopes: Tensor, turns: Tensor) -> Tensor:
+    """What the singular vectors of a matrix do not reach, and is free to be shrunk."""
+    beside = slopes - _product(turns, _product(turns.mH, slopes))
+    return beside - _product(_product(beside, turns.mH), turns)
+
+
 def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     if not w.numel():
         return g.clone()
     turns, slopes = as_matrix(_nuclear_gradient(w)), as_matrix(g)
-    # What the singular vectors of w do not reach is free to be shrunk.
-    beside = slopes - turns @ (turns.mH @ slopes)
-    beside = beside - (beside @ turns.mH) @ turns
+    beside = _beside(slopes, turns)
     return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
@@ -576,7 +580,22 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
 # Constraints
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def _spectral_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    m, slopes, radius = as_matrix(w), as_matrix(g), _one(radius, "radius")
+    finite, u, s, vh = _decompose(m)
+    met = (s >= radius - slack * s.amax()).to(s.dtype)
+    # Normals are the positive semidefinite combinations of pairs of singular vectors whose values meet the bound.
+    u, vh = u * met, met.unsqueeze(-1) * vh
+    push = -_product(_product(u.mH, slopes), vh.mH)
+    sizes, ways = torch.linalg.eigh((push + push.mH) / 2)
+    normal = _product(_product(u, _product(ways * sizes.relu(), ways.mH)), vh)
+    left = torch.where(torch.zeros_like(s.amax()) + radius == 0, torch.zeros_like(slopes), slopes + normal)
+    return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
+
+
+@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0}, residual=_spectral_ball_normal)
 def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Singular values within a radius, :math:`\sigma_1(W) \le r`: a layer that stretches no input by more.
 
@@ -596,7 +615,24 @@ def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     return _cut_off(w, _one(radius, "radius"))
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def _nuclear_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    radius = _one(radius, "radius")
+    finite, u, s, vh = _decompose(as_matrix(w))
+    kept = (s > 0).to(s.dtype)
+    turns, slopes = _product(u * kept, vh), as_matrix(g)
+    push = -(turns.conj() * slopes).real.sum() if slopes.is_complex() else -(turns * slopes).sum()
+    beside = torch.linalg.svd(_beside(slopes, turns), full_matrices=False)[1]
+    # Normals are multiples of subgradients of the nuclear norm: the residual of its best strength.
+    level = share(beside, push.unsqueeze(-1), kept.sum().clamp(min=1))[0]
+    level = torch.where(s.sum() >= radius - slack * s.sum(), level.relu(), torch.zeros_like(level))
+    left = as_matrix(_nuclear_residual(w, g, level))
+    left = torch.where(torch.zeros_like(level) + radius == 0, torch.zeros_like(left), left)
+    return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
+
+
+@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0}, residual=_nuclear_ball_normal)
 def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Sum of singular values within a radius, :math:`\sum_i \sigma_i(W) \le r`, with low rank at its corners.
 
@@ -614,7 +650,18 @@ def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     return _within_sum(w, _one(radius, "radius"))
 
 
-@constraint(reach="matrix")
+def _stiefel_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    m, slopes = as_matrix(w), as_matrix(g)
+    wide = m.shape[0] < m.shape[1]
+    m, slopes = (m.mH, slopes.mH) if wide else (m, slopes)
+    along = _product(m.mH, slopes)
+    left = slopes - _product(m, (along + along.mH) / 2)
+    return (left.mH if wide else left).reshape(w.shape)
+
+
+@constraint(reach="matrix", residual=_stiefel_normal)
 def stiefel(w: Tensor) -> Tensor:
     r"""Orthonormal rows, or columns if there are fewer of them, :math:`W W^* = I` or :math:`W^* W = I`.
 

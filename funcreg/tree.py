@@ -732,8 +732,8 @@ def mask_leaves(mask: Mask, params: Params) -> list[bool]:
     if values and not any(values) and not _may_choose_none(mask) and not hidden(params):
         said = f"mask={written(mask)}" if callable(mask) else "mask"
         raise ValueError(
-            f"{said} chooses no leaf, and would have no effect; the leaves are {_listed(tree_paths(params))}. "
-            "If that is meant, write mask=False."
+            f"{said} chooses no leaf, and would have no effect. The leaves are {_listed(tree_paths(params))}. If that "
+            "is meant, write mask=False."
         )
     return values
 
@@ -765,8 +765,8 @@ def _mask_hint(value: Any) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names for an error text, the first twenty if there are many more."""
-    names = list(names)
+    """Names for an error text, the first twenty if there are many more; a tree that is one leaf has no name."""
+    names = [name or "the tree itself" for name in names]
     return ", ".join(names) if len(names) < 30 else f"{', '.join(names[:20])} and {len(names) - 20} more"
 
 

@@ -626,3 +626,48 @@ def test_group_options_that_do_not_fit_are_said_with_the_leaf():
         fr.group_lasso(params, dim=(1, -1))
     with pytest.raises(ValueError, match="at leaf 'w': dim is 'rows'"):
         fr.group_lasso(params, dim="rows")
+
+
+# Ensembles
+
+
+_RATES = torch.tensor([0.1, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "hyper", "error", "message"),
+    [
+        (
+            lambda rate: None,
+            [_RATES],
+            TypeError,
+            "returned None for member 0; expected a Transform. Is a return missing",
+        ),
+        (lambda rate: fr.identity, [_RATES], TypeError, r"expected a Transform. Is it called, as in identity\(\)"),
+        (fr.sgd(0.1), [_RATES], TypeError, "expected a function from hyperparameters to a transform"),
+        (fr.sgd, [torch.tensor([])], ValueError, "hyperparameters without entries; expected one entry for each"),
+        (fr.sgd, [[0.1, 1.0]], ValueError, r"got 0.1 as hyperparameter 0.0; expected a tensor.*torch.as_tensor"),
+        (fr.sgd, [numpy.ones(2)], ValueError, "as hyperparameter 0; expected a tensor.*torch.as_tensor"),
+        (lambda h: fr.sgd(h["rate"]), [{"rate": 0.1}], ValueError, "got 0.1 as hyperparameter 0.rate"),
+        (fr.sgd, [torch.tensor(0.1)], ValueError, "a tensor without dimensions as hyperparameter 0"),
+        (fr.prox_adam, [_RATES, torch.ones(3)], ValueError, "2 for hyperparameter 0, 3 for hyperparameter 1"),
+        (lambda rate: fr.sgd(rate), [_RATES, _RATES], TypeError, r"2 hyperparameters for <lambda>\(rate\): too many"),
+        (fr.sgd, [], TypeError, "0 hyperparameters for sgd.*missing a required argument: 'learning_rate'"),
+        (lambda: fr.sgd(0.1), [], ValueError, "got no hyperparameters; expected"),
+        (lambda rate: fr.sgd(rate.item()), [-_RATES.flip(0)], ValueError, "at member 0 of the ensemble: learning_rate"),
+        (lambda rate: fr.sgd(0.5 - rate.item()), [_RATES], ValueError, "at member 1 of the ensemble: learning_rate"),
+    ],
+)
+def test_ensembles_that_cannot_be_meant_are_errors(make, hyper, error, message):
+    with pytest.raises(error, match=message):
+        fr.ensemble(make, *hyper)
+
+
+def test_what_an_ensemble_gets_is_stacked():
+    tx, params = fr.ensemble(fr.sgd, _RATES), {"w": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"2 members got the leaf 'w' of shape \(3,\); expected stacked parameters"):
+        tx.init({"w": torch.ones(3)})
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"the extra argument 'value' of shape \(3,\); expected one entry a member"):
+        tx.update(params, state, params, value=torch.ones(3))
+    tx.update(params, state, params, value=torch.ones(()), other=torch.ones(2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from funcreg._typing import Mask, Params, State, Updates
 from funcreg.transform import EmptyState, Transform, counter, furthest, stateless
 from funcreg.tree import (
+    Selection,
     broadcast,
     check_mask,
     chosen_by,
@@ -283,7 +284,7 @@ def partition(
     def members(label: Hashable) -> Transform:
         return masked(
             transforms[label],
-            lambda params: flatten(params)[1]([value == label for value in labels(params)]),
+            Selection(lambda params: [value == label for value in labels(params)], optional=True),
             mask_compatible_extra_args=mask_compatible_extra_args,
         )
 

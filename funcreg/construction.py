@@ -34,9 +34,9 @@ class Remembering:
     def __repr__(self) -> str:
         return object.__repr__(self) if self.made_by is None else str(self.made_by)
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # By default, closures and all: pickle then says which of them it cannot write.
-        return super().__reduce_ex__(2) if self.made_by is None else (_call, tuple(self.made_by))
+        return super().__reduce_ex__(protocol) if self.made_by is None else (_call, tuple(self.made_by))
 
 
 def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
@@ -60,7 +60,9 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 def written(value: Any) -> str:
     """A value about as it is written in code."""
     if isinstance(value, Tensor):
-        return f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+        return (
+            f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+        )
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         inner = ", ".join(map(written, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"

@@ -350,43 +350,130 @@ def _spread(prefix: Any, node: Any, values: list[Any], path: Path, names: tuple[
 # What a call may be given
 
 
+#: The dtypes that arithmetic is defined in: eight-bit floats are for storage, and complex32 has few operators.
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+
+
 def check_params(params: Any, name: str = "params") -> None:
-    """Raise a TypeError that names the first leaf that is not a tensor of real or complex numbers."""
+    """Raise a TypeError that names the first leaf that is not a dense tensor of real or complex numbers."""
     for leaf in tree_leaves(params):
-        if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())):
-            map_with_path(lambda path, leaf: _check_leaf(f"{name} '{dotted(path)}'" if path else name, leaf), params)
+        if not (isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided):
+            map_with_path(lambda path, leaf: _check_leaf(_named(name, dotted(path)), leaf), params)
+
+
+def _named(tree: str, path: str) -> str:
+    return f"{tree} '{path}'" if path else tree
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+    if isinstance(leaf, Tensor):
+        _check_numbers(name, leaf, "is it a buffer?")
         return
-    came = f"a tensor of {leaf.dtype}; is it a buffer?" if isinstance(leaf, Tensor) else f"{_kind(leaf)};"
     raise TypeError(
-        f"{name} is {came} expected a tensor of floating point or complex numbers. The parameters of a module are "
-        "{name: w.detach() for name, w in module.named_parameters()}."
+        f"{name} is {_kind(leaf)}; expected a tensor of floating point or complex numbers. The parameters of a module "
+        "are dict(module.named_parameters())."
+    )
+
+
+def _check_numbers(name: str, leaf: Tensor, cause: str) -> None:
+    """Raise a TypeError if a tensor has no arithmetic: integers, eight-bit floats, sparse layouts."""
+    if leaf.layout is not torch.strided:
+        raise TypeError(
+            f"{name} has the layout {leaf.layout}; expected a dense tensor. Call to_dense() on it; an embedding gives "
+            "dense gradients with sparse=False."
+        )
+    if leaf.dtype in _NUMBERS:
+        return
+    if leaf.is_floating_point() or leaf.is_complex():
+        better = "complex64" if leaf.is_complex() else "bfloat16 or float32"
+        raise TypeError(
+            f"{name} is a tensor of {leaf.dtype}, which torch stores but hardly computes with. Keep the values that "
+            f"are trained in {better}, and convert them for the forward pass."
+        )
+    raise TypeError(
+        f"{name} is a tensor of {leaf.dtype}; {cause} Expected a tensor of floating point or complex numbers."
     )
 
 
 def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
-    """Raise an error that names the first leaf of `other` whose structure, shape or device is not that of `tree`."""
-    _alike(tree, tree_leaves(tree), other, names)
+    """Raise an error that names the first leaf of `other` that does not fit that of `tree`.
+
+    Leaves fit if they have one shape and device, and are dense tensors of numbers, complex only where those of `tree`
+    are.
+    """
+    leaves = tree_leaves(tree)
+    _check_kinds(tree, leaves, _alike(tree, leaves, other, names), names)
+
+
+def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Tensor], names: tuple[str, str]) -> None:
+    """Raise a TypeError for the first of the others that is not dense, or not of such numbers as the leaf."""
+    for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
+        if found.dtype == leaf.dtype and found.layout is torch.strided:  # Its own dtype was checked in the first tree.
+            continue
+        if found.dtype in _NUMBERS and found.layout is torch.strided and (leaf.is_complex() or not found.is_complex()):
+            continue
+        name = _named(names[1], tree_paths(tree)[i])
+        _check_numbers(name, found, "is it a mask, an index or a count?")
+        raise TypeError(
+            f"{name} is a tensor of {found.dtype}; expected real numbers, because the leaf in {names[0]} is of "
+            f"{leaf.dtype}. Take its real part, if the imaginary part is zero."
+        )
+
+
+def filled(
+    params: Params, updates: Updates, allowed: Sequence[bool] | Callable[[Params], Sequence[bool]] | None = None
+) -> Updates:
+    """Updates, checked as by `check_alike`, with zeros for each None that stands for a leaf where that is allowed.
+
+    `backward` leaves None as the gradient of a parameter that the loss does not use, or that is frozen.
+
+    Args:
+        params: Tree of parameters.
+        updates: Tree like the parameters, with None for some leaves.
+        allowed: One bool for each leaf, whether None may stand there, or a function that makes them from parameters
+            and is called only if there is a None; by default None may stand nowhere.
+
+    Raises:
+        ValueError: A leaf is None where it is not allowed, or differs in structure, shape or device.
+        TypeError: A leaf is no dense tensor of numbers.
+    """
+    names = ("params", "updates")
+    leaves, rebuild = flatten(params)
+    found = leaves_like(params, updates, names)
+    complete = all([update is not None for update in found])
+    if not complete:
+        bools = allowed(params) if callable(allowed) else allowed or [False] * len(leaves)
+        rows = zip(leaves, found, bools, strict=True)
+        found = [torch.zeros_like(leaf) if update is None and may else update for leaf, update, may in rows]
+    _check_leaves(params, leaves, found, names)
+    _check_kinds(params, leaves, found, names)
+    return updates if complete else rebuild(found)
 
 
 def _alike(tree: Any, leaves: list[Tensor], other: Any, names: tuple[str, str]) -> list[Tensor]:
     """The leaves of `other`, checked against those of `tree`."""
     others = leaves_like(tree, other, names)
+    _check_leaves(tree, leaves, others, names)
+    return others
+
+
+def _check_leaves(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
     for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
         if not (isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device):
             _refuse(leaf, found, names, tree_paths(tree)[i])
-    return others
 
 
 def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None:
     first, second = names
-    name = f"{second} '{path}'" if path else second
+    name = _named(second, path)
+    if found is None:
+        raise ValueError(
+            f"{name} is None; expected a tensor, as in {first}. This parameter got no gradient: backward() leaves None "
+            "for a parameter that the loss does not use or that does not require a gradient. Freeze the leaf, leave it "
+            "out with masked, or give zeros for it, torch.zeros_like(parameter)."
+        )
     if not isinstance(found, Tensor):
-        hint = " Did this parameter get no gradient? Leave it out with masked or freeze." if found is None else ""
-        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.{hint}")
+        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.")
     if leaf.shape != found.shape:
         raise ValueError(
             f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "

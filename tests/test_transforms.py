@@ -257,7 +257,7 @@ def test_wrong_trees_are_said_with_the_leaf(case):
     with pytest.raises(TypeError, match=r"params 'head.bias' is 0.5; expected a tensor"):
         tx.init({"head": {"bias": 0.5}})
     none = {**draw(1), "head": draw(1)["head"]._replace(bias=None)}
-    with pytest.raises(TypeError, match=r"updates 'head.bias' is None; expected a tensor.*no gradient"):
+    with pytest.raises(ValueError, match=r"updates 'head.bias' is None; expected a tensor.*no gradient"):
         tx.update(none, state, params)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.func import grad
 
 import funcreg as fr
-from funcreg.tree import ABSENT, broadcast, copier, leaves_like, map_with_path, restored, structure
+from funcreg.tree import ABSENT, broadcast, copier, filled, leaves_like, map_with_path, restored, structure
 
 trees = st.recursive(
     st.integers(),
@@ -139,6 +139,57 @@ def test_global_norm_is_exact_in_sixteen_bits_and_flat_at_zero():
     assert fr.global_norm({}) == 0
     assert not grad(lambda w: fr.global_norm([w]))(torch.zeros(3)).any()
     torch.testing.assert_close(fr.global_norm([torch.tensor([3j, 4.0])]), torch.tensor(5.0))
+
+
+# Gradients that are not there, or are no numbers
+
+
+def test_none_becomes_zeros_where_it_is_allowed_and_only_there():
+    params = {"head": Layer(torch.ones(2, 3), torch.ones(2)), "body": [torch.ones(4, dtype=torch.bfloat16)]}
+    updates = {"head": Layer(torch.ones(2, 3), None), "body": [None]}
+    whole = filled(params, updates, [True, False, True])
+    assert whole["head"].weight is updates["head"].weight
+    assert not whole["head"].bias.any()
+    assert whole["body"][0].dtype == torch.bfloat16
+    assert updates == {"head": Layer(updates["head"].weight, None), "body": [None]}
+    assert filled(params, whole) is whole
+    for allowed in (None, [False] * 3, lambda params: [True, True, False]):
+        with pytest.raises(ValueError, match=r"updates '(body.0|head.bias)' is None; .*no gradient.*Freeze"):
+            filled(params, updates, allowed)
+    with pytest.raises(ValueError, match=r"updates is None"):
+        filled(torch.ones(2), None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.int64), "updates 'w' is a tensor of torch.int64; is it a mask, an index"),
+        (torch.ones(2, 3, dtype=torch.bool), "updates 'w' is a tensor of torch.bool"),
+        (torch.ones(2, 3).to_sparse(), r"updates 'w' has the layout torch.sparse_coo; .*to_dense.*sparse=False"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), "updates 'w' is a tensor of torch.float8_e4m3fn.*bfloat16"),
+        (torch.ones(2, 3, dtype=torch.complex64), "updates 'w' is a tensor of torch.complex64; expected real numbers"),
+        (1.0, "updates 'w' is 1.0; expected a tensor"),
+    ],
+)
+@pytest.mark.parametrize("use", [fr.apply_updates, filled, lambda p, u: fr.sgd(0.1).update(u, fr.sgd(0.1).init(p), p)])
+def test_updates_that_are_no_dense_tensors_of_numbers_are_refused_with_the_leaf(use, wrong, message):
+    params = {"b": torch.ones(3), "w": torch.ones(2, 3)}
+    with pytest.raises(TypeError, match=message):
+        use(params, {"b": torch.ones(3), "w": wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(2, dtype=torch.int64), "params 'w' is a tensor of torch.int64; is it a buffer"),
+        (torch.ones(2, 3).to_sparse(), "params 'w' has the layout torch.sparse_coo"),
+        (torch.ones(2, 3).to(torch.float8_e5m2), "params 'w' is a tensor of torch.float8_e5m2"),
+    ],
+)
+@pytest.mark.parametrize("use", [fr.l1, fr.l1.grad, fr.sgd(0.1).init, lambda p: fr.l1.prox(p, 0.1)])
+def test_parameters_that_are_no_dense_tensors_of_numbers_are_refused_with_the_leaf(use, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        use({"w": wrong})
 
 
 # Masks

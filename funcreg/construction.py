@@ -60,7 +60,9 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 def written(value: Any) -> str:
     """A value about as it is written in code."""
     if isinstance(value, Tensor):
-        return f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+        return (
+            f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+        )
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         inner = ", ".join(map(written, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 
 import pytest
 import torch
-from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, draw, flat
+from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, draw, falling, flat, joint
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
@@ -466,3 +468,67 @@ def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case
         state = tx.init(params)
         _, after = tx.update(grads, state, params)
         assert [x.dtype for x in fr.tree_leaves(after)] == [x.dtype for x in fr.tree_leaves(state)]
+
+
+# What a transform is besides its functions: text, a pickle, a state that goes through files
+
+
+def step(tx):
+    """Updates and state of a first and a second step."""
+    params = draw()
+    _, state = tx.update(draw(1), tx.init(params), params)
+    return tx.update(draw(2), state, params)
+
+
+@every_transform
+def test_a_copy_of_a_transform_makes_the_same_updates(case):
+    tx = case.make()
+    twin = copy.deepcopy(tx)
+    assert repr(twin) == repr(tx)
+    assert_equal(step(twin), step(tx))
+
+
+@every_transform
+def test_a_transform_goes_through_pickle_unless_it_was_given_a_function_without_a_name(case):
+    tx = case.make()
+    if "<lambda>" in repr(tx):
+        with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+            pickle.dumps(tx)
+        return
+    twin = pickle.loads(pickle.dumps(tx))
+    assert repr(twin) == repr(tx)
+    assert_equal(step(twin), step(tx))
+
+
+@every_transform
+def test_a_transform_prints_as_it_was_written(case, request):
+    tx = case.make()
+    assert re.fullmatch(r"[a-z_0-9]+\(.*\)", repr(tx))
+    assert " at 0x" not in repr(tx)
+    if "<lambda>" not in repr(tx):
+        twin = eval(repr(tx), {**vars(fr), "falling": falling, "joint": joint})
+        assert type(twin) is fr.Transform
+        assert repr(twin) == repr(tx)
+        assert_equal(step(twin), step(tx))
+
+
+@every_transform
+def test_a_state_goes_through_a_file_with_the_defaults_of_torch(case, tmp_path):
+    _, state = step(case.make())
+    torch.save(state, tmp_path / "state.pt")
+    with torch.serialization.safe_globals([Layer]):  # A type of the parameters, which its user tells torch.
+        loaded = torch.load(tmp_path / "state.pt")
+    for again in (loaded, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert type(again) is type(state)
+        assert repr(again) == repr(state)
+        assert_equal(again, state)
+
+
+def test_a_transform_of_a_users_own_prints_its_functions():
+    def climb(updates, state, params):
+        return updates, state
+
+    tx = fr.Transform(fr.init_empty_state, climb)
+    assert re.fullmatch(r"Transform\(init=init_empty_state, update=test_a.*climb\)", repr(tx))
+    assert repr(fr.chain(tx, fr.scale(2.0))) == f"chain({tx!r}, scale(2.0))"
+    assert copy.deepcopy(tx)._update is climb

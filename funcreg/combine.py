@@ -23,6 +23,7 @@ from funcreg.transform import (
     public_state,
 )
 from funcreg.tree import (
+    Selection,
     broadcast,
     chosen_by,
     compute,
@@ -334,7 +335,7 @@ def partition(
     def members(label: Hashable) -> Transform:
         return masked(
             transforms[label],
-            lambda params: flatten(params)[1]([value == label for value in labels(params)]),
+            Selection(lambda params: [value == label for value in labels(params)], optional=True),
             mask_compatible_extra_args=mask_compatible_extra_args,
         )
 

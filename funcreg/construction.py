@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from funcreg.ranges import concrete
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -60,9 +62,8 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 def written(value: Any) -> str:
     """A value about as it is written in code."""
     if isinstance(value, Tensor):
-        return (
-            f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
-        )
+        known = None if value.ndim else concrete(value)  # Not where it is batched, or lies on another device.
+        return f"tensor of {tuple(value.shape)}" if known is None else f"tensor({known:g})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         inner = ", ".join(map(written, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"

@@ -149,3 +149,17 @@ def _described(value: Any) -> str:
     else:
         came = f"a {type(value).__name__}"
     return f"{came}; {expected}{hint}"
+
+
+def scalars(**hyper: Any) -> tuple[Any, ...]:
+    """Hyperparameters that are one number for all steps and leaves, those of numpy as numbers of Python.
+
+    Raises:
+        TypeError: One is a schedule or a tree.
+    """
+    for name, value in hyper.items():
+        if callable(value) and not isinstance(value, type):
+            raise TypeError(f"{name} is the function {value!r}; expected a number or a tensor. It follows no schedule.")
+        if isinstance(value, (dict, list, tuple)):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a tensor, one for all leaves")
+    return tuple(number(value) for value in hyper.values())

@@ -534,7 +534,6 @@ def test_masks_nest_and_selections_work_inside_them():
         lambda: fr.scale_by_lion(mode="soft"),  # pyright: ignore[reportArgumentType]
         lambda: fr.group_lasso({"w": torch.ones(2, 2)}, weights="size"),
         lambda: fr.named_chain(("a", fr.identity()), ("a", fr.identity())),
-        lambda: fr.Transform(lambda p: (), lambda u, s, p: (u, s), reach="far"),  # pyright: ignore[reportArgumentType]
         lambda: fr.ensemble(fr.sgd, torch.ones(3)).init({"w": torch.ones(2, 2)}),
         lambda: fr.ensemble(fr.sgd, 0.1),
     ],

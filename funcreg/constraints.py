@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
+from funcreg._typing import Hyper, Mask, Params, Scalar
+from funcreg.construction import written
 from funcreg.penalties import Dim, group_dims, shrink
 from funcreg.penalty import Penalty
+from funcreg.ranges import check_range, concrete
 from funcreg.tree import (
     compute,
     compute_leaves,
@@ -45,7 +47,6 @@ class Constraint(Penalty):
     Args:
         projection: From `(params, *hyper, **options)` to the nearest tree of the set. One that knows it in a metric,
             too, takes the keyword `metric=None`: a tree of positive tensors that weigh the squared distance.
-        reach: How far one entry of the projection looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         missed: From `(params, *hyper, **options)` to bools: whether a leaf lies outside although the projection leaves
@@ -56,6 +57,7 @@ class Constraint(Penalty):
             :math:`\nabla f` plus a normal of the set; by default the residual of the projection,
             :math:`w - P(w - \nabla f)`, which is 0 at the same points, but a length and no gradient.
         rule: The function whose name, documentation and signature these are; by default `projection`.
+        couples_leaves: Whether the projection of one leaf depends on others.
 
     Example:
         Parameters that are all the same, in one leaf:
@@ -70,13 +72,13 @@ class Constraint(Penalty):
         self,
         projection: Callable[..., Params],
         *,
-        reach: Reach | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         check: Callable[..., None] | None = None,
         missed: Callable[..., list[Tensor]] | None = None,
         in_metric: Callable[..., bool] | None = None,
         residual: Callable[..., Params] | None = None,
         rule: Callable[..., Any] | None = None,
+        couples_leaves: bool = True,
     ) -> None:
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
@@ -108,6 +110,7 @@ class Constraint(Penalty):
         def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
 
+        told = in_metric
         if in_metric is None:
             takes = "metric" in inspect.signature(projection).parameters
             in_metric = lambda *hyper, **options: takes
@@ -116,19 +119,31 @@ class Constraint(Penalty):
             gradient,
             proximal,
             residual=left,
-            reach=reach,
             bounds=bounds,
             rule=rule or projection,
             weighted=weighted,
             in_metric=in_metric,
+            couples_leaves=couples_leaves,
+        )
+        self._made = (
+            type(self),
+            (projection,),
+            {
+                "bounds": bounds,
+                "check": check,
+                "missed": missed,
+                "in_metric": told,
+                "residual": residual,
+                "rule": rule,
+                "couples_leaves": couples_leaves,
+            },
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
         shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
         self.__signature__ = inspect.Signature(shown)
         self._check = check
 
-    def __repr__(self) -> str:
-        return super().__repr__().replace("<penalty", "<constraint", 1)
+    _kind = "constraint"
 
     def project(
         self,
@@ -182,7 +197,7 @@ def _outside(w: Tensor, z: Tensor) -> Tensor:
 def constraint(
     *,
     metric: Callable[..., Tensor] | None = None,
-    reach: Reach | None = None,
+    separable: bool = False,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     check: Callable[..., None] | None = None,
     real: bool = False,
@@ -198,8 +213,7 @@ def constraint(
     Args:
         metric: `(w, metric, *hyper, **options)` to the nearest point where :math:`h` weighs the squared distance; not
             needed for an elementwise constraint.
-        reach: `"elementwise"` if each entry is bounded by itself, `"rows"`, `"matrix"` or `"leaf"`; None leaves it
-            open.
+        separable: Whether each entry is bounded by itself, so that no metric changes the projection.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         real: Whether complex leaves are refused, for a set that needs an order.
@@ -210,7 +224,7 @@ def constraint(
             far, relative to its size, a sum or norm of a leaf may be off a bound by rounding.
 
     Example:
-        >>> @constraint(reach="elementwise", real=True)
+        >>> @constraint(separable=True, real=True)
         ... def whole(w):
         ...     "Whole numbers."
         ...     return w.round()
@@ -220,6 +234,15 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
+    given = {
+        "metric": metric,
+        "separable": separable,
+        "bounds": bounds,
+        "check": check,
+        "real": real,
+        "missed": missed,
+        "residual": residual,
+    }
     weighed = metric
 
     def lift(rule: Callable[..., Tensor]) -> Constraint:
@@ -234,7 +257,7 @@ def constraint(
             return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
 
         def in_metric(*hyper: Any, **options: Any) -> bool:
-            return weighed is not None or reach == "elementwise"
+            return weighed is not None or separable
 
         def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
@@ -253,14 +276,14 @@ def constraint(
 
         return Constraint(
             projection,
-            reach=reach,
             bounds=bounds,
             check=check,
             missed=None if missed is None else lost,
             in_metric=in_metric,
             residual=None if residual is None else left,
             rule=rule,
-        )
+            couples_leaves=False,
+        ).made_from(constraint, given, rule)
 
     return lift
 
@@ -359,7 +382,7 @@ def _nonnegative_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return torch.where(w > 0, g, g.clamp(max=0))
 
 
-@constraint(reach="elementwise", real=True, residual=_nonnegative_normal)
+@constraint(separable=True, real=True, residual=_nonnegative_normal)
 def nonnegative(w: Tensor) -> Tensor:
     r"""No entry below zero, :math:`w_i \ge 0`.
 
@@ -377,18 +400,26 @@ def nonnegative(w: Tensor) -> Tensor:
     return w.relu() + 0.0  # +0.0 also from -0.0.
 
 
-def _numbers(bound: Hyper) -> list[Any]:
-    return [x for x in tree_leaves(bound) if isinstance(x, (int, float))]
-
-
 def check_bounds(lower: Hyper, upper: Hyper) -> None:
-    """Raise a ValueError if numbers among the bounds of a box cross."""
-    lows, highs = _numbers(lower), _numbers(upper)
-    pairs = zip(lows, highs, strict=True) if len(lows) == len(highs) else ((a, b) for a in lows for b in highs)
-    if len(lows) == len(highs) or 1 in (len(lows), len(highs)):
-        for low, high in pairs:
-            if not low <= high:
-                raise ValueError(f"lower is {low} and upper is {high}; expected lower <= upper. Are they swapped?")
+    """Raise a ValueError if the bounds of a box cross, as far as they are known."""
+    lows, highs = tree_leaves(lower), tree_leaves(upper)
+    if len(lows) != len(highs) and 1 not in (len(lows), len(highs)):
+        return
+    count = max(len(lows), len(highs))
+    for low, high in zip(lows * (count // len(lows) or 1), highs * (count // len(highs) or 1), strict=False):
+        a, b = concrete(low), concrete(high)
+        if a is None or b is None:
+            continue
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            try:
+                crossed = torch.as_tensor(a > b)
+            except RuntimeError:  # They fit no common leaf, which is said where the leaf is known.
+                continue
+            if not crossed.any():
+                continue
+            a, b = (float(torch.as_tensor(x).broadcast_to(crossed.shape)[crossed][0]) for x in (a, b))
+        if not a <= b:
+            raise ValueError(f"lower is {a} and upper is {b}; expected lower <= upper. Are they swapped?")
 
 
 def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
@@ -406,17 +437,17 @@ def _box_normal(w: Tensor, g: Tensor, slack: Scalar, lower: Scalar, upper: Scala
     return torch.where(at_high & (high < math.inf), left.clamp(min=0), left)
 
 
-@constraint(reach="elementwise", check=check_bounds, real=True, residual=_box_normal)
+@constraint(separable=True, check=check_bounds, real=True, residual=_box_normal)
 def box(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     r"""Each entry in an interval, :math:`l_i \le w_i \le u_i`.
 
     Args:
         lower: :math:`l`: number, tensor that broadcasts against a leaf, or a tree of them; may be `-math.inf`.
-        upper: :math:`u`, at least `lower`; may be `math.inf`. Tensors that cross leave an empty set, whose projection
-            is NaN.
+        upper: :math:`u`, at least `lower`; may be `math.inf`. Bounds that cross where they cannot be checked (in
+            compiled or batched code, on a GPU) leave an empty set, whose projection is NaN.
 
     Raises:
-        ValueError: Numbers cross.
+        ValueError: Bounds cross.
 
     Example:
         >>> box.project({"weight": torch.tensor([2.0, -3.0, 0.5])}, -1.0, 1.0)
@@ -429,7 +460,7 @@ def _linf_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0)
     return _ball_normal(w, g, slack / 32, radius, ())
 
 
-@constraint(reach="elementwise", bounds={"radius": _AT_LEAST_0}, residual=_linf_ball_normal)
+@constraint(separable=True, bounds={"radius": _AT_LEAST_0}, residual=_linf_ball_normal)
 def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""No entry larger than a radius, :math:`\max_i |w_i| \le r`.
 
@@ -497,7 +528,7 @@ def _max_norm_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, 
     return _ball_normal(w, g, slack, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal)
+@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal)
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -516,7 +547,7 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal)
+@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal)
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 
@@ -552,7 +583,7 @@ def _sphere_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *,
     return torch.where(torch.zeros_like(norms) + radius == 0, torch.zeros_like(g), left)
 
 
-@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal)
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal)
 def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
 
@@ -614,9 +645,7 @@ def _simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *,
     return ungrouped(torch.where(fixed == 0, torch.zeros_like(left), left), w, dims)
 
 
-@constraint(
-    reach="leaf", metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=_simplex_normal
-)
+@constraint(metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=_simplex_normal)
 def simplex(w: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Shares of a whole, :math:`w_i \ge 0` and :math:`\sum_{i \in g} w_i = t`.
 
@@ -663,7 +692,7 @@ def _l1_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *
     return ungrouped(torch.where(torch.zeros_like(size) + radius == 0, torch.zeros_like(left), left), w, dims)
 
 
-@constraint(reach="leaf", metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l1_ball_normal)
+@constraint(metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l1_ball_normal)
 def l1_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Sum of magnitudes within a radius, :math:`\sum_{i \in g} |w_i| \le r`: the lasso as a constraint.
 
@@ -709,7 +738,19 @@ def _top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = 
     return ungrouped(_count_normal(grouped(w, dims), grouped(g, dims), _of_groups(k, w, dims)), w, dims)
 
 
-@constraint(reach="leaf", metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, residual=_top_k_normal)
+def check_count(name: str, value: Hyper) -> None:
+    """Raise a ValueError if a count is no whole number, as far as it is known."""
+    for x in tree_leaves(value):
+        known = concrete(x)
+        if known is not None and bool((torch.as_tensor(known) % 1 != 0).any()):
+            raise ValueError(f"{name} is {written(x)}; expected a whole number")
+
+
+def _check_k(k: Hyper) -> None:
+    check_count("k of top_k", k)
+
+
+@constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal)
 def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     r"""At most :math:`k` entries that are not zero, :math:`\|w_g\|_0 \le k`.
 
@@ -717,7 +758,8 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     magnitudes it keeps those that come first. The set is not convex.
 
     Args:
-        k: How many entries of a group may be non-zero, at least 0. A tensor is allowed, also a batched one.
+        k: How many entries of a group may be non-zero, a whole number of at least 0. A tensor is allowed, also a
+            batched one.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
     Example:
@@ -754,14 +796,21 @@ def _n_m_normal(w: Tensor, g: Tensor, slack: Scalar, n: Scalar = 2, m: int = 4, 
     return _count_normal(_runs(w, m, dim), _runs(g, m, dim), n).flatten(-2).movedim(-1, dim)
 
 
-@constraint(reach="leaf", residual=_n_m_normal, metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)})
+def _check_n_m(n: Hyper, m: Hyper) -> None:
+    check_count("n of n_m_sparsity", n)
+    for x in tree_leaves(m):
+        if isinstance(x, int):
+            check_range(f"n of n_m_sparsity with m={x}", n, 0, x, hint="Are they swapped?")
+
+
+@constraint(metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)}, check=_check_n_m, residual=_n_m_normal)
 def n_m_sparsity(w: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
     r"""At most :math:`n` of each :math:`m` neighbours that are not zero: the 2:4 pattern that sparse hardware runs.
 
     Of equal magnitudes the projection keeps those that come first. The set is not convex.
 
     Args:
-        n: How many may be non-zero, at least 0.
+        n: How many may be non-zero, from 0 to `m`.
         m: How many neighbours make a group, a whole number that divides the dimension.
         dim: The dimension along which they are neighbours; by default the last, the inputs of a linear layer.
 
@@ -826,7 +875,7 @@ def _plane_normal(
     return _without(g, outward, torch.ones_like(_inner(w, w, dims), dtype=torch.bool), dims, both=True)
 
 
-@constraint(reach="leaf", metric=_plane_metric, real=True, missed=_no_plane, residual=_plane_normal)
+@constraint(metric=_plane_metric, real=True, missed=_no_plane, residual=_plane_normal)
 def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear equation, :math:`\langle a, w_g \rangle = b`.
 
@@ -860,7 +909,7 @@ def _halfspace_normal(
     return _without(g, outward, room <= slack * polar(w, dims)[0], dims)
 
 
-@constraint(reach="leaf", metric=_halfspace_metric, real=True, missed=_no_halfspace, residual=_halfspace_normal)
+@constraint(metric=_halfspace_metric, real=True, missed=_no_halfspace, residual=_halfspace_normal)
 def halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear inequality, :math:`\langle a, w_g \rangle \le b`.
 

@@ -173,7 +173,7 @@ def _group_mcp_metric(
     **_of_norms(mcp_slope, mcp_landing),
     metric=_group_mcp_metric,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
 )
 def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -226,7 +226,7 @@ def _group_scad_metric(
     **_of_norms(scad_slope, scad_landing),
     metric=_group_scad_metric,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
 )
 def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -288,7 +288,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     metric=_group_l0_metric,
     residual=_group_l0_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Number of groups that are not zero, :math:`\sum_g c_g [w_g \ne 0]`.
@@ -392,7 +392,7 @@ def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weig
     metric=partial(_greatest_metric, dim=None),
     residual=partial(_greatest_residual, dim=None),
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims_of_leaf),
-    reach="leaf",
+    separable=False,
 )
 def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
     r"""Greatest magnitude of each leaf, :math:`\max_i |w_i|`, summed over leaves.
@@ -426,7 +426,7 @@ def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
     metric=partial(_greatest_metric, dim=...),
     residual=partial(_greatest_residual, dim=...),
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum over groups of the greatest magnitude, :math:`\sum_g c_g \max_{i \in g} |w_i|`, which zeroes whole groups.
@@ -495,7 +495,7 @@ def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..
     metric=_exclusive_metric,
     residual=_exclusive_residual,
     structure=Structure(groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum over groups of the squared sum of magnitudes, :math:`\sum_g c_g \|w_g\|_1^2`. No factor one half.

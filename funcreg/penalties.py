@@ -63,7 +63,7 @@ def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=sign,
     proximal=_l1_proximal,
     residual=_l1_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(needs=("signs",), keeps=("signs", "order")),
 )
 def l1(w: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=_l2_gradient,
     proximal=_l2_proximal,
     residual=_l2_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(curvature=lambda: 2.0),
 )
 def l2(w: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=_half_l2_gradient,
     proximal=_half_l2_proximal,
     residual=_half_l2_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(curvature=lambda: 1.0),
 )
 def half_l2(w: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _rest(rho: Hyper) -> Hyper:
     gradient=_elastic_gradient,
     proximal=_elastic_proximal,
     residual=_elastic_residual,
-    reach="elementwise",
+    separable=True,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
     structure=Structure(parts=_elastic_parts),
 )
@@ -322,7 +322,7 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
     proximal=_group_proximal,
     metric=_group_metric,
     residual=_group_residual,
-    reach="leaf",
+    separable=False,
     structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=_groups),
 )
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -387,7 +387,7 @@ def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
     proximal=_sparse_group_proximal,
     metric=_sparse_group_metric,
     residual=_sparse_group_residual,
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
     structure=Structure(parts=_sparse_group_parts, groups=_groups),
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
+from funcreg.construction import remembered
 from funcreg.penalties import shrink
 from funcreg.penalty import Penalty, penalty
 from funcreg.tree import compute, compute_leaves, compute_wide, sign, squared, total
@@ -60,7 +61,7 @@ def of_magnitudes(
         proximal=proximal,
         residual=residual,
         structure=Structure(keeps=("signs",)),
-        reach="elementwise",
+        separable=True,
         bounds=bounds,
     )
 
@@ -362,7 +363,7 @@ def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Te
     gradient=_huber_gradient,
     proximal=_huber_proximal,
     residual=_huber_residual,
-    reach="elementwise",
+    separable=True,
     bounds={"delta": _AT_LEAST_0},
 )
 def huber(w: Tensor, delta: Scalar) -> Tensor:
@@ -411,7 +412,7 @@ def _anchored_l1_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar
     gradient=_anchored_l1_gradient,
     proximal=_anchored_l1_proximal,
     residual=_anchored_l1_residual,
-    reach="elementwise",
+    separable=True,
 )
 def anchored_l1(w: Tensor, anchor: Scalar) -> Tensor:
     r"""Sum of distances to given weights, :math:`\sum_i |w_i - a_i|`, which brings most of them back exactly.
@@ -455,7 +456,7 @@ def _anchored_l2_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar
     proximal=_anchored_l2_proximal,
     residual=_anchored_l2_residual,
     structure=Structure(curvature=lambda anchor: 2.0),
-    reach="elementwise",
+    separable=True,
 )
 def anchored_l2(w: Tensor, anchor: Scalar) -> Tensor:
     r"""Sum of squared distances to given weights, :math:`\sum_i (w_i - a_i)^2`. No factor one half.
@@ -494,7 +495,7 @@ def _ewc_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar, fisher
     proximal=_ewc_proximal,
     residual=_ewc_residual,
     structure=Structure(curvature=lambda anchor, fisher: fisher),
-    reach="elementwise",
+    separable=True,
     bounds={"fisher": _AT_LEAST_0},
 )
 def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
@@ -522,6 +523,7 @@ def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
 # Non-negative forms
 
 
+@remembered
 def nonnegative_form(inner: Penalty) -> Penalty:
     r"""A separable penalty on weights of at least 0: its value there, infinite elsewhere.
 
@@ -530,7 +532,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
     that of :math:`g`. Weights multiply :math:`g` alone: 0 alone still keeps entries from being negative.
 
     Args:
-        inner: A separable penalty, of reach `"elementwise"`, that is convex (`ewc`) or depends on magnitudes and
+        inner: A separable penalty, made with `separable=True`, that is convex (`ewc`) or depends on magnitudes and
             grows with them (`l1`, `mcp`).
 
     Raises:
@@ -544,10 +546,10 @@ def nonnegative_form(inner: Penalty) -> Penalty:
     """
     if not isinstance(inner, Penalty):
         raise TypeError(f"inner is {inner!r}; expected a separable Penalty such as l1")
-    if inner.reach != "elementwise":
+    if inner.separable is not True:
         raise ValueError(
-            f"nonnegative_form got {inner!r} of reach {inner.reach!r}; expected a separable penalty, of reach "
-            "'elementwise'. To put negative entries to 0 is exact for those alone."
+            f"nonnegative_form got {inner!r}; expected a separable penalty, made with separable=True. To put negative "
+            "entries to 0 is exact for those alone."
         )
 
     def outside(params: Params) -> list[Tensor]:
@@ -578,10 +580,12 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         inner.grad,
         proximal,
         residual=residual,
-        reach=inner.reach,
+        bounds=inner.bounds,
         rule=inner,
         weighted=weighted,
         weigh=inner.weigh,
+        separable=True,
+        couples_leaves=inner.couples_leaves,
     )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form

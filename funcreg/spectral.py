@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -20,12 +21,14 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import varies
 from funcreg.constraints import constraint, polar, share, simplex_excess
+from funcreg.construction import remembered
 from funcreg.penalties import Dim, group_dims, l1, l2, shrink
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared, without_autocast
 
 _AT_LEAST_0 = (0.0, math.inf)
+_ABOVE_0 = (sys.float_info.min, math.inf)
 
 #: From singular values and hyperparameters to as many numbers, or to one.
 Rule = Callable[..., Tensor]
@@ -381,7 +384,7 @@ def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
-@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, reach="matrix")
+@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, separable=False)
 def nuclear(w: Tensor) -> Tensor:
     r"""Nuclear norm, the sum of singular values, :math:`\sum_i \sigma_i(W)`: the lasso of rank.
 
@@ -424,7 +427,7 @@ def _spectral_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _levelled(w, _one(step, "step"))
 
 
-@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, reach="matrix")
+@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, separable=False)
 def spectral(w: Tensor) -> Tensor:
     r"""Spectral norm, the largest singular value, :math:`\sigma_1(W)`: how much a layer can stretch.
 
@@ -443,6 +446,7 @@ def spectral(w: Tensor) -> Tensor:
     return _largest(w)
 
 
+@remembered
 def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     r"""Lift a separable penalty to the singular values of each leaf, :math:`\sum_i g(\sigma_i(W))`.
 
@@ -456,7 +460,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
             all entries.
 
     Raises:
-        ValueError: The penalty does not say that it is separable, with `reach="elementwise"`.
+        ValueError: The penalty does not say that it is separable, with `separable=True`.
 
     Example:
         >>> ridge = on_singular_values(elastic)
@@ -468,8 +472,8 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
     g = penalty_of_entries
-    if not isinstance(g, Penalty) or g.reach != "elementwise":
-        raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
+    if not isinstance(g, Penalty) or g.separable is not True:
+        raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with separable=True")
     terms = g.structure.parts() if isinstance(g, Sum) and g.structure.parts is not None else []
     if any([term.mask is not None or varies((*term.factors, *term.hyper)) for term in terms]):
         raise ValueError(
@@ -494,7 +498,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     value.__signature__ = inspect.signature(g)  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
     value.__name__ = value.__qualname__ = f"{g.__name__}_on_singular_values"
     value.__doc__, value.__module__ = f"`{g.__name__}` of the singular values of each leaf.", g.__module__
-    return penalty(gradient=gradient, proximal=proximal, reach="matrix")(value)
+    return penalty(gradient=gradient, proximal=proximal, separable=False, bounds=g.bounds)(value)
 
 
 _POWERS = {p: on_singular_values(g) for p, g in {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}.items()}
@@ -514,7 +518,7 @@ def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1) -> Tensor:
     return _power(p).prox(w, _one(step, "step"))
 
 
-@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, reach="matrix")
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, separable=False)
 def schatten(w: Tensor, *, p: float = 1) -> Tensor:
     r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
 
@@ -553,8 +557,8 @@ def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Sca
 @penalty(
     gradient=_spectral_mcp_gradient,
     proximal=_spectral_mcp_proximal,
-    reach="matrix",
-    bounds={"strength": _AT_LEAST_0, "gamma": _AT_LEAST_0},
+    separable=False,
+    bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
 )
 def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
@@ -595,7 +599,7 @@ def _spectral_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 
     return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0}, residual=_spectral_ball_normal)
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_spectral_ball_normal)
 def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Singular values within a radius, :math:`\sigma_1(W) \le r`: a layer that stretches no input by more.
 
@@ -632,7 +636,7 @@ def _nuclear_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1
     return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0}, residual=_nuclear_ball_normal)
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_nuclear_ball_normal)
 def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Sum of singular values within a radius, :math:`\sum_i \sigma_i(W) \le r`, with low rank at its corners.
 
@@ -661,7 +665,7 @@ def _stiefel_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return (left.mH if wide else left).reshape(w.shape)
 
 
-@constraint(reach="matrix", residual=_stiefel_normal)
+@constraint(residual=_stiefel_normal)
 def stiefel(w: Tensor) -> Tensor:
     r"""Orthonormal rows, or columns if there are fewer of them, :math:`W W^* = I` or :math:`W^* W = I`.
 
@@ -721,7 +725,7 @@ def _orthogonality_gradient(w: Tensor) -> Tensor:
     gradient=_orthogonality_gradient,
     proximal=_without_prox("orthogonality"),
     metric=_without_prox("orthogonality"),
-    reach="matrix",
+    separable=False,
 )
 def orthogonality(w: Tensor) -> Tensor:
     r"""How far from orthonormal rows, :math:`\|W W^* - I\|_F^2`, or columns if there are fewer of them.
@@ -750,7 +754,7 @@ def _offdiagonal_gradient(w: Tensor) -> Tensor:
     gradient=_offdiagonal_gradient,
     proximal=_without_prox("orthogonality_offdiagonal"),
     metric=_without_prox("orthogonality_offdiagonal"),
-    reach="matrix",
+    separable=False,
 )
 def orthogonality_offdiagonal(w: Tensor) -> Tensor:
     r"""How far rows are from orthogonal, whatever their norms, :math:`\sum_{i \ne j} \langle w_i, w_j \rangle^2`.
@@ -791,7 +795,7 @@ def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns
     gradient=_keras_gradient,
     proximal=_without_prox("keras_orthogonal"),
     metric=_without_prox("keras_orthogonal"),
-    reach="matrix",
+    separable=False,
     bounds={"factor": _AT_LEAST_0},
 )
 def keras_orthogonal(w: Tensor, factor: Scalar = 0.01, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
@@ -832,7 +836,9 @@ def _srip_slope(s: Tensor) -> Tensor:
 _furthest = _of_values(_furthest_from_one, _srip_slope)
 
 
-@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), metric=_without_prox("srip"), reach="matrix")
+@penalty(
+    gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), metric=_without_prox("srip"), separable=False
+)
 def srip(w: Tensor) -> Tensor:
     r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
 
@@ -863,7 +869,10 @@ def _hoyer_gradient(w: Tensor, *, dim: Dim = None) -> Tensor:
 
 
 @penalty(
-    gradient=_hoyer_gradient, proximal=_without_prox("hoyer_square"), metric=_without_prox("hoyer_square"), reach="leaf"
+    gradient=_hoyer_gradient,
+    proximal=_without_prox("hoyer_square"),
+    metric=_without_prox("hoyer_square"),
+    separable=False,
 )
 def hoyer_square(w: Tensor, *, dim: Dim = None) -> Tensor:
     r"""Sparsity whatever the scale, :math:`\left( \sum_i |w_i| \right)^2 / \sum_i w_i^2`.

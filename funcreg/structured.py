@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
+from funcreg.construction import remembered
 from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
@@ -184,7 +185,7 @@ def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: 
     metric=_fused_metric,
     residual=_fused_residual,
     structure=Structure(groups=_line_dims),
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
 )
 def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -240,7 +241,7 @@ def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1
     metric=_variation_metric,
     residual=_variation_residual,
     structure=Structure(needs=("order", "directions"), groups=_line_dims),
-    reach="leaf",
+    separable=False,
 )
 def total_variation(w: Tensor, *, dim: int = -1) -> Tensor:
     r"""Sum of differences of neighbours, :math:`\sum_i |w_{i+1} - w_i|`, which makes neighbours equal.
@@ -368,7 +369,7 @@ def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
     gradient=_slope_gradient,
     proximal=_slope_proximal,
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
-    reach="leaf",
+    separable=False,
     bounds={"weights": _AT_LEAST_0},
     inner_steps=100,
 )
@@ -423,7 +424,7 @@ def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim
     gradient=_oscar_gradient,
     proximal=_oscar_proximal,
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "beta": _AT_LEAST_0},
     inner_steps=100,
 )
@@ -601,7 +602,7 @@ def _tree_residual(
     return forest.shrink(g + strength * forest.slope(w), strength, zero)
 
 
-@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, reach="leaf", inner_steps=100)
+@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, separable=False, inner_steps=100)
 def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
     r"""Sum of the norms of nested groups, :math:`\sum_g c_g \|w_g\|_2`: what lies deeper vanishes first.
 
@@ -713,6 +714,7 @@ def _skipping_in_metric(
     return kept, torch.where(alive, bound, gone)
 
 
+@remembered
 def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     r"""LassoNet: :math:`\sum_j \|\theta_j\|_2 + \alpha \|W_j\|_1` under :math:`|W_{ij}| \le M \|\theta_j\|_2`.
 

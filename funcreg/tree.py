@@ -18,8 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import optree
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    maybe_current_level,
+)
 from torch.autograd import forward_ad
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
@@ -696,9 +700,9 @@ def readable(w: Tensor) -> bool:
     """Whether a number may be read from a tensor: one on the CPU, neither traced nor batched; derivatives may run."""
     if _traced():
         return False
-    while _functorch.is_gradtrackingtensor(w):
-        w = _functorch.get_unwrapped(w)
-    return type(w) in _BARE and w.device.type == "cpu" and not _functorch.is_functorch_wrapped_tensor(w)
+    while is_gradtrackingtensor(w):
+        w = get_unwrapped(w)
+    return type(w) in _BARE and w.device.type == "cpu" and not is_functorch_wrapped_tensor(w)
 
 
 def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:

@@ -92,7 +92,7 @@ def _joint_grad(params: Any) -> Any:
     return fr.tree_map(lambda w: (w / torch.where(norm == 0, 1.0, norm)).to(w.dtype), params)
 
 
-joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox, reach="global")
+joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox)
 """A penalty on trees: one norm couples all leaves, which live or die together."""
 
 
@@ -457,7 +457,7 @@ class ConstraintCase:
     nonconvex: str = ""  # Why projections may move points apart.
     uncompiled: str = ""  # Why it is left out of compilation into one graph.
     finite: str = ""  # Why an infinite entry has no projection.
-    hole: str = ""  # Why zero has no projection.
+    batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -542,7 +542,6 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(0.7,),
         metric=False,
         nonconvex="a sphere is hollow",
-        hole="all points of a sphere are equally far from its centre",
     ),
     "l1_ball": ConstraintCase(
         fr.l1_ball,
@@ -579,6 +578,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _zeros_but(w, 2) if w.numel() <= 4 else torch.zeros_like(w),
         hyper=(2.0,),
         nonconvex="a union of planes",
+        batch=lambda k: [k, k - 1, 0.0],
     ),
     "n_m_sparsity": ConstraintCase(
         fr.n_m_sparsity,
@@ -587,6 +587,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(2.0, 4),
         least_ndim=1,
         nonconvex="a union of planes",
+        batch=lambda n: [n, n - 1, 0.0],
     ),
     "hyperplane": ConstraintCase(
         fr.hyperplane,

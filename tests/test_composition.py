@@ -46,7 +46,7 @@ def test_a_curvature_for_each_entry_goes_into_the_metric():
     @fr.penalty(
         gradient=lambda w, f: f * w,
         proximal=lambda w, step, f: w / (1 + step * f),
-        reach="elementwise",
+        separable=True,
         structure=fr.Structure(curvature=lambda f: f),
     )
     def weighted_ridge(w, f):
@@ -159,7 +159,7 @@ def test_what_is_no_penalty_or_lacks_hyperparameters_is_refused():
         fr.elastic.given(lambda count: 0.1, 0.5)
     with pytest.raises(TypeError, match="unsupported operand"):
         fr.l1 + 1
-    assert repr(0.1 * (fr.l1 + fr.l2)) == "<penalty 0.1 * (l1 + l2)(params)>"
+    assert repr(0.1 * (fr.l1 + fr.l2)) == "0.1 * (l1 + l2)"
 
 
 def test_sums_are_built_and_used_inside_compiled_functions():

@@ -57,6 +57,7 @@ class Constraint(Penalty):
             :math:`\nabla f` plus a normal of the set; by default the residual of the projection,
             :math:`w - P(w - \nabla f)`, which is 0 at the same points, but a length and no gradient.
         rule: The function whose name, documentation and signature these are; by default `projection`.
+        separable: Whether each entry is bounded by itself.
         couples_leaves: Whether the projection of one leaf depends on others.
 
     Example:
@@ -78,6 +79,7 @@ class Constraint(Penalty):
         in_metric: Callable[..., bool] | None = None,
         residual: Callable[..., Params] | None = None,
         rule: Callable[..., Any] | None = None,
+        separable: bool = False,
         couples_leaves: bool = True,
     ) -> None:
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
@@ -123,6 +125,7 @@ class Constraint(Penalty):
             rule=rule or projection,
             weighted=weighted,
             in_metric=in_metric,
+            separable=separable,
             couples_leaves=couples_leaves,
         )
         self._made = (
@@ -135,6 +138,7 @@ class Constraint(Penalty):
                 "in_metric": told,
                 "residual": residual,
                 "rule": rule,
+                "separable": separable,
                 "couples_leaves": couples_leaves,
             },
         )
@@ -282,6 +286,7 @@ def constraint(
             in_metric=in_metric,
             residual=None if residual is None else left,
             rule=rule,
+            separable=separable,
             couples_leaves=False,
         ).made_from(constraint, given, rule)
 
@@ -621,7 +626,8 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     sums = ordered.cumsum(-1) - total
     counts = torch.ones_like(x).cumsum(-1)
     # Entries at the threshold count and rise with it, so that a total of 0 has the derivative of a small one.
-    last = ((counts * ordered >= sums).sum(-1, keepdim=True) - 1).clamp(min=0)
+    inside = (counts * ordered >= sums) & (ordered > -math.inf)
+    last = (inside.sum(-1, keepdim=True) - 1).clamp(min=0)
     threshold = sums.gather(-1, last) / counts.gather(-1, last)
     return torch.where(x < threshold, torch.zeros_like(x), x - threshold)
 

@@ -72,7 +72,7 @@ def _fused_rows(x: Tensor, h: Tensor, jump: Tensor, pull: Tensor) -> Tensor:
     References:
         Johnson, *A dynamic programming algorithm for the fused lasso and L0-segmentation*, 2013.
     """
-    most = torch.finfo(x.dtype).max ** 0.5  # So that no difference of infinities appears.
+    most = torch.finfo(x.dtype).max / 16  # So that no difference of infinities appears.
     jump, pull = jump.clamp(max=most), pull.clamp(max=most)
     size = x.shape[-1]
     sides = torch.tensor([-1.0, 1.0], dtype=x.dtype, device=x.device)

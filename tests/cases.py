@@ -113,6 +113,7 @@ class PenaltyCase:
     ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
     centre: float = 0.0  # Where each entry has its kink or least value.
     unweighted: str = ""  # Why no tree of weights multiplies it.
+    tied: str = ""  # Why its proximal operator is not smooth in a step from 0 at entries of exactly zero.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -890,6 +891,7 @@ PENALTIES.update(
             hyper=(0.5, 0.6),
             least_ndim=1,
             complex=False,
+            tied="jumps pull at a zero, and the magnitude holds it",
         ),
         "slope": PenaltyCase(
             fr.slope,

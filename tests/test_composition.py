@@ -101,7 +101,7 @@ def test_terms_on_leaves_of_their_own_always_add_up():
     assert_equal(z["head"].bias, w["head"].bias)
     assert_equal(z["body"], fr.group_lasso.prox(w["body"], 0.5))
     overlapping = total + fr.group_lasso.given(dim=1, mask=fr.matrices)
-    with pytest.raises(ValueError, match=r"group_lasso \+ group_lasso has a value"):
+    with pytest.raises(ValueError, match=r" \+ group_lasso.given\(dim=1, mask=matrices\) has a value"):
         overlapping.prox(w, 0.5)
 
 

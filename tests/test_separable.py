@@ -366,7 +366,7 @@ def test_wrong_hyperparameters_are_told():
         (lambda: fr.ewc(w, 0.0, -2.0), "fisher of ewc is -2"),
         (lambda: fr.nonnegative_form(fr.group_lasso), "separable=True"),
         (lambda: fr.nonnegative_form(fr.l1)({"w": torch.ones(2, dtype=torch.complex64)}), "'w'.*complex"),
-        (lambda: fr.nonnegative_form(fr.mcp).prox(w, 1.0, 1.0, -3.0), "gamma of mcp is -3"),
+        (lambda: fr.nonnegative_form(fr.mcp).prox(w, 1.0, 1.0, -3.0), "gamma of nonnegative mcp is -3"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()

@@ -252,14 +252,14 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
         vmap(lambda *h: case.penalty(params, *h, **case.options))(*batch)  # Not read, and no error.
     for wrong in (-0.5, math.nan):
         for step in (wrong, torch.tensor(wrong), {"w": torch.tensor(wrong)}):
-            with pytest.raises(ValueError, match="^step"):
+            with pytest.raises(ValueError, match=r"^step"):
                 case.prox(params, step)
             with pytest.raises(ValueError, match="strength"):
                 case.penalty.residual(params, params, *case.hyper, strength=step, **case.options)
             with pytest.raises(ValueError, match="strength"):
                 case.penalty.given(*case.hyper, strength=step, **case.options)
     for step in ("0.5", True, None):
-        with pytest.raises(TypeError, match="^step is"):
+        with pytest.raises(TypeError, match=r"^step is"):
             case.prox(params, step)
 
 

@@ -529,6 +529,8 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def resized(module: nn.Module, params: Params) -> nn.Module:
     """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
 
+    That layers still meet is checked inside each `torch.nn.Sequential`; a forward of its own shows it once it runs.
+
     Args:
         module: A module whose linear layers, convolutions and `BatchNorm` layers may change their width.
         params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives.

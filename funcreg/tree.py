@@ -38,7 +38,8 @@ class Absent(NamedTuple):
 
 
 ABSENT = Absent()
-torch.serialization.add_safe_globals([(ABSENT, f"{__name__}.ABSENT")])
+_SAFE: list[Any] = [(ABSENT, f"{__name__}.ABSENT")]  # Its own type has no word for a global that is no function.
+torch.serialization.add_safe_globals(_SAFE)
 
 
 # Structure
@@ -433,7 +434,7 @@ def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
     _check_kinds(tree, leaves, _alike(tree, leaves, other, names), names)
 
 
-def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Tensor], names: tuple[str, str]) -> None:
+def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
     """Raise a TypeError for the first of the others that is not dense, or not of such numbers as the leaf."""
     for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
         if found.dtype == leaf.dtype and found.layout is torch.strided:  # Its own dtype was checked in the first tree.

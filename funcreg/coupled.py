@@ -601,6 +601,7 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
 _ROWS = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 #: What goes from layer to layer without another number of channels.
 _BETWEEN = (*_CHANNELWISE, *[kind for kinds in _PIXELWISE.values() for kind in kinds])
+_ENTRYWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
 def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tuple[str, nn.Module]]) -> None:
@@ -612,7 +613,7 @@ def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tupl
         if producer is not None and had and has and not (pixels and not flattened and isinstance(old, _ROWS)):
             giver, gave, gives = producer
             # As many, or after a Flatten as many pixels of each channel.
-            if (had == gave or (flattened and had % gave == 0)) and has * gave != gives * had:
+            if (had == gave or (flattened and gave and had % gave == 0)) and has * gave != gives * had:
                 raise ValueError(
                     f"'{giver}' gives {gives} channels and '{name}' takes {has}, where they were {gave} and {had}: "
                     "these layers do not meet. Do the families given to remove_dead name both layers, and are the "
@@ -623,7 +624,7 @@ def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tupl
             pixels, flattened = isinstance(old, _CONVOLUTIONS), False
         elif isinstance(old, nn.Flatten):
             flattened = True
-        elif not had and not isinstance(old, _BETWEEN):
+        elif not (had or isinstance(old, _BETWEEN) or type(old).__module__ in _ENTRYWISE) or isinstance(old, nn.GLU):
             producer = None  # Whatever it makes of the channels.
 
 

@@ -706,10 +706,15 @@ def apply_updates(params: Params, updates: Updates) -> Params:
 
 
 def check_mask(mask: Mask | None) -> None:
-    """Raise a TypeError if a mask is a string, a class or a module."""
+    """Raise a TypeError if a mask is a string or a list of them, a class or a module."""
     if isinstance(mask, (str, bytes)):
         raise TypeError(
             f"mask is the string {mask!r}; expected a tree of bools or a function. Do you mean select({mask!r})?"
+        )
+    if isinstance(mask, (list, tuple, set, frozenset)) and mask and all([isinstance(name, str) for name in mask]):
+        names = ", ".join(map(repr, mask))
+        raise TypeError(
+            f"mask is a list of strings; expected a tree of bools or a function. Do you mean select({names})?"
         )
     if isinstance(mask, type):
         name = mask.__name__

@@ -22,7 +22,18 @@ from torch.func import grad, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 import funcreg as fr
-from funcreg.tree import ABSENT, broadcast, copier, filled, keep, leaves_like, map_with_path, restored, structure
+from funcreg.tree import (
+    ABSENT,
+    Selection,
+    broadcast,
+    copier,
+    filled,
+    keep,
+    leaves_like,
+    map_with_path,
+    restored,
+    structure,
+)
 
 trees = st.recursive(
     st.integers(),
@@ -400,6 +411,18 @@ def test_selections_print_as_written_and_come_back_from_a_pickle(text):
             assert again(PARAMS) == selection(PARAMS)
 
 
+def vectors(params):
+    return [w.ndim == 1 for w in fr.tree_leaves(params)]
+
+
+def test_a_selection_of_ones_own_pickles_if_its_function_does():
+    own = Selection(vectors)
+    assert repr(own | fr.matrices) == "Selection(vectors) | matrices"
+    assert pickle.loads(pickle.dumps(own | fr.matrices))(PARAMS) == dict.fromkeys(PARAMS, True)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(Selection(lambda params: [True]))
+
+
 def test_the_selection_of_this_library_comes_back_as_itself():
     assert pickle.loads(pickle.dumps(fr.matrices)) is fr.matrices
     assert copy.deepcopy(fr.matrices) is fr.matrices
@@ -510,6 +533,7 @@ def test_masks_that_cannot_be_meant_are_errors(use):
         (nn.Linear, r"the class Linear.*select\(Linear, module=...\)"),
         (nn.Linear(1, 1), "a module, a Linear"),
         (b"head", "the string b'head'"),
+        (["head", "body"], r"a list of strings.*select\('head', 'body'\)"),
         (lambda params: None, "returned None; expected a tree of bools"),
     ):
         with pytest.raises(TypeError, match=message):

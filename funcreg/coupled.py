@@ -273,6 +273,8 @@ def _places(groups: Groups, params: Params) -> list[list[_Place]]:
     """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
     names, leaves = tree_paths(params), tree_leaves(params)
     numbers = {name: i for i, name in enumerate(names)}
+    if not leaves:
+        return []
     masked = hidden(params)
     places: list[list[_Place]] = []
     for family in _families(chosen_by(groups, params)[0]):

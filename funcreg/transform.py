@@ -16,7 +16,6 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.construction import Remembering, remembered
 from funcreg.ranges import check_range, number
 from funcreg.tree import (
-    Absent,
     broadcast,
     check_alike,
     check_mask,
@@ -204,9 +203,6 @@ def public_state(state: type[T]) -> type[T]:
     """Let states of a type go through `torch.save` and `torch.load` with its defaults, which refuse unknown types."""
     torch.serialization.add_safe_globals([state])
     return state
-
-
-public_state(Absent)  # Stands in states where a mask left a leaf out.
 
 
 @public_state

@@ -33,12 +33,9 @@ class Absent(NamedTuple):
     def __repr__(self) -> str:
         return "ABSENT"
 
-    def __reduce__(self) -> str:
-        return "ABSENT"  # The one below, also for torch.load, which by default calls no class that it does not know.
-
 
 ABSENT = Absent()
-torch.serialization.add_safe_globals([(ABSENT, f"{__name__}.ABSENT")])
+torch.serialization.add_safe_globals([Absent])  # States with leaves that a mask left out go through torch.load.
 
 
 # Structure

@@ -235,7 +235,8 @@ def test_state_goes_through_a_file(case, tmp_path):
 
 @every_transform
 @pytest.mark.parametrize(
-    "params", [{}, (), {"w": torch.ones(())}, torch.ones(3), {"w": torch.zeros(0, 2)}, {"a": None}]
+    "params",
+    [{}, (), {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}, {"a": None}],
 )
 def test_trees_without_leaves_or_entries_are_taken(case, params):
     tx = case.make()
@@ -449,7 +450,7 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
     loss = lambda p: (x @ p["w"] - 1).square().mean()
 
     def trained(factor):
-        params = {"w": torch.tensor([0.5, 0.7], dtype=torch.float64)}
+        params = {"w": torch.tensor([[0.5], [0.7]], dtype=torch.float64)}
         tx = case.make(factor)
         state = tx.init(params)
         for _ in range(2):
@@ -463,7 +464,8 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
 @every_transform
 def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case):
     for shape in ((), (3,)):
-        params, grads = {"w": torch.ones(shape)}, {"w": torch.full(shape, 0.5, dtype=torch.float64)}
+        params = {"w": torch.ones(shape), "m": torch.ones(2, 1)}  # A mask by dimensions chooses one.
+        grads = fr.tree_map(lambda w: torch.full_like(w, 0.5, dtype=torch.float64), params)
         tx = case.make(torch.tensor(0.9, dtype=torch.float64))
         state = tx.init(params)
         _, after = tx.update(grads, state, params)
@@ -506,7 +508,7 @@ def test_a_transform_prints_as_it_was_written(case, request):
     assert re.fullmatch(r"[a-z_0-9]+\(.*\)", repr(tx))
     assert " at 0x" not in repr(tx)
     if "<lambda>" not in repr(tx):
-        twin = eval(repr(tx), {**vars(fr), "falling": falling, "joint": joint})
+        twin = eval(repr(tx), {**vars(fr), "falling": falling, "global_norm": joint})
         assert type(twin) is fr.Transform
         assert repr(twin) == repr(tx)
         assert_equal(step(twin), step(tx))

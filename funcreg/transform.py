@@ -400,18 +400,18 @@ def dtypes(**given: Any) -> None:
             raise TypeError(f"{name} is {value!r}; expected a dtype of floating point numbers such as torch.bfloat16")
 
 
-def check_selection(mask: Mask | None, name: str = "mask") -> None:
+def check_selection(mask: Mask | None) -> None:
     """Raise a TypeError for what is given as a mask, but is none."""
     check_mask(mask)
-    if isinstance(mask, (Transform, torch.nn.Module, Tensor, int, float)) and not isinstance(mask, bool):
-        came = f"the transform {mask!r}" if isinstance(mask, Transform) else f"a {type(mask).__name__}"
+    if isinstance(mask, (Transform, Tensor, int, float)) and not isinstance(mask, bool):
+        came = f"the transform {mask!r}" if isinstance(mask, Transform) else f"the {type(mask).__name__} {mask!r}"
         raise TypeError(
-            f"{name} is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
+            f"mask is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
             "matrices or select('*.weight')"
         )
     if isinstance(mask, (list, tuple, set)) and any(isinstance(each, str) for each in mask):
         given = ", ".join(map(repr, mask))
-        raise TypeError(f"{name} is a {type(mask).__name__} of names; expected a tree of bools, or select({given})")
+        raise TypeError(f"mask is a {type(mask).__name__} of names; expected a tree of bools, or select({given})")
 
 
 def check_transforms(what: str, transforms: Any) -> None:

@@ -346,7 +346,14 @@ def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
             check_range(name, value, low, **options)
         else:
             place = lambda path, name=name: f"{name} at '{dotted(path)}'" if path else name
-            map_with_path(lambda path, leaf, place=place: check_range(place(path), leaf, low, **options), value)
+            map_with_path(lambda path, leaf, place=place: _check_leaf(place(path), leaf, low, options), value)
+
+
+def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
+    check_range(name, leaf, low, **options)
+    if callable(leaf) and not torch.compiler.is_compiling() and maybe_current_level() is None:
+        start = torch.zeros((), dtype=torch.int32, device="cpu")
+        check_range(f"{name} at step 0", _value(leaf, start), low, **options)
 
 
 def nonnegative(**hyper: Hyper) -> None:

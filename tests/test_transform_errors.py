@@ -153,6 +153,17 @@ def test_numbers_in_trees_are_refused_with_their_place(name):
         make({"head": tensor([0.1, -2.0])})
 
 
+@pytest.mark.parametrize("name", [*TREES, *SCHEDULED])
+def test_the_first_value_of_a_schedule_is_checked(name):
+    make, wrong = HYPER[name]
+    for x in wrong:
+        for schedule in (lambda count, x=x: x, lambda count, x=x: tensor(float(x)) + 0 * count):
+            with pytest.raises(ValueError, match=rf"^{last(name)} at step 0 is \S+; expected a"):
+                make(schedule)
+    with pytest.raises(TypeError, match=r"the schedule .* returned '0.1'; expected a number or a tensor"):
+        make(lambda count: "0.1")
+
+
 @every_hyperparameter
 def test_what_follows_no_schedule_refuses_one_at_once(name):
     make, _ = HYPER[name]
@@ -336,10 +347,10 @@ def test_what_a_function_must_not_return_is_said_with_its_name():
     tx = fr.Transform(fr.init_empty_state, lambda u, s, p: u)
     with pytest.raises(TypeError, match=r"update of Transform\(.*returned a dict; expected a pair, \(updates, state\)"):
         tx.update(params, tx.init(params), params)
-    for returned in (None, "0.1"):
-        tx = fr.sgd(lambda count, returned=returned: returned)
-        with pytest.raises(TypeError, match=f"the schedule .* returned {returned!r}; expected a number or a tensor"):
-            tx.update(params, tx.init(params), params)
+    tx = fr.sgd(lambda count: 0.1 if count == 0 else None)
+    _, state = tx.update(params, tx.init(params), params)
+    with pytest.raises(TypeError, match=r"the schedule .* returned None; expected a number or a tensor"):
+        tx.update(params, state, params)
 
 
 @pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -374,6 +385,11 @@ def test_parameters_that_a_loss_does_not_use_are_left_out_by_masks():
         assert updates["w"].all()
         if "ftrl" not in repr(tx):  # Which comes from where the leader is, not from the start.
             assert not updates["unused"].any(), tx
+    tx = fr.ensemble(lambda rate: fr.adamw(rate, mask=without), tensor([0.1, 0.2]))
+    stack = {"w": torch.ones(2, 2), "unused": torch.ones(2, 3)}
+    updates, _ = tx.update({"w": torch.ones(2, 2), "unused": None}, tx.init(stack), stack)
+    assert updates["w"].all()
+    assert not updates["unused"].any()
     for tx in (
         fr.adamw(0.1),
         fr.partition({True: fr.adamw(0.1), False: fr.sgd(0.1)}, without),

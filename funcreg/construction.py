@@ -69,4 +69,6 @@ def written(value: Any) -> str:
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, Remembering) and value.made_by is not None:
+        return repr(value)
     return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)

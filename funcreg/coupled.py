@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Params
+from funcreg.construction import remembered
 from funcreg.penalty import Penalty
 from funcreg.tree import chosen_by, flatten, hidden, leaves_like, total, tree_leaves, tree_paths
 
@@ -65,6 +66,7 @@ class _Place(NamedTuple):
     along: Along
 
 
+@remembered
 def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     r"""A penalty of groups that span leaves, such as :math:`\sum_g c_g \sqrt{\sum_l \|w_{l,g}\|^2}`.
 
@@ -218,7 +220,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
     kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
     vars(rule)["__signature__"] = signature.replace(parameters=kept)
-    return Penalty(value, gradient, proximal, residual=residual, reach="global", rule=rule, in_metric=in_metric)
+    return Penalty(value, gradient, proximal, residual=residual, rule=rule, in_metric=in_metric, bounds=penalty.bounds)
 
 
 def _shared(hyper: Sequence[Hyper]) -> None:

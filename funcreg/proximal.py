@@ -83,7 +83,7 @@ def land(
     chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
     begin, goal, h = (keep(tree, chosen) for tree in (params, reached, metric))
     prox = lambda x, size: penalty.prox(x, size, *values, **options)
-    apart = penalty.reach not in (None, "global")
+    apart = not penalty.couples_leaves
     # From the parameters: at a solution of the penalized problem they are that point already.
     return merge(reached, approach(prox, begin, goal, h, step, inner_steps, apart), chosen)
 

@@ -96,8 +96,10 @@ def check_range(
         if not isinstance(known, Tensor) or not known.numel():
             return
         several = value.ndim > 0
-        # Least and greatest entry: NaN is both.
-        ends: tuple[float, ...] = (known.amin().item(), known.amax().item()) if several else (known.item(),)
+        # Least and greatest entry: NaN is both. Large tensors are not read for an end that has no limit.
+        ends: tuple[float, ...] = (known.amin().item(),) if several else (known.item(),)
+        if several and (finite or open_high or high < _INFINITY):
+            ends += (known.amax().item(),)
     else:
         plain = number(value)
         if isinstance(plain, bool) or not isinstance(plain, numbers.Real):

@@ -13,12 +13,17 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    maybe_current_level,
+)
 from torch.autograd import forward_ad
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
@@ -521,8 +526,25 @@ def check_nonnegative(name: str, value: Hyper) -> None:
 # Arithmetic
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+#: Types of devices for which torch casts by itself.
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _BARE = (Tensor, torch.nn.Parameter)
+
+
+def without_autocast(f: F) -> F:
+    """A function that computes in the precision of its arguments, also where `torch.autocast` is on."""
+
+    @functools.wraps(f)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return exact(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return exact  # pyright: ignore[reportReturnType]  # It takes and returns what the function does.
 
 
 def widen(x: Tensor) -> Tensor:
@@ -667,6 +689,85 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def readable(w: Tensor) -> bool:
+    """Whether a number may be read from a tensor: one on the CPU, neither traced nor batched; derivatives may run."""
+    if _traced():
+        return False
+    while is_gradtrackingtensor(w):
+        w = get_unwrapped(w)
+    return type(w) in _BARE and w.device.type == "cpu" and not is_functorch_wrapped_tensor(w)
+
+
+def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    r"""Euclidean norm over some dimensions, which are kept, or over all; derivatives at zero are 0, of any order.
+
+    Entries whose squares leave the range of their dtype (beyond 1e19 and below 1e-19 in float32) are squared in units
+    of a power of two. Where numbers can be read, the others pay nothing for that.
+
+    Args:
+        w: Tensor in float32 at least.
+        dims: Dimensions that are reduced, of size 1 after it; None for all of them, and a tensor without dimensions.
+    """
+    if dims == () and not w.is_complex():
+        return w.abs()
+    if not w.numel() or (_traced() and _widest(w) is not w):
+        return safe_sqrt(_sum_of_squares(_widest(w), dims)).to(w.real.dtype)
+    squares = _sum_of_squares(w, dims)
+    if not readable(squares):
+        return _rescaled_norm(w, dims)
+    if _ordinary(squares):
+        return safe_sqrt(squares)
+    kept = [d for d in range(w.ndim) if dims is not None and d not in dims]
+    if not kept or not dims:
+        return _rescaled_norm(w, dims)
+    # The rare groups alone once more: groups of zeros are among them, and common.
+    least, most, _ = _range_of_squares(squares.dtype)
+    rare = ~((squares >= least) & (squares <= most))
+    groups = w.movedim(kept, tuple(range(len(kept))))[rare.squeeze(dims)]
+    norms = _rescaled_norm(groups, tuple(range(1, groups.ndim))).reshape(-1)
+    return safe_sqrt(torch.where(rare, torch.ones_like(squares), squares)).index_put((rare,), norms)
+
+
+def _sum_of_squares(w: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    squares = squared(w)
+    if dims is None:
+        return squares.sum()
+    return squares.sum(dims, keepdim=True) if dims else squares  # sum(()) would reduce them all.
+
+
+def _widest(w: Tensor) -> Tensor:
+    """A tensor of float32 in float64, whose range holds all of its squares; in compiled code that costs no memory."""
+    if w.device.type == "mps" or w.dtype not in (torch.float32, torch.complex64):
+        return w
+    return w.to(torch.complex128 if w.is_complex() else torch.float64)
+
+
+def _range_of_squares(dtype: torch.dtype) -> tuple[float, float, float]:
+    """Between which sums of squares are exact, and the power of two that brings smaller entries into this range."""
+    powers = 1024 if dtype == torch.float64 else 128
+    return 2.0 ** (-5 * powers // 8), 2.0 ** (5 * powers // 8), 2.0 ** (21 * powers // 32)
+
+
+def _ordinary(squares: Tensor) -> bool:
+    """Whether sums of squares lie in the range in which they are exact."""
+    least, most, _ = _range_of_squares(squares.dtype)
+    low, high = squares.detach().aminmax()
+    return bool(low >= least) and bool(high <= most)
+
+
+def _rescaled_norm(w: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """The norm in units of a power of two, chosen for each group by what its squares came to."""
+    squares = _sum_of_squares(w.detach(), dims)
+    least, most, unit = _range_of_squares(squares.dtype)
+    small, large = torch.full_like(squares, unit), torch.full_like(squares, 1 / unit)
+    scale = torch.where(squares > most, large, torch.where(squares < least, small, torch.ones_like(squares)))
+    return safe_sqrt(_sum_of_squares(w * scale, dims)) / scale
+
+
 def global_norm(tree: Any) -> Tensor:
     r"""Euclidean norm of all entries of a tree, :math:`\sqrt{\sum_i |x_i|^2}`.
 
@@ -680,7 +781,13 @@ def global_norm(tree: Any) -> Tensor:
         tensor(5.)
     """
     check_params(tree, "tree")
-    return safe_sqrt(total([squared(widen(x)).sum() for x in tree_leaves(tree)]))
+    leaves = [widen(x) for x in tree_leaves(tree)]
+    if _traced() and all([_widest(x) is not x for x in leaves]):
+        return safe_sqrt(total([squared(_widest(x)).sum() for x in leaves])).to(torch.float32)
+    squares = total([squared(x).sum() for x in leaves])
+    if not leaves or (readable(squares) and _ordinary(squares)):
+        return safe_sqrt(squares)
+    return euclidean(torch.stack([euclidean(x).to(squares.device, squares.dtype) for x in leaves]))
 
 
 def apply_updates(params: Params, updates: Updates) -> Params:

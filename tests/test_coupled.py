@@ -469,7 +469,7 @@ def test_it_has_a_rule_in_a_metric_where_its_penalty_of_rows_has_one():
     own = fr.penalty(
         gradient=lambda w: fr.group_lasso.grad(w),
         proximal=lambda w, step: fr.group_lasso.prox(w, step),
-        reach="rows",
+        separable=False,
     )(lambda w: w.square().sum(1).sqrt())
     assert fr.coupled(fr.group_lasso, groups).in_metric(params)
     shared = fr.coupled(own, groups)

@@ -308,7 +308,7 @@ def without_metric(penalty):
     def proximal(params, step, *hyper, **options):
         return penalty.prox(params, step, *hyper, **options)
 
-    return fr.Penalty(penalty, penalty.grad, proximal, reach=penalty.reach)
+    return fr.Penalty(penalty, penalty.grad, proximal, couples_leaves=penalty.couples_leaves)
 
 
 def test_inner_steps_come_to_the_proximal_operator_in_the_metric():
@@ -346,7 +346,7 @@ def _low_rank(w, step):
     return u @ torch.relu(size - step).diag() @ v
 
 
-@fr.penalty(gradient=lambda w: _low_rank(w, 0.0), proximal=_low_rank, reach="matrix")
+@fr.penalty(gradient=lambda w: _low_rank(w, 0.0), proximal=_low_rank, separable=False)
 def sum_of_singular_values(w):
     """A penalty that has no proximal operator in a diagonal metric, and needs the proximal step alone."""
     return torch.linalg.svdvals(w)

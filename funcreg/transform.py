@@ -416,9 +416,6 @@ def check_selection(mask: Mask | None) -> None:
             f"mask is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
             "matrices or select('*.weight')"
         )
-    if isinstance(mask, (list, tuple, set)) and any(isinstance(each, str) for each in mask):
-        given = ", ".join(map(repr, mask))
-        raise TypeError(f"mask is a {type(mask).__name__} of names; expected a tree of bools, or select({given})")
 
 
 def check_transforms(what: str, transforms: Any) -> None:

@@ -296,7 +296,7 @@ CALLS = {
     ),
     "names for a mask": (
         lambda: fr.prox_sgd(0.1, fr.l1, mask=["a.weight", "b.weight"]),
-        r"mask is a list of names; expected a tree of bools, or select\('a.weight', 'b.weight'\)",
+        r"mask is a list of strings; expected a tree of bools.*select\('a.weight', 'b.weight'\)",
     ),
     "a module for a mask": (lambda: fr.freeze(nn.Linear(1, 1)), "mask is a module, a Linear; expected a tree of bools"),
     "a number for a mask": (lambda: fr.masked(fr.identity(), 1), "mask is the int 1; expected a tree of bools"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 import pickle
 import re
 
@@ -534,3 +536,28 @@ def test_a_transform_of_a_users_own_prints_its_functions():
     assert re.fullmatch(r"Transform\(init=init_empty_state, update=test_a.*climb\)", repr(tx))
     assert repr(fr.chain(tx, fr.scale(2.0))) == f"chain({tx!r}, scale(2.0))"
     assert copy.deepcopy(tx)._update is climb
+
+
+#: The types of the states of all transforms, each with an example of its own.
+STATES = """
+    fr.AdamState fr.AmsgradState fr.ApplyIfFiniteState fr.DualAveragingState fr.EmaState fr.EmptyState fr.FistaState
+    fr.FtrlState fr.LionState fr.MaskedState fr.PartitionState fr.ProximalState fr.RmsState fr.RssState fr.ScheduleState
+    fr.StddevState fr.TraceState fr.ZeroNansState
+"""
+
+
+def types_within(state):
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (tuple, list)) else ()
+    own = {type(state)} if type(state).__module__.startswith("funcreg.") and type(state) is not type(ABSENT) else set()
+    return own.union(*map(types_within, inside))
+
+
+def test_the_types_of_all_states_are_known_and_documented():
+    found = set().union(*(types_within(case.make().init(draw())) for case in TRANSFORMS.values()))
+    assert sorted(f"fr.{state.__name__}" for state in found) == STATES.split()
+    for state in found:
+        example = doctest.DocTestParser().get_doctest(
+            inspect.getdoc(state), {"torch": torch, **vars(fr)}, state.__name__, None, 0
+        )
+        assert example.examples
+        assert not doctest.DocTestRunner().run(example).failed

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DEVICE, assert_equal, flat
+from cases import DEVICE, assert_equal, flat, normal
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -15,8 +15,7 @@ import funcreg as fr
 
 def tensors(shapes, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    on_cpu = {"generator": generator, "device": "cpu", "dtype": torch.float64}
-    return {name: torch.randn(shape, **on_cpu).to(DEVICE, dtype) for name, shape in shapes.items()}
+    return {name: normal(generator, *shape).to(dtype) for name, shape in shapes.items()}
 
 
 # Shapes of leaves and families of groups over them.

@@ -1,4 +1,4 @@
-"""Every penalty and constraint of the library in a table for the README, made from the code.
+"""Every penalty and constraint of the library in a table for `catalogue.md`, made from the code.
 
 Names and signatures come from the library, formulas and papers from its documentation. What a penalty does to weights
 is seen, not told: its proximal operator acts on a matrix with growing steps, and what becomes of the matrix is named.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import funcreg as fr
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).parent / "catalogue.md"
 
 #: What hyperparameters and options without a default are given, by name.
 GIVEN: dict[str, Any] = {
@@ -307,24 +307,24 @@ def catalogue() -> str:
         row = [signature(penalty), what(penalty), seen, convex, kind, paper(penalty)]
         found.setdefault(family(penalty), []).append(row)
     header = ["penalty", "what it is", "what it does to weights", "convex", "proximal operator", "paper"]
-    parts = [f"### {name}\n\n{table(header, found[name])}" for name in FAMILIES if name in found]
+    parts = [f"## {name}\n\n{table(header, found[name])}" for name in FAMILIES if name in found]
     rows = [[signature(thing), what(thing), paper(thing)] for thing in builders()]
-    return "\n\n".join([*parts, f"### Functions that make penalties\n\n{table(header[:2] + header[-1:], rows)}"])
+    return "\n\n".join([*parts, f"## Functions that make penalties\n\n{table(header[:2] + header[-1:], rows)}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the table of penalties")
-    parser.add_argument("--write", action="store_true", help="write it between its marks in the README")
+    parser.add_argument("--write", action="store_true", help="write it between its marks in catalogue.md")
     options = parser.parse_args()
     text = catalogue()
     if not options.write:
         print(text)
         return
-    head, mark, rest = README.read_text().partition("<!-- catalogue -->\n")
+    head, mark, rest = PAGE.read_text().partition("<!-- catalogue -->\n")
     _, end, tail = rest.partition("<!-- end -->")
     if not mark or not end:
-        raise SystemExit("README.md has no lines <!-- catalogue --> and <!-- end -->")
-    README.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
+        raise SystemExit("catalogue.md has no lines <!-- catalogue --> and <!-- end -->")
+    PAGE.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
 
 
 if __name__ == "__main__":

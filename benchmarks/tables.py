@@ -155,7 +155,9 @@ def speed(found: Numbers) -> Rows:
     reference, workloads = found["reference"], {name: found["workloads"][name] for name in ("transformer", "big")}
     rows = [["AdamW and L1, one step", *(f"CPU, {WORKLOADS[name]}" for name in workloads)]]
     rows[0] += [f"H100, {column}" for column in COLUMNS]
-    seconds = [statistics.median([each["reference seconds"] for each in times.values()]) for times in workloads.values()]
+    seconds = [
+        statistics.median([each["reference seconds"] for each in times.values()]) for times in workloads.values()
+    ]
     units = [1e3 * s for s in seconds] + [H100[reference][column] for column in COLUMNS]
     for name, each in H100.items():
         ratios = [times[name]["ratio"] if name in times else None for times in workloads.values()]

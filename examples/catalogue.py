@@ -1,4 +1,4 @@
-"""Every penalty and constraint of the library in a table for `catalogue.md`, made from the code.
+"""Every penalty, constraint and other public name in the tables of `catalogue.md`, made from the code.
 
 Names and signatures come from the library, formulas and papers from its documentation. What a penalty does to weights
 is seen, not told: its proximal operator acts on a matrix with growing steps, and what becomes of the matrix is named.
@@ -312,19 +312,61 @@ def catalogue() -> str:
     return "\n\n".join([*parts, f"## Functions that make penalties\n\n{table(header[:2] + header[-1:], rows)}"])
 
 
+# Everything else
+
+
+SECTIONS = {
+    "Regularize": ["regularizing"],
+    "Scale": ["scaling"],
+    "Clip and clean": ["clipping"],
+    "Combine": ["transform", "combine", "ensemble"],
+    "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Schedules": ["schedules"],
+    "Certificates": ["certificates"],
+    "Speed": ["fused"],
+    "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
+    "Groups that span leaves": ["coupled"],
+    "Projections of a tree as one vector": ["projections"],
+    "What λ means elsewhere": ["conventions"],
+    "Trees and masks": ["tree"],
+}
+
+
+def section(thing: Any) -> str:
+    """By the module that it is written in."""
+    written = getattr(getattr(thing, "func", thing), "__module__", type(thing).__module__)
+    return next((name for name, modules in SECTIONS.items() if written.split(".")[-1] in modules), "Others")
+
+
+def names() -> str:
+    """A table for each section of what is public and no penalty."""
+    found: dict[str, list[list[str]]] = {name: [] for name in [*SECTIONS, "Others"]}
+    for name, thing in vars(fr).items():
+        if not (
+            name.startswith("_") or inspect.ismodule(thing) or isinstance(thing, fr.Penalty) or thing in builders()
+        ):
+            found[section(thing)].append([f"`{name}`", what(thing)])
+    parts = [f"### {name}\n\n{table(['name', 'what it is'], rows)}" for name, rows in found.items() if rows]
+    return "\n\n".join(parts)
+
+
+TABLES = {"catalogue": catalogue, "names": names}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the table of penalties")
-    parser.add_argument("--write", action="store_true", help="write it between its marks in catalogue.md")
+    parser = argparse.ArgumentParser(description="the tables of what is public")
+    parser.add_argument("--write", action="store_true", help="write them between their marks in catalogue.md")
     options = parser.parse_args()
-    text = catalogue()
-    if not options.write:
-        print(text)
-        return
-    head, mark, rest = PAGE.read_text().partition("<!-- catalogue -->\n")
-    _, end, tail = rest.partition("<!-- end -->")
-    if not mark or not end:
-        raise SystemExit("catalogue.md has no lines <!-- catalogue --> and <!-- end -->")
-    PAGE.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
+    for name, make in TABLES.items():
+        text = make()
+        if not options.write:
+            print(text)
+            continue
+        head, mark, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise SystemExit(f"catalogue.md has no lines <!-- {name} --> and <!-- end -->")
+        PAGE.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "recording"],
+    ["_typing", "construction", "recording"],
     ["tree", "schedules", "packing", "looks"],
     ["composition", "descent"],
     ["transform", "penalty", "kernels"],

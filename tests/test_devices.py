@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, TRANSFORMS, draw, draw_fours
+from cases import CONSTRAINTS, DEVICE, GRADIENT_ALONE, PENALTIES, TRANSFORMS, draw, draw_fours
 
 import funcreg as fr
 
@@ -20,10 +20,11 @@ TESTS = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _no_default_device():
     """Also where the suite has one."""
-    before = torch.get_default_device()
-    torch.set_default_device(None)
+    if DEVICE != "cpu":
+        torch.set_default_device(None)
     yield
-    torch.set_default_device(before if before.type != "cpu" else None)
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
 
 
 def elsewhere(tree):

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import tables
 import torch
 import torch.nn.functional as F
+from tables import saved as saved
 from torch import Tensor
 
 import funcreg as fr
@@ -29,7 +31,7 @@ def start(about: str | None, *flags: str, **choices: str) -> argparse.Namespace:
     """Options of a benchmark: the two that all have, and its own, flags and names with a help text."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="few rounds of small sizes, only to see that it works")
-    parser.add_argument("--write", action="store_true", help="write the JSON and the table in the README")
+    parser.add_argument("--write", action="store_true", help="write the JSON and the tables of the pages")
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true")
     for name, text in choices.items():
@@ -264,25 +266,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def saved(name: str) -> dict[str, Any]:
-    """The JSON of an earlier run, or an empty dictionary."""
-    path = HERE / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def report(name: str, result: Mapping[str, Any], header: list[str], rows: list[list[str]], write: bool) -> None:
-    """Print a table; if asked, write the JSON beside the benchmark and the table between its marks in the README."""
-    table = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
-    table.insert(1, "|" + "---|" * len(header))
-    print("\n" + "\n".join(table))
-    if not write:
-        return
-    text = json.dumps({**machine(), **result}, indent=1, ensure_ascii=False)
-    (HERE / f"{name}.json").write_text(text + "\n")
-    readme = HERE.parent / "README.md"
-    head, mark, rest = readme.read_text().partition(f"<!-- {name} -->\n")
-    _, end, tail = rest.partition("<!-- end -->")
-    if not mark or not end:
-        print(f"README.md has no table {name} yet; only the JSON is written")
-        return
-    readme.write_text(head + mark + "\n".join(table) + "\n" + end + tail)
+def report(name: str, result: Mapping[str, Any], write: bool) -> None:
+    """Print the table of these numbers; if asked, write the JSON beside the benchmark and the table into the pages."""
+    header, *rows = tables.TABLES[name][0](dict(result))
+    print()
+    for row in [header, *rows]:
+        print("| " + " | ".join(row) + " |")
+    if write:
+        text = json.dumps({**machine(), **result}, indent=1, ensure_ascii=False)
+        (HERE / f"{name}.json").write_text(text + "\n")
+        tables.write()

@@ -97,12 +97,7 @@ def main() -> None:
             cold, warm = in_a_process(chain, tree, cache), in_a_process(chain, tree, cache)
         result.setdefault(chain, {})[tree] = {"cold": cold, "warm": warm}
         print(f"{chain:32} {tree:24} {cold:6.1f} s cold {warm:6.1f} s warm")
-    rows = []
-    for chain, times in result.items():
-        cells = [times.get(tree) for tree in TREES]
-        rows.append([chain, *(f"{each['cold']:.1f} / {each['warm']:.1f}" if each else "" for each in cells)])
-    header = ["first call, seconds, cold / warm cache", *TREES]
-    report("first_call", {"seconds": result}, header, rows, options.write)
+    report("first_call", {"seconds": result}, options.write)
 
 
 if __name__ == "__main__":

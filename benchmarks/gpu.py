@@ -1,7 +1,8 @@
 """On a GPU: steps beside torch.optim, ensembles, penalties, first calls, launches and CUDA graphs.
 
 Run `python benchmarks/gpu.py` on a machine with CUDA; it writes `benchmarks/gpu.json`, and with `--write` the table in
-the README too. Every section stands alone: what it raises is printed and written under "failed", and the next begins.
+`benchmarks/README.md`. Every section stands alone: what it raises is printed and written under "failed", and the next
+begins.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import tables
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -438,24 +440,6 @@ def sections(on: Machine) -> dict[str, Callable[[], Any]]:
 # The report
 
 
-def write_table(result: dict[str, Any]) -> None:
-    """Put the steps between their marks in the README, with their share of the bandwidth of a copy."""
-    columns = {name[5:]: found for name, found in result["sections"].items() if name.startswith("step ")}
-    table = [["AdamW with L1", *columns], ["---"] * (len(columns) + 1)]
-    for way in [way for way in next(iter(columns.values())) if way.startswith(("fuse", "torch"))]:
-        table.append([way])
-        for found in columns.values():
-            share = found[way]["bytes a second"] / result["sections"]["copy"]
-            table[-1].append(f"{found[way]['seconds'] * 1e3:.2f} ms ({share:.0%})")
-    lines = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    readme = HERE.parent / "README.md"
-    head, mark, rest = readme.read_text().partition("<!-- gpu -->\n")
-    _, end, tail = rest.partition("<!-- end -->")
-    if mark and end:
-        readme.write_text(head + mark + lines + end + tail)
-    print(lines if mark and end else f"README.md has no marks for this table:\n{lines}")
-
-
 def run_all(on: Machine, chosen: str, path: pathlib.Path | None) -> dict[str, Any]:
     """Results of the sections whose names begin with a choice, and what failed; written after every section."""
     result: dict[str, Any] = {"sections": {}, "failed": {}, "seconds": {}}
@@ -492,7 +476,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", default="", help="beginnings of names, with commas between; by default all")
     parser.add_argument("--quick", action="store_true", help="small sizes and no JSON: only to see that it works")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
     parser.add_argument("--table", action="store_true", help="measure nothing: write the table of the JSON")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
@@ -500,7 +484,7 @@ def main() -> None:
     warnings.filterwarnings("error", message="fuse ")  # A step that runs without compiled kernels is no row.
     on, path = Machine(torch.device(options.device), options.quick), HERE / "gpu.json"
     if options.table:
-        write_table(json.loads(path.read_text()))
+        tables.write()
     elif on.device.type == "cuda" and not torch.cuda.is_available():
         print("This benchmark needs a GPU with CUDA; nothing was measured or written.")
     elif options.first_call:
@@ -509,7 +493,7 @@ def main() -> None:
         result = run_all(on, options.sections, None if options.quick or on.device.type == "cpu" else path)
         print("failed:", json.dumps(result["failed"], indent=1))
         if options.write and not options.quick:
-            write_table(result)
+            tables.write()
 
 
 if __name__ == "__main__":

@@ -81,9 +81,7 @@ def main() -> None:
         kept = held() - before - (unit if "packed" in name else 0)
         result[name] = {"held": kept / unit, "passing": passing(row) / unit}
         del row
-    rows = [[name, f"{each['held']:.2f}", f"{each['passing']:.2f}"] for name, each in result.items()]
-    header = ["AdamW, 300 tensors, 10.7M", "held", "passing"]
-    report("memory", {"unit": "bytes of the parameters", "rows": result}, header, rows, options.write)
+    report("memory", {"unit": "bytes of the parameters", "rows": result}, options.write)
 
 
 if __name__ == "__main__":

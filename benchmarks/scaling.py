@@ -47,20 +47,15 @@ def measure(sizes: list[tuple[int, ...]], packed: bool, quick: bool) -> dict[str
 def main() -> None:
     options = start(__doc__)
     result: dict[str, Any] = {}
-    rows = []
     for name, sweep in SWEEPS.items():
         for count, sizes in sweep.items():
             if options.quick:
                 sizes = [(max(n // 20, 2), m) for n, m in sizes]
-            cells = []
             for packed in (False, True):
                 times = measure(sizes, packed, options.quick)
                 result.setdefault(name, {}).setdefault(count, {})["packed" if packed else "gathered"] = times
-                cells += [f"{1e3 * times['seconds']:.2f} ms", f"{times['ratio']:.2f}"]
-            rows.append([f"{count:,} {name}", f"{1e3 * times['reference seconds']:.2f} ms", *cells])
-            print(*rows[-1])
-    header = ["", "torch fused, no L1", "funcreg", "ratio", "with packed gradients", "ratio"]
-    report("scaling", {"sweeps": result}, header, rows, options.write)
+                print(f"{count:,} {name}, packed: {packed} {1e3 * times['seconds']:9.3f} ms {times['ratio']:6.2f}")
+    report("scaling", {"sweeps": result}, options.write)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import statistics
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +39,10 @@ from common import (
     start,
     torch_row,
 )
+from tables import WORKLOADS
 from torch import Tensor
 from torch.optim import AdamW
 
-WORKLOADS = {"transformer": "300 tensors, 10.7M", "big": "5 tensors, 40M", "tiny": "1000 tensors, 64k"}
 Made = tuple[Callable[[], Row], dict[str, float]]
 REFERENCE = "torch `AdamW(fused=True)`, no L1"
 
@@ -171,23 +170,7 @@ def main() -> None:
         for name, make in makers.items():
             times[name] = against(reference, make, options.quick)
             print(f"{workload:12} {name:40} {1e3 * times[name]['seconds']:9.3f} ms {times[name]['ratio']:7.2f}")
-    write_table(result, options.write)
-
-
-def write_table(result: dict[str, Any], write: bool) -> None:
-    names = dict.fromkeys(name for times in result.values() for name in times)
-    ours = [name for name in names if name.startswith("funcreg")]
-    header, lines = ["AdamW, one step"], [REFERENCE]
-    for workload, times in result.items():
-        seconds = statistics.median([each["reference seconds"] for each in times.values()])
-        header.append(WORKLOADS[workload])
-        lines.append(f"1.00 ({1e3 * seconds:.1f} ms)")
-    table = []
-    for name in [*ours, *(name for name in names if name not in ours)]:
-        cells = [f"{times[name]['ratio']:.2f}" if name in times else "" for times in result.values()]
-        table.append([name, *cells])
-    table.insert(len(ours), lines)
-    report("step", {"reference": REFERENCE, "workloads": result}, header, table, write)
+    report("step", {"reference": REFERENCE, "workloads": result}, options.write)
 
 
 if __name__ == "__main__":

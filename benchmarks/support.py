@@ -3,7 +3,7 @@
 A weight that is zero after one epoch should be zero after the next. For each optimizer, with L1 on the matrices: the
 accuracy, the share of exact zeros, and the change of the support from one epoch to the next over the last ten epochs,
 as a share of the weights that are alive. Seeds are members of one ensemble. Run `python benchmarks/support.py`; it
-writes `benchmarks/support.json` and the table in the README.
+writes `benchmarks/support.json` and the tables of the pages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import pathlib
 from typing import Any
 
+import tables
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -116,23 +117,7 @@ def main() -> None:
         )
     result = {"strength": STRENGTH, "batch": BATCH, "epochs": options.epochs, "seeds": options.seeds, "rows": rows}
     (HERE / "support.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    write_table(result)
-
-
-def write_table(result: dict) -> None:
-    """Put the table between its marks in the README."""
-    lines = [
-        "| way | accuracy | loss + penalty | exact zeros | support that changes in an epoch |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        zeros = f"{100 * row['zeros']:.0f} %" if row["zeros"] else "none"
-        change = f"{100 * row['change']:.1f} %" if row["zeros"] else ""
-        lines.append(f"| {row['way']} | {100 * row['accuracy']:.1f} % | {row['objective']:.3f} | {zeros} | {change} |")
-    readme = HERE.parent / "README.md"
-    head, _, rest = readme.read_text().partition("<!-- support -->")
-    _, _, tail = rest.partition("<!-- end -->")
-    readme.write_text(f"{head}<!-- support -->\n{chr(10).join(lines)}\n<!-- end -->{tail}")
+    tables.write()
 
 
 if __name__ == "__main__":

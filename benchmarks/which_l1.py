@@ -1,6 +1,6 @@
 """What each way to an L1 penalty solves: the lasso of the diabetes data, against scikit-learn.
 
-Run `python benchmarks/which_l1.py`; it writes `benchmarks/which_l1.json` and the table in the README.
+Run `python benchmarks/which_l1.py`; it writes `benchmarks/which_l1.json` and the tables of the pages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import pathlib
 from typing import Any
 
+import tables
 import torch
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso
@@ -72,20 +73,7 @@ def main() -> None:
         print(f"{name:60} {error:9.1e} {zeros:3d} {same}")
     result = {"strength": STRENGTH, "zeros of the solution": int((solution == 0).sum()), "rows": rows}
     (HERE / "which_l1.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    write_table(result)
-
-
-def write_table(result: dict) -> None:
-    """Put the table between its marks in the README."""
-    zeros = result["zeros of the solution"]
-    lines = [f"| way | error against scikit-learn | exact zeros (of {zeros}) |", "|---|---|---|"]
-    for row in result["rows"]:
-        said = "none" if not row["zeros"] else f"{row['zeros']}" + ("" if row["same zeros"] else ", not the right ones")
-        lines.append(f"| {row['way']} | {row['error']:.0e} | {said} |")
-    readme = HERE.parent / "README.md"
-    head, _, rest = readme.read_text().partition("<!-- which_l1 -->")
-    _, _, tail = rest.partition("<!-- end -->")
-    readme.write_text(f"{head}<!-- which_l1 -->\n{chr(10).join(lines)}\n<!-- end -->{tail}")
+    tables.write()
 
 
 if __name__ == "__main__":

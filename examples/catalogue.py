@@ -1,4 +1,4 @@
-"""Every penalty and constraint of the library in a table for the README, made from the code.
+"""Every penalty, constraint and other public name in the tables of `catalogue.md`, made from the code.
 
 Names and signatures come from the library, formulas and papers from its documentation. What a penalty does to weights
 is seen, not told: its proximal operator acts on a matrix with growing steps, and what becomes of the matrix is named.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import funcreg as fr
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).parent / "catalogue.md"
 
 #: What hyperparameters and options without a default are given, by name.
 GIVEN: dict[str, Any] = {
@@ -314,24 +314,66 @@ def catalogue() -> str:
         row = [signature(penalty), what(penalty), seen, convex, kind, paper(penalty)]
         found.setdefault(family(penalty), []).append(row)
     header = ["penalty", "what it is", "what it does to weights", "convex", "proximal operator", "paper"]
-    parts = [f"### {name}\n\n{table(header, found[name])}" for name in FAMILIES if name in found]
+    parts = [f"## {name}\n\n{table(header, found[name])}" for name in FAMILIES if name in found]
     rows = [[signature(thing), what(thing), paper(thing)] for thing in builders()]
-    return "\n\n".join([*parts, f"### Functions that make penalties\n\n{table(header[:2] + header[-1:], rows)}"])
+    return "\n\n".join([*parts, f"## Functions that make penalties\n\n{table(header[:2] + header[-1:], rows)}"])
+
+
+# Everything else
+
+
+SECTIONS = {
+    "Regularize": ["regularizing"],
+    "Scale": ["scaling"],
+    "Clip and clean": ["clipping"],
+    "Combine": ["transform", "combine", "ensemble"],
+    "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Schedules": ["schedules"],
+    "Certificates": ["certificates"],
+    "Speed": ["fused"],
+    "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
+    "Groups that span leaves": ["coupled"],
+    "Projections of a tree as one vector": ["projections"],
+    "What λ means elsewhere": ["conventions"],
+    "Trees and masks": ["tree"],
+}
+
+
+def section(thing: Any) -> str:
+    """By the module that it is written in."""
+    written = getattr(getattr(thing, "func", thing), "__module__", type(thing).__module__)
+    return next((name for name, modules in SECTIONS.items() if written.split(".")[-1] in modules), "Others")
+
+
+def names() -> str:
+    """A table for each section of what is public and no penalty."""
+    found: dict[str, list[list[str]]] = {name: [] for name in [*SECTIONS, "Others"]}
+    for name, thing in vars(fr).items():
+        if not (
+            name.startswith("_") or inspect.ismodule(thing) or isinstance(thing, fr.Penalty) or thing in builders()
+        ):
+            found[section(thing)].append([f"`{name}`", what(thing)])
+    parts = [f"### {name}\n\n{table(['name', 'what it is'], rows)}" for name, rows in found.items() if rows]
+    return "\n\n".join(parts)
+
+
+TABLES = {"catalogue": catalogue, "names": names}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the table of penalties")
-    parser.add_argument("--write", action="store_true", help="write it between its marks in the README")
+    parser = argparse.ArgumentParser(description="the tables of what is public")
+    parser.add_argument("--write", action="store_true", help="write them between their marks in catalogue.md")
     options = parser.parse_args()
-    text = catalogue()
-    if not options.write:
-        print(text)
-        return
-    head, mark, rest = README.read_text().partition("<!-- catalogue -->\n")
-    _, end, tail = rest.partition("<!-- end -->")
-    if not mark or not end:
-        raise SystemExit("README.md has no lines <!-- catalogue --> and <!-- end -->")
-    README.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
+    for name, make in TABLES.items():
+        text = make()
+        if not options.write:
+            print(text)
+            continue
+        head, mark, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise SystemExit(f"catalogue.md has no lines <!-- {name} --> and <!-- end -->")
+        PAGE.write_text(f"{head}{mark}\n{text}\n\n{end}{tail}")
 
 
 if __name__ == "__main__":

@@ -790,7 +790,8 @@ def _runs(w: Tensor, m: Any, dim: int) -> Tensor:
             f"n_m_sparsity got a leaf of shape {tuple(w.shape)}, whose dimension {dim} is no multiple of m={m}. Leave "
             "such leaves out with mask=, or choose another dim."
         )
-    return w.movedim(at, -1).unflatten(-1, (w.shape[at] // m, m))
+    x = w.movedim(at, -1)
+    return x.reshape(*x.shape[:-1], w.shape[at] // m, m)  # Not unflatten: under a default device it does not compile.
 
 
 def _n_m_metric(w: Tensor, h: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:

@@ -8,13 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import funcreg as fr
 
-#: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU.
+#: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
 DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")
+
+if DEVICE != "cpu":
+    # A factory call of a test means the device under test. Before the first of them: rows of tables hold tensors.
+    torch.set_default_device(DEVICE)
+
+cpu_only = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="it says what the CPU does")
 
 
 # Trees
@@ -25,14 +32,23 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, drawn on the CPU and moved: the same on every device."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
+
+
+def uniform(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers between 0 and 1, drawn on the CPU and moved."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
+
+
 def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A nested tree of a matrix, vectors and a filter bank, with zeros among the entries."""
     generator = torch.Generator().manual_seed(seed)
-    on_cpu = {"generator": generator, "device": "cpu"}  # The same numbers on every device.
 
     def leaf(*shape: int) -> Tensor:
-        x = torch.randn(shape, dtype=torch.float64, **on_cpu) * scale
-        return torch.where(torch.rand(shape, **on_cpu) < 0.1, 0.0, x).to(DEVICE, dtype)
+        x = normal(generator, *shape) * scale
+        return torch.where(uniform(generator, *shape, dtype=torch.float32) < 0.1, 0.0, x).to(dtype)
 
     return {"head": Layer(leaf(4, 3), leaf(4)), "body": {"filters": leaf(3, 2, 2, 2), "scale": (leaf(5),)}}
 
@@ -476,8 +492,7 @@ class ConstraintCase:
 def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A tree like that of `draw`, whose leaves have last dimensions of four."""
     generator = torch.Generator().manual_seed(seed)
-    on_cpu = {"generator": generator, "device": "cpu"}
-    leaf = lambda *shape: (scale * torch.randn(shape, dtype=torch.float64, **on_cpu)).to(DEVICE, dtype)
+    leaf = lambda *shape: (scale * normal(generator, *shape)).to(dtype)
     return {"head": Layer(leaf(3, 4), leaf(4)), "body": {"filters": leaf(2, 2, 1, 4), "scale": (leaf(4),)}}
 
 

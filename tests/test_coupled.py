@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from cases import DEVICE, assert_equal, flat
+from cases import DEVICE, assert_equal, flat, normal
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -19,8 +19,7 @@ import funcreg as fr
 
 def tensors(shapes, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    on_cpu = {"generator": generator, "device": "cpu", "dtype": torch.float64}
-    return {name: torch.randn(shape, **on_cpu).to(DEVICE, dtype) for name, shape in shapes.items()}
+    return {name: normal(generator, *shape).to(dtype) for name, shape in shapes.items()}
 
 
 # Shapes of leaves and families of groups over them.

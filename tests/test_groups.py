@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import assert_equal
+from cases import assert_equal, normal, uniform
 from torch.func import grad, vmap
 
 import funcreg as fr
@@ -51,8 +51,8 @@ def test_nonconvex_groups_land_at_the_global_minimum_in_every_metric(penalty, hy
     points = rings(torch.linspace(0, 5, 126, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1)
     for _ in range(6):
-        w = 3 * torch.randn(1, 2, dtype=torch.float64, generator=generator)
-        h = 10 ** (spread * (2 * torch.rand(1, 2, dtype=torch.float64, generator=generator) - 1))
+        w = 3 * normal(generator, 1, 2)
+        h = 10 ** (spread * (2 * uniform(generator, 1, 2) - 1))
         for step in (0.3, 1.0, 4.0):
             z = penalty.prox(w, step, *hyper, metric=h)
             least = cost(penalty, hyper, w, z[None], step, h)
@@ -220,9 +220,9 @@ def slack(x, z, h, jump, pull):
 def test_fused_rows_satisfy_the_equations_of_their_forces(jump, pull, spread):
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 3, 10, 60):
-        x = torch.randn(3, size, dtype=torch.float64, generator=generator).cumsum(1)
+        x = normal(generator, 3, size).cumsum(1)
         x[0] = x[0].round()  # Ties and zeros.
-        h = 10 ** (spread * (2 * torch.rand(3, size, dtype=torch.float64, generator=generator) - 1))
+        h = 10 ** (spread * (2 * uniform(generator, 3, size) - 1))
         alpha = jump + pull
         z = fr.fused_lasso.prox(x, 1.0, alpha, pull / alpha, metric=h)
         for i in range(3):
@@ -290,7 +290,7 @@ def test_falling_fits_are_those_of_pooling():
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 3, 4, 5, 8, 13, 64, 100):
         for ties in (False, True):
-            y = torch.randn(5, size, dtype=torch.float64, generator=generator) + torch.linspace(1, -1, size)
+            y = normal(generator, 5, size) + torch.linspace(1, -1, size)
             y = (2 * y).round() if ties else y
             expected = torch.stack([falling(row) for row in y])
             assert_equal(falling_fit(y), expected, rtol=1e-13, atol=1e-13)
@@ -298,14 +298,14 @@ def test_falling_fits_are_those_of_pooling():
 
 def test_slope_is_least_against_other_points_and_has_its_limits():
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    w = normal(generator, 4, 6)
     w[0, :3] = 0.5
     w[1] = 0
     weights = torch.linspace(1.2, 0.1, 6, dtype=torch.float64)
     for step in (0.0, 0.2, 1.0):
         z = fr.slope.prox(w, step, weights, dim=1)
         for i in range(4):
-            row, others = w[i], z[i] + torch.randn(400, 6, dtype=torch.float64, generator=generator) * 0.1
+            row, others = w[i], z[i] + normal(generator, 400, 6) * 0.1
             at = lambda z, row=row, step=step: 0.5 * (z - row).square().sum() + step * fr.slope(z, weights)
             assert (vmap(at)(others) >= at(z[i]) - 1e-12).all()
             assert_equal(fr.slope.prox(row, step, weights), z[i])
@@ -349,7 +349,7 @@ def test_derivatives_of_orders_are_finite_at_ties_and_zeros():
 def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
     generator = torch.Generator().manual_seed(0)
     groups = ((0, (1, (2,)), (-1,)), (3, 4))
-    w = torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    w = normal(generator, 6, 2)
     inside = [[0, 1, 2, 5], [1, 2], [2], [5], [3, 4]]
     weights = torch.tensor([0.5, 1.0, 0.3, 0.2, 1.0], dtype=torch.float64)
     value = lambda w, c: sum(c * w[g].square().sum().sqrt() for c, g in zip(c, inside, strict=True))
@@ -361,7 +361,7 @@ def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
         z = fr.tree_lasso.prox(w, step, groups=groups, weights=weights)
         at = lambda z, step=step: 0.5 * (z - w).square().sum() + step * value(z, weights)
         for size in (1e-3, 1e-1, 1.0):
-            others = z + size * torch.randn(300, 6, 2, dtype=torch.float64, generator=generator)
+            others = z + size * normal(generator, 300, 6, 2)
             assert min(at(other) for other in others) >= at(z) - 1e-12
         assert_equal(fr.tree_lasso.prox(w.T, step, groups=groups, weights=weights, axis=-1), z.T)
     assert_equal(
@@ -407,8 +407,8 @@ def lassonet_cost(v, u, b, step, ratio, alpha):
 def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
     generator = torch.Generator().manual_seed(0)
     params = {
-        "skip": torch.randn(2, 12, dtype=torch.float64, generator=generator),
-        "hidden": 2 * torch.randn(5, 12, dtype=torch.float64, generator=generator),
+        "skip": normal(generator, 2, 12),
+        "hidden": 2 * normal(generator, 5, 12),
         "other": torch.ones(3),
     }
     params["skip"][:, :2] = 0
@@ -433,7 +433,7 @@ def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_lassonet_in_a_metric_lands_at_the_minimum_of_each_feature(outputs, ratio, alpha):
     generator = torch.Generator().manual_seed(0)
-    draws = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
+    draws = lambda *shape: normal(generator, *shape)
     params, metric = ({"skip": draws(outputs, 12), "hidden": 2 * draws(5, 12), "other": draws(3)} for _ in range(2))
     metric = fr.tree_map(lambda w: 10 ** (1.5 * w), metric)
     params["skip"][:, :3] = 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import CONSTRAINTS, PENALTIES, assert_equal, draw, draw_fours, flat, joint
+from cases import CONSTRAINTS, PENALTIES, assert_equal, draw, draw_fours, flat, joint, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso, Ridge
 from torch import Tensor
@@ -328,7 +328,7 @@ def test_inner_steps_come_to_the_proximal_operator_in_the_metric():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_any_number_of_inner_steps_has_the_same_fixed_point(steps):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 9, generator=generator, dtype=torch.float64) * torch.arange(9, 0, -1) / 4
+    x = normal(generator, 60, 9) * torch.arange(9, 0, -1) / 4
     y = x[:, :2].sum(-1)
     loss = lambda p: (x[:, :4] @ p["a"] + x[:, 4:].unflatten(1, (5, 1)).sum(-1) @ p["b"] - y).square().mean() / 2
     start = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones(5, dtype=torch.float64)}
@@ -354,7 +354,7 @@ def sum_of_singular_values(w):
 
 def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     generator = torch.Generator().manual_seed(0)
-    draws = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    draws = lambda *shape: normal(generator, *shape)
     x = draws(80, 6) * torch.tensor([1.0, 2.0, 3.0, 0.5, 1.0, 2.0])
     y = x @ draws(6, 2) @ draws(2, 5) + 0.1 * draws(80, 5)
     loss = lambda p: (x @ p["w"] - y).square().mean(0).sum() / 2

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import CONSTRAINTS, DEVICE, GRADIENT_ALONE, PENALTIES, assert_equal, draw, flat
+from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, assert_equal, draw, flat, normal
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import funcreg as fr
@@ -27,7 +27,7 @@ every_map = pytest.mark.parametrize("f", SPECTRAL.values(), ids=SPECTRAL)
 
 def random(*shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(DEVICE)
+    return normal(generator, *shape, dtype=dtype)
 
 
 # Singular values

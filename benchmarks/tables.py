@@ -1,0 +1,218 @@
+"""The tables of the pages, made from the numbers in `benchmarks/*.json`: `python benchmarks/tables.py` writes them all.
+
+A table stands between `<!-- name -->` and `<!-- end -->`. It imports nothing but the standard library, so that it runs
+wherever numbers are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+Numbers = dict[str, Any]
+Rows = list[list[str]]
+
+
+def saved(name: str) -> Numbers:
+    """The numbers of an earlier run, or an empty dictionary."""
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# From the numbers of a benchmark to the rows of its table, the first of which is the header
+
+
+WORKLOADS = {"transformer": "300 tensors, 10.7M", "big": "5 tensors, 40M", "tiny": "1000 tensors, 64k"}
+
+
+def step(found: Numbers) -> Rows:
+    workloads = found["workloads"]
+    names = dict.fromkeys(name for times in workloads.values() for name in times)
+    ours = [name for name in names if name.startswith("funcreg")]
+    rows = [["AdamW, one step"], *([name] for name in ours), [found["reference"]]]
+    rows += [[name] for name in names if name not in ours]
+    for workload, times in workloads.items():
+        seconds = statistics.median([each["reference seconds"] for each in times.values()])
+        for row in rows:
+            row.append(f"{times[row[0]]['ratio']:.2f}" if row[0] in times else "")
+        rows[0][-1] = WORKLOADS[workload]
+        rows[len(ours) + 1][-1] = f"1.00 ({1e3 * seconds:.1f} ms)"
+    return rows
+
+
+def penalty(found: Numbers) -> Rows:
+    names = list(next(iter(found["rows"].values())))
+    rows = [["value and gradient, 300 tensors, 10.7M", *(f"`{name}`" for name in names)]]
+    rows.append([found["reference"], *["1.00"] * len(names)])
+    return rows + [[way, *(f"{times[name]['ratio']:.2f}" for name in names)] for way, times in found["rows"].items()]
+
+
+def ensemble(found: Numbers) -> Rows:
+    rows = [["training step, 32 networks", "speed"], [found["reference"], "1x"]]
+    return rows + [[name, f"{1 / each['ratio']:.1f}x"] for name, each in found["rows"].items()]
+
+
+def chains(found: Numbers) -> Rows:
+    rows = [[name, each["twin"], f"{each['ratio']:.2f}"] for name, each in found["rows"].items()]
+    return [["chain, donating", "against", "ratio"], *rows]
+
+
+def first_call(found: Numbers) -> Rows:
+    trees = list(dict.fromkeys(tree for times in found["seconds"].values() for tree in times))
+    rows = [["first call, seconds, cold / warm cache", *trees]]
+    for chain, times in found["seconds"].items():
+        cells = [times.get(tree) for tree in trees]
+        rows.append([chain, *(f"{each['cold']:.1f} / {each['warm']:.1f}" if each else "" for each in cells)])
+    return rows
+
+
+def memory(found: Numbers) -> Rows:
+    rows = [[name, f"{each['held']:.2f}", f"{each['passing']:.2f}"] for name, each in found["rows"].items()]
+    return [["AdamW, 300 tensors, 10.7M", "held", "passing"], *rows]
+
+
+def scaling(found: Numbers) -> Rows:
+    rows = [["", "torch fused, no L1", "funcreg", "ratio", "with packed gradients", "ratio"]]
+    for name, sweep in found["sweeps"].items():
+        for count, ways in sweep.items():
+            cells = [f"{1e3 * ways['packed']['reference seconds']:.2f} ms"]
+            for times in (ways["gathered"], ways["packed"]):
+                cells += [f"{1e3 * times['seconds']:.2f} ms", f"{times['ratio']:.2f}"]
+            rows.append([f"{int(count):,} {name}", *cells])
+    return rows
+
+
+def training(found: Numbers) -> Rows:
+    pace = sorted(each["reference seconds"] for each in found["rows"].values())
+    rows = [["training a small transformer", "steps a second", "speed"]]
+    rows.append([found["reference"], f"{1 / pace[len(pace) // 2]:.0f}", "1.00x"])
+    for name, each in found["rows"].items():
+        rows.append([name, f"{1 / each['seconds']:.0f}", f"{1 / each['ratio']:.2f}x"])
+    return rows
+
+
+def which_l1(found: Numbers) -> Rows:
+    rows = [["way", "error against scikit-learn", f"exact zeros (of {found['zeros of the solution']})"]]
+    for row in found["rows"]:
+        said = "none" if not row["zeros"] else f"{row['zeros']}" + ("" if row["same zeros"] else ", not the right ones")
+        rows.append([row["way"], f"{row['error']:.0e}", said])
+    return rows
+
+
+def support(found: Numbers) -> Rows:
+    rows = [["way", "accuracy", "loss + penalty", "exact zeros", "support that changes in an epoch"]]
+    for row in found["rows"]:
+        zeros = f"{100 * row['zeros']:.0f} %" if row["zeros"] else "none"
+        change = f"{100 * row['change']:.1f} %" if row["zeros"] else ""
+        rows.append([row["way"], f"{100 * row['accuracy']:.1f} %", f"{row['objective']:.3f}", zeros, change])
+    return rows
+
+
+def gpu(found: Numbers) -> Rows:
+    """Steps on a GPU, with their share of the bandwidth of a copy."""
+    columns = {name[5:]: times for name, times in found["sections"].items() if name.startswith("step ")}
+    rows = [["AdamW with L1", *columns]]
+    for way in [way for way in next(iter(columns.values())) if way.startswith(("fuse", "torch"))]:
+        rows.append([way])
+        for times in columns.values():
+            share = times[way]["bytes a second"] / found["sections"]["copy"]
+            rows[-1].append(f"{times[way]['seconds'] * 1e3:.2f} ms ({share:.0%})")
+    return rows
+
+
+# A GPU beside the CPU
+
+
+#: One step on an NVIDIA H100 80GB with torch 2.11, in milliseconds.
+H100: dict[str, dict[str, float]] = {
+    "funcreg, donating, packed gradients": {"124M": 1.21, "1B": 9.77, "124M, bfloat16": 0.97, "launches": 3},
+    "funcreg, donating": {"124M": 1.46, "1B": 10.04, "124M, bfloat16": 1.10, "launches": 7},
+    "torch `AdamW(fused=True)`, no L1": {"124M": 1.44, "1B": 11.06, "124M, bfloat16": 0.98, "launches": 9},
+    "torch fused + foreach L1": {"124M": 2.78, "1B": 22.0, "124M, bfloat16": 2.17, "launches": 30},
+    "torch fused + softshrink loop": {"124M": 3.14, "1B": 18.0, "124M, bfloat16": 4.20, "launches": 305},
+    "optax, jit, donating": {"124M": 2.65, "1B": 10.44},
+    "a kernel in Triton, by hand, on one buffer": {"124M": 1.16, "1B": 9.43, "launches": 1},
+}
+COLUMNS = ["124M", "1B", "124M, bfloat16"]
+
+
+def h100(_: Numbers) -> Rows:
+    rows = [["AdamW and L1, one step, ms", *COLUMNS, "launches"]]
+    for name, each in H100.items():
+        launches = f"{each['launches']}" if "launches" in each else ""
+        rows.append([name, *(f"{each[column]:.2f}" if column in each else "" for column in COLUMNS), launches])
+    return rows
+
+
+def speed(found: Numbers) -> Rows:
+    """The rows that were measured on both, in units of torch's AdamW."""
+    reference, workloads = found["reference"], {name: found["workloads"][name] for name in ("transformer", "big")}
+    rows = [["AdamW and L1, one step", *(f"CPU, {WORKLOADS[name]}" for name in workloads)]]
+    rows[0] += [f"H100, {column}" for column in COLUMNS]
+    seconds = [
+        statistics.median([each["reference seconds"] for each in times.values()]) for times in workloads.values()
+    ]
+    units = [1e3 * s for s in seconds] + [H100[reference][column] for column in COLUMNS]
+    for name, each in H100.items():
+        ratios = [times[name]["ratio"] if name in times else None for times in workloads.values()]
+        ratios += [each[column] / H100[reference][column] if column in each else None for column in COLUMNS]
+        if name == reference:
+            rows.append([name, *(f"1.00 ({unit:.1f} ms)" for unit in units)])
+        elif ratios[0] is not None:
+            rows.append([name, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+    return rows
+
+
+# The pages
+
+
+#: From the name of a table to what makes it and the file of its numbers.
+TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
+    **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
+    **{f.__name__: (f, f.__name__) for f in (which_l1, support, gpu)},
+    "speed": (speed, "step"),
+    "h100": (h100, "step"),
+}
+
+
+def machine(found: Numbers) -> str:
+    """Where the numbers come from, if it matters to them."""
+    if "cpu" not in found:
+        return ""
+    return (
+        f"\nMeasured on {found['threads']} cores of an {found['cpu']} with torch {found['torch']}, {found['date']}.\n"
+    )
+
+
+def table(name: str) -> str:
+    """A table in Markdown, and below it the machine."""
+    make, source = TABLES[name]
+    found = saved(source)
+    header, *rows = make(found)
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n" + ("" if make is h100 else machine(found))
+
+
+def filled(text: str) -> str:
+    """A page with each of its tables made anew."""
+
+    def made(marked: re.Match[str]) -> str:
+        name = marked[1]
+        return f"<!-- {name} -->\n{table(name)}<!-- end -->" if name in TABLES and saved(TABLES[name][1]) else marked[0]
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def write() -> None:
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    write()

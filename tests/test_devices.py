@@ -1,0 +1,101 @@
+"""Leaves on another device than the CPU, hyperparameters as numbers and as tensors of the CPU, no default device.
+
+The meta device stands for a GPU. Like one it takes scalars of the CPU and refuses other tensors of it.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CONSTRAINTS, DEVICE, GRADIENT_ALONE, PENALTIES, TRANSFORMS, draw, draw_fours
+
+import funcreg as fr
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _no_default_device():
+    """Also where the suite has one."""
+    if DEVICE != "cpu":
+        torch.set_default_device(None)
+    yield
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
+
+
+def elsewhere(tree):
+    return fr.tree_map(lambda w: w.to("meta"), tree)
+
+
+def devices(tree):
+    return {leaf.device.type for leaf in fr.tree_leaves(tree)}
+
+
+def numbers_and_tensors(hyper):
+    """Hyperparameters, and again with those that are no whole numbers in tensors."""
+    return [hyper, [torch.tensor(h, device="cpu") if isinstance(h, float) else h for h in hyper]]
+
+
+@pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
+def test_penalties_take_scalars_of_the_cpu(case):
+    params = elsewhere(draw())
+    for step, *hyper in numbers_and_tensors((0.5, *case.hyper)):
+        penalty = case.penalty
+        assert penalty(params, *hyper, **case.options).device.type == "meta"
+        assert devices(penalty.grad(params, *hyper, **case.options)) == {"meta"}
+        assert devices(penalty.prox(params, step, *hyper, **case.options)) == {"meta"}
+        if case.metric:
+            metric = fr.tree_map(torch.ones_like, params)
+            assert devices(penalty.prox(params, step, *hyper, metric=metric, **case.options)) == {"meta"}
+        weighted = penalty.given(*hyper, strength=step, **case.options)
+        assert weighted(params).device.type == "meta"
+        assert devices(weighted.grad(params)) == {"meta"}
+
+
+@pytest.mark.parametrize("case", CONSTRAINTS.values(), ids=CONSTRAINTS)
+def test_constraints_take_scalars_of_the_cpu(case):
+    params = elsewhere(draw_fours())
+    for hyper in numbers_and_tensors(case.hyper):
+        assert case.penalty(params, *hyper, **case.options).device.type == "meta"
+        assert devices(case.penalty.project(params, *hyper, **case.options)) == {"meta"}
+
+
+@pytest.mark.parametrize("case", GRADIENT_ALONE.values(), ids=GRADIENT_ALONE)
+def test_penalties_without_a_proximal_operator_do_too(case):
+    params = elsewhere(draw())
+    for hyper in numbers_and_tensors(case.hyper):
+        assert case.penalty(params, *hyper, **case.options).device.type == "meta"
+        assert devices(case.penalty.grad(params, *hyper, **case.options)) == {"meta"}
+
+
+@pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_do_too(case):
+    params, grads = elsewhere(draw()), elsewhere(draw(1))
+    for factor in (1.0, torch.tensor(1.0, device="cpu")):
+        tx = case.make(factor)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        assert devices(updates) == {"meta"}
+        assert devices(state) <= {"meta"}
+
+
+# The suite itself
+
+
+def draws(path):
+    """Lines that draw numbers from a generator, which belongs to a device, and name none."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and "generator" in (named := {keyword.arg for keyword in node.keywords}):
+            spread = any(keyword.arg is None for keyword in node.keywords)
+            if "device" not in named and not spread:
+                yield f"{path.name}:{node.lineno}"
+
+
+def test_numbers_of_a_generator_are_drawn_on_the_cpu_and_moved():
+    collected_everywhere = set(TESTS.glob("*.py")) - {TESTS / "test_articles.py"}
+    assert [line for path in sorted(collected_everywhere) for line in draws(path)] == []

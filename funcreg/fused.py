@@ -8,9 +8,6 @@ into graphs (`lowering`), and has memory for results (`memory`).
 from __future__ import annotations
 
 import bisect
-import contextlib
-import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,17 +19,16 @@ from torch import Tensor
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.lowering import Compiler, say_once
-from funcreg.memory import Memory
 from funcreg.penalty import Penalty
-from funcreg.plan import Plan
-from funcreg.recording import placeholder, record
+from funcreg.plan import Call, Plan
+from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_penalty
 from funcreg.transform import Transform, nonnegative
 from funcreg.tree import (
     apply_updates,
-    check_alike,
     check_params,
     compute,
+    filled,
     leaves_like,
     reader,
     restored,
@@ -40,6 +36,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_map,
     tree_paths,
+    without_autocast,
 )
 
 #: Structures of trees for which a step keeps a plan.
@@ -76,67 +73,52 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
     return FusedStep(tx, donate, backend)
 
 
+class _ShapeChangedError(ValueError):
+    """A result has another shape than what it replaces."""
+
+
 @dataclass
-class _Inputs:
-    """What a plan computes with in one call."""
+class _Checked:
+    """A call that was checked, and what tells whether a later one needs to be checked again."""
 
     plan: Plan
-    specs: tuple[Any, Any]  # Structures of parameters and state.
-    count: int  # Number of parameters.
-    arguments: list[Any]
-    contiguous: tuple[bool, bool]  # Whether parameters and state, and gradients, are.
-    memory: Memory | None = None  # In which parameters and state lie, if they lie where the plan likes them.
-    gradients: Memory | None = None
-
-    def locate(self) -> _Inputs:
-        """Find the memory in which the leaves lie."""
-        plan, arguments = self.plan, self.arguments
-        if self.contiguous[0]:
-            self.memory = plan.results.find([arguments[i].data_ptr() for i in plan.kept])
-        if self.contiguous[1]:
-            self.gradients = plan.gradients.find([arguments[i].data_ptr() for i in plan.read])
-        return self
-
-    def without_arguments(self) -> _Inputs:
-        """The same for later calls: it keeps no tensor alive."""
-        return _Inputs(self.plan, self.specs, self.count, [], self.contiguous)
-
-    def resolved(self) -> _Inputs:
-        """The same with numbers as they are, where views are negated or conjugated."""
-        self.arguments = [x.resolve_conj().resolve_neg() for x in self.arguments]
-        return self
-
-
-@dataclass
-class _Examined:
-    """A call that was checked, and what tells whether later ones need to be checked again."""
-
-    inputs: _Inputs
+    specs: Sequence[Any]  # Structures of the trees that were given.
+    counts: list[int]  # Numbers of their leaves.
     readers: list[Callable[[Any], list[Any] | None]]
-    matches: Callable[..., bool]  # Whether arguments are like these but for their numbers and where they lie.
+    matches: Callable[..., bool]  # Whether tensors are like these but for their numbers and where they lie.
     has_views: bool  # Whether one is negated or conjugated.
-    kept: list[int] | None  # Addresses of donated leaves and of captured tensors.
-    donated: _Spans
+    contiguous: tuple[bool, bool]  # Whether parameters and state are, and gradients.
+    donated: _Spans | None
+    addresses: list[int]  # Of parameters and state, if they are donated, and of captured tensors.
 
-    def inputs_like(self, trees: Sequence[Any]) -> _Inputs | None:
-        """The inputs of a call with other trees; None if it has to be checked."""
+    def call(self, trees: Sequence[Any]) -> Call | None:
+        """The call on other trees; None if they have to be checked."""
         arguments: list[Any] = []
         for read, tree in zip(self.readers, trees, strict=True):
             leaves = read(tree)
             if leaves is None:
                 return None
             arguments += leaves
-        before = self.inputs
-        arguments += before.plan.captured
+        arguments += self.plan.captured
         if not self.matches(*arguments):
             return None
-        if self.kept is not None:
-            grads = arguments[before.count : 2 * before.count]
-            fixed = arguments[: before.count] + arguments[2 * before.count :]
-            if list(map(Tensor.data_ptr, fixed)) != self.kept or self.donated.overlap(grads) is not None:
+        if self.donated is not None:
+            begin, end = self.counts[0], self.counts[0] + self.counts[1]
+            kept = arguments[:begin] + arguments[end:]
+            if list(map(Tensor.data_ptr, kept)) != self.addresses or self.donated.overlap(arguments[begin:end]):
                 return None
-        inputs = _Inputs(before.plan, before.specs, before.count, arguments, before.contiguous).locate()
-        return inputs.resolved() if self.has_views else inputs
+        return self.located(arguments)
+
+    def located(self, arguments: list[Any]) -> Call:
+        """A call with these arguments, and the memory in which they lie."""
+        call, plan = Call(arguments), self.plan
+        if self.contiguous[0]:
+            call.memory = plan.results.find([arguments[i].data_ptr() for i in plan.kept])
+        if self.contiguous[1]:
+            call.gradients = plan.gradients.find([arguments[i].data_ptr() for i in plan.read])
+        if self.has_views:
+            call.arguments = [x.resolve_conj().resolve_neg() for x in arguments]
+        return call
 
 
 class _Spans:
@@ -157,16 +139,75 @@ class _Spans:
         return None
 
 
-class FusedStep:
+class _Planned:
+    """Plans for calls on trees of known structures, and the last call that was checked."""
+
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        self._compiler = Compiler(backend)
+        self._plans: dict[Any, Plan | None] = {}  # None where the function could not be recorded.
+        self._last: _Checked | None = None
+
+    def _plan(
+        self, columns: Sequence[list[Any]], specs: Any, function: Any, plan: Callable[[Record], Plan], plain: Any
+    ) -> Plan | None:
+        """The plan for trees of these leaves and structures, made if they are new; None if that is impossible.
+
+        `function` makes results from trees, `plan` makes a plan from its record, and `plain` says as an error what is
+        wrong with the trees, if something is.
+        """
+        likes = [tuple([_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column]) for column in columns]
+        key = (tuple(specs), *likes)
+        try:
+            if key in self._plans:
+                return self._plans[key]
+            if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
+                del self._plans[next(iter(self._plans))]
+            stand_ins = [[placeholder(x) if isinstance(x, Tensor) else x for x in column] for column in columns]
+            trees = [restored(spec, leaves) for spec, leaves in zip(specs, stand_ins, strict=True)]
+            made = plan(record(lambda *_: function(*trees), *(x for column in stand_ins for x in column)))
+        except _ShapeChangedError:
+            raise
+        except Exception as error:
+            plain()
+            say_once(f"this is computed leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}")
+            made = None
+        try:
+            self._plans[key] = made
+        except TypeError:  # An extra argument without a hash, which was said.
+            return None
+        return made
+
+    def _checked(
+        self, plan: Plan, columns: Sequence[list[Any]], specs: Any, trees: Sequence[Any], donated: _Spans | None = None
+    ) -> Call:
+        """The call on trees that were checked, of which each later one is compared with this."""
+        arguments = [*(x for column in columns for x in column if isinstance(x, Tensor)), *plan.captured]
+        has_views = any([x.is_neg() or x.is_conj() for x in arguments])
+        lie = lambda which: all([arguments[i].is_contiguous() for i in which])
+        counts = [len(column) for column in columns]
+        others = [*columns[0], *(x for column in columns[2:] for x in column), *plan.captured]
+        addresses = [] if donated is None else [x.data_ptr() for x in others if isinstance(x, Tensor)]
+        readers, matches = [reader(tree) for tree in trees], undocumented.tensor_checks(arguments)
+        contiguous = lie(plan.kept), lie(plan.read)
+        checked = _Checked(plan, specs, counts, readers, matches, has_views, contiguous, donated, addresses)
+        self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
+        return checked.located(arguments)
+
+
+def _like(x: Tensor) -> tuple[Any, ...]:
+    """What a plan is made for."""
+    return type(x), x.shape, x.dtype, x.device, x.layout
+
+
+class FusedStep(_Planned):
     """A compiled training step; see `fuse`."""
 
     def __init__(self, tx: Transform, donate: bool, backend: str | Callable[..., Any]) -> None:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
+        super().__init__(backend)
         self._tx, self._donate = tx, donate
-        self._compiler = Compiler(backend)
-        self._plans: dict[Any, Plan | None] = {}  # None where the chain could not be recorded.
-        self._last: _Examined | None = None
+        self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
 
     def __repr__(self) -> str:
@@ -190,10 +231,10 @@ class FusedStep:
         check_params(params)
         params = tree_map(lambda w: w.detach(), params)
         with torch.inference_mode(False), torch.no_grad():
-            trees = (params, params, self._tx.init(params), _with_tensors(extra))
+            trees = (params, params, self._tx.init(params), _with_tensors(extra))[: 4 if extra else 3]
             columns, specs = zip(*map(structure, trees), strict=True)
             try:
-                plan = self._plan(trees, columns, specs)
+                plan = self._plan_for(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
             leaves = [*columns[0], *columns[2]]
@@ -221,9 +262,9 @@ class FusedStep:
             ValueError: `init` made no parameters like these.
         """
         leaves, spec = structure(params)
-        likes = tuple(map(_like, leaves))
+        kinds = [like[1:] for like in map(_like, leaves)]  # Whether they are `Parameter` or not.
         for (specs, known, *_), plan in self._plans.items():
-            if specs[0] != spec or known != likes:
+            if specs[0] != spec or [like[1:] for like in known] != kinds:
                 continue
             made = [torch.zeros_like(x, requires_grad=False, memory_format=torch.contiguous_format) for x in leaves]
             if plan is not None:
@@ -245,58 +286,85 @@ class FusedStep:
                     "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
                 )
             return self._plain(params, grads, state, extra)
-        with torch.no_grad(), without_autocast():
-            last = self._last
-            inputs = None if extra or last is None else last.inputs_like((params, grads, state))
-            if inputs is None:
-                inputs = self._examine(params, grads, state, extra)
-            if inputs is None:
-                return self._leaf_by_leaf(params, grads, state, extra)
-            if inputs.gradients is not None:
-                self._check_gradients_are_new(inputs)
-            results = inputs.plan.run(inputs.arguments, inputs.memory, inputs.gradients)
-            if not self._donate:
-                first, second = inputs.specs
-                return restored(first, results[: inputs.count]), restored(second, results[inputs.count :])
-            for place, new in zip(inputs.plan.places, results, strict=False):  # None if they are in place.
-                inputs.arguments[place].copy_(new)
-            return params, state
+        return self._step(params, grads, state, extra)
 
     def _plain(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
-        check_params(params)
-        check_alike(params, grads, ("params", "grads"))
         updates, new = self._tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), new
 
-    def _examine(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> _Inputs | None:
-        """The inputs of a call, after all checks; None if the chain cannot be recorded."""
-        trees = (params, grads, state, _with_tensors(extra))
-        columns, specs = zip(*map(structure, trees), strict=True)
-        plan = self._plan(trees, columns, specs)
-        captured = [] if plan is None else plan.captured
-        donated = [*columns[0], *columns[2]] if self._donate else []
-        if self._donate:
-            _check_donated(params, grads, state, columns, captured)
-        if plan is None:
-            return None
-        given = [x for x in columns[3] if isinstance(x, Tensor)]
-        spans = _Spans(donated)
-        given = [x.clone() if spans.overlap([x]) else x for x in given]
-        arguments = [*columns[0], *columns[1], *columns[2], *given, *captured]
-        contiguous = all([arguments[i].is_contiguous() for i in plan.kept]), all([x.is_contiguous() for x in columns[1]])
-        inputs = _Inputs(plan, (specs[0], specs[2]), len(columns[0]), arguments, contiguous).locate()
-        has_views = any([x.is_neg() or x.is_conj() for x in arguments])
-        if not extra:
-            kept = [x.data_ptr() for x in (*donated, *captured)] if self._donate else None
-            readers = [reader(tree) for tree in (params, grads, state)]
-            matches = undocumented.tensor_checks(arguments)
-            self._last = _Examined(inputs.without_arguments(), readers, matches, has_views, kept, spans)
-        return inputs.resolved() if has_views else inputs
+    @without_autocast
+    @torch.no_grad()
+    def _step(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
+        call = None if extra or self._last is None else self._last.call((params, grads, state))
+        plan = None if self._last is None else self._last.plan
+        if call is None:
+            grads = filled(params, grads, self._tx.spares, ("params", "grads"))
+            trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
+            check_params(params)
+            columns, specs = zip(*map(structure, trees), strict=True)
+            plan = self._plan_for(trees, columns, specs)
+            donated = None
+            if self._donate:
+                donated = _check_donated(params, grads, state, columns, [] if plan is None else plan.captured)
+            if plan is None:
+                return self._leaf_by_leaf(params, grads, state, extra)
+            given = [
+                [x.clone() if donated and isinstance(x, Tensor) and donated.overlap([x]) else x for x in column]
+                for column in columns[3:]
+            ]
+            call = self._checked(plan, (*columns[:3], *given), specs, trees[:3], donated)
+        assert plan is not None
+        if call.gradients is not None:
+            self._check_gradients_are_new(call, plan)
+        results = plan.run(call)
+        if not self._donate:
+            return _rebuilt(params, state, results)
+        for place, new in zip(plan.places, results, strict=False):  # None if they are in place.
+            call.arguments[place].copy_(new)
+        return params, state
 
-    def _check_gradients_are_new(self, inputs: _Inputs) -> None:
+    def _plan_for(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
+        params, _, state = trees[:3]
+        extra = lambda rest: rest[0] if rest else {}
+        function = lambda p, g, s, *rest: leaves_like((p, s), self._plain(p, g, s, extra(rest)))
+
+        def plan(found: Record) -> Plan:
+            count = len(columns[0])
+            written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
+            for i, (place, value) in enumerate(zip(written, found.outputs, strict=True)):
+                if place.shape != value.shape:
+                    raise _ShapeChangedError(
+                        f"{_names(params, state)[i]} came out of the step with shape {value.shape}; expected "
+                        f"{place.shape}, as before"
+                    )
+            # Where old numbers go to new places, places are not written before all are read.
+            pairs = zip(found.outputs, written, strict=True)
+            moved = any([value.may_alias and value is not place for value, place in pairs])
+            return Plan(found, count, count, written, self._donate and not moved, self._compiler)
+
+        return self._plan(columns, specs, function, plan, lambda: function(*trees))
+
+    def _leaf_by_leaf(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
+        """A step of a chain that cannot be recorded. All is read before anything is written."""
+        function = lambda p, g, s, extra: leaves_like((p, s), self._plain(p, g, s, extra))
+        if self._compiled is None:
+            with undocumented.imports_may_warn():
+                self._compiled = torch.compile(function, backend=self._compiler.backend)
+        try:
+            new = self._compiled(params, grads, state, extra)
+        except Exception as error:
+            new = function(params, grads, state, extra)  # The compiler wraps what tracing raises.
+            self._compiled = function
+            say_once(f"fuse runs this chain without a compiler: {' '.join(str(error).split())[:300]}")
+        if not self._donate:
+            return _rebuilt(params, state, new)
+        for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
+            old.copy_(leaf)
+        return params, state
+
+    def _check_gradients_are_new(self, call: Call, plan: Plan) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last call."""
-        grads = inputs.arguments[inputs.count : 2 * inputs.count]
-        versions = [id(inputs.gradients), *undocumented.versions(grads)]
+        versions = [id(call.gradients), *undocumented.versions([call.arguments[i] for i in plan.read])]
         if versions == self._versions:
             say_once(
                 "nothing was written into the gradients of step.gradients since the last step, which was taken with "
@@ -305,92 +373,9 @@ class FusedStep:
             )
         self._versions = versions
 
-    def _plan(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
-        """The plan for trees like these, made if they are new, or None if the chain could not be recorded."""
-        check_params(trees[0])
-        check_alike(trees[0], trees[1], ("params", "grads"))
-        likes = [tuple([_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column]) for column in columns]
-        kinds = [(type(x), x.layout) for column in columns for x in column if isinstance(x, Tensor)]
-        key = (specs, *likes, *kinds)
-        try:
-            hash(key)
-        except TypeError as error:
-            say_once(f"fuse compiles this chain leaf by leaf, which is slow: among the extra arguments is an {error}")
-            return None
-        if key not in self._plans:
-            if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._recorded(trees, columns, specs)
-        return self._plans[key]
 
-    def _recorded(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
-        try:
-            stand_ins = [[placeholder(x) if isinstance(x, Tensor) else x for x in column] for column in columns]
-            params, grads, state, extra = (restored(spec, x) for spec, x in zip(specs, stand_ins, strict=True))
-            results = lambda *_: leaves_like((params, state), self._plain(params, grads, state, extra))
-            found = record(results, *(x for column in stand_ins for x in column))
-            count = len(columns[0])
-            written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
-            same = [place.shape == value.shape for place, value in zip(written, found.outputs, strict=True)]
-            if all(same):
-                # Where old numbers go to new places, places are not written before all are read.
-                pairs = zip(found.outputs, written, strict=True)
-                moved = any([value.may_alias and value is not place for value, place in pairs])
-                return Plan(found, count, count, written, self._donate and not moved, self._compiler)
-        except Exception as error:
-            # If the call is at fault, the plain functions say how, and which leaf.
-            self._plain(*trees)
-            say_once(
-                f"fuse compiles this chain leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}"
-            )
-            return None
-        which = same.index(False)
-        raise ValueError(
-            f"{_names(trees[0], trees[2])[which]} came out of the step with shape {found.outputs[which].shape}; "
-            f"expected {written[which].shape}, as before"
-        )
-
-    @functools.cached_property
-    def _compiled_leaf_by_leaf(self) -> Callable[..., Any]:
-        """The plain functions, compiled, or themselves where that fails."""
-
-        def results(params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> list[Tensor]:
-            return leaves_like((params, state), self._plain(params, grads, state, extra))
-
-        # Code of its own, to which compiled code is tied, up to a limit of versions.
-        own = types.FunctionType(
-            results.__code__.replace(), globals(), results.__name__, results.__defaults__, results.__closure__
-        )
-        compiled: Any = torch.compile(own, backend=self._compiler.backend)
-
-        def run(*arguments: Any) -> list[Tensor]:
-            nonlocal compiled
-            if compiled is not own:
-                try:
-                    with undocumented.imports_may_warn():
-                        return compiled(*arguments)
-                except Exception as error:
-                    made = own(*arguments)  # The compiler wraps what tracing raises; this says it as it is.
-                    compiled = own
-                    say_once(f"fuse runs this chain without a compiler: {' '.join(str(error).split())[:300]}")
-                    return made
-            return own(*arguments)
-
-        return run
-
-    def _leaf_by_leaf(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
-        """A step of a chain that cannot be recorded. All is read before anything is written."""
-        new = self._compiled_leaf_by_leaf(params, grads, state, extra)
-        (first, one), (second, other) = structure(params), structure(state)
-        if not self._donate:
-            return restored(one, new[: len(first)]), restored(other, new[len(first) :])
-        for old, leaf in zip([*first, *second], [x.clone() for x in new], strict=True):
-            old.copy_(leaf)
-        return params, state
-
-
-def _check_donated(params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor]) -> None:
-    """Raise an error for leaves that cannot be written into, or share memory with what is read."""
+def _check_donated(params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor]) -> _Spans:
+    """Where donated leaves lie, or an error: they cannot be written into, or share memory with what is read."""
     owned, names = [*columns[0], *columns[2]], _names(params, state)
     for name, leaf in zip(names, owned, strict=True):
         if not isinstance(leaf, Tensor):
@@ -412,6 +397,13 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
             f"{names[found[1]]}, which is donated and so overwritten at every step. Is it an anchor made of these "
             "parameters? Give the chain a copy: tensor.clone()."
         )
+    return spans
+
+
+def _rebuilt(params: Params, state: State, leaves: list[Any]) -> tuple[Params, State]:
+    """Trees like parameters and state."""
+    count, specs = len(tree_leaves(params)), [structure(tree)[1] for tree in (params, state)]
+    return restored(specs[0], leaves[:count]), restored(specs[1], leaves[count:])
 
 
 def value_and_grad(
@@ -451,76 +443,43 @@ def value_and_grad(
         value = strength * penalty(params, *hyper, mask=mask, **options)
         return value, compute(lambda g, s: s * g, slopes, hyper=(strength,))
 
-    return _ValueAndGrad(plain, Compiler(backend))
+    return _ValueAndGrad(plain, backend)
 
 
-class _ValueAndGrad:
+class _ValueAndGrad(_Planned):
     """A function from parameters to a scalar and a tree like them, in few kernels."""
 
-    def __init__(self, plain: Callable[[Params], tuple[Tensor, Params]], compiler: Compiler) -> None:
-        self._plain, self._compiler = plain, compiler
-        self._plans: dict[Any, Plan | None] = {}
-        self._last: _Examined | None = None
+    def __init__(self, plain: Callable[[Params], tuple[Tensor, Params]], backend: str | Callable[..., Any]) -> None:
+        super().__init__(backend)
+        self._plain = plain
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
         if torch.compiler.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)):
             return self._plain(params)
-        with torch.no_grad(), without_autocast():
-            inputs = None if self._last is None else self._last.inputs_like((params,))
-            if inputs is None:
-                inputs = self._examine(params)
-            if inputs is None:
-                return self._plain(params)
-            *slopes, value = inputs.plan.run(inputs.arguments, None)
-            return value, restored(inputs.specs[0], slopes)
+        return self._pass(params)
 
-    def _examine(self, params: Params) -> _Inputs | None:
-        """The inputs of a call, after all checks; None if the penalty cannot be recorded."""
-        check_params(params)
-        leaves, spec = structure(params)
-        key = (spec, *map(_like, leaves))
-        if key not in self._plans:
-            if len(self._plans) >= _PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._recorded(params, leaves, spec)
-        plan = self._plans[key]
-        if plan is None:
-            return None
-        inputs = _Inputs(plan, (spec, None), len(leaves), [*leaves, *plan.captured], (False, False))
-        has_views = any([x.is_neg() or x.is_conj() for x in inputs.arguments])
-        matches = undocumented.tensor_checks(inputs.arguments)
-        self._last = _Examined(inputs.without_arguments(), [reader(params)], matches, has_views, None, _Spans([]))
-        return inputs.resolved() if has_views else inputs
+    @without_autocast
+    @torch.no_grad()
+    def _pass(self, params: Params) -> tuple[Tensor, Params]:
+        call = None if self._last is None else self._last.call((params,))
+        if call is None:
+            check_params(params)
+            leaves, spec = structure(params)
 
-    def _recorded(self, params: Params, leaves: list[Tensor], spec: Any) -> Plan | None:
-        try:
-            stand_ins = [placeholder(x) for x in leaves]
-
-            def results(*_: Tensor) -> list[Tensor]:
-                value, slopes = self._plain(restored(spec, stand_ins))
+            def function(params: Params) -> list[Tensor]:
+                value, slopes = self._plain(params)
                 return [*tree_leaves(slopes), value]
 
-            found = record(results, *stand_ins)
-            return Plan(found, len(leaves), 0, [*found.inputs, None], False, self._compiler, keeps=True)
-        except Exception as error:
-            self._plain(params)  # If the call is at fault, the plain functions say how.
-            say_once(f"value_and_grad computes leaf by leaf, without a compiler: {type(error).__name__}: {error}")
-            return None
+            def plan(found: Record) -> Plan:
+                return Plan(found, len(leaves), 0, [*found.inputs, None], False, self._compiler, keeps=True)
 
-
-def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """Operations in the dtype of their arguments."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    for device in ("cpu", "cuda"):
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
-def _like(x: Tensor) -> tuple[Any, ...]:
-    """What a plan is made for."""
-    return x.shape, x.dtype, x.device
+            made = self._plan([leaves], [spec], function, plan, lambda: self._plain(params))
+            if made is None:
+                return self._plain(params)
+            call = self._checked(made, [leaves], [spec], (params,))
+        assert self._last is not None
+        *slopes, value = self._last.plan.run(call)
+        return value, restored(self._last.specs[0], slopes)
 
 
 def _names(params: Params, state: State) -> list[str]:

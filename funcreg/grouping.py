@@ -13,7 +13,7 @@ stage, then its kernels. Of an earlier stage a kernel sees scalars only; all els
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,12 +55,22 @@ class Group:
     members: list[LeafSubgraph]
     flat: bool
     summed: bool = False  # Whether exports are wanted only as sums over all members.
-    shape_polymorphic: bool = False  # Whether one code serves this and groups that differ from it in sizes alone.
 
     @property
     def stacked(self) -> bool:
         """Whether its members are computed with side by side, each a row of a stack."""
         return not self.flat and (self.shape_polymorphic or len(self.members) > 1)
+
+    @property
+    def shape_polymorphic(self) -> bool:
+        """Whether code for any shape is compiled: it is long, and of rows alone, so that other groups may share it.
+
+        On a CPU; elsewhere kernels of many sizes compile side by side.
+        """
+        nodes = self.first.nodes
+        if self.flat or len(nodes) < _LONG or self.first.inputs[0].device.type != "cpu":
+            return False
+        return all([torch.Tag.pointwise in node.op.tags or node.op in _LIKE | _REDUCTIONS for node in nodes])
 
     @property
     def first(self) -> LeafSubgraph:
@@ -262,30 +272,7 @@ def _groups(
         for member in members:
             of_one_shape.setdefault(_description(member), []).append(member)
         groups.extend(Group(each, False) for each in of_one_shape.values())
-    families: dict[Any, list[Group]] = {}
-    for each in groups:
-        if not each.flat and _takes_any_shape(each.first):
-            families.setdefault(_description(each.first, len), []).append(each)
-    for each in [each for family in families.values() if len(family) > 1 for each in family]:
-        each.shape_polymorphic = True
     return groups
-
-
-def _takes_any_shape(subgraph: LeafSubgraph) -> bool:
-    """Whether one code is to serve subgraphs that differ in the sizes of their leaves: it is long, and of rows alone.
-
-    On a CPU; elsewhere kernels of many sizes compile side by side.
-    """
-    if len(subgraph.nodes) < _LONG or subgraph.inputs[0].device.type != "cpu":
-        return False
-    made = {value for node in subgraph.nodes for value in node.outputs}
-    outside = [value for node in subgraph.nodes for value in node.inputs if value.shape and value not in made]
-    shapes = {value.shape for value in [*subgraph.inputs, *outside]}
-    if any([len(value.shape) != len(subgraph.inputs[0].shape) for value in made]):
-        return False
-    if not all([torch.Tag.pointwise in node.op.tags or node.op in _LIKE | _REDUCTIONS for node in subgraph.nodes]):
-        return False
-    return len(shapes) == 1 and 0 not in shapes.pop()
 
 
 def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -> tuple[Value, ...] | None:
@@ -315,7 +302,7 @@ def _is_flat(subgraph: LeafSubgraph, owner: dict[Value, _Owner]) -> bool:
     return True
 
 
-def _description(subgraph: LeafSubgraph, of_shape: Any = tuple) -> tuple[Any, ...]:
+def _description(subgraph: LeafSubgraph, of_shape: Callable[[Any], Any] = tuple) -> tuple[Any, ...]:
     """What subgraphs that are alike have in common; of a shape, what `of_shape` says of it."""
     names: dict[Value, int] = {}
     said: list[Any] = []

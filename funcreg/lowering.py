@@ -46,7 +46,9 @@ class Compiler:
         self._made: dict[Any, Callable[..., Any]] = {}
         self._lock, self._process = threading.Lock(), os.getpid()
 
-    def __call__(self, graph: fx.GraphModule, args: Sequence[Tensor], any_size: bool, polymorphic: bool) -> Any:
+    def __call__(
+        self, graph: fx.GraphModule, args: Sequence[Tensor], any_size: bool = False, polymorphic: bool = False
+    ) -> Any:
         """What computes as a graph does, on arguments like these.
 
         Args:
@@ -113,8 +115,7 @@ class Kernel:
 
     graph: fx.GraphModule
     flat: bool
-    polymorphic: bool
-    groups: list[int]
+    shape_polymorphic: bool
     reads: list[tuple[int, int]]  # Which of the groups, and which input of its members.
     scalars: list[Value]
     writes: list[tuple[int, int]]  # The same, of inputs whose places are written.
@@ -130,6 +131,14 @@ class Scalars:
     takes: list[Value]
     makes: list[Value]
     compiled: Any = None
+
+
+@dataclass
+class Program:
+    """Stages, one after another: scalars, then kernels."""
+
+    stages: list[tuple[Scalars | None, list[Kernel]]]
+    takes: list[Value]  # Scalars, and what goes out as it is.
 
 
 @dataclass
@@ -165,8 +174,8 @@ class Lowering:
         self._parts: dict[Value, list[Value]] = {}  # From an export to the sums of buffers that stand for all of it.
         self.buffers = [list(_buffers(number, group, whole)) for number, group in enumerate(grouping.groups)]
 
-    def program(self) -> list[tuple[Scalars | None, list[Kernel]]]:
-        """Stages, one after another: scalars, then kernels."""
+    def program(self) -> Program:
+        """The kernels and scalars of all stages."""
         groups = self._grouping.groups
         # Exports of the last kernels may need one more stage of scalars.
         count = 2 + max([self._stages[value] for group in groups for value in group.first.ends], default=0)
@@ -187,7 +196,9 @@ class Lowering:
             here = [node for node in nodes if self._stages[node.outputs[0]] == stage]
             later = {value for node in nodes if self._stages[node.outputs[0]] > stage for value in node.inputs}
             scalars.append(_scalars(here, wanted | later))
-        return list(zip(scalars, kernels, strict=True))
+        takes = {value for each in scalars if each for value in each.takes} | wanted
+        stages = list(zip(scalars, kernels, strict=True))
+        return Program(stages, list(takes))
 
     def _kernels(self, work: list[_GroupStage]) -> list[Kernel]:
         """Kernels of one stage: one for each flat group, and for other groups several together."""
@@ -290,10 +301,7 @@ class Lowering:
         first = self._grouping.groups[parts[0].group]
         reads = [(i, slot) for i, part in enumerate(parts) for slot in part.reads]
         writes = [(i, slot) for i, part in enumerate(parts) for slot in part.places]
-        numbers = [part.group for part in parts]
-        return Kernel(
-            writer.module(results), first.flat, first.shape_polymorphic, numbers, reads, list(scalars), writes
-        )
+        return Kernel(writer.module(results), first.flat, first.shape_polymorphic, reads, list(scalars), writes)
 
 
 def arrange(grouping: Grouping) -> None:

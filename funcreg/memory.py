@@ -25,15 +25,15 @@ _PAGE = 4096
 _HUGE = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """Leaves of one dtype that lie end to end."""
 
     key: Any  # The group, and which input of its members these are.
     dtype: torch.dtype
     device: torch.device
-    positions: tuple[int, ...]  # Of the leaves, in a list of leaves.
-    shapes: tuple[tuple[int, ...], ...]
+    positions: list[int]  # Of the leaves, in a list of leaves.
+    shapes: list[tuple[int, ...]]
 
 
 class Layout:
@@ -41,6 +41,7 @@ class Layout:
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self.parts = list(parts)
+        self.keys = {part.key for part in self.parts}
         self.sizes: dict[torch.device, int] = {}  # Bytes of each block.
         self.offsets: list[int] = []  # Of each part in its block, in bytes.
         #: For each leaf: position, part, offset in the block, shape and number of entries, by position.
@@ -57,12 +58,7 @@ class Layout:
         self.positions = [position for position, *_ in self.leaves]
         #: The first leaf with entries, by whose address memory is found.
         self.anchor = next((i for i, (*_, entries) in enumerate(self.leaves) if entries), None)
-        strides = lambda shape: torch.empty(shape, device="meta").stride()
-        self._strides = {shape: strides(shape) for _, _, _, shape, _ in self.leaves}
-
-    def strides(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a contiguous tensor."""
-        return self._strides[shape]
+        self.strides = {shape: torch.empty(shape, device="meta").stride() for _, _, _, shape, _ in self.leaves}
 
 
 class Memory:
@@ -104,11 +100,11 @@ class Memory:
             if not isinstance(owner, memoryview):
                 storage = owner[offset : offset + entries * part.dtype.itemsize]
                 leaf = torch.empty(0, dtype=part.dtype, device=part.device)
-                leaf.set_(storage, 0, shape, self._layout.strides(shape))
+                leaf.set_(storage, 0, shape, self._layout.strides[shape])
             else:
                 leaf = _over(owner, offset, entries, part.dtype)
                 if len(shape) != 1:
-                    leaf.as_strided_(shape, self._layout.strides(shape))
+                    leaf.as_strided_(shape, self._layout.strides[shape])
             made.append(leaf)
         self.addresses = self.addresses or list(map(Tensor.data_ptr, made))
         return made, next(iter(owners.values())) if self.is_reusable and owners else made[self._layout.anchor or 0]

@@ -453,7 +453,10 @@ def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Any], names: tupl
 
 
 def filled(
-    params: Params, updates: Updates, allowed: Sequence[bool] | Callable[[Params], Sequence[bool]] | None = None
+    params: Params,
+    updates: Updates,
+    allowed: Sequence[bool] | Callable[[Params], Sequence[bool]] | None = None,
+    names: tuple[str, str] = ("params", "updates"),
 ) -> Updates:
     """Updates, checked as by `check_alike`, with zeros for each None that stands for a leaf where that is allowed.
 
@@ -464,12 +467,12 @@ def filled(
         updates: Tree like the parameters, with None for some leaves.
         allowed: One bool for each leaf, whether None may stand there, or a function that makes them from parameters
             and is called only if there is a None; by default None may stand nowhere.
+        names: What errors call the two trees.
 
     Raises:
         ValueError: A leaf is None where it is not allowed, or differs in structure, shape or device.
         TypeError: A leaf is no dense tensor of numbers.
     """
-    names = ("params", "updates")
     leaves, rebuild = flatten(params)
     found = leaves_like(params, updates, names)
     complete = all([update is not None for update in found])

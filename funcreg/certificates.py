@@ -114,7 +114,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
 
     size = _largest(downhill).to(torch.float64)
     limits = torch.finfo(size.dtype)
-    low, high = torch.full_like(size, limits.tiny), (size * 2.0**200).clamp(max=limits.max)
+    known = torch.where(size.isnan(), torch.ones_like(size), size)  # A step is a number; what lands is NaN anyway.
+    low, high = torch.full_like(size, limits.tiny), (known * 2.0**200).clamp(max=limits.max)
     reachable = vanish(high)
     for _ in range(66):  # 12 halve the range of magnitudes until it is a factor of 2, 53 the numbers in that.
         middle = torch.where(high > 2 * low, low.sqrt() * high.sqrt(), low + (high - low) / 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.penalty import penalty
-from funcreg.tree import euclidean, sign, squared, tree_map
+from funcreg.tree import bare, euclidean, sign, squared, tree_map
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
 Dim = int | tuple[int, ...] | EllipsisType | None
@@ -45,10 +45,10 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
         size = w.abs()
         # Adding zero turns -0.0 into +0.0.
         return w * ((size - threshold).relu() / torch.where(size == 0, torch.ones_like(size), size)) + 0.0
-    if isinstance(threshold, Tensor):
-        # Not a clamp: between its two ends a threshold of 0 is a tie, which splits the derivative.
-        return w - torch.where(w.abs() <= threshold, w, w.sign() * threshold)
-    return w - w.clamp(-threshold, threshold)
+    if not isinstance(threshold, Tensor) or (bare(w) and bare(threshold)):
+        return w - w.clamp(-threshold, threshold)
+    # The same, but for derivatives: between the two ends of a clamp a threshold of 0 is a tie, which splits them.
+    return w - torch.where(w.abs() <= threshold, w, w.sign() * threshold)
 
 
 def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:

@@ -15,7 +15,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.construction import Remembering
 from funcreg.descent import approach, check_inner_steps
-from funcreg.ranges import check_range
+from funcreg.ranges import check_range, concrete
 from funcreg.tree import (
     check_alike,
     check_params,
@@ -473,6 +473,10 @@ def _check(name: str, value: Hyper, bounds: tuple[float, float] | None) -> None:
         return
     if bounds is not None:
         least, greatest = bounds
+        if isinstance(value, Tensor) and not value.ndim and value.is_floating_point():
+            known = concrete(value)
+            if known is None or least <= float(known) <= greatest:
+                return
         above_0 = least == sys.float_info.min
         check_range(name, value, 0.0 if above_0 else least, greatest, open_low=above_0)
     elif not isinstance(value, Tensor) or not (value.ndim or value.is_complex()):

@@ -730,8 +730,11 @@ def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     # The rare groups alone once more: groups of zeros are among them, and common.
     least, most, _ = _range_of_squares(squares.dtype)
     rare = ~((squares >= least) & (squares <= most))
-    groups = w.movedim(kept, tuple(range(len(kept))))[rare.squeeze(dims)]
-    norms = _rescaled_norm(groups, tuple(range(1, groups.ndim))).reshape(-1)
+    rows = w if kept == [0] else w.permute([*kept, *dims]).flatten(0, len(kept) - 1)
+    rows = rows.index_select(0, rare.reshape(-1).nonzero()[:, 0])
+    if not rows.detach().abs().amax():
+        return safe_sqrt(squares)
+    norms = _rescaled_norm(rows, tuple(range(1, rows.ndim))).reshape(-1)
     return safe_sqrt(torch.where(rare, torch.ones_like(squares), squares)).index_put((rare,), norms)
 
 
@@ -759,7 +762,7 @@ def _ordinary(squares: Tensor) -> bool:
     """Whether sums of squares lie in the range in which they are exact."""
     least, most, _ = _range_of_squares(squares.dtype)
     low, high = squares.detach().aminmax()
-    return bool(low >= least) and bool(high <= most)
+    return low.item() >= least and high.item() <= most
 
 
 def _rescaled_norm(w: Tensor, dims: tuple[int, ...] | None) -> Tensor:

@@ -503,7 +503,7 @@ def test_weights_that_fit_no_leaf_are_refused():
         ({"head": 1.0} * fr.l1)(params)
     with pytest.raises(ValueError, match=r"at leaf '.*': .*shape \(7,\); expected one that broadcasts to"):
         (torch.ones(7) * fr.l1)(params)
-    with pytest.raises(ValueError, match="the strength of l1 is -1"):
+    with pytest.raises(ValueError, match="the strength of l1 at 'head' is -1"):
         {"head": -1, "body": 1.0} * fr.l1
     with pytest.raises(TypeError, match="the strength of l1 is 'x'"):
         {"head": "x", "body": 1.0} * fr.l1

@@ -73,7 +73,7 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "construction", "recording"],
+    ["_typing", "recording"],
     ["tree", "schedules", "packing", "looks"],
     ["composition", "descent"],
     ["transform", "penalty", "kernels"],

@@ -285,10 +285,17 @@ FAMILIES = ["Entry by entry", "Groups", "Singular values", "Constraints"]
 
 
 def family(penalty: fr.Penalty) -> str:
-    """By how far the proximal operator looks."""
+    """By what the penalty is a sum over."""
     if hasattr(penalty, "project"):
         return "Constraints"
-    return {"elementwise": "Entry by entry", "matrix": "Singular values"}.get(penalty.reach or "", "Groups")
+    if penalty.separable:
+        return "Entry by entry"
+    return "Singular values" if of_matrices(penalty) else "Groups"
+
+
+def of_matrices(penalty: fr.Penalty) -> bool:
+    """Whether leaves are read as matrices, and not in groups."""
+    return penalty.__module__ == fr.nuclear.__module__ and "dim" not in inspect.signature(penalty).parameters
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from catalogue import arguments, penalties
+from catalogue import arguments, of_matrices, penalties
 from PIL import Image
 from torch import Tensor
 from torch.func import vmap
@@ -54,7 +54,7 @@ def values(penalty: fr.Penalty, x: Tensor, y: Tensor) -> Tensor:
 
     def value(x: Tensor, y: Tensor) -> Tensor:
         w = torch.stack([x, y])
-        if penalty.reach == "matrix":
+        if of_matrices(penalty):
             return penalty(torch.diag_embed(w), *hyper, **options)
         return penalty(w if "groups" in options else w.unsqueeze(0), *hyper, **options)
 
@@ -66,7 +66,7 @@ def name(axes: Any, penalty: fr.Penalty, given: dict[str, Any]) -> None:
     names = list(inspect.signature(penalty).parameters)[1:]
     hyper = zip(names, arguments(penalty, **given)[0], strict=False)
     text = ", ".join(f"{name} {value:g}" for name, value in hyper if isinstance(value, (int, float)))
-    if penalty.reach == "matrix":
+    if of_matrices(penalty):
         text = "of singular values"
     axes.set_title(penalty.__name__, fontsize=8, color=INK, pad=13)
     axes.text(0.5, 1.04, text, fontsize=6, color="gray", ha="center", transform=axes.transAxes)
@@ -98,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
 
     line = torch.linspace(-3, 3, 10 * options.points, dtype=torch.float64)
-    curves = [penalty for penalty in penalties() if penalty.reach == "elementwise"]
+    curves = [penalty for penalty in penalties() if penalty.separable]
     curves.sort(key=lambda penalty: hasattr(penalty, "project"))  # Constraints come last.
 
     # One of them is exactly 0, for penalties that count zeros.

@@ -32,9 +32,15 @@ def kkt_residual(
 
     It is 0 exactly at a minimum of :math:`f + \lambda g`, and in the units of the gradient. For `l1`, an entry that
     is not 0 counts :math:`|\nabla_i f + \lambda \operatorname{sign}(w_i)|`, a zero
-    :math:`\max(|\nabla_i f| - \lambda, 0)`. Leaves out of the mask count :math:`|\nabla_i f|`. A penalty without a
-    residual rule of its own is judged by the residual of its proximal operator,
-    :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`.
+    :math:`\max(|\nabla_i f| - \lambda, 0)`. Leaves out of the mask count :math:`|\nabla_i f|`.
+
+    For a constraint :math:`r` is what is left of the gradient by the normals of the set: all of it inside the set, only
+    what points along or out of the boundary on it, and infinite outside of the set.
+
+    A penalty or constraint without a residual rule of its own is judged by the residual of its proximal operator,
+    :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`. That is 0 at the same points, but a length in
+    parameters, and not in the units of the gradient. Of what the library has, these are `spectral`,
+    `on_singular_values`, `schatten`, `spectral_mcp`, `slope`, `oscar` and `hierarchical`.
 
     Args:
         params: Parameters :math:`w`.
@@ -78,7 +84,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
 
     For `l1` this is :math:`\max_i |\nabla_i f(0)|`; a path of strengths starts here. It is found from the definition,
     as the least step whose proximal operator takes all gradients to zero, and so holds for every convex penalty:
-    bisection over the 64 bits of a number, exact to the last one. Infinite for a penalty that makes no zeros.
+    bisection, of magnitudes and then of digits, exact to the last bit. Infinite for a penalty that makes no zeros.
 
     Args:
         grads: Gradients of the loss at zero. Leaves that carry no penalty, such as an intercept, are fitted first,
@@ -107,14 +113,14 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
         return _largest(landed) == 0
 
     size = _largest(downhill).to(torch.float64)
-    # Non-negative floats are ordered like their bits.
-    low, high = torch.zeros_like(size).view(torch.int64), (size * 2.0**200).view(torch.int64)
-    reachable = vanish(size * 2.0**200)
-    for _ in range(64):
-        middle = low + (high - low) // 2
-        gone = vanish(middle.view(torch.float64))
+    limits = torch.finfo(size.dtype)
+    low, high = torch.full_like(size, limits.tiny), (size * 2.0**200).clamp(max=limits.max)
+    reachable = vanish(high)
+    for _ in range(66):  # 12 halve the range of magnitudes until it is a factor of 2, 53 the numbers in that.
+        middle = torch.where(high > 2 * low, low.sqrt() * high.sqrt(), low + (high - low) / 2)
+        gone = vanish(middle)
         low, high = torch.where(gone, low, middle), torch.where(gone, middle, high)
-    least = torch.where(vanish(torch.zeros_like(size)), torch.zeros_like(size), high.view(torch.float64))
+    least = torch.where(vanish(torch.zeros_like(size)), torch.zeros_like(size), high)
     return torch.where(reachable, least, torch.where(size.isnan(), size, torch.inf))
 
 

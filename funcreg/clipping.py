@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
-from funcreg.transform import Transform, nonnegative, stateless
+from funcreg.construction import remembered
+from funcreg.ranges import scalars
+from funcreg.transform import Transform, finite_nonnegative, memoryless, nonnegative, positive, public_state
 from funcreg.tree import compute, global_norm, safe_sqrt, squared, tree_leaves, tree_map
 
 
+@remembered
 def clip(max_delta: Scalar) -> Transform:
     r"""Clip each entry of updates to :math:`[-d, d]`.
 
@@ -25,14 +28,16 @@ def clip(max_delta: Scalar) -> Transform:
         ({'weight': tensor([-1.0000,  0.5000])}, EmptyState())
     """
     nonnegative(max_delta=max_delta)
+    (max_delta,) = scalars(max_delta=max_delta)
 
     def bound(u: Tensor, d: Scalar) -> Tensor:
         d = d + torch.zeros_like(u)
         return torch.minimum(torch.maximum(u, -d), d)
 
-    return stateless(lambda updates, params: compute(bound, updates, hyper=(max_delta,)), "elementwise")
+    return memoryless(lambda updates, params: compute(bound, updates, hyper=(max_delta,)))
 
 
+@remembered
 def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
     r"""Scale updates so that their joint norm is at most a bound, :math:`u \min(1, \frac{c}{\|u\| + \epsilon})`.
 
@@ -48,7 +53,9 @@ def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
     References:
         Pascanu, Mikolov & Bengio, *On the difficulty of training recurrent neural networks*, 2013.
     """
-    nonnegative(max_norm=max_norm, eps=eps)
+    nonnegative(max_norm=max_norm)
+    finite_nonnegative(eps=eps)
+    max_norm, eps = scalars(max_norm=max_norm, eps=eps)
 
     def rule(updates: Updates, params: Params) -> Updates:
         if not tree_leaves(updates):
@@ -57,9 +64,10 @@ def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
         factor = (max_norm / torch.where(norm == 0, 1.0, norm + eps)).clamp(max=1.0)
         return compute(lambda u, f: u * f, updates, hyper=(factor,))
 
-    return stateless(rule, "global")
+    return memoryless(rule)
 
 
+@remembered
 def clip_by_block_rms(threshold: Scalar) -> Transform:
     r"""Scale the update of each leaf so that its root mean square is at most a bound.
 
@@ -74,14 +82,16 @@ def clip_by_block_rms(threshold: Scalar) -> Transform:
     References:
         Shazeer & Stern, *Adafactor: adaptive learning rates with sublinear memory cost*, 2018.
     """
-    nonnegative(threshold=threshold)
+    positive(threshold=threshold)
+    (threshold,) = scalars(threshold=threshold)
 
     def bound(u: Tensor, t: Scalar) -> Tensor:
         return u / (safe_sqrt(squared(u).sum() / max(u.numel(), 1)) / t).clamp(min=1.0)
 
-    return stateless(lambda updates, params: compute(bound, updates, hyper=(threshold,)), "leaf")
+    return memoryless(lambda updates, params: compute(bound, updates, hyper=(threshold,)))
 
 
+@remembered
 def adaptive_grad_clip(
     clipping: Scalar, eps: Scalar = 1e-3, axis: int | tuple[int, ...] | EllipsisType | None = None
 ) -> Transform:
@@ -108,7 +118,12 @@ def adaptive_grad_clip(
     References:
         Brock, De, Smith & Simonyan, *High-performance large-scale image recognition without normalization*, 2021.
     """
-    nonnegative(clipping=clipping, eps=eps)
+    nonnegative(clipping=clipping)
+    finite_nonnegative(eps=eps)
+    clipping, eps = scalars(clipping=clipping, eps=eps)
+    dims = axis if isinstance(axis, tuple) else (axis,)
+    if not (axis is None or axis is ... or all(type(d) is int for d in dims)):
+        raise TypeError(f"axis is {axis!r}; expected a dimension, a tuple of them, ... or None")
 
     def inside(w: Tensor) -> tuple[int, ...]:
         if isinstance(axis, EllipsisType):
@@ -130,15 +145,22 @@ def adaptive_grad_clip(
         most = share * torch.maximum(size, least + torch.zeros_like(size))
         return torch.where(step < most, u, u * (most / step.clamp(min=1e-6)))
 
-    return stateless(lambda updates, params: compute(bound, updates, params, hyper=(clipping, eps)), "leaf")
+    return memoryless(lambda updates, params: compute(bound, updates, params, hyper=(clipping, eps)))
 
 
+@public_state
 class ZeroNansState(NamedTuple):
-    """The state of `zero_nans`."""
+    """The state of `zero_nans`.
+
+    Example:
+        >>> zero_nans().init({"weight": torch.zeros(2)})
+        ZeroNansState(found_nan={'weight': tensor(False)})
+    """
 
     found_nan: Params  # For each leaf, whether its last update had a NaN.
 
 
+@remembered
 def zero_nans() -> Transform:
     r"""Replace each NaN in updates by 0, and remember which leaves had one.
 
@@ -155,9 +177,10 @@ def zero_nans() -> Transform:
         found = tree_map(lambda u: u.isnan().any(), updates)
         return compute(lambda u: torch.where(u.isnan(), torch.zeros_like(u), u), updates), ZeroNansState(found)
 
-    return Transform(init, update, "leaf", state=ZeroNansState)
+    return Transform(init, update, state=ZeroNansState)
 
 
+@remembered
 def centralize() -> Transform:
     r"""Subtract from the update of each row, or filter, its mean; vectors stay as they are.
 
@@ -174,4 +197,4 @@ def centralize() -> Transform:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return stateless(lambda updates, params: compute(center, updates), "rows")
+    return memoryless(lambda updates, params: compute(center, updates))

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Mask, Params, State, Updates
-from funcreg.transform import EmptyState, Transform, counter, furthest, stateless
+from funcreg.construction import remembered
+from funcreg.transform import (
+    Choice,
+    EmptyState,
+    Transform,
+    check_selection,
+    check_transforms,
+    counter,
+    either,
+    flags,
+    memoryless,
+    public_state,
+)
 from funcreg.tree import (
+    Selection,
     broadcast,
-    check_mask,
     chosen_by,
     compute,
     flatten,
@@ -26,9 +38,8 @@ from funcreg.tree import (
     tree_paths,
 )
 
-_Frozen = Callable[[Params], list[bool]]
 
-
+@remembered
 def chain(*transforms: Transform) -> Transform:
     r"""Apply transforms one after another; each gets the updates of the one before.
 
@@ -48,7 +59,7 @@ def chain(*transforms: Transform) -> Transform:
         >>> tx.update({"weight": torch.tensor([3.0, -0.5])}, tx.init(params), params)[0]
         {'weight': tensor([-0.1000,  0.0500])}
     """
-    _check_transforms("chain", transforms)
+    check_transforms("chain", transforms)
 
     def init(params: Params) -> tuple[State, ...]:
         return tuple(tx.init(params) for tx in transforms)
@@ -70,10 +81,18 @@ def chain(*transforms: Transform) -> Transform:
     if len(metrics) == 1:
         place, inner = metrics[0]
         metric = lambda state: inner(state[place])
-    joined = Transform(init, update, furthest([tx.reach for tx in transforms]), metric)
+    spares = [tx.spares for tx in transforms if tx.spares is not None]
+    joined = Transform(
+        init,
+        update,
+        metric,
+        descends=any(tx.descends for tx in transforms),
+        spares=either(*spares) if spares else None,
+    )
     return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
+@remembered
 def named_chain(*transforms: tuple[str, Transform]) -> Transform:
     r"""Apply transforms one after another, with a state that is a dict by their names.
 
@@ -88,6 +107,10 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
         >>> tx.init({"weight": torch.zeros(1)})
         {'momentum': TraceState(trace={'weight': tensor([0.])}), 'step': EmptyState()}
     """
+    for i, pair in enumerate(transforms):
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            came = "Transform" if isinstance(pair, Transform) else type(pair).__name__
+            raise TypeError(f"argument {i} of named_chain is a {came}; expected a pair of a name and a Transform")
     names = [name for name, _ in transforms]
     for name in names:
         if names.count(name) > 1:
@@ -108,25 +131,25 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
 
     outer = inner.metric
     metric = None if outer is None else lambda state: outer(tuple(state[name] for name in names))
-    return Transform(init, update, inner.reach, metric, inner.frozen)
-
-
-def _check_transforms(what: str, transforms: Any) -> None:
-    for i, tx in enumerate(transforms):
-        if not isinstance(tx, Transform):
-            hint = " Is it called, as in identity()?" if callable(tx) else ""
-            raise TypeError(f"argument {i} of {what} is a {type(tx).__name__}; expected a Transform.{hint}")
+    return Transform(init, update, metric, inner.frozen, descends=inner.descends, spares=inner.spares)
 
 
 # Some leaves
 
 
+@public_state
 class MaskedState(NamedTuple):
-    """The state of `masked`: it holds nothing for a leaf that is left out."""
+    """The state of `masked`: it holds nothing for a leaf that is left out.
+
+    Example:
+        >>> masked(trace(0.9), {"w": False, "b": True}).init({"w": torch.zeros(2), "b": torch.zeros(1)})
+        MaskedState(inner_state=TraceState(trace={'w': ABSENT, 'b': tensor([0.])}))
+    """
 
     inner_state: State
 
 
+@remembered
 def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = False) -> Transform:
     r"""Apply a transform to some leaves; the updates of the others pass.
 
@@ -148,8 +171,9 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         >>> tx.update({"weight": torch.ones(1), "bias": torch.ones(1)}, tx.init(params), params)[0]
         {'weight': tensor([2.]), 'bias': tensor([1.])}
     """
-    _check_transforms("masked", [inner])
-    check_mask(mask)
+    check_transforms("masked", [inner])
+    check_selection(mask)
+    flags(mask_compatible_extra_args=mask_compatible_extra_args)
 
     def init(params: Params) -> MaskedState:
         return MaskedState(inner.init(keep(params, mask_leaves(mask, params))))
@@ -162,17 +186,27 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **extra)
         return merge(updates, new, bools), MaskedState(after)
 
-    within = inner.frozen
+    def spares(params: Params) -> list[bool]:
+        bools = mask_leaves(mask, params)
+        inside = iter(inner.spares(keep(params, bools)) if inner.spares is not None else [False] * sum(bools))
+        return [next(inside) if chosen else True for chosen in bools]
 
     def frozen(params: Params) -> list[bool]:
-        assert within is not None
         bools = mask_leaves(mask, params)
-        held = iter(within(keep(params, bools)))
+        held = iter(inner.frozen(keep(params, bools)) if inner.frozen is not None else [False] * sum(bools))
         return [next(held) if chosen else False for chosen in bools]
 
-    return Transform(init, update, inner.reach, frozen=None if within is None else frozen, state=MaskedState)
+    return Transform(
+        init,
+        update,
+        frozen=None if inner.frozen is None else frozen,
+        state=MaskedState,
+        descends=inner.descends,
+        spares=spares,
+    )
 
 
+@remembered
 def freeze(mask: Mask) -> Transform:
     r"""Hold leaves where they are: their updates become 0.
 
@@ -188,7 +222,7 @@ def freeze(mask: Mask) -> Transform:
         >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
         {'body': tensor([0.]), 'head': tensor([1.1000])}
     """
-    check_mask(mask)
+    check_selection(mask)
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         held = mask_leaves(mask, params)
@@ -198,21 +232,20 @@ def freeze(mask: Mask) -> Transform:
         mask_leaves(mask, params)  # A mask that does not fit is said here.
         return EmptyState()
 
-    return Transform(init, update, "elementwise", frozen=lambda params: mask_leaves(mask, params))
+    return Transform(init, update, frozen=lambda params: mask_leaves(mask, params))
 
 
-def _zeroed(updates: Updates, held: list[bool]) -> Updates:
+def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
     leaves, rebuild = flatten(updates)
     return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
 
 
-def _hold(inner: Transform, frozen: list[_Frozen]) -> Transform:
+def _hold(inner: Transform, frozen: list[Choice]) -> Transform:
     """A transform that sees no frozen leaf, and returns zeros for it."""
     if not frozen:
         return inner
 
-    def held(params: Params) -> list[bool]:
-        return [any(bools) for bools in zip(*(f(params) for f in frozen), strict=True)]
+    held = either(*frozen)
 
     def init(params: Params) -> State:
         return inner.init(keep(params, [not h for h in held(params)]))
@@ -223,9 +256,10 @@ def _hold(inner: Transform, frozen: list[_Frozen]) -> Transform:
         new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
         return merge(_zeroed(updates, bools), new, free), after
 
-    return Transform(init, update, inner.reach, inner.metric, held)
+    return Transform(init, update, inner.metric, held, descends=inner.descends, spares=inner.spares)
 
 
+@remembered
 def set_to_zero() -> Transform:
     r"""Replace updates by zeros.
 
@@ -236,15 +270,23 @@ def set_to_zero() -> Transform:
         >>> set_to_zero().update({"weight": torch.ones(2)}, EmptyState(), params)
         ({'weight': tensor([0., 0.])}, EmptyState())
     """
-    return stateless(lambda updates, params: tree_map(torch.zeros_like, updates), "elementwise")
+    everywhere = lambda params: [True] * len(tree_leaves(params))
+    return memoryless(lambda updates, params: tree_map(torch.zeros_like, updates), spares=everywhere)
 
 
+@public_state
 class PartitionState(NamedTuple):
-    """The state of `partition`."""
+    """The state of `partition`.
+
+    Example:
+        >>> partition({"all": trace(0.9)}, "all").init(torch.zeros(1))
+        PartitionState(inner_states={'all': TraceState(trace=tensor([0.]))})
+    """
 
     inner_states: dict[Hashable, State]  # By label.
 
 
+@remembered
 def partition(
     transforms: Mapping[Hashable, Transform], param_labels: Any, *, mask_compatible_extra_args: bool = False
 ) -> Transform:
@@ -265,14 +307,24 @@ def partition(
         >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
         {'body': tensor([0.1000]), 'head': tensor([1.])}
     """
-    _check_transforms("partition", transforms.values())
+    if not isinstance(transforms, Mapping):
+        raise TypeError(
+            f"partition got transforms as a {type(transforms).__name__}; expected a dict from label to transform, such "
+            "as {'slow': sgd(0.01), 'fast': sgd(0.1)}"
+        )
+    if not transforms:
+        raise ValueError("partition got no transforms; expected a dict from label to transform")
+    for label, tx in transforms.items():
+        if not isinstance(tx, Transform):
+            check_transforms(f"partition, labelled {label!r},", [tx])
+    flags(mask_compatible_extra_args=mask_compatible_extra_args)
     transforms = dict(transforms)
 
     def labels(params: Params) -> list[Any]:
         found, params = chosen_by(param_labels, params)
         values = broadcast(found, params, "param_labels")
         for i, value in enumerate(values):
-            if value not in transforms:
+            if not isinstance(value, Hashable) or value not in transforms:
                 known = ", ".join(map(repr, transforms))
                 raise ValueError(
                     f"leaf '{tree_paths(params)[i]}' has the label {value!r}; expected one of {known}, "
@@ -283,7 +335,7 @@ def partition(
     def members(label: Hashable) -> Transform:
         return masked(
             transforms[label],
-            lambda params: flatten(params)[1]([value == label for value in labels(params)]),
+            Selection(lambda params: [value == label for value in labels(params)], optional=True),
             mask_compatible_extra_args=mask_compatible_extra_args,
         )
 
@@ -306,18 +358,32 @@ def partition(
 
     holding = [tx.frozen for tx in parts.values() if tx.frozen is not None]
 
-    def frozen(params: Params) -> list[bool]:
-        return [any(bools) for bools in zip(*(f(params) for f in holding), strict=True)]
+    def spares(params: Params) -> list[bool]:
+        # A part spares what is not its own: spared by all is what its own part spares.
+        choices = [tx.spares(params) for tx in parts.values() if tx.spares is not None]
+        return [all(bools) for bools in zip(*choices, strict=True)]
 
-    reach = furthest([tx.reach for tx in parts.values()])
-    return Transform(init, update, reach, frozen=frozen if holding else None, state=PartitionState)
+    return Transform(
+        init,
+        update,
+        frozen=either(*holding) if holding else None,
+        state=PartitionState,
+        descends=any(tx.descends for tx in parts.values()),
+        spares=spares,
+    )
 
 
 # Only when all is finite
 
 
+@public_state
 class ApplyIfFiniteState(NamedTuple):
-    """The state of `apply_if_finite`."""
+    """The state of `apply_if_finite`.
+
+    Example:
+        >>> apply_if_finite(identity(), 3).init(torch.zeros(1)).total_notfinite
+        tensor(0, dtype=torch.int32)
+    """
 
     notfinite_count: Tensor  # Updates in a row that were not finite, int32.
     last_finite: Tensor  # Whether the last update was finite, bool.
@@ -325,6 +391,7 @@ class ApplyIfFiniteState(NamedTuple):
     inner_state: State
 
 
+@remembered
 def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
     r"""Skip an update that has an infinity or a NaN: updates become 0 and the inner state stays.
 
@@ -339,9 +406,11 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         >>> updates, state.total_notfinite
         ({'weight': tensor([0.])}, tensor(1, dtype=torch.int32))
     """
-    _check_transforms("apply_if_finite", [inner])
+    check_transforms("apply_if_finite", [inner])
+    if type(max_consecutive_errors) is not int:
+        raise TypeError(f"max_consecutive_errors is {max_consecutive_errors!r}; expected a whole number of at least 0")
     if max_consecutive_errors < 0:
-        raise ValueError(f"max_consecutive_errors is {max_consecutive_errors}; expected a number of at least 0")
+        raise ValueError(f"max_consecutive_errors is {max_consecutive_errors}; expected a whole number of at least 0")
 
     def init(params: Params) -> ApplyIfFiniteState:
         good = torch.ones((), dtype=torch.bool, device=scalar_device(params))
@@ -361,4 +430,6 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         count = state.total_notfinite + (~finite).to(torch.int32)
         return new, ApplyIfFiniteState(errors, finite, count, after)
 
-    return Transform(init, update, "global", frozen=inner.frozen, state=ApplyIfFiniteState)
+    return Transform(
+        init, update, frozen=inner.frozen, state=ApplyIfFiniteState, descends=inner.descends, spares=inner.spares
+    )

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.construction import written
 from funcreg.tree import (
+    Selection,
     broadcast,
     compute,
     compute_wide,
@@ -138,20 +140,25 @@ class Term(NamedTuple):
         return [True] * len(tree_leaves(params)) if self.mask is None else mask_leaves(self.mask, params)
 
     def title(self) -> str:
-        factors = [f"{factor:g}" if isinstance(factor, (int, float)) else "c" for factor in self.factors]
-        name = self.penalty.__name__
-        return " * ".join([*factors, f"({name})" if factors and " + " in name else name])
+        """The term as it is written in code."""
+        factors = [f"{factor:g}" if isinstance(factor, (int, float)) else written(factor) for factor in self.factors]
+        name = written(self.penalty)
+        if " + " in name and (factors or self.mask is not None):
+            name = f"({name})"
+        given = [written(value) for value in self.hyper]
+        given += [f"{key}={written(value)}" for key, value in self.options]
+        given += [] if self.mask is None else [f"mask={written(self.mask)}"]
+        return " * ".join([*factors, f"{name}.given({', '.join(given)})" if given else name])
 
 
 def _both(outer: Mask | None, inner: Mask | None) -> Mask | None:
     if outer is None or inner is None:
         return inner if outer is None else outer
 
-    def both(params: Params) -> Params:
-        bools = zip(mask_leaves(outer, params), mask_leaves(inner, params), strict=True)
-        return flatten(params)[1]([a and b for a, b in bools])
+    def both(params: Params) -> list[bool]:
+        return [a and b for a, b in zip(mask_leaves(outer, params), mask_leaves(inner, params), strict=True)]
 
-    return both
+    return Selection(both, optional=True)
 
 
 def sum_value(terms: Sequence[Term], params: Params) -> Tensor:

@@ -14,10 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Reach, Scalar
-from funcreg.penalties import Dim, group_dims
+from funcreg._typing import Hyper, Mask, Params, Scalar
+from funcreg.construction import written
+from funcreg.penalties import Dim, group_dims, shrink
 from funcreg.penalty import Penalty
-from funcreg.tree import compute, compute_leaves, safe_sqrt, sign, squared, tree_leaves, tree_paths, widen
+from funcreg.ranges import check_range, concrete
+from funcreg.tree import (
+    compute,
+    compute_leaves,
+    compute_wide,
+    flatten,
+    safe_sqrt,
+    sign,
+    squared,
+    tree_leaves,
+    tree_paths,
+    widen,
+)
 from funcreg.tree import total as summed
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -34,14 +47,18 @@ class Constraint(Penalty):
     Args:
         projection: From `(params, *hyper, **options)` to the nearest tree of the set. One that knows it in a metric,
             too, takes the keyword `metric=None`: a tree of positive tensors that weigh the squared distance.
-        reach: How far one entry of the projection looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         missed: From `(params, *hyper, **options)` to bools: whether a leaf lies outside although the projection leaves
             it where it is, for want of a nearest point. By default none does.
         in_metric: From the same to whether `projection` finds the nearest point in a metric; by default whether it
             takes one.
+        residual: From `(params, grads, *hyper, **options)`, for parameters in the set, to the element of least norm of
+            :math:`\nabla f` plus a normal of the set; by default the residual of the projection,
+            :math:`w - P(w - \nabla f)`, which is 0 at the same points, but a length and no gradient.
         rule: The function whose name, documentation and signature these are; by default `projection`.
+        separable: Whether each entry is bounded by itself.
+        couples_leaves: Whether the projection of one leaf depends on others.
 
     Example:
         Parameters that are all the same, in one leaf:
@@ -56,20 +73,35 @@ class Constraint(Penalty):
         self,
         projection: Callable[..., Params],
         *,
-        reach: Reach | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         check: Callable[..., None] | None = None,
         missed: Callable[..., list[Tensor]] | None = None,
         in_metric: Callable[..., bool] | None = None,
+        residual: Callable[..., Params] | None = None,
         rule: Callable[..., Any] | None = None,
+        separable: bool = False,
+        couples_leaves: bool = True,
     ) -> None:
-        def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
             terms = [_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)]
             if missed is not None:
                 lost = missed(params, *hyper, **options)
                 terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
-            return summed(terms)
+            return terms
+
+        def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+            return summed(outside(params, *hyper, **options))
+
+        def left(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+            if residual is not None:
+                found = residual(params, grads, *hyper, **options)
+            else:
+                moved = compute_wide(lambda w, g: w - g, params, grads)
+                found = compute(lambda w, z: w - z, params, projection(moved, *hyper, **options))
+            _, rebuild = flatten(params)
+            lost = rebuild(outside(params, *hyper, **options))
+            return compute(lambda r, out: torch.where(out == 0, r, out), found, hyper=(lost,))
 
         def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
             return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
@@ -80,6 +112,7 @@ class Constraint(Penalty):
         def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
 
+        told = in_metric
         if in_metric is None:
             takes = "metric" in inspect.signature(projection).parameters
             in_metric = lambda *hyper, **options: takes
@@ -87,19 +120,34 @@ class Constraint(Penalty):
             value,
             gradient,
             proximal,
-            reach=reach,
+            residual=left,
             bounds=bounds,
             rule=rule or projection,
             weighted=weighted,
             in_metric=in_metric,
+            separable=separable,
+            couples_leaves=couples_leaves,
+        )
+        self._made = (
+            type(self),
+            (projection,),
+            {
+                "bounds": bounds,
+                "check": check,
+                "missed": missed,
+                "in_metric": told,
+                "residual": residual,
+                "rule": rule,
+                "separable": separable,
+                "couples_leaves": couples_leaves,
+            },
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
         shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
         self.__signature__ = inspect.Signature(shown)
         self._check = check
 
-    def __repr__(self) -> str:
-        return super().__repr__().replace("<penalty", "<constraint", 1)
+    _kind = "constraint"
 
     def project(
         self,
@@ -130,9 +178,14 @@ class Constraint(Penalty):
         return values, options
 
 
+def _rounding(w: Tensor) -> float:
+    """How far a leaf may be off by rounding, relative to its size."""
+    return 32 * torch.finfo(w.dtype).eps
+
+
 def _outside(w: Tensor, z: Tensor) -> Tensor:
     """0 if a leaf is its own projection but for rounding, infinite if not, NaN if it has one."""
-    rounding = 32 * torch.finfo(w.dtype).eps
+    rounding = _rounding(w)
     w, z = widen(w), widen(z)
     off = torch.where(w == z, torch.zeros_like(w), w - z).abs()
     sizes = z.abs()
@@ -148,11 +201,12 @@ def _outside(w: Tensor, z: Tensor) -> Tensor:
 def constraint(
     *,
     metric: Callable[..., Tensor] | None = None,
-    reach: Reach | None = None,
+    separable: bool = False,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     check: Callable[..., None] | None = None,
     real: bool = False,
     missed: Callable[..., Tensor] | None = None,
+    residual: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
@@ -163,16 +217,18 @@ def constraint(
     Args:
         metric: `(w, metric, *hyper, **options)` to the nearest point where :math:`h` weighs the squared distance; not
             needed for an elementwise constraint.
-        reach: `"elementwise"` if each entry is bounded by itself, `"rows"`, `"matrix"` or `"leaf"`; None leaves it
-            open.
+        separable: Whether each entry is bounded by itself, so that no metric changes the projection.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         real: Whether complex leaves are refused, for a set that needs an order.
         missed: `(w, *hyper, **options)` to bools: where a leaf lies outside although the projection leaves it where it
-            is, as it leaves zero in the middle of a sphere.
+            is, for want of a nearest point.
+        residual: `(w, g, slack, *hyper, **options)`, for a leaf in the set, to the element of least norm of :math:`g`
+            plus a normal of the set; by default the residual of the projection, :math:`w - P(w - g)`. The slack is how
+            far, relative to its size, a sum or norm of a leaf may be off a bound by rounding.
 
     Example:
-        >>> @constraint(reach="elementwise", real=True)
+        >>> @constraint(separable=True, real=True)
         ... def whole(w):
         ...     "Whole numbers."
         ...     return w.round()
@@ -182,6 +238,15 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
+    given = {
+        "metric": metric,
+        "separable": separable,
+        "bounds": bounds,
+        "check": check,
+        "real": real,
+        "missed": missed,
+        "residual": residual,
+    }
     weighed = metric
 
     def lift(rule: Callable[..., Tensor]) -> Constraint:
@@ -196,7 +261,7 @@ def constraint(
             return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
 
         def in_metric(*hyper: Any, **options: Any) -> bool:
-            return weighed is not None or reach == "elementwise"
+            return weighed is not None or separable
 
         def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
@@ -206,10 +271,24 @@ def constraint(
             found = missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
             return found.any()
 
-        tells = None if missed is None else lost
+        def left(params: Params, grads: Params, *hyper: Hyper, **options: Any) -> Params:
+            normal = residual
+            assert normal is not None
+            leaves, rebuild = flatten(params)
+            slack = rebuild([_rounding(leaf) for leaf in leaves])
+            return compute(lambda w, g, *row: normal(w, g, *row, **options), params, grads, hyper=(slack, *hyper))
+
         return Constraint(
-            projection, reach=reach, bounds=bounds, check=check, missed=tells, in_metric=in_metric, rule=rule
-        )
+            projection,
+            bounds=bounds,
+            check=check,
+            missed=None if missed is None else lost,
+            in_metric=in_metric,
+            residual=None if residual is None else left,
+            rule=rule,
+            separable=separable,
+            couples_leaves=False,
+        ).made_from(constraint, given, rule)
 
     return lift
 
@@ -256,10 +335,59 @@ def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(largest == math.inf, largest, norms * unit), directions
 
 
+# Normals
+
+
+def _inner(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The real inner product of each group, reduced dimensions kept."""
+    products = (x.conj() * y).real if x.is_complex() else x * y
+    return products.sum(dims, keepdim=True) if dims else products
+
+
+def _without(g: Tensor, outward: Tensor, where: Tensor, dims: tuple[int, ...], both: bool = False) -> Tensor:
+    """A gradient plus as much of an outward normal of length 1 as shortens it, where a bound is met; inwards as well
+    if a set is hollow there.
+    """
+    push = -_inner(outward, g, dims)
+    return g + torch.where(where, push if both else push.relu(), torch.zeros_like(push)) * outward
+
+
+def _met(size: Tensor, bound: Scalar, slack: Scalar) -> Tensor:
+    """Whether a bound is met but for rounding."""
+    return size >= bound - slack * size
+
+
+def _ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
+    norms, directions = polar(w, dims)
+    # A ball of radius 0 is a point, of which everything is a normal.
+    left = _without(g, directions, _met(norms, radius, slack), dims)
+    return torch.where(torch.zeros_like(norms) + radius == 0, torch.zeros_like(g), left)
+
+
+def share(free: Tensor, tied: Tensor, fixed: Tensor) -> Tensor:
+    r"""The number :math:`\mu` of :math:`\sum_{i \text{ fixed}} (p_i - \mu) + \sum_{i \text{ free}} (p_i - \mu)_+ = 0`.
+
+    The sum over some of the free entries alone is never greater, and equal for the right ones, so that the number is
+    the greatest of those that all of the largest free entries would give.
+
+    Args:
+        free: :math:`p_i` of free entries, along the last dimension; minus infinity elsewhere.
+        tied: The sum of :math:`p_i` over fixed entries, with a last dimension of 1.
+        fixed: How many they are, at least 1.
+    """
+    sums = torch.cat([tied, tied + free.sort(-1, descending=True).values.cumsum(-1)], -1)
+    counts = fixed + torch.arange(sums.shape[-1], dtype=sums.dtype, device=sums.device)
+    return (sums / counts).amax(-1, keepdim=True)
+
+
 # Entries
 
 
-@constraint(reach="elementwise", real=True)
+def _nonnegative_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
+    return torch.where(w > 0, g, g.clamp(max=0))
+
+
+@constraint(separable=True, real=True, residual=_nonnegative_normal)
 def nonnegative(w: Tensor) -> Tensor:
     r"""No entry below zero, :math:`w_i \ge 0`.
 
@@ -277,18 +405,26 @@ def nonnegative(w: Tensor) -> Tensor:
     return w.relu() + 0.0  # +0.0 also from -0.0.
 
 
-def _numbers(bound: Hyper) -> list[Any]:
-    return [x for x in tree_leaves(bound) if isinstance(x, (int, float))]
-
-
 def check_bounds(lower: Hyper, upper: Hyper) -> None:
-    """Raise a ValueError if numbers among the bounds of a box cross."""
-    lows, highs = _numbers(lower), _numbers(upper)
-    pairs = zip(lows, highs, strict=True) if len(lows) == len(highs) else ((a, b) for a in lows for b in highs)
-    if len(lows) == len(highs) or 1 in (len(lows), len(highs)):
-        for low, high in pairs:
-            if not low <= high:
-                raise ValueError(f"lower is {low} and upper is {high}; expected lower <= upper. Are they swapped?")
+    """Raise a ValueError if the bounds of a box cross, as far as they are known."""
+    lows, highs = tree_leaves(lower), tree_leaves(upper)
+    if len(lows) != len(highs) and 1 not in (len(lows), len(highs)):
+        return
+    count = max(len(lows), len(highs))
+    for low, high in zip(lows * (count // len(lows) or 1), highs * (count // len(highs) or 1), strict=False):
+        a, b = concrete(low), concrete(high)
+        if a is None or b is None:
+            continue
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            try:
+                crossed = torch.as_tensor(a > b)
+            except RuntimeError:  # They fit no common leaf, which is said where the leaf is known.
+                continue
+            if not crossed.any():
+                continue
+            a, b = (float(torch.as_tensor(x).broadcast_to(crossed.shape)[crossed][0]) for x in (a, b))
+        if not a <= b:
+            raise ValueError(f"lower is {a} and upper is {b}; expected lower <= upper. Are they swapped?")
 
 
 def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
@@ -298,17 +434,25 @@ def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     return torch.where(low <= high, inside, torch.full_like(w, math.nan)) + 0.0
 
 
-@constraint(reach="elementwise", check=check_bounds, real=True)
+def _box_normal(w: Tensor, g: Tensor, slack: Scalar, lower: Scalar, upper: Scalar) -> Tensor:
+    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    # A bound itself is met exactly, but for its rounding in the dtype of the leaf.
+    at_low, at_high = w <= low + slack / 32 * low.abs(), w >= high - slack / 32 * high.abs()
+    left = torch.where(at_low & (low > -math.inf), g.clamp(max=0), g)
+    return torch.where(at_high & (high < math.inf), left.clamp(min=0), left)
+
+
+@constraint(separable=True, check=check_bounds, real=True, residual=_box_normal)
 def box(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     r"""Each entry in an interval, :math:`l_i \le w_i \le u_i`.
 
     Args:
         lower: :math:`l`: number, tensor that broadcasts against a leaf, or a tree of them; may be `-math.inf`.
-        upper: :math:`u`, at least `lower`; may be `math.inf`. Tensors that cross leave an empty set, whose projection
-            is NaN.
+        upper: :math:`u`, at least `lower`; may be `math.inf`. Bounds that cross where they cannot be checked (in
+            compiled or batched code, on a GPU) leave an empty set, whose projection is NaN.
 
     Raises:
-        ValueError: Numbers cross.
+        ValueError: Bounds cross.
 
     Example:
         >>> box.project({"weight": torch.tensor([2.0, -3.0, 0.5])}, -1.0, 1.0)
@@ -317,7 +461,11 @@ def box(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     return clamp(w, lower, upper)
 
 
-@constraint(reach="elementwise", bounds={"radius": _AT_LEAST_0})
+def _linf_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0) -> Tensor:
+    return _ball_normal(w, g, slack / 32, radius, ())
+
+
+@constraint(separable=True, bounds={"radius": _AT_LEAST_0}, residual=_linf_ball_normal)
 def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""No entry larger than a radius, :math:`\max_i |w_i| \le r`.
 
@@ -377,7 +525,15 @@ def _max_norm_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = .
     return _shortened_in_metric(w, h, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", metric=_ball_metric, bounds={"radius": _AT_LEAST_0})
+def _l2_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    return _ball_normal(w, g, slack, radius, group_dims(w, dim))
+
+
+def _max_norm_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
+    return _ball_normal(w, g, slack, radius, group_dims(w, dim))
+
+
+@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal)
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -396,7 +552,7 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0})
+@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal)
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 
@@ -419,26 +575,34 @@ def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-def _at_center(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
-    norms = polar(w, group_dims(w, dim))[0]
-    return (norms == 0) & (torch.zeros_like(norms) + radius > 0)
+def on_sphere(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
+    """The nearest point of a sphere; of a group of zeros, to which all are equally near, the one of equal entries."""
+    norms, directions = polar(w, dims)
+    even = torch.full_like(directions, 1 / math.sqrt(max(1, math.prod([w.shape[d] for d in dims]))))
+    return radius * torch.where(norms == 0, even, directions) + 0.0
 
 
-@constraint(reach="leaf", bounds={"radius": _AT_LEAST_0}, missed=_at_center)
+def _sphere_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    norms, directions = polar(w, dims := group_dims(w, dim))
+    left = _without(g, directions, torch.ones_like(norms, dtype=torch.bool), dims, both=True)
+    return torch.where(torch.zeros_like(norms) + radius == 0, torch.zeros_like(g), left)
+
+
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal)
 def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
 
-    All points of the sphere are equally near to a group of zeros; the projection leaves it at zero, outside.
+    All points of the sphere are equally near to a group of zeros; the projection takes the one of equal entries.
 
     Args:
         radius: :math:`r`, at least 0.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
     Example:
-        >>> l2_sphere.project({"weight": torch.tensor([0.3, 0.4])}, 1.0)
-        {'weight': tensor([0.6000, 0.8000])}
+        >>> l2_sphere.project({"weight": torch.tensor([0.3, 0.4]), "bias": torch.zeros(4)}, 1.0)
+        {'weight': tensor([0.6000, 0.8000]), 'bias': tensor([0.5000, 0.5000, 0.5000, 0.5000])}
     """
-    return radius * polar(w, group_dims(w, dim))[1] + 0.0
+    return on_sphere(w, radius, group_dims(w, dim))
 
 
 def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
@@ -461,8 +625,11 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     ordered = x.sort(-1, descending=True).values
     sums = ordered.cumsum(-1) - total
     counts = torch.ones_like(x).cumsum(-1)
-    last = ((counts * ordered > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
-    return (x - sums.gather(-1, last) / counts.gather(-1, last)).relu()
+    # Entries at the threshold count and rise with it, so that a total of 0 has the derivative of a small one.
+    inside = (counts * ordered >= sums) & (ordered > -math.inf)
+    last = (inside.sum(-1, keepdim=True) - 1).clamp(min=0)
+    threshold = sums.gather(-1, last) / counts.gather(-1, last)
+    return torch.where(x < threshold, torch.zeros_like(x), x - threshold)
 
 
 def _simplex_metric(w: Tensor, h: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
@@ -470,7 +637,21 @@ def _simplex_metric(w: Tensor, h: Tensor, total: Scalar = 1.0, *, dim: Dim = Non
     return ungrouped(simplex_excess(grouped(w, dims), _of_groups(total, w, dims), grouped(h, dims)), w, dims)
 
 
-@constraint(reach="leaf", metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True)
+def _simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return g.clone()
+    x, pull = grouped(w, dims), -grouped(g, dims)
+    inside = x > 0
+    tied, fixed = torch.where(inside, pull, 0.0).sum(-1, keepdim=True), inside.sum(-1, keepdim=True)
+    level = share(torch.where(inside, -math.inf, pull), tied, fixed.clamp(min=1))
+    left = level - pull
+    left = torch.where(inside, left, left.clamp(max=0))
+    # With a sum of 0 the set is a point, of which everything is a normal.
+    return ungrouped(torch.where(fixed == 0, torch.zeros_like(left), left), w, dims)
+
+
+@constraint(metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=_simplex_normal)
 def simplex(w: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Shares of a whole, :math:`w_i \ge 0` and :math:`\sum_{i \in g} w_i = t`.
 
@@ -503,7 +684,21 @@ def _l1_ball_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = No
     return _within_l1(w, h, radius, group_dims(w, dim))
 
 
-@constraint(reach="leaf", metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0})
+def _l1_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    dims = group_dims(w, dim)
+    if not w.numel():
+        return g.clone()
+    x, slopes, radius = grouped(w, dims), grouped(g, dims), _of_groups(radius, w, dims)
+    zero, size = x == 0, x.abs().sum(-1, keepdim=True)
+    fixed = (~zero).sum(-1, keepdim=True)
+    # On the boundary normals are multiples of subgradients of the norm: the residual of the best strength of l1.
+    level = share(torch.where(zero, slopes.abs(), -math.inf), -_inner(sign(x), slopes, (-1,)), fixed.clamp(min=1))
+    level = torch.where(_met(size, radius, slack), level.relu(), torch.zeros_like(level))
+    left = torch.where(zero, shrink(slopes, level), slopes + level * sign(x))
+    return ungrouped(torch.where(torch.zeros_like(size) + radius == 0, torch.zeros_like(left), left), w, dims)
+
+
+@constraint(metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l1_ball_normal)
 def l1_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Sum of magnitudes within a radius, :math:`\sum_{i \in g} |w_i| \le r`: the lasso as a constraint.
 
@@ -538,7 +733,30 @@ def _top_k_metric(w: Tensor, h: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor
     return ungrouped(_keep_largest(x, grouped(h, dims).sqrt() * x.abs(), _of_groups(k, w, dims)), w, dims)
 
 
-@constraint(reach="leaf", metric=_top_k_metric, bounds={"k": _AT_LEAST_0})
+def _count_normal(x: Tensor, g: Tensor, count: Scalar) -> Tensor:
+    """What is left of a gradient where zeros along the last dimension may not move, because all counts are taken."""
+    free = (x != 0) | ((x != 0).sum(-1, keepdim=True) < count)
+    return torch.where(free, g, torch.zeros_like(g))
+
+
+def _top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = None) -> Tensor:
+    dims = group_dims(w, dim)
+    return ungrouped(_count_normal(grouped(w, dims), grouped(g, dims), _of_groups(k, w, dims)), w, dims)
+
+
+def check_count(name: str, value: Hyper) -> None:
+    """Raise a ValueError if a count is no whole number, as far as it is known."""
+    for x in tree_leaves(value):
+        known = concrete(x)
+        if known is not None and bool((torch.as_tensor(known) % 1 != 0).any()):
+            raise ValueError(f"{name} is {written(x)}; expected a whole number")
+
+
+def _check_k(k: Hyper) -> None:
+    check_count("k of top_k", k)
+
+
+@constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal)
 def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     r"""At most :math:`k` entries that are not zero, :math:`\|w_g\|_0 \le k`.
 
@@ -546,7 +764,8 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     magnitudes it keeps those that come first. The set is not convex.
 
     Args:
-        k: How many entries of a group may be non-zero, at least 0. A tensor is allowed, also a batched one.
+        k: How many entries of a group may be non-zero, a whole number of at least 0. A tensor is allowed, also a
+            batched one.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
     Example:
@@ -580,14 +799,25 @@ def _n_m_metric(w: Tensor, h: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -
     return _keep_largest(x, _runs(h, m, dim).sqrt() * x.abs(), n).flatten(-2).movedim(-1, dim)
 
 
-@constraint(reach="leaf", metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)})
+def _n_m_normal(w: Tensor, g: Tensor, slack: Scalar, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
+    return _count_normal(_runs(w, m, dim), _runs(g, m, dim), n).flatten(-2).movedim(-1, dim)
+
+
+def _check_n_m(n: Hyper, m: Hyper) -> None:
+    check_count("n of n_m_sparsity", n)
+    for x in tree_leaves(m):
+        if isinstance(x, int):
+            check_range(f"n of n_m_sparsity with m={x}", n, 0, x, hint="Are they swapped?")
+
+
+@constraint(metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)}, check=_check_n_m, residual=_n_m_normal)
 def n_m_sparsity(w: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
     r"""At most :math:`n` of each :math:`m` neighbours that are not zero: the 2:4 pattern that sparse hardware runs.
 
     Of equal magnitudes the projection keeps those that come first. The set is not convex.
 
     Args:
-        n: How many may be non-zero, at least 0.
+        n: How many may be non-zero, from 0 to `m`.
         m: How many neighbours make a group, a whole number that divides the dimension.
         dim: The dimension along which they are neighbours; by default the last, the inputs of a linear layer.
 
@@ -644,7 +874,15 @@ def _plane_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *,
     return w + below * steps
 
 
-@constraint(reach="leaf", metric=_plane_metric, real=True, missed=_no_plane)
+def _plane_normal(
+    w: Tensor, g: Tensor, slack: Scalar, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    _, outward = polar(torch.zeros_like(w) + normal, dims)
+    return _without(g, outward, torch.ones_like(_inner(w, w, dims), dtype=torch.bool), dims, both=True)
+
+
+@constraint(metric=_plane_metric, real=True, missed=_no_plane, residual=_plane_normal)
 def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear equation, :math:`\langle a, w_g \rangle = b`.
 
@@ -669,7 +907,16 @@ def _halfspace_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0
     return w + below.clamp(max=0) * steps + 0.0
 
 
-@constraint(reach="leaf", metric=_halfspace_metric, real=True, missed=_no_halfspace)
+def _halfspace_normal(
+    w: Tensor, g: Tensor, slack: Scalar, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    length, outward = polar(torch.zeros_like(w) + normal, dims)
+    room = offset / torch.where(length == 0, torch.ones_like(length), length) - _inner(outward, w, dims)
+    return _without(g, outward, room <= slack * polar(w, dims)[0], dims)
+
+
+@constraint(metric=_halfspace_metric, real=True, missed=_no_halfspace, residual=_halfspace_normal)
 def halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     r"""A linear inequality, :math:`\langle a, w_g \rangle \le b`.
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from funcreg.ranges import concrete
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -34,9 +36,9 @@ class Remembering:
     def __repr__(self) -> str:
         return object.__repr__(self) if self.made_by is None else str(self.made_by)
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # By default, closures and all: pickle then says which of them it cannot write.
-        return super().__reduce_ex__(2) if self.made_by is None else (_call, tuple(self.made_by))
+        return super().__reduce_ex__(protocol) if self.made_by is None else (_call, tuple(self.made_by))
 
 
 def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
@@ -60,10 +62,13 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 def written(value: Any) -> str:
     """A value about as it is written in code."""
     if isinstance(value, Tensor):
-        return f"tensor({value.item():g})" if value.numel() == 1 and not value.ndim else f"tensor of {tuple(value.shape)}"
+        known = None if value.ndim else concrete(value)  # Not where it is batched, or lies on another device.
+        return f"tensor of {tuple(value.shape)}" if known is None else f"tensor({known:g})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         inner = ", ".join(map(written, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, Remembering) and value.made_by is not None:
+        return repr(value)
     return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)

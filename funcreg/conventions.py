@@ -6,10 +6,12 @@ All are for a loss that is a mean over the samples plus a penalty,
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 from funcreg._typing import Scalar
-from funcreg.transform import nonnegative
+from funcreg.ranges import scalars
+from funcreg.transform import finite_nonnegative, positive, share
 
 
 class Elastic(NamedTuple):
@@ -24,6 +26,13 @@ class Elastic(NamedTuple):
     rho: Scalar  # Share of the l1 term.
 
 
+def _samples(n_samples: int) -> None:
+    """Raise an error unless this is a number of samples."""
+    if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral):
+        raise TypeError(f"n_samples is {n_samples!r}; expected a whole number, len(x)")
+    positive(n_samples=n_samples)
+
+
 def elastic_from_torch(weight_decay: Scalar) -> Elastic:
     r"""From `weight_decay` of `torch.optim` or optax: :math:`\frac{\lambda}{2} \|w\|_2^2`, gradient :math:`\lambda w`.
 
@@ -34,7 +43,8 @@ def elastic_from_torch(weight_decay: Scalar) -> Elastic:
         >>> elastic_from_torch(weight_decay=0.01)
         Elastic(alpha=0.01, rho=0.0)
     """
-    nonnegative(weight_decay=weight_decay)
+    finite_nonnegative(weight_decay=weight_decay)
+    (weight_decay,) = scalars(weight_decay=weight_decay)
     return Elastic(weight_decay, 0.0)
 
 
@@ -49,7 +59,8 @@ def elastic_from_keras(l1: Scalar = 0.0, l2: Scalar = 0.0) -> Elastic:
         >>> elastic_from_keras(l1=0.5, l2=0.25)
         Elastic(alpha=1.0, rho=0.5)
     """
-    nonnegative(l1=l1, l2=l2)
+    finite_nonnegative(l1=l1, l2=l2)
+    l1, l2 = scalars(l1=l1, l2=l2)
     alpha = l1 + 2 * l2
     return Elastic(alpha, l1 / alpha if not isinstance(alpha, (int, float)) or alpha else 0.0)
 
@@ -59,13 +70,15 @@ def elastic_from_sklearn(alpha: Scalar, l1_ratio: Scalar = 1.0) -> Elastic:
 
     Args:
         alpha: Strength.
-        l1_ratio: Share of the :math:`\ell_1` term; 1 is the lasso.
+        l1_ratio: Share of the :math:`\ell_1` term, from 0 to 1; 1 is the lasso.
 
     Example:
         >>> elastic_from_sklearn(alpha=0.1, l1_ratio=0.5)
         Elastic(alpha=0.1, rho=0.5)
     """
-    nonnegative(alpha=alpha, l1_ratio=l1_ratio)
+    finite_nonnegative(alpha=alpha)
+    share(l1_ratio=l1_ratio)
+    alpha, l1_ratio = scalars(alpha=alpha, l1_ratio=l1_ratio)
     return Elastic(alpha, l1_ratio)
 
 
@@ -82,7 +95,9 @@ def elastic_from_sklearn_ridge(alpha: Scalar, n_samples: int) -> Elastic:
         >>> elastic_from_sklearn_ridge(alpha=2.0, n_samples=100)
         Elastic(alpha=0.02, rho=0.0)
     """
-    nonnegative(alpha=alpha)
+    finite_nonnegative(alpha=alpha)
+    (alpha,) = scalars(alpha=alpha)
+    _samples(n_samples)
     return Elastic(alpha / n_samples, 0.0)
 
 
@@ -94,15 +109,16 @@ def elastic_from_sklearn_logistic(C: Scalar, n_samples: int, l1_ratio: Scalar = 
     Args:
         C: Inverse strength, above 0.
         n_samples: Number of samples :math:`n`.
-        l1_ratio: Share of the :math:`\ell_1` term.
+        l1_ratio: Share of the :math:`\ell_1` term, from 0 to 1.
 
     Example:
         >>> elastic_from_sklearn_logistic(C=0.5, n_samples=100, l1_ratio=1.0)
         Elastic(alpha=0.02, rho=1.0)
     """
-    nonnegative(C=C, l1_ratio=l1_ratio)
-    if isinstance(C, (int, float)) and C == 0:
-        raise ValueError("C is 0; expected a positive number: its inverse is the strength")
+    positive(C=C)
+    share(l1_ratio=l1_ratio)
+    C, l1_ratio = scalars(C=C, l1_ratio=l1_ratio)
+    _samples(n_samples)
     return Elastic(1 / (C * n_samples), l1_ratio)
 
 
@@ -111,11 +127,13 @@ def elastic_from_glmnet(lambda_: Scalar, alpha: Scalar = 1.0) -> Elastic:
 
     Args:
         lambda_: Strength.
-        alpha: Share of the :math:`\ell_1` term.
+        alpha: Share of the :math:`\ell_1` term, from 0 to 1.
 
     Example:
         >>> elastic_from_glmnet(0.1, alpha=0.5)
         Elastic(alpha=0.1, rho=0.5)
     """
-    nonnegative(lambda_=lambda_, alpha=alpha)
+    finite_nonnegative(lambda_=lambda_)
+    share(alpha=alpha)
+    lambda_, alpha = scalars(lambda_=lambda_, alpha=alpha)
     return Elastic(lambda_, alpha)

@@ -37,7 +37,7 @@ from funcreg.separable import (
     scad_slope,
     scad_value,
 )
-from funcreg.tree import safe_sqrt, sign, squared
+from funcreg.tree import euclidean, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -85,7 +85,8 @@ def _dims_of_leaf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> tup
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
     """Each group in its direction, with the norm where it landed."""
     factor = landed / torch.where(norms == 0, torch.ones_like(norms), norms)
-    return w * torch.where(landed == norms, torch.ones_like(norms), factor) + 0.0
+    # An infinite norm that stays is no number over itself.
+    return w * torch.where((landed == norms) & norms.isinf(), torch.ones_like(norms), factor) + 0.0
 
 
 def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) -> Tensor:
@@ -95,7 +96,7 @@ def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) ->
     zero, if it has one. :math:`f / \|h w / (h + \mu)\| - \mu - b` is concave in :math:`\mu`, so that Newton's method
     falls to its greatest root from the right without a bracket. Without a root some other point comes back.
     """
-    norms = safe_sqrt(sum_groups(squared(h * w), dims))
+    norms = euclidean(h * w, dims)
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
     # In units of the norm and of the greatest metric, so that no power leaves the range of float32.
     top = h.amax(dims, keepdim=True) if dims else h
@@ -172,7 +173,7 @@ def _group_mcp_metric(
     **_of_norms(mcp_slope, mcp_landing),
     metric=_group_mcp_metric,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
 )
 def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -225,7 +226,7 @@ def _group_scad_metric(
     **_of_norms(scad_slope, scad_landing),
     metric=_group_scad_metric,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
 )
 def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -287,7 +288,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     metric=_group_l0_metric,
     residual=_group_l0_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Number of groups that are not zero, :math:`\sum_g c_g [w_g \ne 0]`.
@@ -337,10 +338,8 @@ def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
 
 def _cut(w: Tensor, level: Tensor) -> Tensor:
     """Magnitudes cut at a level, signs and phases kept."""
-    if w.is_complex():
-        size = w.abs()
-        return w * torch.where(size > level, level / torch.where(size == 0, torch.ones_like(size), size), 1.0) + 0.0
-    return torch.minimum(torch.maximum(w, -level), level) + 0.0
+    # At the level itself the entry goes with it, so that the derivative in a step of 0 is that of what is cut.
+    return torch.where(w.abs() < level, w, sign(w) * level) + 0.0
 
 
 def _greatest(w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -393,7 +392,7 @@ def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weig
     metric=partial(_greatest_metric, dim=None),
     residual=partial(_greatest_residual, dim=None),
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims_of_leaf),
-    reach="leaf",
+    separable=False,
 )
 def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
     r"""Greatest magnitude of each leaf, :math:`\max_i |w_i|`, summed over leaves.
@@ -427,7 +426,7 @@ def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
     metric=partial(_greatest_metric, dim=...),
     residual=partial(_greatest_residual, dim=...),
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum over groups of the greatest magnitude, :math:`\sum_g c_g \max_{i \in g} |w_i|`, which zeroes whole groups.
@@ -496,7 +495,7 @@ def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..
     metric=_exclusive_metric,
     residual=_exclusive_residual,
     structure=Structure(groups=_dims),
-    reach="leaf",
+    separable=False,
 )
 def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum over groups of the squared sum of magnitudes, :math:`\sum_g c_g \|w_g\|_1^2`. No factor one half.

@@ -13,6 +13,7 @@ import torch
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.combine import chain
+from funcreg.construction import remembered
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import (
     scale_by_adam,
@@ -25,9 +26,10 @@ from funcreg.scaling import (
     scale_by_trust_ratio,
     trace,
 )
-from funcreg.transform import Transform, identity
+from funcreg.transform import Transform, identity, without_momentum
 
 
+@remembered
 def sgd(
     learning_rate: Hyper | Schedule,
     momentum: Scalar | None = None,
@@ -49,10 +51,12 @@ def sgd(
         >>> tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)[0]
         {'weight': tensor([-0.4000,  0.0100])}
     """
+    without_momentum(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
     direction = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
+@remembered
 def adam(
     learning_rate: Hyper | Schedule,
     b1: Scalar = 0.9,
@@ -86,6 +90,7 @@ def adam(
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
+@remembered
 def adamw(
     learning_rate: Hyper | Schedule,
     b1: Scalar = 0.9,
@@ -140,6 +145,7 @@ nadamw.__doc__ = r"""NAdam with decoupled weight decay: `adamw` whose mean looks
     """
 
 
+@remembered
 def amsgrad(
     learning_rate: Hyper | Schedule,
     b1: Scalar = 0.9,
@@ -174,6 +180,7 @@ def amsgrad(
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
+@remembered
 def lion(
     learning_rate: Hyper | Schedule,
     b1: Scalar = 0.9,
@@ -204,6 +211,7 @@ def lion(
     return chain(direction, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
 
 
+@remembered
 def rmsprop(
     learning_rate: Hyper | Schedule,
     decay: Scalar = 0.9,
@@ -238,6 +246,7 @@ def rmsprop(
     References:
         Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
+    without_momentum(momentum, nesterov=nesterov)
     preconditioner = scale_by_stddev if centered else scale_by_rms
     return chain(
         preconditioner(decay, eps, initial_scale, eps_in_sqrt, bias_correction),
@@ -246,6 +255,7 @@ def rmsprop(
     )
 
 
+@remembered
 def adagrad(learning_rate: Hyper | Schedule, initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) -> Transform:
     r"""Adagrad, :math:`w' = w - \eta g / \sqrt{\sum_s g_s^2 + \epsilon}`.
 
@@ -267,6 +277,7 @@ def adagrad(learning_rate: Hyper | Schedule, initial_accumulator_value: Scalar =
     return chain(scale_by_rss(initial_accumulator_value, eps), scale_by_learning_rate(learning_rate))
 
 
+@remembered
 def lamb(
     learning_rate: Hyper | Schedule,
     b1: Scalar = 0.9,

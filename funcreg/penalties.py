@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.penalty import penalty
-from funcreg.tree import safe_sqrt, sign, squared, tree_map
+from funcreg.tree import euclidean, sign, squared, tree_map
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
 Dim = int | tuple[int, ...] | EllipsisType | None
@@ -46,7 +46,8 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
         # Adding zero turns -0.0 into +0.0.
         return w * ((size - threshold).relu() / torch.where(size == 0, torch.ones_like(size), size)) + 0.0
     if isinstance(threshold, Tensor):
-        return w - torch.minimum(torch.maximum(w, -threshold), threshold)
+        # Not a clamp: between its two ends a threshold of 0 is a tie, which splits the derivative.
+        return w - torch.where(w.abs() <= threshold, w, w.sign() * threshold)
     return w - w.clamp(-threshold, threshold)
 
 
@@ -62,7 +63,7 @@ def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=sign,
     proximal=_l1_proximal,
     residual=_l1_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(needs=("signs",), keeps=("signs", "order")),
 )
 def l1(w: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=_l2_gradient,
     proximal=_l2_proximal,
     residual=_l2_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(curvature=lambda: 2.0),
 )
 def l2(w: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     gradient=_half_l2_gradient,
     proximal=_half_l2_proximal,
     residual=_half_l2_residual,
-    reach="elementwise",
+    separable=True,
     structure=Structure(curvature=lambda: 1.0),
 )
 def half_l2(w: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def _rest(rho: Hyper) -> Hyper:
     gradient=_elastic_gradient,
     proximal=_elastic_proximal,
     residual=_elastic_residual,
-    reach="elementwise",
+    separable=True,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
     structure=Structure(parts=_elastic_parts),
 )
@@ -227,8 +228,7 @@ def group_dims(w: Tensor, dim: Dim) -> tuple[int, ...]:
 
 def group_norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The norm of each group, reduced dimensions kept."""
-    squares = squared(w)
-    return safe_sqrt(squares.sum(dims, keepdim=True) if dims else squares)  # sum(()) would reduce them all.
+    return euclidean(w, dims)
 
 
 def group_sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
@@ -271,7 +271,7 @@ def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple
 
     if not w.numel():
         return w.clone()
-    norms = safe_sqrt(over_group(squared(h * w)))
+    norms = euclidean(h * w, dims)
     alive = norms > threshold
     # In units of the norm, so that no power of it leaves the range of float32.
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
@@ -322,7 +322,7 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
     proximal=_group_proximal,
     metric=_group_metric,
     residual=_group_residual,
-    reach="leaf",
+    separable=False,
     structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=_groups),
 )
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -387,7 +387,7 @@ def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
     proximal=_sparse_group_proximal,
     metric=_sparse_group_metric,
     residual=_sparse_group_residual,
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
     structure=Structure(parts=_sparse_group_parts, groups=_groups),
 )

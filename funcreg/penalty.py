@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from funcreg._typing import REACHES, Hyper, Mask, Params, Reach
+from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
+from funcreg.construction import Remembering
 from funcreg.descent import approach, check_inner_steps
+from funcreg.ranges import check_range
 from funcreg.tree import (
     check_alike,
-    check_nonnegative,
     check_params,
     compute,
     compute_leaves,
+    dotted,
     fits,
     flatten,
     keep,
+    map_with_path,
     mask_leaves,
     merge,
     times,
     total,
     tree_leaves,
     tree_map,
+    without_autocast,
 )
 
+P = TypeVar("P", bound="Penalty")
+_AT_LEAST_0 = (0.0, math.inf)
 
-class Penalty:
+
+class Penalty(Remembering):
     r"""Value, gradient and proximal operator of a penalty :math:`g` on trees of parameters.
 
     `p(params, *hyper)` is the value, a 0-dim tensor summed over all leaves; `p.grad(params, *hyper)` the gradient,
@@ -49,6 +57,9 @@ class Penalty:
     penalty, one number for each group for a penalty of groups (of shape `(n, 1)` for rows). A penalty that couples a
     leaf otherwise takes a number for each leaf, and one that couples leaves a single number. 0 leaves entries alone.
 
+    A penalty pickles by its name if it stands at the top of a module under it, else as the call that made it: rules
+    that are functions of a module, and not lambdas, can then be read back.
+
     Args:
         value: From `(params, *hyper, **options)` to a scalar.
         gradient: From the same to a tree like the parameters.
@@ -56,7 +67,6 @@ class Penalty:
             a metric, too, takes `metric=None`: a tree of positive tensors like the parameters.
         residual: From `(params, grads, strength, *hyper, **options)` to the element of least norm of
             :math:`\nabla f + \text{strength} \cdot \partial g`; by default the residual of the proximal operator.
-        reach: How far one entry of the proximal operator looks; None leaves it open, which is always right.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         rule: The function whose name, documentation and signature these are; by default `value`.
         structure: What sums with this penalty may rely on; by default nothing, so that a sum has no proximal operator.
@@ -68,6 +78,8 @@ class Penalty:
             whether it takes one.
         inner_steps: For a convex penalty that does not: the steps of a descent that `prox` then takes if it is not
             told how many. None for an error.
+        separable: Whether it is a sum over entries; None if its value on a leaf tells.
+        couples_leaves: Whether the proximal point of one leaf depends on others.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -84,7 +96,7 @@ class Penalty:
 
         >>> both = 0.1 * l1.given(mask=matrices) + elastic.given(alpha=0.2, rho=0.5)
         >>> both
-        <penalty 0.1 * l1 + elastic(params)>
+        0.1 * l1.given(mask=matrices) + elastic.given(0.2, 0.5)
         >>> both({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([4.0])})
         tensor(2.2500)
         >>> both.prox({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([0.1])}, 1.0)
@@ -105,7 +117,6 @@ class Penalty:
         proximal: Callable[..., Params],
         *,
         residual: Callable[..., Params] | None = None,
-        reach: Reach | None = None,
         bounds: Mapping[str, tuple[float, float]] | None = None,
         rule: Callable[..., Any] | None = None,
         structure: Structure | None = None,
@@ -113,28 +124,63 @@ class Penalty:
         weigh: Callable[..., Hyper] | None = None,
         in_metric: Callable[..., bool] | None = None,
         inner_steps: int | None = None,
+        separable: bool | None = False,
+        couples_leaves: bool = True,
     ) -> None:
+        options = {
+            "residual": residual,
+            "bounds": bounds,
+            "rule": rule,
+            "structure": structure,
+            "weighted": weighted,
+            "weigh": weigh,
+            "in_metric": in_metric,
+            "inner_steps": inner_steps,
+            "separable": separable,
+            "couples_leaves": couples_leaves,
+        }
+        self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+        self._made = type(self), (value, gradient, proximal), options
         rule = rule or value
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self._weighted, self._weigh = weighted, weigh
         takes = "metric" in inspect.signature(proximal).parameters
         self._in_metric, self._inner_steps = in_metric or (lambda *hyper, **options: takes), inner_steps
-        self.reach: Reach | None = reach
+        self.separable, self.couples_leaves = separable, couples_leaves
         self.structure = structure or Structure()
-        self.__name__ = self.__qualname__ = rule.__name__
+        self.__name__ = rule.__name__
+        self.__qualname__ = getattr(rule, "__qualname__", rule.__name__)
         self.__doc__ = rule.__doc__
         self.__module__ = rule.__module__
         parameters = list(inspect.signature(rule).parameters.values())[1:]
         self._hyper = tuple(p for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
         self._options = frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-        self._bounds = dict(bounds or {})
+        self.bounds = dict(bounds or {})
         self.__signature__ = inspect.Signature(
             [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters]
         )
 
-    def __repr__(self) -> str:
-        return f"<penalty {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
+    _kind = "penalty"
 
+    def __repr__(self) -> str:
+        if self.made_by is not None:
+            return super().__repr__()
+        return f"<{self._kind} {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        found: Any = sys.modules.get(self.__module__)
+        for part in self.__qualname__.split("."):
+            found = getattr(found, part, None)
+        if found is self:
+            return self.__qualname__
+        return super().__reduce_ex__(protocol) if self.made_by is not None else (_made_again, self._made)
+
+    def made_from(self: P, decorator: Callable[..., Any], options: dict[str, Any], rule: Callable[..., Any]) -> P:
+        """This penalty, which pickles as what a decorator makes of a rule."""
+        self._made = _decorated, (decorator, options, rule), {}
+        return self
+
+    @without_autocast
     def __call__(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
         """The value, summed over all leaves: a 0-dim tensor, float32 at least."""
         values, options = self.bind(*hyper, **options)
@@ -142,6 +188,7 @@ class Penalty:
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
         return self._value(chosen, *values, **options)
 
+    @without_autocast
     def grad(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
         """The gradient, the subgradient of least norm at a kink: a tree like the parameters."""
         values, options = self.bind(*hyper, **options)
@@ -149,6 +196,7 @@ class Penalty:
         rest = None if mask is None else tree_map(torch.zeros_like, params)
         return _on(mask, params, lambda chosen: self._gradient(chosen, *values, **options), rest)
 
+    @without_autocast
     def prox(
         self,
         params: Params,
@@ -177,7 +225,7 @@ class Penalty:
         """
         values, options = self.bind(*hyper, **options)
         check_params(params)
-        check_nonnegative("step", step)
+        _check("step", step, _AT_LEAST_0)
         check_inner_steps(inner_steps)
         if metric is not None:
             check_alike(params, metric, ("params", "metric"))
@@ -200,12 +248,12 @@ class Penalty:
                     "let the value return one term for each entry."
                 )
             plain = lambda x, size: self._proximal(x, size, *values, **options)
-            apart = self.reach not in (None, "global")
-            landed = approach(plain, chosen, chosen, h, own, count, apart)
+            landed = approach(plain, chosen, chosen, h, own, count, apart=not self.couples_leaves)
             return compute(lambda w, z: z, chosen, landed)
 
         return _on(mask, params, act, params)
 
+    @without_autocast
     def residual(
         self,
         params: Params,
@@ -219,6 +267,7 @@ class Penalty:
         values, options = self.bind(*hyper, **options)
         check_params(params)
         check_alike(params, grads, ("params", "grads"))
+        _check("strength", strength, _AT_LEAST_0)
 
         def act(chosen: Params) -> Params:
             slopes = _like(grads, mask, params)
@@ -230,6 +279,11 @@ class Penalty:
             return compute(lambda w, z: w - z, chosen, landed)
 
         return _on(mask, params, act, grads)
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the residual is that of a rule of its own, in the units of the gradient."""
+        return self._residual is not None
 
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         """Whether the proximal operator of such parameters has a rule of its own in a metric."""
@@ -251,6 +305,7 @@ class Penalty:
         values, options = self.bind(*hyper, **options)
         return self._weigh(params, weights, *values, **options)
 
+    @without_autocast
     def weighted_value(
         self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
     ) -> Tensor:
@@ -264,6 +319,7 @@ class Penalty:
         value = self._value(chosen, *values, **options)
         return times(own, value).to(value.dtype)
 
+    @without_autocast
     def weighted_grad(
         self, params: Params, weights: Hyper, /, *hyper: Hyper, mask: Mask | None = None, **options: Any
     ) -> Params:
@@ -296,7 +352,7 @@ class Penalty:
                 f"{self.__name__} is given a function; expected numbers, tensors or trees of them. A schedule goes to "
                 "what takes the penalty, as strength= or as a hyperparameter there."
             )
-        check_nonnegative(f"the strength of {self.__name__}", strength)
+        _check(f"the strength of {self.__name__}", strength, _AT_LEAST_0)
         if not _single(strength) and not self.weighable:
             raise _one_number(self, strength)
         one = isinstance(strength, (int, float)) and strength == 1
@@ -334,13 +390,13 @@ class Penalty:
         if unknown:
             raise TypeError(f"{takes}; got {', '.join(unknown)}")
         for parameter, value in zip(self._hyper, values, strict=True):
-            least, greatest = self._bounds.get(parameter.name, (-math.inf, math.inf))
-            for number in tree_leaves(value):
-                if isinstance(number, (str, bytes, bool)):
-                    raise TypeError(f"{parameter.name} of {self.__name__} is {number!r}; expected a number or a tensor")
-                if isinstance(number, (int, float)) and not least <= number <= greatest:
-                    name = f"{parameter.name} of {self.__name__}"
-                    raise ValueError(f"{name} is {number}; expected a number from {least:g} to {greatest:g}")
+            bounds = self.bounds.get(parameter.name)
+            if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
+                _check(f"{parameter.name} of {self.__name__}", value, bounds)
+        weights = options.get("weights")
+        for tensor in weights if isinstance(weights, (list, tuple)) else (weights,):
+            if isinstance(tensor, Tensor):
+                _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
 
 
@@ -350,14 +406,20 @@ class Sum(Penalty):
     # In attributes alone, without a look at signatures: sums are also made inside compiled functions.
     def __init__(self, terms: tuple[Term, ...]) -> None:
         self._addends = terms
-        self._hyper, self._options, self._bounds, self._inner_steps = (), frozenset(), {}, None
+        self._hyper, self._options, self.bounds, self._inner_steps = (), frozenset(), {}, None
         self.structure = Structure(parts=lambda: terms)
-        reaches = [term.penalty.reach for term in terms]
-        self.reach = None if None in reaches else REACHES[max([REACHES.index(reach) for reach in reaches])]
+        self.separable = all([term.penalty.separable is True for term in terms])
+        self.couples_leaves = any([term.penalty.couples_leaves for term in terms])
 
     @property
     def __name__(self) -> str:
         return " + ".join([term.title() for term in self._addends])
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Sum, (self._addends,)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -396,6 +458,27 @@ class Sum(Penalty):
         return weights
 
 
+def _made_again(function: Callable[..., Penalty], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Penalty:
+    return function(*args, **kwargs)
+
+
+def _decorated(decorator: Callable[..., Any], options: dict[str, Any], rule: Callable[..., Any]) -> Penalty:
+    return decorator(**options)(rule)
+
+
+def _check(name: str, value: Hyper, bounds: tuple[float, float] | None) -> None:
+    """Raise an error if a number of a hyperparameter is none, or outside of its bounds, as far as it is known."""
+    if isinstance(value, (dict, list, tuple)):  # By the walk over trees, which knows every kind of node.
+        map_with_path(lambda path, leaf: _check(f"{name} at '{dotted(path)}'", leaf, bounds), value)
+        return
+    if bounds is not None:
+        least, greatest = bounds
+        above_0 = least == sys.float_info.min
+        check_range(name, value, 0.0 if above_0 else least, greatest, open_low=above_0)
+    elif not isinstance(value, Tensor) or not (value.ndim or value.is_complex()):
+        check_range(name, value, -math.inf)
+
+
 def _single(weights: Hyper) -> bool:
     """Whether weights are a single number."""
     return isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim)
@@ -432,7 +515,7 @@ def penalty(
     proximal: Callable[..., Tensor],
     metric: Callable[..., Tensor] | None = None,
     residual: Callable[..., Tensor] | None = None,
-    reach: Reach | None = None,
+    separable: bool | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     structure: Structure | None = None,
     inner_steps: int | None = None,
@@ -455,7 +538,7 @@ def penalty(
             :math:`\frac{1}{2} \sum_i h_i (z_i - w_i)^2`; not needed for a separable penalty.
         residual: `(w, g, strength, *hyper, **options)` to the element of least norm of
             :math:`g + \text{strength} \cdot \partial`; by default the residual of the proximal operator.
-        reach: `"elementwise"` for a separable penalty, `"rows"`, `"matrix"` or `"leaf"`; None leaves it open.
+        separable: Whether the penalty is a sum over entries; by default it is where the value has one term for each.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         structure: What sums with this penalty may rely on; see `Structure`.
         inner_steps: For a convex penalty without `metric`: the steps of a descent that stand in for it.
@@ -472,6 +555,17 @@ def penalty(
         >>> huber(params, 1.0), huber.grad(params, 1.0), huber.prox(params, 1.0, 1.0)
         (tensor(2.6250), {'weight': tensor([ 0.5000, -1.0000])}, {'weight': tensor([ 0.2500, -2.0000])})
     """
+
+    given = {
+        "gradient": gradient,
+        "proximal": proximal,
+        "metric": metric,
+        "residual": residual,
+        "separable": separable,
+        "bounds": bounds,
+        "structure": structure,
+        "inner_steps": inner_steps,
+    }
 
     def lift(value: Callable[..., Tensor]) -> Penalty:
         def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
@@ -491,23 +585,21 @@ def penalty(
 
         def one_a_term(w: Tensor, c: Any, *hyper: Any, **options: Any) -> Any:
             """A weight, if each term of the value of a leaf has one number of it; without dimensions if all have."""
-            if not isinstance(c, Tensor) or not c.ndim or separable(w, *hyper, **options):
+            if not isinstance(c, Tensor) or not c.ndim or of_entries(w, *hyper, **options):
                 return c
             inside = None if structure is None or structure.groups is None else structure.groups(w, **options)
             shape = [1 if inside is None or d in inside else n for d, n in enumerate(w.shape)]
             if not fits(c, shape):
-                whole = "matrix" if reach == "matrix" else "leaf"
-                expected = (
-                    f"one number for each {whole}" if math.prod(shape) == 1 else f"one for each group, {tuple(shape)}"
-                )
+                one = math.prod(shape) == 1
+                expected = "one number for each leaf" if one else f"one for each group, {tuple(shape)}"
                 raise ValueError(
                     f"a strength or step has shape {tuple(c.shape)}; expected {expected}, because "
                     f"{value.__name__} couples entries of this leaf of shape {tuple(w.shape)}"
                 )
             return c.reshape(()) if inside is None else c
 
-        def separable(w: Tensor, *hyper: Any, **options: Any) -> bool:
-            return reach == "elementwise" or (reach is None and value(w, *hyper, **options).shape == w.shape)
+        def of_entries(w: Tensor, *hyper: Any, **options: Any) -> bool:
+            return value(w, *hyper, **options).shape == w.shape if separable is None else separable
 
         def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
             return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
@@ -527,10 +619,10 @@ def penalty(
             return proximal(w, step / h, *hyper, **options)
 
         def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
-            if metric is not None or reach is not None:
-                return metric is not None or reach == "elementwise"
+            if metric is not None or separable is not None:
+                return metric is not None or separable is True
             apart: list[bool] = []
-            compute_leaves(lambda w, *row: apart.append(separable(w, *row, **options)) or w, params, hyper=hyper)
+            compute_leaves(lambda w, *row: apart.append(of_entries(w, *row, **options)) or w, params, hyper=hyper)
             return all(apart)
 
         def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
@@ -543,7 +635,6 @@ def penalty(
             tree_gradient,
             tree_proximal,
             residual=None if residual is None else tree_residual,
-            reach=reach,
             bounds=bounds,
             rule=value,
             structure=structure,
@@ -551,7 +642,9 @@ def penalty(
             weigh=tree_weigh,
             in_metric=tree_in_metric,
             inner_steps=inner_steps,
-        )
+            separable=separable,
+            couples_leaves=False,
+        ).made_from(penalty, given, value)
 
     return lift
 

@@ -24,7 +24,8 @@ from funcreg.constraints import (
     simplex,
     simplex_excess,
 )
-from funcreg.tree import check_alike, check_nonnegative, check_params, flatten, sign, tree_leaves, widen
+from funcreg.ranges import check_range
+from funcreg.tree import check_alike, check_params, flatten, sign, tree_leaves, widen
 
 
 def _joint(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:
@@ -92,7 +93,7 @@ def projection_simplex(tree: Params, scale: Scalar = 1) -> Params:
         >>> projection_simplex({"a": torch.tensor([0.5, 0.9]), "b": torch.tensor(-1.0)})
         {'a': tensor([0.3000, 0.7000]), 'b': tensor(0.)}
     """
-    check_nonnegative("scale", scale)
+    check_range("scale", scale)
     return _joint(lambda w: simplex.project(w, scale), tree)
 
 
@@ -108,7 +109,7 @@ def projection_l1_sphere(tree: Params, scale: Scalar = 1) -> Params:
         >>> projection_l1_sphere({"a": torch.tensor([0.5, -0.25]), "b": torch.tensor(0.0)}, 1.25)
         {'a': tensor([ 0.6667, -0.4167]), 'b': tensor(0.1667)}
     """
-    check_nonnegative("scale", scale)
+    check_range("scale", scale)
     ways = lambda w: torch.where(w == 0, torch.ones_like(w), sign(w))
     return _joint(lambda w: ways(w) * simplex_excess(w.abs(), scale) + 0.0, tree)
 
@@ -127,7 +128,9 @@ def projection_l1_ball(tree: Params, scale: Scalar = 1) -> Params:
 
 
 def projection_l2_sphere(tree: Params, scale: Scalar = 1) -> Params:
-    r"""The nearest tree of a given norm, :math:`\|w\|_2 = s`. A tree of zeros, to which all are equal, stays.
+    r"""The nearest tree of a given norm, :math:`\|w\|_2 = s`.
+
+    A tree of zeros, to which all of them are equally near, becomes one of equal entries.
 
     Args:
         scale: :math:`s`, at least 0.

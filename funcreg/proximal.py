@@ -13,23 +13,29 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.construction import remembered
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
+from funcreg.ranges import scalars
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
 from funcreg.transform import (
+    Choice,
     Transform,
     at_step,
     below_one,
     check_fit,
+    check_selection,
     counter,
-    furthest,
+    finite_nonnegative,
+    flags,
     identity,
     nonnegative,
     positive,
+    public_state,
+    without_momentum,
 )
 from funcreg.tree import (
-    check_mask,
     compute,
     compute_wide,
     keep,
@@ -42,11 +48,22 @@ from funcreg.tree import (
 )
 
 
+@public_state
 class ProximalState(NamedTuple):
-    """The state of `prox_sgd`, `prox_adam` and `proximal_step`."""
+    """The state of `prox_sgd`, `prox_adam` and `proximal_step`.
+
+    Example:
+        >>> prox_sgd(0.1, l1).init(torch.zeros(1))
+        ProximalState(steps=tensor(0, dtype=torch.int32), direction=EmptyState())
+    """
 
     steps: Tensor  # Number of updates made, int32.
     direction: State  # Of the momentum or the preconditioner.
+
+
+def left_out(mask: Mask | None) -> Choice | None:
+    """The leaves on which a penalty does not act, which stay where they are without a gradient."""
+    return None if mask is None else lambda params: [not chosen for chosen in mask_leaves(mask, params)]
 
 
 def land(
@@ -66,7 +83,7 @@ def land(
     chosen = [True] * len(tree_leaves(params)) if mask is None else mask_leaves(mask, params)
     begin, goal, h = (keep(tree, chosen) for tree in (params, reached, metric))
     prox = lambda x, size: penalty.prox(x, size, *values, **options)
-    apart = penalty.reach not in (None, "global")
+    apart = not penalty.couples_leaves
     # From the parameters: at a solution of the penalized problem they are that point already.
     return merge(reached, approach(prox, begin, goal, h, step, inner_steps, apart), chosen)
 
@@ -85,9 +102,10 @@ def descend(
     inner_steps: int | None = None,
 ) -> Transform:
     """A step along a direction, then the proximal operator in the direction's metric, if it has one."""
-    nonnegative(learning_rate=learning_rate, strength=strength, weight_decay=weight_decay)
+    finite_nonnegative(learning_rate=learning_rate, weight_decay=weight_decay)
+    nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
-    check_mask(mask)
+    check_selection(mask)
 
     def init(params: Params) -> ProximalState:
         check_fit(params, mask, learning_rate, strength, weight_decay, *hyper)
@@ -114,13 +132,10 @@ def descend(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    own = penalty.reach or "global"
-    if direction.metric is not None and own != "elementwise":
-        own = furthest([own, "leaf"])  # Which may share one number of the metric.
-    reach = "global" if inner_steps else furthest([direction.reach, own])
-    return Transform(init, update, reach, state=ProximalState)
+    return Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask))
 
 
+@remembered
 def prox_sgd(
     learning_rate: Hyper | Schedule,
     penalty: Penalty,
@@ -161,14 +176,17 @@ def prox_sgd(
     References:
         Daubechies, Defrise & De Mol, *An iterative thresholding algorithm for linear inverse problems*, 2004.
     """
+    without_momentum(momentum, nesterov=nesterov)
     if momentum is None:
         direction, gain = identity(), 1.0
     else:
         below_one(momentum=momentum)
-        direction, gain = trace(momentum, nesterov), 1 / (1 - momentum)
+        (decay,) = scalars(momentum=momentum)
+        direction, gain = trace(decay, nesterov), 1 / (1 - decay)
     return descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
 
 
+@remembered
 def prox_adam(
     learning_rate: Hyper | Schedule,
     penalty: Penalty,
@@ -222,6 +240,7 @@ def prox_adam(
     )
 
 
+@remembered
 def proximal_step(
     preconditioner: Transform,
     learning_rate: Hyper | Schedule,
@@ -288,6 +307,12 @@ def proximal_step(
     """
     if not isinstance(preconditioner, Transform):
         raise TypeError(f"preconditioner is {preconditioner!r}; expected a Transform such as scale_by_adam()")
+    if preconditioner.descends:
+        raise ValueError(
+            f"preconditioner is {preconditioner!r}, whose updates are steps downhill with a learning rate in them; "
+            "expected the direction alone, such as scale_by_adam() in place of adam(0.1). The learning rate is given "
+            "to the proximal step, once."
+        )
     if preconditioner.metric is None:
         raise ValueError(
             "preconditioner tells no metric; expected a transform such as scale_by_adam, or a chain with one such "
@@ -311,14 +336,21 @@ def proximal_step(
     )
 
 
+@public_state
 class FistaState(NamedTuple):
-    """The state of `fista`."""
+    """The state of `fista`.
+
+    Example:
+        >>> fista(0.1, l1).init(torch.zeros(1)).solution
+        tensor([0.])
+    """
 
     steps: Tensor  # Number of updates made, int32.
     momentum: Tensor  # The sequence t_k, float64.
     solution: Params  # The last proximal point, sparse at every step.
 
 
+@remembered
 def fista(
     learning_rate: Hyper | Schedule,
     penalty: Penalty,
@@ -360,9 +392,11 @@ def fista(
         Beck & Teboulle, *A fast iterative shrinkage-thresholding algorithm for linear inverse problems*, 2009.
         O'Donoghue & Candes, *Adaptive restart for accelerated gradient schemes*, 2015.
     """
-    nonnegative(learning_rate=learning_rate, strength=strength)
+    finite_nonnegative(learning_rate=learning_rate)
+    nonnegative(strength=strength)
+    flags(restart=restart)
     check_penalty(penalty, hyper, options)
-    check_mask(mask)
+    check_selection(mask)
 
     def init(params: Params) -> FistaState:
         check_fit(params, mask, learning_rate, strength, *hyper)
@@ -379,4 +413,4 @@ def fista(
         moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=(further,))
         return moves, FistaState(state.steps + 1, momentum, compute(lambda x0, x: x, state.solution, x))
 
-    return Transform(init, update, "global", state=FistaState)
+    return Transform(init, update, state=FistaState, descends=True, spares=left_out(mask))

@@ -9,9 +9,10 @@ import torch
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
 from funcreg.constraints import Constraint
+from funcreg.construction import remembered
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
-from funcreg.transform import Transform, nonnegative, scheduled, stateless
+from funcreg.transform import Transform, check_selection, finite_nonnegative, memoryless, nonnegative, scheduled
 from funcreg.tree import compute, compute_wide
 
 
@@ -26,6 +27,7 @@ def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str,
     penalty.bind(*hyper, **options)
 
 
+@remembered
 def add_decayed_weights(weight_decay: Hyper | Schedule = 0.0, mask: Mask | None = None) -> Transform:
     r"""Add :math:`\lambda w` to updates, the gradient of :math:`\frac{\lambda}{2} \|w\|_2^2`.
 
@@ -47,10 +49,11 @@ def add_decayed_weights(weight_decay: Hyper | Schedule = 0.0, mask: Mask | None 
         Krogh & Hertz, *A simple weight decay can improve generalization*, 1991.
         Loshchilov & Hutter, *Decoupled weight decay regularization*, 2019.
     """
-    nonnegative(weight_decay=weight_decay)
+    finite_nonnegative(weight_decay=weight_decay)
     return add_penalty(half_l2, strength=weight_decay, mask=mask)
 
 
+@remembered
 def add_penalty(
     penalty: Penalty,
     *hyper: Hyper | Schedule,
@@ -76,7 +79,8 @@ def add_penalty(
         >>> tx.update({"weight": torch.zeros(2)}, tx.init(params), params)[0]
         {'weight': tensor([ 0.1000, -0.1000])}
     """
-    nonnegative(strength=strength)
+    finite_nonnegative(strength=strength)
+    check_selection(mask)
     check_penalty(penalty, hyper, options)
 
     def rule(updates: Updates, params: Params, strength: Hyper, *values: Hyper) -> Updates:
@@ -84,9 +88,10 @@ def add_penalty(
         own = penalty.weigh(params, strength, *values, **options)
         return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(own,))
 
-    return _where(mask, scheduled(rule, strength, *hyper, reach=penalty.reach or "global"))
+    return _where(mask, scheduled(rule, strength, *hyper))
 
 
+@remembered
 def proximal(
     penalty: Penalty, step: Hyper | Schedule, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any
 ) -> Transform:
@@ -115,6 +120,7 @@ def proximal(
         Parikh & Boyd, *Proximal algorithms*, 2014.
     """
     nonnegative(step=step)
+    check_selection(mask)
     check_penalty(penalty, hyper, options)
 
     def rule(updates: Updates, params: Params, step: Hyper, *values: Hyper) -> Updates:
@@ -123,9 +129,10 @@ def proximal(
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, step, *hyper, reach=penalty.reach or "global"))
+    return _where(mask, scheduled(rule, step, *hyper))
 
 
+@remembered
 def soft_threshold(threshold: Hyper | Schedule, mask: Mask | None = None) -> Transform:
     r"""Move parameters, after the step, towards zero by a threshold, and to exactly 0 those that would pass it.
 
@@ -151,6 +158,7 @@ def soft_threshold(threshold: Hyper | Schedule, mask: Mask | None = None) -> Tra
     return proximal(l1, threshold, mask=mask)
 
 
+@remembered
 def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any) -> Transform:
     r"""Keep parameters in a set, :math:`u' = P_C(w + u) - w`.
 
@@ -178,6 +186,7 @@ def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None 
     return proximal(constraint, 0.0, *hyper, mask=mask, **options)
 
 
+@remembered
 def keep_params_nonnegative() -> Transform:
     r"""Stop at zero each parameter that a step would make negative, :math:`u' = \max(w + u, 0) - w`.
 
@@ -191,4 +200,4 @@ def keep_params_nonnegative() -> Transform:
         # In the dtype of the parameters, or w + (-w) would not be 0.
         return compute(lambda w, u: torch.where(w + u < 0, -w, u), params, updates)
 
-    return stateless(rule, "elementwise")
+    return memoryless(rule)

@@ -12,28 +12,53 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
-from funcreg.transform import Transform, counter, identity, nonnegative, scheduled, stateless
-from funcreg.tree import compute, compute_wide, safe_sqrt, sign, squared, tree_map, wide, zeros
+from funcreg.construction import remembered
+from funcreg.ranges import concrete, scalars
+from funcreg.transform import (
+    Transform,
+    below_one,
+    counter,
+    dtypes,
+    finite,
+    finite_nonnegative,
+    flags,
+    memoryless,
+    positive,
+    public_state,
+    scheduled,
+    share,
+)
+from funcreg.tree import compute, compute_wide, safe_sqrt, sign, squared, tree_leaves, tree_map, wide, zeros
 
 
+@remembered
 def scale(step_size: Hyper) -> Transform:
     r"""Multiply updates by a number, :math:`u' = s u`.
 
     Args:
-        step_size: Factor: a number, a tensor, or a tree of them like the parameters. A negative one descends.
+        step_size: Factor: a number, a tensor, or a tree of them like the parameters. A negative one descends. For a
+            schedule, take `scale_by_schedule`.
 
     Example:
         >>> params = {"weight": torch.zeros(2)}
         >>> scale(-0.1).update({"weight": torch.tensor([1.0, 2.0])}, EmptyState(), params)
         ({'weight': tensor([-0.1000, -0.2000])}, EmptyState())
     """
-    return scheduled(_scale, step_size, reach="elementwise")
+    finite(step_size=step_size)
+    return scheduled(_scale, step_size, descends=_negative(step_size))
+
+
+def _negative(step_size: Hyper) -> bool:
+    """Whether a factor, or one of a tree, is known to be below 0."""
+    known = [x for x in map(concrete, tree_leaves(step_size)) if x is not None]
+    return any([bool((x < 0).any()) if isinstance(x, Tensor) else x < 0 for x in known])
 
 
 def _scale(updates: Updates, params: Params, step_size: Hyper) -> Updates:
     return compute(lambda u, s: s * u, updates, hyper=(step_size,))
 
 
+@remembered
 def scale_by_schedule(step_size_fn: Schedule) -> Transform:
     r"""Multiply updates by a schedule's value, :math:`u' = s_t u`, with :math:`t` from 0.
 
@@ -48,17 +73,18 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
         >>> tx.update({"weight": torch.ones(1)}, state, params)
         ({'weight': tensor([0.7500])}, ScheduleState(steps=tensor(2, dtype=torch.int32)))
     """
-    if not callable(step_size_fn):
+    if not callable(step_size_fn) or isinstance(step_size_fn, type):
         raise TypeError(f"step_size_fn is {step_size_fn!r}; expected a function of the step. For a number, use scale.")
-    return scheduled(_scale, step_size_fn, reach="elementwise")
+    return scheduled(_scale, step_size_fn)
 
 
+@remembered
 def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, flip_sign: bool = True) -> Transform:
     r"""Multiply updates by minus the learning rate, :math:`u' = -\eta_t u`: the last step of a descent.
 
     Args:
-        learning_rate: Number of at least 0, tensor, schedule, or a tree of them like the parameters; None is 1,
-            without the sign.
+        learning_rate: Number of at least 0, tensor, schedule, or a tree of them like the parameters. None, optax's
+            default that leaves updates as they are, is refused.
         flip_sign: Whether to multiply by minus the learning rate.
 
     Example:
@@ -67,14 +93,18 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
         ({'weight': tensor([-0.1000, -0.2000])}, EmptyState())
     """
     if learning_rate is None:
-        return identity()
-    nonnegative(learning_rate=learning_rate)
+        raise TypeError(
+            "learning_rate is None; expected a number, a tensor, a schedule or a tree of them. Without one, updates "
+            "would go uphill: for the direction alone take the transform before it, such as scale_by_adam()."
+        )
+    finite_nonnegative(learning_rate=learning_rate)
+    flags(flip_sign=flip_sign)
     direction = -1 if flip_sign else 1
 
     def rule(updates: Updates, params: Params, rate: Hyper) -> Updates:
         return compute(lambda u, r: direction * r * u, updates, hyper=(rate,))
 
-    return scheduled(rule, learning_rate, reach="elementwise")
+    return scheduled(rule, learning_rate, descends=True)
 
 
 # Moments
@@ -104,6 +134,7 @@ def bias_correction(decay: Scalar, steps: Tensor) -> Tensor:
     return 1 - decay ** steps.to(torch.float64)
 
 
+@remembered
 def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype | None = None) -> Transform:
     r"""Replace updates by their decayed sum, :math:`m_t = u_t + \beta m_{t-1}`: the momentum of `torch.optim.SGD`.
 
@@ -121,7 +152,10 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
     References:
         Sutskever, Martens, Dahl & Hinton, *On the importance of initialization and momentum in deep learning*, 2013.
     """
-    nonnegative(decay=decay)
+    below_one(decay=decay)
+    (decay,) = scalars(decay=decay)
+    flags(nesterov=nesterov)
+    dtypes(accumulator_dtype=accumulator_dtype)
 
     def init(params: Params) -> TraceState:
         return TraceState(zeros(params, accumulator_dtype))
@@ -132,15 +166,22 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
         direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
         return direction, TraceState(_stored(m, state.trace))
 
-    return Transform(init, update, "elementwise", state=TraceState)
+    return Transform(init, update, state=TraceState)
 
 
+@public_state
 class TraceState(NamedTuple):
-    """The state of `trace`."""
+    """The state of `trace`.
+
+    Example:
+        >>> trace(0.9).init({"weight": torch.zeros(1)})
+        TraceState(trace={'weight': tensor([0.])})
+    """
 
     trace: Params  # Decayed sum of updates.
 
 
+@remembered
 def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | None = None) -> Transform:
     r"""Replace updates by their moving average, :math:`m_t = \beta m_{t-1} + (1 - \beta) u_t`.
 
@@ -155,7 +196,10 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
         >>> updates
         {'weight': tensor([1.])}
     """
-    nonnegative(decay=decay)
+    below_one(decay=decay)
+    (decay,) = scalars(decay=decay)
+    flags(debias=debias)
+    dtypes(accumulator_dtype=accumulator_dtype)
 
     def init(params: Params) -> EmaState:
         return EmaState(counter(params), zeros(params, accumulator_dtype))
@@ -167,11 +211,17 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
         averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
         return averages, EmaState(steps, _stored(m, state.ema))
 
-    return Transform(init, update, "elementwise", state=EmaState)
+    return Transform(init, update, state=EmaState)
 
 
+@public_state
 class EmaState(NamedTuple):
-    """The state of `ema`."""
+    """The state of `ema`.
+
+    Example:
+        >>> ema(0.9).init({"weight": torch.zeros(1)})
+        EmaState(steps=tensor(0, dtype=torch.int32), ema={'weight': tensor([0.])})
+    """
 
     steps: Tensor  # Number of updates made, int32.
     ema: Params  # Moving average, not corrected.
@@ -180,14 +230,32 @@ class EmaState(NamedTuple):
 # Preconditioners
 
 
+def _moments(
+    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, mu_dtype: torch.dtype | None
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """The hyperparameters of Adam, checked."""
+    below_one(b1=b1, b2=b2)
+    finite_nonnegative(eps=eps, eps_root=eps_root)
+    dtypes(mu_dtype=mu_dtype)
+    b1, b2, eps, eps_root = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    return b1, b2, eps, eps_root
+
+
+@public_state
 class AdamState(NamedTuple):
-    """The state of `scale_by_adam`."""
+    """The state of `scale_by_adam`.
+
+    Example:
+        >>> scale_by_adam().init(torch.zeros(1))
+        AdamState(steps=tensor(0, dtype=torch.int32), mu=tensor([0.]), nu=tensor([0.]))
+    """
 
     steps: Tensor  # Number of updates made, int32.
     mu: Params  # Moving average of updates.
     nu: Params  # Moving average of their squares.
 
 
+@remembered
 def scale_by_adam(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -217,7 +285,8 @@ def scale_by_adam(
         Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
         Dozat, *Incorporating Nesterov momentum into Adam*, 2016.
     """
-    nonnegative(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype)
+    flags(nesterov=nesterov)
 
     def init(params: Params) -> AdamState:
         return AdamState(counter(params), zeros(params, mu_dtype), _real_zeros(params))
@@ -236,7 +305,7 @@ def scale_by_adam(
     def metric(state: AdamState) -> Params:
         return _adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
 
-    return Transform(init, update, "elementwise", metric, state=AdamState)
+    return Transform(init, update, metric, state=AdamState)
 
 
 def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
@@ -245,8 +314,14 @@ def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> 
     return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
 
 
+@public_state
 class AmsgradState(NamedTuple):
-    """The state of `scale_by_amsgrad`."""
+    """The state of `scale_by_amsgrad`.
+
+    Example:
+        >>> scale_by_amsgrad().init(torch.zeros(1)).nu_max
+        tensor([0.])
+    """
 
     steps: Tensor  # Number of updates made, int32.
     mu: Params  # Moving average of updates.
@@ -254,6 +329,7 @@ class AmsgradState(NamedTuple):
     nu_max: Params  # Greatest corrected average of squares so far.
 
 
+@remembered
 def scale_by_amsgrad(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -285,7 +361,8 @@ def scale_by_amsgrad(
     References:
         Reddi, Kale & Kumar, *On the convergence of Adam and beyond*, 2018.
     """
-    nonnegative(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype)
+    flags(bias_correction_mu=bias_correction_mu, bias_correction_nu=bias_correction_nu)
 
     def init(params: Params) -> AmsgradState:
         return AmsgradState(counter(params), zeros(params, mu_dtype), _real_zeros(params), _real_zeros(params))
@@ -302,11 +379,17 @@ def scale_by_amsgrad(
     def metric(state: AmsgradState) -> Params:
         return _adam_metric(state.nu_max, 1.0, eps, eps_root)
 
-    return Transform(init, update, "elementwise", metric, state=AmsgradState)
+    return Transform(init, update, metric, state=AmsgradState)
 
 
+@public_state
 class RmsState(NamedTuple):
-    """The state of `scale_by_rms`."""
+    """The state of `scale_by_rms`.
+
+    Example:
+        >>> scale_by_rms().init(torch.zeros(1))
+        RmsState(steps=tensor(0, dtype=torch.int32), nu=tensor([0.]))
+    """
 
     steps: Tensor  # Number of updates made, int32.
     nu: Params  # Moving average of the squares of updates.
@@ -316,6 +399,7 @@ def _root(eps_in_sqrt: bool) -> Any:
     return lambda v, e: safe_sqrt(v + e) if eps_in_sqrt else safe_sqrt(v) + e
 
 
+@remembered
 def scale_by_rms(
     decay: Scalar = 0.9,
     eps: Scalar = 1e-8,
@@ -341,7 +425,10 @@ def scale_by_rms(
     References:
         Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
-    nonnegative(decay=decay, eps=eps, initial_scale=initial_scale)
+    below_one(decay=decay)
+    finite_nonnegative(eps=eps, initial_scale=initial_scale)
+    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     corrected = bias_correction
 
     def init(params: Params) -> RmsState:
@@ -356,21 +443,28 @@ def scale_by_rms(
         missing = _missing(decay, state.steps, corrected)
         return compute(lambda v, c, e: root(v / c, e), state.nu, hyper=(missing, eps))
 
-    return Transform(init, update, "elementwise", metric, state=RmsState)
+    return Transform(init, update, metric, state=RmsState)
 
 
 def _missing(decay: Scalar, steps: Tensor, corrected: bool) -> Scalar:
     return bias_correction(decay, steps) if corrected else 1.0
 
 
+@public_state
 class StddevState(NamedTuple):
-    """The state of `scale_by_stddev`."""
+    """The state of `scale_by_stddev`.
+
+    Example:
+        >>> scale_by_stddev().init(torch.zeros(1)).mu
+        tensor([0.])
+    """
 
     steps: Tensor  # Number of updates made, int32.
     mu: Params  # Moving average of updates.
     nu: Params  # Moving average of their squares.
 
 
+@remembered
 def scale_by_stddev(
     decay: Scalar = 0.9,
     eps: Scalar = 1e-8,
@@ -396,7 +490,10 @@ def scale_by_stddev(
     References:
         Graves, *Generating sequences with recurrent neural networks*, 2013.
     """
-    nonnegative(decay=decay, eps=eps, initial_scale=initial_scale)
+    below_one(decay=decay)
+    finite_nonnegative(eps=eps, initial_scale=initial_scale)
+    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     corrected = bias_correction
 
     def init(params: Params) -> StddevState:
@@ -412,15 +509,22 @@ def scale_by_stddev(
         missing = _missing(decay, state.steps, corrected)
         return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), state.nu, state.mu, hyper=(missing, eps))
 
-    return Transform(init, update, "elementwise", metric, state=StddevState)
+    return Transform(init, update, metric, state=StddevState)
 
 
+@public_state
 class RssState(NamedTuple):
-    """The state of `scale_by_rss`."""
+    """The state of `scale_by_rss`.
+
+    Example:
+        >>> scale_by_rss(0.1).init(torch.zeros(1))
+        RssState(sum_of_squares=tensor([0.1000]))
+    """
 
     sum_of_squares: Params  # Of all updates so far.
 
 
+@remembered
 def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) -> Transform:
     r"""Divide updates by the root of the sum of all squares so far, :math:`u / \sqrt{\sum_s u_s^2 + \epsilon}`.
 
@@ -437,7 +541,8 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
     References:
         Duchi, Hazan & Singer, *Adaptive subgradient methods for online learning and stochastic optimization*, 2011.
     """
-    nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    finite_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    initial_accumulator_value, eps = scalars(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def init(params: Params) -> RssState:
         return RssState(_real_zeros(params, initial_accumulator_value))
@@ -449,12 +554,13 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
     def metric(state: RssState) -> Params:
         return compute(lambda v, e: safe_sqrt(v + e), state.sum_of_squares, hyper=(eps,))
 
-    return Transform(init, update, "elementwise", metric, state=RssState)
+    return Transform(init, update, metric, state=RssState)
 
 
 # Signs and ratios
 
 
+@remembered
 def scale_by_sign() -> Transform:
     r"""Replace updates by their signs, :math:`\operatorname{sign}(u)`.
 
@@ -463,11 +569,17 @@ def scale_by_sign() -> Transform:
         >>> scale_by_sign().update({"weight": torch.tensor([-3.0, 0.0, 0.5])}, EmptyState(), params)
         ({'weight': tensor([-1.,  0.,  1.])}, EmptyState())
     """
-    return stateless(lambda updates, params: compute(sign, updates), "elementwise")
+    return memoryless(lambda updates, params: compute(sign, updates))
 
 
+@public_state
 class LionState(NamedTuple):
-    """The state of `scale_by_lion`."""
+    """The state of `scale_by_lion`.
+
+    Example:
+        >>> scale_by_lion().init(torch.zeros(1))
+        LionState(mu=tensor([0.]))
+    """
 
     mu: Params  # Moving average of updates.
 
@@ -479,6 +591,7 @@ _LION: dict[str, Any] = {
 }
 
 
+@remembered
 def scale_by_lion(
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
@@ -504,9 +617,15 @@ def scale_by_lion(
     References:
         Chen et al., *Symbolic discovery of optimization algorithms*, 2023.
     """
-    nonnegative(b1=b1, b2=b2, smooth_beta=smooth_beta)
+    share(b1=b1)
+    below_one(b2=b2)
+    positive(smooth_beta=smooth_beta)
+    b1, b2, smooth_beta = scalars(b1=b1, b2=b2, smooth_beta=smooth_beta)
+    dtypes(mu_dtype=mu_dtype)
     if mode not in _LION:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(_LION)}")
+    if mode != "smooth" and isinstance(smooth_beta, (int, float)) and smooth_beta != 1:
+        raise ValueError(f"smooth_beta is {smooth_beta}; it has no effect, because mode is {mode!r} and not 'smooth'")
 
     def init(params: Params) -> LionState:
         return LionState(zeros(params, mu_dtype))
@@ -517,9 +636,10 @@ def scale_by_lion(
         )
         return direction, LionState(_stored(_mean(state.mu, updates, b2), state.mu))
 
-    return Transform(init, update, "elementwise", state=LionState)
+    return Transform(init, update, state=LionState)
 
 
+@remembered
 def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0) -> Transform:
     r"""Scale the update of each leaf to the size of the leaf, :math:`u' = c \frac{\|w\|}{\|u\| + \epsilon} u`.
 
@@ -539,7 +659,8 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
         You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017.
         You et al., *Large batch optimization for deep learning*, 2020.
     """
-    nonnegative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+    finite_nonnegative(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
+    min_norm, trust_coefficient, eps = scalars(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
 
     def ratio(u: Tensor, w: Tensor, least: Scalar, coefficient: Scalar, eps: Scalar) -> Tensor:
         sizes = [safe_sqrt(squared(x).sum()) for x in (w, u)]
@@ -551,4 +672,4 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
     def rule(updates: Updates, params: Params) -> Updates:
         return compute(ratio, updates, params, hyper=(min_norm, trust_coefficient, eps))
 
-    return stateless(rule, "leaf")
+    return memoryless(rule)

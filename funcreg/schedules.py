@@ -7,24 +7,53 @@ compiled step is compiled once. It serves wherever a hyperparameter does: learni
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar, Schedule
+from funcreg.construction import Remembering, remembered
+from funcreg.ranges import check_range, scalars
 
 
 def _double(count: Any) -> Tensor:
     return count.to(torch.float64) if isinstance(count, Tensor) else torch.as_tensor(count, dtype=torch.float64)
 
 
+class _Schedule(Remembering):
+    """A function of the number of steps taken that prints and pickles as the call that made it."""
+
+    def __init__(self, value: Callable[[Any], Scalar]) -> None:
+        self._value = value
+
+    def __call__(self, count: Any) -> Scalar:
+        return self._value(count)
+
+
+def _finite(low: float = -math.inf, **hyper: Scalar) -> tuple[Any, ...]:
+    """Hyperparameters of a schedule, checked: finite numbers or tensors."""
+    for name, value in hyper.items():
+        check_range(name, value, low, finite=True)
+    return scalars(**hyper)
+
+
+def _steps(**counts: Any) -> None:
+    """Raise an error for the first of these that is no number of steps; negative ones are none, as in optax."""
+    for name, value in counts.items():
+        if isinstance(value, (torch.Tensor, dict, list, tuple)) or callable(value):
+            raise TypeError(f"{name} is {value!r}; expected a number of steps")
+        check_range(name, value, -math.inf, finite=True)
+
+
 def _positive(name: str, value: int) -> None:
+    _steps(**{name: value})
     if value <= 0:
         raise ValueError(f"{name} is {value}; expected a positive number of steps")
 
 
+@remembered
 def constant_schedule(value: Scalar) -> Schedule:
     r"""Stay at one value, :math:`v_t = v`.
 
@@ -35,9 +64,11 @@ def constant_schedule(value: Scalar) -> Schedule:
         >>> constant_schedule(0.1)(5)
         0.1
     """
-    return lambda count: value
+    (value,) = _finite(value=value)
+    return _Schedule(lambda count: value)
 
 
+@remembered
 def polynomial_schedule(
     init_value: Scalar, end_value: Scalar, power: Scalar, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
@@ -54,6 +85,10 @@ def polynomial_schedule(
         >>> polynomial_schedule(1.0, 0.0, 2, transition_steps=10)(5)
         tensor(0.2500, dtype=torch.float64)
     """
+    init_value, end_value = _finite(init_value=init_value, end_value=end_value)
+    check_range("power", power, open_low=True, finite=True)
+    (power,) = scalars(power=power)
+    _steps(transition_steps=transition_steps, transition_begin=transition_begin)
     if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
@@ -62,9 +97,10 @@ def polynomial_schedule(
         share = 1 - (_double(count) - begin).clamp(0, transition_steps) / transition_steps
         return (init_value - end_value) * share**power + end_value
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@remembered
 def linear_schedule(
     init_value: Scalar, end_value: Scalar, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
@@ -83,10 +119,11 @@ def linear_schedule(
     return polynomial_schedule(init_value, end_value, 1, transition_steps, transition_begin)
 
 
+@remembered
 def exponential_decay(
     init_value: Scalar,
     transition_steps: int,
-    decay_rate: float,
+    decay_rate: Scalar,
     transition_begin: int = 0,
     staircase: bool = False,
     end_value: Scalar | None = None,
@@ -96,7 +133,7 @@ def exponential_decay(
     Args:
         init_value: Value up to step `transition_begin`.
         transition_steps: Number of steps in which the value is multiplied once by `decay_rate`.
-        decay_rate: Factor; 0 keeps the value constant.
+        decay_rate: Factor, at least 0; 0 keeps the value constant.
         transition_begin: Number of steps before the decay.
         staircase: Whether the exponent is rounded down to a whole number.
         end_value: Bound: the least value if `decay_rate` is below 1, else the greatest.
@@ -105,21 +142,31 @@ def exponential_decay(
         >>> exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5)
         tensor(0.5000, dtype=torch.float64)
     """
-    if transition_steps <= 0 or decay_rate == 0:
+    (init_value,) = _finite(init_value=init_value)
+    (decay_rate,) = _finite(low=0.0, decay_rate=decay_rate)
+    if end_value is not None:
+        (end_value,) = _finite(end_value=end_value)
+    _steps(transition_steps=transition_steps, transition_begin=transition_begin)
+    if not isinstance(staircase, bool):
+        raise TypeError(f"staircase is {staircase!r}; expected True or False")
+    if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
 
     def schedule(count: Any) -> Tensor:
         exponent = (_double(count) - begin).clamp(min=0) / transition_steps
-        value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
+        rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
+        rate = torch.where(rate == 0, 1.0, rate)
+        value = init_value * rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
-        return torch.maximum(value, bound) if decay_rate < 1 else torch.minimum(value, bound)
+        return torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@remembered
 def piecewise_constant_schedule(
     init_value: Scalar, boundaries_and_scales: Mapping[int, float] | None = None
 ) -> Schedule:
@@ -136,10 +183,14 @@ def piecewise_constant_schedule(
         >>> piecewise_constant_schedule(1.0, {10: 0.5, 20: 0.1})(20)
         tensor(0.0500, dtype=torch.float64)
     """
+    (init_value,) = _finite(init_value=init_value)
+    if not isinstance(boundaries_and_scales, (Mapping, type(None))):
+        came = type(boundaries_and_scales).__name__
+        raise TypeError(f"boundaries_and_scales is a {came}; expected a dict from step to factor, such as {{100: 0.1}}")
     scales = dict(boundaries_and_scales or {})
     for boundary, scale in scales.items():
-        if scale < 0:
-            raise ValueError(f"boundaries_and_scales[{boundary}] is {scale}; expected a factor of at least 0")
+        _steps(**{"a boundary of boundaries_and_scales": boundary})
+        _finite(0.0, **{f"boundaries_and_scales[{boundary}]": scale})
 
     def schedule(count: Any) -> Tensor:
         value = init_value * torch.ones_like(_double(count))
@@ -147,9 +198,10 @@ def piecewise_constant_schedule(
             value = torch.where(_double(count) >= boundary, scale * value, value)
         return value
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@remembered
 def cosine_decay_schedule(
     init_value: Scalar, decay_steps: int, alpha: Scalar = 0.0, exponent: Scalar = 1.0
 ) -> Schedule:
@@ -171,15 +223,19 @@ def cosine_decay_schedule(
     References:
         Loshchilov & Hutter, *SGDR: Stochastic gradient descent with warm restarts*, 2017.
     """
+    init_value, alpha = _finite(init_value=init_value, alpha=alpha)
+    check_range("exponent", exponent, open_low=True, finite=True)
+    (exponent,) = scalars(exponent=exponent)
     _positive("decay_steps", decay_steps)
 
     def schedule(count: Any) -> Tensor:
         cosine = (1 + torch.cos(math.pi * _double(count).clamp(max=decay_steps) / decay_steps)) / 2
         return init_value * ((1 - alpha) * cosine**exponent + alpha)
 
-    return schedule
+    return _Schedule(schedule)
 
 
+@remembered
 def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_steps: int) -> Schedule:
     r"""Rise on a straight line, then stay.
 
@@ -195,6 +251,7 @@ def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_step
     return linear_schedule(init_value, peak_value, warmup_steps)
 
 
+@remembered
 def warmup_cosine_decay_schedule(
     init_value: Scalar,
     peak_value: Scalar,
@@ -221,6 +278,8 @@ def warmup_cosine_decay_schedule(
         >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
+    _finite(init_value=init_value, peak_value=peak_value, end_value=end_value)
+    _steps(warmup_steps=warmup_steps, decay_steps=decay_steps)
     if decay_steps <= warmup_steps:
         raise ValueError(
             f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more, because decay_steps "
@@ -232,6 +291,7 @@ def warmup_cosine_decay_schedule(
     return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])
 
 
+@remembered
 def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     r"""Follow one schedule after another, each counting from its own first step.
 
@@ -247,8 +307,20 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         >>> float(schedule(99)), float(schedule(105))
         (1.0, 0.25)
     """
+    if callable(schedules) or isinstance(schedules, Tensor):
+        raise TypeError(f"join_schedules got {schedules!r}; expected a list of schedules")
+    for i, each in enumerate(schedules):
+        if not callable(each):
+            raise TypeError(
+                f"schedule {i} of join_schedules is {each!r}; expected a function of the number of steps. "
+                "For a number, take constant_schedule."
+            )
     if not schedules:
         raise ValueError("join_schedules got no schedules; expected at least one")
+    if not isinstance(boundaries, (list, tuple)):
+        raise TypeError(f"boundaries is {boundaries!r}; expected a list of steps")
+    for i, boundary in enumerate(boundaries):
+        _steps(**{f"boundaries[{i}]": boundary})
     if len(boundaries) != len(schedules) - 1:
         raise ValueError(f"{len(schedules)} schedules got {len(boundaries)} boundaries; expected {len(schedules) - 1}")
     if list(boundaries) != sorted(boundaries):
@@ -261,4 +333,4 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
             value = torch.where(steps < boundary, value, _double(later(count - boundary)))
         return value
 
-    return schedule
+    return _Schedule(schedule)

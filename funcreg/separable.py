@@ -20,9 +20,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
+from funcreg.construction import remembered
 from funcreg.penalties import shrink
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import compute, compute_leaves, sign, squared, total
+from funcreg.tree import compute, compute_leaves, compute_wide, sign, squared, total
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -60,7 +61,7 @@ def of_magnitudes(
         proximal=proximal,
         residual=residual,
         structure=Structure(keeps=("signs",)),
-        reach="elementwise",
+        separable=True,
         bounds=bounds,
     )
 
@@ -222,7 +223,8 @@ def mcp_landing(size: Tensor, step: Scalar, strength: Scalar, gamma: Scalar) -> 
     share = torch.zeros_like(size) + step / gamma
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
-    firm = torch.minimum(size, (size - step * strength).relu() / room)
+    # By comparisons, not as the minimum of both, whose derivative a tie at step 0 would split.
+    firm = torch.where(size >= gamma * strength, size, (size - step * strength).relu() / room)
     hard = torch.where(size <= strength * (step * gamma) ** 0.5, torch.zeros_like(size), size)
     return torch.where(convex, firm, hard)
 
@@ -279,8 +281,10 @@ def scad_landing(size: Tensor, step: Scalar, strength: Scalar, a: Scalar) -> Ten
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
     soft = (size - step * strength).relu()
-    firm = torch.minimum(size, (size - strength * (step + share)).relu() / room)
-    return torch.where(convex, torch.maximum(soft, firm), _soft_or_stay(size, step * strength, strength * (a + 1) / 2))
+    # By comparisons, not as minimum and maximum, whose derivatives a tie at step 0 would split.
+    firm = torch.where(size >= a * strength, size, (size - strength * (step + share)).relu() / room)
+    firm = torch.where(size <= strength * (1 + step), soft, firm)
+    return torch.where(convex, firm, _soft_or_stay(size, step * strength, strength * (a + 1) / 2))
 
 
 @of_magnitudes(scad_slope, scad_landing, bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)})
@@ -359,7 +363,7 @@ def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Te
     gradient=_huber_gradient,
     proximal=_huber_proximal,
     residual=_huber_residual,
-    reach="elementwise",
+    separable=True,
     bounds={"delta": _AT_LEAST_0},
 )
 def huber(w: Tensor, delta: Scalar) -> Tensor:
@@ -408,7 +412,7 @@ def _anchored_l1_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar
     gradient=_anchored_l1_gradient,
     proximal=_anchored_l1_proximal,
     residual=_anchored_l1_residual,
-    reach="elementwise",
+    separable=True,
 )
 def anchored_l1(w: Tensor, anchor: Scalar) -> Tensor:
     r"""Sum of distances to given weights, :math:`\sum_i |w_i - a_i|`, which brings most of them back exactly.
@@ -452,7 +456,7 @@ def _anchored_l2_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar
     proximal=_anchored_l2_proximal,
     residual=_anchored_l2_residual,
     structure=Structure(curvature=lambda anchor: 2.0),
-    reach="elementwise",
+    separable=True,
 )
 def anchored_l2(w: Tensor, anchor: Scalar) -> Tensor:
     r"""Sum of squared distances to given weights, :math:`\sum_i (w_i - a_i)^2`. No factor one half.
@@ -491,7 +495,7 @@ def _ewc_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar, fisher
     proximal=_ewc_proximal,
     residual=_ewc_residual,
     structure=Structure(curvature=lambda anchor, fisher: fisher),
-    reach="elementwise",
+    separable=True,
     bounds={"fisher": _AT_LEAST_0},
 )
 def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
@@ -519,6 +523,7 @@ def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
 # Non-negative forms
 
 
+@remembered
 def nonnegative_form(inner: Penalty) -> Penalty:
     r"""A separable penalty on weights of at least 0: its value there, infinite elsewhere.
 
@@ -527,7 +532,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
     that of :math:`g`. Weights multiply :math:`g` alone: 0 alone still keeps entries from being negative.
 
     Args:
-        inner: A separable penalty, of reach `"elementwise"`, that is convex (`ewc`) or depends on magnitudes and
+        inner: A separable penalty, made with `separable=True`, that is convex (`ewc`) or depends on magnitudes and
             grows with them (`l1`, `mcp`).
 
     Raises:
@@ -541,10 +546,10 @@ def nonnegative_form(inner: Penalty) -> Penalty:
     """
     if not isinstance(inner, Penalty):
         raise TypeError(f"inner is {inner!r}; expected a separable Penalty such as l1")
-    if inner.reach != "elementwise":
+    if inner.separable is not True:
         raise ValueError(
-            f"nonnegative_form got {inner!r} of reach {inner.reach!r}; expected a separable penalty, of reach "
-            "'elementwise'. To put negative entries to 0 is exact for those alone."
+            f"nonnegative_form got {inner!r}; expected a separable penalty, made with separable=True. To put negative "
+            "entries to 0 is exact for those alone."
         )
 
     def outside(params: Params) -> list[Tensor]:
@@ -560,7 +565,28 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         landed = inner.prox(params, step, *hyper, metric=metric, **options)
         return compute(lambda z: _real(z).relu(), landed)
 
-    form = Penalty(value, inner.grad, proximal, reach=inner.reach, rule=inner, weighted=weighted, weigh=inner.weigh)
+    def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        if inner.has_residual:
+            left = inner.residual(params, grads, *hyper, strength=strength, **options)
+            # At zero, what would make an entry negative is taken up by the bound.
+            left = compute(lambda w, r: torch.where(w == 0, r.clamp(max=0), r), params, left)
+        else:
+            moved = compute_wide(lambda w, g: w - g, params, grads)
+            left = compute(lambda w, z: w - z, params, proximal(moved, strength, *hyper, **options))
+        return compute(lambda w, r: torch.where(_real(w) < 0, math.inf, r), params, left)
+
+    form = Penalty(
+        value,
+        inner.grad,
+        proximal,
+        residual=residual,
+        bounds=inner.bounds,
+        rule=inner,
+        weighted=weighted,
+        weigh=inner.weigh,
+        separable=True,
+        couples_leaves=inner.couples_leaves,
+    )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form
 

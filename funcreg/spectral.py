@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import varies
-from funcreg.constraints import constraint, polar, simplex_excess
+from funcreg.constraints import constraint, polar, share, simplex_excess
+from funcreg.construction import remembered
 from funcreg.penalties import Dim, group_dims, l1, l2, shrink
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
-from funcreg.tree import sign, squared
+from funcreg.tree import sign, squared, without_autocast
 
 _AT_LEAST_0 = (0.0, math.inf)
+_ABOVE_0 = (sys.float_info.min, math.inf)
 
 #: From singular values and hyperparameters to as many numbers, or to one.
 Rule = Callable[..., Tensor]
@@ -38,6 +41,61 @@ def as_matrix(w: Tensor) -> Tensor:
 
 #: Whether a matrix is finite, and its singular value decomposition.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
+
+    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
+    make it once, outside of what is compiled.
+    """
+
+    def allow() -> None:
+        torch.compiler.allow_in_graph(call)
+
+    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
+    # the compiler, and so wait until there is one.
+    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
+
+    def called(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            allow()
+        return call(*args, **options)
+
+    return called
+
+
+class _Product(torch.autograd.Function):
+    """The product of two matrices, whose derivatives `torch.autocast` leaves alone wherever they are taken."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @without_autocast
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (a, b) = grad_outputs, ctx.saved_tensors
+        return _product(g, b.mH), _product(a.mH, g)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (da, db), (a, b) = grad_inputs, ctx.saved_tensors
+        parts = [_product(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+@_whole
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    made: Any = _Product.apply(a, b)
+    return made
 
 
 def _decompose(w: Tensor) -> Parts:
@@ -72,10 +130,12 @@ def _derivative(rule: Rule, parts: Parts, hyper: tuple[Any, ...], d: Tensor) -> 
     sums = divided(t.unsqueeze(-1) + t.unsqueeze(-2), rows + columns, torch.zeros_like(tie), mean)
     ratios = divided(t, s, torch.zeros_like(tie), slopes)
     uh, v = u.mH, vh.mH
-    inside = uh @ d @ v
+    inside = _product(_product(uh, d), v)
     turned = (differences * (inside + inside.mH) + sums * (inside - inside.mH)) / 2
-    left, right = (d @ v - u @ inside) * ratios, ratios.unsqueeze(-1) * (uh @ d - inside @ vh)
-    return torch.where(finite, u @ (turned @ vh + right) + left @ vh, torch.full_like(d, math.nan))
+    left = (_product(d, v) - _product(u, inside)) * ratios
+    right = ratios.unsqueeze(-1) * (_product(uh, d) - _product(inside, vh))
+    whole = _product(u, _product(turned, vh) + right) + _product(left, vh)
+    return torch.where(finite, whole, torch.full_like(d, math.nan))
 
 
 def _by_hyper(rule: Rule, s: Tensor, hyper: tuple[Any, ...]) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -131,6 +191,7 @@ class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @without_autocast
     def forward(rule: Rule, w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor, *hyper: Any) -> Tensor:
         t = rule(s, *hyper).to(s.dtype)
         # Where nothing changes the matrix stays exactly as it is; adding zero turns -0.0 into +0.0.
@@ -143,19 +204,21 @@ class _Apply(torch.autograd.Function):
         _keep(ctx, *inputs[1:])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (g,), (_, parts, hyper) = grad_outputs, _kept(ctx)
         _, u, s, vh = parts
-        along = (u.mH @ g @ vh.mH).diagonal(dim1=-2, dim2=-1)
+        along = _product(_product(u.mH, g), vh.mH).diagonal(dim1=-2, dim2=-1)
         along = along.real if along.is_complex() else along
         pulled = _pull_hyper(ctx.rule, s, hyper, along)
         return None, _derivative(ctx.rule, parts, hyper, g), None, None, None, None, *pulled
 
     @staticmethod
+    @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         (_, d, _, _, _, _, *tangents), (_, parts, hyper) = grad_inputs, _kept(ctx)
         finite, u, s, vh = parts
-        moved = (u * _push_hyper(ctx.rule, s, hyper, tangents)) @ vh
+        moved = _product(u * _push_hyper(ctx.rule, s, hyper, tangents), vh)
         moved = torch.where(finite, moved, torch.full_like(moved, math.nan))
         return moved if d is None else moved + _derivative(ctx.rule, parts, hyper, d)
 
@@ -178,12 +241,14 @@ class _Measure(torch.autograd.Function):
         _keep(ctx, *inputs[2:])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (g,), (w, parts, hyper) = grad_outputs, _kept(ctx)
         pulled = _pull_hyper(ctx.rule, parts[2], hyper, g)
         return None, None, g * _apply(ctx.slope, w, *parts, *hyper), None, None, None, None, *pulled
 
     @staticmethod
+    @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         (_, _, d, _, _, _, _, *tangents), (w, parts, hyper) = grad_inputs, _kept(ctx)
         moved = _push_hyper(ctx.rule, parts[2], hyper, tangents)
@@ -193,31 +258,37 @@ class _Measure(torch.autograd.Function):
         return moved + (along.real if along.is_complex() else along).sum()
 
 
+class _Values(torch.autograd.Function):
+    """Singular values, with the derivative that they have in the matrix."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, finite: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Tensor:
+        return s.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, *inputs)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,), (_, (_, u, _, vh), _) = grad_outputs, _kept(ctx)
+        return _product(u * g, vh), None, None, None, None
+
+    @staticmethod
+    @without_autocast
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        (d, *_), (_, (_, u, s, vh), _) = grad_inputs, _kept(ctx)
+        along = _product(_product(u.mH, d), vh.mH).diagonal(dim1=-2, dim2=-1)
+        return (along.real if along.is_complex() else along).to(s.dtype)
+
+
 #: Typed as what they return, which torch leaves open.
+_values: Callable[..., Tensor] = _Values.apply
 _apply: Callable[..., Tensor] = _Apply.apply
 _measure: Callable[..., Tensor] = _Measure.apply
-
-
-def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
-
-    The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
-    make it once, outside of what is compiled.
-    """
-
-    def allow() -> None:
-        torch.compiler.allow_in_graph(call)
-
-    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
-    # the compiler, and so wait until there is one.
-    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
-
-    def called(*args: Any, **options: Any) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            allow()
-        return call(*args, **options)
-
-    return called
 
 
 def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
@@ -234,7 +305,7 @@ def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
             return w.clone()
         m = as_matrix(w)
         parts = _decompose(m)
-        hyper = hyper if common is None else (common(parts[2], *hyper),)
+        hyper = hyper if common is None else (common(_values(m, *parts), *hyper),)
         return _apply(partial(rule, **options), m, *parts, *hyper).reshape(w.shape)
 
     return applied
@@ -278,7 +349,7 @@ def _all_one(s: Tensor) -> Tensor:
 
 
 def _clipped(s: Tensor, radius: Scalar) -> Tensor:
-    return torch.where(s > radius, radius, s)
+    return torch.where(s < radius, s, radius)
 
 
 def _level(s: Tensor, amount: Scalar) -> Tensor:
@@ -299,17 +370,21 @@ def _nuclear_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _shrunk(w, _one(step, "step"))
 
 
+def _beside(slopes: Tensor, turns: Tensor) -> Tensor:
+    """What the singular vectors of a matrix do not reach, and is free to be shrunk."""
+    beside = slopes - _product(turns, _product(turns.mH, slopes))
+    return beside - _product(_product(beside, turns.mH), turns)
+
+
 def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     if not w.numel():
         return g.clone()
     turns, slopes = as_matrix(_nuclear_gradient(w)), as_matrix(g)
-    # What the singular vectors of w do not reach is free to be shrunk.
-    beside = slopes - turns @ (turns.mH @ slopes)
-    beside = beside - (beside @ turns.mH) @ turns
+    beside = _beside(slopes, turns)
     return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
-@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, reach="matrix")
+@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, separable=False)
 def nuclear(w: Tensor) -> Tensor:
     r"""Nuclear norm, the sum of singular values, :math:`\sum_i \sigma_i(W)`: the lasso of rank.
 
@@ -352,7 +427,7 @@ def _spectral_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _levelled(w, _one(step, "step"))
 
 
-@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, reach="matrix")
+@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, separable=False)
 def spectral(w: Tensor) -> Tensor:
     r"""Spectral norm, the largest singular value, :math:`\sigma_1(W)`: how much a layer can stretch.
 
@@ -371,6 +446,7 @@ def spectral(w: Tensor) -> Tensor:
     return _largest(w)
 
 
+@remembered
 def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     r"""Lift a separable penalty to the singular values of each leaf, :math:`\sum_i g(\sigma_i(W))`.
 
@@ -384,7 +460,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
             all entries.
 
     Raises:
-        ValueError: The penalty does not say that it is separable, with `reach="elementwise"`.
+        ValueError: The penalty does not say that it is separable, with `separable=True`.
 
     Example:
         >>> ridge = on_singular_values(elastic)
@@ -396,8 +472,8 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
     g = penalty_of_entries
-    if not isinstance(g, Penalty) or g.reach != "elementwise":
-        raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with reach='elementwise'")
+    if not isinstance(g, Penalty) or g.separable is not True:
+        raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with separable=True")
     terms = g.structure.parts() if isinstance(g, Sum) and g.structure.parts is not None else []
     if any([term.mask is not None or varies((*term.factors, *term.hyper)) for term in terms]):
         raise ValueError(
@@ -422,7 +498,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     value.__signature__ = inspect.signature(g)  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
     value.__name__ = value.__qualname__ = f"{g.__name__}_on_singular_values"
     value.__doc__, value.__module__ = f"`{g.__name__}` of the singular values of each leaf.", g.__module__
-    return penalty(gradient=gradient, proximal=proximal, reach="matrix")(value)
+    return penalty(gradient=gradient, proximal=proximal, separable=False, bounds=g.bounds)(value)
 
 
 _POWERS = {p: on_singular_values(g) for p, g in {0.5: l_half, 2 / 3: l_two_thirds, 1: l1, 2: l2}.items()}
@@ -442,7 +518,7 @@ def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1) -> Tensor:
     return _power(p).prox(w, _one(step, "step"))
 
 
-@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, reach="matrix")
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, separable=False)
 def schatten(w: Tensor, *, p: float = 1) -> Tensor:
     r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
 
@@ -481,8 +557,8 @@ def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Sca
 @penalty(
     gradient=_spectral_mcp_gradient,
     proximal=_spectral_mcp_proximal,
-    reach="matrix",
-    bounds={"strength": _AT_LEAST_0, "gamma": _AT_LEAST_0},
+    separable=False,
+    bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
 )
 def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
@@ -508,7 +584,22 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
 # Constraints
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def _spectral_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    m, slopes, radius = as_matrix(w), as_matrix(g), _one(radius, "radius")
+    finite, u, s, vh = _decompose(m)
+    met = (s >= radius - slack * s.amax()).to(s.dtype)
+    # Normals are the positive semidefinite combinations of pairs of singular vectors whose values meet the bound.
+    u, vh = u * met, met.unsqueeze(-1) * vh
+    push = -_product(_product(u.mH, slopes), vh.mH)
+    sizes, ways = torch.linalg.eigh((push + push.mH) / 2)
+    normal = _product(_product(u, _product(ways * sizes.relu(), ways.mH)), vh)
+    left = torch.where(torch.zeros_like(s.amax()) + radius == 0, torch.zeros_like(slopes), slopes + normal)
+    return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
+
+
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_spectral_ball_normal)
 def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Singular values within a radius, :math:`\sigma_1(W) \le r`: a layer that stretches no input by more.
 
@@ -528,7 +619,24 @@ def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     return _cut_off(w, _one(radius, "radius"))
 
 
-@constraint(reach="matrix", bounds={"radius": _AT_LEAST_0})
+def _nuclear_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    radius = _one(radius, "radius")
+    finite, u, s, vh = _decompose(as_matrix(w))
+    kept = (s > 0).to(s.dtype)
+    turns, slopes = _product(u * kept, vh), as_matrix(g)
+    push = -(turns.conj() * slopes).real.sum() if slopes.is_complex() else -(turns * slopes).sum()
+    beside = torch.linalg.svd(_beside(slopes, turns), full_matrices=False)[1]
+    # Normals are multiples of subgradients of the nuclear norm: the residual of its best strength.
+    level = share(beside, push.unsqueeze(-1), kept.sum().clamp(min=1))[0]
+    level = torch.where(s.sum() >= radius - slack * s.sum(), level.relu(), torch.zeros_like(level))
+    left = as_matrix(_nuclear_residual(w, g, level))
+    left = torch.where(torch.zeros_like(level) + radius == 0, torch.zeros_like(left), left)
+    return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
+
+
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_nuclear_ball_normal)
 def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Sum of singular values within a radius, :math:`\sum_i \sigma_i(W) \le r`, with low rank at its corners.
 
@@ -546,7 +654,18 @@ def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     return _within_sum(w, _one(radius, "radius"))
 
 
-@constraint(reach="matrix")
+def _stiefel_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
+    if not w.numel():
+        return g.clone()
+    m, slopes = as_matrix(w), as_matrix(g)
+    wide = m.shape[0] < m.shape[1]
+    m, slopes = (m.mH, slopes.mH) if wide else (m, slopes)
+    along = _product(m.mH, slopes)
+    left = slopes - _product(m, (along + along.mH) / 2)
+    return (left.mH if wide else left).reshape(w.shape)
+
+
+@constraint(residual=_stiefel_normal)
 def stiefel(w: Tensor) -> Tensor:
     r"""Orthonormal rows, or columns if there are fewer of them, :math:`W W^* = I` or :math:`W^* W = I`.
 
@@ -581,7 +700,7 @@ def _gram(w: Tensor, smaller: bool) -> tuple[Tensor, Tensor]:
     """A leaf as a matrix with fewer rows than columns if `smaller`, and the products of its rows."""
     m = as_matrix(w)
     m = m.mH if smaller and m.shape[0] > m.shape[1] else m
-    return m, m @ m.mH
+    return m, _product(m, m.mH)
 
 
 def _on_diagonal(gram: Tensor) -> Tensor:
@@ -599,14 +718,14 @@ def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
 
 def _orthogonality_gradient(w: Tensor) -> Tensor:
     m, gram = _gram(w, smaller=True)
-    return _as_leaf(4 * _less_one(gram) @ m, w)
+    return _as_leaf(_product(4 * _less_one(gram), m), w)
 
 
 @penalty(
     gradient=_orthogonality_gradient,
     proximal=_without_prox("orthogonality"),
     metric=_without_prox("orthogonality"),
-    reach="matrix",
+    separable=False,
 )
 def orthogonality(w: Tensor) -> Tensor:
     r"""How far from orthonormal rows, :math:`\|W W^* - I\|_F^2`, or columns if there are fewer of them.
@@ -628,14 +747,14 @@ def orthogonality(w: Tensor) -> Tensor:
 
 def _offdiagonal_gradient(w: Tensor) -> Tensor:
     m, gram = _gram(w, smaller=False)
-    return (4 * (gram - _on_diagonal(gram)) @ m).reshape(w.shape)
+    return _product(4 * (gram - _on_diagonal(gram)), m).reshape(w.shape)
 
 
 @penalty(
     gradient=_offdiagonal_gradient,
     proximal=_without_prox("orthogonality_offdiagonal"),
     metric=_without_prox("orthogonality_offdiagonal"),
-    reach="matrix",
+    separable=False,
 )
 def orthogonality_offdiagonal(w: Tensor) -> Tensor:
     r"""How far rows are from orthogonal, whatever their norms, :math:`\sum_{i \ne j} \langle w_i, w_j \rangle^2`.
@@ -659,7 +778,7 @@ def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:
         raise ValueError(f"mode is {mode!r}; expected 'rows' or 'columns'")
     m = as_matrix(w)
     norms, directions = polar(m if mode == "rows" else m.mH, (1,))
-    cosines = directions @ directions.mH
+    cosines = _product(directions, directions.mH)
     size = cosines.shape[-1]
     return norms, directions, cosines - _on_diagonal(cosines), 1 / max(1, size * (size - 1))
 
@@ -667,7 +786,7 @@ def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:
 def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
     norms, directions, cosines, share = _cosines(w, mode)
     signs = sign(cosines)
-    slopes = signs @ directions - cosines.abs().sum(-1, keepdim=True) * directions
+    slopes = _product(signs, directions) - cosines.abs().sum(-1, keepdim=True) * directions
     slopes = 2 * factor * share * slopes / torch.where(norms == 0, torch.ones_like(norms), norms)
     return (slopes if mode == "rows" else slopes.mH).reshape(w.shape)
 
@@ -676,7 +795,7 @@ def _keras_gradient(w: Tensor, factor: Scalar, *, mode: Literal["rows", "columns
     gradient=_keras_gradient,
     proximal=_without_prox("keras_orthogonal"),
     metric=_without_prox("keras_orthogonal"),
-    reach="matrix",
+    separable=False,
     bounds={"factor": _AT_LEAST_0},
 )
 def keras_orthogonal(w: Tensor, factor: Scalar = 0.01, *, mode: Literal["rows", "columns"] = "rows") -> Tensor:
@@ -717,7 +836,9 @@ def _srip_slope(s: Tensor) -> Tensor:
 _furthest = _of_values(_furthest_from_one, _srip_slope)
 
 
-@penalty(gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), metric=_without_prox("srip"), reach="matrix")
+@penalty(
+    gradient=_on_values(_srip_slope), proximal=_without_prox("srip"), metric=_without_prox("srip"), separable=False
+)
 def srip(w: Tensor) -> Tensor:
     r"""Spectral restricted isometry, :math:`\max_i |\sigma_i(W)^2 - 1|`: the singular value that is furthest from 1.
 
@@ -748,7 +869,10 @@ def _hoyer_gradient(w: Tensor, *, dim: Dim = None) -> Tensor:
 
 
 @penalty(
-    gradient=_hoyer_gradient, proximal=_without_prox("hoyer_square"), metric=_without_prox("hoyer_square"), reach="leaf"
+    gradient=_hoyer_gradient,
+    proximal=_without_prox("hoyer_square"),
+    metric=_without_prox("hoyer_square"),
+    separable=False,
 )
 def hoyer_square(w: Tensor, *, dim: Dim = None) -> Tensor:
     r"""Sparsity whatever the scale, :math:`\left( \sum_i |w_i| \right)^2 / \sum_i w_i^2`.

@@ -14,18 +14,37 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.construction import remembered
 from funcreg.descent import check_inner_steps
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
-from funcreg.proximal import descend, land
+from funcreg.proximal import descend, land, left_out
+from funcreg.ranges import scalars
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam
-from funcreg.transform import Transform, at_step, below_one, check_fit, counter, furthest, nonnegative, positive
-from funcreg.tree import check_mask, compute, compute_wide, product, safe_sqrt, squared, tree_map, wide, zeros
+from funcreg.transform import (
+    Transform,
+    at_step,
+    below_one,
+    check_fit,
+    check_selection,
+    counter,
+    finite_nonnegative,
+    nonnegative,
+    positive,
+    public_state,
+)
+from funcreg.tree import compute, compute_wide, product, safe_sqrt, squared, tree_map, wide, zeros
 
 
+@public_state
 class DualAveragingState(NamedTuple):
-    """The state of `rmda` and `ramda`."""
+    """The state of `rmda` and `ramda`.
+
+    Example:
+        >>> rmda(0.1, l1).init(torch.zeros(1)).weight
+        tensor(0., dtype=torch.float64)
+    """
 
     steps: Tensor  # Number of updates made, int32.
     weight: Tensor  # Sum of the weights of all gradients so far, float64.
@@ -45,11 +64,12 @@ def _average(
     options: dict[str, Any],
     inner_steps: int | None = None,
 ) -> Transform:
-    nonnegative(learning_rate=learning_rate, strength=strength)
+    finite_nonnegative(learning_rate=learning_rate)
+    nonnegative(strength=strength)
     below_one(momentum=momentum)
     check_inner_steps(inner_steps)
     check_penalty(penalty, hyper, options)
-    check_mask(mask)
+    check_selection(mask)
 
     def init(params: Params) -> DualAveragingState:
         check_fit(params, mask, strength, *hyper)
@@ -79,14 +99,14 @@ def _average(
         moves = compute(lambda w, z, b: (1 - b) * (z - w), params, landed, hyper=(keep,))
         return moves, DualAveragingState(steps, weight.to(torch.float64), state.start, gradients, squares)
 
-    reach = "global" if inner_steps else furthest([penalty.reach or "global"])
-    return Transform(init, update, reach, state=DualAveragingState)
+    return Transform(init, update, state=DualAveragingState, descends=True, spares=left_out(mask))
 
 
 def _real_zeros(params: Params) -> Params:
     return tree_map(lambda w: torch.zeros_like(w.real, dtype=wide(w.real.dtype)), params)
 
 
+@remembered
 def rmda(
     learning_rate: Scalar | Schedule,
     penalty: Penalty,
@@ -134,6 +154,7 @@ def rmda(
     return _average(None, learning_rate, penalty, hyper, strength, momentum, mask, options)
 
 
+@remembered
 def ramda(
     learning_rate: Scalar | Schedule,
     penalty: Penalty,
@@ -180,7 +201,8 @@ def ramda(
         training structured neural network*, 2024.
         Defazio & Jelassi, *A momentumized, adaptive, dual averaged gradient method*, 2022.
     """
-    nonnegative(eps=eps)
+    finite_nonnegative(eps=eps)
+    (eps,) = scalars(eps=eps)
 
     def metric(squares: Params) -> Params:
         return compute(lambda v, e: _safe_cube_root(v) + e, squares, hyper=(eps,))
@@ -194,14 +216,21 @@ def _safe_cube_root(x: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).pow(1 / 3))
 
 
+@public_state
 class FtrlState(NamedTuple):
-    """The state of `ftrl`."""
+    """The state of `ftrl`.
+
+    Example:
+        >>> ftrl(0.1, l1).init(torch.zeros(1))
+        FtrlState(steps=tensor(0, dtype=torch.int32), squares=tensor([0.]), linear=tensor([0.]))
+    """
 
     steps: Tensor  # Number of updates made, int32.
     squares: Params  # Sum of the squared magnitudes of all gradients.
     linear: Params  # Sum of all gradients, less what each step's metric holds at its parameters.
 
 
+@remembered
 def ftrl(
     learning_rate: Scalar,
     penalty: Penalty,
@@ -248,9 +277,11 @@ def ftrl(
     """
     nonnegative(strength=strength)
     positive(learning_rate=learning_rate, beta=beta)
+    finite_nonnegative(learning_rate=learning_rate, beta=beta)
+    learning_rate, beta = scalars(learning_rate=learning_rate, beta=beta)
     check_penalty(penalty, hyper, options)
     check_inner_steps(inner_steps)
-    check_mask(mask)
+    check_selection(mask)
 
     def init(params: Params) -> FtrlState:
         check_fit(params, mask, strength, *hyper)
@@ -279,10 +310,10 @@ def ftrl(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, FtrlState(steps, squares, linear)
 
-    reach = "global" if inner_steps else furthest([penalty.reach or "global"])
-    return Transform(init, update, reach, state=FtrlState)
+    return Transform(init, update, state=FtrlState, descends=True, spares=left_out(mask))
 
 
+@remembered
 def adamprox(
     learning_rate: Hyper | Schedule,
     weight_decay: Hyper | Schedule = 1e-2,
@@ -315,5 +346,5 @@ def adamprox(
         Zhuang, Liu, Cutkosky & Orabona, *Understanding AdamW through proximal methods and scale-freeness*, 2022.
     """
     adam = scale_by_adam(b1, b2, eps)
-    plain = Transform(adam.init, adam.update, adam.reach)  # Tells no metric: the decay is that of AdamW.
+    plain = Transform(adam.init, adam.update)  # Tells no metric: the decay is that of AdamW.
     return descend(plain, 1.0, learning_rate, half_l2, (), weight_decay, mask, {})

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
+from funcreg.construction import remembered
 from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import bare, flatten, safe_sqrt, sign, squared, tree_paths, widen
+from funcreg.tree import bare, euclidean, flatten, safe_sqrt, sign, squared, tree_paths, widen
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -71,7 +72,7 @@ def _fused_rows(x: Tensor, h: Tensor, jump: Tensor, pull: Tensor) -> Tensor:
     References:
         Johnson, *A dynamic programming algorithm for the fused lasso and L0-segmentation*, 2013.
     """
-    most = torch.finfo(x.dtype).max ** 0.5  # So that no difference of infinities appears.
+    most = torch.finfo(x.dtype).max / 16  # So that no difference of infinities appears.
     jump, pull = jump.clamp(max=most), pull.clamp(max=most)
     size = x.shape[-1]
     sides = torch.tensor([-1.0, 1.0], dtype=x.dtype, device=x.device)
@@ -184,7 +185,7 @@ def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: 
     metric=_fused_metric,
     residual=_fused_residual,
     structure=Structure(groups=_line_dims),
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
 )
 def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -240,7 +241,7 @@ def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1
     metric=_variation_metric,
     residual=_variation_residual,
     structure=Structure(needs=("order", "directions"), groups=_line_dims),
-    reach="leaf",
+    separable=False,
 )
 def total_variation(w: Tensor, *, dim: int = -1) -> Tensor:
     r"""Sum of differences of neighbours, :math:`\sum_i |w_{i+1} - w_i|`, which makes neighbours equal.
@@ -368,7 +369,7 @@ def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
     gradient=_slope_gradient,
     proximal=_slope_proximal,
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
-    reach="leaf",
+    separable=False,
     bounds={"weights": _AT_LEAST_0},
     inner_steps=100,
 )
@@ -423,7 +424,7 @@ def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim
     gradient=_oscar_gradient,
     proximal=_oscar_proximal,
     structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_slope_dims),
-    reach="leaf",
+    separable=False,
     bounds={"alpha": _AT_LEAST_0, "beta": _AT_LEAST_0},
     inner_steps=100,
 )
@@ -544,14 +545,18 @@ class _Forest:
                 factor = torch.tensor([*sizes, 0.0], dtype=w.abs().dtype, device=w.device)
             self.factors.append(factor)
 
-    def squares(self, w: Tensor) -> Tensor:
-        """The squared norm of each slice."""
-        return squared(w).sum(self.inside) if self.inside else squared(w)
+    def sizes(self, w: Tensor) -> Tensor:
+        """The norm of each slice."""
+        return euclidean(w, self.inside).reshape(-1)
 
-    def norms(self, squares: Tensor, height: int) -> Tensor:
+    def norms(self, sizes: Tensor, height: int) -> Tensor:
         """The norm of each group of a height, and last that of slices in none."""
-        empty = torch.zeros_like(squares.sum()).expand(len(self.factors[height]))
-        return safe_sqrt(empty.index_add(0, self.labels[height], squares))
+        labels = self.labels[height]
+        # In units of the longest slice, so that no square leaves the range of float32.
+        unit = sizes.detach().amax() if sizes.numel() else sizes.sum()
+        unit = torch.where((unit > 0) & (unit < math.inf), unit, torch.ones_like(unit))
+        empty = torch.zeros_like(unit).expand(len(self.factors[height]))
+        return safe_sqrt(empty.index_add(0, labels, (sizes / unit).square())) * unit
 
     def along(self, factor: Tensor, w: Tensor) -> Tensor:
         """One factor for each slice, shaped to multiply the leaf."""
@@ -559,20 +564,22 @@ class _Forest:
 
     def shrink(self, w: Tensor, force: Scalar, only: list[Tensor] | None = None) -> Tensor:
         """Group soft thresholding from the leaves of the trees to their roots."""
-        squares = self.squares(w)
-        kept = torch.ones_like(squares)
+        sizes = self.sizes(w)
+        kept = torch.ones_like(sizes)
         for height, (labels, factors) in enumerate(zip(self.labels, self.factors, strict=True)):
-            norms = self.norms(squares * kept.square(), height)
-            threshold = torch.where(factors == 0, 0.0, force * factors * (1 if only is None else only[height]))
+            norms = self.norms(sizes * kept, height)
+            weights = factors if only is None else factors * only[height]
+            threshold = torch.where(weights == 0, 0.0, force * weights)
             left = (norms - threshold).relu() / torch.where(norms == 0, 1.0, norms)
-            kept = kept * torch.where((threshold == 0) | norms.isinf(), 1.0, left)[labels]
+            kept = kept * torch.where((weights == 0) | norms.isinf(), 1.0, left)[labels]
         return w * self.along(kept, w) + 0.0
 
     def slope(self, w: Tensor) -> Tensor:
         """The gradient, the subgradient of least norm at a group of zeros."""
-        squares, total = self.squares(w), torch.zeros_like(self.squares(w))
+        sizes = self.sizes(w)
+        total = torch.zeros_like(sizes)
         for height, (labels, factors) in enumerate(zip(self.labels, self.factors, strict=True)):
-            norms = self.norms(squares, height)
+            norms = self.norms(sizes, height)
             total = total + (factors / torch.where(norms == 0, 1.0, norms))[labels]
         return w * self.along(total, w)
 
@@ -589,13 +596,13 @@ def _tree_residual(
     w: Tensor, g: Tensor, strength: Scalar, *, groups: Any, axis: int = 0, weights: Weights = None
 ) -> Tensor:
     forest = _Forest(w, groups, axis, weights)
-    squares = forest.squares(w)
+    sizes = forest.sizes(w)
     # Groups of zeros leave a ball free: what they cannot take away is the proximal operator of their trees.
-    zero = [(forest.norms(squares, height) == 0).to(squares.dtype) for height in range(len(forest.labels))]
+    zero = [(forest.norms(sizes, height) == 0).to(sizes.dtype) for height in range(len(forest.labels))]
     return forest.shrink(g + strength * forest.slope(w), strength, zero)
 
 
-@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, reach="leaf", inner_steps=100)
+@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, separable=False, inner_steps=100)
 def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
     r"""Sum of the norms of nested groups, :math:`\sum_g c_g \|w_g\|_2`: what lies deeper vanishes first.
 
@@ -627,9 +634,9 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
         Jenatton, Mairal, Obozinski & Bach, *Proximal methods for hierarchical sparse coding*, 2011.
     """
     forest = _Forest(w, groups, axis, weights)
-    squares = forest.squares(w)
-    terms = [factors * forest.norms(squares, height) for height, factors in enumerate(forest.factors)]
-    return torch.cat(terms) if terms else 0 * squares
+    sizes = forest.sizes(w)
+    terms = [factors * forest.norms(sizes, height) for height, factors in enumerate(forest.factors)]
+    return torch.cat(terms) if terms else 0 * sizes
 
 
 # Features of a network
@@ -644,7 +651,7 @@ def _skipping(theta: Tensor, size: Tensor, force: Scalar, ratio: Scalar) -> tupl
         force: The threshold of the norm of skip weights.
         ratio: The bound over that norm.
     """
-    norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+    norms = euclidean(theta, (theta.ndim - 1,))
     sorted_, none = size.sort(dim=-1, descending=True).values, torch.zeros_like(norms)
     # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
     pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
@@ -669,7 +676,7 @@ def _skipping_in_metric(
     # In units of the greatest metric and magnitude of a feature, so that no power leaves the range of float32.
     most = torch.cat([h, k], -1).amax(-1, keepdim=True)
     h, k, force = h / most, k / most, force / most
-    total = safe_sqrt(squared(h * theta).sum(-1, keepdim=True)) + ratio * (k * size).sum(-1, keepdim=True)
+    total = euclidean(h * theta, (theta.ndim - 1,)) + ratio * (k * size).sum(-1, keepdim=True)
     alive = total > force
     length = torch.cat([theta.abs(), size], -1).amax(-1, keepdim=True)
     length = torch.where(alive, length, 1.0)
@@ -707,6 +714,7 @@ def _skipping_in_metric(
     return kept, torch.where(alive, bound, gone)
 
 
+@remembered
 def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     r"""LassoNet: :math:`\sum_j \|\theta_j\|_2 + \alpha \|W_j\|_1` under :math:`|W_{ij}| \le M \|\theta_j\|_2`.
 
@@ -761,7 +769,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     def value(params: Params, ratio: Scalar, alpha: Scalar = 0.0) -> Tensor:
         leaves, places, _ = pair(params)
         (theta, _), (inner, _) = [features(leaves[i]) for i in places]
-        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+        norms = euclidean(theta, (theta.ndim - 1,))
         slack = 1 + 32 * torch.finfo(norms.dtype).eps
         broken = (inner.abs() > ratio * norms * slack).any()
         total = norms.sum() + alpha * inner.abs().sum()
@@ -771,7 +779,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         leaves, places, rebuild = pair(params)
         slopes = [torch.zeros_like(w) for w in leaves]
         theta, dims = features(leaves[places[0]])
-        norms = safe_sqrt(squared(theta).sum(-1, keepdim=True))
+        norms = euclidean(theta, (theta.ndim - 1,))
         found = from_members(theta / torch.where(norms == 0, 1.0, norms), leaves[places[0]], dims)
         slopes[places[0]] = found.to(leaves[places[0]].dtype)
         slopes[places[1]] = (alpha * sign(widen(leaves[places[1]]))).to(leaves[places[1]].dtype)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
-from funcreg._typing import REACHES, Hyper, Mask, Params, Reach, State, Updates
+from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
+from funcreg.construction import Remembering, remembered
+from funcreg.ranges import check_range, number
 from funcreg.tree import (
     broadcast,
     check_alike,
-    check_nonnegative,
+    check_mask,
     check_params,
+    dotted,
+    filled,
     flatten,
+    map_with_path,
     mask_leaves,
     scalar_device,
     tree_leaves,
 )
 
+T = TypeVar("T")
+#: From parameters to one bool a leaf.
+Choice = Callable[[Params], list[bool]]
 
-class Transform:
+
+class Transform(Remembering):
     r"""A gradient transform: the pure functions `init(params)` and `update(updates, state, params, **extra)`.
 
     `init` makes the state from the parameters. `update` makes new updates and a new state; none of its arguments
@@ -32,12 +44,14 @@ class Transform:
     Args:
         init: From parameters to a state, a tree of tensors whose leaves never share memory.
         update: From updates, state and parameters to new updates and state, of the same structure, shapes and dtypes.
-        reach: How far one entry of the result looks: `"elementwise"`, `"rows"`, `"matrix"`, `"leaf"` or `"global"`.
-            A compiled step uses it to lay leaves out; saying nothing is always right.
         metric: From a state that `update` returned to the diagonal metric of this preconditioner, a tree like the
             parameters (for Adam, :math:`\sqrt{\hat v} + \epsilon`); proximal steps use it.
         frozen: From parameters to one bool a leaf: which leaves this transform holds where they are, in any chain.
         state: Type of its states, if they are named tuples of its own: the state of another transform is refused.
+        descends: Whether its updates are steps downhill, with a learning rate in them, which no proximal step may take
+            for a direction.
+        spares: From parameters to one bool a leaf: at which leaves a gradient may be None, which is taken for zeros.
+            Frozen leaves are among them anyway.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -48,7 +62,6 @@ class Transform:
         >>> halve = Transform(
         ...     init=lambda params: (),
         ...     update=lambda updates, state, params: (tree_map(lambda u: u / 2, updates), state),
-        ...     reach="elementwise",
         ... )
         >>> params = {"weight": torch.tensor([1.0, 2.0])}
         >>> halve.update({"weight": torch.tensor([4.0, 6.0])}, halve.init(params), params)
@@ -59,18 +72,28 @@ class Transform:
         self,
         init: Callable[[Params], State],
         update: Callable[..., tuple[Updates, State]],
-        reach: Reach = "global",
         metric: Callable[[State], Params] | None = None,
-        frozen: Callable[[Params], list[bool]] | None = None,
+        frozen: Choice | None = None,
         state: type | None = None,
+        *,
+        descends: bool = False,
+        spares: Choice | None = None,
     ) -> None:
-        if reach not in REACHES:
-            raise ValueError(f"reach is {reach!r}; expected one of {', '.join(REACHES)}")
+        for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
+            if not callable(function) and (function is not None or name in ("init", "update")):
+                raise TypeError(f"{name} of a Transform is {function!r}; expected a function")
         self._init, self._update = init, update
-        self.reach: Reach = reach
         self.metric = metric
         self.frozen = frozen
+        self.descends = descends
+        self.spares = frozen if spares is None else spares if frozen is None else either(spares, frozen)
         self._state = state
+
+    def __repr__(self) -> str:
+        if self.made_by is not None:
+            return super().__repr__()
+        names = [getattr(f, "__qualname__", repr(f)) for f in (self._init, self._update)]
+        return f"Transform(init={names[0]}, update={names[1]})"
 
     def init(self, params: Params) -> State:
         """The state before the first update."""
@@ -79,12 +102,90 @@ class Transform:
 
     def update(self, updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         """New updates and the next state."""
-        check_params(params)
-        check_alike(params, updates, ("params", "updates"))
+        try:
+            check_params(params)
+            updates = filled(params, updates, self.spares)
+        except (TypeError, ValueError) as error:
+            if _fits(updates, state):
+                raise ValueError(
+                    "update got a tree like the updates where the state is expected, and something else where the "
+                    "parameters are; expected update(updates, state, params). Are state and params swapped?"
+                ) from error
+            raise
         if self._state is not None and not isinstance(state, self._state):
             came = type(state).__name__
             raise ValueError(f"state is {came}; expected {self._state.__name__}. Was it made by this transform's init?")
-        return self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
+        _watch_history(params, state)
+        made = self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError(f"update of {self!r} returned a {type(made).__name__}; expected a pair, (updates, state)")
+        return made
+
+
+def _fits(updates: Updates, state: State) -> bool:
+    """Whether what came as a state is a tree like the updates, with leaves."""
+    try:
+        check_alike(updates, state, ("updates", "state"))
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return bool(tree_leaves(updates))
+
+
+def either(*choices: Choice) -> Choice:
+    """The leaves that one of several functions chooses."""
+    return lambda params: [any(bools) for bools in zip(*(choose(params) for choose in choices), strict=True)]
+
+
+# Autograd history that grows from step to step
+
+
+#: So many updates, one after another in one graph of autograd, are a loop that nobody means to differentiate.
+LONG = 100
+_UPDATES = "funcreg updates"
+
+
+def _watch_history(params: Params, state: State) -> None:
+    """Warn, at one update of a loop, if each update became a part of the autograd graph of the next.
+
+    Parameters that require a gradient make it so, and memory grows without end. Unrolled differentiation means it, but
+    not for so many steps: so the number of updates is written to the graph, at the node that brought each of them its
+    parameters or its state.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or maybe_current_level() is not None:
+        return
+    leaves = tree_leaves(params)
+    if not any([leaf.requires_grad for leaf in leaves]):
+        return
+    depths = [_count(tree) for tree in (leaves, tree_leaves(state))]
+    if LONG in depths:
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcreg."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(
+            f"{LONG} updates lie in one autograd history, which keeps the tensors of all of them: parameters require "
+            "a gradient, and updates are made while autograd records. Call update and apply_updates under "
+            "torch.no_grad(), or detach the parameters, unless you differentiate through all these steps.",
+            UserWarning,
+            stacklevel=level - 1,
+        )
+
+
+def _count(leaves: list[Any]) -> int:
+    """How many updates lie in the history of what an update got, by one of its leaves; 0 if that is known already."""
+    node = next((leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None), None)
+    if node is None or _UPDATES in _notes(node):
+        return 0  # No history, or counted by the chain around this transform.
+    near, before = [node], 0
+    for _ in range(5):  # A few operations, such as conversions, lie between what one update got and the next.
+        near = [earlier for each in near for earlier, _ in each.next_functions if earlier is not None][:32]
+        before = max([before, *(_notes(each).get(_UPDATES, 0) for each in near)])
+    _notes(node)[_UPDATES] = before + 1
+    return before + 1
+
+
+def _notes(node: Any) -> dict[str, Any]:
+    """What is written to a node of autograd: a dict, which torch's types take for a method."""
+    return node.metadata
 
 
 def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +196,16 @@ def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, An
     return {parameter.name: extra[parameter.name] for parameter in list(parameters)[3:] if parameter.name in extra}
 
 
-def furthest(reaches: Iterable[Reach]) -> Reach:
-    """The reach of transforms one after another."""
-    return REACHES[max([0, *(REACHES.index(reach) for reach in reaches)])]
+# States
 
 
+def public_state(state: type[T]) -> type[T]:
+    """Let states of a type go through `torch.save` and `torch.load` with its defaults, which refuse unknown types."""
+    torch.serialization.add_safe_globals([state])
+    return state
+
+
+@public_state
 class EmptyState(NamedTuple):
     """The state of a transform without memory: a named tuple without fields.
 
@@ -119,22 +225,42 @@ def init_empty_state(params: Params) -> EmptyState:
     return EmptyState()
 
 
-def stateless(f: Callable[[Updates, Params], Updates], reach: Reach = "global") -> Transform:
+def memoryless(f: Callable[[Updates, Params], Updates], spares: Choice | None = None) -> Transform:
+    """`stateless` for functions that are known to return updates like those that they get."""
+    return Transform(init_empty_state, lambda updates, state, params: (f(updates, params), state), spares=spares)
+
+
+@remembered
+def stateless(f: Callable[[Updates, Params], Updates]) -> Transform:
     r"""A transform without memory, made from a function, :math:`u' = f(u, w)`.
 
     Args:
-        f: Function of the updates and the parameters, both trees.
-        reach: How far one entry of the result looks; see `Transform`.
+        f: Function of the updates and the parameters, both trees, to a tree like them.
+
+    Raises:
+        ValueError: The function returned a tree of another structure, or leaves of another shape.
 
     Example:
-        >>> tx = stateless(lambda updates, params: tree_map(torch.sign, updates), reach="elementwise")
+        >>> tx = stateless(lambda updates, params: tree_map(torch.sign, updates))
         >>> params = {"weight": torch.zeros(2)}
         >>> tx.update({"weight": torch.tensor([-3.0, 0.5])}, tx.init(params), params)
         ({'weight': tensor([-1.,  1.])}, EmptyState())
     """
-    return Transform(init_empty_state, lambda updates, state, params: (f(updates, params), state), reach)
+    if not callable(f) or isinstance(f, type):
+        raise TypeError(f"stateless got {f!r}; expected a function of updates and params")
+    name = getattr(f, "__name__", type(f).__name__)
+
+    def checked(updates: Updates, params: Params) -> Updates:
+        new = f(updates, params)
+        if new is None and tree_leaves(updates):
+            raise TypeError(f"the function {name} of stateless returned None; expected new updates. Lacks it a return?")
+        check_alike(updates, new, ("updates", f"what the function {name} of stateless returned"))
+        return new
+
+    return memoryless(checked)
 
 
+@remembered
 def identity() -> Transform:
     r"""Leave updates as they are, :math:`u' = u`.
 
@@ -143,11 +269,17 @@ def identity() -> Transform:
         >>> identity().update({"weight": torch.ones(2)}, EmptyState(), params)
         ({'weight': tensor([1., 1.])}, EmptyState())
     """
-    return stateless(lambda updates, params: updates, "elementwise")
+    return memoryless(lambda updates, params: updates)
 
 
+@public_state
 class ScheduleState(NamedTuple):
-    """The state of a transform with a hyperparameter that follows a schedule."""
+    """The state of a transform with a hyperparameter that follows a schedule.
+
+    Example:
+        >>> scale_by_schedule(linear_schedule(1.0, 0.0, 4)).init(torch.zeros(1))
+        ScheduleState(steps=tensor(0, dtype=torch.int32))
+    """
 
     steps: Tensor  # Number of updates made, int32.
 
@@ -163,9 +295,20 @@ def is_scheduled(*hyper: Hyper) -> bool:
 
 
 def at_step(value: Hyper, steps: Tensor | None) -> Hyper:
-    """A hyperparameter with the values that its schedules have at a step."""
+    """A hyperparameter with the values that its schedules have at a step, and numbers of numpy as those of Python."""
+    if isinstance(value, (Tensor, float, int)):
+        return value
     leaves, rebuild = flatten(value)
-    return rebuild([leaf(steps) if callable(leaf) else leaf for leaf in leaves])
+    return rebuild([_value(leaf, steps) for leaf in leaves])
+
+
+def _value(leaf: Any, steps: Tensor | None) -> Any:
+    if not callable(leaf):
+        return number(leaf)
+    value = number(leaf(steps))
+    if isinstance(value, bool) or not isinstance(value, (Tensor, float, int)):
+        raise TypeError(f"the schedule {leaf!r} returned {value!r}; expected a number or a tensor")
+    return value
 
 
 def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
@@ -176,7 +319,7 @@ def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
         broadcast(value, params, "a hyperparameter")
 
 
-def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Transform:
+def scheduled(rule: Callable[..., Updates], *hyper: Hyper, descends: bool = False) -> Transform:
     """A transform from `rule(updates, params, *values)`, where a hyperparameter may follow a schedule.
 
     Memory is one counter, and that only if there is a schedule.
@@ -188,31 +331,108 @@ def scheduled(rule: Callable[..., Updates], *hyper: Hyper, reach: Reach) -> Tran
         return ScheduleState(counter(params)) if counts else EmptyState()
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
-        if not counts:
-            return rule(updates, params, *hyper), state
-        values = [at_step(value, state.steps) for value in hyper]
-        return rule(updates, params, *values), ScheduleState(state.steps + 1)
+        values = [at_step(value, state.steps if counts else None) for value in hyper]
+        return rule(updates, params, *values), ScheduleState(state.steps + 1) if counts else state
 
-    return Transform(init, update, reach, state=ScheduleState if counts else None)
+    return Transform(init, update, state=ScheduleState if counts else None, descends=descends)
+
+
+# What a factory may be given
+
+
+def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
+    for name, value in hyper.items():
+        if value is None or isinstance(value, (Tensor, float, int)):
+            check_range(name, value, low, **options)
+        else:
+            place = lambda path, name=name: f"{name} at '{dotted(path)}'" if path else name
+            map_with_path(lambda path, leaf, place=place: _check_leaf(place(path), leaf, low, options), value)
+
+
+def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
+    check_range(name, leaf, low, **options)
+    if callable(leaf) and not torch.compiler.is_compiling() and maybe_current_level() is None:
+        start = torch.zeros((), dtype=torch.int32, device="cpu")
+        check_range(f"{name} at step 0", _value(leaf, start), low, **options)
 
 
 def nonnegative(**hyper: Hyper) -> None:
-    """Raise an error for the first of these hyperparameters that is a negative number, a string or a bool."""
-    for name, value in hyper.items():
-        check_nonnegative(name, value)
+    """Raise an error for the first of these hyperparameters that is below 0, NaN, or no number."""
+    _each(hyper)
+
+
+def finite(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is infinite, NaN, or no number."""
+    _each(hyper, low=-torch.inf, finite=True)
+
+
+def finite_nonnegative(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is below 0, infinite, NaN, or no number."""
+    _each(hyper, finite=True)
 
 
 def positive(**hyper: Hyper) -> None:
-    """Raise an error for the first of these hyperparameters that is a number of at most 0, a string or a bool."""
-    nonnegative(**hyper)
-    for name, value in hyper.items():
-        if any(isinstance(x, (int, float)) and x == 0 for x in tree_leaves(value)):
-            raise ValueError(f"{name} is {value}; expected a number above 0")
+    """Raise an error for the first of these hyperparameters that is at most 0, NaN, or no number."""
+    _each(hyper, open_low=True)
 
 
 def below_one(**hyper: Hyper) -> None:
-    """Raise an error for the first of these hyperparameters that is a number below 0 or of at least 1."""
-    nonnegative(**hyper)
-    for name, value in hyper.items():
-        if any(isinstance(x, (int, float)) and x >= 1 for x in tree_leaves(value)):
-            raise ValueError(f"{name} is {value}; expected a number below 1")
+    """Raise an error for the first of these hyperparameters that is below 0, at least 1, NaN, or no number."""
+    _each(hyper, high=1.0, open_high=True)
+
+
+def share(**hyper: Hyper) -> None:
+    """Raise an error for the first of these hyperparameters that is below 0, above 1, NaN, or no number."""
+    _each(hyper, high=1.0)
+
+
+def flags(**given: Any) -> None:
+    """Raise a TypeError for the first of these options that is not True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def without_momentum(momentum: Scalar | None, **given: Any) -> None:
+    """Raise a ValueError for the first of these options of a momentum that has no effect, because there is none."""
+    for name, value in given.items():
+        if momentum is None and value not in (None, False):
+            raise ValueError(f"{name} is {value!r}; it has no effect without momentum. Give momentum=, such as 0.9.")
+
+
+def dtypes(**given: Any) -> None:
+    """Raise a TypeError for the first of these dtypes that no moments can be kept in."""
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, torch.dtype) and (value.is_floating_point or value.is_complex)):
+            raise TypeError(f"{name} is {value!r}; expected a dtype of floating point numbers such as torch.bfloat16")
+
+
+def check_selection(mask: Mask | None) -> None:
+    """Raise a TypeError for what is given as a mask, but is none."""
+    check_mask(mask)
+    if isinstance(mask, (Transform, Tensor, int, float)) and not isinstance(mask, bool):
+        came = f"the transform {mask!r}" if isinstance(mask, Transform) else f"the {type(mask).__name__} {mask!r}"
+        raise TypeError(
+            f"mask is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
+            "matrices or select('*.weight')"
+        )
+
+
+def check_transforms(what: str, transforms: Any) -> None:
+    """Raise a TypeError for the first argument that is not a transform."""
+    for i, tx in enumerate(transforms):
+        if not isinstance(tx, Transform):
+            raise TypeError(f"argument {i} of {what} is {_described(tx, what)}")
+
+
+def _described(tx: Any, what: str) -> str:
+    came = f"a {type(tx).__name__}; expected a Transform."
+    if isinstance(tx, (list, tuple)):
+        if what == "chain" and len(tx) == 2 and isinstance(tx[0], str):
+            return f"{came} Transforms with names go to named_chain."
+        return f"{came} Are they to be given one by one, as in {what}(*transforms)?"
+    if isinstance(tx, torch.optim.Optimizer):
+        return f"{came} An optimizer of torch changes its parameters itself; take one of funcreg such as adamw."
+    if callable(tx):
+        return f"{came} Is it called, as in identity()? A function of updates and params goes through stateless."
+    return came

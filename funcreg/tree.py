@@ -6,21 +6,28 @@ Eager code flattens with optree. Traced code walks the tree in plain Python, whi
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    maybe_current_level,
+)
 from torch.autograd import forward_ad
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
+from funcreg.construction import Call, Remembering, written
 
 Path = tuple[Any, ...]
 
@@ -28,8 +35,12 @@ Path = tuple[Any, ...]
 class Absent(NamedTuple):
     """Stands where a mask left a leaf out: a node without leaves, which every map walks past."""
 
+    def __repr__(self) -> str:
+        return "ABSENT"
+
 
 ABSENT = Absent()
+torch.serialization.add_safe_globals([Absent])  # States with leaves that a mask left out go through torch.load.
 
 
 # Structure
@@ -284,6 +295,7 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         missing = [dotted((*path, key)) for key in opened[0] if key not in against[0]]
         unknown = [dotted((*path, key)) for key in against[0] if key not in opened[0]]
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
+        parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {_kind(node)}, got {_kind(other)}. {cause}"
 
@@ -293,7 +305,10 @@ def _kind(node: Any) -> str:
         return f"a tensor of shape {tuple(node.shape)}"
     if isinstance(node, Absent):
         return "a leaf that a mask leaves out"
-    return f"{node!r}" if node is None or isinstance(node, (bool, int, float, str)) else f"a {type(node).__name__}"
+    if node is None or isinstance(node, (bool, int, float, str, bytes)):
+        return f"{node!r}"
+    kind = type(node)
+    return f"a {kind.__module__}.{kind.__name__}" if kind.__module__ == "numpy" else f"a {kind.__name__}"
 
 
 def dotted(path: Path) -> str:
@@ -350,43 +365,147 @@ def _spread(prefix: Any, node: Any, values: list[Any], path: Path, names: tuple[
 # What a call may be given
 
 
+#: The dtypes that arithmetic is defined in: eight-bit floats are for storage, and complex32 has few operators.
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+
+
 def check_params(params: Any, name: str = "params") -> None:
-    """Raise a TypeError that names the first leaf that is not a tensor of real or complex numbers."""
+    """Raise a TypeError that names the first leaf that is not a dense tensor of real or complex numbers."""
+    if params is None:
+        _check_leaf(name, None)
     for leaf in tree_leaves(params):
-        if not (isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())):
-            map_with_path(lambda path, leaf: _check_leaf(f"{name} '{dotted(path)}'" if path else name, leaf), params)
+        if not (isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided):
+            map_with_path(lambda path, leaf: _check_leaf(_named(name, dotted(path)), leaf), params)
+
+
+def _named(tree: str, path: str) -> str:
+    return f"{tree} '{path}'" if path else tree
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+    if isinstance(leaf, Tensor):
+        _check_numbers(name, leaf, "is it a buffer?", _REMEDY)
         return
-    came = f"a tensor of {leaf.dtype}; is it a buffer?" if isinstance(leaf, Tensor) else f"{_kind(leaf)};"
     raise TypeError(
-        f"{name} is {came} expected a tensor of floating point or complex numbers. The parameters of a module are "
-        "{name: w.detach() for name, w in module.named_parameters()}."
+        f"{name} is {_kind(leaf)}; expected a tensor of floating point or complex numbers. {_leaf_hint(leaf)}"
+    )
+
+
+_REMEDY = "The parameters of a module are dict(module.named_parameters())."
+
+
+def _leaf_hint(leaf: Any) -> str:
+    """What to do about something that is no tensor where a leaf of parameters is expected."""
+    if isinstance(leaf, Mapping) or dataclasses.is_dataclass(leaf):
+        return f"Make a dict of it, {'dict' if isinstance(leaf, Mapping) else 'vars'}(...): this type is no tree."
+    if isinstance(leaf, (int, float)) or hasattr(leaf, "__array__"):
+        return "torch.as_tensor(...) makes a tensor of it."
+    if isinstance(leaf, Iterable) and not isinstance(leaf, (str, Iterator, torch.nn.Module)):
+        return f"Make a list or a dict of it: this type is no tree. {_REMEDY}"
+    return _REMEDY
+
+
+def _check_numbers(name: str, leaf: Tensor, cause: str, remedy: str) -> None:
+    """Raise a TypeError if a tensor has no arithmetic: integers, eight-bit floats, sparse layouts."""
+    if leaf.layout is not torch.strided:
+        raise TypeError(
+            f"{name} has the layout {leaf.layout}; expected a dense tensor. Call to_dense() on it; an embedding gives "
+            "dense gradients with sparse=False."
+        )
+    if leaf.dtype in _NUMBERS:
+        return
+    if leaf.is_floating_point() or leaf.is_complex():
+        better = "complex64" if leaf.is_complex() else "bfloat16 or float32"
+        raise TypeError(
+            f"{name} is a tensor of {leaf.dtype}, which torch stores but hardly computes with. Keep the values that "
+            f"are trained in {better}, and convert them for the forward pass."
+        )
+    raise TypeError(
+        f"{name} is a tensor of {leaf.dtype}; {cause} Expected a tensor of floating point or complex numbers. {remedy}"
     )
 
 
 def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
-    """Raise an error that names the first leaf of `other` whose structure, shape or device is not that of `tree`."""
-    _alike(tree, tree_leaves(tree), other, names)
+    """Raise an error that names the first leaf of `other` that does not fit that of `tree`.
+
+    Leaves fit if they have one shape and device, and are dense tensors of numbers, complex only where those of `tree`
+    are.
+    """
+    leaves = tree_leaves(tree)
+    _check_kinds(tree, leaves, _alike(tree, leaves, other, names), names)
+
+
+def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
+    """Raise a TypeError for the first of the others that is not dense, or not of such numbers as the leaf."""
+    for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
+        if found.dtype == leaf.dtype and found.layout is torch.strided:  # Its own dtype was checked in the first tree.
+            continue
+        if found.dtype in _NUMBERS and found.layout is torch.strided and (leaf.is_complex() or not found.is_complex()):
+            continue
+        name = _named(names[1], tree_paths(tree)[i])
+        _check_numbers(
+            name, found, "is it a mask, an index or a count?", "Gradients are of the dtype of their parameters."
+        )
+        raise TypeError(
+            f"{name} is a tensor of {found.dtype}; expected real numbers, because the leaf in {names[0]} is of "
+            f"{leaf.dtype}. Take its real part, if the imaginary part is zero."
+        )
+
+
+def filled(
+    params: Params, updates: Updates, allowed: Sequence[bool] | Callable[[Params], Sequence[bool]] | None = None
+) -> Updates:
+    """Updates, checked as by `check_alike`, with zeros for each None that stands for a leaf where that is allowed.
+
+    `backward` leaves None as the gradient of a parameter that the loss does not use, or that is frozen.
+
+    Args:
+        params: Tree of parameters.
+        updates: Tree like the parameters, with None for some leaves.
+        allowed: One bool for each leaf, whether None may stand there, or a function that makes them from parameters
+            and is called only if there is a None; by default None may stand nowhere.
+
+    Raises:
+        ValueError: A leaf is None where it is not allowed, or differs in structure, shape or device.
+        TypeError: A leaf is no dense tensor of numbers.
+    """
+    names = ("params", "updates")
+    leaves, rebuild = flatten(params)
+    found = leaves_like(params, updates, names)
+    complete = all([update is not None for update in found])
+    if not complete:
+        bools = allowed(params) if callable(allowed) else allowed or [False] * len(leaves)
+        rows = zip(leaves, found, bools, strict=True)
+        found = [torch.zeros_like(leaf) if update is None and may else update for leaf, update, may in rows]
+    _check_leaves(params, leaves, found, names)
+    _check_kinds(params, leaves, found, names)
+    return updates if complete else rebuild(found)
 
 
 def _alike(tree: Any, leaves: list[Tensor], other: Any, names: tuple[str, str]) -> list[Tensor]:
     """The leaves of `other`, checked against those of `tree`."""
     others = leaves_like(tree, other, names)
+    _check_leaves(tree, leaves, others, names)
+    return others
+
+
+def _check_leaves(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
     for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
         if not (isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device):
             _refuse(leaf, found, names, tree_paths(tree)[i])
-    return others
 
 
 def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None:
     first, second = names
-    name = f"{second} '{path}'" if path else second
+    name = _named(second, path)
+    if found is None:
+        raise ValueError(
+            f"{name} is None; expected a tensor, as in {first}. This parameter got no gradient: backward() leaves None "
+            "for a parameter that the loss does not use or that does not require a gradient. Freeze the leaf, leave it "
+            "out with masked, or give zeros for it, torch.zeros_like(parameter)."
+        )
     if not isinstance(found, Tensor):
-        hint = " Did this parameter get no gradient? Leave it out with masked or freeze." if found is None else ""
-        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.{hint}")
+        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.")
     if leaf.shape != found.shape:
         raise ValueError(
             f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "
@@ -407,8 +526,25 @@ def check_nonnegative(name: str, value: Hyper) -> None:
 # Arithmetic
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+#: Types of devices for which torch casts by itself.
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 _BARE = (Tensor, torch.nn.Parameter)
+
+
+def without_autocast(f: F) -> F:
+    """A function that computes in the precision of its arguments, also where `torch.autocast` is on."""
+
+    @functools.wraps(f)
+    def exact(*args: Any, **kwargs: Any) -> Any:
+        for device in _AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return exact(*args, **kwargs)
+        return f(*args, **kwargs)
+
+    return exact  # pyright: ignore[reportReturnType]  # It takes and returns what the function does.
 
 
 def widen(x: Tensor) -> Tensor:
@@ -553,6 +689,85 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
 
 
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def readable(w: Tensor) -> bool:
+    """Whether a number may be read from a tensor: one on the CPU, neither traced nor batched; derivatives may run."""
+    if _traced():
+        return False
+    while is_gradtrackingtensor(w):
+        w = get_unwrapped(w)
+    return type(w) in _BARE and w.device.type == "cpu" and not is_functorch_wrapped_tensor(w)
+
+
+def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    r"""Euclidean norm over some dimensions, which are kept, or over all; derivatives at zero are 0, of any order.
+
+    Entries whose squares leave the range of their dtype (beyond 1e19 and below 1e-19 in float32) are squared in units
+    of a power of two. Where numbers can be read, the others pay nothing for that.
+
+    Args:
+        w: Tensor in float32 at least.
+        dims: Dimensions that are reduced, of size 1 after it; None for all of them, and a tensor without dimensions.
+    """
+    if dims == () and not w.is_complex():
+        return w.abs()
+    if not w.numel() or (_traced() and _widest(w) is not w):
+        return safe_sqrt(_sum_of_squares(_widest(w), dims)).to(w.real.dtype)
+    squares = _sum_of_squares(w, dims)
+    if not readable(squares):
+        return _rescaled_norm(w, dims)
+    if _ordinary(squares):
+        return safe_sqrt(squares)
+    kept = [d for d in range(w.ndim) if dims is not None and d not in dims]
+    if not kept or not dims:
+        return _rescaled_norm(w, dims)
+    # The rare groups alone once more: groups of zeros are among them, and common.
+    least, most, _ = _range_of_squares(squares.dtype)
+    rare = ~((squares >= least) & (squares <= most))
+    groups = w.movedim(kept, tuple(range(len(kept))))[rare.squeeze(dims)]
+    norms = _rescaled_norm(groups, tuple(range(1, groups.ndim))).reshape(-1)
+    return safe_sqrt(torch.where(rare, torch.ones_like(squares), squares)).index_put((rare,), norms)
+
+
+def _sum_of_squares(w: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    squares = squared(w)
+    if dims is None:
+        return squares.sum()
+    return squares.sum(dims, keepdim=True) if dims else squares  # sum(()) would reduce them all.
+
+
+def _widest(w: Tensor) -> Tensor:
+    """A tensor of float32 in float64, whose range holds all of its squares; in compiled code that costs no memory."""
+    if w.device.type == "mps" or w.dtype not in (torch.float32, torch.complex64):
+        return w
+    return w.to(torch.complex128 if w.is_complex() else torch.float64)
+
+
+def _range_of_squares(dtype: torch.dtype) -> tuple[float, float, float]:
+    """Between which sums of squares are exact, and the power of two that brings smaller entries into this range."""
+    powers = 1024 if dtype == torch.float64 else 128
+    return 2.0 ** (-5 * powers // 8), 2.0 ** (5 * powers // 8), 2.0 ** (21 * powers // 32)
+
+
+def _ordinary(squares: Tensor) -> bool:
+    """Whether sums of squares lie in the range in which they are exact."""
+    least, most, _ = _range_of_squares(squares.dtype)
+    low, high = squares.detach().aminmax()
+    return bool(low >= least) and bool(high <= most)
+
+
+def _rescaled_norm(w: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """The norm in units of a power of two, chosen for each group by what its squares came to."""
+    squares = _sum_of_squares(w.detach(), dims)
+    least, most, unit = _range_of_squares(squares.dtype)
+    small, large = torch.full_like(squares, unit), torch.full_like(squares, 1 / unit)
+    scale = torch.where(squares > most, large, torch.where(squares < least, small, torch.ones_like(squares)))
+    return safe_sqrt(_sum_of_squares(w * scale, dims)) / scale
+
+
 def global_norm(tree: Any) -> Tensor:
     r"""Euclidean norm of all entries of a tree, :math:`\sqrt{\sum_i |x_i|^2}`.
 
@@ -566,7 +781,13 @@ def global_norm(tree: Any) -> Tensor:
         tensor(5.)
     """
     check_params(tree, "tree")
-    return safe_sqrt(total([squared(widen(x)).sum() for x in tree_leaves(tree)]))
+    leaves = [widen(x) for x in tree_leaves(tree)]
+    if _traced() and all([_widest(x) is not x for x in leaves]):
+        return safe_sqrt(total([squared(_widest(x)).sum() for x in leaves])).to(torch.float32)
+    squares = total([squared(x).sum() for x in leaves])
+    if not leaves or (readable(squares) and _ordinary(squares)):
+        return safe_sqrt(squares)
+    return euclidean(torch.stack([euclidean(x).to(squares.device, squares.dtype) for x in leaves]))
 
 
 def apply_updates(params: Params, updates: Updates) -> Params:
@@ -588,23 +809,74 @@ def apply_updates(params: Params, updates: Updates) -> Params:
 
 
 def check_mask(mask: Mask | None) -> None:
-    """Raise a TypeError if a mask is a string."""
-    if isinstance(mask, str):
+    """Raise a TypeError if a mask is a string or a list of them, a class or a module."""
+    if isinstance(mask, (str, bytes)):
         raise TypeError(
             f"mask is the string {mask!r}; expected a tree of bools or a function. Do you mean select({mask!r})?"
+        )
+    if isinstance(mask, (list, tuple, set, frozenset)) and mask and all([isinstance(name, str) for name in mask]):
+        names = ", ".join(map(repr, mask))
+        raise TypeError(
+            f"mask is a list of strings; expected a tree of bools or a function. Do you mean select({names})?"
+        )
+    if isinstance(mask, type):
+        name = mask.__name__
+        raise TypeError(
+            f"mask is the class {name}; expected a tree of bools or a function. Do you mean select({name}, module=...)?"
+        )
+    if isinstance(mask, torch.nn.Module):
+        raise TypeError(
+            f"mask is a module, a {type(mask).__name__}; expected a tree of bools or a function. The parameters of a "
+            'layer are chosen by its name, as in select("encoder.*").'
         )
 
 
 def mask_leaves(mask: Mask, params: Params) -> list[bool]:
-    """A mask as one bool for each leaf."""
+    """A mask as one bool for each leaf.
+
+    A mask that chooses no leaf would do nothing in silence, and is refused; but not the mask False, nor a selection
+    that says that it may choose none, nor where an outer mask has left leaves out.
+    """
+    values = _mask_bools(mask, params)
+    if values and not any(values) and not _may_choose_none(mask) and not hidden(params):
+        said = f"mask={written(mask)}" if callable(mask) else "mask"
+        raise ValueError(
+            f"{said} chooses no leaf, and would have no effect. The leaves are {listed(tree_paths(params))}. If that "
+            "is meant, write mask=False."
+        )
+    return values
+
+
+def _may_choose_none(mask: Mask) -> bool:
+    return mask is False or (isinstance(mask, Selection) and mask.optional)
+
+
+def _mask_bools(mask: Mask, params: Params) -> list[bool]:
     check_mask(mask)
     found, params = chosen_by(mask, params)
+    if found is None:
+        said = f"the mask {written(mask)} returned None" if callable(mask) else "mask is None"
+        raise TypeError(f"{said}; expected a tree of bools like the parameters")
     values = broadcast(found, params, "mask")
     for i, value in enumerate(values):
         if not isinstance(value, bool):
-            name = f"mask at '{tree_paths(params)[i]}'"
-            raise TypeError(f"{name} is {_kind(value)}; expected True (apply) or False. For names, use select.")
+            name = _named("mask at", tree_paths(params)[i])
+            raise TypeError(f"{name} is {_kind(value)}; expected True (apply) or False{_mask_hint(value)}")
     return values
+
+
+def _mask_hint(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return ". A mask chooses whole leaves, not entries of them; bool(...) makes a bool of a tensor with one entry"
+    if isinstance(value, (str, bytes)):
+        return ". For names, use select"
+    return ". bool(...) makes a Python bool of it" if type(value).__module__ == "numpy" else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error text, the first twenty if there are many more; a tree that is one leaf has no name."""
+    names = [name or "the tree itself" for name in names]
+    return ", ".join(names) if len(names) < 30 else f"{', '.join(names[:20])} and {len(names) - 20} more"
 
 
 def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
@@ -640,31 +912,139 @@ def merge(tree: Any, kept: Any, mask: Sequence[bool]) -> Any:
     return rebuild([next(new) if here else leaf for leaf, here in zip(leaves, mask, strict=True)])
 
 
-class Selection:
-    """A mask that is made from parameters when it is used, and composes with `&`, `|` and `~`."""
+class Selection(Remembering):
+    """A mask that is made from parameters when it is used, and composes with `&`, `|` and `~`.
 
-    def __init__(self, choose: Callable[[Params], list[bool]], doc: str | None = None) -> None:
+    Args:
+        choose: From parameters to one bool for each leaf.
+        doc: Docstring of this selection.
+        name: Name of this selection in its module, for one that every pickle refers to.
+        optional: Whether it may rightly choose no leaf at all.
+    """
+
+    def __init__(
+        self,
+        choose: Callable[[Params], list[bool]],
+        doc: str | None = None,
+        name: str | None = None,
+        optional: bool = False,
+    ) -> None:
         self._choose = choose
         self.__doc__ = doc or type(self).__doc__
+        self._name = name
+        self.optional = optional
 
     def __call__(self, params: Params) -> Any:
         return flatten(params)[1](self._choose(params))
 
     def __and__(self, other: Mask) -> Selection:
-        return self._with(other, lambda a, b: a and b)
+        return self._with(operator.and_, other)
 
     def __or__(self, other: Mask) -> Selection:
-        return self._with(other, lambda a, b: a or b)
+        return self._with(operator.or_, other)
 
     def __invert__(self) -> Selection:
-        return Selection(lambda params: [not chosen for chosen in self._choose(params)])
+        made = Selection(lambda params: [not chosen for chosen in self._choose(params)])
+        return made if torch.compiler.is_compiling() else made._made_by(operator.invert, self)
 
     __rand__, __ror__ = __and__, __or__
 
-    def _with(self, other: Mask, f: Callable[[bool, bool], bool]) -> Selection:
-        return Selection(
-            lambda params: [f(a, b) for a, b in zip(self._choose(params), mask_leaves(other, params), strict=True)]
+    def _with(self, f: Callable[[Any, Any], Any], other: Mask) -> Selection:
+        check_mask(other)
+        made = Selection(
+            lambda params: [f(a, b) for a, b in zip(self._choose(params), _mask_bools(other, params), strict=True)]
         )
+        return made if torch.compiler.is_compiling() else made._made_by(f, self, other)
+
+    def _made_by(self, function: Callable[..., Any], *args: Any) -> Selection:
+        self.made_by = Call(function, args, {})
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{self!r} has no truth value: it chooses leaves once it gets parameters. Write ~a for `not a`, a & b for "
+            "`a and b`, a | b for `a or b`."
+        )
+
+    def __repr__(self) -> str:
+        if self._name is not None or self.made_by is None:
+            return self._name or f"Selection({written(self._choose)})"
+        sign = _SIGNS.get(self.made_by.function)
+        if sign is None:
+            return str(self.made_by)
+        strength, between = sign
+        operands = [
+            f"({operand!r})" if isinstance(operand, Selection) and operand._strength() < least else written(operand)
+            for least, operand in enumerate(self.made_by.args, start=strength)
+        ]
+        return f"~{operands[0]}" if len(operands) == 1 else between.join(operands)
+
+    def _strength(self) -> int:
+        """How strongly what is printed is held together."""
+        return _SIGNS.get(self.made_by.function, _ATOM)[0] if self.made_by else _ATOM[0]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._name or super().__reduce_ex__(protocol)
+
+
+_SIGNS: dict[Any, tuple[int, str]] = {operator.or_: (0, " | "), operator.and_: (1, " & "), operator.invert: (2, "~")}
+_ATOM = (3, "")
+
+
+class _Layers(NamedTuple):
+    """What `select` keeps of a module: names, and no parameters."""
+
+    module: str  # The name of its class.
+    chosen: frozenset[str]  # The names of the parameters of the chosen layers, all names where one has several.
+    known: frozenset[str]  # The names of all parameters.
+
+    def __repr__(self) -> str:
+        return self.module
+
+
+def _layers(types: tuple[type[torch.nn.Module], ...], module: torch.nn.Module) -> _Layers:
+    """The parameters of the layers of some types in a module, or an error if there are none."""
+    names: dict[Tensor, list[str]] = {}
+    for name, w in module.named_parameters(remove_duplicate=False):
+        names.setdefault(w, []).append(name)
+    chosen: set[str] = set()
+    others: set[str] = set()
+    for layer in module.modules():
+        own = [*layer.parameters(recurse=False)]
+        for parametrization in getattr(layer, "parametrizations", {}).values():
+            own += parametrization.parameters(recurse=False)
+        if isinstance(layer, types):
+            chosen.update(name for w in own for name in names[w])
+        elif own:
+            others.add(type(layer).__name__)
+    if not chosen:
+        raise ValueError(
+            f"select got {listed(t.__name__ for t in types)}, and no such layer of this {type(module).__name__} has "
+            f"parameters of its own; those that have some are of the types {listed(sorted(others))}"
+        )
+    return _Layers(
+        type(module).__name__, frozenset(chosen), frozenset(name for each in names.values() for name in each)
+    )
+
+
+def _check_patterns(patterns: tuple[Any, ...], module: Any, min_ndim: Any) -> None:
+    expected = 'expected globs over dotted names, such as "*.weight", or module types, such as torch.nn.LayerNorm'
+    for pattern in patterns:
+        if isinstance(pattern, str) or (isinstance(pattern, type) and issubclass(pattern, torch.nn.Module)):
+            continue
+        hint = ""
+        if isinstance(pattern, torch.nn.Module):
+            hint = f". Do you mean its type, or the name of this {type(pattern).__name__}?"
+        elif isinstance(pattern, (list, tuple, set, frozenset)):
+            hint = ". Give them one by one, as in select(*patterns)."
+        came = f"the class {pattern.__name__}" if isinstance(pattern, type) else _kind(pattern)
+        raise TypeError(f"select got {came}; {expected}{hint}")
+    if module is not None and not isinstance(module, (torch.nn.Module, _Layers)):
+        raise TypeError(f"module is {_kind(module)}; expected the torch.nn.Module whose parameters these are")
+    if not isinstance(min_ndim, int) or isinstance(min_ndim, bool):
+        raise TypeError(f"min_ndim is {_kind(min_ndim)}; expected a number of dimensions, such as 2")
+    if min_ndim < 0:
+        raise ValueError(f"min_ndim is {min_ndim}; expected a number of dimensions of at least 0")
 
 
 def select(
@@ -675,14 +1055,19 @@ def select(
     A leaf is chosen if it matches one of the patterns (or none is given) and has at least `min_ndim` dimensions.
     Selections compose: `select("encoder.*") & ~select("*.bias")`.
 
+    Names are matched as they are and as they would be without `torch.compile`, data parallel wrappers and
+    parametrizations: `"fc.weight"` matches `_orig_mod.fc.weight`, `module.fc.weight` if all names begin with `module`,
+    and `fc.parametrizations.weight.original0`. A tied parameter belongs to each layer that has it.
+
     Args:
         patterns: Globs over dotted names (`"*.weight"`), or module types (`torch.nn.LayerNorm`).
-        module: The module whose parameters these are; needed for module types alone.
+        module: The module whose parameters these are; needed for module types alone. Its names are read here, and
+            the module is not kept.
         min_ndim: Least number of dimensions; 2 leaves out biases and the scales of normalization layers.
 
     Raises:
-        ValueError: A glob matches no leaf; the message lists the names there are.
-        TypeError: A module type without `module`.
+        ValueError: A glob, or the module types, match no leaf; the message lists the names there are.
+        TypeError: A pattern is neither, or a module type comes without `module`.
 
     Example:
         >>> params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
@@ -690,35 +1075,78 @@ def select(
         {'fc.weight': True, 'fc.bias': False}
         >>> (~select(min_ndim=2))(params)
         {'fc.weight': False, 'fc.bias': True}
+        >>> select("fc.*") & ~matrices
+        select('fc.*') & ~matrices
     """
+    _check_patterns(patterns, module, min_ndim)
     types = tuple(pattern for pattern in patterns if not isinstance(pattern, str))
     globs = tuple(pattern for pattern in patterns if isinstance(pattern, str))
     if types and module is None:
         raise TypeError(f"select got the module type {types[0].__name__}; it also needs module=, to look its layers up")
-    typed = {
-        f"{name}.{parameter}" if name else parameter
-        for name, layer in (module.named_modules() if module is not None else ())
-        if isinstance(layer, types)
-        for parameter, _ in layer.named_parameters(recurse=False)
-    }
+    found = None
+    if types and module is not None:
+        found = module if isinstance(module, _Layers) else _layers(types, module)
+    plain_typed = _plain_names(tuple(sorted(found.chosen))) if found else ()
+
+    def in_layers(name: str, plain: str) -> bool:
+        return found is not None and (name in found.chosen or (name not in found.known and plain in plain_typed))
 
     def choose(params: Params) -> list[bool]:
         names = tree_paths(params)
-        for glob in globs:
-            if not any(_matches(name, glob) for name in names) and not hidden(params):
-                raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {', '.join(names)}")
-        chosen = [not patterns or name in typed or any(_matches(name, glob) for glob in globs) for name in names]
-        return [a and leaf.ndim >= min_ndim for a, leaf in zip(chosen, tree_leaves(params), strict=True)]
+        plain = _plain_names(tuple(names))
+        by_glob = [
+            [_matches(a, glob) or _matches(b, glob) for a, b in zip(names, plain, strict=True)] for glob in globs
+        ]
+        by_type = [in_layers(a, b) for a, b in zip(names, plain, strict=True)]
+        if not all([any(matches) for matches in by_glob]) and not hidden(params):
+            glob = next(glob for glob, matches in zip(globs, by_glob, strict=True) if not any(matches))
+            raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {listed(names)}")
+        if found and not any(by_type) and not hidden(params):
+            raise ValueError(
+                f"select of {listed([t.__name__ for t in types])} matches no leaf. The {found.module} has "
+                f"{listed(sorted(found.chosen))} in such layers; the leaves are {listed(names)}. Are they named as "
+                "in this module?"
+            )
+        chosen = [not patterns or any(row) for row in zip(by_type, *by_glob, strict=True)]
+        return [a and ndim >= min_ndim for a, ndim in zip(chosen, _dimensions(params), strict=True)]
 
-    return Selection(choose)
+    selection = Selection(choose)
+    if not torch.compiler.is_compiling():
+        kwargs = {"module": found, "min_ndim": min_ndim}
+        defaults = {"module": None, "min_ndim": 0}
+        selection.made_by = Call(select, patterns, {k: v for k, v in kwargs.items() if v != defaults[k]})
+    return selection
+
+
+def _dimensions(params: Params) -> list[int]:
+    leaves = tree_leaves(params)
+    if not all([isinstance(leaf, Tensor) for leaf in leaves]):
+        check_params(params)
+    return [leaf.ndim for leaf in leaves]
 
 
 def _matches(name: str, glob: str) -> bool:
     return fnmatch.fnmatchcase(name, glob)
 
 
+#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of parameters as they are without wrappers and parametrizations."""
+    rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
+    while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
+        rows = [row[1:] for row in rows]
+    for row in rows:
+        if len(row) > 2 and row[-3] == "parametrizations" and row[-1].startswith("original"):
+            row[-3:] = [row[-2]]
+    return tuple(".".join(row) for row in rows)
+
+
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-vars(_matches)["_dynamo_marked_constant"] = True
+for _constant in (_matches, _plain_names):
+    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 def hidden(node: Any) -> bool:
@@ -728,7 +1156,8 @@ def hidden(node: Any) -> bool:
 
 
 matrices = Selection(
-    lambda params: [leaf.ndim >= 2 for leaf in tree_leaves(params)],
+    lambda params: [ndim >= 2 for ndim in _dimensions(params)],
+    name="matrices",
     doc="""A mask that is True for leaves of two or more dimensions.
 
     These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization

@@ -108,7 +108,7 @@ def _joint_grad(params: Any) -> Any:
     return fr.tree_map(lambda w: (w / torch.where(norm == 0, 1.0, norm)).to(w.dtype), params)
 
 
-joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox, reach="global")
+joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox)
 """A penalty on trees: one norm couples all leaves, which live or die together."""
 
 
@@ -129,6 +129,7 @@ class PenaltyCase:
     ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
     centre: float = 0.0  # Where each entry has its kink or least value.
     unweighted: str = ""  # Why no tree of weights multiplies it.
+    tied: str = ""  # Why its proximal operator is not smooth in a step from 0 at entries of exactly zero.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -473,7 +474,7 @@ class ConstraintCase:
     nonconvex: str = ""  # Why projections may move points apart.
     uncompiled: str = ""  # Why it is left out of compilation into one graph.
     finite: str = ""  # Why an infinite entry has no projection.
-    hole: str = ""  # Why zero has no projection.
+    batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
         return self.penalty(params, *self.hyper, **self.options, **kwargs)
@@ -557,7 +558,6 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(0.7,),
         metric=False,
         nonconvex="a sphere is hollow",
-        hole="all points of a sphere are equally far from its centre",
     ),
     "l1_ball": ConstraintCase(
         fr.l1_ball,
@@ -594,6 +594,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _zeros_but(w, 2) if w.numel() <= 4 else torch.zeros_like(w),
         hyper=(2.0,),
         nonconvex="a union of planes",
+        batch=lambda k: [k, k - 1, 0.0],
     ),
     "n_m_sparsity": ConstraintCase(
         fr.n_m_sparsity,
@@ -602,6 +603,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(2.0, 4),
         least_ndim=1,
         nonconvex="a union of planes",
+        batch=lambda n: [n, n - 1, 0.0],
     ),
     "hyperplane": ConstraintCase(
         fr.hyperplane,
@@ -904,6 +906,7 @@ PENALTIES.update(
             hyper=(0.5, 0.6),
             least_ndim=1,
             complex=False,
+            tied="jumps pull at a zero, and the magnitude holds it",
         ),
         "slope": PenaltyCase(
             fr.slope,
@@ -994,6 +997,7 @@ PENALTIES.update(
         "a sum on some leaves": PenaltyCase(
             fr.l1.given(mask=fr.matrices) + 0.5 * fr.group_lasso + 0.2 * fr.half_l2.given(mask=fr.matrices),
             lambda w: 0.5 * _sum_of_norms(_rows)(w) + (w.ndim > 1) * (w.abs().sum() + 0.1 * (w * w.conj()).real.sum()),
+            least_ndim=2,  # A mask may not choose nothing, as that of matrices does where there is none.
         ),
     }
 )

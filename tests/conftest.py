@@ -8,8 +8,6 @@ import pytest
 import torch
 from cases import DEVICE
 
-from funcreg import looks
-
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # Tests are many and small: starting threads takes longer than their work.
@@ -33,20 +31,3 @@ def _same_start():
     yield
     if "torch._dynamo" in sys.modules:  # Its import takes seconds.
         torch._dynamo.reset()
-
-
-@pytest.fixture(scope="session")
-def cpp() -> looks.Looks:
-    """Who asks many tensors in C++."""
-    thread = looks.prepare()
-    if thread is not None:
-        thread.join()
-    assert type(looks.look()) is not looks.Looks
-    return looks.look()
-
-
-@pytest.fixture(params=["python", "c++"])
-def asked_by_each(request, cpp, monkeypatch):
-    """Once in Python, and once in C++."""
-    if request.param == "python":
-        monkeypatch.setattr(looks, "_found", looks._found[:1])

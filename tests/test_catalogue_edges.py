@@ -101,8 +101,8 @@ def test_the_simplex_of_a_tree_refuses_complex_leaves():
     [
         (lambda: fr.ftrl(0.0, fr.l1), "learning_rate is 0.0; expected a number above 0"),
         (lambda: fr.ftrl(0.1, fr.l1, beta=0.0), "beta is 0.0; expected a number above 0"),
-        (lambda: fr.rmda(0.1, fr.l1, momentum=1.0), "momentum is 1.0; expected a number below 1"),
-        (lambda: fr.ramda(0.1, fr.l1, momentum=1.5), "momentum is 1.5; expected a number below 1"),
+        (lambda: fr.rmda(0.1, fr.l1, momentum=1.0), "momentum is 1.0; expected a number of at least 0 and below 1"),
+        (lambda: fr.ramda(0.1, fr.l1, momentum=1.5), "momentum is 1.5; expected a number of at least 0 and below 1"),
     ],
 )
 def test_numbers_at_which_a_transform_would_not_move_or_not_be_defined_are_errors(make, message):

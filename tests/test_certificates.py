@@ -182,6 +182,16 @@ def test_lambda_max_has_the_closed_forms_of_the_papers():
     assert left.max().abs() < 1e-13
 
 
+@pytest.mark.parametrize("size", [1e-290, 1e-30, 1.0, 1e100, 1e290])
+def test_lambda_max_is_exact_to_the_last_bit(size):
+    g = draw()["head"].weight * size
+    assert fr.lambda_max(g, fr.l1) == g.abs().max()
+    for penalty in (fr.elastic.given(1.0, 0.3), fr.group_lasso.given(dim=0)):
+        least = fr.lambda_max(g, penalty)
+        assert not penalty.prox(g, least).any()
+        assert penalty.prox(g, torch.nextafter(least, torch.zeros_like(least))).any()
+
+
 def test_lambda_max_looks_downhill():
     @fr.penalty(
         gradient=lambda w: (w > 0).to(w.dtype),

@@ -16,9 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 import funcreg as fr
-from funcreg import execution
-
-pytestmark = pytest.mark.usefixtures("asked_by_each")
+from funcreg import lowering
 
 
 def plain(tx, params, grads, state, **extra):
@@ -46,7 +44,7 @@ def square(value=1.0):
 
 @pytest.mark.parametrize("first", ["foreign", "packed"])
 def test_packed_gradients_where_the_first_buffer_has_one_entry(first, monkeypatch):
-    monkeypatch.setattr(execution, "_SIZES", {"cpu": (13, 20)})
+    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
     tx = fr.trace(0.5)
     step = fr.fuse(tx, donate=True)
     params, state = step.init({"a": torch.ones(1), "b": torch.ones(40), "c": torch.ones(50)})
@@ -359,7 +357,7 @@ def test_plans_that_were_let_go_keep_no_memory():
     for n in range(1, 60):
         step.init({"w": torch.ones(n)})
         f({"w": torch.ones(n)})
-    assert len(step._slabs) <= 32
+    assert len(step._plans) <= 32
     assert len(f._plans) <= 32
 
 
@@ -381,8 +379,9 @@ def test_memory_that_a_leaf_left_is_let_go():
     for _ in range(20):
         params["a"].data = params["a"].data.clamp(-1, 1)
         params, state = step(params, square(), state)
-    (slabs,) = step._slabs.values()
-    assert len(slabs) <= 3
+    (plan,) = step._plans.values()
+    assert plan is not None
+    assert len(plan.results._used) + len(plan.results._free) <= 3
 
 
 def test_results_have_no_gradients_of_their_past():
@@ -404,8 +403,7 @@ def test_gradients_of_penalties_have_no_negative_zeros():
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_gradients_of_penalties_where_numbers_end(backend, monkeypatch):
-    monkeypatch.setattr(execution, "_PIECE", 7)
+def test_gradients_of_penalties_where_numbers_end(backend):
     ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0, -3e38, math.inf, -math.inf, math.nan])
     params = {"w": ends.repeat(3), "b": ends[:5], "c": ends.flip(0).view(3, 3)}
     for penalty, hyper in ((fr.l1, ()), (fr.elastic, (0.5, 0.25)), (fr.huber, (1.0,))):
@@ -431,7 +429,7 @@ def test_signs_of_nan_that_no_sum_tells():
 
 
 def test_packed_gradients_under_another_default_device(monkeypatch):
-    monkeypatch.setattr(execution, "_SIZES", {"cpu": (13, 20)})
+    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
     tx = fr.chain(fr.clip_by_global_norm(0.5), fr.trace(0.9))
     step = fr.fuse(tx, donate=True, backend="eager")
     params, state = step.init({"a": torch.ones(30), "b": torch.ones(50), "c": torch.ones(3)})

@@ -29,7 +29,6 @@ MORE = {
     ("named_chain", "transforms"): "optax's args",
     ("global_norm", "tree"): "optax's updates",
     ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
-    ("stateless", "reach"): "tells the fused step how far the function looks",
 }
 # Names of both that no row uses.
 OTHER = {

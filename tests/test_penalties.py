@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections import OrderedDict
 
 import pytest
 import torch
-from cases import PENALTIES, Layer, assert_equal, draw, flat
+from cases import GRADIENT_ALONE, PENALTIES, Layer, assert_equal, draw, flat
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -127,6 +128,198 @@ def test_step_zero_is_the_identity(case):
 
 
 @every_penalty
+def test_the_derivative_in_a_step_of_zero_is_that_of_a_small_one(case):
+    x = draw()
+    if case.tied:
+        x = fr.tree_map(lambda w: w + 0.1 * (w == 0), x)
+    zero, small = torch.zeros((), dtype=torch.float64), 1e-6
+    point = lambda step: flat(case.prox(x, step))
+    expected = (-3 * point(zero) + 4 * point(zero + small) - point(zero + 2 * small)) / (2 * small)
+    _, forward = jvp(point, (zero,), (zero + 1,))
+    torch.testing.assert_close(forward, expected, rtol=1e-5, atol=1e-6)
+    backward = grad(lambda step: (point(step) * flat(draw(3))).sum())(zero)
+    torch.testing.assert_close(backward, forward @ flat(draw(3)), rtol=1e-10, atol=1e-12)
+
+
+def test_the_derivative_in_a_step_of_zero_has_its_closed_forms():
+    size = lambda p, *hyper: grad(lambda t: flat(p.prox({"w": torch.tensor([2.0, -2.0])}, t, *hyper)).abs().sum())
+    zero = torch.tensor(0.0)
+    assert size(fr.l1)(zero) == size(fr.mcp, 1.0, math.inf)(zero) == -2
+    assert size(fr.elastic, 1.0, 0.5)(zero) == -3
+    assert size(fr.linf)(torch.tensor(0.5)) == -1
+
+
+def scales_with_parameters(case):
+    twice = fr.tree_map(lambda w: 2 * w, draw())
+    return bool((case.value(twice) - 2 * case.value(draw())).abs() < 1e-12)
+
+
+SCALED = {name: case for name, case in PENALTIES.items() if scales_with_parameters(case)}
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e19, 1e30])
+@pytest.mark.parametrize("name", SCALED)
+def test_what_scales_with_parameters_does_so_at_every_magnitude(name, size):
+    case = SCALED[name]
+    plain = draw(dtype=torch.float32)
+    scaled = fr.tree_map(lambda w: w * size, plain)
+    close = {"rtol": 2e-5, "atol": 1e-6}
+    expected = case.grad(plain)
+    torch.testing.assert_close(case.value(scaled) / size, case.value(plain), rtol=1e-5, atol=0)
+    assert_equal(case.grad(scaled), expected, **close)
+    assert_equal(grad(case.value)(scaled), grad(case.value)(plain), **close)
+    back = fr.tree_map(lambda z: z / size, case.prox(scaled, 0.5 * size))
+    assert_equal(back, case.prox(plain, 0.5), rtol=1e-4, atol=1e-5)
+    together = vmap(case.value)(fr.tree_map(lambda a, b: torch.stack([a, b]), plain, scaled))
+    torch.testing.assert_close(together / torch.tensor([1.0, size]), case.value(plain).expand(2), rtol=1e-5, atol=0)
+    _, along = jvp(case.value, (scaled,), (plain,))
+    torch.testing.assert_close(along.float(), case.value(plain), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_beside_each_other_are_right_at_every_magnitude(size):
+    w = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]) * torch.tensor([[size], [1.0], [1.0]])
+    for f in (fr.group_lasso, lambda w: fr.group_lasso(w, dim=0), fr.global_norm):
+        exact = grad(f)(w.double()).float()
+        torch.testing.assert_close(f(w), f(w.double()).float())
+        torch.testing.assert_close(grad(f)(w), exact)
+        torch.testing.assert_close(vmap(grad(f))(w[None])[0], exact)
+        leaf = w.clone().requires_grad_()
+        f(leaf).backward()
+        torch.testing.assert_close(leaf.grad, exact)
+        both = lambda w, f=f: (f(w), grad(f)(w))
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(w), (f(w), exact))
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, *GRADIENT_ALONE])
+def test_autocast_changes_nothing(name):
+    case = {**PENALTIES, **GRADIENT_ALONE}[name]
+    params = draw(dtype=torch.float32)
+
+    def everything():
+        leaves = fr.tree_map(lambda w: w.clone().requires_grad_(), params)
+        case.value(leaves).backward()
+        found = [case.value(params), case.grad(params), grad(case.value)(params), fr.tree_map(lambda w: w.grad, leaves)]
+        if name in PENALTIES:
+            found += [case.prox(params, 0.5), grad(lambda p: flat(case.prox(p, 0.5)).square().sum())(params)]
+        return found
+
+    expected = everything()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert_equal(everything(), expected)
+
+
+def test_autocast_changes_nothing_in_compiled_code():
+    w = torch.randn(5, 4)
+    everything = lambda w: (fr.nuclear.prox(w, 0.5), fr.orthogonality(w), grad(fr.orthogonality)(w))
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(compiled(w), everything(w), rtol=1e-5, atol=1e-5)
+    assert torch.linalg.matrix_rank(fr.nuclear.prox(w, 1.0)) < 4
+
+
+# Wrong numbers
+
+
+def wrong_values(case):
+    """For each hyperparameter with bounds, the place and a number outside of them."""
+    names = [p for p in case.penalty.__signature__.parameters if p != "params"]
+    for i, name in enumerate(names[: len(case.hyper)]):
+        least, greatest = case.penalty.bounds.get(name, (-math.inf, math.inf))
+        for value in (least - 1, greatest + 1, math.nan):
+            if math.isfinite(value) or math.isnan(value):
+                yield i, name, value
+
+
+@every_penalty
+def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
+    params = {"w": draw()["head"].weight}
+    for i, name, value in wrong_values(case):
+        for wrong in (value, torch.tensor(value), {"w": torch.tensor(value)}):
+            hyper = [*case.hyper[:i], wrong, *case.hyper[i + 1 :]]
+            for call in (
+                lambda hyper=hyper: case.penalty(params, *hyper, **case.options),
+                lambda hyper=hyper: case.penalty.grad(params, *hyper, **case.options),
+                lambda hyper=hyper: case.penalty.prox(params, 0.5, *hyper, **case.options),
+                lambda hyper=hyper: case.penalty.given(*hyper, **case.options),
+                lambda hyper=hyper: fr.add_penalty(case.penalty, *hyper, **case.options),
+            ):
+                with pytest.raises(ValueError, match=f"{name} of .*{value:g}"):
+                    call()
+        batch = [torch.tensor([value]) if j == i else torch.tensor([h]) for j, h in enumerate(case.hyper)]
+        vmap(lambda *h: case.penalty(params, *h, **case.options))(*batch)  # Not read, and no error.
+    for wrong in (-0.5, math.nan):
+        for step in (wrong, torch.tensor(wrong), {"w": torch.tensor(wrong)}):
+            with pytest.raises(ValueError, match=r"^step"):
+                case.prox(params, step)
+            with pytest.raises(ValueError, match="strength"):
+                case.penalty.residual(params, params, *case.hyper, strength=step, **case.options)
+            with pytest.raises(ValueError, match="strength"):
+                case.penalty.given(*case.hyper, strength=step, **case.options)
+    for step in ("0.5", True, None):
+        with pytest.raises(TypeError, match=r"^step is"):
+            case.prox(params, step)
+
+
+@every_penalty
+def test_no_number_is_read_where_it_is_not_known(case):
+    params = fr.tree_map(lambda w: w.to("meta"), {"w": draw()["head"].weight})
+    hyper = [torch.tensor(-7.0, device="meta") for _ in case.hyper]
+    assert case.penalty(params, *hyper, **case.options).shape == ()
+    assert case.penalty.prox(params, torch.tensor(-1.0, device="meta"), *hyper, **case.options)["w"].is_meta
+
+
+# Copies
+
+
+@every_penalty
+def test_penalties_pickle_and_copy(case):
+    params = draw()
+    given = case.penalty.given(*case.hyper, **case.options)
+    for p, hyper, options in (
+        (case.penalty, case.hyper, case.options),
+        (given, (), {}),
+        (0.5 * given, (), {}),
+        (given + 0.5 * fr.l2, (), {}),
+        (given + torch.tensor(0.5) * fr.l1.given(mask=fr.select("head.*")), (), {}),
+    ):
+        for other in (pickle.loads(pickle.dumps(p)), copy.deepcopy(p), copy.copy(p)):
+            assert repr(other) == repr(p)
+            assert_equal(other(params, *hyper, **options), p(params, *hyper, **options))
+            assert_equal(other.grad(params, *hyper, **options), p.grad(params, *hyper, **options))
+    again = pickle.loads(pickle.dumps(0.5 * given))
+    assert_equal(again.prox(params, 0.5), (0.5 * given).prox(params, 0.5))
+
+
+def test_a_penalty_of_a_module_pickles_by_its_name():
+    assert pickle.loads(pickle.dumps(fr.l1)) is copy.deepcopy(fr.l1) is fr.l1
+    assert pickle.loads(pickle.dumps(PENALTIES["a user's"].penalty)) is PENALTIES["a user's"].penalty
+
+    @fr.penalty(gradient=fr.shrink, proximal=fr.shrink)
+    def local(w):
+        return w.abs()
+
+    with pytest.raises((pickle.PicklingError, AttributeError), match="local"):
+        pickle.dumps(local)
+
+
+def test_penalties_print_as_they_were_written():
+    anchor = {"w": torch.ones(2)}
+    for p, text in (
+        (0.1 * fr.l1 + fr.elastic.given(0.1, rho=0.5), "0.1 * l1 + elastic.given(0.1, 0.5)"),
+        (0.5 * (fr.l1 + 2 * fr.l2.given(mask=fr.matrices)), "0.5 * (l1 + 2 * l2.given(mask=matrices))"),
+        (fr.group_lasso.given(dim=0), "group_lasso.given(dim=0)"),
+        ({"w": 2.0} * fr.anchored_l1.given(anchor), "{'w': 2.0} * anchored_l1.given({'w': tensor of (2,)})"),
+        (torch.tensor(0.5) * fr.nonnegative_form(fr.mcp).given(1.0, 3.0), "tensor(0.5) * nonnegative_form(mcp)"),
+        (fr.on_singular_values(fr.l_half), "on_singular_values(l_half)"),
+        (fr.hierarchical("skip", "hidden"), "hierarchical('skip', 'hidden')"),
+    ):
+        assert repr(p).startswith(text)
+
+
+@every_penalty
 def test_nan_goes_through(case):
     params = draw()
     params["head"].weight[1, 1] = math.nan
@@ -194,7 +387,7 @@ def test_leaves_of_every_shape_are_taken(case):
     ]
     for leaf in (leaf.double() for leaf in leaves):
         if leaf.ndim < case.least_ndim:
-            with pytest.raises(ValueError, match="has no dimension"):
+            with pytest.raises(ValueError, match=r"has no dimension|chooses no leaf"):
                 case.value(leaf)
             continue
         expected = case.equation(leaf) if leaf.numel() else torch.zeros((), dtype=torch.float64)

@@ -364,9 +364,9 @@ def test_wrong_hyperparameters_are_told():
         (lambda: fr.capped_l1(w, -0.1), "threshold of capped_l1 is -0.1"),
         (lambda: fr.huber(w, -0.1), "delta of huber is -0.1"),
         (lambda: fr.ewc(w, 0.0, -2.0), "fisher of ewc is -2"),
-        (lambda: fr.nonnegative_form(fr.group_lasso), "reach 'leaf'"),
+        (lambda: fr.nonnegative_form(fr.group_lasso), "separable=True"),
         (lambda: fr.nonnegative_form(fr.l1)({"w": torch.ones(2, dtype=torch.complex64)}), "'w'.*complex"),
-        (lambda: fr.nonnegative_form(fr.mcp).prox(w, 1.0, 1.0, -3.0), "gamma of mcp is -3"),
+        (lambda: fr.nonnegative_form(fr.mcp).prox(w, 1.0, 1.0, -3.0), "gamma of nonnegative mcp is -3"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -379,8 +379,8 @@ def test_wrong_hyperparameters_are_told():
 
 def test_a_nonnegative_form_is_its_penalty_on_weights_of_at_least_zero():
     p, params = fr.nonnegative_form(fr.elastic), fr.tree_map(torch.abs, draw())
-    assert repr(p) == "<penalty nonnegative elastic(params, alpha, rho)>"
-    assert p.reach == "elementwise"
+    assert repr(p) == "nonnegative_form(elastic)"
+    assert p.separable
     assert p(params, 0.3, 0.5) == fr.elastic(params, 0.3, 0.5)
     assert p(draw(), 0.3, 0.5) == math.inf
     assert_equal(p.grad(params, 0.3, 0.5), fr.elastic.grad(params, 0.3, 0.5))

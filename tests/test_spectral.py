@@ -144,7 +144,7 @@ def test_lifted_penalties_are_the_named_ones():
     frobenius = fr.on_singular_values(fr.l2)
     torch.testing.assert_close(frobenius(params), fr.l2(params))
     assert_equal(frobenius.prox(params, 0.4), fr.l2.prox(params, 0.4), rtol=1e-12, atol=1e-14)
-    assert repr(lifted) == "<penalty l1_on_singular_values(params)>"
+    assert repr(lifted) == "on_singular_values(l1)"
     with pytest.raises(ValueError, match="expected a separable one"):
         fr.on_singular_values(fr.group_lasso)
 

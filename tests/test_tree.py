@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import io
+import pickle
 import sys
-from collections import OrderedDict, defaultdict
+import types
+from collections import OrderedDict, UserDict, defaultdict
 
+import numpy
 import optree
 import pytest
 import torch
 from cases import Layer, draw, flat
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.func import grad
+from torch import nn
+from torch.func import grad, vmap
+from torch.nn.utils.parametrizations import weight_norm
 
 import funcreg as fr
-from funcreg.tree import ABSENT, broadcast, copier, leaves_like, map_with_path, restored, structure
+from funcreg.tree import (
+    ABSENT,
+    Selection,
+    broadcast,
+    copier,
+    filled,
+    keep,
+    leaves_like,
+    map_with_path,
+    restored,
+    structure,
+)
 
 trees = st.recursive(
     st.integers(),
@@ -123,6 +142,45 @@ def test_apply_updates_keeps_the_dtype_of_parameters_and_says_what_is_wrong():
         fr.l1(torch.nn.Linear(2, 2).parameters())
 
 
+@dataclasses.dataclass
+class Weights:
+    w: torch.Tensor
+
+
+class Output(OrderedDict):
+    pass
+
+
+_NET = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+_W = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (_NET, r"params is a Sequential; .*dict\(module.named_parameters\(\)\)"),
+        ({"net": _NET}, r"params 'net' is a Sequential; .*dict\(module.named_parameters\(\)\)"),
+        (nn.ParameterDict({"a": _W}), r"params is a ParameterDict; .*dict\(module.named_parameters\(\)\)"),
+        (_NET.named_parameters(), r"params is a generator; .*dict\(module.named_parameters\(\)\)"),
+        (list(_NET.named_parameters()), r"params '0.0' is '0.weight'; .*dict\(module.named_parameters\(\)\)"),
+        (_NET.state_dict(), r"params '1.num_batches_tracked' is .*is it a buffer.*dict\(module.named_parameters\(\)\)"),
+        (Weights(_W), r"params is a Weights; .*make a dict of it, vars\(...\)"),
+        (Output(a=_W), r"params is a Output; .*make a dict of it, dict\(...\)"),
+        (types.MappingProxyType({"a": _W}), r"params is a mappingproxy; .*make a dict of it, dict\(...\)"),
+        (UserDict(a=_W), r"params is a UserDict; .*make a dict of it, dict\(...\)"),
+        ({"a": _W}.values(), "params is a dict_values; .*make a list or a dict of it"),
+        ({"a": {_W}}, "params 'a' is a set; .*make a list or a dict of it"),
+        ({"a": 0.5}, "params 'a' is 0.5; .*torch.as_tensor"),
+        ({"a": numpy.ones(2)}, "params 'a' is a numpy.ndarray; .*torch.as_tensor"),
+        (None, "params is None; expected a tensor"),
+    ],
+)
+@pytest.mark.parametrize("use", [fr.l1, fr.l1.grad, fr.sgd(0.1).init])
+def test_what_is_no_tree_of_tensors_is_said_with_the_remedy(use, tree, message):
+    with pytest.raises(TypeError, match=f"(?i){message}"):
+        use(tree)
+
+
 def test_trees_may_span_devices():
     params = {"a": torch.ones(3), "b": torch.ones(3, device="meta")}
     tx = fr.chain(
@@ -139,6 +197,64 @@ def test_global_norm_is_exact_in_sixteen_bits_and_flat_at_zero():
     assert fr.global_norm({}) == 0
     assert not grad(lambda w: fr.global_norm([w]))(torch.zeros(3)).any()
     torch.testing.assert_close(fr.global_norm([torch.tensor([3j, 4.0])]), torch.tensor(5.0))
+
+
+# Gradients that are not there, or are no numbers
+
+
+def test_none_becomes_zeros_where_it_is_allowed_and_only_there():
+    params = {"head": Layer(torch.ones(2, 3), torch.ones(2)), "body": [torch.ones(4, dtype=torch.bfloat16)]}
+    updates = {"head": Layer(torch.ones(2, 3), None), "body": [None]}
+    whole = filled(params, updates, [True, False, True])
+    assert whole["head"].weight is updates["head"].weight
+    assert not whole["head"].bias.any()
+    assert whole["body"][0].dtype == torch.bfloat16
+    assert updates == {"head": Layer(updates["head"].weight, None), "body": [None]}
+    assert filled(params, whole) is whole
+    for allowed in (None, [False] * 3, lambda params: [True, True, False]):
+        with pytest.raises(ValueError, match=r"updates '(body.0|head.bias)' is None; .*no gradient.*Freeze"):
+            filled(params, updates, allowed)
+    with pytest.raises(ValueError, match=r"updates is None"):
+        filled(torch.ones(2), None)
+
+
+def test_none_becomes_zeros_in_compiled_and_batched_code():
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    fill = lambda p: filled(p, {"w": 2 * p["w"], "b": None}, [True, False])
+    for make in (lambda f: torch.compile(f, fullgraph=True), vmap):
+        torch.testing.assert_close(make(fill)(params), {"w": 2 * params["w"], "b": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.int64), "updates 'w' is a tensor of torch.int64; is it a mask, an index"),
+        (torch.ones(2, 3, dtype=torch.bool), "updates 'w' is a tensor of torch.bool"),
+        (torch.ones(2, 3).to_sparse(), r"updates 'w' has the layout torch.sparse_coo; .*to_dense.*sparse=False"),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), "updates 'w' is a tensor of torch.float8_e4m3fn.*bfloat16"),
+        (torch.ones(2, 3, dtype=torch.complex64), "updates 'w' is a tensor of torch.complex64; expected real numbers"),
+        (1.0, "updates 'w' is 1.0; expected a tensor"),
+    ],
+)
+@pytest.mark.parametrize("use", [fr.apply_updates, filled, lambda p, u: fr.sgd(0.1).update(u, fr.sgd(0.1).init(p), p)])
+def test_updates_that_are_no_dense_tensors_of_numbers_are_refused_with_the_leaf(use, wrong, message):
+    params = {"b": torch.ones(3), "w": torch.ones(2, 3)}
+    with pytest.raises(TypeError, match=message):
+        use(params, {"b": torch.ones(3), "w": wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(2, dtype=torch.int64), "params 'w' is a tensor of torch.int64; is it a buffer"),
+        (torch.ones(2, 3).to_sparse(), "params 'w' has the layout torch.sparse_coo"),
+        (torch.ones(2, 3).to(torch.float8_e5m2), "params 'w' is a tensor of torch.float8_e5m2"),
+    ],
+)
+@pytest.mark.parametrize("use", [fr.l1, fr.l1.grad, fr.sgd(0.1).init, lambda p: fr.l1.prox(p, 0.1)])
+def test_parameters_that_are_no_dense_tensors_of_numbers_are_refused_with_the_leaf(use, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        use({"w": wrong})
 
 
 # Masks
@@ -185,6 +301,210 @@ def test_selections_that_cannot_be_meant_are_errors():
         fr.select(torch.nn.LayerNorm)
 
 
+def test_the_types_of_layers_that_a_tree_lacks_are_an_error():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    params = dict(net.named_parameters())
+    with pytest.raises(ValueError, match=r"Conv2d, and no such layer of this Sequential.*types LayerNorm, Linear"):
+        fr.select(nn.Conv2d, module=net)
+    norms = fr.select(nn.LayerNorm, module=net)
+    with pytest.raises(ValueError, match=r"select of LayerNorm matches no leaf.*has 1.bias, 1.weight.*head.0.bias"):
+        norms({"head": params})
+    inner = fr.masked(fr.scale(2.0), norms)  # Under an outer mask, a type may rightly match none of the rest.
+    fr.masked(inner, fr.select("0.*")).init(params)
+
+
+def weight_norms(net):
+    net[0] = weight_norm(net[0])
+    return net
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel, weight_norms])
+def test_selections_see_through_wrappers(wrap):
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    params, wrapped = dict(net.named_parameters()), wrap(copy.deepcopy(net))
+    outside = dict(wrapped.named_parameters())
+    assert outside.keys() != params.keys()
+    for kind, glob in ((nn.LayerNorm, "1.*"), (nn.Linear, "0.*")):
+        expected = chosen(fr.select(glob), params)
+        weights = chosen(fr.select(glob) & fr.select("*.weight"), outside)
+        for module in (net, wrapped):
+            assert chosen(fr.select(kind, module=module), params) == expected
+            assert set(weights) < set(chosen(fr.select(kind, module=module), outside))
+            assert chosen(fr.select(kind, module=module), outside) == chosen(fr.select(glob), outside)
+
+
+def test_a_tied_parameter_belongs_to_each_layer_that_has_it():
+    params = dict(Tied().named_parameters())
+    assert list(params) == ["embedding.weight"]
+    for kind in (nn.Linear, nn.Embedding):
+        assert chosen(fr.select(kind, module=Tied()), params) == ["embedding.weight"]
+
+
+def test_a_module_may_be_called_module():
+    net = nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.LayerNorm(2)})
+    params = dict(net.named_parameters())
+    assert chosen(fr.select(nn.Linear, module=net), params) == ["module.weight", "module.bias"]
+    assert chosen(fr.select("module.weight"), params) == ["module.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (3, "select got 3; expected globs over dotted names"),
+        (None, "select got None"),
+        (b"*.weight", r"select got b'\*.weight'"),
+        (["a", "b"], r"select got a list.*select\(\*patterns\)"),
+        (int, "select got the class int"),
+        (nn.Linear(1, 1), "select got a Linear.*its type, or the name"),
+    ],
+)
+def test_patterns_that_are_none_are_errors(pattern, message):
+    with pytest.raises(TypeError, match=message):
+        fr.select(pattern)
+    with pytest.raises(TypeError, match=message):
+        fr.select("a", pattern, module=nn.Linear(1, 1))
+
+
+def test_options_of_selections_are_checked():
+    with pytest.raises(TypeError, match="min_ndim is '2'"):
+        fr.select(min_ndim="2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="min_ndim is -1"):
+        fr.select(min_ndim=-1)
+    with pytest.raises(TypeError, match=r"module is a dict; expected the torch.nn.Module"):
+        fr.select(nn.Linear, module=PARAMS)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"params 'a' is 0.5"):
+        fr.matrices({"a": 0.5})
+
+
+SELECTIONS = {
+    "matrices": fr.matrices,
+    "select('*.weight', 'head.*')": fr.select("*.weight", "head.*"),
+    "select('*.bias', min_ndim=1)": fr.select("*.bias", min_ndim=1),
+    "select(Linear, module=Sequential)": fr.select(
+        nn.Linear, module=nn.Sequential(OrderedDict(head=nn.Linear(2, 2), norm=nn.LayerNorm(2)))
+    ),
+    "~select('head.*') & matrices": ~fr.select("head.*") & fr.matrices,
+    "~(select('head.*') & matrices)": ~(fr.select("head.*") & fr.matrices),
+    "(matrices | select('*.bias')) & ~~matrices": (fr.matrices | fr.select("*.bias")) & ~~fr.matrices,
+    "matrices | matrices & (matrices & matrices)": fr.matrices | fr.matrices & (fr.matrices & fr.matrices),
+    "matrices | (matrices | matrices)": fr.matrices | (fr.matrices | fr.matrices),
+    "matrices & {'a': True}": fr.matrices & {"a": True},
+    "matrices | False": fr.matrices | False,
+    "matrices | callable": fr.matrices | callable,
+}
+
+
+@pytest.mark.parametrize("text", SELECTIONS)
+def test_selections_print_as_written_and_come_back_from_a_pickle(text):
+    selection = SELECTIONS[text]
+    assert repr(selection) == text
+    for again in (pickle.loads(pickle.dumps(selection)), copy.deepcopy(selection)):
+        assert repr(again) == text
+        if "{" not in text and "callable" not in text:
+            assert again(PARAMS) == selection(PARAMS)
+
+
+def vectors(params):
+    return [w.ndim == 1 for w in fr.tree_leaves(params)]
+
+
+def test_a_selection_of_ones_own_pickles_if_its_function_does():
+    own = Selection(vectors)
+    assert repr(own | fr.matrices) == "Selection(vectors) | matrices"
+    assert pickle.loads(pickle.dumps(own | fr.matrices))(PARAMS) == dict.fromkeys(PARAMS, True)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(Selection(lambda params: [True]))
+
+
+def test_the_selection_of_this_library_comes_back_as_itself():
+    assert pickle.loads(pickle.dumps(fr.matrices)) is fr.matrices
+    assert copy.deepcopy(fr.matrices) is fr.matrices
+
+
+def test_selections_may_be_made_in_compiled_code():
+    net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2)), "norm": nn.LayerNorm(2), "head": nn.Linear(2, 2)})
+    made = ~fr.select(nn.Linear, module=torch.compile(net), min_ndim=2)
+    for choose in (
+        lambda: fr.select("*.weight") & fr.matrices | fr.select("norm.*"),
+        lambda: fr.select(nn.Linear, module=net),
+        lambda: made,  # torch.compile follows no `~` of an object: write it outside.
+    ):
+        compiled = torch.compile(lambda p, choose=choose: fr.l1(p, mask=choose()), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(PARAMS), fr.l1(PARAMS, mask=choose()))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: not fr.matrices,
+        lambda: fr.matrices and fr.select("*.weight"),
+        lambda: fr.select("a") or fr.select("b"),
+        lambda: bool(fr.matrices),
+    ],
+)
+def test_a_selection_has_no_truth_value(use):
+    with pytest.raises(TypeError, match=r"has no truth value.*~a.*a & b.*a \| b"):
+        use()
+
+
+EMPTY_MASKS = {
+    "tree": dict.fromkeys(PARAMS, False),
+    "function": lambda params: dict.fromkeys(params, False),
+    "selection": fr.select("*.bias", min_ndim=2),
+    "composed": fr.matrices & fr.select("*.bias"),
+}
+
+
+@pytest.mark.parametrize("mask", EMPTY_MASKS.values(), ids=EMPTY_MASKS)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: fr.l1(PARAMS, mask=mask),
+        lambda mask: fr.l1.prox(PARAMS, 0.1, mask=mask),
+        lambda mask: fr.masked(fr.scale(2.0), mask).init(PARAMS),
+        lambda mask: fr.freeze(mask).init(PARAMS),
+        lambda mask: fr.add_decayed_weights(0.1, mask).init(PARAMS),
+        lambda mask: fr.prox_sgd(0.1, fr.l1, strength=0.1, mask=mask).init(PARAMS),
+    ],
+)
+def test_a_mask_that_chooses_no_leaf_is_an_error_that_names_the_leaves(use, mask):
+    with pytest.raises(ValueError, match=r"chooses no leaf.*encoder.0.bias.*mask=False"):
+        use(mask)
+    use(False)
+
+
+@pytest.mark.parametrize("mask", EMPTY_MASKS.values(), ids=EMPTY_MASKS)
+def test_a_mask_may_choose_no_leaf_inside_another_one(mask):
+    fr.masked(fr.masked(fr.scale(2.0), mask), {name: "bias" not in name for name in PARAMS}).init(PARAMS)
+    fr.partition({"a": fr.masked(fr.scale(2.0), mask), "b": fr.identity(), "c": fr.identity()}, labels).init(PARAMS)
+    assert not any((fr.matrices & mask)(PARAMS).values())
+
+
+def labels(params):
+    """Of three labels, one for no leaf."""
+    return {name: "a" if "weight" in name else "b" for name in params}
+
+
+def test_what_stands_for_a_leaf_left_out_comes_back_as_itself():
+    # Trees are rebuilt with others of its type.
+    for absent in (ABSENT, fr.tree_map(torch.clone, ABSENT)):
+        assert repr(pickle.loads(pickle.dumps(absent))) == repr(copy.deepcopy(absent)) == "ABSENT"
+    state = keep(PARAMS, [True, False, False, True])
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file)  # Of weights only.
+    assert repr(loaded["head.weight"]) == "ABSENT"
+    assert structure(loaded)[1] == structure(state)[1]
+
+
 @pytest.mark.parametrize(
     "use", [fr.masked, lambda tx, mask: fr.freeze(mask), lambda tx, mask: fr.soft_threshold(0.1, mask)]
 )
@@ -199,6 +519,28 @@ def test_masks_that_cannot_be_meant_are_errors(use):
     with pytest.raises(ValueError, match="mask does not match the parameters: it lacks 'body'"):
         tx = use(fr.identity(), {"head": True})
         tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="mask does not match the parameters: it has 'tail', unknown to"):
+        tx = use(fr.identity(), {"head": True, "body": True, "tail": True})
+        tx.update(params, tx.init(params), params)
+    for value, message in (
+        (torch.ones(2, 2) > 0, "is a tensor of shape .*chooses whole leaves"),
+        (numpy.bool_(True), r"is a numpy.bool\w*; expected True.*bool\(...\)"),
+        (1, "is 1; expected True"),
+        (None, "mask does not match the parameters"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            tx = use(fr.identity(), {"head": value, "body": True})
+            tx.update(params, tx.init(params), params)
+    for mask, message in (
+        (nn.Linear, r"the class Linear.*select\(Linear, module=...\)"),
+        (nn.Linear(1, 1), "a module, a Linear"),
+        (b"head", "the string b'head'"),
+        (["head", "body"], r"a list of strings.*select\('head', 'body'\)"),
+        (lambda params: None, "returned None; expected a tree of bools"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            tx = use(fr.identity(), mask)
+            tx.update(params, tx.init(params), params)
 
 
 def test_masks_nest_and_selections_work_inside_them():
@@ -237,7 +579,6 @@ def test_masks_nest_and_selections_work_inside_them():
         lambda: fr.scale_by_lion(mode="soft"),  # pyright: ignore[reportArgumentType]
         lambda: fr.group_lasso({"w": torch.ones(2, 2)}, weights="size"),
         lambda: fr.named_chain(("a", fr.identity()), ("a", fr.identity())),
-        lambda: fr.Transform(lambda p: (), lambda u, s, p: (u, s), reach="far"),  # pyright: ignore[reportArgumentType]
         lambda: fr.ensemble(fr.sgd, torch.ones(3)).init({"w": torch.ones(2, 2)}),
         lambda: fr.ensemble(fr.sgd, 0.1),
     ],
@@ -329,3 +670,48 @@ def test_group_options_that_do_not_fit_are_said_with_the_leaf():
         fr.group_lasso(params, dim=(1, -1))
     with pytest.raises(ValueError, match="at leaf 'w': dim is 'rows'"):
         fr.group_lasso(params, dim="rows")
+
+
+# Ensembles
+
+
+_RATES = torch.tensor([0.1, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "hyper", "error", "message"),
+    [
+        (
+            lambda rate: None,
+            [_RATES],
+            TypeError,
+            "returned None for member 0; expected a Transform. Is a return missing",
+        ),
+        (lambda rate: fr.identity, [_RATES], TypeError, r"expected a Transform. Is it called, as in identity\(\)"),
+        (fr.sgd(0.1), [_RATES], TypeError, "expected a function from hyperparameters to a transform"),
+        (fr.sgd, [torch.tensor([])], ValueError, "hyperparameters without entries; expected one entry for each"),
+        (fr.sgd, [[0.1, 1.0]], ValueError, r"got 0.1 as hyperparameter 0.0; expected a tensor.*torch.as_tensor"),
+        (fr.sgd, [numpy.ones(2)], ValueError, "as hyperparameter 0; expected a tensor.*torch.as_tensor"),
+        (lambda h: fr.sgd(h["rate"]), [{"rate": 0.1}], ValueError, "got 0.1 as hyperparameter 0.rate"),
+        (fr.sgd, [torch.tensor(0.1)], ValueError, "a tensor without dimensions as hyperparameter 0"),
+        (fr.prox_adam, [_RATES, torch.ones(3)], ValueError, "2 for hyperparameter 0, 3 for hyperparameter 1"),
+        (lambda rate: fr.sgd(rate), [_RATES, _RATES], TypeError, r"2 hyperparameters for <lambda>\(rate\): too many"),
+        (fr.sgd, [], TypeError, "0 hyperparameters for sgd.*missing a required argument: 'learning_rate'"),
+        (lambda: fr.sgd(0.1), [], ValueError, "got no hyperparameters; expected"),
+        (lambda rate: fr.sgd(rate.item()), [-_RATES.flip(0)], ValueError, "at member 0 of the ensemble: learning_rate"),
+        (lambda rate: fr.sgd(0.5 - rate.item()), [_RATES], ValueError, "at member 1 of the ensemble: learning_rate"),
+    ],
+)
+def test_ensembles_that_cannot_be_meant_are_errors(make, hyper, error, message):
+    with pytest.raises(error, match=message):
+        fr.ensemble(make, *hyper)
+
+
+def test_what_an_ensemble_gets_is_stacked():
+    tx, params = fr.ensemble(fr.sgd, _RATES), {"w": torch.ones(2, 3)}
+    with pytest.raises(ValueError, match=r"2 members got the leaf 'w' of shape \(3,\); expected stacked parameters"):
+        tx.init({"w": torch.ones(3)})
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"the extra argument 'value' of shape \(3,\); expected one entry a member"):
+        tx.update(params, state, params, value=torch.ones(3))
+    tx.update(params, state, params, value=torch.ones(()), other=torch.ones(2))

@@ -55,7 +55,7 @@ def inside(name: str, w: Tensor) -> tuple[int, ...]:
     case = {**PENALTIES, **GRADIENT_ALONE}[name]
     if name in GROUPS:
         return GROUPS[name](w)
-    return () if case.penalty.reach in ("elementwise", None) else _all(w)
+    return () if case.penalty.separable in (True, None) else _all(w)
 
 
 def weights_for(name: str, params: Any, seed: int = 7, dtype: torch.dtype = torch.float64) -> Any:
@@ -300,7 +300,7 @@ def test_compiling_the_whole_changes_nothing(name):
 @pytest.mark.parametrize("name", [n for n, c in ROWS.items() if c.equation and not inside(n, torch.ones(2, 2))])
 def test_prox_is_the_global_minimum_for_each_entry(name, form):
     case = ROWS[name]
-    if form is fr.nonnegative_form and case.penalty.reach != "elementwise":
+    if form is fr.nonnegative_form and case.penalty.separable is not True:
         with pytest.raises(ValueError, match="expected a separable penalty"):
             form(case.penalty)
         return
@@ -519,7 +519,7 @@ def test_weights_that_fit_no_leaf_are_refused():
     flat_norms = fr.penalty(
         gradient=lambda w: w,
         proximal=lambda w, step: w,
-        reach="rows",
+        separable=False,
         structure=fr.Structure(groups=lambda w: (1,)),
     )(lambda w: w.square().sum(1).sqrt())
     with pytest.raises(ValueError, match=r"at leaf 'w': .* got terms of shape \(4,\); expected terms that keep"):
@@ -542,7 +542,7 @@ def test_a_users_penalty_of_groups_is_weighted_by_what_it_tells_of_them():
         gradient=lambda w: w / norms(w),
         proximal=lambda w, step: w * (1 - step / norms(w)).relu(),
         structure=fr.Structure(groups=lambda w: (1,)),
-        reach="rows",
+        separable=False,
     )(norms)
     w, c = draw()["head"].weight, torch.tensor([[1.0], [2.0], [0.0], [0.3]], dtype=torch.float64)
     for rule in (lambda p: p(w), lambda p: p.grad(w), lambda p: p.prox(w, 0.5)):

@@ -58,7 +58,6 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     # Scaling
     "scale": lambda lib: lib.scale(-0.3),
     "scale_by_learning_rate": lambda lib: lib.scale_by_learning_rate(0.3),
-    "scale_by_learning_rate none": lambda lib: lib.chain(lib.scale(-0.1), lib.scale_by_learning_rate()),
     "scale_by_learning_rate schedule": lambda lib: lib.scale_by_learning_rate(lib.linear_schedule(0.5, 0.01, 9)),
     "scale_by_learning_rate upwards": lambda lib: lib.chain(
         lib.scale(-1.0), lib.scale_by_learning_rate(0.3, flip_sign=False)

@@ -1,0 +1,132 @@
+"""What funcreg uses of torch that torch does not document, item by item: why, and what happens without it.
+
+Everything else in the package is public. Each item has a test that takes it away and finds equal results.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+#: A function of the arguments of a graph.
+Compiled = Callable[..., Any]
+
+
+def tracing_tools() -> tuple[Any, Any]:
+    """`TorchDispatchMode` sees every operation of a chain, `FakeTensorMode` tells the shapes that it makes.
+
+    Without them a chain is not recorded: `torch.compile` compiles its plain functions leaf by leaf.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode, FakeTensorMode
+
+
+def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: Any, any_size: bool) -> Compiled:
+    """Hand a graph of ATen operations to the backend itself.
+
+    `torch.compile` would trace the graph a second time, and check its arguments before every call, which costs more
+    than most kernels take. Without `make_fx` or the backends' own functions, `torch.compile` is used.
+    """
+    from torch._dynamo import lookup_backend
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
+    described = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+    if backend == "inductor":
+        from torch._inductor import compile as inductor
+
+        with _own_processor_checks():
+            return inductor(traced, described, options={"cpp.vec_isa_ok": True})
+    return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, described)
+
+
+@contextmanager
+def _own_processor_checks() -> Iterator[None]:
+    """Let Inductor forget that `cpp.vec_isa_ok` told it to skip trial compilations, which take longer than kernels.
+
+    Other compilations in the process then make these trials as ever. Without this they are skipped there, too.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    known: Any = getattr(cpu_vec_isa, "valid_vec_isa_list", None)
+    before = known.cache_info().currsize if hasattr(known, "cache_info") else 1
+    try:
+        yield
+    finally:
+        if not before:
+            known.cache_clear()
+
+
+def compilation_is_forbidden() -> bool:
+    """Whether `TORCH_COMPILE_DISABLE` is set, which `torch.compile` obeys; backends that are called directly do not."""
+    from torch._dynamo import config
+
+    return bool(getattr(config, "disable", False))
+
+
+@contextmanager
+def imports_may_warn() -> Iterator[None]:
+    """Let torch import its compiler where warnings are errors: some of its modules warn of themselves."""
+    if not any(action == "error" for action, *_ in warnings.filters):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def is_transformed(leaves: Callable[[], list[Any]]) -> bool:
+    """Whether a `vmap`, `grad` or `jvp` of `torch.func` is at work, whose tensors have no memory to read or write.
+
+    Without the level that `torch.func` keeps, each leaf is asked for its memory.
+    """
+    try:
+        from torch._C._functorch import maybe_current_level
+    except ImportError:
+        return any([isinstance(x, Tensor) and not _has_memory(x) for x in leaves()])
+    return maybe_current_level() is not None
+
+
+def _has_memory(x: Tensor) -> bool:
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was written to. Without it, gradients that nothing was written into go unnoticed."""
+    return [0 if x.is_inference() else getattr(x, "_version", 0) for x in tensors]
+
+
+def tensor_checks(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A check whether tensors differ from these in nothing but their numbers and where they lie.
+
+    `TensorGuards` reads type, dtype, device, shape, strides, `requires_grad` and the negative and conjugate bits of a
+    tensor in 70 ns. Without it, Python reads them in a microsecond.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        guards: Any = TensorGuards  # Its types say symbolic numbers; plain ones are what it is given everywhere.
+        return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except (ImportError, TypeError):
+        known = list(map(described, tensors))
+        return lambda *others: known == list(map(described, others))
+
+
+def described(x: Any) -> Any:
+    """Everything about a tensor but its numbers and where they lie."""
+    if not isinstance(x, Tensor):
+        return type(x)
+    bits = (x.requires_grad, x.is_neg(), x.is_conj(), x.is_inference())
+    return type(x), x.shape, x.dtype, x.device, x.layout, x.stride() if x.layout is torch.strided else None, bits

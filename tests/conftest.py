@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import sys
+
 import hypothesis
 import pytest
 import torch
@@ -14,9 +17,17 @@ if torch.device(DEVICE).type != "cpu":
     collect_ignore = ["test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"]
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the garbage collector need not visit them while code is traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test begins with the same random numbers and no compiled code."""
     torch.manual_seed(0)
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # Its import takes seconds.
+        torch._dynamo.reset()

@@ -76,11 +76,10 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording"],
-    ["construction", "grouping"],
-    ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan"],
-    ["transform", "penalty"],
+    ["ranges", "recording", "construction"],
+    ["tree", "schedules", "grouping"],
+    ["composition", "descent", "lowering"],
+    ["transform", "penalty", "plan"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
     ["groups"],
@@ -99,7 +98,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            found.add(node.module or "")
+            found |= (
+                {f"funcreg.{each.name}" for each in node.names} if node.module == "funcreg" else {node.module or ""}
+            )
     return found
 
 

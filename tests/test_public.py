@@ -76,10 +76,11 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording", "construction"],
-    ["tree", "schedules", "grouping"],
-    ["composition", "descent", "lowering"],
-    ["transform", "penalty", "plan"],
+    ["ranges", "recording"],
+    ["construction", "grouping"],
+    ["tree", "schedules", "lowering"],
+    ["composition", "descent", "plan"],
+    ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
     ["groups"],

@@ -21,7 +21,7 @@ if DEVICE != "cpu":
     # A factory call of a test means the device under test. Before the first of them: rows of tables hold tensors.
     torch.set_default_device(DEVICE)
 
-cpu_only = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="it says what the CPU does")
+cpu_only = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="it holds for the CPU alone")
 
 
 # Trees
@@ -40,6 +40,11 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.f
 def uniform(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers between 0 and 1, drawn on the CPU and moved."""
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
+
+
+def known(number: Any) -> Tensor:
+    """Numbers in a tensor of the CPU, where they are checked: elsewhere reading them would wait for a device."""
+    return torch.tensor(number, device="cpu")
 
 
 def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:

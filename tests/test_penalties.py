@@ -442,7 +442,7 @@ def test_vmap_is_a_loop_over_members(case):
     trees, stacked = tiny_members()
     steps, hyper = (
         torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64),
-        [torch.tensor([h, h / 2, h / 3]) for h in case.hyper],
+        [torch.tensor(case.batch(h)) for h in case.hyper],
     )
     p, options = case.penalty, case.options
     values = vmap(lambda w, *h: p(w, *h, **options))(stacked, *hyper)

@@ -171,7 +171,8 @@ class Plan:
         vector = memory.vectors.get((buffer.group, slot))
         if vector is None:
             return None
-        return vector[buffer.before : buffer.before + buffer.entries].view(self._shape(buffer, slot))
+        part = vector[buffer.before : buffer.before + buffer.entries] if self._groups[buffer.group].flat else vector
+        return part.view(self._shape(buffer, slot))
 
     def _shape(self, buffer: Buffer, slot: int) -> tuple[int, ...]:
         each = self._groups[buffer.group]

@@ -311,6 +311,7 @@ def test_penalties_print_as_they_were_written():
         (0.1 * fr.l1 + fr.elastic.given(0.1, rho=0.5), "0.1 * l1 + elastic.given(0.1, 0.5)"),
         (0.5 * (fr.l1 + 2 * fr.l2.given(mask=fr.matrices)), "0.5 * (l1 + 2 * l2.given(mask=matrices))"),
         (fr.group_lasso.given(dim=0), "group_lasso.given(dim=0)"),
+        (fr.l1 + fr.simplex + fr.l2_ball.given(2.0), "l1 + simplex + l2_ball.given(2.0)"),
         ({"w": 2.0} * fr.anchored_l1.given(anchor), "{'w': 2.0} * anchored_l1.given({'w': tensor of (2,)})"),
         (torch.tensor(0.5) * fr.nonnegative_form(fr.mcp).given(1.0, 3.0), "tensor(0.5) * nonnegative_form(mcp)"),
         (fr.on_singular_values(fr.l_half), "on_singular_values(l_half)"),
@@ -441,7 +442,7 @@ def test_vmap_is_a_loop_over_members(case):
     trees, stacked = tiny_members()
     steps, hyper = (
         torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64),
-        [torch.tensor([h, h / 2, h / 3]) for h in case.hyper],
+        [torch.tensor(case.batch(h)) for h in case.hyper],
     )
     p, options = case.penalty, case.options
     values = vmap(lambda w, *h: p(w, *h, **options))(stacked, *hyper)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from funcreg._typing import Hyper, Params
 from funcreg.construction import remembered
 from funcreg.penalty import Penalty
-from funcreg.tree import chosen_by, flatten, hidden, leaves_like, total, tree_leaves, tree_paths
+from funcreg.tree import chosen_by, flatten, hidden, leaves_like, listed, total, tree_leaves, tree_paths
 
 
 class Along(NamedTuple):
@@ -51,6 +51,14 @@ class Along(NamedTuple):
     size: int = 1
     packed: int = 1
     penalized: bool = True
+
+    def __repr__(self) -> str:
+        others = [("size", 1), ("packed", 1), ("penalized", True)]
+        given = [f", {name}={getattr(self, name)!r}" for name, default in others if getattr(self, name) != default]
+        return f"Along({self.dim!r}{''.join(given)})"
+
+
+torch.serialization.add_safe_globals([Along])  # A family may be saved beside the parameters that it is for.
 
 
 #: From the dotted names of the leaves of a family to the dimension along which its groups run.
@@ -86,7 +94,8 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             dotted names of leaves to the dimension along which its groups run, or to an `Along`.
 
     Raises:
-        ValueError: A leaf has not the groups that its family has; later, from the parameters.
+        ValueError: There is no family, or one without a leaf that is penalized; later, from the parameters, a family
+            names what is no leaf, or a leaf has not the groups that its family has.
 
     Example:
         Two units: the rows of one layer, its biases, and the columns of the next.
@@ -237,11 +246,18 @@ def _shared(hyper: Sequence[Hyper]) -> None:
 
 
 def _families(found: Any) -> list[dict[str, Along]]:
-    """Families as a list, each dimension an `Along`."""
+    """Families as a list, each dimension an `Along`, or an error if there is none, or one that penalizes nothing."""
     families = [found] if isinstance(found, dict) else found
     if not isinstance(families, (list, tuple)) or not all([isinstance(family, dict) for family in families]):
         raise TypeError(f"groups is {found!r}; expected a dict from names of leaves to dimensions, or a list of them")
-    return [{name: _along(name, where) for name, where in family.items()} for family in families]
+    found = [{name: _along(name, where) for name, where in family.items()} for family in families]
+    if not found:
+        raise ValueError("groups has no family, so that nothing would be penalized; expected at least one")
+    for i, family in enumerate(found):
+        if not any([along.penalized for along in family.values()]):
+            what = f"names only leaves that are not penalized: {', '.join(family)}" if family else "names no leaf"
+            raise ValueError(f"family {i} of groups {what}; expected one that is penalized, or the family left out")
+    return found
 
 
 def _along(name: Any, where: Any) -> Along:
@@ -257,6 +273,8 @@ def _places(groups: Groups, params: Params) -> list[list[_Place]]:
     """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
     names, leaves = tree_paths(params), tree_leaves(params)
     numbers = {name: i for i, name in enumerate(names)}
+    if not leaves:
+        return []
     masked = hidden(params)
     places: list[list[_Place]] = []
     for family in _families(chosen_by(groups, params)[0]):
@@ -265,7 +283,7 @@ def _places(groups: Groups, params: Params) -> list[list[_Place]]:
             if name in numbers:
                 found.append(_Place(numbers[name], along))
             elif along.penalized and not masked:
-                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {', '.join(names)}")
+                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {listed(names)}")
         counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]
         for (leaf, along), count in zip(found, counts, strict=True):
             if count != counts[0]:
@@ -362,6 +380,7 @@ def remove_dead(params: Params, groups: Groups) -> Params:
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMED = (*_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 #: Layers that keep channels apart, and take a channel of zeros to a channel of zeros.
 _CHANNELWISE = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -401,11 +420,19 @@ def channel_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | 
         ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
         ... )
         >>> channel_groups(net)
-        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(dim=1, size=36, packed=1, penalized=True)}]
+        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(1, size=36)}]
         >>> deep = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
         >>> channel_groups(deep, layers=["0"])
         [{'0.weight': 0, '0.bias': 0, '1.weight': 1}]
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential")
+    if type(module).forward is not nn.Sequential.forward:
+        raise ValueError(
+            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because channels are "
+            "followed through layers in sequence, not through a forward of its own. Give it the parts that are "
+            'sequences, as in channel_groups(net.features, prefix="features"), or write the families by hand.'
+        )
     families: list[Family] = []
     names: list[str] = []  # Of the layers whose outputs these are.
     channels = 0  # Of the last family; 0 where no layer has made channels yet.
@@ -471,6 +498,12 @@ def channel_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | 
             flattened = flattened or pixels > 0
         elif not isinstance(layer, (*_CHANNELWISE, *_PIXELWISE.get(0 if flattened else pixels, ()))):
             opaque = opaque or said
+    if len(names) < 2:
+        raise ValueError(
+            "channel_groups found no layer whose channels another one reads: the sequence has "
+            f"{', '.join(f'{name!r}' for name in names) or 'no linear layer or convolution'}, and of one layer there "
+            "are no groups. Layers inside modules with a forward of their own are not seen."
+        )
     made = names[:-1] if layers is None else list(layers)
     if isinstance(layers, str) or not set(made) <= set(names[:-1]):
         raise ValueError(f"layers is {layers!r}; expected names among {', '.join(map(repr, names[:-1]))}")
@@ -498,13 +531,17 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def resized(module: nn.Module, params: Params) -> nn.Module:
     """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
 
+    That layers still meet is checked inside each `torch.nn.Sequential`; a forward of its own shows it once it runs.
+
     Args:
         module: A module whose linear layers, convolutions and `BatchNorm` layers may change their width.
         params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives.
 
     Raises:
-        ValueError: The module has no such parameter, a layer of another kind changes its width, or the running
-            statistics of a normalization that does are not given.
+        TypeError: What is given is no module, or no tree of tensors.
+        ValueError: There is no leaf, or the module has no such parameter, a layer of another kind changes its width,
+            some parameters or buffers of a layer are of another width than others, as without the running statistics
+            of a normalization, or a layer of a `torch.nn.Sequential` gives other channels than the next one takes.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -518,15 +555,21 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
           (2): Linear(in_features=5, out_features=2, bias=True)
         )
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     smaller = copy.deepcopy(module)
     known = {
         **dict(smaller.named_parameters(remove_duplicate=False)),
         **dict(smaller.named_buffers(remove_duplicate=False)),
     }
     given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
+    if not given:
+        raise ValueError("resized got a tree without leaves; expected parameters and buffers by their names")
     for name, leaf in given.items():
         if name not in known:
-            raise ValueError(f"resized got '{name}', which the module has not; it has {', '.join(known)}")
+            raise ValueError(f"resized got '{name}', which the module has not; it has {listed(known)}")
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"resized got a {type(leaf).__name__} for '{name}'; expected a tensor")
         old, new = known[name], leaf.detach().clone()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
@@ -543,7 +586,70 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
                 f"resized got another width for some of the parameters and buffers of '{name}'. Are its running "
                 "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
             )
+        if isinstance(layer, (nn.Linear, _CONVOLUTIONS)) and layer.bias is not None:
+            gives = _gives(layer)
+            if len(layer.bias) != gives:
+                raise ValueError(
+                    f"the bias of '{name}' has {len(layer.bias)} entries, and its weight gives {gives} channels; "
+                    "expected as many. Does the family that names one of them name the other?"
+                )
+    for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
+        if type(old).forward is nn.Sequential.forward:
+            _check_meeting(_layers(old, name), _layers(new, name))
     return smaller
+
+
+#: Layers of entries side by side. After a convolution they act on pixels of a row, unless a Flatten is between.
+_ROWS = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+#: What goes from layer to layer without another number of channels.
+_BETWEEN = (*_CHANNELWISE, *[kind for kinds in _PIXELWISE.values() for kind in kinds])
+_ENTRYWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+
+
+def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tuple[str, nn.Module]]) -> None:
+    """Raise a ValueError for the first two layers in sequence that met before and do not meet after."""
+    producer: tuple[str, int, int] | None = None  # Its name, and how many channels it gave and gives.
+    pixels = flattened = False
+    for (name, old), (_, new) in zip(before, after, strict=True):
+        had, has = _takes(old), _takes(new)
+        if producer is not None and had and has and not (pixels and not flattened and isinstance(old, _ROWS)):
+            giver, gave, gives = producer
+            # As many, or after a Flatten as many pixels of each channel.
+            if (had == gave or (flattened and gave and had % gave == 0)) and has * gave != gives * had:
+                raise ValueError(
+                    f"'{giver}' gives {gives} channels and '{name}' takes {has}, where they were {gave} and {had}: "
+                    "these layers do not meet. Do the families given to remove_dead name both layers, and are the "
+                    "parameters of both given?"
+                )
+        if isinstance(old, (nn.Linear, _CONVOLUTIONS, nn.Embedding)):
+            producer = name, _gives(old), _gives(new)
+            pixels, flattened = isinstance(old, _CONVOLUTIONS), False
+        elif isinstance(old, nn.Flatten):
+            flattened = True
+        elif not (had or isinstance(old, _BETWEEN) or type(old).__module__ in _ENTRYWISE) or isinstance(old, nn.GLU):
+            producer = None  # Whatever it makes of the channels.
+
+
+def _gives(layer: Any) -> int:
+    """The number of channels, features or units that a layer gives."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.out_channels
+
+
+def _takes(layer: Any) -> int:
+    """The number of channels, features or units that a layer takes, 0 if it takes any or is unknown."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, _CONVOLUTIONS):
+        return layer.in_channels
+    if isinstance(layer, _NORMED):
+        return layer.num_features
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else 0
+    return layer.num_parameters if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else 0
 
 
 def _resize(name: str, layer: nn.Module, leaf: Tensor) -> None:

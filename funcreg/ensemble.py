@@ -106,7 +106,7 @@ def _members(make: Any, hyper: tuple[Any, ...]) -> int:
     return members
 
 
-def _check_arguments(make: Callable[..., Transform], hyper: tuple[Any, ...]) -> None:
+def _check_arguments(make: Callable[..., Any], hyper: tuple[Any, ...]) -> None:
     try:
         signature = inspect.signature(make)
     except ValueError:  # Some functions that are not written in Python have none.

@@ -43,7 +43,8 @@ class Absent(NamedTuple):
 
 
 ABSENT = Absent()
-torch.serialization.add_safe_globals([(ABSENT, f"{__name__}.ABSENT")])
+_SAFE: list[Any] = [(ABSENT, f"{__name__}.ABSENT")]  # Its own type has no word for a global that is no function.
+torch.serialization.add_safe_globals(_SAFE)
 
 
 # Structure
@@ -438,7 +439,7 @@ def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
     _check_kinds(tree, leaves, _alike(tree, leaves, other, names), names)
 
 
-def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Tensor], names: tuple[str, str]) -> None:
+def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
     """Raise a TypeError for the first of the others that is not dense, or not of such numbers as the leaf."""
     for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
         if found.dtype == leaf.dtype and found.layout is torch.strided:  # Its own dtype was checked in the first tree.
@@ -815,10 +816,15 @@ def apply_updates(params: Params, updates: Updates) -> Params:
 
 
 def check_mask(mask: Mask | None) -> None:
-    """Raise a TypeError if a mask is a string, a class or a module."""
+    """Raise a TypeError if a mask is a string or a list of them, a class or a module."""
     if isinstance(mask, (str, bytes)):
         raise TypeError(
             f"mask is the string {mask!r}; expected a tree of bools or a function. Do you mean select({mask!r})?"
+        )
+    if isinstance(mask, (list, tuple, set, frozenset)) and mask and all([isinstance(name, str) for name in mask]):
+        names = ", ".join(map(repr, mask))
+        raise TypeError(
+            f"mask is a list of strings; expected a tree of bools or a function. Do you mean select({names})?"
         )
     if isinstance(mask, type):
         name = mask.__name__
@@ -842,7 +848,7 @@ def mask_leaves(mask: Mask, params: Params) -> list[bool]:
     if values and not any(values) and not _may_choose_none(mask) and not hidden(params):
         said = f"mask={written(mask)}" if callable(mask) else "mask"
         raise ValueError(
-            f"{said} chooses no leaf, and would have no effect. The leaves are {_listed(tree_paths(params))}. If that "
+            f"{said} chooses no leaf, and would have no effect. The leaves are {listed(tree_paths(params))}. If that "
             "is meant, write mask=False."
         )
     return values
@@ -874,7 +880,7 @@ def _mask_hint(value: Any) -> str:
     return ". bool(...) makes a Python bool of it" if type(value).__module__ == "numpy" else ""
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names for an error text, the first twenty if there are many more; a tree that is one leaf has no name."""
     names = [name or "the tree itself" for name in names]
     return ", ".join(names) if len(names) < 30 else f"{', '.join(names[:20])} and {len(names) - 20} more"
@@ -1020,8 +1026,8 @@ def _layers(types: tuple[type[torch.nn.Module], ...], module: torch.nn.Module) -
             others.add(type(layer).__name__)
     if not chosen:
         raise ValueError(
-            f"select got {_listed(t.__name__ for t in types)}, and no such layer of this {type(module).__name__} has "
-            f"parameters of its own; those that have some are of the types {_listed(sorted(others))}"
+            f"select got {listed(t.__name__ for t in types)}, and no such layer of this {type(module).__name__} has "
+            f"parameters of its own; those that have some are of the types {listed(sorted(others))}"
         )
     return _Layers(
         type(module).__name__, frozenset(chosen), frozenset(name for each in names.values() for name in each)
@@ -1101,11 +1107,11 @@ def select(
         by_type = [in_layers(a, b) for a, b in zip(names, plain, strict=True)]
         if not all([any(matches) for matches in by_glob]) and not hidden(params):
             glob = next(glob for glob, matches in zip(globs, by_glob, strict=True) if not any(matches))
-            raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {_listed(names)}")
+            raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {listed(names)}")
         if found and not any(by_type) and not hidden(params):
             raise ValueError(
-                f"select of {_listed([t.__name__ for t in types])} matches no leaf. The {found.module} has "
-                f"{_listed(sorted(found.chosen))} in such layers; the leaves are {_listed(names)}. Are they named as "
+                f"select of {listed([t.__name__ for t in types])} matches no leaf. The {found.module} has "
+                f"{listed(sorted(found.chosen))} in such layers; the leaves are {listed(names)}. Are they named as "
                 "in this module?"
             )
         chosen = [not patterns or any(row) for row in zip(by_type, *by_glob, strict=True)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -397,7 +401,6 @@ NETS = {
         ),
         (5,),
     ),
-    "one layer": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), (2, 3)),
 }
 every_net = pytest.mark.parametrize(("make", "shape"), NETS.values(), ids=NETS)
 
@@ -410,7 +413,7 @@ def test_a_network_without_its_dead_channels_has_the_same_outputs(make, shape):
     p = fr.coupled(fr.group_lasso, groups)
     norms = [squares(params, family).sqrt() for family in groups]
     weights = [(c.sort()[1].sort()[1] < len(c) // 2).double() * 1e6 for c in norms]  # The smaller half of each.
-    dead = p.prox(params, 1.0, weights=weights) if groups else params
+    dead = p.prox(params, 1.0, weights=weights)
     smaller = fr.resized(net, fr.remove_dead({**dead, **buffers}, groups))
     torch.testing.assert_close(smaller(x), functional_call(net, dead, (x,)), rtol=1e-12, atol=1e-12)
     for family, c in zip(groups, norms, strict=True):
@@ -439,14 +442,20 @@ def test_families_of_a_network_do_not_overlap_and_miss_only_the_last_bias(make, 
     assert len(set(penalized)) == len(penalized)
     layers = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     left = {name for name, _ in net.named_parameters()} - set(penalized)
-    if len(layers) > 1:
-        assert left - {"0.weight", "0.bias"} == {f"{layers[-1]}.bias"}  # And a norm before the first layer.
+    assert left - {"0.weight", "0.bias"} == {f"{layers[-1]}.bias"}  # And a norm before the first layer.
     inside = fr.channel_groups(net, "part")
     assert [f"part.{name}" for family in fr.channel_groups(net) for name in family] == [n for f in inside for n in f]
 
 
-@every_net
-@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "shape", "start"),
+    [
+        (*net, start)
+        for name, net in NETS.items()
+        for start in (0, 1)
+        if (name, start) != ("norms without statistics", 1)  # It has one layer that another one reads.
+    ],
+)
 def test_every_second_layer_has_norms_of_all_that_belongs_to_a_channel(make, shape, start):
     net, x = statistics(make()), torch.randn(4, *shape, dtype=torch.float64, device=DEVICE)
     owners = [next(iter(family)).rpartition(".")[0] for family in fr.channel_groups(net)]
@@ -458,7 +467,7 @@ def test_every_second_layer_has_norms_of_all_that_belongs_to_a_channel(make, sha
         norm = squares(params, {n: w for n, w in family.items() if n in params}).sqrt()
         torch.testing.assert_close(fr.coupled(fr.group_lasso, family)(params), norm.sum(), rtol=1e-12, atol=1e-12)
         assert all(not isinstance(along, fr.Along) or along.penalized for n, along in family.items() if n in params)
-    dead = fr.coupled(fr.group_lasso, groups).prox(params, 1e6) if groups else params
+    dead = fr.coupled(fr.group_lasso, groups).prox(params, 1e6)
     smaller = fr.resized(net, fr.remove_dead({**dead, **buffers}, groups))
     torch.testing.assert_close(smaller(x), functional_call(net, dead, (x,)), rtol=1e-12, atol=1e-12)
 
@@ -527,6 +536,65 @@ def test_networks_whose_channels_cannot_be_followed_are_errors(layers, message):
         fr.channel_groups(nn.Sequential(*layers))
 
 
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Own(), r"got a Own; expected torch.nn.Sequential.*prefix="),
+        (nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 1)]), "got a ModuleList; expected torch.nn.Sequential"),
+        (nn.Linear(2, 3), "got a Linear; expected torch.nn.Sequential"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(6, 3)),
+            "no layer whose channels another one reads: the sequence has '1'",
+        ),
+        (nn.Sequential(Own(), Own()), "no linear layer or convolution.* are not seen"),
+        (nn.Sequential(), "no layer whose channels another one reads"),
+    ],
+)
+def test_networks_without_groups_are_errors(module, message):
+    with pytest.raises(ValueError, match=message):
+        fr.channel_groups(module)
+    with pytest.raises(TypeError, match=r"module is a list; expected torch\.nn"):
+        fr.channel_groups([nn.Linear(2, 3)])  # pyright: ignore[reportArgumentType]
+
+
+EMPTY_GROUPS = {
+    "no family": ([], "groups has no family"),
+    "an empty family": ({}, "family 0 of groups names no leaf"),
+    "one family of two": ([{"a": 0}, {}], "family 1 of groups names no leaf"),
+    "nothing penalized": ({"a": fr.Along(0, penalized=False)}, "family 0 of groups names only leaves .*: a;"),
+}
+
+
+@pytest.mark.parametrize(("groups", "message"), EMPTY_GROUPS.values(), ids=EMPTY_GROUPS)
+def test_groups_that_penalize_nothing_are_errors(groups, message):
+    params = {"a": torch.ones(2)}
+    with pytest.raises(ValueError, match=message):
+        fr.coupled(fr.group_lasso, groups)
+    for use in (fr.coupled(fr.group_lasso, lambda params: groups), lambda params: fr.remove_dead(params, groups)):
+        with pytest.raises(ValueError, match=message):
+            use(params)
+
+
+def test_places_of_groups_print_as_written_and_come_back_from_a_pickle():
+    along = fr.Along(1, size=3, penalized=False)
+    assert repr(along) == "Along(1, size=3, penalized=False)"
+    assert pickle.loads(pickle.dumps(along)) == copy.deepcopy(along) == along
+    assert repr(fr.Along(0)) == "Along(0)"
+    file = io.BytesIO()
+    torch.save({"0.weight": along}, file)
+    file.seek(0)
+    assert torch.load(file) == {"0.weight": along}  # Of weights only.
+
+
 def test_what_is_resized_must_be_known():
     net = nn.Sequential(nn.Linear(2, 3), nn.PReLU(3))
     with pytest.raises(ValueError, match=r"resized got '0.scale', which the module has not"):
@@ -537,7 +605,66 @@ def test_what_is_resized_must_be_known():
     with pytest.raises(ValueError, match=r"of '1'. Are its running statistics missing"):
         fr.resized(normal, fr.remove_dead({n: w[:2] for n, w in normal.named_parameters()}, {"0.weight": 0}))
     frozen = nn.Linear(2, 3).requires_grad_(False)
-    assert not fr.resized(frozen, {"weight": torch.ones(1, 2)}).get_parameter("weight").requires_grad
+    narrow = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    assert not fr.resized(frozen, narrow).get_parameter("weight").requires_grad
+    with pytest.raises(ValueError, match=r"bias of '' has 3 entries, and its weight gives 1 channels"):
+        fr.resized(frozen, {"weight": torch.ones(1, 2)})
+    with pytest.raises(ValueError, match="resized got a tree without leaves"):
+        fr.resized(net, {})
+    with pytest.raises(TypeError, match=r"resized got a float for '0\.weight'; expected a tensor"):
+        fr.resized(net, {"0.weight": 1.0})
+    with pytest.raises(TypeError, match=r"module is a dict; expected a torch\.nn"):
+        fr.resized({}, {})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("layers", "families", "message"),
+    [
+        ([nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)], {"0.weight": 0, "0.bias": 0}, "'0' gives 3 .* '2' takes 8,"),
+        ([nn.Linear(2, 8), nn.Linear(8, 2)], {"1.weight": 1}, "'0' gives 8 channels and '1' takes 3,"),
+        ([nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 1)], {"0.weight": 0, "0.bias": 0}, "'0' gives 3 .* '1' takes 8"),
+        (
+            [nn.Conv2d(2, 8, 1), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.Conv2d(8, 2, 1)],
+            {"0.weight": 0, "0.bias": 0, "2.weight": 1},
+            "'0' gives 3 .* '1.0' takes 8",
+        ),
+        (
+            [nn.Conv2d(2, 8, 1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 2)],
+            {"0.weight": 0, "0.bias": 0},
+            "'0' gives 3 .* '3' takes 32",
+        ),
+        ([nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 2)], {"0.weight": 0, "0.bias": 0, "2.weight": 1}, "'1' takes"),
+        ([nn.Conv1d(2, 8, 1), nn.GroupNorm(4, 8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
+        ([nn.Conv1d(2, 8, 1), nn.InstanceNorm1d(8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
+        ([nn.Linear(2, 8), nn.PReLU(8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
+        ([nn.Linear(2, 8), nn.Sigmoid(), nn.Linear(8, 2)], {"0.weight": 0, "0.bias": 0}, "'2' takes 8"),
+        ([nn.Embedding(5, 8), nn.Linear(8, 2)], {"1.weight": 1}, "'0' gives 8 channels and '1' takes 3"),
+    ],
+)
+def test_layers_that_do_not_meet_after_a_removal_are_an_error(layers, families, message):
+    net = nn.Sequential(*layers)
+    params = {name: w.detach().clone() for name, w in net.named_parameters()}
+    for name, dim in families.items():
+        params[name].movedim(dim, 0)[3:] = 0
+    smaller = fr.remove_dead(params, families)
+    for module, prefix in ((net, ""), (nn.ModuleDict({"part": net}), "part.")):
+        with pytest.raises(ValueError, match=re.sub(r"'(?=\d)", f"'{prefix}", message)):
+            fr.resized(module, {prefix + name: w for name, w in smaller.items()})
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(2, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)],  # These act on pixels.
+        [nn.Conv2d(2, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 2, 1)],
+        [nn.Linear(2, 8), nn.GLU(), nn.Linear(4, 2)],
+        [nn.Linear(2, 8), nn.Sequential(nn.Bilinear(8, 8, 2)), nn.Linear(2, 8)],
+    ],
+)
+def test_layers_between_which_channels_cannot_be_followed_are_left_to_the_user(layers):
+    net = nn.Sequential(*layers)
+    params = {name: w.detach()[:4] if name.startswith("0.") else w.detach() for name, w in net.named_parameters()}
+    fr.resized(net, params)
 
 
 def test_one_group_stays_of_a_family_that_is_all_dead():

@@ -388,7 +388,7 @@ def test_leaves_of_every_shape_are_taken(case):
     ]
     for leaf in (leaf.double() for leaf in leaves):
         if leaf.ndim < case.least_ndim:
-            with pytest.raises(ValueError, match="has no dimension"):
+            with pytest.raises(ValueError, match=r"has no dimension|chooses no leaf"):
                 case.value(leaf)
             continue
         expected = case.equation(leaf) if leaf.numel() else torch.zeros((), dtype=torch.float64)

@@ -18,11 +18,22 @@ from cases import Layer, draw, flat
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import grad
+from torch.func import grad, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 import funcreg as fr
-from funcreg.tree import ABSENT, broadcast, copier, filled, keep, leaves_like, map_with_path, restored, structure
+from funcreg.tree import (
+    ABSENT,
+    Selection,
+    broadcast,
+    copier,
+    filled,
+    keep,
+    leaves_like,
+    map_with_path,
+    restored,
+    structure,
+)
 
 trees = st.recursive(
     st.integers(),
@@ -205,6 +216,13 @@ def test_none_becomes_zeros_where_it_is_allowed_and_only_there():
             filled(params, updates, allowed)
     with pytest.raises(ValueError, match=r"updates is None"):
         filled(torch.ones(2), None)
+
+
+def test_none_becomes_zeros_in_compiled_and_batched_code():
+    params = {"w": torch.ones(3, 2), "b": torch.ones(3)}
+    fill = lambda p: filled(p, {"w": 2 * p["w"], "b": None}, [True, False])
+    for make in (lambda f: torch.compile(f, fullgraph=True), vmap):
+        torch.testing.assert_close(make(fill)(params), {"w": 2 * params["w"], "b": torch.zeros(3)})
 
 
 @pytest.mark.parametrize(
@@ -393,9 +411,33 @@ def test_selections_print_as_written_and_come_back_from_a_pickle(text):
             assert again(PARAMS) == selection(PARAMS)
 
 
+def vectors(params):
+    return [w.ndim == 1 for w in fr.tree_leaves(params)]
+
+
+def test_a_selection_of_ones_own_pickles_if_its_function_does():
+    own = Selection(vectors)
+    assert repr(own | fr.matrices) == "Selection(vectors) | matrices"
+    assert pickle.loads(pickle.dumps(own | fr.matrices))(PARAMS) == dict.fromkeys(PARAMS, True)
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        pickle.dumps(Selection(lambda params: [True]))
+
+
 def test_the_selection_of_this_library_comes_back_as_itself():
     assert pickle.loads(pickle.dumps(fr.matrices)) is fr.matrices
     assert copy.deepcopy(fr.matrices) is fr.matrices
+
+
+def test_selections_may_be_made_in_compiled_code():
+    net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2)), "norm": nn.LayerNorm(2), "head": nn.Linear(2, 2)})
+    made = ~fr.select(nn.Linear, module=torch.compile(net), min_ndim=2)
+    for choose in (
+        lambda: fr.select("*.weight") & fr.matrices | fr.select("norm.*"),
+        lambda: fr.select(nn.Linear, module=net),
+        lambda: made,  # torch.compile follows no `~` of an object: write it outside.
+    ):
+        compiled = torch.compile(lambda p, choose=choose: fr.l1(p, mask=choose()), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(PARAMS), fr.l1(PARAMS, mask=choose()))
 
 
 @pytest.mark.parametrize(
@@ -491,6 +533,7 @@ def test_masks_that_cannot_be_meant_are_errors(use):
         (nn.Linear, r"the class Linear.*select\(Linear, module=...\)"),
         (nn.Linear(1, 1), "a module, a Linear"),
         (b"head", "the string b'head'"),
+        (["head", "body"], r"a list of strings.*select\('head', 'body'\)"),
         (lambda params: None, "returned None; expected a tree of bools"),
     ):
         with pytest.raises(TypeError, match=message):

@@ -143,7 +143,7 @@ class MaskedState(NamedTuple):
 
     Example:
         >>> masked(trace(0.9), {"w": False, "b": True}).init({"w": torch.zeros(2), "b": torch.zeros(1)})
-        MaskedState(inner_state=TraceState(trace={'w': Absent(), 'b': tensor([0.])}))
+        MaskedState(inner_state=TraceState(trace={'w': ABSENT, 'b': tensor([0.])}))
     """
 
     inner_state: State

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.construction import remembered
-from funcreg.transform import Transform
+from funcreg.transform import Choice, Transform
 from funcreg.tree import tree_leaves, tree_map, tree_paths
 
 
@@ -67,13 +67,13 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
 
         return vmap(one, in_dims=(0, 0, 0, over, *(0 for _ in hyper)))(updates, state, params, extra, *hyper)
 
-    within = made[0].frozen
+    def of_member(choose: Choice | None) -> Choice | None:
+        return None if choose is None else lambda params: choose(tree_map(lambda w: w[0], params))
 
-    def frozen(params: Params) -> list[bool]:
-        assert within is not None
-        return within(tree_map(lambda w: w[0], params))
-
-    return Transform(init, update, frozen=None if within is None else frozen)
+    first = made[0]
+    return Transform(
+        init, update, frozen=of_member(first.frozen), descends=first.descends, spares=of_member(first.spares)
+    )
 
 
 def _members(make: Any, hyper: tuple[Any, ...]) -> int:

@@ -123,7 +123,7 @@ def linear_schedule(
 def exponential_decay(
     init_value: Scalar,
     transition_steps: int,
-    decay_rate: float,
+    decay_rate: Scalar,
     transition_begin: int = 0,
     staircase: bool = False,
     end_value: Scalar | None = None,
@@ -149,17 +149,19 @@ def exponential_decay(
     _steps(transition_steps=transition_steps, transition_begin=transition_begin)
     if not isinstance(staircase, bool):
         raise TypeError(f"staircase is {staircase!r}; expected True or False")
-    if transition_steps <= 0 or decay_rate == 0:
+    if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
 
     def schedule(count: Any) -> Tensor:
         exponent = (_double(count) - begin).clamp(min=0) / transition_steps
-        value = init_value * decay_rate ** (exponent.floor() if staircase else exponent)
+        rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
+        rate = torch.where(rate == 0, 1.0, rate)
+        value = init_value * rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
-        return torch.maximum(value, bound) if decay_rate < 1 else torch.minimum(value, bound)
+        return torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
 
     return _Schedule(schedule)
 

@@ -16,7 +16,6 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.construction import Remembering, remembered
 from funcreg.ranges import check_range, number
 from funcreg.tree import (
-    Absent,
     broadcast,
     check_alike,
     check_mask,
@@ -206,9 +205,6 @@ def public_state(state: type[T]) -> type[T]:
     return state
 
 
-public_state(Absent)  # Stands in states where a mask left a leaf out.
-
-
 @public_state
 class EmptyState(NamedTuple):
     """The state of a transform without memory: a named tuple without fields.
@@ -350,7 +346,14 @@ def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
             check_range(name, value, low, **options)
         else:
             place = lambda path, name=name: f"{name} at '{dotted(path)}'" if path else name
-            map_with_path(lambda path, leaf, place=place: check_range(place(path), leaf, low, **options), value)
+            map_with_path(lambda path, leaf, place=place: _check_leaf(place(path), leaf, low, options), value)
+
+
+def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
+    check_range(name, leaf, low, **options)
+    if callable(leaf) and not torch.compiler.is_compiling() and maybe_current_level() is None:
+        start = torch.zeros((), dtype=torch.int32, device="cpu")
+        check_range(f"{name} at step 0", _value(leaf, start), low, **options)
 
 
 def nonnegative(**hyper: Hyper) -> None:
@@ -404,18 +407,15 @@ def dtypes(**given: Any) -> None:
             raise TypeError(f"{name} is {value!r}; expected a dtype of floating point numbers such as torch.bfloat16")
 
 
-def check_selection(mask: Mask | None, name: str = "mask") -> None:
+def check_selection(mask: Mask | None) -> None:
     """Raise a TypeError for what is given as a mask, but is none."""
     check_mask(mask)
-    if isinstance(mask, (Transform, torch.nn.Module, Tensor, int, float)) and not isinstance(mask, bool):
-        came = f"the transform {mask!r}" if isinstance(mask, Transform) else f"a {type(mask).__name__}"
+    if isinstance(mask, (Transform, Tensor, int, float)) and not isinstance(mask, bool):
+        came = f"the transform {mask!r}" if isinstance(mask, Transform) else f"the {type(mask).__name__} {mask!r}"
         raise TypeError(
-            f"{name} is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
+            f"mask is {came}; expected a tree of bools, or a function that makes one from parameters, such as "
             "matrices or select('*.weight')"
         )
-    if isinstance(mask, (list, tuple, set)) and any(isinstance(each, str) for each in mask):
-        given = ", ".join(map(repr, mask))
-        raise TypeError(f"{name} is a {type(mask).__name__} of names; expected a tree of bools, or select({given})")
 
 
 def check_transforms(what: str, transforms: Any) -> None:

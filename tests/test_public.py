@@ -42,7 +42,8 @@ def test_its_docstring_names_its_arguments(name):
         if p not in ("self", "params", "tree", "args", "kwargs", "updates", "keywords")
     ]
     text = inspect.getdoc(PUBLIC[name]) or ""
-    fields = isinstance(PUBLIC[name], type) and issubclass(PUBLIC[name], tuple)  # A comment beside each says what it is.
+    # A comment beside each field of a named tuple says what it is.
+    fields = isinstance(PUBLIC[name], type) and issubclass(PUBLIC[name], tuple)
     if name == "nadamw" or fields or len(parameters) == 0:
         return
     named = re.findall(r"^    (\w+): ", text.partition("Args:")[2], flags=re.MULTILINE)

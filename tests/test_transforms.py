@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 import pickle
 import re
 
@@ -235,7 +237,8 @@ def test_state_goes_through_a_file(case, tmp_path):
 
 @every_transform
 @pytest.mark.parametrize(
-    "params", [{}, (), {"w": torch.ones(())}, torch.ones(3), {"w": torch.zeros(0, 2)}, {"a": None}]
+    "params",
+    [{}, (), {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}, {"a": None}],
 )
 def test_trees_without_leaves_or_entries_are_taken(case, params):
     tx = case.make()
@@ -449,7 +452,7 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
     loss = lambda p: (x @ p["w"] - 1).square().mean()
 
     def trained(factor):
-        params = {"w": torch.tensor([0.5, 0.7], dtype=torch.float64)}
+        params = {"w": torch.tensor([[0.5], [0.7]], dtype=torch.float64)}
         tx = case.make(factor)
         state = tx.init(params)
         for _ in range(2):
@@ -463,7 +466,8 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
 @every_transform
 def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case):
     for shape in ((), (3,)):
-        params, grads = {"w": torch.ones(shape)}, {"w": torch.full(shape, 0.5, dtype=torch.float64)}
+        params = {"w": torch.ones(shape), "m": torch.ones(2, 1)}  # A mask by dimensions chooses one.
+        grads = fr.tree_map(lambda w: torch.full_like(w, 0.5, dtype=torch.float64), params)
         tx = case.make(torch.tensor(0.9, dtype=torch.float64))
         state = tx.init(params)
         _, after = tx.update(grads, state, params)
@@ -506,7 +510,7 @@ def test_a_transform_prints_as_it_was_written(case, request):
     assert re.fullmatch(r"[a-z_0-9]+\(.*\)", repr(tx))
     assert " at 0x" not in repr(tx)
     if "<lambda>" not in repr(tx):
-        twin = eval(repr(tx), {**vars(fr), "falling": falling, "joint": joint})
+        twin = eval(repr(tx), {**vars(fr), "falling": falling, "global_norm": joint})
         assert type(twin) is fr.Transform
         assert repr(twin) == repr(tx)
         assert_equal(step(twin), step(tx))
@@ -532,3 +536,28 @@ def test_a_transform_of_a_users_own_prints_its_functions():
     assert re.fullmatch(r"Transform\(init=init_empty_state, update=test_a.*climb\)", repr(tx))
     assert repr(fr.chain(tx, fr.scale(2.0))) == f"chain({tx!r}, scale(2.0))"
     assert copy.deepcopy(tx)._update is climb
+
+
+#: The types of the states of all transforms, each with an example of its own.
+STATES = """
+    fr.AdamState fr.AmsgradState fr.ApplyIfFiniteState fr.DualAveragingState fr.EmaState fr.EmptyState fr.FistaState
+    fr.FtrlState fr.LionState fr.MaskedState fr.PartitionState fr.ProximalState fr.RmsState fr.RssState fr.ScheduleState
+    fr.StddevState fr.TraceState fr.ZeroNansState
+"""
+
+
+def types_within(state):
+    inside = state.values() if isinstance(state, dict) else state if isinstance(state, (tuple, list)) else ()
+    own = {type(state)} if type(state).__module__.startswith("funcreg.") and type(state) is not type(ABSENT) else set()
+    return own.union(*map(types_within, inside))
+
+
+def test_the_types_of_all_states_are_known_and_documented():
+    found = set().union(*(types_within(case.make().init(draw())) for case in TRANSFORMS.values()))
+    assert sorted(f"fr.{state.__name__}" for state in found) == STATES.split()
+    for state in found:
+        example = doctest.DocTestParser().get_doctest(
+            inspect.getdoc(state), {"torch": torch, **vars(fr)}, state.__name__, None, 0
+        )
+        assert example.examples
+        assert not doctest.DocTestRunner().run(example).failed

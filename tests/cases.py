@@ -92,12 +92,8 @@ def _joint_grad(params: Any) -> Any:
     return fr.tree_map(lambda w: (w / torch.where(norm == 0, 1.0, norm)).to(w.dtype), params)
 
 
-def joint(params: Any) -> Tensor:
-    """A penalty on trees: one norm couples all leaves, which live or die together."""
-    return fr.global_norm(params)
-
-
-joint = fr.Penalty(joint, _joint_grad, _joint_prox)
+joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox)
+"""A penalty on trees: one norm couples all leaves, which live or die together."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import scalars
 from funcreg.transform import Transform, finite_nonnegative, memoryless, nonnegative, positive, public_state
-from funcreg.tree import compute, global_norm, safe_sqrt, squared, tree_leaves, tree_map
+from funcreg.tree import compute, euclidean, global_norm, tree_leaves, tree_map
 
 
 @remembered
@@ -86,7 +87,7 @@ def clip_by_block_rms(threshold: Scalar) -> Transform:
     (threshold,) = scalars(threshold=threshold)
 
     def bound(u: Tensor, t: Scalar) -> Tensor:
-        return u / (safe_sqrt(squared(u).sum() / max(u.numel(), 1)) / t).clamp(min=1.0)
+        return u / (euclidean(u) / (math.sqrt(max(u.numel(), 1)) * t)).clamp(min=1.0)
 
     return memoryless(lambda updates, params: compute(bound, updates, hyper=(threshold,)))
 
@@ -132,7 +133,7 @@ def adaptive_grad_clip(
             dims = (axis,) if isinstance(axis, int) else axis
             if any([not -w.ndim <= d < w.ndim for d in dims]):
                 raise ValueError(f"axis={axis} got a leaf of shape {tuple(w.shape)}; leave it out with masked")
-            return dims
+            return tuple([d % w.ndim for d in dims])
         if sum(n != 1 for n in w.shape) <= 1:
             return tuple(range(w.ndim))
         if w.ndim > 5:
@@ -141,7 +142,7 @@ def adaptive_grad_clip(
 
     def bound(u: Tensor, w: Tensor, share: Scalar, least: Scalar) -> Tensor:
         dims = inside(w)
-        size, step = (safe_sqrt(squared(x).sum(dims, keepdim=True) if dims else squared(x)) for x in (w, u))
+        size, step = (euclidean(x, dims) for x in (w, u))
         most = share * torch.maximum(size, least + torch.zeros_like(size))
         return torch.where(step < most, u, u * (most / step.clamp(min=1e-6)))
 

@@ -28,7 +28,7 @@ from funcreg.transform import (
     scheduled,
     share,
 )
-from funcreg.tree import compute, compute_wide, safe_sqrt, sign, squared, tree_leaves, tree_map, wide, zeros
+from funcreg.tree import compute, compute_wide, euclidean, safe_sqrt, sign, squared, tree_leaves, tree_map, wide, zeros
 
 
 @remembered
@@ -663,7 +663,7 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
     min_norm, trust_coefficient, eps = scalars(min_norm=min_norm, trust_coefficient=trust_coefficient, eps=eps)
 
     def ratio(u: Tensor, w: Tensor, least: Scalar, coefficient: Scalar, eps: Scalar) -> Tensor:
-        sizes = [safe_sqrt(squared(x).sum()) for x in (w, u)]
+        sizes = [euclidean(x) for x in (w, u)]
         size, step = (torch.where(n <= least, least + torch.zeros_like(n), n) for n in sizes)
         either = (size == 0) | (step == 0)
         # The ratio of ones stands in where it is not used, so that no derivative is NaN.

@@ -26,6 +26,7 @@ from funcreg.tree import (
     mask_leaves,
     scalar_device,
     tree_leaves,
+    without_autocast,
 )
 from funcreg.undocumented import is_transformed
 
@@ -100,6 +101,7 @@ class Transform(Remembering):
         check_params(params)
         return self._init(params)
 
+    @without_autocast
     def update(self, updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         """New updates and the next state."""
         try:

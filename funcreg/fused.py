@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
+from funcreg.construction import Remembering, remembered
 from funcreg.lowering import Compiler, say_once
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
@@ -43,6 +44,7 @@ from funcreg.tree import (
 _PLANS = 32
 
 
+@remembered
 def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., Any] = "inductor") -> FusedStep:
     r"""Compile `update` and `apply_updates` into one step, `step(params, grads, state) -> (params, state)`.
 
@@ -144,7 +146,7 @@ class _Spans:
         return self.overlap([x.data_ptr() for x in tensors], list(map(_reach, tensors)))
 
 
-class _Planned:
+class _Planned(Remembering):
     """Plans for calls on trees of known structures, and the last call that was checked."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
@@ -163,8 +165,9 @@ class _Planned:
         likes = [tuple([_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column]) for column in columns]
         key = (tuple(specs), *likes)
         try:
-            if key in self._plans:
-                return self._plans[key]
+            known = self._plans.get(key)
+            if key in self._plans and (known is None or known.is_valid):
+                return known
             if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
                 del self._plans[next(iter(self._plans))]
             stand_ins = [[placeholder(x) if isinstance(x, Tensor) else x for x in column] for column in columns]
@@ -216,15 +219,6 @@ class FusedStep(_Planned):
         self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
 
-    def __repr__(self) -> str:
-        return f"fuse({self._tx!r}{', donate=True' * self._donate})"
-
-    def __getstate__(self) -> Any:
-        return self._tx, self._donate, self._compiler.backend
-
-    def __setstate__(self, made_of: Any) -> None:
-        FusedStep.__init__(self, *made_of)
-
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
 
@@ -240,7 +234,8 @@ class FusedStep(_Planned):
             trees = (params, params, self._tx.init(params), _with_tensors(extra))[: 4 if extra else 3]
             columns, specs = zip(*map(structure, trees), strict=True)
             try:
-                plan = self._plan_for(trees, columns, specs)
+                inside = undocumented.is_transformed(lambda: columns[0])  # Where leaves have no memory.
+                plan = None if inside else self._plan_for(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
             leaves = [*columns[0], *columns[2]]
@@ -287,9 +282,9 @@ class FusedStep(_Planned):
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
-        if torch.compiler.is_compiling():  # What compiles a whole training step compiles this one too.
+        if undocumented.is_compiling():  # What compiles a whole training step compiles this one too.
             return self._plain(params, grads, state, extra)
-        if undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
+        if undocumented.has_tangents() or undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
             if self._donate:
                 raise ValueError(
                     "a donating step was called inside vmap or grad, which cannot write in place. For members with "
@@ -331,6 +326,8 @@ class FusedStep(_Planned):
             return restored(checked.specs[0], results[:count]), restored(checked.specs[2], results[count:])
         for place, new in zip(checked.plan.places, results, strict=False):  # None if they are in place.
             call.arguments[place].copy_(new)
+        if not results:  # Kernels write past autograd, which has to know that what it saved is not what it was.
+            torch.autograd.graph.increment_version([call.arguments[i] for i in checked.plan.places])
         return params, state
 
     def _plan_for(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
@@ -393,6 +390,10 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
             raise TypeError(f"{name} is {leaf!r}; expected a tensor, into which the next one can be written")
         if leaf.is_neg() or leaf.is_conj():
             raise ValueError(f"{name} is a negated or conjugated view and cannot be donated; pass a copy of it")
+        if leaf.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name} was made in inference mode and cannot be donated outside of it; pass a copy of it, clone()"
+            )
         if leaf.requires_grad:
             raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
     _check_apart(names, owned)
@@ -411,6 +412,7 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
     return spans
 
 
+@remembered
 def value_and_grad(
     penalty: Penalty,
     *hyper: Hyper,
@@ -459,7 +461,7 @@ class _ValueAndGrad(_Planned):
         self._plain = plain
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
-        if torch.compiler.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)):
+        if undocumented.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)):
             return self._plain(params)
         return self._pass(params)
 

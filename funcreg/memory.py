@@ -77,7 +77,7 @@ class Layout:
         for part in parts:
             start = 0
             for tail, shapes in itertools.groupby(part.shapes, key=lambda shape: shape[1:]):
-                heads = [shape[0] for shape in shapes]
+                heads = [math.prod(shape[:1]) for shape in shapes]
                 end = start + sum(heads) * math.prod(tail)
                 self.runs.append((part.key, slice(start, end), tail, heads))
                 start = end
@@ -125,7 +125,9 @@ class Memory:
             parts = self._layout.vectors
             made = self._layout.split(dict(zip(parts, _tensors_over(owners, list(parts.values())), strict=True)))
         self.addresses = self.addresses or tuple(map(Tensor.data_ptr, made))
-        return made, next(iter(owners.values())) if self.is_reusable and owners else made[self._layout.anchor or 0]
+        if self._layout.anchor is None:  # No entries: nothing that could come back.
+            return made, None
+        return made, next(iter(owners.values())) if self.is_reusable else made[self._layout.anchor]
 
 
 class Pool:

@@ -62,6 +62,7 @@ class Plan:
         arrange(self._grouping)
         self._groups, self.in_place, self._compiler = self._grouping.groups, in_place, compiler
         self.captured = [x for _, x in found.captured]
+        self._likes = [(tuple(value.shape), value.dtype, value.device) for value, _ in found.captured]
         inputs = [*found.inputs, *(value for value, _ in found.captured)]
         self._numbers = {value: i for i, value in enumerate(inputs)}
         #: For each result, the argument whose place it takes.
@@ -98,6 +99,13 @@ class Plan:
     def _part(self, key: _Key, positions: list[int]) -> Part:
         values = [member.inputs[key[1]] for member in self._groups[key[0]].members]
         return Part(key, values[0].dtype, values[0].device, positions, [tuple(value.shape) for value in values])
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether captured tensors are of the shapes and dtypes that were recorded."""
+        return all(
+            [(tuple(x.shape), x.dtype, x.device) == like for x, like in zip(self.captured, self._likes, strict=True)]
+        )
 
     def run(self, call: Call) -> list[Tensor]:
         """The results, in their order; none where they are written in place."""

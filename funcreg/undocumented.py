@@ -5,9 +5,11 @@ Everything else in the package is public. Each item has a test that takes it awa
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +44,32 @@ def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: A
     from torch._dynamo import lookup_backend
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    with _as_torch_compile():
+        return _compiled(graph, inputs, backend, any_size, make_fx, lookup_backend)
+
+
+#: Taken in a child of the process, where a thread that is not there may hold the lock of `torch.compile`.
+_own_lock = threading.RLock()
+_process = os.getpid()
+
+
+@contextmanager
+def _as_torch_compile() -> Iterator[None]:
+    """Take turns with `torch.compile`, and let other threads call what it made: tracing sets flags of the process.
+
+    Without the lock and the flag of `torch.compile`, there is a lock for the steps alone.
+    """
+    from torch._dynamo import convert_frame
+
+    lock = getattr(convert_frame, "compile_lock", _own_lock) if os.getpid() == _process else _own_lock
+    session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+    with lock, session():
+        yield
+
+
+def _compiled(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: Any, any_size: bool, make_fx: Any, lookup_backend: Any
+) -> Compiled:
     traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
     described = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
     traced = fx.GraphModule(torch.nn.Module(), traced.graph)  # Without what no cache of compiled code can write.
@@ -89,6 +117,16 @@ def imports_may_warn() -> Iterator[None]:
         yield
 
 
+def is_compiling() -> bool:
+    """Whether this call is being compiled or exported.
+
+    `torch.compiler.is_compiling` alone is also true while another thread compiles something of its own.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and (count_modes is None or count_modes() > 0)
+
+
 def is_traced() -> bool:
     """Whether operations are recorded and not computed: by `torch.compile`, or by a mode that sees each of them.
 
@@ -116,8 +154,8 @@ def _has_memory(x: Tensor) -> bool:
 
 
 def has_tangents() -> bool:
-    """Whether forward-mode derivatives may be at work, which writing into a result would lose. Without it: they may."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
+    """Whether forward-mode derivatives may be at work, which writing into a result would lose."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def without_levels(w: Tensor) -> Tensor:
@@ -149,7 +187,7 @@ def tensor_checks(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
         guards: Any = TensorGuards  # Its types say symbolic numbers; plain ones are what it is given everywhere.
         return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    except (ImportError, TypeError):
+    except (ImportError, AttributeError, TypeError):
         known = list(map(described, tensors))
         return lambda *others: known == list(map(described, others))
 

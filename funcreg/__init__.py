@@ -8,6 +8,7 @@ from funcreg.certificates import (
     sparsity as sparsity,
 )
 from funcreg.clipping import (
+    ZeroNansState as ZeroNansState,
     adaptive_grad_clip as adaptive_grad_clip,
     centralize as centralize,
     clip as clip,
@@ -16,6 +17,9 @@ from funcreg.clipping import (
     zero_nans as zero_nans,
 )
 from funcreg.combine import (
+    ApplyIfFiniteState as ApplyIfFiniteState,
+    MaskedState as MaskedState,
+    PartitionState as PartitionState,
     apply_if_finite as apply_if_finite,
     chain as chain,
     freeze as freeze,
@@ -113,6 +117,8 @@ from funcreg.projections import (
     projection_vector as projection_vector,
 )
 from funcreg.proximal import (
+    FistaState as FistaState,
+    ProximalState as ProximalState,
     fista as fista,
     prox_adam as prox_adam,
     prox_sgd as prox_sgd,
@@ -127,6 +133,14 @@ from funcreg.regularizing import (
     soft_threshold as soft_threshold,
 )
 from funcreg.scaling import (
+    AdamState as AdamState,
+    AmsgradState as AmsgradState,
+    EmaState as EmaState,
+    LionState as LionState,
+    RmsState as RmsState,
+    RssState as RssState,
+    StddevState as StddevState,
+    TraceState as TraceState,
     ema as ema,
     scale as scale,
     scale_by_adam as scale_by_adam,
@@ -175,6 +189,8 @@ from funcreg.structured import (
     tree_lasso as tree_lasso,
 )
 from funcreg.stochastic import (
+    DualAveragingState as DualAveragingState,
+    FtrlState as FtrlState,
     adamprox as adamprox,
     ftrl as ftrl,
     ramda as ramda,
@@ -196,6 +212,7 @@ from funcreg.spectral import (
     stiefel as stiefel,
 )
 from funcreg.transform import (
+    ScheduleState as ScheduleState,
     EmptyState as EmptyState,
     Transform as Transform,
     identity as identity,

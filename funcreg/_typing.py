@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -21,7 +21,3 @@ Schedule: TypeAlias = Callable[[Any], Scalar]
 Hyper: TypeAlias = Any
 #: A tree of bools like the parameters, a prefix of one, or a function that makes it from parameters. True means apply.
 Mask: TypeAlias = Any
-#: How far one entry of a result looks: at its own entry, its row, its matrix, its leaf, or at every leaf.
-Reach: TypeAlias = Literal["elementwise", "rows", "matrix", "leaf", "global"]
-#: From the nearest to the furthest.
-REACHES: tuple[Reach, ...] = get_args(Reach)

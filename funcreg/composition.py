@@ -145,7 +145,7 @@ class Term(NamedTuple):
         name = written(self.penalty)
         if " + " in name and (factors or self.mask is not None):
             name = f"({name})"
-        given = [written(value) for value in self.hyper]
+        given = [written(value) for value in self.penalty.without_defaults(self.hyper)]
         given += [f"{key}={written(value)}" for key, value in self.options]
         given += [] if self.mask is None else [f"mask={written(self.mask)}"]
         return " * ".join([*factors, f"{name}.given({', '.join(given)})" if given else name])

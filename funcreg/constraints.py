@@ -748,7 +748,10 @@ def check_count(name: str, value: Hyper) -> None:
     """Raise a ValueError if a count is no whole number, as far as it is known."""
     for x in tree_leaves(value):
         known = concrete(x)
-        if known is not None and bool((torch.as_tensor(known) % 1 != 0).any()):
+        if known is None:
+            continue
+        broken = known % 1 != 0
+        if broken.any() if isinstance(broken, Tensor) else broken:
             raise ValueError(f"{name} is {written(x)}; expected a whole number")
 
 

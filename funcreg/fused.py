@@ -89,6 +89,7 @@ class _Checked:
     has_views: bool  # Whether one is negated or conjugated.
     contiguous: tuple[bool, bool]  # Whether parameters and state are, and gradients.
     donated: _Spans | None
+    sizes: list[int]  # Bytes from the first to the last entry of each gradient.
     addresses: list[int]  # Of parameters and state, if they are donated, and of captured tensors.
 
     def call(self, trees: Sequence[Any]) -> Call | None:
@@ -102,20 +103,20 @@ class _Checked:
         arguments += self.plan.captured
         if not self.matches(*arguments):
             return None
+        where = list(map(Tensor.data_ptr, arguments))
         if self.donated is not None:
             begin, end = self.counts[0], self.counts[0] + self.counts[1]
-            kept = arguments[:begin] + arguments[end:]
-            if list(map(Tensor.data_ptr, kept)) != self.addresses or self.donated.overlap(arguments[begin:end]):
+            if where[:begin] + where[end:] != self.addresses or self.donated.overlap(where[begin:end], self.sizes):
                 return None
-        return self.located(arguments)
+        return self.located(arguments, where)
 
-    def located(self, arguments: list[Any]) -> Call:
-        """A call with these arguments, and the memory in which they lie."""
+    def located(self, arguments: list[Any], where: list[int]) -> Call:
+        """A call with arguments that begin at some places, and the memory in which they lie."""
         call, plan = Call(arguments), self.plan
         if self.contiguous[0]:
-            call.memory = plan.results.find([arguments[i].data_ptr() for i in plan.kept])
+            call.memory = plan.results.find(tuple([where[i] for i in plan.kept]))
         if self.contiguous[1]:
-            call.gradients = plan.gradients.find([arguments[i].data_ptr() for i in plan.read])
+            call.gradients = plan.gradients.find(tuple([where[i] for i in plan.read]))
         if self.has_views:
             call.arguments = [x.resolve_conj().resolve_neg() for x in arguments]
         return call
@@ -126,17 +127,21 @@ class _Spans:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         spans = sorted([(*_span(x), i) for i, x in enumerate(tensors) if x.numel()])
-        self._begins, self._ends, self._which = zip(*spans, strict=True) if spans else ((), (), ())
+        self._begins, self._ends, self._which = zip(*spans, strict=True) if spans else ((0,), (0,), (0,))
 
-    def overlap(self, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-        """Which of some other tensors shares memory with which of these."""
-        if not self._begins:
-            return None
-        for i, (begin, end) in enumerate(map(_span, tensors)):
-            before = bisect.bisect_left(self._begins, end) - 1  # They are apart: no earlier one reaches further.
-            if before >= 0 and self._ends[before] > begin and begin < end:
+    def overlap(self, begins: Sequence[int], sizes: Sequence[int]) -> tuple[int, int] | None:
+        """Which of some other tensors, at these addresses, shares memory with which of these."""
+        if not begins or min(begins) >= self._ends[-1] or max(begins) + max(sizes) <= self._begins[0]:
+            return None  # As gradients and packed memory mostly lie.
+        for i, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
+            before = bisect.bisect_left(self._begins, begin + size) - 1  # They are apart: none reaches further.
+            if before >= 0 and self._ends[before] > begin and size:
                 return i, self._which[before]
         return None
+
+    def shared(self, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+        """Which of some other tensors shares memory with which of these."""
+        return self.overlap([x.data_ptr() for x in tensors], list(map(_reach, tensors)))
 
 
 class _Planned:
@@ -177,21 +182,22 @@ class _Planned:
             return None
         return made
 
-    def _checked(
+    def _check(
         self, plan: Plan, columns: Sequence[list[Any]], specs: Any, trees: Sequence[Any], donated: _Spans | None = None
-    ) -> Call:
-        """The call on trees that were checked, of which each later one is compared with this."""
+    ) -> tuple[_Checked, Call]:
+        """A call on trees that were checked; later ones are compared with it."""
         arguments = [*(x for column in columns for x in column if isinstance(x, Tensor)), *plan.captured]
         has_views = any([x.is_neg() or x.is_conj() for x in arguments])
         lie = lambda which: all([arguments[i].is_contiguous() for i in which])
         counts = [len(column) for column in columns]
         others = [*columns[0], *(x for column in columns[2:] for x in column), *plan.captured]
         addresses = [] if donated is None else [x.data_ptr() for x in others if isinstance(x, Tensor)]
+        sizes = [] if donated is None else list(map(_reach, columns[1]))
         readers, matches = [reader(tree) for tree in trees], undocumented.tensor_checks(arguments)
         contiguous = lie(plan.kept), lie(plan.read)
-        checked = _Checked(plan, specs, counts, readers, matches, has_views, contiguous, donated, addresses)
+        checked = _Checked(plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses)
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
-        return checked.located(arguments)
+        return checked, checked.located(arguments, [x.data_ptr() for x in arguments])
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:
@@ -295,9 +301,9 @@ class FusedStep(_Planned):
     @without_autocast
     @torch.no_grad()
     def _step(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
-        call = None if extra or self._last is None else self._last.call((params, grads, state))
-        plan = None if self._last is None else self._last.plan
-        if call is None:
+        checked = self._last
+        call = None if extra or checked is None else checked.call((params, grads, state))
+        if checked is None or call is None:
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
             check_params(params)
@@ -309,17 +315,17 @@ class FusedStep(_Planned):
             if plan is None:
                 return self._leaf_by_leaf(params, grads, state, extra)
             given = [
-                [x.clone() if donated and isinstance(x, Tensor) and donated.overlap([x]) else x for x in column]
+                [x.clone() if donated and isinstance(x, Tensor) and donated.shared([x]) else x for x in column]
                 for column in columns[3:]
             ]
-            call = self._checked(plan, (*columns[:3], *given), specs, trees[:3], donated)
-        assert plan is not None
+            checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
         if call.gradients is not None:
-            self._check_gradients_are_new(call, plan)
-        results = plan.run(call)
+            self._check_gradients_are_new(call, checked.plan)
+        results = checked.plan.run(call)
         if not self._donate:
-            return _rebuilt(params, state, results)
-        for place, new in zip(plan.places, results, strict=False):  # None if they are in place.
+            count = checked.counts[0]
+            return restored(checked.specs[0], results[:count]), restored(checked.specs[2], results[count:])
+        for place, new in zip(checked.plan.places, results, strict=False):  # None if they are in place.
             call.arguments[place].copy_(new)
         return params, state
 
@@ -356,8 +362,9 @@ class FusedStep(_Planned):
             new = function(params, grads, state, extra)  # The compiler wraps what tracing raises.
             self._compiled = function
             say_once(f"fuse runs this chain without a compiler: {' '.join(str(error).split())[:300]}")
+        (first, spec), (_, other) = structure(params), structure(state)
         if not self._donate:
-            return _rebuilt(params, state, new)
+            return restored(spec, new[: len(first)]), restored(other, new[len(first) :])
         for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
             old.copy_(leaf)
         return params, state
@@ -386,24 +393,18 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
             raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
     _check_apart(names, owned)
     spans = _Spans(owned)
-    if (found := spans.overlap(columns[1])) is not None:
+    if (found := spans.shared(columns[1])) is not None:
         raise ValueError(
             f"grads '{tree_paths(grads)[found[0]]}' shares memory with params or state, {names[found[1]]}, which are "
             "donated and so overwritten. Pass a copy of it."
         )
-    if (found := spans.overlap(captured)) is not None:
+    if (found := spans.shared(captured)) is not None:
         raise ValueError(
             f"a tensor of shape {tuple(captured[found[0]].shape)} that the chain holds shares memory with "
             f"{names[found[1]]}, which is donated and so overwritten at every step. Is it an anchor made of these "
             "parameters? Give the chain a copy: tensor.clone()."
         )
     return spans
-
-
-def _rebuilt(params: Params, state: State, leaves: list[Any]) -> tuple[Params, State]:
-    """Trees like parameters and state."""
-    count, specs = len(tree_leaves(params)), [structure(tree)[1] for tree in (params, state)]
-    return restored(specs[0], leaves[:count]), restored(specs[1], leaves[count:])
 
 
 def value_and_grad(
@@ -461,8 +462,9 @@ class _ValueAndGrad(_Planned):
     @without_autocast
     @torch.no_grad()
     def _pass(self, params: Params) -> tuple[Tensor, Params]:
-        call = None if self._last is None else self._last.call((params,))
-        if call is None:
+        checked = self._last
+        call = None if checked is None else checked.call((params,))
+        if checked is None or call is None:
             check_params(params)
             leaves, spec = structure(params)
 
@@ -476,10 +478,9 @@ class _ValueAndGrad(_Planned):
             made = self._plan([leaves], [spec], function, plan, lambda: self._plain(params))
             if made is None:
                 return self._plain(params)
-            call = self._checked(made, [leaves], [spec], (params,))
-        assert self._last is not None
-        *slopes, value = self._last.plan.run(call)
-        return value, restored(self._last.specs[0], slopes)
+            checked, call = self._check(made, [leaves], [spec], (params,))
+        *slopes, value = checked.plan.run(call)
+        return value, restored(checked.specs[0], slopes)
 
 
 def _names(params: Params, state: State) -> list[str]:
@@ -487,10 +488,17 @@ def _names(params: Params, state: State) -> list[str]:
     return [f"params '{name}'" for name in tree_paths(params)] + [f"state '{name}'" for name in tree_paths(state)]
 
 
+def _reach(leaf: Tensor) -> int:
+    """Bytes from the first to the last entry of a tensor."""
+    if not leaf.numel():
+        return 0
+    last = sum([(size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)])
+    return (last + 1) * leaf.element_size()
+
+
 def _span(leaf: Tensor) -> tuple[int, int]:
     """Where in memory a tensor begins and ends."""
-    last = sum([(size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)])
-    return leaf.data_ptr(), leaf.data_ptr() + (last + 1) * leaf.element_size()
+    return leaf.data_ptr(), leaf.data_ptr() + _reach(leaf)
 
 
 def _check_apart(names: list[str], leaves: list[Tensor]) -> None:

@@ -9,11 +9,12 @@ every result would cost a step several times its time. On other devices torch's 
 
 from __future__ import annotations
 
+import math
 import mmap
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,29 +37,39 @@ class Part:
     shapes: list[tuple[int, ...]]
 
 
+class Leaf(NamedTuple):
+    """Where a leaf lies in the block of its device."""
+
+    position: int
+    offset: int  # In bytes.
+    entries: int
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
 class Layout:
     """Where parts lie in one block of memory for each device."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
-        self.parts = list(parts)
-        self.keys = {part.key for part in self.parts}
         self.sizes: dict[torch.device, int] = {}  # Bytes of each block.
-        self.offsets: list[int] = []  # Of each part in its block, in bytes.
-        #: For each leaf: position, part, offset in the block, shape and number of entries, by position.
-        self.leaves: list[tuple[int, Part, int, tuple[int, ...], int]] = []
-        for number, part in enumerate(self.parts):
-            start = -(-self.sizes.get(part.device, 0) // _PAGE) * _PAGE + number % 16 * _STAGGER
-            self.offsets.append(start)
+        self.vectors: dict[Any, Leaf] = {}  # Each part as a whole.
+        leaves: list[Leaf] = []
+        for number, part in enumerate(parts):
+            like = part.dtype, part.device
+            start = offset = -(-self.sizes.get(part.device, 0) // _PAGE) * _PAGE + number % 16 * _STAGGER
             for position, shape in zip(part.positions, part.shapes, strict=True):
-                entries = torch.Size(shape).numel()
-                self.leaves.append((position, part, start, shape, entries))
-                start += entries * part.dtype.itemsize
-            self.sizes[part.device] = start
-        self.leaves.sort(key=lambda leaf: leaf[0])
-        self.positions = [position for position, *_ in self.leaves]
+                entries, strides = math.prod(shape), torch.empty(shape, device="meta").stride()
+                leaves.append(Leaf(position, offset, entries, *like, shape, strides))
+                offset += entries * part.dtype.itemsize
+            entries = (offset - start) // part.dtype.itemsize
+            self.vectors[part.key] = Leaf(-1, start, entries, *like, (entries,), (1,))
+            self.sizes[part.device] = offset
+        self.leaves = sorted(leaves)
+        self.positions = [leaf.position for leaf in self.leaves]
         #: The first leaf with entries, by whose address memory is found.
-        self.anchor = next((i for i, (*_, entries) in enumerate(self.leaves) if entries), None)
-        self.strides = {shape: torch.empty(shape, device="meta").stride() for _, _, _, shape, _ in self.leaves}
+        self.anchor = next((i for i, leaf in enumerate(self.leaves) if leaf.entries), None)
 
 
 class Memory:
@@ -67,19 +78,12 @@ class Memory:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._blocks = {device: _block(size, device) for device, size in layout.sizes.items()}
-        self.vectors: dict[Any, Tensor] = {}
-        for part, offset in zip(layout.parts, layout.offsets, strict=True):
-            entries = sum([torch.Size(shape).numel() for shape in part.shapes])
-            block = self._blocks[part.device]
-            if isinstance(block, Tensor):
-                vector = block[offset : offset + entries * part.dtype.itemsize].view(part.dtype)
-            else:
-                vector = _over(block, offset, entries, part.dtype)
-            self.vectors[part.key] = vector
-        #: Parts of the vectors, by whoever cuts them.
-        self.views: dict[Any, Tensor] = {}
+        parts = layout.vectors
+        self.vectors = dict(zip(parts, _tensors_over(self._blocks, list(parts.values())), strict=True))
+        #: Lists of parts of the vectors, of whoever cuts them.
+        self.views: dict[Any, list[Any]] = {}
         #: Where the leaves begin, in the order of their positions.
-        self.addresses: list[int] = []
+        self.addresses: tuple[int, ...] = ()
 
     @property
     def is_reusable(self) -> bool:
@@ -91,22 +95,9 @@ class Memory:
 
         On other devices that is the anchor itself.
         """
-        owners: dict[torch.device, Any] = {}
-        for device, block in self._blocks.items():
-            owners[device] = block.untyped_storage() if isinstance(block, Tensor) else memoryview(block)
-        made = []
-        for _, part, offset, shape, entries in self._layout.leaves:
-            owner = owners[part.device]
-            if not isinstance(owner, memoryview):
-                storage = owner[offset : offset + entries * part.dtype.itemsize]
-                leaf = torch.empty(0, dtype=part.dtype, device=part.device)
-                leaf.set_(storage, 0, shape, self._layout.strides[shape])
-            else:
-                leaf = _over(owner, offset, entries, part.dtype)
-                if len(shape) != 1:
-                    leaf.as_strided_(shape, self._layout.strides[shape])
-            made.append(leaf)
-        self.addresses = self.addresses or list(map(Tensor.data_ptr, made))
+        owners = {d: block if isinstance(block, Tensor) else memoryview(block) for d, block in self._blocks.items()}
+        made = _tensors_over(owners, self._layout.leaves)
+        self.addresses = self.addresses or tuple(map(Tensor.data_ptr, made))
         return made, next(iter(owners.values())) if self.is_reusable and owners else made[self._layout.anchor or 0]
 
 
@@ -140,7 +131,7 @@ class Pool:
             weakref.finalize(owner, self._give_back, memory).atexit = False
         return leaves
 
-    def find(self, addresses: list[int]) -> Memory | None:
+    def find(self, addresses: tuple[int, ...]) -> Memory | None:
         """The memory of which leaves at these addresses are all the leaves."""
         memory = None if self.layout.anchor is None else self._used.get(addresses[self.layout.anchor])
         return memory if memory is not None and memory.addresses == addresses else None
@@ -169,8 +160,25 @@ def _block(size: int, device: torch.device) -> Any:
     return block
 
 
-def _over(buffer: Any, offset: int, entries: int, dtype: torch.dtype) -> Tensor:
-    """A vector over a part of a buffer."""
+def _tensors_over(blocks: dict[torch.device, Any], leaves: list[Leaf]) -> list[Tensor]:
+    """Tensors over parts of blocks, each with a storage of its own."""
+    only = next(iter(blocks.values())) if len(blocks) == 1 else None
+    if only is None or isinstance(only, Tensor) or not all([leaf.entries for leaf in leaves]):
+        return [_tensor_over(blocks[leaf.device], leaf) for leaf in leaves]
+    # In two loops: a call for each leaf would take longer than all else of a step on many small ones.
+    over = torch.frombuffer
+    made = [over(only, dtype=dtype, count=count, offset=offset) for _, offset, count, dtype, *_ in leaves]
+    for tensor, leaf in zip(made, leaves, strict=True):
+        if len(leaf.shape) != 1:
+            tensor.as_strided_(leaf.shape, leaf.strides)
+    return made
+
+
+def _tensor_over(block: Any, leaf: Leaf) -> Tensor:
+    _, offset, entries, dtype, device, shape, strides = leaf
     if not entries:
-        return torch.empty(0, dtype=dtype, device="cpu")
-    return torch.frombuffer(buffer, dtype=dtype, count=entries, offset=offset)
+        return torch.empty(shape, dtype=dtype, device=device)
+    if isinstance(block, Tensor):
+        storage = block.untyped_storage()[offset : offset + entries * dtype.itemsize]
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, strides)
+    return torch.frombuffer(block, dtype=dtype, count=entries, offset=offset).as_strided_(shape, strides)

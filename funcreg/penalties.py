@@ -46,7 +46,8 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
         # Adding zero turns -0.0 into +0.0.
         return w * ((size - threshold).relu() / torch.where(size == 0, torch.ones_like(size), size)) + 0.0
     if not isinstance(threshold, Tensor) or (bare(w) and bare(threshold)):
-        return w - w.clamp(-threshold, threshold)
+        bound: Any = threshold  # The types of clamp know no such union.
+        return w - w.clamp(-bound, bound)
     # The same, but for derivatives: between the two ends of a clamp a threshold of 0 is a tie, which splits them.
     return w - torch.where(w.abs() <= threshold, w, w.sign() * threshold)
 

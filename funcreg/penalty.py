@@ -399,6 +399,13 @@ class Penalty(Remembering):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
 
+    def without_defaults(self, values: tuple[Hyper, ...]) -> tuple[Hyper, ...]:
+        """Hyperparameters without the last ones that are what they would be anyway."""
+        kept = len(values)
+        while kept and self._hyper[kept - 1].default is values[kept - 1]:
+            kept -= 1
+        return values[:kept]
+
 
 class Sum(Penalty):
     """Terms added up: a penalty that takes no hyperparameters."""

@@ -122,8 +122,10 @@ class Plan:
                 call.arguments[self.places[position]].copy_(x)
             self._write_back(call)
             return []
-        lent = iter(self.results.lend(call.out))
-        return [unpacked[i] if i in unpacked else next(lent) for i in range(len(self.places))]
+        results = self.results.lend(call.out)
+        for position in sorted(unpacked):
+            results.insert(position, unpacked[position])
+        return results
 
     def _run(self, program: Program, call: Call) -> dict[Value, Tensor]:
         """All scalars, and what no kernel writes."""
@@ -141,25 +143,36 @@ class Plan:
     def _run_kernel(self, kernel: Kernel, values: dict[Value, Tensor], call: Call) -> None:
         taken = [values[value] for value in kernel.scalars]
         for number, (buffers, results) in enumerate(kernel.calls):
-            args = [self._input(call, i, buffers[which], slot) for i, (which, slot) in enumerate(kernel.reads)]
+            args = self._views(call.memory, kernel, number, kernel.reads)
+            for i, (which, slot) in enumerate(kernel.reads):
+                if args[i] is None:
+                    args[i] = self._input(call, i, buffers[which], slot)
             args += taken
             if call.out is not None:
-                args += [self._view(call.out, buffers[which], slot) for which, slot in kernel.writes]
+                args += self._views(call.out, kernel, number, kernel.writes)
             if number == len(kernel.compiled):
                 kernel.compiled.append(self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic))
             made = kernel.compiled[number](*args)
             if results:
                 values.update(zip(results, made, strict=True))
 
-    def _view(self, memory: Memory, buffer: Buffer, slot: int) -> Tensor:
-        """An input of a buffer that lies in some memory."""
-        key = (buffer.group, slot, buffer.start, buffer.count)
-        found = memory.views.get(key)
-        if found is None:
+    def _views(self, memory: Memory | None, kernel: Kernel, number: int, slots: list[tuple[int, int]]) -> list[Any]:
+        """Inputs of a call that lie in some memory of results, and None for others; made once for each memory."""
+        if memory is None:
+            return [None] * len(slots)
+        key = (id(kernel), number, slots is kernel.writes)
+        if key not in memory.views:
+            buffers = kernel.calls[number][0]
             with torch.inference_mode(False):
-                vector = memory.vectors[buffer.group, slot][buffer.before : buffer.before + buffer.entries]
-                found = memory.views[key] = vector.view(self._shape(buffer, slot))
-        return found
+                memory.views[key] = [self._view(memory, buffers[which], slot) for which, slot in slots]
+        return memory.views[key].copy()
+
+    def _view(self, memory: Memory, buffer: Buffer, slot: int) -> Tensor | None:
+        vector = memory.vectors.get((buffer.group, slot))
+        if vector is None:
+            return None
+        part = vector[buffer.before : buffer.before + buffer.entries] if self._groups[buffer.group].flat else vector
+        return part.view(self._shape(buffer, slot))
 
     def _shape(self, buffer: Buffer, slot: int) -> tuple[int, ...]:
         each = self._groups[buffer.group]
@@ -173,9 +186,8 @@ class Plan:
     def _input(self, call: Call, i: int, buffer: Buffer, slot: int) -> Tensor:
         """An input of a buffer: where its leaves lie if they lie together, else a copy; the i-th of its kernel."""
         key = (buffer.group, slot)
-        memory = call.memory if key in self._kept else call.gradients if key in self.gradients.layout.keys else None
-        if memory is not None:
-            return self._view(memory, buffer, slot)
+        if call.gradients is not None and (found := self._view(call.gradients, buffer, slot)) is not None:
+            return found
         if (key, buffer.start) in call.copies:
             return call.copies[key, buffer.start][-1]
         leaves, shape = self._leaves(call, buffer, slot), self._shape(buffer, slot)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+
+from funcreg.undocumented import is_traced, is_transformed
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _INFINITY = math.inf
@@ -39,9 +40,7 @@ def concrete(value: Any) -> Tensor | float | None:
 
 
 def _known(value: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(value) not in _PLAIN or value.device.type != "cpu":
-        return False
-    if maybe_current_level() is not None or torch._C._len_torch_dispatch_stack():
+    if is_traced() or type(value) not in _PLAIN or value.device.type != "cpu" or is_transformed(lambda: [value]):
         return False
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
         return False

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.construction import Remembering, remembered
@@ -28,6 +27,7 @@ from funcreg.tree import (
     scalar_device,
     tree_leaves,
 )
+from funcreg.undocumented import is_transformed
 
 T = TypeVar("T")
 #: From parameters to one bool a leaf.
@@ -151,7 +151,7 @@ def _watch_history(params: Params, state: State) -> None:
     not for so many steps: so the number of updates is written to the graph, at the node that brought each of them its
     parameters or its state.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or maybe_current_level() is not None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
         return
     leaves = tree_leaves(params)
     if not any([leaf.requires_grad for leaf in leaves]):
@@ -351,7 +351,7 @@ def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
 
 def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
     check_range(name, leaf, low, **options)
-    if callable(leaf) and not torch.compiler.is_compiling() and maybe_current_level() is None:
+    if callable(leaf) and not torch.compiler.is_compiling() and not is_transformed():
         start = torch.zeros((), dtype=torch.int32, device="cpu")
         check_range(f"{name} at step 0", _value(leaf, start), low, **options)
 

@@ -18,16 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 import optree
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    is_gradtrackingtensor,
-    maybe_current_level,
-)
-from torch.autograd import forward_ad
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
+from funcreg.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 Path = tuple[Any, ...]
 
@@ -668,11 +662,9 @@ def squared(w: Tensor) -> Tensor:
 
 def bare(w: Tensor) -> bool:
     """Whether operations on a tensor are nothing but arithmetic: neither traced, batched, nor differentiated."""
-    if torch.compiler.is_compiling() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):
+    if is_traced() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):
         return False
-    if forward_ad._current_level >= 0:
-        return False
-    return maybe_current_level() is None and not torch._C._len_torch_dispatch_stack()
+    return not has_tangents() and not is_transformed(lambda: [w])
 
 
 def sign(w: Tensor) -> Tensor:
@@ -692,17 +684,12 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
 
 
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
 def readable(w: Tensor) -> bool:
     """Whether a number may be read from a tensor: one on the CPU, neither traced nor batched; derivatives may run."""
-    if _traced():
+    if is_traced():
         return False
-    while is_gradtrackingtensor(w):
-        w = get_unwrapped(w)
-    return type(w) in _BARE and w.device.type == "cpu" and not is_functorch_wrapped_tensor(w)
+    w = without_levels(w)
+    return type(w) in _BARE and w.device.type == "cpu" and not is_batched(w)
 
 
 def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
@@ -717,7 +704,7 @@ def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """
     if dims == () and not w.is_complex():
         return w.abs()
-    if not w.numel() or (_traced() and _widest(w) is not w):
+    if not w.numel() or (is_traced() and _widest(w) is not w):
         return safe_sqrt(_sum_of_squares(_widest(w), dims)).to(w.real.dtype)
     squares = _sum_of_squares(w, dims)
     if not readable(squares):
@@ -788,7 +775,7 @@ def global_norm(tree: Any) -> Tensor:
     """
     check_params(tree, "tree")
     leaves = [widen(x) for x in tree_leaves(tree)]
-    if _traced() and all([_widest(x) is not x for x in leaves]):
+    if is_traced() and all([_widest(x) is not x for x in leaves]):
         return safe_sqrt(total([squared(_widest(x)).sum() for x in leaves])).to(torch.float32)
     squares = total([squared(x).sum() for x in leaves])
     if not leaves or (readable(squares) and _ordinary(squares)):

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 
+#: `torch.func` keeps its levels there.
+functorch: Any = getattr(torch._C, "_functorch", None)
+current_level: Callable[[], int | None] | None = getattr(functorch, "maybe_current_level", None)
+count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
 #: A function of the arguments of a graph.
 Compiled = Callable[..., Any]
 
@@ -43,7 +48,8 @@ def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: A
         from torch._inductor import compile as inductor
 
         with _own_processor_checks():
-            return inductor(traced, described, options={"cpp.vec_isa_ok": True})
+            compiled: Any = inductor(traced, described, options={"cpp.vec_isa_ok": True})
+            return compiled
     return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, described)
 
 
@@ -82,16 +88,22 @@ def imports_may_warn() -> Iterator[None]:
         yield
 
 
-def is_transformed(leaves: Callable[[], list[Any]]) -> bool:
+def is_traced() -> bool:
+    """Whether operations are recorded and not computed: by `torch.compile`, or by a mode that sees each of them.
+
+    Numbers are not read then. Without the count of modes, reading one ends a recording: see `tracing_tools`.
+    """
+    return torch.compiler.is_compiling() or (count_modes is not None and count_modes() > 0)
+
+
+def is_transformed(leaves: Callable[[], list[Any]] = list) -> bool:
     """Whether a `vmap`, `grad` or `jvp` of `torch.func` is at work, whose tensors have no memory to read or write.
 
-    Without the level that `torch.func` keeps, each leaf is asked for its memory.
+    Without the level that `torch.func` keeps, leaves are asked for their memory.
     """
-    try:
-        from torch._C._functorch import maybe_current_level
-    except ImportError:
-        return any([isinstance(x, Tensor) and not _has_memory(x) for x in leaves()])
-    return maybe_current_level() is not None
+    if current_level is not None:
+        return current_level() is not None
+    return any([isinstance(x, Tensor) and not _has_memory(x) for x in leaves()])
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -100,6 +112,23 @@ def _has_memory(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode derivatives may be at work, which writing into a result would lose. Without it: they may."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def without_levels(w: Tensor) -> Tensor:
+    """The tensor inside those that `torch.func.grad` wraps around it. Without it, such numbers are not read."""
+    while functorch is not None and functorch.is_gradtrackingtensor(w):
+        w = functorch.get_unwrapped(w)
+    return w
+
+
+def is_batched(w: Tensor) -> bool:
+    """Whether a tensor stands for a batch inside `vmap`. Without it, each is asked for its memory."""
+    return functorch.is_functorch_wrapped_tensor(w) if functorch is not None else not _has_memory(w)
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

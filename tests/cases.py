@@ -21,7 +21,7 @@ if DEVICE != "cpu":
     # A factory call of a test means the device under test. Before the first of them: rows of tables hold tensors.
     torch.set_default_device(DEVICE)
 
-cpu_only = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="it says what the CPU does")
+cpu_only = pytest.mark.skipif(torch.device(DEVICE).type != "cpu", reason="it holds for the CPU alone")
 
 
 # Trees
@@ -40,6 +40,11 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.f
 def uniform(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers between 0 and 1, drawn on the CPU and moved."""
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
+
+
+def known(number: Any) -> Tensor:
+    """Numbers in a tensor of the CPU, where they are checked: elsewhere reading them would wait for a device."""
+    return torch.tensor(number, device="cpu")
 
 
 def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
@@ -129,6 +134,7 @@ class PenaltyCase:
     ruleless: str = ""  # Why it has no residual of its own, but that of its proximal operator.
     centre: float = 0.0  # Where each entry has its kink or least value.
     unweighted: str = ""  # Why no tree of weights multiplies it.
+    batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
     tied: str = ""  # Why its proximal operator is not smooth in a step from 0 at entries of exactly zero.
 
     def value(self, params: Any, **kwargs: Any) -> Tensor:
@@ -776,7 +782,9 @@ PENALTIES.update(
             hyper=(0.8, 3.0),
             nonconvex="levels off",
         ),
-        "scad": PenaltyCase(fr.scad, _scad, hyper=(0.8, 5.0), nonconvex="levels off"),
+        "scad": PenaltyCase(
+            fr.scad, _scad, hyper=(0.8, 5.0), nonconvex="levels off", batch=lambda h: [h, 0.8 * h, 0.6 * h]
+        ),
         "capped_l1": PenaltyCase(
             fr.capped_l1, lambda w: w.abs().clamp(max=0.6).sum(), hyper=(0.6,), nonconvex="levels off"
         ),
@@ -855,6 +863,7 @@ PENALTIES.update(
             lambda w: _scad_of_norms(_norms_of_rows(w), 0.7, 5.0),
             hyper=(0.7, 5.0),
             nonconvex="levels off",
+            batch=lambda h: [h, 0.8 * h, 0.6 * h],
         ),
         "group_l0": PenaltyCase(
             fr.group_l0, lambda w: (_norms_of_rows(w) != 0).double().sum(), nonconvex="jumps at zero"
@@ -998,6 +1007,7 @@ PENALTIES.update(
             fr.l1.given(mask=fr.matrices) + 0.5 * fr.group_lasso + 0.2 * fr.half_l2.given(mask=fr.matrices),
             lambda w: 0.5 * _sum_of_norms(_rows)(w) + (w.ndim > 1) * (w.abs().sum() + 0.1 * (w * w.conj()).real.sum()),
             least_ndim=2,  # A mask may not choose nothing, as that of matrices does where there is none.
+            unshaped="its mask chooses matrices, and would choose none",
         ),
     }
 )

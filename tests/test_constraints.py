@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import CONSTRAINTS, Layer, assert_equal, draw, draw_fours, flat
+from cases import CONSTRAINTS, DEVICE, Layer, assert_equal, draw, draw_fours, flat, known, normal
 from scipy.optimize import nnls
 from torch.func import grad, jvp, vmap
 
@@ -363,13 +363,13 @@ def test_the_residual_is_the_distance_of_the_gradient_from_the_normals(name):
     penalty, hyper, normals = NORMALS[name]
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        x, g = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        x, g = normal(generator, 2, 5)
         w = penalty.prox(x * (0.2 if seed % 4 == 0 else 1.5), 0.3, *hyper)
         slope = g + penalty.grad(w, *hyper)
         if penalty.__name__ == "nonnegative l1":
             slope = g + 1.0  # Also at zero, where the least slope of the magnitude is 0, and the next one 1.
         spanned = normals(w)
-        least = nnls(torch.stack(spanned, 1).numpy(), -slope.numpy())[1] if spanned else float(slope.norm())
+        least = nnls(torch.stack(spanned, 1).cpu().numpy(), -slope.cpu().numpy())[1] if spanned else float(slope.norm())
         found = penalty.residual(w, g, *hyper)
         assert abs(float(found.norm()) - least) <= 1e-9
         assert np.isfinite(least)
@@ -407,7 +407,7 @@ def test_autocast_changes_nothing(case):
         return case.value(params), case.project(params), through, left
 
     expected = everything()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
         assert_equal(everything(), expected)
 
 
@@ -428,7 +428,7 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
         least = case.penalty.bounds.get(name, (-math.inf, math.inf))[0]
         for value in (least - 1, math.nan):
             if not math.isinf(value):
-                for wrong in (value, torch.tensor(value), {"w": torch.tensor(value)}):
+                for wrong in (value, known(value), {"w": known(value)}):
                     hyper = [*case.hyper[:i], wrong, *case.hyper[i + 1 :]]
                     with pytest.raises(ValueError, match=f"{value:g}"):
                         case.penalty.project(params, *hyper, **case.options)
@@ -440,16 +440,16 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
     ("call", "message"),
     [
         (lambda w: fr.n_m_sparsity.project(w, 5, 4), "n of n_m_sparsity with m=4 is 5; expected a number from 0 to 4"),
-        (lambda w: fr.n_m_sparsity.project(w, torch.tensor(5), 4), "n of n_m_sparsity with m=4 is 5"),
+        (lambda w: fr.n_m_sparsity.project(w, known(5), 4), "n of n_m_sparsity with m=4 is 5"),
         (lambda w: fr.n_m_sparsity.project(w, 1.5, 4), "n of n_m_sparsity is 1.5; expected a whole number"),
         (lambda w: fr.project(fr.n_m_sparsity, 5, 4), "is 5; expected a number from 0 to 4"),
-        (lambda w: fr.top_k.project(w, torch.tensor(0.5)), r"k of top_k is tensor\(0.5\); expected a whole number"),
-        (lambda w: fr.box.project(w, {"w": torch.tensor([0.0, 2.0, 0.0, 0.0])}, 1.0), "lower is 2.0 and upper is 1.0"),
-        (lambda w: fr.project(fr.box, 0.0, torch.tensor(-1.0)), "lower is 0.0 and upper is -1.0"),
-        (lambda w: fr.projection_hypercube(w, torch.tensor(-1.0)), "lower is 0.0 and upper is -1.0"),
-        (lambda w: fr.projection_l1_sphere(w, torch.tensor(-1.0)), "scale is -1.0"),
-        (lambda w: fr.group_lasso(w, weights=torch.tensor([-1.0])), "weights of group_lasso has the entry -1.0"),
-        (lambda w: fr.slope(w, torch.tensor([1.0, 0.5, 0.5, -0.5])), "weights of slope has the entry -0.5"),
+        (lambda w: fr.top_k.project(w, known(0.5)), r"k of top_k is tensor\(0.5\); expected a whole number"),
+        (lambda w: fr.box.project(w, {"w": known([0.0, 2.0, 0.0, 0.0])}, 1.0), "lower is 2.0 and upper is 1.0"),
+        (lambda w: fr.project(fr.box, 0.0, known(-1.0)), "lower is 0.0 and upper is -1.0"),
+        (lambda w: fr.projection_hypercube(w, known(-1.0)), "lower is 0.0 and upper is -1.0"),
+        (lambda w: fr.projection_l1_sphere(w, known(-1.0)), "scale is -1.0"),
+        (lambda w: fr.group_lasso(w, weights=known([-1.0])), "weights of group_lasso has the entry -1.0"),
+        (lambda w: fr.slope(w, known([1.0, 0.5, 0.5, -0.5])), "weights of slope has the entry -0.5"),
     ],
 )
 def test_numbers_that_no_set_has_are_refused(call, message):
@@ -523,7 +523,7 @@ def test_empty_sets_and_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"lower is 2\.0 and upper is 1\.0"):
         fr.project(fr.box, {"w": 2.0}, {"w": 1.0})
     with pytest.raises(ValueError, match=r"lower is 2\.0 and upper is 0\.0"):
-        fr.box.project(w, torch.tensor(2.0), torch.tensor([0.0, 3.0, 3.0, 3.0]))
+        fr.box.project(w, known(2.0), known([0.0, 3.0, 3.0, 3.0]))
     # Where numbers are not known, the projection on an empty set is no number.
     batched = vmap(lambda high: fr.box.project(w, 2.0, high))(torch.tensor([[0.0, 3.0, 3.0, 3.0]]))
     assert batched["w"].isnan().tolist() == [[True, False, False, False]]

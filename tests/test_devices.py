@@ -87,15 +87,26 @@ def test_transforms_do_too(case):
 # The suite itself
 
 
-def draws(path):
-    """Lines that draw numbers from a generator, which belongs to a device, and name none."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and "generator" in (named := {keyword.arg for keyword in node.keywords}):
-            spread = any(keyword.arg is None for keyword in node.keywords)
-            if "device" not in named and not spread:
-                yield f"{path.name}:{node.lineno}"
+HERE_ALONE = {"test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"}
+
+
+def calls():
+    """All calls of tests that run on every device, with their place."""
+    for path in sorted(TESTS.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name not in HERE_ALONE else ():
+            if isinstance(node, ast.Call):
+                yield f"{path.name}:{node.lineno}", node
 
 
 def test_numbers_of_a_generator_are_drawn_on_the_cpu_and_moved():
-    collected_everywhere = set(TESTS.glob("*.py")) - {TESTS / "test_articles.py"}
-    assert [line for path in sorted(collected_everywhere) for line in draws(path)] == []
+    named = [(place, {keyword.arg for keyword in call.keywords}) for place, call in calls()]
+    assert [place for place, names in named if "generator" in names and not names & {"device", None}] == []
+
+
+def test_arrays_come_from_the_cpu():
+    arrays = [(place, call) for place, call in calls() if ast.unparse(call.func).endswith(".numpy")]
+    assert [place for place, call in arrays if not ast.unparse(call.func).endswith("cpu().numpy")] == []
+
+
+def test_autocast_is_that_of_the_device_under_test():
+    assert [place for place, call in calls() if ast.unparse(call).startswith("torch.autocast('cpu'")] == []

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import DEVICE, normal
 from torch.autograd import forward_ad
 
 import funcreg as fr
@@ -241,7 +242,7 @@ def test_gradients_that_lie_in_donated_memory_are_refused_at_every_step():
 def test_gradients_that_overlap_donated_memory_are_refused():
     tx = fr.trace(0.9)
     step = fr.fuse(tx, donate=True, backend="eager")
-    memory = torch.randn(600_001, generator=torch.Generator().manual_seed(0))
+    memory = normal(torch.Generator().manual_seed(0), 600_001, dtype=torch.float32)
     params, grads = {"w": memory[1:]}, {"w": memory[:-1]}
     with pytest.raises(ValueError, match="shares memory"):
         step(params, grads, tx.init(params))
@@ -260,9 +261,9 @@ def test_value_and_grad_outside_of_autocast_after_inside():
     def gram(w):
         return (w @ w.T).square().sum()
 
-    params = {"w": torch.randn(6, 5, generator=torch.Generator().manual_seed(0))}
+    params = {"w": normal(torch.Generator().manual_seed(0), 6, 5, dtype=torch.float32)}
     f = fr.value_and_grad(gram, backend="eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
         f(params)
     torch.testing.assert_close(f(params), (gram(params), gram.grad(params)))
 

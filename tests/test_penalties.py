@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from cases import GRADIENT_ALONE, PENALTIES, Layer, assert_equal, draw, flat
+from cases import DEVICE, GRADIENT_ALONE, PENALTIES, Layer, assert_equal, draw, flat, known
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -207,7 +207,7 @@ def test_autocast_changes_nothing(name):
 
     expected = everything()
     for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(torch.device(DEVICE).type, dtype=dtype):
             assert_equal(everything(), expected)
 
 
@@ -215,7 +215,7 @@ def test_autocast_changes_nothing_in_compiled_code():
     w = torch.randn(5, 4)
     everything = lambda w: (fr.nuclear.prox(w, 0.5), fr.orthogonality(w), grad(fr.orthogonality)(w))
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
         assert_equal(compiled(w), everything(w), rtol=1e-5, atol=1e-5)
     assert torch.linalg.matrix_rank(fr.nuclear.prox(w, 1.0)) < 4
 
@@ -237,7 +237,7 @@ def wrong_values(case):
 def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
     params = {"w": draw()["head"].weight}
     for i, name, value in wrong_values(case):
-        for wrong in (value, torch.tensor(value), {"w": torch.tensor(value)}):
+        for wrong in (value, known(value), {"w": known(value)}):
             hyper = [*case.hyper[:i], wrong, *case.hyper[i + 1 :]]
             for call in (
                 lambda hyper=hyper: case.penalty(params, *hyper, **case.options),
@@ -251,7 +251,7 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
         batch = [torch.tensor([value]) if j == i else torch.tensor([h]) for j, h in enumerate(case.hyper)]
         vmap(lambda *h: case.penalty(params, *h, **case.options))(*batch)  # Not read, and no error.
     for wrong in (-0.5, math.nan):
-        for step in (wrong, torch.tensor(wrong), {"w": torch.tensor(wrong)}):
+        for step in (wrong, known(wrong), {"w": known(wrong)}):
             with pytest.raises(ValueError, match=r"^step"):
                 case.prox(params, step)
             with pytest.raises(ValueError, match="strength"):
@@ -311,6 +311,7 @@ def test_penalties_print_as_they_were_written():
         (0.1 * fr.l1 + fr.elastic.given(0.1, rho=0.5), "0.1 * l1 + elastic.given(0.1, 0.5)"),
         (0.5 * (fr.l1 + 2 * fr.l2.given(mask=fr.matrices)), "0.5 * (l1 + 2 * l2.given(mask=matrices))"),
         (fr.group_lasso.given(dim=0), "group_lasso.given(dim=0)"),
+        (fr.l1 + fr.simplex + fr.l2_ball.given(2.0), "l1 + simplex + l2_ball.given(2.0)"),
         ({"w": 2.0} * fr.anchored_l1.given(anchor), "{'w': 2.0} * anchored_l1.given({'w': tensor of (2,)})"),
         (torch.tensor(0.5) * fr.nonnegative_form(fr.mcp).given(1.0, 3.0), "tensor(0.5) * nonnegative_form(mcp)"),
         (fr.on_singular_values(fr.l_half), "on_singular_values(l_half)"),
@@ -441,7 +442,7 @@ def test_vmap_is_a_loop_over_members(case):
     trees, stacked = tiny_members()
     steps, hyper = (
         torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64),
-        [torch.tensor([h, h / 2, h / 3]) for h in case.hyper],
+        [torch.tensor(case.batch(h)) for h in case.hyper],
     )
     p, options = case.penalty, case.options
     values = vmap(lambda w, *h: p(w, *h, **options))(stacked, *hyper)

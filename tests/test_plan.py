@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, PENALTIES, TRANSFORMS, assert_equal, draw
+from cases import PENALTIES, TRANSFORMS, assert_equal, draw, normal
 
 import funcreg as fr
 from funcreg import grouping, lowering
@@ -190,7 +190,7 @@ def test_the_number_of_long_kernels_does_not_grow_with_that_of_shapes(donate, mo
 
 def draw_normal(shape, seed):
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float64).to(DEVICE)
+    return normal(generator, *shape)
 
 
 LONG = {
@@ -322,7 +322,7 @@ KEEPS = {
 @pytest.mark.parametrize("row", KEEPS.values(), ids=KEEPS)
 def test_old_numbers_may_go_to_new_places(row, donate, backend):
     tx = fr.Transform(*row)
-    square = lambda n, dtype: {"w": torch.randn(3, 3, generator=torch.Generator().manual_seed(n), dtype=U)}
+    square = lambda n, dtype: {"w": normal(torch.Generator().manual_seed(n), 3, 3, dtype=U)}
     step = fr.fuse(tx, donate=donate, backend=backend)
     follow(tx, step, *step.init(square(0, U)), grads=square, rtol=1e-12, atol=1e-14)
 
@@ -450,7 +450,7 @@ def test_packed_gradients_are_read_where_they_lie(donate, small_buffers):
     mine = step.gradients(params)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        grads = fr.tree_map(lambda w, g=generator: torch.randn(w.shape, generator=g), params)
+        grads = fr.tree_map(lambda w, g=generator: normal(g, *w.shape, dtype=w.dtype), params)
         fr.tree_map(lambda place, g: place.copy_(g), mine, grads)
         updates, after = tx.update(grads, expected[1], expected[0])
         expected = fr.apply_updates(expected[0], updates), after

@@ -99,7 +99,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            found.add(node.module or "")
+            found |= (
+                {f"funcreg.{each.name}" for each in node.names} if node.module == "funcreg" else {node.module or ""}
+            )
     return found
 
 

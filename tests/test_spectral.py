@@ -270,7 +270,7 @@ def test_the_compiler_of_kernels_changes_nothing(name):
 def test_one_number_is_taken_for_each_matrix():
     w = random(3, 4)
     torch.testing.assert_close(fr.nuclear.prox(w, torch.tensor([[0.4]])), fr.nuclear.prox(w, 0.4), check_dtype=False)
-    with pytest.raises(ValueError, match=r"step has shape \(3, 1\); expected one number for each matrix"):
+    with pytest.raises(ValueError, match=r"step has shape \(3, 1\); expected one number for each leaf"):
         fr.nuclear.prox(w, torch.ones(3, 1))
 
 

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import TRANSFORMS, assert_equal, draw, flat
+from cases import TRANSFORMS, assert_equal, cpu_only, draw, flat
 from torch import nn, tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 import funcreg as fr
 from funcreg.ranges import check_range, concrete
 
+pytestmark = cpu_only  # Numbers in tensors are checked on the CPU, where reading them waits for no device.
 NAN, INF = float("nan"), float("inf")
 
 # From a hyperparameter to what has it, and numbers that it may not be.

@@ -505,9 +505,9 @@ def test_weights_that_fit_no_leaf_are_refused():
         (torch.ones(7) * fr.l1)(params)
     with pytest.raises(ValueError, match="the strength of l1 at 'head' is -1"):
         {"head": -1, "body": 1.0} * fr.l1
-    with pytest.raises(TypeError, match="the strength of l1 is 'x'"):
+    with pytest.raises(TypeError, match="the strength of l1 at 'head' is 'x'"):
         {"head": "x", "body": 1.0} * fr.l1
-    with pytest.raises(TypeError, match="the strength of l1 is True"):
+    with pytest.raises(TypeError, match="the strength of l1 at 'head' is True"):
         {"head": True, "body": 1.0} * fr.l1
     with pytest.raises(TypeError, match="A schedule goes to"):
         {"head": lambda count: 1.0, "body": 1.0} * fr.l1

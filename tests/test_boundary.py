@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -30,13 +31,12 @@ from funcreg import lowering, undocumented
 LONG = 120
 
 both = pytest.mark.parametrize("donate", [False, True])
-backends = pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+compilers = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
 def square(value: float = 1.0) -> dict[str, torch.Tensor]:
     """Leaves of one shape, and one beside them."""
+    value = float(value)
     return {"a": torch.arange(9.0).reshape(3, 3) * value, "b": torch.full((3, 3), value), "c": torch.ones(4) * value}
 
 
@@ -199,12 +199,10 @@ CHANGES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
 PLACES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "parameter": lambda params, grads, state, anchor: (params["a"], params["b"]),
     "moment": lambda params, grads, state, anchor: (state[0].trace["a"], state[0].trace["b"]),
-    "moment, like a parameter": lambda params, grads, state, anchor: (state[0].trace["a"], params["b"]),
     "gradient": lambda params, grads, state, anchor: (grads["a"], grads["b"]),
     "gradient, like a parameter": lambda params, grads, state, anchor: (grads["a"], params["b"]),
     "captured": lambda params, grads, state, anchor: (anchor["a"], anchor["b"]),
     "captured, like a parameter": lambda params, grads, state, anchor: (anchor["a"], params["b"]),
-    "captured, like a moment": lambda params, grads, state, anchor: (anchor["a"], state[0].trace["b"]),
 }
 
 
@@ -220,8 +218,7 @@ def test_tensors_changed_in_place_after_a_step_are_read_as_they_are_or_refused(c
     step = fr.fuse(tx, donate=donate, backend=backend)
     params, state = step.init(square())
     grads = square(0.5)
-    for _ in range(2):
-        params, state = check(tx, step, params, grads, state)
+    params, state = check(tx, step, params, grads, state)
     try:
         change(*where(params, grads, state, anchor))
     except RuntimeError:  # Torch itself refuses, as of memory that it did not allocate.
@@ -292,7 +289,7 @@ ALIASES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @both
-@backends
+@compilers
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
 def test_captured_tensors_in_donated_memory_are_refused(alias, donate, backend):
     params, state = fr.fuse(anchored(square()), backend="eager").init(square())
@@ -340,7 +337,7 @@ def with_extra() -> fr.Transform:
 
 
 @both
-@backends
+@compilers
 @pytest.mark.parametrize("of", ["parameters", "state", "views", "gradients", "negated"])
 def test_extra_arguments_may_alias_donated_memory(of, donate, backend):
     tx = with_extra()
@@ -386,15 +383,13 @@ def negated(x: torch.Tensor) -> torch.Tensor:
 
 
 @both
-@backends
+@compilers
 @pytest.mark.parametrize("kind", ["negative", "conjugate"])
 @pytest.mark.parametrize("place", ["params", "grads", "state", "captured", "extra"])
 @pytest.mark.parametrize("first", ["plain", "with the bit"])
 def test_negative_and_conjugate_bits_are_heeded(place, kind, first, donate, backend):
-    dtype = torch.complex64 if kind == "conjugate" else torch.float32
-    draw_one = lambda k: {name: (x * (1 + k)).to(dtype) * (1 + 2j * (kind == "conjugate")).real for name, x in square().items()}
-    if kind == "conjugate":
-        draw_one = lambda k: {name: torch.complex(x * k, x + k) for name, x in square().items()}
+    number = (lambda x, k: torch.complex(x * k, x + k)) if kind == "conjugate" else (lambda x, k: x * (1 + k))
+    draw_one = lambda k: {name: number(x, k) for name, x in square().items()}
     anchor = draw_one(3)
 
     def update(updates, state, params, *, extra):
@@ -415,12 +410,11 @@ def test_negative_and_conjugate_bits_are_heeded(place, kind, first, donate, back
             step(params, grads, state, extra=extra)
         assert_equal((params, state), before)
         return
-    for _ in range(2):
-        params, state = check(tx, step, params, grads, state, extra=extra)
+    params, state = check(tx, step, params, grads, state, extra=extra)
 
 
 @both
-@backends
+@compilers
 def test_a_learning_rate_with_a_negative_bit(donate, backend):
     rate = torch.tensor([1 + 0.25j]).conj().imag[0]
     assert rate.is_neg()
@@ -520,7 +514,30 @@ print(status)
 
 
 @both
-@backends
+def test_a_step_while_another_thread_compiles_something_else(donate):
+    stopping, tx = Stopping(), fr.adam(0.1)
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    f = fr.value_and_grad(fr.l1, backend="eager")
+    params, state = step.init(square())
+    held = fr.tree_map(lambda w: w.requires_grad_(), square())
+
+    def compiles():
+        torch.compile(lambda x: x.sin() + 1, backend=stopping)(torch.ones(3))
+
+    def steps():
+        assert stopping.begun.wait(LONG)
+        try:
+            after, _ = check(tx, step, params, square(), state)
+            assert (after["a"].data_ptr() == params["a"].data_ptr()) == donate
+            assert not any([slope.requires_grad for slope in fr.tree_leaves(f(held)[1])])
+        finally:
+            stopping.go.set()
+
+    in_threads(compiles, steps)
+
+
+@both
+@compilers
 def test_two_trainings_through_one_step_at_the_same_time(donate, backend):
     tx = fr.chain(fr.clip_by_global_norm(2.0), fr.scale_by_adam(), fr.scale(-0.1))
     step = fr.fuse(tx, donate=donate, backend=backend)
@@ -546,7 +563,12 @@ def test_two_trainings_through_one_step_at_the_same_time(donate, backend):
 def test_trainings_of_different_trees_through_one_step_at_the_same_time(donate):
     tx = fr.chain(fr.trace(0.5), fr.scale(-0.1))
     step = fr.fuse(tx, donate=donate, backend="eager")
-    forms = [{"w": torch.ones(3)}, [torch.ones(3), torch.ones(3)], torch.ones(2, 3), {"w": torch.ones(5), "v": torch.ones(())}]
+    forms = [
+        {"w": torch.ones(3)},
+        [torch.ones(3), torch.ones(3)],
+        torch.ones(2, 3),
+        {"w": torch.ones(5), "v": torch.ones(())},
+    ]
     start = threading.Barrier(len(forms))
 
     def training(form):
@@ -588,10 +610,6 @@ def test_penalties_of_different_trees_in_threads():
         in_threads(*map(work, forms))
     finally:
         sys.setswitchinterval(before)
-
-
-class Reentering:
-    """A leaf of a tree that optree was told of: reading it steps with another tree."""
 
 
 @pytest.mark.slow
@@ -697,7 +715,7 @@ print(kernel[kernel.index("extern"):])
         pytest.skip("this processor has no vectors")
 
 
-@backends
+@compilers
 def test_others_call_compiled_functions_while_a_step_is_made(backend):
     mine = torch.compile(lambda x: x.sin() + 1, backend="aot_eager")
     x = torch.ones(3)
@@ -785,8 +803,8 @@ def resident():
 
 def alive():
     gc.collect()
-    storages = {{x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor}}
-    return sum(storages.values())
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({{storage.data_ptr(): storage.nbytes() for storage in storages}}.values())
 
 def train(step, tree, count):
     params, state = step.init(tree)
@@ -803,7 +821,8 @@ print(resident() - before, alive() - tensors)
 """
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("the system does not say what memory is resident")
-    grown, tensors = map(int, run(code).split())
+    # Without this, temporaries stay with the allocator of the C library.
+    grown, tensors = map(int, run(code, MALLOC_MMAP_THRESHOLD_="65536").split())
     assert tensors < 1000
     assert grown < 10_000_000  # Half of one copy of the parameters.
 
@@ -814,7 +833,6 @@ def test_weak_references_to_dropped_results_see_nothing():
     for _ in range(6):
         refs = [weakref.ref(leaf) for leaf in fr.tree_leaves((params, state))]
         params, state = step(params, square(), state)
-        gc.collect()
         assert [ref() for ref in refs] == [None] * len(refs)
 
 
@@ -833,7 +851,14 @@ def saved_by_autograd(x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def through_dlpack(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     capsule = torch.utils.dlpack.to_dlpack(x)
-    return lambda found=[]: found[0] if found else found.append(torch.from_dlpack(capsule)) or found[0]
+    found: list[torch.Tensor] = []
+
+    def read() -> torch.Tensor:
+        if not found:
+            found.append(torch.from_dlpack(capsule))
+        return found[0]
+
+    return read
 
 
 def through_numpy(x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -848,20 +873,13 @@ def through_storage(x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], torch.Tensor]]] = {
     "the tensor": lambda x: lambda: x,
-    "a view": lambda x: lambda view=x.view(-1): view.view(x_shape(view)),
-    "a detached view": lambda x: lambda view=x.detach(): view,
+    "a view": lambda x: (lambda view, shape: lambda: view.view(shape))(x.view(-1), x.shape),
+    "a detached view": lambda x: (lambda view: lambda: view)(x.detach()),
     "numpy": through_numpy,
     "dlpack": through_dlpack,
     "autograd": saved_by_autograd,
     "storage": through_storage,
-    "buffer": lambda x: lambda buffer=memoryview(x.numpy()): torch.frombuffer(buffer, dtype=x_dtype).view(x_shape(buffer)),
 }
-x_dtype = torch.float32
-
-
-def x_shape(held: Any) -> tuple[int, ...]:
-    entries = held.numel() if isinstance(held, torch.Tensor) else held.nbytes // 4
-    return (3, 3) if entries == 9 else (4,)
 
 
 @cpu_only
@@ -880,7 +898,6 @@ def test_what_holds_a_result_keeps_its_numbers(hold, of, which):
     del leaf
     for _ in range(10):
         params, state = step(params, square(), state)
-        gc.collect()
         assert torch.equal(read(), before)
     del step, params, state
     gc.collect()
@@ -912,7 +929,7 @@ def test_all_trees_of_a_run_may_be_kept():
         copies.append(copy.deepcopy((params, state)))
     assert_equal(kept, copies)
     spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in fr.tree_leaves(kept))
-    assert all([end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)])
+    assert all([end <= begin for (_, end), (begin, _) in itertools.pairwise(spans)])
 
 
 # Undocumented torch, taken away
@@ -1005,7 +1022,9 @@ def test_without_what_torch_does_not_document_results_are_equal(take, donate):
 def test_without_the_level_of_functorch_steps_inside_vmap_are_plain(take, monkeypatch):
     TAKEN[take](monkeypatch)
     step = fr.fuse(fr.sgd(0.1), backend="eager")
-    assert_equal(vmap(lambda w: step(w, 2 * w, fr.sgd(0.1).init(w))[0])(torch.ones(3, 2)), torch.full((3, 2), 0.8), 1e-6)
+    assert_equal(
+        vmap(lambda w: step(w, 2 * w, fr.sgd(0.1).init(w))[0])(torch.ones(3, 2)), torch.full((3, 2), 0.8), 1e-6
+    )
     with pytest.raises(ValueError, match="inside vmap or grad"):
         vmap(lambda w: fr.fuse(fr.sgd(0.1), donate=True)(w, 2 * w, fr.sgd(0.1).init(w))[0])(torch.ones(3, 2))
 
@@ -1029,7 +1048,6 @@ def uncached(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("take", INDUCTOR.values(), ids=INDUCTOR)
 def test_without_what_inductor_does_not_document_results_are_equal(take, monkeypatch):
-    import torch._inductor.cpu_vec_isa
 
     tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1))
     take(monkeypatch)
@@ -1137,27 +1155,20 @@ def test_gradients_that_are_zero_are_no_reason_to_warn(nothing_said):
 # Gradients that are None
 
 
-def chosen(name: str) -> fr.Selection:
-    return fr.select(name)
-
-
 SPARED: dict[str, Callable[[], fr.Transform]] = {
     "masked": lambda: fr.masked(fr.sgd(0.1), fr.select("a") | fr.select("b")),
     "frozen": lambda: fr.chain(fr.adam(0.1), fr.freeze(fr.select("c"))),
     "proximal": lambda: fr.prox_sgd(0.1, fr.l1, mask=~fr.select("c")),
-    "labels": lambda: fr.partition(
-        {"on": fr.adam(0.1), "off": fr.set_to_zero()}, {"a": "on", "b": "on", "c": "off"}
-    ),
+    "labels": lambda: fr.partition({"on": fr.adam(0.1), "off": fr.set_to_zero()}, {"a": "on", "b": "on", "c": "off"}),
     "chain": lambda: fr.chain(fr.masked(fr.trace(0.9), ~fr.select("c")), fr.scale(-0.1), fr.freeze(fr.select("c"))),
 }
 
 
 @both
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("make", SPARED.values(), ids=SPARED)
-def test_none_stands_for_gradients_of_leaves_that_stay(make, backend, donate):
+def test_none_stands_for_gradients_of_leaves_that_stay(make, donate):
     tx = make()
-    step = fr.fuse(tx, donate=donate, backend=backend)
+    step = fr.fuse(tx, donate=donate, backend="eager")
     params, state = step.init(square())
     given = [{**square(0.5), "c": None}, {**square(0.5), "c": torch.zeros(4)}, {**square(0.5), "c": None}]
     for grads in given:
@@ -1189,9 +1200,7 @@ def test_none_elsewhere_is_refused_by_the_name_of_its_leaf(make):
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("make", [copy.deepcopy, copy.copy, lambda step: pickle.loads(pickle.dumps(step))])
 def test_copies_of_steps_step_alike(make, used, donate):
-    tx = fr.chain(
-        fr.scale_by_adam(b1=0.8), fr.add_decayed_weights(torch.tensor(0.1), mask=fr.matrices), fr.scale(-0.1)
-    )
+    tx = fr.chain(fr.scale_by_adam(b1=0.8), fr.add_decayed_weights(torch.tensor(0.1), mask=fr.matrices), fr.scale(-0.1))
     step = fr.fuse(tx, donate=donate, backend="aot_eager")
     params, state = step.init(square())
     if used:
@@ -1229,9 +1238,7 @@ def test_steps_print_as_they_were_written():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("order", ["inside first", "outside first"])
 def test_autocast_changes_nothing(order, backend, donate):
-    tx = fr.chain(
-        fr.add_penalty(fr.orthogonality, strength=0.1), fr.scale_by_adam(), fr.scale(-0.1), fr.proximal(fr.nuclear, 0.01)
-    ) if False else fr.chain(fr.add_penalty(fr.orthogonality, strength=0.1), fr.scale_by_adam(), fr.scale(-0.1))
+    tx = fr.chain(fr.add_penalty(fr.orthogonality, strength=0.1), fr.scale_by_adam(), fr.scale(-0.1))
     start = {"a": normal(torch.Generator().manual_seed(0), 5, 4, dtype=torch.float32), "c": torch.ones(4, 4)}
     step = fr.fuse(tx, donate=donate, backend=backend)
     params, state = step.init(start)
@@ -1254,13 +1261,12 @@ MODES_OF_TORCH: dict[str, Callable[[], Any]] = {
 
 
 @both
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("order", ["inside first", "outside first", "init outside"])
 @pytest.mark.parametrize("mode", MODES_OF_TORCH.values(), ids=MODES_OF_TORCH)
-def test_modes_of_torch_change_nothing(mode, order, backend, donate):
+def test_modes_of_torch_change_nothing(mode, order, donate):
     tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1))
-    step = fr.fuse(tx, donate=donate, backend=backend)
-    start, grads = square(), [square(n + 0.5) for n in range(5)]
+    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    start, grads = square(), [square(n + 0.5) for n in range(4)]
     expected = copy.deepcopy(start), tx.init(start)
     if order == "inside first":
         with mode():
@@ -1406,8 +1412,15 @@ KINDS = {
     "dtypes": {"a": torch.ones(3), "b": torch.ones(3, dtype=torch.float64), "c": torch.ones(3, dtype=torch.bfloat16)},
     "halves": {"a": torch.ones(3, dtype=torch.float16), "b": torch.ones(2, 2, dtype=torch.bfloat16)},
     "complex": {"a": torch.tensor([1 + 2j, -3j]), "b": torch.ones(2, 2, dtype=torch.complex64), "c": torch.ones(3)},
-    "strided": {"a": torch.arange(6.0).view(2, 3).T, "b": torch.arange(8.0)[::2], "c": torch.ones(2, 3, 4).permute(2, 0, 1)},
-    "channels last": {"a": torch.arange(16.0).view(1, 4, 2, 2).to(memory_format=torch.channels_last), "b": torch.ones(2)},
+    "strided": {
+        "a": torch.arange(6.0).view(2, 3).T,
+        "b": torch.arange(8.0)[::2],
+        "c": torch.ones(2, 3, 4).permute(2, 0, 1),
+    },
+    "channels last": {
+        "a": torch.arange(16.0).view(1, 4, 2, 2).to(memory_format=torch.channels_last),
+        "b": torch.ones(2),
+    },
     "parameters": {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.ones(3)},
     "none among them": {"a": torch.ones(3), "b": None, "c": [None, torch.ones(2)]},
     "nested": [(), {"x": (torch.ones(2), [torch.ones(1)])}, torch.ones(0)],
@@ -1416,13 +1429,14 @@ CHAINS: dict[str, Callable[[], fr.Transform]] = {
     "adam": lambda: fr.adam(0.1),
     "clipped": lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.trace(0.9), fr.scale(-0.1)),
     "prox": lambda: fr.prox_sgd(0.1, fr.l1, strength=0.1),
-    "float32 moments": lambda: fr.chain(fr.scale_by_adam(mu_dtype=torch.float32), fr.scale(-0.1)),
 }
 
 
-@both
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("owned", [False, True], ids=["as they are", "from init"])
+@pytest.mark.parametrize(
+    ("donate", "owned", "backend"),
+    [(True, True, "aot_eager"), (False, True, "eager"), (True, False, "eager"), (False, False, "eager")],
+    ids=["donated", "from init", "donated as they are", "as they are"],
+)
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_trees_of_every_kind_are_stepped_as_by_the_plain_functions(tree, make, owned, backend, donate):
@@ -1433,7 +1447,7 @@ def test_trees_of_every_kind_are_stepped_as_by_the_plain_functions(tree, make, o
         with pytest.raises(ValueError, match="requires grad"):
             step(params, fr.tree_map(lambda w: w.detach().clone(), params), state)
         return
-    for n in range(3):
+    for n in range(2):
         grads = fr.tree_map(lambda w, n=n: (w.detach() * (n - 0.5) + 0.25).to(w.dtype), tree)
         expected = plain(tx, fr.tree_map(torch.Tensor.detach, params), grads, state)
         params, state = step(params, grads, state)
@@ -1500,7 +1514,8 @@ def test_fused_steps_are_the_plain_ones(training):
     shapes, dtypes, names, backend, (donate, packed, owned, small), seed = training
     generator = torch.Generator().manual_seed(seed)
     tree = lambda: {
-        f"w{i}": normal(generator, *shape, dtype=dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+        f"w{i}": normal(generator, *shape, dtype=dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     }
     tx = fr.chain(*[BLOCKS[name]() for name in names], fr.scale(-0.1))
     with pytest.MonkeyPatch.context() as patch:

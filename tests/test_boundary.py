@@ -19,7 +19,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import assert_equal, cpu_only, draw, normal
+from cases import assert_equal, cpu_only, normal
 from hypothesis import given
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap

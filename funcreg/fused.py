@@ -252,7 +252,9 @@ class FusedStep(_Planned):
             ]
             if plan is not None:
                 memory = plan.results.take()
-                for i, leaf in zip(plan.results.layout.positions, plan.results.lend(memory), strict=True):
+                for i, leaf in zip(
+                    plan.results.layout.positions, plan.results.lend(memory, own_storages=True), strict=True
+                ):
                     copied[i] = leaf.copy_(leaves[i])
         count = len(columns[0])
         return restored(specs[0], copied[:count]), restored(specs[2], copied[count:])
@@ -275,7 +277,9 @@ class FusedStep(_Planned):
             made = [torch.zeros_like(x, requires_grad=False, memory_format=torch.contiguous_format) for x in leaves]
             if plan is not None:
                 memory = plan.gradients.take()
-                for i, leaf in zip(plan.gradients.layout.positions, plan.gradients.lend(memory), strict=True):
+                for i, leaf in zip(
+                    plan.gradients.layout.positions, plan.gradients.lend(memory, own_storages=True), strict=True
+                ):
                     made[i] = leaf.zero_()
             self._versions = []
             return restored(spec, made)

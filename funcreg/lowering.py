@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 _TOGETHER = 16
 #: Entries from which a leaf is computed with where it lies, and of the longest vector of leaves copied together.
 SEPARATE = {"cpu": (40_000, 1_000_000)}
-SEPARATE_ELSEWHERE = (500_000, (1 << 31) - 1)
+SEPARATE_ELSEWHERE = (4_000_000, (1 << 31) - 1)
 
 _said: set[str] = set()
 

@@ -1,18 +1,22 @@
 """Packed memory: vectors in which leaves lie end to end, and leaves that look as if each had memory of its own.
 
-A kernel reads and writes a vector; users see its leaves. Each leaf has a storage of its own size over its part of the
-vector, so that it saves, shares and compares like any tensor. On a CPU, memory comes back to a pool when the last
-storage over it dies, whoever held it (a view, a numpy array, a graph of autograd): torch keeps the buffer that a
-storage was made from alive as long as the storage, and the pool has a weak reference to that buffer. Fresh pages for
-every result would cost a step several times its time. On other devices torch's own allocator does all this.
+A kernel reads and writes a vector; users see its leaves. Those that `init` makes have storages of their own size over
+their parts of the vector, so that each saves and shares like any tensor. To make these at every step would take longer
+than many a step: results of a step that does not donate share one storage for all parameters, and for each moment.
+
+On a CPU, memory comes back to a pool when the last storage over it dies, whoever held it (a view, a numpy array, a
+graph of autograd): torch keeps the buffer that a storage was made from alive as long as the storage, and the pool has a
+weak reference to that buffer. Fresh pages for every result would cost a step several times its time. On other devices
+torch's own allocator does all this.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,7 +56,7 @@ class Leaf(NamedTuple):
 class Layout:
     """Where parts lie in one block of memory for each device."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.sizes: dict[torch.device, int] = {}  # Bytes of each block.
         self.vectors: dict[Any, Leaf] = {}  # Each part as a whole.
         leaves: list[Leaf] = []
@@ -68,8 +72,27 @@ class Layout:
             self.sizes[part.device] = offset
         self.leaves = sorted(leaves)
         self.positions = [leaf.position for leaf in self.leaves]
+        #: Parts of vectors whose leaves differ in their first dimension alone: key, entries, tail, first dimensions.
+        self.runs: list[tuple[Any, slice, tuple[int, ...], list[int]]] = []
+        for part in parts:
+            start = 0
+            for tail, shapes in itertools.groupby(part.shapes, key=lambda shape: shape[1:]):
+                heads = [shape[0] for shape in shapes]
+                end = start + sum(heads) * math.prod(tail)
+                self.runs.append((part.key, slice(start, end), tail, heads))
+                start = end
+        given = [position for part in parts for position in part.positions]
+        self._order = sorted(range(len(given)), key=given.__getitem__)
         #: The first leaf with entries, by whose address memory is found.
         self.anchor = next((i for i, leaf in enumerate(self.leaves) if leaf.entries), None)
+
+    def split(self, vectors: dict[Any, Tensor]) -> list[Tensor]:
+        """Vectors as their leaves, in the order of positions."""
+        made: list[Tensor] = []
+        for key, part, tail, heads in self.runs:
+            whole = vectors[key][part].view(sum(heads), *tail)
+            made += torch.unsafe_split_with_sizes(whole, heads)  # Unlike results of `split`, no views for autograd.
+        return [made[i] for i in self._order]
 
 
 class Memory:
@@ -90,13 +113,17 @@ class Memory:
         """Whether all of it is memory of the CPU; the allocators of other devices reuse theirs by themselves."""
         return not any(isinstance(block, Tensor) for block in self._blocks.values())
 
-    def leaves(self) -> tuple[list[Tensor], Any]:
+    def leaves(self, own_storages: bool) -> tuple[list[Tensor], Any]:
         """Leaves over this memory, in the order of their positions, and what dies when their last storage does.
 
         On other devices that is the anchor itself.
         """
         owners = {d: block if isinstance(block, Tensor) else memoryview(block) for d, block in self._blocks.items()}
-        made = _tensors_over(owners, self._layout.leaves)
+        if own_storages:
+            made = _tensors_over(owners, self._layout.leaves)
+        else:
+            parts = self._layout.vectors
+            made = self._layout.split(dict(zip(parts, _tensors_over(owners, list(parts.values())), strict=True)))
         self.addresses = self.addresses or tuple(map(Tensor.data_ptr, made))
         return made, next(iter(owners.values())) if self.is_reusable and owners else made[self._layout.anchor or 0]
 
@@ -122,10 +149,10 @@ class Pool:
             with torch.inference_mode(False):
                 return Memory(self.layout)
 
-    def lend(self, memory: Memory) -> list[Tensor]:
+    def lend(self, memory: Memory, own_storages: bool = False) -> list[Tensor]:
         """Leaves over memory that was taken, in the order of their positions: it is theirs until the last one dies."""
         with torch.inference_mode(False), torch.no_grad():
-            leaves, owner = memory.leaves()
+            leaves, owner = memory.leaves(own_storages)
         if self.layout.anchor is not None:
             self._used[memory.addresses[self.layout.anchor]] = memory
             weakref.finalize(owner, self._give_back, memory).atexit = False
@@ -162,23 +189,15 @@ def _block(size: int, device: torch.device) -> Any:
 
 def _tensors_over(blocks: dict[torch.device, Any], leaves: list[Leaf]) -> list[Tensor]:
     """Tensors over parts of blocks, each with a storage of its own."""
-    only = next(iter(blocks.values())) if len(blocks) == 1 else None
-    if only is None or isinstance(only, Tensor) or not all([leaf.entries for leaf in leaves]):
-        return [_tensor_over(blocks[leaf.device], leaf) for leaf in leaves]
-    # In two loops: a call for each leaf would take longer than all else of a step on many small ones.
-    over = torch.frombuffer
-    made = [over(only, dtype=dtype, count=count, offset=offset) for _, offset, count, dtype, *_ in leaves]
-    for tensor, leaf in zip(made, leaves, strict=True):
-        if len(leaf.shape) != 1:
-            tensor.as_strided_(leaf.shape, leaf.strides)
+    made = []
+    for _, offset, entries, dtype, device, shape, strides in leaves:
+        block = blocks[device]
+        if not entries:
+            made.append(torch.empty(shape, dtype=dtype, device=device))
+        elif isinstance(block, Tensor):
+            storage = block.untyped_storage()[offset : offset + entries * dtype.itemsize]
+            made.append(torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, strides))
+        else:
+            vector = torch.frombuffer(block, dtype=dtype, count=entries, offset=offset)
+            made.append(vector.as_strided_(shape, strides))
     return made
-
-
-def _tensor_over(block: Any, leaf: Leaf) -> Tensor:
-    _, offset, entries, dtype, device, shape, strides = leaf
-    if not entries:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if isinstance(block, Tensor):
-        storage = block.untyped_storage()[offset : offset + entries * dtype.itemsize]
-        return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, strides)
-    return torch.frombuffer(block, dtype=dtype, count=entries, offset=offset).as_strided_(shape, strides)

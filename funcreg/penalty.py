@@ -352,7 +352,10 @@ class Penalty(Remembering):
                 f"{self.__name__} is given a function; expected numbers, tensors or trees of them. A schedule goes to "
                 "what takes the penalty, as strength= or as a hyperparameter there."
             )
-        _check(f"the strength of {self.__name__}", strength, _AT_LEAST_0)
+        if not isinstance(strength, float) or not strength >= 0:
+            # A compiler would trace how the name of a sum is written.
+            name = "the strength" if torch.compiler.is_compiling() else f"the strength of {self.__name__}"
+            _check(name, strength, _AT_LEAST_0)
         if not _single(strength) and not self.weighable:
             raise _one_number(self, strength)
         one = isinstance(strength, (int, float)) and strength == 1
@@ -370,12 +373,9 @@ class Penalty(Remembering):
 
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
         """Hyperparameters in their order and options, or an error that says what this penalty takes."""
-        takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
-        if self._options:
-            takes += f" and the keywords {', '.join(sorted(self._options))}"
         if len(hyper) > len(self._hyper):
             raise TypeError(
-                f"{takes}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
+                f"{self._takes()}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
             )
         values = list(hyper)
         for parameter in self._hyper[len(hyper) :]:
@@ -383,12 +383,13 @@ class Penalty(Remembering):
             if value is inspect.Parameter.empty:
                 packed = any(isinstance(given, tuple) for given in values)
                 raise TypeError(
-                    f"{takes}; {parameter.name} is missing" + (". Is a * missing before a tuple?" if packed else "")
+                    f"{self._takes()}; {parameter.name} is missing"
+                    + (". Is a * missing before a tuple?" if packed else "")
                 )
             values.append(value)
         unknown = [name for name in options if name not in self._options]
         if unknown:
-            raise TypeError(f"{takes}; got {', '.join(unknown)}")
+            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}")
         for parameter, value in zip(self._hyper, values, strict=True):
             bounds = self.bounds.get(parameter.name)
             if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
@@ -398,6 +399,10 @@ class Penalty(Remembering):
             if isinstance(tensor, Tensor):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
+
+    def _takes(self) -> str:
+        takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
+        return takes + (f" and the keywords {', '.join(sorted(self._options))}" if self._options else "")
 
     def without_defaults(self, values: tuple[Hyper, ...]) -> tuple[Hyper, ...]:
         """Hyperparameters without the last ones that are what they would be anyway."""

@@ -44,6 +44,7 @@ def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: A
 
     traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
     described = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+    traced = fx.GraphModule(torch.nn.Module(), traced.graph)  # Without what no cache of compiled code can write.
     if backend == "inductor":
         from torch._inductor import compile as inductor
 

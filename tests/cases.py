@@ -1007,7 +1007,6 @@ PENALTIES.update(
             fr.l1.given(mask=fr.matrices) + 0.5 * fr.group_lasso + 0.2 * fr.half_l2.given(mask=fr.matrices),
             lambda w: 0.5 * _sum_of_norms(_rows)(w) + (w.ndim > 1) * (w.abs().sum() + 0.1 * (w * w.conj()).real.sum()),
             least_ndim=2,  # A mask may not choose nothing, as that of matrices does where there is none.
-            unshaped="its mask chooses matrices, and would choose none",
         ),
     }
 )

@@ -617,8 +617,8 @@ def test_penalties_of_different_trees_in_threads():
         sys.setswitchinterval(before)
 
 
-@pytest.mark.slow
-def test_four_steps_compile_at_the_same_time():
+@compilers
+def test_four_steps_compile_at_the_same_time(backend):
     chains = {
         "adam": lambda: fr.adam(0.1),
         "prox": lambda: fr.prox_sgd(0.1, fr.group_lasso, strength=0.1),
@@ -629,14 +629,21 @@ def test_four_steps_compile_at_the_same_time():
     def first_call(make):
         def call():
             tx = make()
-            step = fr.fuse(tx)
+            step = fr.fuse(tx, backend=backend)
             params, state = step.init(square())
+            start.wait(LONG)
             for n in range(3):
                 params, state = check(tx, step, params, square(n - 1.5), state)
 
         return call
 
-    in_threads(*map(first_call, chains.values()))
+    start = threading.Barrier(len(chains))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_threads(*map(first_call, chains.values()))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @cpu_only

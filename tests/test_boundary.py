@@ -880,8 +880,8 @@ def through_numpy(x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def through_storage(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    storage, shape, stride = x.untyped_storage(), x.shape, x.stride()
-    return lambda: torch.empty(0).set_(storage, 0, shape, stride)
+    storage, offset, shape, stride = x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    return lambda: torch.empty(0).set_(storage, offset, shape, stride)
 
 
 HOLDERS: dict[str, Callable[[torch.Tensor], Callable[[], torch.Tensor]]] = {

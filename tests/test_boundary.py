@@ -30,6 +30,13 @@ from funcreg import lowering, undocumented
 #: Seconds in which anything that is not stuck has ended.
 LONG = 120
 
+
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch):
+    """Warnings come once: each test would see those of a step that does not compile, or is not recorded."""
+    monkeypatch.setattr(lowering, "_said", set())
+
+
 both = pytest.mark.parametrize("donate", [False, True])
 compilers = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -1119,11 +1126,6 @@ print(round(float(params["a"][0, 0]), 4), sorted(fr.lowering._said))
     assert run(code, "-W", "error").strip() == "0.8 []"
 
 
-@pytest.fixture
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(lowering, "_said", set())
-
-
 def training(step, to_none, steps=5):
     """An ordinary loop over a module whose gradients are those of the step."""
     model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
@@ -1140,7 +1142,7 @@ def training(step, to_none, steps=5):
     return [str(each.message) for each in said], model(x).square().sum()
 
 
-def test_gradients_that_zero_grad_took_away_are_noticed_once(nothing_said):
+def test_gradients_that_zero_grad_took_away_are_noticed_once():
     step = fr.fuse(fr.sgd(0.01), donate=True, backend="eager")
     said, _ = training(step, to_none=True)
     assert len(said) == 1
@@ -1148,14 +1150,14 @@ def test_gradients_that_zero_grad_took_away_are_noticed_once(nothing_said):
 
 
 @pytest.mark.parametrize("make", [lambda: fr.sgd(0.01), lambda: fr.adam(0.01)])
-def test_a_right_loop_of_a_module_warns_of_nothing_and_trains(make, nothing_said):
+def test_a_right_loop_of_a_module_warns_of_nothing_and_trains(make):
     said, loss = training(fr.fuse(make(), donate=True, backend="eager"), to_none=False, steps=40)
     assert said == []
     start = training(fr.fuse(make(), donate=True, backend="eager"), to_none=False, steps=0)[1]
     assert loss < start
 
 
-def test_gradients_that_are_zero_are_no_reason_to_warn(nothing_said):
+def test_gradients_that_are_zero_are_no_reason_to_warn():
     step = fr.fuse(fr.adam(0.01), donate=True, backend="eager")
     params, state = step.init(square())
     mine = step.gradients(params)

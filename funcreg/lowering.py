@@ -21,8 +21,8 @@ from funcreg.recording import Node, Value, needed_nodes, placeholder, record
 _aten = torch.ops.aten
 #: Groups that are not elementwise in one graph: a compiler works on their kernels side by side.
 _TOGETHER = 16
-#: Entries from which a leaf is computed with where it lies, entries of the longest vector of leaves copied together, and
-#: how many leaves one call computes with where they lie: on a GPU a call takes longer than the launches in it.
+#: Entries from which a leaf is computed with where it lies, entries of the longest vector of leaves copied together,
+#: and how many leaves one call computes with where they lie: on a GPU a call takes longer than the launches in it.
 SEPARATE = {"cpu": (40_000, 1_000_000, 1)}
 SEPARATE_ELSEWHERE = (1_000_000, (1 << 31) - 1, 12)
 

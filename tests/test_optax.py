@@ -32,7 +32,13 @@ MORE = {
 }
 # Names of both that no row uses.
 OTHER = {
-    "EmptyState": "a state, not a transform",
+    **dict.fromkeys(
+        (
+            *("ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
+            *("PartitionState", "TraceState", "ZeroNansState"),
+        ),
+        "a state, not a transform",
+    ),
     "init_empty_state": "what a transform is made of",
 }
 

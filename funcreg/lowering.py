@@ -21,10 +21,9 @@ from funcreg.recording import Node, Value, needed_nodes, placeholder, record
 _aten = torch.ops.aten
 #: Groups that are not elementwise in one graph: a compiler works on their kernels side by side.
 _TOGETHER = 16
-#: Entries from which a leaf is computed with where it lies, entries of the longest vector of leaves copied together,
-#: and how many leaves one call computes with where they lie: on a GPU a call takes longer than the launches in it.
-SEPARATE = {"cpu": (40_000, 1_000_000, 1)}
-SEPARATE_ELSEWHERE = (1_000_000, (1 << 31) - 1, 12)
+#: Entries from which a leaf is computed with where it lies, and of the longest vector of leaves copied together.
+SEPARATE = {"cpu": (40_000, 1_000_000)}
+SEPARATE_ELSEWHERE = (4_000_000, (1 << 31) - 1)
 
 _said: set[str] = set()
 
@@ -51,7 +50,7 @@ class Compiler:
         self,
         graph: fx.GraphModule,
         args: Sequence[Tensor],
-        any_size: Sequence[int | None] = (),
+        any_size: bool = False,
         polymorphic: bool = False,
     ) -> Any:
         """What computes as a graph does, on arguments like these.
@@ -59,23 +58,21 @@ class Compiler:
         Args:
             graph: Operations of ATen.
             args: Arguments of a call.
-            any_size: For each argument a number if it is a vector that may have any number of entries, the same for all
-                vectors of this number; None for a scalar. Empty if sizes are what they are.
+            any_size: Whether it is to serve vectors of any number of entries, the same for all; scalars aside.
             polymorphic: Whether it is to serve arguments of any shapes.
         """
         if self.backend == "eager" or (any_size and max([x.numel() for x in args if x.ndim], default=0) < 2):
             return graph  # The symbol for a size stands for 2 and more.
         long = any([x.numel() >= 1 << 31 for x in args])  # Which takes another type of index.
-        if long:
-            any_size = ()
+        any_size = any_size and not long
         shape = lambda x: x.ndim if any_size or polymorphic else x.shape
-        key = (graph.code, polymorphic, *((shape(x), x.dtype, x.device) for x in args))
+        key = (graph.code, any_size, polymorphic, *((shape(x), x.dtype, x.device) for x in args))
         if key not in self._made:
             if self._process != os.getpid():  # In a child, a thread that is not there may hold the lock.
                 self._lock, self._process = threading.Lock(), os.getpid()
             with self._lock:  # Of this step alone: threads that wait for it need the same kernel.
                 if key not in self._made:
-                    self._made[key] = self._compile(graph, _examples(args, any_size), bool(any_size), polymorphic)
+                    self._made[key] = self._compile(graph, args, any_size, polymorphic)
         return self._made[key]
 
     def _compile(self, graph: fx.GraphModule, args: Sequence[Tensor], any_size: bool, polymorphic: bool) -> Any:
@@ -100,14 +97,6 @@ class Compiler:
         with undocumented.imports_may_warn():
             compiled(*[torch.empty_like(x) for x in args])  # It compiles when it is called.
         return compiled
-
-
-def _examples(args: Sequence[Tensor], any_size: Sequence[int | None]) -> Sequence[Tensor]:
-    """Arguments like these, but vectors of other numbers have other sizes: what is equal is taken to stay so."""
-    if len(set(any_size) - {None}) < 2:
-        return args
-    least = min([len(x) for x, number in zip(args, any_size, strict=True) if number is not None])
-    return [x if number is None else x[: least - number] for x, number in zip(args, any_size, strict=True)]
 
 
 # Programs
@@ -222,7 +211,9 @@ class Lowering:
         for part in work:
             group = groups[part.group]
             if group.flat or group.shape_polymorphic:
-                found += self._kernels_of_buffers(part, group)
+                kernel = self._kernel([part])
+                kernel.calls = [([buffer], self._results(part)) for buffer in self.buffers[part.group]]
+                found.append(kernel)
         rest = [part for part in work if not groups[part.group].flat and not groups[part.group].shape_polymorphic]
         for together in (rest[i : i + _TOGETHER] for i in range(0, len(rest), _TOGETHER)):
             kernel = self._kernel(together)
@@ -230,20 +221,6 @@ class Lowering:
             kernel.calls = [(buffers, [value for part in together for value in self._results(part)])]
             found.append(kernel)
         return found
-
-    def _kernels_of_buffers(self, part: _GroupStage, group: Group) -> list[Kernel]:
-        """A kernel that is called for each buffer, and on a GPU one that is called for several large leaves at once."""
-        buffers = self.buffers[part.group]
-        _, _, many = _separate(group)
-        large = [each for each in buffers if each.count == 1] if many > 1 else []
-        large = large[: len(large) // many * many]
-        kernels = [self._kernel([part])]
-        kernels[0].calls = [([each], self._results(part)) for each in buffers if each not in large]
-        if large:
-            kernels.append(self._kernel([part] * many))
-        for chunk in (large[i : i + many] for i in range(0, len(large), many)):
-            kernels[1].calls.append((chunk, [value for _ in chunk for value in self._results(part)]))
-        return kernels
 
     def _group_stage(self, number: int, exports: list[int], last: bool) -> _GroupStage:
         group = self._grouping.groups[number]
@@ -319,8 +296,7 @@ class Lowering:
             for part, found in zip(parts, taken, strict=True)
         ]
         results, pairs = [], []
-        for part, found, targets in zip(parts, taken, places, strict=True):
-            writer.values.update(zip(part.inputs, found.values(), strict=True))
+        for part, targets in zip(parts, places, strict=True):
             writer.values.update(zip(part.scalar_inputs, [scalars[value] for value in part.scalars], strict=True))
             writer.run(part.nodes)
             values = [writer.values[value] for value in part.ends]
@@ -340,12 +316,12 @@ def arrange(grouping: Grouping) -> None:
     """
     for group in grouping.groups:
         if group.flat:
-            least, *_ = _separate(group)
+            least, _ = _separate(group)
             shape = lambda member: member.inputs[0].shape
             group.members.sort(key=lambda member: (math.prod(shape(member)) >= least, shape(member)[1:]))
 
 
-def _separate(group: Group) -> tuple[int, int, int]:
+def _separate(group: Group) -> tuple[int, int]:
     return SEPARATE.get(group.first.inputs[0].device.type, SEPARATE_ELSEWHERE)
 
 
@@ -354,7 +330,7 @@ def _buffers(number: int, group: Group, whole: bool) -> Iterable[Buffer]:
     if not group.flat:
         yield Buffer(number, 0, len(entries), sum(entries), 0, None)
         return
-    least, most, _ = _separate(group)
+    least, most = _separate(group)
     start = 0
     while start < len(entries):
         end, size = start + 1, entries[start]

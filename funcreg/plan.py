@@ -159,9 +159,7 @@ class Plan:
             if call.out is not None:
                 args += self._views(call.out, kernel, number, kernel.writes)
             if number == len(kernel.compiled):
-                given = [*kernel.reads, *((None, 0) for _ in taken), *(kernel.writes if call.out is not None else ())]
-                vectors = [which for which, _ in given] if kernel.flat else []
-                kernel.compiled.append(self._compiler(kernel.graph, args, vectors, kernel.shape_polymorphic))
+                kernel.compiled.append(self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic))
             made = kernel.compiled[number](*args)
             if results:
                 values.update(zip(results, made, strict=True))

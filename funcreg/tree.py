@@ -879,7 +879,9 @@ def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
     """
     if not callable(function):
         return function, params
-    seen = params if isinstance(function, Selection) else _visible(params)
+    if isinstance(function, Selection):
+        return function.choose(params), params  # Called as it is, older compilers ask whether it is true.
+    seen = _visible(params)
     return function(seen), seen
 
 
@@ -928,6 +930,10 @@ class Selection(Remembering):
         self.optional = optional
 
     def __call__(self, params: Params) -> Any:
+        return self.choose(params)
+
+    def choose(self, params: Params) -> Any:
+        """A tree of bools like the parameters."""
         return flatten(params)[1](self._choose(params))
 
     def __and__(self, other: Mask) -> Selection:

@@ -20,7 +20,7 @@ every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIE
 @pytest.fixture
 def small_buffers(monkeypatch):
     """Leaves of a dozen entries are large here, and a few dozen fill a buffer."""
-    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20, 1)})
+    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
 
 
 def forest(seed=0, dtype=torch.float64):
@@ -66,17 +66,6 @@ def test_steps_take_leaves_that_lie_elsewhere(case, donate, small_buffers):
     stored.seek(0)
     loaded = iter(torch.load(stored, weights_only=True))
     follow(tx, step, params, fr.tree_map(lambda x: next(loaded), tx.init(params)), rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("donate", [False, True])
-def test_several_leaves_may_share_a_call(donate, backend, monkeypatch):
-    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20, 3)})
-    sizes = (40, 40, 50, 60, 40, 33, 45, 5, 6, 7, 80, 80)  # Three calls for three leaves each, and one leaf alone.
-    trees = lambda seed=0, dtype=None: {f"w{i}": draw_normal((n,), seed + i) for i, n in enumerate(sizes)}
-    tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.add_decayed_weights(0.1), fr.scale(-0.1))
-    step = fr.fuse(tx, donate=donate, backend=backend)
-    follow(tx, step, *step.init(trees()), grads=trees, rtol=1e-10, atol=1e-12)
 
 
 MIXED = {

@@ -188,7 +188,7 @@ def test_trees_may_span_devices():
     )
     updates, state = tx.update(params, tx.init(params), params)
     assert [u.device.type for u in fr.tree_leaves(updates)] == [params["a"].device.type, "meta"]
-    assert state[0].steps.device == params["a"].device
+    assert state[0].steps.device.type == "cpu"  # Counters of trees that span devices.
 
 
 def test_global_norm_is_exact_in_sixteen_bits_and_flat_at_zero():

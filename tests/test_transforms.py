@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, draw, falling, flat, joint
+from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, cpu_only, draw, falling, flat, joint
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
@@ -552,6 +552,7 @@ def types_within(state):
     return own.union(*map(types_within, inside))
 
 
+@cpu_only
 def test_the_types_of_all_states_are_known_and_documented():
     found = set().union(*(types_within(case.make().init(draw())) for case in TRANSFORMS.values()))
     assert sorted(f"fr.{state.__name__}" for state in found) == STATES.split()

@@ -178,46 +178,6 @@ def _reader(node: Any) -> Callable[[Any, list[Any]], bool] | None:
     return read
 
 
-def copier(numbered: Any, changed: Iterable[int]) -> Callable[[Any, Sequence[Any]], Any]:
-    """A function that makes a tree of its own of another one and a list of leaves, fast.
-
-    Args:
-        numbered: Such a tree, with the numbers of leaves in the list.
-        changed: The numbers of those that may differ from the leaves of the tree.
-    """
-    copy = _copier(numbered, frozenset(changed))
-    return (lambda old, new: old) if copy is None else copy
-
-
-def _copier(node: Any, changed: frozenset[int]) -> Callable[[Any, Sequence[Any]], Any] | None:
-    """What copies such a node, so that it holds leaves by itself; None for a leaf that stays, and an empty tuple."""
-    kind = type(node)
-    if kind is int:
-        return (lambda old, new: new[node]) if node in changed else None
-    if kind is dict or kind is OrderedDict:
-        inside = {key: copy for key, child in node.items() if (copy := _copier(child, changed)) is not None}
-
-        def copy_dict(old: Any, new: Sequence[Any]) -> Any:
-            made = old.copy()
-            for key, copy in inside.items():
-                made[key] = copy(old[key], new)
-            return made
-
-        return copy_dict
-    if kind is tuple or kind is list or (isinstance(node, tuple) and hasattr(node, "_fields")):
-        copies = [_copier(child, changed) for child in node]
-        if kind is not list and not copies:
-            return None
-
-        def copy_row(old: Any, new: Sequence[Any]) -> Any:
-            row = [child if copy is None else copy(child, new) for child, copy in zip(old, copies, strict=True)]
-            return row if kind is list else tuple(row) if kind is tuple else kind(*row)
-
-        return copy_row
-    numbers, spec = structure(node)
-    return lambda old, new: restored(spec, [new[i] for i in numbers])
-
-
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, dictionaries in the order of their sorted keys.
 
@@ -509,15 +469,6 @@ def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None
             f"Are {first} and {second} of the same model?"
         )
     raise ValueError(f"{name} is on {found.device}; expected {leaf.device}, the device of this leaf in {first}")
-
-
-def check_nonnegative(name: str, value: Hyper) -> None:
-    """Raise a ValueError if a number in `value` is negative, a TypeError if it is a string or a bool."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, (str, bytes, bool)) or leaf is None:
-            raise TypeError(f"{name} is {leaf!r}; expected a number, a tensor, a schedule or a tree of them")
-        if not isinstance(leaf, Tensor) and not callable(leaf) and not leaf >= 0:
-            raise ValueError(f"{name} is {leaf}; expected a number of at least 0. Is a sign the wrong way round?")
 
 
 # Arithmetic

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import pickle
-import sys
 import types
 from collections import OrderedDict, UserDict, defaultdict
 
@@ -15,7 +14,7 @@ import optree
 import pytest
 import torch
 from cases import Layer, draw, flat
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
@@ -26,12 +25,10 @@ from funcreg.tree import (
     ABSENT,
     Selection,
     broadcast,
-    copier,
     filled,
     keep,
     leaves_like,
     map_with_path,
-    restored,
     structure,
 )
 
@@ -59,32 +56,6 @@ def test_walking_agrees_with_optree(tree):
     assert copy == tree
     assert len(fr.tree_paths(tree)) == len(seen)
     assert fr.tree_map(lambda x: x, tree) == tree
-
-
-def containers(tree):
-    """What of a tree can be written into."""
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    mine = [tree] if isinstance(tree, dict | list) else []
-    return mine + [each for child in children for each in containers(child)]
-
-
-@example((0, [1], Layer(2, {"a": 3, "b": (4,)})), {1, 3}, False)
-@example((0, 1), set(), False)
-@given(trees, st.sets(st.integers(0, 11)), st.booleans())
-def test_a_copied_tree_has_new_leaves_where_told_and_containers_of_its_own(tree, changed, with_default):
-    tree = defaultdict(list, tree=tree) if with_default else tree
-    leaves, spec = structure(tree)
-    changed = changed.intersection(range(len(leaves)))
-    old, new = [object() for _ in leaves], [object() for _ in leaves]
-    before = restored(spec, old)
-    held = sum(map(sys.getrefcount, [*old, *new]))
-    after = copier(restored(spec, range(len(leaves))), changed)(before, new)
-    assert sum(map(sys.getrefcount, [*old, *new])) == held + len(leaves)
-    assert structure(after)[1] == spec
-    # A node that only optree knows is made anew of all leaves.
-    expected = [b if with_default or i in changed else a for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    assert fr.tree_leaves(after) == expected
-    assert not {id(x) for x in containers(before)} & {id(x) for x in containers(after)}
 
 
 @given(trees, st.integers())

@@ -122,9 +122,7 @@ def is_compiling() -> bool:
 
     `torch.compiler.is_compiling` alone is also true while another thread compiles something of its own.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    return torch.compiler.is_compiling() and (count_modes is None or count_modes() > 0)
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and is_traced())
 
 
 def is_traced() -> bool:
@@ -132,7 +130,9 @@ def is_traced() -> bool:
 
     Numbers are not read then. Without the count of modes, reading one ends a recording: see `tracing_tools`.
     """
-    return torch.compiler.is_compiling() or (count_modes is not None and count_modes() > 0)
+    if torch.compiler.is_dynamo_compiling() or count_modes is None:
+        return torch.compiler.is_compiling()
+    return count_modes() > 0
 
 
 def is_transformed(leaves: Callable[[], list[Any]] = list) -> bool:

@@ -135,6 +135,17 @@ def is_traced() -> bool:
     return count_modes() > 0
 
 
+def dynamo_asks() -> bool:
+    """Whether `torch.compile` runs this call itself: up to torch 2.11 it asks whether what it calls is true.
+
+    Without it, a selection that a user's function calls inside compiled code raises an error there.
+    """
+    if torch.compiler.is_dynamo_compiling():  # It reads the code of this call.
+        return False
+    context = getattr(getattr(torch, "_guards", None), "TracingContext", None)
+    return context is not None and context.try_get() is not None
+
+
 def is_transformed(leaves: Callable[[], list[Any]] = list) -> bool:
     """Whether a `vmap`, `grad` or `jvp` of `torch.func` is at work, whose tensors have no memory to read or write.
 

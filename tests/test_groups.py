@@ -321,6 +321,7 @@ def test_slope_is_least_against_other_points_and_has_its_limits():
     several = torch.stack([weights, 2 * weights])
     both = vmap(lambda weights: fr.slope.prox(w, 0.5, weights, dim=1))(several)
     assert_equal(both[1], fr.slope.prox(w, 1.0, weights, dim=1))
+    w, weights = w.cpu(), weights.cpu()  # Numbers on other devices are not read: that would wait for them.
     for call in (fr.slope, fr.slope.grad, lambda w, weights, dim: fr.slope.prox(w, 0.5, weights, dim=dim)):
         with pytest.raises(ValueError, match="at leaf 'a': the weights of slope rise"):
             call({"a": w}, weights.flip(0), dim=1)

@@ -1,0 +1,486 @@
+"""Minima of a smooth loss plus a penalty: no learning rate, a certificate, and derivatives of the solution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
+
+from funcreg._typing import Hyper, Mask, Params
+from funcreg.certificates import kkt_residual
+from funcreg.penalty import Penalty
+from funcreg.ranges import check_range
+from funcreg.regularizing import check_penalty
+from funcreg.transform import check_fit, check_selection, nonnegative, public_state
+from funcreg.tree import check_params, flatten, product, tree_leaves, tree_map, wide
+
+#: Objectives of which a new one has to be below the greatest.
+_HISTORY = 10
+#: Steps after which a Newton step is tried.
+_EVERY = 10
+#: Entries up to which Jacobians are matrices; beyond that, equations are solved by products with vectors.
+_DENSE = 512
+#: Steps without a better residual after which rounding is held to be all that moves.
+_PATIENCE = 300
+
+
+@public_state
+class Solution(NamedTuple):
+    """What `minimize` found.
+
+    Example:
+        >>> found = minimize(lambda w: (w - 1).square().sum() / 2, torch.zeros(2), l1, strength=0.25)
+        >>> found.params, found.converged
+        (tensor([0.7500, 0.7500]), tensor(True))
+    """
+
+    params: Params  # With exact zeros.
+    residual: Tensor  # Their `kkt_residual`.
+    steps: Tensor  # Number of proximal gradient steps, int64.
+    converged: Tensor  # Whether the residual is at most the tolerance.
+
+
+def minimize(
+    loss: Callable[..., Tensor],
+    params: Params,
+    penalty: Penalty,
+    *hyper: Hyper,
+    strength: Hyper = 1.0,
+    args: tuple[Any, ...] = (),
+    mask: Mask | None = None,
+    tol: float = 1e-8,
+    max_steps: int = 10_000,
+    **options: Any,
+) -> Solution:
+    r"""Minimize :math:`f(w) + \lambda g(w)`: proximal gradient steps, then Newton steps on what they leave nonzero.
+
+    Steps have the length of Barzilai and Borwein in the metric of the diagonal of the Hessian (if the penalty has a
+    rule in a metric) and are taken back where the objective grows; every tenth is followed by a Newton step on the
+    fixed point of the proximal step, if that brings it nearer. The end is a certificate: `kkt_residual` of at most
+    `tol`. Where the loss or the penalty is not convex this is a stationary point, and it depends on `params`.
+
+    The solution has derivatives in `strength`, the hyperparameters and `args`, by the implicit function theorem: for
+    `torch.func.grad`, `jvp` and `backward`. Tensors that the loss holds without getting them as `args` are constants.
+    Under `vmap` (over strengths, folds, data) members that are done stop moving.
+
+    Args:
+        loss: `loss(params, *args)`, a scalar with a first and second derivative.
+        params: Where to begin. float64 is needed for residuals like the default `tol`; float32 ends near 1e-6.
+        penalty: A penalty with a proximal operator, or a constraint.
+        hyper: Its hyperparameters.
+        strength: :math:`\lambda`: number of at least 0, tensor, or a tree of them like the parameters.
+        args: What else the loss takes: trees of tensors.
+        mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
+        tol: Greatest `kkt_residual` of a solution, at least 0, in units of the gradient.
+        max_steps: Number of steps after which to give up, at least 0; `converged` is then False.
+        options: Static options of the penalty, such as `dim`.
+
+    Raises:
+        ValueError: A number is out of range, or the loss is no scalar.
+
+    Example:
+        The lasso, and the derivative of its solution in the strength:
+
+        >>> x, y = torch.eye(3, dtype=torch.float64), torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y).square().sum() / 2
+        >>> def lasso(strength):
+        ...     return minimize(loss, torch.zeros_like(y), l1, strength=strength, args=(x, y)).params
+        >>> lasso(torch.tensor(1.0))
+        tensor([ 2., -1.,  0.], dtype=torch.float64)
+        >>> torch.func.jacrev(lasso)(torch.tensor(1.0))
+        tensor([-1.,  1.,  0.], dtype=torch.float64)
+
+    References:
+        Wright, Nowak & Figueiredo, *Sparse reconstruction by separable approximation*, 2009.
+        Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*, 2022.
+    """
+    nonnegative(strength=strength)
+    check_penalty(penalty, hyper, options)
+    check_selection(mask)
+    check_params(params)
+    check_fit(params, mask, strength, *hyper)
+    check_range("tol", tol, 0.0)
+    if type(max_steps) is not int or max_steps < 0:
+        raise ValueError(f"max_steps is {max_steps!r}; expected a whole number of at least 0")
+    if any([w.is_complex() for w in tree_leaves(params)]):
+        raise TypeError("minimize got complex parameters; expected real ones, such as torch.view_as_real makes")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
+    problem, tensors = _problem(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options)
+    x, residual, steps, converged, *_ = _Solve.apply(problem, *tensors)
+    return Solution(problem.tree(x), residual, steps, converged)
+
+
+class _State(NamedTuple):
+    """Where the descent is; vectors hold all parameters."""
+
+    x: Tensor
+    slope: Tensor  # Gradient of the loss at x.
+    recent: Tensor  # The last objectives.
+    rate: Tensor  # One over the length of the next step, in the metric.
+    metric: Tensor
+    residual: Tensor
+    best: Tensor  # The least residual so far,
+    since: Tensor  # and the steps since then.
+    steps: Tensor
+    done: Tensor
+
+
+class _Problem:
+    """A loss and a penalty as functions of one vector and of all tensors that they are given.
+
+    Args:
+        read: From the vector and the tensors to the loss.
+        land: From the vector, a step, a metric and the tensors to the proximal point.
+        value: From the vector and the tensors to the penalty.
+        residual: From the vector, the gradient and the tensors to the residual.
+        begin: From the tensors to the vector at which to begin.
+        tree: From a vector to parameters.
+        in_metric: Whether the penalty has a rule in a metric.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        self.read, self.land, self.value, self.residual = (given[k] for k in ("read", "land", "value", "residual"))
+        self.begin, self.tree, self.in_metric = given["begin"], given["tree"], given["in_metric"]
+        self.tol, self.max_steps = given["tol"], given["max_steps"]
+        self._given = given
+        #: For each enclosing `vmap`, from the inside out, which of the tensors have a member along their first dimension.
+        self.levels: tuple[tuple[int | None, ...], ...] = given.get("levels", ())
+
+    def mapped(self, dims: tuple[int | None, ...]) -> _Problem:
+        """The problem of a stack of members."""
+        return _Problem(**{**self._given, "levels": (*self.levels, dims)})
+
+    def over_members(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the tensors, and of what has one entry for each member, for all members."""
+        for dims in self.levels:
+            f = _vmapped(f, dims)
+        return f
+
+
+def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...]) -> Callable[..., Any]:
+    return lambda tensors, *rest: vmap(f, in_dims=(dims, *(0 for _ in rest)))(tensors, *rest)
+
+
+def _problem(
+    loss: Callable[..., Tensor],
+    params: Params,
+    penalty: Penalty,
+    hyper: tuple[Hyper, ...],
+    strength: Hyper,
+    args: tuple[Any, ...],
+    mask: Mask | None,
+    tol: float,
+    max_steps: int,
+    options: dict[str, Any],
+) -> tuple[_Problem, list[Tensor]]:
+    leaves, rebuild = flatten((params, strength, hyper, args))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    own, tree = flatten(params)
+    shapes, sizes, dtypes = zip(*((w.shape, w.numel(), w.dtype) for w in own), strict=True) if own else ((), (), ())
+    dtype = wide(torch.float32)
+    for each in dtypes:
+        dtype = torch.promote_types(dtype, wide(each))
+
+    def given(tensors: Any) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        return rebuild(filled)
+
+    def vector(tree: Params) -> Tensor:
+        parts = [w.reshape(-1).to(dtype) for w in tree_leaves(tree)]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+
+    def unpacked(x: Tensor) -> Params:
+        parts = x.split(sizes, dim=-1)
+        return tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)])
+
+    def read(x: Tensor, tensors: Any) -> Tensor:
+        value = loss(cast(unpacked(x)), *given(tensors)[3])
+        if not isinstance(value, Tensor) or value.ndim:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
+        return value.to(dtype)
+
+    def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+        point, (_, force, values, _) = unpacked(x), given(tensors)
+        h = unpacked(metric) if in_metric else None
+        return vector(penalty.prox(point, product(point, step, force), *values, metric=h, mask=mask, **options))
+
+    def value(x: Tensor, tensors: Any) -> Tensor:
+        _, force, values, _ = given(tensors)
+        return penalty.weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
+
+    def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
+        _, force, values, _ = given(tensors)
+        point, grads = unpacked(x), unpacked(slope)
+        return kkt_residual(point, grads, penalty, *values, strength=force, mask=mask, **options).to(dtype)
+
+    cast = lambda point: tree([w.to(kind) for w, kind in zip(tree_leaves(point), dtypes, strict=True)])
+    in_metric = penalty.in_metric(params, *hyper, mask=mask, **options)
+    problem = _Problem(
+        read=read,
+        land=land,
+        value=value,
+        residual=residual,
+        begin=lambda tensors: vector(given(tensors)[0]),
+        tree=lambda x: cast(unpacked(x)),
+        in_metric=in_metric,
+        tol=tol,
+        max_steps=max_steps,
+    )
+    return problem, [leaves[i] for i in places]
+
+
+# The descent, of one member
+
+
+def _start(problem: _Problem, tensors: Any) -> _State:
+    x = problem.begin(tensors)
+    slope, value = grad_and_value(problem.read)(x, tensors)
+    product = lambda v: _hessian_times(problem, x, tensors, v)
+    metric = torch.ones_like(x)
+    if problem.in_metric and 1 < len(x) <= _DENSE:
+        curvature = vmap(product)(torch.eye(len(x), dtype=x.dtype, device=x.device)).diagonal().abs()
+        top = curvature.amax()
+        metric = torch.where((curvature.isfinite()) & (top > 0), curvature.clamp(min=1e-6 * top), metric)
+    v = torch.where(slope == 0, torch.ones_like(slope), slope)
+    rate = torch.ones_like(value)
+    for _ in range(6):  # The greatest curvature in the metric, roughly.
+        v = v / v.square().sum().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+        v = product(v / metric.sqrt()) / metric.sqrt()
+        rate = v.square().sum().sqrt()
+    rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
+    objective = value + problem.value(x, tensors)
+    residual = problem.residual(x, slope, tensors)
+    zero = torch.zeros_like(value, dtype=torch.int64)
+    recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
+    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, residual <= problem.tol)
+
+
+def _hessian_times(problem: _Problem, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
+    slope = lambda x: grad_and_value(problem.read)(x, tensors)[0]
+    return jvp(slope, (x,), (v,))[1]
+
+
+def _proximal_step(problem: _Problem, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+    return problem.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
+
+
+def _noise(objective: Tensor) -> Tensor:
+    """By how much an objective may grow through rounding."""
+    return 16 * torch.finfo(objective.dtype).eps * objective.abs()
+
+
+def _step(problem: _Problem, tensors: Any, s: _State) -> _State:
+    z = _proximal_step(problem, s.x, s.slope, s.rate, s.metric, tensors)
+    slope, value = grad_and_value(problem.read)(z, tensors)
+    objective = value + problem.value(z, tensors)
+    move = z - s.x
+    length = (s.metric * move.square()).sum()
+    bound = s.recent.amax()
+    taken = (objective <= bound - 5e-5 * s.rate * length + _noise(objective)) & slope.isfinite().all()
+    curvature = (move * (slope - s.slope)).sum() / length
+    known = curvature.isfinite() & (length > 0)
+    wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
+    wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
+    rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
+    return _moved(problem, tensors, s, taken, z, slope, objective, rate, length == 0)
+
+
+def _newton(problem: _Problem, tensors: Any, s: _State) -> _State:
+    """A Newton step on the fixed point of the proximal step, if it more than halves the residual."""
+
+    def land(x: Tensor) -> Tensor:
+        return _proximal_step(problem, x, grad_and_value(problem.read)(x, tensors)[0], s.rate, s.metric, tensors)
+
+    step = _solve_fixed_point(land, s.x, land(s.x) - s.x)
+    z = land(s.x + torch.where(step.isfinite(), step, 0.0))
+    slope, value = grad_and_value(problem.read)(z, tensors)
+    objective = value + problem.value(z, tensors)
+    closer = problem.residual(z, slope, tensors) < s.residual / 2
+    taken = closer & (objective <= s.recent.amax() + _noise(objective))
+    after = _moved(problem, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
+    return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since))
+
+
+def _moved(
+    problem: _Problem,
+    tensors: Any,
+    s: _State,
+    taken: Tensor,
+    z: Tensor,
+    slope: Tensor,
+    objective: Tensor,
+    rate: Tensor,
+    still: Tensor,
+) -> _State:
+    """The state after a step, if it was taken, and if this member is not done."""
+    x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
+    recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
+    residual = torch.where(taken, problem.residual(x, slope, tensors), s.residual)
+    better = residual < 0.99 * s.best
+    since = torch.where(better, 0, s.since + 1)
+    limits = torch.finfo(x.dtype)
+    done = (residual <= problem.tol) | (since > _PATIENCE) | (taken & still) | (rate > limits.max / 1e9)
+    best = torch.minimum(residual, s.best)
+    after = _State(x, slope, recent, rate, s.metric, residual, best, since, s.steps + 1, done)
+    return _State(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))
+
+
+def _descend(problem: _Problem, tensors: Any) -> tuple[Tensor, ...]:
+    """The solution, its residual, steps, whether it has converged, and the step and metric for its derivatives."""
+    step, newton, start = (
+        problem.over_members(lambda tensors, *s, f=f: f(problem, tensors, *map(lambda x: _State(*x), s)))
+        for f in (_step, _newton, _start)
+    )
+    s = start(tensors)
+    for n in range(1, problem.max_steps + 1):
+        if n % _EVERY == 1 and bool(s.done.all()):
+            break
+        s = step(tensors, s)
+        if n % _EVERY == 0:
+            s = newton(tensors, s)
+    return s.x, s.residual, s.steps, s.residual <= problem.tol, s.rate, s.metric
+
+
+# Linear equations of a fixed point
+
+
+def _solve_fixed_point(land: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
+    r""":math:`(I - J)^{-1} b`, :math:`J` the Jacobian of `land` at x."""
+    if len(x) <= _DENSE:
+        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
+        return torch.linalg.solve_ex(matrix, b)[0]
+    return _gmres(lambda v: v - jvp(land, (x,), (v,))[1], b, 30)
+
+
+def _gmres(product: Callable[[Tensor], Tensor], b: Tensor, count: int) -> Tensor:
+    """The vector in a Krylov space of some dimensions whose product is nearest to b."""
+    tiny = torch.finfo(b.dtype).tiny
+    size = b.square().sum().sqrt()
+    basis = [b / size.clamp(min=tiny)]
+    columns = []
+    for _ in range(min(count, len(b))):
+        w = product(basis[-1])
+        stack = torch.stack(basis)
+        for _ in range(2):  # Twice, or rounding would leave some of the earlier directions.
+            w = w - stack.T @ (stack @ w)
+        columns.append(w)
+        length = w.square().sum().sqrt()
+        basis.append(torch.where(length > 1e-14, w / length.clamp(min=tiny), torch.zeros_like(w)))
+    stack = torch.stack(basis[:-1])
+    images = torch.stack([product(v) for v in stack])
+    shares = torch.linalg.pinv(images.T, rtol=1e-13) @ b
+    return shares @ stack
+
+
+# Derivatives
+
+
+class _Solve(torch.autograd.Function):
+    """The solution as a function of all tensors of the problem."""
+
+    @staticmethod
+    def forward(problem: _Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _descend(problem, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        problem, *tensors = inputs
+        x, _, _, _, rate, metric = output
+        ctx.problem = problem
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, rate, metric, *tensors)
+        ctx.save_for_forward(x, rate, metric, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
+        x, rate, metric, *tensors = ctx.saved_tensors
+        pull = ctx.problem.over_members(lambda tensors, *rest: _pull(ctx.problem, tensors, *rest))
+        found = pull(tuple(tensors), x, rate, metric, slopes[0])
+        for dims in reversed(ctx.problem.levels):  # What is the same for all members gets the sum of their slopes.
+            found = [g if dim == 0 or g is None else g.sum(0) for g, dim in zip(found, dims, strict=True)]
+        return None, *(g if t.is_floating_point() else None for g, t in zip(found, tensors, strict=True))
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple[Any, ...]:
+        x, rate, metric, *tensors = ctx.saved_tensors
+        filled = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents, strict=True)]
+        problem = ctx.problem
+        for dims in problem.levels:
+            del dims
+        push = _push_over_members(problem)
+        return push(tuple(tensors), tuple(filled), x, rate, metric), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], problem: _Problem, *tensors: Tensor) -> Any:
+        moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[1:], strict=True)]
+        dims = tuple(None if dim is None else 0 for dim in in_dims[1:])
+        return _Solve.apply(problem.mapped(dims), *moved), (0,) * 6
+
+
+def _push_over_members(problem: _Problem) -> Callable[..., Tensor]:
+    f: Callable[..., Tensor] = lambda tensors, tangents, *rest: _push(problem, tensors, tangents, *rest)
+    for dims in problem.levels:
+        f = _vmapped_twice(f, dims)
+    return f
+
+
+def _vmapped_twice(f: Callable[..., Any], dims: tuple[int | None, ...]) -> Callable[..., Any]:
+    return lambda tensors, tangents, *rest: vmap(f, in_dims=(dims, dims, *(0 for _ in rest)))(tensors, tangents, *rest)
+
+
+def _landing(problem: _Problem, x: Tensor, rate: Tensor, metric: Tensor) -> Callable[..., Tensor]:
+    def land(x: Tensor, tensors: Any) -> Tensor:
+        slope = grad_and_value(problem.read)(x, tensors)[0]
+        return _proximal_step(problem, x, slope, rate, metric, tensors)
+
+    return land
+
+
+def _pull(problem: _Problem, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
+    """Slopes in the tensors, from a slope in the solution."""
+    land = _landing(problem, x, rate, metric)
+    if len(x) <= _DENSE:
+        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(lambda x: land(x, tensors))(x)
+        along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ slope
+    else:
+        back = vjp(lambda x: land(x, tensors), x)[1]
+        along = _gmres(lambda v: v - back(v)[0], slope, 200)
+    which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+
+    def of_floats(*floats: Tensor) -> Tensor:
+        given = list(tensors)
+        for i, t in zip(which, floats, strict=True):
+            given[i] = t
+        return land(x, tuple(given))
+
+    found = list(map(torch.zeros_like, tensors))
+    for i, g in zip(which, vjp(of_floats, *(tensors[i] for i in which))[1](along), strict=True):
+        found[i] = g
+    return found
+
+
+def _push(problem: _Problem, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
+    """What the solution does when the tensors move."""
+    land = _landing(problem, x, rate, metric)
+    which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+
+    def of_floats(*floats: Tensor) -> Tensor:
+        given = list(tensors)
+        for i, t in zip(which, floats, strict=True):
+            given[i] = t
+        return land(x, tuple(given))
+
+    moved = jvp(of_floats, tuple(tensors[i] for i in which), tuple(tangents[i] for i in which))[1]
+    if len(x) <= _DENSE:
+        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(lambda x: land(x, tensors))(x)
+        return torch.linalg.pinv(matrix, rtol=1e-12) @ moved
+    return _gmres(lambda v: v - jvp(lambda x: land(x, tensors), (x,), (v,))[1], moved, 200)

@@ -22,6 +22,8 @@ from funcreg.tree import check_params, flatten, product, tree_leaves, tree_map, 
 _HISTORY = 10
 #: Steps after which a Newton step is tried.
 _EVERY = 10
+#: Shares of a Newton step that are tried.
+_SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Entries up to which Jacobians are matrices; beyond that, equations are solved by products with vectors.
 _DENSE = 512
 #: Steps without a better residual after which rounding is held to be all that moves.
@@ -245,11 +247,7 @@ def _start(problem: _Problem, tensors: Any) -> _State:
     x = problem.begin(tensors)
     slope, value = grad_and_value(problem.read)(x, tensors)
     product = lambda v: _hessian_times(problem, x, tensors, v)
-    metric = torch.ones_like(x)
-    if problem.in_metric and 1 < len(x) <= _DENSE:
-        curvature = vmap(product)(torch.eye(len(x), dtype=x.dtype, device=x.device)).diagonal().abs()
-        top = curvature.amax()
-        metric = torch.where((curvature.isfinite()) & (top > 0), curvature.clamp(min=1e-6 * top), metric)
+    metric = _metric(problem, x, tensors)
     v = torch.where(slope == 0, torch.ones_like(slope), slope)
     rate = torch.ones_like(value)
     for _ in range(6):  # The greatest curvature in the metric, roughly.
@@ -262,6 +260,16 @@ def _start(problem: _Problem, tensors: Any) -> _State:
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
     return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, residual <= problem.tol)
+
+
+def _metric(problem: _Problem, x: Tensor, tensors: Any) -> Tensor:
+    """The diagonal of the Hessian where it is positive, with a floor; ones where the penalty takes no metric."""
+    if not problem.in_metric or not 1 < len(x) <= _DENSE:
+        return torch.ones_like(x)
+    product = lambda v: _hessian_times(problem, x, tensors, v)
+    found = vmap(product)(torch.eye(len(x), dtype=x.dtype, device=x.device)).diagonal().abs()
+    top = found.amax()
+    return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(x))
 
 
 def _hessian_times(problem: _Problem, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
@@ -301,12 +309,26 @@ def _newton(problem: _Problem, tensors: Any, s: _State) -> _State:
         return _proximal_step(problem, x, grad_and_value(problem.read)(x, tensors)[0], s.rate, s.metric, tensors)
 
     step = _solve_fixed_point(land, s.x, land(s.x) - s.x)
-    z = land(s.x + torch.where(step.isfinite(), step, 0.0))
-    slope, value = grad_and_value(problem.read)(z, tensors)
-    objective = value + problem.value(z, tensors)
-    closer = problem.residual(z, slope, tensors) < s.residual / 2
-    taken = closer & (objective <= s.recent.amax() + _noise(objective))
+    step = torch.where(step.isfinite().all(), step, torch.zeros_like(step))
+
+    def reach(share: Tensor) -> tuple[Tensor, ...]:
+        z = land(s.x + share * step)
+        slope, value = grad_and_value(problem.read)(z, tensors)
+        return z, slope, value + problem.value(z, tensors), problem.residual(z, slope, tensors)
+
+    shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
+    points, slopes, objectives, residuals = vmap(reach)(shares)
+    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
+    closer = (residuals < s.residual / 2) & (objectives <= s.recent.amax() + _noise(objectives))
+    # The one that is nearest, or else the lowest.
+    order = torch.where(closer.any(), torch.where(closer, residuals, torch.inf), objectives)
+    one = order.argmin()[None]
+    z, slope, objective = (x.index_select(0, one)[0] for x in (points, slopes, objectives))
+    taken = closer.any() | (objective < s.recent[-1])
     after = _moved(problem, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
+    metric = _metric(problem, after.x, tensors)
+    rate = after.rate * torch.where(s.done, 1.0, (s.metric / metric).amax())
+    after = after._replace(metric=torch.where(s.done, s.metric, metric), rate=rate)
     return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since))
 
 
@@ -341,12 +363,14 @@ def _descend(problem: _Problem, tensors: Any) -> tuple[Tensor, ...]:
         for f in (_step, _newton, _start)
     )
     s = start(tensors)
+    helped = False
     for n in range(1, problem.max_steps + 1):
-        if n % _EVERY == 1 and bool(s.done.all()):
+        if (helped or n % _EVERY == 1) and bool(s.done.all()):
             break
         s = step(tensors, s)
-        if n % _EVERY == 0:
-            s = newton(tensors, s)
+        if helped or n % _EVERY == 0:
+            before, s = s, newton(tensors, s)
+            helped = bool((s.residual < before.residual / 2).any())
     return s.x, s.residual, s.steps, s.residual <= problem.tol, s.rate, s.metric
 
 

@@ -101,6 +101,22 @@ def minimize(
         Wright, Nowak & Figueiredo, *Sparse reconstruction by separable approximation*, 2009.
         Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*, 2022.
     """
+    check_problem(params, penalty, hyper, strength, args, mask, tol, max_steps, options)
+    return solved(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options)
+
+
+def check_problem(
+    params: Params,
+    penalty: Penalty,
+    hyper: tuple[Hyper, ...],
+    strength: Hyper,
+    args: tuple[Any, ...],
+    mask: Mask | None,
+    tol: float,
+    max_steps: int,
+    options: dict[str, Any],
+) -> None:
+    """Raise an error, before any work, for what is no problem."""
     nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
     check_selection(mask)
@@ -113,7 +129,23 @@ def minimize(
         raise TypeError("minimize got complex parameters; expected real ones, such as torch.view_as_real makes")
     if not isinstance(args, tuple):
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
-    problem, tensors = _problem(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options)
+
+
+def solved(
+    loss: Callable[..., Tensor],
+    params: Params,
+    penalty: Penalty,
+    hyper: tuple[Hyper, ...],
+    strength: Hyper,
+    args: tuple[Any, ...],
+    mask: Mask | None,
+    tol: float,
+    max_steps: int,
+    options: dict[str, Any],
+    kept: Tensor | None = None,
+) -> Solution:
+    """The solution of a problem that was checked; with the places of entries that may move, if not all may."""
+    problem, tensors = _problem(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options, kept)
     x, residual, steps, converged, *_ = _Solve.apply(problem, *tensors)
     return Solution(problem.tree(x), residual, steps, converged)
 
@@ -180,6 +212,7 @@ def _problem(
     tol: float,
     max_steps: int,
     options: dict[str, Any],
+    kept: Tensor | None,
 ) -> tuple[_Problem, list[Tensor]]:
     leaves, rebuild = flatten((params, strength, hyper, args))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -197,9 +230,12 @@ def _problem(
 
     def vector(tree: Params) -> Tensor:
         parts = [w.reshape(-1).to(dtype) for w in tree_leaves(tree)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+        whole = torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+        return whole if kept is None else whole.index_select(0, kept)
 
-    def unpacked(x: Tensor) -> Params:
+    def unpacked(x: Tensor, rest: float = 0.0) -> Params:
+        if kept is not None:
+            x = x.new_full((*x.shape[:-1], sum(sizes)), rest).index_copy(-1, kept, x)
         parts = x.split(sizes, dim=-1)
         return tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)])
 
@@ -212,7 +248,7 @@ def _problem(
 
     def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
         point, (_, force, values, _) = unpacked(x), given(tensors)
-        h = unpacked(metric) if in_metric else None
+        h = unpacked(metric, 1.0) if in_metric else None
         return vector(penalty.prox(point, product(point, step, force), *values, metric=h, mask=mask, **options))
 
     def value(x: Tensor, tensors: Any) -> Tensor:
@@ -380,7 +416,8 @@ def _descend(problem: _Problem, tensors: Any) -> tuple[Tensor, ...]:
 def _solve_fixed_point(land: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
     r""":math:`(I - J)^{-1} b`, :math:`J` the Jacobian of `land` at x."""
     if len(x) <= _DENSE:
-        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
+        # A little more than I: a loss that is flat along some direction makes the matrix singular.
+        matrix = (1 + 1e-10) * torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
         return torch.linalg.solve_ex(matrix, b)[0]
     return _gmres(lambda v: v - jvp(land, (x,), (v,))[1], b, 30)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, flatten, product, tree_leaves, tree_map, wide
+from funcreg.tree import check_params, flatten, product, tree_leaves, wide
 
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
@@ -94,60 +95,51 @@ def minimize(
         ...     return minimize(loss, torch.zeros_like(y), l1, strength=strength, args=(x, y)).params
         >>> lasso(torch.tensor(1.0))
         tensor([ 2., -1.,  0.], dtype=torch.float64)
-        >>> torch.func.jacrev(lasso)(torch.tensor(1.0))
+        >>> torch.func.jacrev(lasso)(torch.tensor(1.0, dtype=torch.float64))
         tensor([-1.,  1.,  0.], dtype=torch.float64)
 
     References:
         Wright, Nowak & Figueiredo, *Sparse reconstruction by separable approximation*, 2009.
-        Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*, 2022.
+        Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*,
+        2022.
     """
-    check_problem(params, penalty, hyper, strength, args, mask, tol, max_steps, options)
-    return solved(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options)
+    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, strength, args)
+    return problem.solve(params, strength, args)
 
 
-def check_problem(
-    params: Params,
-    penalty: Penalty,
-    hyper: tuple[Hyper, ...],
-    strength: Hyper,
-    args: tuple[Any, ...],
-    mask: Mask | None,
-    tol: float,
-    max_steps: int,
-    options: dict[str, Any],
-) -> None:
-    """Raise an error, before any work, for what is no problem."""
-    nonnegative(strength=strength)
-    check_penalty(penalty, hyper, options)
-    check_selection(mask)
-    check_params(params)
-    check_fit(params, mask, strength, *hyper)
-    check_range("tol", tol, 0.0)
-    if type(max_steps) is not int or max_steps < 0:
-        raise ValueError(f"max_steps is {max_steps!r}; expected a whole number of at least 0")
-    if any([w.is_complex() for w in tree_leaves(params)]):
-        raise TypeError("minimize got complex parameters; expected real ones, such as torch.view_as_real makes")
-    if not isinstance(args, tuple):
-        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
+@dataclass(frozen=True)
+class Problem:
+    """A loss and a penalty, and when they count as minimized."""
 
+    loss: Callable[..., Tensor]
+    penalty: Penalty
+    hyper: tuple[Hyper, ...]
+    mask: Mask | None
+    tol: float
+    max_steps: int
+    options: dict[str, Any]
 
-def solved(
-    loss: Callable[..., Tensor],
-    params: Params,
-    penalty: Penalty,
-    hyper: tuple[Hyper, ...],
-    strength: Hyper,
-    args: tuple[Any, ...],
-    mask: Mask | None,
-    tol: float,
-    max_steps: int,
-    options: dict[str, Any],
-    kept: Tensor | None = None,
-) -> Solution:
-    """The solution of a problem that was checked; with the places of entries that may move, if not all may."""
-    problem, tensors = _problem(loss, params, penalty, hyper, strength, args, mask, tol, max_steps, options, kept)
-    x, residual, steps, converged, *_ = _Solve.apply(problem, *tensors)
-    return Solution(problem.tree(x), residual, steps, converged)
+    def check(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> None:
+        """Raise an error, before any work, for what is no problem."""
+        nonnegative(strength=strength)
+        check_penalty(self.penalty, self.hyper, self.options)
+        check_selection(self.mask)
+        check_params(params)
+        check_fit(params, self.mask, strength, *self.hyper)
+        check_range("tol", self.tol, 0.0)
+        if type(self.max_steps) is not int or self.max_steps < 0:
+            raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")
+        if any([w.is_complex() for w in tree_leaves(params)]):
+            raise TypeError("params are complex; expected real ones, such as torch.view_as_real makes")
+        if not isinstance(args, tuple):
+            raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
+
+    def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
+        """The solution; if only some entries may move, with their places in a vector of all."""
+        flat, tensors = _flat(self, params, strength, args, kept)
+        x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
+        return Solution(flat.tree(x), residual, steps, converged)
 
 
 class _State(NamedTuple):
@@ -165,62 +157,46 @@ class _State(NamedTuple):
     done: Tensor
 
 
-class _Problem:
-    """A loss and a penalty as functions of one vector and of all tensors that they are given.
+@dataclass(frozen=True)
+class _Flat:
+    """A problem in functions of one vector and of all tensors that it was given."""
 
-    Args:
-        read: From the vector and the tensors to the loss.
-        land: From the vector, a step, a metric and the tensors to the proximal point.
-        value: From the vector and the tensors to the penalty.
-        residual: From the vector, the gradient and the tensors to the residual.
-        begin: From the tensors to the vector at which to begin.
-        tree: From a vector to parameters.
-        in_metric: Whether the penalty has a rule in a metric.
-    """
+    read: Callable[[Tensor, Any], Tensor]  # The loss.
+    land: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # The proximal point of a vector, a step and a metric.
+    value: Callable[[Tensor, Any], Tensor]  # The penalty.
+    residual: Callable[[Tensor, Tensor, Any], Tensor]  # Of a vector and the gradient there.
+    begin: Callable[[Any], Tensor]  # The vector at which to begin.
+    tree: Callable[[Tensor], Params]
+    in_metric: bool  # Whether the penalty has a rule in a metric.
+    tol: float
+    max_steps: int
+    #: For each enclosing `vmap`, from the inside out: which tensors have members along their first dimension.
+    levels: tuple[tuple[int | None, ...], ...] = ()
 
-    def __init__(self, **given: Any) -> None:
-        self.read, self.land, self.value, self.residual = (given[k] for k in ("read", "land", "value", "residual"))
-        self.begin, self.tree, self.in_metric = given["begin"], given["tree"], given["in_metric"]
-        self.tol, self.max_steps = given["tol"], given["max_steps"]
-        self._given = given
-        #: For each enclosing `vmap`, from the inside out, which of the tensors have a member along their first dimension.
-        self.levels: tuple[tuple[int | None, ...], ...] = given.get("levels", ())
-
-    def mapped(self, dims: tuple[int | None, ...]) -> _Problem:
+    def mapped(self, dims: tuple[int | None, ...]) -> _Flat:
         """The problem of a stack of members."""
-        return _Problem(**{**self._given, "levels": (*self.levels, dims)})
+        return replace(self, levels=(*self.levels, dims))
 
-    def over_members(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the tensors, and of what has one entry for each member, for all members."""
+    def over_members(self, f: Callable[..., Any], tuples: int = 1) -> Callable[..., Any]:
+        """A function of some tuples like the tensors, and of what has one entry for each member, for all members."""
         for dims in self.levels:
-            f = _vmapped(f, dims)
+            f = _vmapped(f, dims, tuples)
         return f
 
 
-def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    return lambda tensors, *rest: vmap(f, in_dims=(dims, *(0 for _ in rest)))(tensors, *rest)
+def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -> Callable[..., Any]:
+    return lambda *given: vmap(f, in_dims=(*[dims] * tuples, *[0] * (len(given) - tuples)))(*given)
 
 
-def _problem(
-    loss: Callable[..., Tensor],
-    params: Params,
-    penalty: Penalty,
-    hyper: tuple[Hyper, ...],
-    strength: Hyper,
-    args: tuple[Any, ...],
-    mask: Mask | None,
-    tol: float,
-    max_steps: int,
-    options: dict[str, Any],
-    kept: Tensor | None,
-) -> tuple[_Problem, list[Tensor]]:
+def _flat(
+    problem: Problem, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None
+) -> tuple[_Flat, list[Tensor]]:
+    loss, penalty, hyper, mask, options = problem.loss, problem.penalty, problem.hyper, problem.mask, problem.options
     leaves, rebuild = flatten((params, strength, hyper, args))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     own, tree = flatten(params)
-    shapes, sizes, dtypes = zip(*((w.shape, w.numel(), w.dtype) for w in own), strict=True) if own else ((), (), ())
-    dtype = wide(torch.float32)
-    for each in dtypes:
-        dtype = torch.promote_types(dtype, wide(each))
+    shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
+    dtype = functools.reduce(torch.promote_types, map(wide, dtypes), torch.float32)
 
     def given(tensors: Any) -> Any:
         filled = list(leaves)
@@ -262,28 +238,20 @@ def _problem(
 
     cast = lambda point: tree([w.to(kind) for w, kind in zip(tree_leaves(point), dtypes, strict=True)])
     in_metric = penalty.in_metric(params, *hyper, mask=mask, **options)
-    problem = _Problem(
-        read=read,
-        land=land,
-        value=value,
-        residual=residual,
-        begin=lambda tensors: vector(given(tensors)[0]),
-        tree=lambda x: cast(unpacked(x)),
-        in_metric=in_metric,
-        tol=tol,
-        max_steps=max_steps,
-    )
-    return problem, [leaves[i] for i in places]
+    tree_of = lambda x: cast(unpacked(x))
+    begin = lambda tensors: vector(given(tensors)[0])
+    flat = _Flat(read, land, value, residual, begin, tree_of, in_metric, problem.tol, problem.max_steps)
+    return flat, [leaves[i] for i in places]
 
 
 # The descent, of one member
 
 
-def _start(problem: _Problem, tensors: Any) -> _State:
-    x = problem.begin(tensors)
-    slope, value = grad_and_value(problem.read)(x, tensors)
-    product = lambda v: _hessian_times(problem, x, tensors, v)
-    metric = _metric(problem, x, tensors)
+def _start(flat: _Flat, tensors: Any) -> _State:
+    x = flat.begin(tensors)
+    slope, value = grad_and_value(flat.read)(x, tensors)
+    product = lambda v: _hessian_times(flat, x, tensors, v)
+    metric = _metric(flat, x, tensors)
     v = torch.where(slope == 0, torch.ones_like(slope), slope)
     rate = torch.ones_like(value)
     for _ in range(6):  # The greatest curvature in the metric, roughly.
@@ -291,30 +259,30 @@ def _start(problem: _Problem, tensors: Any) -> _State:
         v = product(v / metric.sqrt()) / metric.sqrt()
         rate = v.square().sum().sqrt()
     rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
-    objective = value + problem.value(x, tensors)
-    residual = problem.residual(x, slope, tensors)
+    objective = value + flat.value(x, tensors)
+    residual = flat.residual(x, slope, tensors)
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
-    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, residual <= problem.tol)
+    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, residual <= flat.tol)
 
 
-def _metric(problem: _Problem, x: Tensor, tensors: Any) -> Tensor:
+def _metric(flat: _Flat, x: Tensor, tensors: Any) -> Tensor:
     """The diagonal of the Hessian where it is positive, with a floor; ones where the penalty takes no metric."""
-    if not problem.in_metric or not 1 < len(x) <= _DENSE:
+    if not flat.in_metric or not 1 < len(x) <= _DENSE:
         return torch.ones_like(x)
-    product = lambda v: _hessian_times(problem, x, tensors, v)
+    product = lambda v: _hessian_times(flat, x, tensors, v)
     found = vmap(product)(torch.eye(len(x), dtype=x.dtype, device=x.device)).diagonal().abs()
     top = found.amax()
     return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(x))
 
 
-def _hessian_times(problem: _Problem, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
-    slope = lambda x: grad_and_value(problem.read)(x, tensors)[0]
+def _hessian_times(flat: _Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
+    slope = lambda x: grad_and_value(flat.read)(x, tensors)[0]
     return jvp(slope, (x,), (v,))[1]
 
 
-def _proximal_step(problem: _Problem, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
-    return problem.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
+def _proximal_step(flat: _Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+    return flat.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
 
 
 def _noise(objective: Tensor) -> Tensor:
@@ -322,10 +290,10 @@ def _noise(objective: Tensor) -> Tensor:
     return 16 * torch.finfo(objective.dtype).eps * objective.abs()
 
 
-def _step(problem: _Problem, tensors: Any, s: _State) -> _State:
-    z = _proximal_step(problem, s.x, s.slope, s.rate, s.metric, tensors)
-    slope, value = grad_and_value(problem.read)(z, tensors)
-    objective = value + problem.value(z, tensors)
+def _step(flat: _Flat, tensors: Any, s: _State) -> _State:
+    z = _proximal_step(flat, s.x, s.slope, s.rate, s.metric, tensors)
+    slope, value = grad_and_value(flat.read)(z, tensors)
+    objective = value + flat.value(z, tensors)
     move = z - s.x
     length = (s.metric * move.square()).sum()
     bound = s.recent.amax()
@@ -335,22 +303,22 @@ def _step(problem: _Problem, tensors: Any, s: _State) -> _State:
     wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
     wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
     rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
-    return _moved(problem, tensors, s, taken, z, slope, objective, rate, length == 0)
+    return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 
-def _newton(problem: _Problem, tensors: Any, s: _State) -> _State:
+def _newton(flat: _Flat, tensors: Any, s: _State) -> _State:
     """A Newton step on the fixed point of the proximal step, if it more than halves the residual."""
 
     def land(x: Tensor) -> Tensor:
-        return _proximal_step(problem, x, grad_and_value(problem.read)(x, tensors)[0], s.rate, s.metric, tensors)
+        return _proximal_step(flat, x, grad_and_value(flat.read)(x, tensors)[0], s.rate, s.metric, tensors)
 
     step = _solve_fixed_point(land, s.x, land(s.x) - s.x)
     step = torch.where(step.isfinite().all(), step, torch.zeros_like(step))
 
     def reach(share: Tensor) -> tuple[Tensor, ...]:
         z = land(s.x + share * step)
-        slope, value = grad_and_value(problem.read)(z, tensors)
-        return z, slope, value + problem.value(z, tensors), problem.residual(z, slope, tensors)
+        slope, value = grad_and_value(flat.read)(z, tensors)
+        return z, slope, value + flat.value(z, tensors), flat.residual(z, slope, tensors)
 
     shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
     points, slopes, objectives, residuals = vmap(reach)(shares)
@@ -361,15 +329,15 @@ def _newton(problem: _Problem, tensors: Any, s: _State) -> _State:
     one = order.argmin()[None]
     z, slope, objective = (x.index_select(0, one)[0] for x in (points, slopes, objectives))
     taken = closer.any() | (objective < s.recent[-1])
-    after = _moved(problem, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
-    metric = _metric(problem, after.x, tensors)
+    after = _moved(flat, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
+    metric = _metric(flat, after.x, tensors)
     rate = after.rate * torch.where(s.done, 1.0, (s.metric / metric).amax())
     after = after._replace(metric=torch.where(s.done, s.metric, metric), rate=rate)
     return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since))
 
 
 def _moved(
-    problem: _Problem,
+    flat: _Flat,
     tensors: Any,
     s: _State,
     taken: Tensor,
@@ -382,32 +350,32 @@ def _moved(
     """The state after a step, if it was taken, and if this member is not done."""
     x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
     recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
-    residual = torch.where(taken, problem.residual(x, slope, tensors), s.residual)
+    residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
     better = residual < 0.99 * s.best
     since = torch.where(better, 0, s.since + 1)
     limits = torch.finfo(x.dtype)
-    done = (residual <= problem.tol) | (since > _PATIENCE) | (taken & still) | (rate > limits.max / 1e9)
+    done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | (rate > limits.max / 1e9)
     best = torch.minimum(residual, s.best)
     after = _State(x, slope, recent, rate, s.metric, residual, best, since, s.steps + 1, done)
     return _State(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))
 
 
-def _descend(problem: _Problem, tensors: Any) -> tuple[Tensor, ...]:
+def _descend(flat: _Flat, tensors: Any) -> tuple[Tensor, ...]:
     """The solution, its residual, steps, whether it has converged, and the step and metric for its derivatives."""
     step, newton, start = (
-        problem.over_members(lambda tensors, *s, f=f: f(problem, tensors, *map(lambda x: _State(*x), s)))
+        flat.over_members(lambda tensors, *s, f=f: f(flat, tensors, *(_State(*x) for x in s)))
         for f in (_step, _newton, _start)
     )
     s = start(tensors)
     helped = False
-    for n in range(1, problem.max_steps + 1):
+    for n in range(1, flat.max_steps + 1):
         if (helped or n % _EVERY == 1) and bool(s.done.all()):
             break
         s = step(tensors, s)
         if helped or n % _EVERY == 0:
             before, s = s, newton(tensors, s)
             helped = bool((s.residual < before.residual / 2).any())
-    return s.x, s.residual, s.steps, s.residual <= problem.tol, s.rate, s.metric
+    return s.x, s.residual, s.steps, s.residual <= flat.tol, s.rate, s.metric
 
 
 # Linear equations of a fixed point
@@ -446,17 +414,17 @@ def _gmres(product: Callable[[Tensor], Tensor], b: Tensor, count: int) -> Tensor
 
 
 class _Solve(torch.autograd.Function):
-    """The solution as a function of all tensors of the problem."""
+    """The solution as a function of all tensors of the flat."""
 
     @staticmethod
-    def forward(problem: _Problem, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _descend(problem, tensors)
+    def forward(flat: _Flat, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _descend(flat, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        problem, *tensors = inputs
+        flat, *tensors = inputs
         x, _, _, _, rate, metric = output
-        ctx.problem = problem
+        ctx.flat = flat
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, rate, metric, *tensors)
         ctx.save_for_forward(x, rate, metric, *tensors)
@@ -464,84 +432,65 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
         x, rate, metric, *tensors = ctx.saved_tensors
-        pull = ctx.problem.over_members(lambda tensors, *rest: _pull(ctx.problem, tensors, *rest))
+        flat = ctx.flat
+        pull = flat.over_members(lambda tensors, *rest: _pull(flat, tensors, *rest))
         found = pull(tuple(tensors), x, rate, metric, slopes[0])
-        for dims in reversed(ctx.problem.levels):  # What is the same for all members gets the sum of their slopes.
-            found = [g if dim == 0 or g is None else g.sum(0) for g, dim in zip(found, dims, strict=True)]
+        for dims in reversed(flat.levels):  # What is the same for all members gets the sum of their slopes.
+            found = [g if dim == 0 else g.sum(0) for g, dim in zip(found, dims, strict=True)]
         return None, *(g if t.is_floating_point() else None for g, t in zip(found, tensors, strict=True))
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple[Any, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
         x, rate, metric, *tensors = ctx.saved_tensors
-        filled = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents, strict=True)]
-        problem = ctx.problem
-        for dims in problem.levels:
-            del dims
-        push = _push_over_members(problem)
+        flat = ctx.flat
+        push = flat.over_members(lambda *given: _push(flat, *given), tuples=2)
+        filled = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[1:], strict=True)]
         return push(tuple(tensors), tuple(filled), x, rate, metric), None, None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], problem: _Problem, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *given: Any) -> Any:
+        flat, *tensors = given
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[1:], strict=True)]
         dims = tuple(None if dim is None else 0 for dim in in_dims[1:])
-        return _Solve.apply(problem.mapped(dims), *moved), (0,) * 6
+        return _Solve.apply(flat.mapped(dims), *moved), (0,) * 6
 
 
-def _push_over_members(problem: _Problem) -> Callable[..., Tensor]:
-    f: Callable[..., Tensor] = lambda tensors, tangents, *rest: _push(problem, tensors, tangents, *rest)
-    for dims in problem.levels:
-        f = _vmapped_twice(f, dims)
-    return f
-
-
-def _vmapped_twice(f: Callable[..., Any], dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    return lambda tensors, tangents, *rest: vmap(f, in_dims=(dims, dims, *(0 for _ in rest)))(tensors, tangents, *rest)
-
-
-def _landing(problem: _Problem, x: Tensor, rate: Tensor, metric: Tensor) -> Callable[..., Tensor]:
-    def land(x: Tensor, tensors: Any) -> Tensor:
-        slope = grad_and_value(problem.read)(x, tensors)[0]
-        return _proximal_step(problem, x, slope, rate, metric, tensors)
-
-    return land
-
-
-def _pull(problem: _Problem, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
-    """Slopes in the tensors, from a slope in the solution."""
-    land = _landing(problem, x, rate, metric)
-    if len(x) <= _DENSE:
-        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(lambda x: land(x, tensors))(x)
-        along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ slope
-    else:
-        back = vjp(lambda x: land(x, tensors), x)[1]
-        along = _gmres(lambda v: v - back(v)[0], slope, 200)
+def _landing(flat: _Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> tuple[Any, Any, list[int]]:
+    """The proximal step from x as a function of the vector, and of the real tensors, and which these are."""
     which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
 
-    def of_floats(*floats: Tensor) -> Tensor:
+    def land(x: Tensor, tensors: Any = tensors) -> Tensor:
+        return _proximal_step(flat, x, grad_and_value(flat.read)(x, tensors)[0], rate, metric, tensors)
+
+    def of_real(*real: Tensor) -> Tensor:
         given = list(tensors)
-        for i, t in zip(which, floats, strict=True):
+        for i, t in zip(which, real, strict=True):
             given[i] = t
         return land(x, tuple(given))
 
+    return land, of_real, which
+
+
+def _pull(flat: _Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
+    """Slopes in the tensors, from a slope in the solution."""
+    land, of_real, which = _landing(flat, x, rate, metric, tensors)
+    if len(x) <= _DENSE:
+        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
+        along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ slope
+    else:
+        back = vjp(land, x)[1]
+        along = _gmres(lambda v: v - back(v)[0], slope, 200)
     found = list(map(torch.zeros_like, tensors))
-    for i, g in zip(which, vjp(of_floats, *(tensors[i] for i in which))[1](along), strict=True):
+    for i, g in zip(which, vjp(of_real, *(tensors[i] for i in which))[1](along), strict=True):
         found[i] = g
     return found
 
 
-def _push(problem: _Problem, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
-    """What the solution does when the tensors move."""
-    land = _landing(problem, x, rate, metric)
-    which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
-
-    def of_floats(*floats: Tensor) -> Tensor:
-        given = list(tensors)
-        for i, t in zip(which, floats, strict=True):
-            given[i] = t
-        return land(x, tuple(given))
-
-    moved = jvp(of_floats, tuple(tensors[i] for i in which), tuple(tangents[i] for i in which))[1]
+def _push(flat: _Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
+    """How the solution moves when the tensors do."""
+    land, of_real, which = _landing(flat, x, rate, metric, tensors)
+    moved = jvp(of_real, tuple(tensors[i] for i in which), tuple(tangents[i] for i in which))[1]
     if len(x) <= _DENSE:
-        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(lambda x: land(x, tensors))(x)
+        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
         return torch.linalg.pinv(matrix, rtol=1e-12) @ moved
-    return _gmres(lambda v: v - jvp(lambda x: land(x, tensors), (x,), (v,))[1], moved, 200)
+    return _gmres(lambda v: v - jvp(land, (x,), (v,))[1], moved, 200)

@@ -11,11 +11,11 @@ from torch.func import grad, vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
-from funcreg.minimize import Solution, check_problem, solved
+from funcreg.minimize import Problem, Solution
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.transform import public_state
-from funcreg.tree import check_params, flatten, tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map
 
 #: Strengths that are solved at once, from the solution of the one before them.
 _TOGETHER = 5
@@ -91,18 +91,19 @@ def regularization_path(
                 [1.5000, 0.5000]], dtype=torch.float64)
 
     References:
-        Friedman, Hastie & Tibshirani, *Regularization paths for generalized linear models via coordinate descent*, 2010.
+        Friedman, Hastie & Tibshirani, *Regularization paths for generalized linear models via coordinate
+        descent*, 2010.
         Tibshirani et al., *Strong rules for discarding predictors in lasso-type problems*, 2012.
     """
-    check_problem(params, penalty, hyper, 1.0, args, mask, tol, max_steps, options)
+    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, 1.0, args)
     objective = lambda point: loss(point, *args)
     start = _null(objective, params, mask)
-    falling, order = _strengths(strengths, count, ratio, objective, start, penalty, hyper, mask, options)
-    problem = loss, penalty, hyper, args, mask, tol, max_steps, options
+    falling, order = _strengths(strengths, count, ratio, problem, objective, start)
     found: list[Solution] = []
     before = falling[0]
     for some in falling.split(_TOGETHER):
-        found.append(_solved_with_screening(problem, start, before, some))
+        found.append(_solved_with_screening(problem, args, start, before, some))
         start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
     whole = tree_map(lambda *parts: torch.cat(parts).index_select(0, order), *found)
     losses = vmap(objective)(whole.params)
@@ -122,12 +123,9 @@ def _strengths(
     given: Tensor | Sequence[float] | None,
     count: int,
     ratio: float,
+    problem: Problem,
     objective: Callable[[Params], Tensor],
     start: Params,
-    penalty: Penalty,
-    hyper: tuple[Hyper, ...],
-    mask: Mask | None,
-    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Strengths in falling order, and where each that was given lies among them."""
     like = tree_leaves(start)[0]
@@ -141,52 +139,47 @@ def _strengths(
     if type(count) is not int or count < 1:
         raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
-    most = lambda_max(grad(objective)(start), penalty, *hyper, mask=mask, **options)
+    slopes = grad(objective)(start)
+    most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
     if not 0 < float(most) < float("inf"):
         raise ValueError(
-            f"lambda_max of {penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, such as "
-            "half_l2, has no greatest strength: give strengths=."
+            f"lambda_max of {problem.penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, "
+            "such as half_l2, has no greatest strength: give strengths=."
         )
     shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
 
 
-def _solved_with_screening(problem: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
+def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
     """Solutions for some strengths at once, from that of one before."""
-    loss, penalty, hyper, args, mask, tol, max_steps, options = problem
-    leaves, _ = flatten(start)
-    size = sum(w.numel() for w in leaves)
-    if size < _SCREENED:
-        return _together(problem, start, strengths, None)
-    slopes = lambda point: grad(lambda p: loss(p, *args))(point)
+    if sum(w.numel() for w in tree_leaves(start)) < _SCREENED:
+        return _together(problem, args, start, strengths, None)
+    penalty, hyper, options = problem.penalty, problem.hyper, {"mask": problem.mask, **problem.options}
+    slopes = grad(lambda point: problem.loss(point, *args))
     flat = lambda tree: torch.cat([w.reshape(-1) for w in tree_leaves(tree)])
     # What the rule keeps for the least of the strengths, and no fewer than what a step of half of it would.
     least = torch.maximum(2 * strengths[-1] - before, strengths[-1] / 2)
-    downhill = tree_map(lambda g: -g, slopes(start))
-    moves = flat(penalty.prox(downhill, least, *hyper, mask=mask, **options)) != 0
-    kept = moves | (flat(start) != 0)
-    for _ in range(20):
-        if bool(kept.all()):
-            break
-        found = _together(problem, start, strengths, kept.nonzero()[:, 0])
+    moved = penalty.prox(tree_map(lambda g: -g, slopes(start)), least, *hyper, **options)
+    kept = (flat(moved) != 0) | (flat(start) != 0)
+    while not bool(kept.all()):
+        found = _together(problem, args, start, strengths, kept.nonzero()[:, 0])
 
-        def residual(point: Params, strength: Tensor) -> tuple[Tensor, Tensor]:
+        def residuals(point: Params, strength: Tensor) -> tuple[Tensor, Tensor]:
             g = slopes(point)
-            rest = penalty.residual(point, g, *hyper, strength=strength, mask=mask, **options)
-            return flat(rest).abs(), kkt_residual(point, g, penalty, *hyper, strength=strength, mask=mask, **options)
+            each = penalty.residual(point, g, *hyper, strength=strength, **options)
+            return flat(each).abs(), kkt_residual(point, g, penalty, *hyper, strength=strength, **options)
 
-        each, whole = vmap(residual)(found.params, strengths)
-        missed = (each > tol).any(0) & ~kept
+        each, whole = vmap(residuals)(found.params, strengths)
+        missed = (each > problem.tol).any(0) & ~kept
         if not bool(missed.any()):
-            return found._replace(residual=whole.to(found.residual.dtype), converged=found.converged & (whole <= tol))
+            whole = whole.to(found.residual.dtype)
+            return found._replace(residual=whole, converged=whole <= problem.tol)
         kept = kept | missed
-    return _together(problem, start, strengths, None)
+    return _together(problem, args, start, strengths, None)
 
 
-def _together(problem: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
-    loss, penalty, hyper, args, mask, tol, max_steps, options = problem
-    one = lambda strength: solved(loss, start, penalty, hyper, strength, args, mask, tol, max_steps, options, kept)
-    return vmap(one)(strengths)
+def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
+    return vmap(lambda strength: problem.solve(start, strength, args, kept))(strengths)
 
 
 @public_state
@@ -245,16 +238,16 @@ def cross_validate(
         >>> found.params != 0
         tensor([ True, False, False, False, False])
     """
-    check_problem(params, penalty, hyper, 1.0, data, mask, tol, max_steps, options)
-    check_params(data, "data")
+    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, 1.0, data)
+
     samples = {len(x) if x.ndim else 0 for x in tree_leaves(data)}
     if len(samples) != 1:
         raise ValueError(f"data have {sorted(samples)} samples; expected tensors with one entry a sample")
     held_out = _folds(folds, samples.pop(), tree_leaves(data)[0].device)
     objective = lambda point: loss(point, *data)
     start = _null(objective, params, mask)
-    falling, _ = _strengths(strengths, count, ratio, objective, start, penalty, hyper, mask, options)
-    problem = loss, penalty, hyper, mask, tol, max_steps, options
+    falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     for size in {len(places) for places, _ in held_out}:  # Folds of one size are one ensemble.
         which = [i for i, (places, _) in enumerate(held_out) if len(places) == size]
@@ -264,7 +257,7 @@ def cross_validate(
     error = scores.std(0) / len(held_out) ** 0.5
     least = int(mean.argmin())
     simplest = int((mean <= mean[least] + error[least]).int().argmax())
-    fitted = solved(loss, start, penalty, hyper, falling[least], data, mask, tol, max_steps, options)
+    fitted = problem.solve(start, falling[least], data)
     return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params)
 
 
@@ -288,17 +281,15 @@ def _folds(folds: int | Sequence[Tensor], samples: int, device: torch.device) ->
     return found
 
 
-def _scores(problem: Any, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor) -> Tensor:
+def _scores(problem: Problem, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor) -> Tensor:
     """The loss on held-out samples, for some folds of one size and all strengths."""
-    loss, penalty, hyper, mask, tol, max_steps, options = problem
     rows = lambda places: tree_map(lambda x: x[places], data)
     training, testing = rows(trains), rows(tests)
     begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
 
     def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Params]:
-        one = lambda c: solved(loss, begin, penalty, hyper, c, training, mask, tol, max_steps, options).params
-        found = vmap(one)(some)
-        return vmap(lambda point: loss(point, *testing))(found), tree_map(lambda w: w[-1], found)
+        found = vmap(lambda strength: problem.solve(begin, strength, training).params)(some)
+        return vmap(lambda point: problem.loss(point, *testing))(found), tree_map(lambda w: w[-1], found)
 
     columns = []
     for some in strengths.split(_TOGETHER):

@@ -87,7 +87,8 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic"],
+    ["stochastic", "minimize"],
+    ["path"],
 ]
 
 

@@ -86,7 +86,7 @@ def regularization_path(
         >>> y = torch.tensor([2.0, 1.0], dtype=torch.float64)
         >>> def loss(w, x, y):
         ...     return (x @ w - y).square().sum() / 2
-        >>> regularization_path(loss, torch.zeros_like(y), l1, strengths=[0.5, 1.5], args=(x, y)).params
+        >>> regularization_path(loss, torch.zeros_like(y), l1, strengths=[1.5, 0.5], args=(x, y)).params
         tensor([[0.5000, 0.0000],
                 [1.5000, 0.5000]], dtype=torch.float64)
 
@@ -184,7 +184,15 @@ def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kep
 
 @public_state
 class CrossValidation(NamedTuple):
-    """What `cross_validate` found."""
+    """What `cross_validate` found.
+
+    Example:
+        >>> x = torch.eye(4, dtype=torch.float64)
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y).square().mean() / 2
+        >>> cross_validate(loss, x[0], l1, data=(x, x[:, 0]), folds=2, strengths=[0.5, 0.1]).scores.shape
+        torch.Size([2, 2])
+    """
 
     strengths: Tensor  # Falling.
     scores: Tensor  # The loss on what was held out, a row for each fold.

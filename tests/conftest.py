@@ -30,11 +30,19 @@ def pytest_collection_finish() -> None:
     _freeze()
 
 
+def _skip_what_torch_measures() -> None:
+    """Dynamo times the guards of all that it compiles, for its logs, with empty caches of the processor."""
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *arguments: 0.0  # pyright: ignore[reportOptionalMemberAccess]
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test begins with the same random numbers, no compiled code, and no warning said that is said once."""
     torch.manual_seed(0)
     lowering._said.clear()
+    _skip_what_torch_measures()
     modules = len(sys.modules)
     yield
     if "torch._dynamo" in sys.modules:  # Its import takes seconds.

@@ -110,7 +110,7 @@ def _adadelta(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
 def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
     rate, most = group["lr"], _steps(state) ** -0.5
     if isinstance(rate, Tensor) or isinstance(most, Tensor):
-        return (torch.minimum(*map(torch.as_tensor, (rate, most))),)
+        return (torch.minimum(*[torch.as_tensor(x, dtype=torch.float64) for x in (rate, most)]),)
     return (min(rate, most),)
 
 

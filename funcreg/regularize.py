@@ -328,7 +328,11 @@ class _Names:
         lost = [name for name, chosen in mask.items() if chosen is True and not self._knows(name)]
         if lost:
             raise ValueError(f"mask chooses {lost[0]!r}, which the optimizer does not hold; it holds {self._listed()}")
-        return {self._plain.get(name, name): chosen for name, chosen in mask.items() if self._knows(name)}
+        return self.renamed({name: chosen for name, chosen in mask.items() if self._knows(name)})
+
+    def renamed(self, tree: Any) -> Any:
+        """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
+        return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
 
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()
@@ -381,7 +385,9 @@ class Regularization:
     """
 
     def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
-        self._task, self._names, self._said, self._compile = task, names, said, compile
+        strength, *hyper = map(names.renamed, (task.strength, *task.hyper))
+        self._task = task._replace(strength=strength, hyper=tuple(hyper))
+        self._names, self._said, self._compile = names, said, compile
         self._optimizer = weakref.ref(optimizer)
         self.steps = 0
         self._inner = self._checked()
@@ -390,7 +396,7 @@ class Regularization:
         self._starts: dict[Tensor, Tensor] = {}
         self._counted: list[Any] = []
         self._classes: list[int] = []
-        self._layouts: dict[Any, _Compiled] = {}
+        self._layouts: dict[Any, _Compiled | None] = {}
         self._restored = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
@@ -546,18 +552,18 @@ class Regularization:
                 {m.name: read(m.w, state.get(m.w, {}), groups[m.group], self._notes.get(m.w)) for m in moved}
             )
         if not keeps and skipped is None and self._may_compile(moved):
-            compiled = self._layout(reached, moved, classes, columns, values)
+            # Gradients are not read where there is no metric, but stand for what is like the parameters.
+            read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
+            compiled = self._layout(reached, read_from, classes, columns, values)
             if compiled is not None:
-                compiled(
-                    reached, tree({m.name: m.w.grad for m in moved}) if sources is None else sources, columns, values
-                )
+                compiled(reached, read_from, columns, values)
                 return
         starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
         scalars = _laid_out(columns, classes, reached)
         landed = task.land(starts, reached, sources, scalars, values, self._inner)
         for m in moved:
             z = landed[m.name]
-            m.w.copy_(z if skipped is None else torch.where(skipped > 0, m.w, z))
+            m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
 
     def _check_all_moved(self, moved: list[_Moved]) -> None:
         """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
@@ -583,23 +589,21 @@ class Regularization:
     def _may_compile(self, moved: list[_Moved]) -> bool:
         if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
             return False
-        if any([is_scheduled(x) and not callable(x) for x in (self._task.strength, *self._task.hyper)]):
-            return False  # A tree of schedules.
-        tensors = [x for m in moved for x in (m.w, m.w.grad) if x is not None]
-        if any([type(x) not in _PLAIN or x.layout != torch.strided for x in tensors]):
-            return False
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
-        self, reached: Params, moved: list[_Moved], classes: dict[str, int], columns: Any, values: Any
+        self, reached: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
     ) -> _Compiled | None:
-        """The compiled step for these leaves; None if they come in more than a few sets."""
+        """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
         key = tuple(classes.items())
-        if key not in self._layouts:
-            if len(self._layouts) >= _LAYOUTS:
-                return None
-            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values)
-        return self._layouts[key]
+        if key not in self._layouts and len(self._layouts) < _LAYOUTS:
+            scheduled_trees = [
+                x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
+            ]
+            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((reached, sources))])
+            fits = plain and not scheduled_trees
+            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values) if fits else None
+        return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:
         self._restored = self._task.is_scheduled

@@ -19,6 +19,7 @@ from torch.func import grad
 from torch.optim import lr_scheduler
 
 import funcreg as fr
+from funcreg import denominators
 
 Make = Callable[..., optim.Optimizer]
 
@@ -174,6 +175,14 @@ def test_variants_of_an_optimizer_take_the_same_steps(row, variant):
     if options.get("lr") == "tensor":
         options["lr"] = torch.tensor(row.make([weight(1)]).param_groups[0]["lr"], dtype=torch.float64)
     assert_equal(solved(row.make, 8, **options), solved(row.make, 8), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam, amsgrad", "NAdam", "RAdam", "Adagrad, decay", "Adafactor"])
+def test_counters_that_lie_on_a_device_are_computed_with_and_not_read(name, monkeypatch):
+    row = OPTIMIZERS[name]
+    expected = solved(row.make, 12)
+    monkeypatch.setattr(denominators, "_steps", lambda state: state["step"].double())
+    assert_equal(solved(row.make, 12), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "RMSprop", "Adagrad"])
@@ -382,7 +391,7 @@ def test_names_are_those_without_wrappers(wrap):
     for given in (
         {"mask": fr.select("0.weight")},
         {"mask": raw},
-        {"strength": {**dict.fromkeys(dict(net.named_parameters()), 1.0)}},
+        {"strength": dict.fromkeys(raw, 1.0)},
     ):
         fr.regularize(optim.SGD(wrapped.parameters(), 0.1), fr.l1, module=wrapped, **given)
     optimizer = optim.SGD(wrapped.parameters(), 0.1)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.constraints import Constraint
 from funcreg.construction import Call
-from funcreg.denominators import Entries, Rule, rule_of, unwrapped
+from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep, fuse
 from funcreg.penalty import Penalty, Sum
@@ -394,6 +394,7 @@ class Regularization:
         self._check_once(optimizer)
         self._notes: dict[Tensor, Any] = {}
         self._starts: dict[Tensor, Tensor] = {}
+        self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
@@ -412,6 +413,7 @@ class Regularization:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
         for hook in self._hooks:
             hook.remove()
+        self._notes, self._starts, self._layouts = {}, {}, {}
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
             vars(optimizer)[_OWN].remove(self)
@@ -422,15 +424,16 @@ class Regularization:
             leaves = {name: w.detach() for name, w in self._names.penalized().items()}
             return self._task.value(self._names.tree(leaves), self.steps)
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of steps, from which schedules go on; to be saved beside the optimizer's state."""
-        return {"steps": self.steps}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, from which schedules go on, and sums of buffers whose momentum a scheduler may change."""
+        return {"steps": self.steps, "buffers": dict(self._buffers)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved number of steps."""
-        if not isinstance(state, dict) or type(state.get("steps")) is not int or state["steps"] < 0:
-            raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns, {{'steps': 0}}")
-        self.steps, self._restored = state["steps"], False
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; to be called after that of the optimizer."""
+        known = isinstance(state, dict) and isinstance(state.get("buffers"), dict)
+        if not known or type(state.get("steps")) is not int or state["steps"] < 0:
+            raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
+        self.steps, self._buffers, self._restored = state["steps"], dict(state["buffers"]), False
 
     # Checks
 
@@ -533,7 +536,22 @@ class Regularization:
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
             self._classes = [numbers[key] for key in keys]
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
-        return [rule.scalars(state(moved[i].w), groups[moved[i].group]) for i in firsts]
+        factors = self._gains(groups, {m.group for m in moved}) if rule.buffers else {}
+        columns = []
+        for m in [moved[i] for i in firsts]:
+            rate, *rest = rule.scalars(state(m.w), groups[m.group])
+            columns.append((rate * factors[m.group] if m.group in factors else rate, *rest))
+        return columns
+
+    def _gains(self, groups: list[Entries], moved: set[int]) -> dict[int, Scalar]:
+        """By how much the directions of some groups exceed a gradient, also while a scheduler changes momentum."""
+        found: dict[int, Scalar] = {}
+        for i in moved:
+            momentum = groups[i]["momentum"]
+            if isinstance(momentum, Tensor) or momentum != 0:
+                self._buffers[i] = buffered(groups[i], self._buffers.get(i))
+                found[i] = gain(groups[i], self._buffers[i])
+        return found
 
     def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
         task, tree = self._task, self._names.tree

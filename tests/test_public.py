@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording"],
     ["construction", "grouping"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan"],
+    ["composition", "denominators", "descent", "plan"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
@@ -88,7 +88,7 @@ LAYERS = [
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
     ["stochastic", "minimize"],
-    ["path"],
+    ["regularize", "path"],
 ]
 
 

@@ -63,6 +63,12 @@ from funcreg.coupled import (
     remove_dead as remove_dead,
     resized as resized,
 )
+from funcreg.deployment import (
+    Pruned as Pruned,
+    from_prune as from_prune,
+    to_prune as to_prune,
+    to_sparse as to_sparse,
+)
 from funcreg.ensemble import (
     ensemble as ensemble,
 )

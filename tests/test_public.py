@@ -81,7 +81,7 @@ LAYERS = [
     ["tree", "schedules", "lowering"],
     ["composition", "descent", "plan"],
     ["transform", "penalty"],
-    ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
+    ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
     ["groups"],
     ["structured"],

@@ -290,6 +290,23 @@ def tree_paths(tree: Any) -> list[str]:
     return names
 
 
+def tree_types(tree: Any) -> list[str]:
+    """The named tuples in a tree and where they are, such as `1.AdamState`."""
+    found: list[str] = []
+    _find_types(tree, (), found)
+    return found
+
+
+def _find_types(node: Any, path: Path, found: list[str]) -> None:
+    opened = _open(node)
+    if opened is None:
+        return
+    if hasattr(node, "_fields"):
+        found.append(dotted((*path, type(node).__name__)))
+    for key, child in zip(opened[0], opened[1], strict=True):
+        _find_types(child, (*path, key), found)
+
+
 def broadcast(prefix: Any, tree: Any, name: str = "a prefix") -> list[Any]:
     """The value of a prefix tree at each leaf of `tree`: a leaf of the prefix stands for all leaves below it."""
     opened = _open(prefix)

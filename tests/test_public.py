@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording"],
     ["construction", "grouping"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan"],
+    ["composition", "descent", "plan", "checkpoint"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],

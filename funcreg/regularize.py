@@ -590,7 +590,8 @@ class Regularization:
         return self._layouts[key]
 
     def _loaded(self, optimizer: Optimizer) -> None:
-        self._restored = self._task.is_scheduled
+        # Accelerate loads a state without entries, to move a new optimizer to its device.
+        self._restored = self._task.is_scheduled and len(optimizer.state) > 0
 
 
 #: Where an optimizer keeps the penalties on it.

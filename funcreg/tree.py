@@ -1096,8 +1096,12 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatch.fnmatchcase(name, glob)
 
 
-#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing,
+#: Fabric, which has a name for it without its other wrappers, too.
+_WRAPPERS = (
+    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("_forward_module", "_original_module"),
+)
 
 
 def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:

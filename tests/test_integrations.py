@@ -229,6 +229,40 @@ class TestLightning:
         trainer(tmp_path, callbacks=[Resume()]).fit(module, batches(), ckpt_path=tmp_path / "last.ckpt")
         assert_same(module.net, by_hand(scheduled))
 
+    @pytest.mark.parametrize(
+        "optimizer", [lambda fit, module: fit.optimizers[0], lambda fit, module: module.optimizers()]
+    )
+    def test_a_callback_regularizes_a_module_that_knows_nothing_of_it(self, optimizer, tmp_path):
+        import lightning
+
+        class Regularize(lightning.Callback):
+            def on_fit_start(self, fit, module):
+                options = {"module": module, "mask": fr.matrices, "compile": False}
+                fr.regularize(optimizer(fit, module), fr.l1, strength=ENTRIES, **options)
+
+        module = lightning_module(lambda net: torch.optim.AdamW(net.parameters(), lr=2e-2))
+        trainer(tmp_path, callbacks=[Regularize()]).fit(module, batches())
+        assert_same(module.net, by_hand(by_regularize))
+
+    @every_way
+    @pytest.mark.parametrize("set_up_before", [False, True])
+    def test_fabric_trains_as_the_loop_by_hand(self, make, set_up_before):
+        import lightning
+
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        net = make_net()
+        if set_up_before:
+            net = fabric.setup(net)  # Names of parameters begin with _forward_module.
+        optimizer = make(net)
+        schedule = falling(optimizer)
+        net, optimizer = (net, fabric.setup_optimizers(optimizer)) if set_up_before else fabric.setup(net, optimizer)
+        for x, y in itertools.chain(*[fabric.setup_dataloaders(batches())] * EPOCHS):
+            fabric.backward(F.cross_entropy(net(x), y))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        assert_same(net.module, by_hand(make))
+
 
 # Accelerate
 
@@ -373,6 +407,23 @@ class TestTransformers:
         expected = by_hand(make, epochs=30, size=160, clip=1.0, scheduler=constant)
         assert_same(fit.model.net, expected, rtol=1e-3, atol=1e-5)
         assert_some_zeros(expected)
+
+    def test_a_callback_regularizes_the_optimizer_that_trainer_makes(self, tmp_path):
+        import transformers
+
+        class Regularize(transformers.TrainerCallback):
+            def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+                fr.regularize(optimizer, fr.l1, strength=ENTRIES, module=model, mask=fr.matrices, compile=False)
+
+        def fit(checkpoint=None):
+            made = transformers_trainer(lambda net: None, tmp_path, learning_rate=2e-2)
+            made.add_callback(Regularize())
+            made.train(resume_from_checkpoint=checkpoint)
+            return made.model
+
+        unbroken = fit()
+        assert_some_zeros(unbroken.net)
+        assert_same(fit(str(tmp_path / "checkpoint-20")), unbroken)
 
     @every_way
     def test_a_penalty_counts_once_a_step_however_many_batches_it_accumulates(self, make, tmp_path):

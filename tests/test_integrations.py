@@ -5,7 +5,6 @@ Run by `pytest -m integration` where the libraries of the extra `integrations` a
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import re
@@ -328,6 +327,51 @@ class TestAccelerate:
         assert net[0].weight.dtype == torch.float32
         assert_some_zeros(net)
 
+    def test_a_fused_step_and_its_state_are_saved_and_loaded_bit_for_bit(self, tmp_path):
+        """Parameters of `step.init` have storages of their own; Accelerate drops tensors that share one."""
+        import accelerate
+
+        class Chain:
+            """What `register_for_checkpointing` asks for."""
+
+            def __init__(self, net):
+                self.step = fr.fuse(fr.prox_adam(2e-2, fr.l1, strength=ENTRIES, mask=fr.matrices), donate=True)
+                self.params, self.state = self.step.init(dict(net.named_parameters()))
+                for name, w in net.named_parameters():
+                    w.data = self.params[name]
+
+            def __call__(self, net):
+                grads = {name: w.grad for name, w in net.named_parameters()}
+                self.params, self.state = self.step(self.params, grads, self.state)
+
+            def state_dict(self):
+                return fr.to_state_dict(self.state)
+
+            def load_state_dict(self, flat):
+                self.state = fr.from_state_dict(self.state, flat)
+
+        def train(epochs, load=False, save=False):
+            accelerate.state.AcceleratorState._reset_state(True)
+            accelerator = accelerate.Accelerator(cpu=True)
+            net, loader = accelerator.prepare(make_net(), batches())
+            chain = Chain(net)
+            accelerator.register_for_checkpointing(chain)
+            if load:
+                accelerator.load_state(tmp_path)
+            for x, y in itertools.chain(*[loader] * epochs):
+                net.zero_grad()
+                accelerator.backward(F.cross_entropy(net(x), y))
+                chain(net)
+            if save:
+                accelerator.save_state(tmp_path)
+            return net
+
+        saved, loaded = train(2, save=True), train(0, load=True)
+        assert (tmp_path / "model.safetensors").exists()
+        assert_same(loaded, saved)
+        assert_same(train(2, load=True), train(4))
+        assert_some_zeros(loaded)
+
     def test_a_prepared_optimizer_is_regularized_as_the_one_inside(self):
         import accelerate
 
@@ -434,6 +478,12 @@ class TestTransformers:
         halves.train()
         assert_same(whole.model, halves.model, rtol=1e-3, atol=1e-4)
         assert_some_zeros(halves.model.net)
+
+    def test_an_optimizer_of_its_own_is_refused_by_its_full_name(self):
+        from transformers.optimization import Adafactor
+
+        with pytest.raises(ValueError, match=r"^transformers.optimization.Adafactor is not one .* Adafactor of torch"):
+            fr.regularize(Adafactor(make_net().parameters()), fr.l1)
 
     @every_way
     def test_it_trains_in_mixed_precision_with_exact_zeros(self, make, tmp_path):

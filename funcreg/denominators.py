@@ -63,7 +63,7 @@ def _sgd(state: Entries, group: Entries) -> tuple[Scalar, ...]:
 
 
 def _adam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return group["lr"], (1 - group["betas"][1] ** _steps(state)) ** 0.5, group["eps"]
+    return group["lr"], (1 - group["betas"][1] ** _steps(state)) ** -0.5, group["eps"]
 
 
 def _nadam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
@@ -73,7 +73,7 @@ def _nadam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
     product = state["mu_product"].double()
     product = product if isinstance(steps, Tensor) else product.item()
     weights = (1 - now) / (1 - product) + after * (1 - beta1**steps) / (1 - product * after)
-    return group["lr"] * weights, (1 - beta2**steps) ** 0.5, group["eps"]
+    return group["lr"] * weights, (1 - beta2**steps) ** -0.5, group["eps"]
 
 
 def _radam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
@@ -138,7 +138,7 @@ def _change(w: Tensor, state: Entries) -> Tensor:
 
 
 _root = lambda square, eps: square.sqrt() + eps
-_corrected = lambda square, correction, eps: square.sqrt() / correction + eps
+_corrected = lambda square, correction, eps: square.sqrt() * correction + eps  # A division would take as long again.
 _rectified = lambda square, rectified, eps: rectified * (square.sqrt() + eps) + (1 - rectified)
 _entry = lambda name: lambda w, state, group, note: state[name]
 _square = lambda w, state, group, note: state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]

@@ -22,7 +22,7 @@ from funcreg.construction import Call
 from funcreg.denominators import Entries, Rule, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep, fuse
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.regularizing import check_penalty
 from funcreg.transform import (
@@ -37,7 +37,6 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
-    apply_updates,
     compute,
     compute_wide,
     mask_leaves,
@@ -66,7 +65,7 @@ def regularize(
     compile: bool | None = None,
     **options: Any,
 ) -> Regularization:
-    r"""Regularize what a torch optimizer trains, :math:`f + \lambda g`, with the exact zeros of `prox_sgd`, `prox_adam`.
+    r"""Penalize what a torch optimizer trains, :math:`f + \lambda g`, with exact zeros, as `prox_sgd` and `prox_adam`.
 
     After each `optimizer.step()` a hook applies the proximal operator of the penalty, with the step that was taken:
     the learning rate that the group has now, whatever its scheduler; 1 / (1 - momentum) for a buffer; the denominators
@@ -147,10 +146,9 @@ def regularize(
 
 def _projects(penalty: Penalty) -> bool:
     """Whether a penalty is a constraint, or made of nothing else."""
-    parts = penalty.structure.parts
-    if isinstance(penalty, Constraint) or parts is None:
+    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
         return isinstance(penalty, Constraint)
-    return all([isinstance(part.penalty, Constraint) for term in parts() for part in term.parts()])
+    return all([_projects(term.penalty) for term in penalty.structure.parts()])
 
 
 # What is computed
@@ -259,7 +257,7 @@ class _Compiled:
         self._moving = [i for i, value in enumerate((task.strength, *task.hyper)) if callable(value)]
         self._slots = _Slots([[slot() for _ in column] for column in columns], [slot() for _ in self._moving])
         self._last: dict[int, Any] = {}
-        fixed = [value for value in values]
+        fixed = list(values)
 
         def update(sources: Params, slots: _Slots, params: Params) -> tuple[Params, _Slots]:
             given = list(fixed)
@@ -309,7 +307,7 @@ class _Names:
                 raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
             raise
         # In the order of leaves, which is that of sorted keys.
-        self.chosen = set(name for name, chosen in zip(sorted(params), bools, strict=True) if chosen)
+        self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
         self.count = len(params)
 
     def _own(self, mask: Mask) -> Mask:
@@ -565,9 +563,9 @@ class Regularization:
         if any([rate != rates[0] for rate in rates]):
             said = " and ".join(map(str, dict.fromkeys(rates)))
             raise ValueError(
-                f"{self._task.penalty!r} couples leaves, which have to take one step; those of the param groups differ, "
-                f"{said} (the learning rate, times 1 / (1 - momentum) for a buffer). Give the groups that it couples "
-                "one learning rate and momentum, or regularize leaf by leaf, with group_lasso."
+                f"{self._task.penalty!r} couples leaves, which have to take one step; those of the param groups "
+                f"differ, {said} (the learning rate, times 1 / (1 - momentum) for a buffer). Give the groups that it "
+                "couples one learning rate and momentum, or regularize leaf by leaf, with group_lasso."
             )
         return [(columns[0][0], *column[1:]) for column in columns]
 

@@ -57,7 +57,15 @@ def momentum_and_groups(net, compile=False):
     return optimizer
 
 
-WAYS = {"AdamW and regularize": by_regularize, "SGD and groups": momentum_and_groups}
+def penalized_adam(lr, strength=ENTRIES, weight_decay=0.0):
+    return fr.prox_adam(lr, fr.l1, strength=strength, weight_decay=weight_decay, mask=fr.matrices)
+
+
+def by_optimizer(net, compile=False):
+    return fr.Optimizer(net.named_parameters(), penalized_adam, lr=2e-2, compile=compile)
+
+
+WAYS = {"AdamW and regularize": by_regularize, "SGD and groups": momentum_and_groups, "fr.Optimizer": by_optimizer}
 every_way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
@@ -479,6 +487,28 @@ class TestTransformers:
         assert_same(whole.model, halves.model, rtol=1e-3, atol=1e-4)
         assert_some_zeros(halves.model.net)
 
+    def test_it_makes_an_optimizer_with_its_groups(self, tmp_path):
+        import transformers
+
+        given = {"factory": penalized_adam, "lr": 2e-2, "strength": ENTRIES, "compile": False}
+
+        def fit(checkpoint=None):
+            arguments = transformers.TrainingArguments(
+                str(tmp_path), num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, save_strategy="epoch",
+                weight_decay=0.1, use_cpu=True, report_to="none", disable_tqdm=True, logging_strategy="no",
+            )  # fmt: skip
+            rows = [{"x": x, "labels": y} for x, y in dataset()]
+            made = transformers.Trainer(
+                ForTrainer(), arguments, train_dataset=rows, optimizer_cls_and_kwargs=(fr.Optimizer, dict(given))
+            )
+            made.train(resume_from_checkpoint=checkpoint)
+            assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.1, 0.0]
+            return made.model
+
+        unbroken = fit()
+        assert_some_zeros(unbroken.net)
+        assert_same(fit(str(tmp_path / "checkpoint-20")), unbroken)
+
     def test_an_optimizer_of_its_own_is_refused_by_its_full_name(self):
         from transformers.optimization import Adafactor
 
@@ -535,6 +565,18 @@ class TestSkorch:
         net.load_params(**files)
         net.partial_fit(x, y)
         assert_same(net.module_, skorch_net().fit(x, y).module_)
+
+    def test_a_chain_is_its_optimizer(self, tmp_path):
+        x, y = (t.numpy() for t in dataset().tensors)
+        given = {"optimizer": fr.Optimizer, "optimizer__factory": penalized_adam, "optimizer__compile": False}
+        given |= {"optimizer__strength": ENTRIES, "callbacks": None}
+        net = skorch_net(**given).fit(x, y)
+        assert_same(net.module_, by_hand(by_optimizer, scheduler=constant))
+        files = {"f_params": tmp_path / "net.pt", "f_optimizer": tmp_path / "optimizer.pt"}
+        skorch_net(**given, max_epochs=2).fit(x, y).save_params(**files)
+        again = skorch_net(**given, max_epochs=2).initialize()
+        again.load_params(**files)
+        assert_same(again.partial_fit(x, y).module_, net.module_)
 
     def test_a_grid_of_strengths_is_searched(self):
         from sklearn.model_selection import GridSearchCV

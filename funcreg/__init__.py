@@ -88,6 +88,9 @@ from funcreg.groups import (
     l1_linf as l1_linf,
     linf as linf,
 )
+from funcreg.optimizer import (
+    Optimizer as Optimizer,
+)
 from funcreg.optimizers import (
     adagrad as adagrad,
     adam as adam,

@@ -285,9 +285,14 @@ def tree_paths(tree: Any) -> list[str]:
         >>> tree_paths({"head": {"weight": 0.5, "bias": 1.0}, "body": (2.0,)})
         ['body.0', 'head.bias', 'head.weight']
     """
-    names: list[str] = []
-    map_with_path(lambda path, leaf: names.append(dotted(path)), tree)
-    return names
+    return [dotted(path) for path in leaf_paths(tree)]
+
+
+def leaf_paths(tree: Any) -> list[Path]:
+    """The keys on the way to each leaf, in the order of `tree_leaves`."""
+    paths: list[Path] = []
+    map_with_path(lambda path, leaf: paths.append(path), tree)
+    return paths
 
 
 def tree_types(tree: Any) -> list[str]:

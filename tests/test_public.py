@@ -87,7 +87,7 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic"],
+    ["stochastic", "optimizer"],
 ]
 
 

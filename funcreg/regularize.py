@@ -37,6 +37,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
+    Absent,
     compute,
     compute_wide,
     mask_leaves,
@@ -214,21 +215,27 @@ class Task(NamedTuple):
         strength, *values = self.at(steps)
         return self.penalty.weighted_value(params, strength, *values, **self.options)
 
-    def check(self, params: Params) -> None:
-        """Raise the error that a proximal step on such parameters would raise, without computing it if possible."""
+    def check(self, params: Params) -> set[str]:
+        """The leaves that a proximal step touches, or the error that it would raise; without computing it, if possible.
+
+        Raises:
+            ValueError: There is no such step for these parameters.
+        """
         values = self.at(0)
         check_fit(params, None, *values)
         try:
-            likes = {k: w if w is ABSENT else torch.empty_like(w, device="meta") for k, w in params.items()}
-            self._try(likes, values)
+            likes = {k: w if isinstance(w, Absent) else torch.empty_like(w, device="meta") for k, w in params.items()}
+            return self._touched(likes, values)
         except (NotImplementedError, RuntimeError):  # Something has to see numbers.
-            self._try(params, values)
+            return self._touched(params, values)
 
-    def _try(self, params: Params, values: Sequence[Hyper]) -> None:
-        ones = lambda w: torch.ones_like(w.real)
-        h = None if self.rule.source is None else {k: w if w is ABSENT else ones(w) for k, w in params.items()}
-        count = self.inner(params)
-        land(params, params, product(params, 1.0, values[0]), h, self.penalty, [*values[1:]], count, None, self.options)
+    def _touched(self, params: Params, values: Sequence[Hyper]) -> set[str]:
+        h = None
+        if self.rule.source is not None:
+            h = {k: w if isinstance(w, Absent) else torch.ones_like(w.real) for k, w in params.items()}
+        step, count = product(params, 1.0, values[0]), self.inner(params)
+        landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
+        return {k for k, w in params.items() if landed[k] is not w}
 
 
 class _Slots(NamedTuple):
@@ -240,10 +247,11 @@ class _Slots(NamedTuple):
 
 def _laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Params) -> list[Hyper]:
     """Scalars of each class as hyperparameters: one for all leaves if there is one class, else trees."""
-    if len(columns) == 1:
-        return list(columns[0])
-    spread = lambda i: {k: w if w is ABSENT else columns[classes[k]][i] for k, w in tree.items()}
-    return [spread(i) for i in range(len(columns[0]))]
+    # Tensors are one if they are the same: inside a compiler, and on a device, their numbers are not known.
+    like = lambda x, first: x is first or (not isinstance(x, Tensor) and not isinstance(first, Tensor) and x == first)
+    same = lambda i: all([like(column[i], columns[0][i]) for column in columns])
+    spread = lambda i: {k: w if isinstance(w, Absent) else columns[classes[k]][i] for k, w in tree.items()}
+    return [columns[0][i] if same(i) else spread(i) for i in range(len(columns[0]))]
 
 
 class _Compiled:
@@ -264,7 +272,10 @@ class _Compiled:
             for i, value in zip(self._moving, slots.values, strict=True):
                 given[i] = value
             h = None if task.rule.source is None else sources
-            landed = task.land(params, params, h, _laid_out(slots.scalars, classes, params), given, None)
+            scalars = slots.scalars
+            if task.penalty.couples_leaves:
+                scalars = [[scalars[0][0], *column[1:]] for column in scalars]
+            landed = task.land(params, params, h, _laid_out(scalars, classes, params), given, None)
             # In the dtype of the parameters, or w + (0 - w) would not be 0.
             return compute(lambda w, z: z - w, params, landed), slots
 
@@ -278,7 +289,7 @@ class _Compiled:
                 place.copy_(x)
             elif self._last.get(i) != x:
                 place.fill_(x)
-            self._last[i] = x
+            self._last[i] = None if isinstance(x, Tensor) else x
         self._step(params, sources, self._slots)
 
 
@@ -430,7 +441,7 @@ class Regularization:
                     )
         tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
         with torch.no_grad():
-            self._task.check(tree)
+            self._touched = self._task.check(tree)
             return self._task.inner(tree)
 
     def _check_once(self, optimizer: Optimizer) -> None:
@@ -507,8 +518,8 @@ class Regularization:
 
     def _columns(self, optimizer: Optimizer, moved: list[_Moved]) -> list[tuple[Scalar, ...]]:
         """The scalars of each class of parameters: those of one group that have seen as many steps."""
-        rule, groups = self._task.rule, optimizer.param_groups
-        counted = [optimizer.state[m.w]["step"] if rule.counts else m.group for m in moved]
+        rule, groups, state = self._task.rule, optimizer.param_groups, lambda w: optimizer.state.get(w, {})
+        counted = [state(m.w)["step"] if rule.counts else m.group for m in moved]
         if len(counted) != len(self._counted) or any([a is not b for a, b in zip(counted, self._counted, strict=True)]):
             # Counters that were the same, and have counted together since, are the same: read once, for devices.
             self._counted = counted
@@ -516,20 +527,24 @@ class Regularization:
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
             self._classes = [numbers[key] for key in keys]
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
-        return [rule.scalars(optimizer.state[moved[i].w], groups[moved[i].group]) for i in firsts]
+        return [rule.scalars(state(moved[i].w), groups[moved[i].group]) for i in firsts]
 
     def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
         task, tree = self._task, self._names.tree
         columns = self._columns(optimizer, moved)
         if task.penalty.couples_leaves:
+            self._check_all_moved(moved)
             columns = self._one_rate(columns)
         keeps = torch.is_grad_enabled()
         classes = {m.name: i for m, i in zip(moved, self._classes, strict=True)}
         reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
         sources = None
         if task.rule.source is not None:
-            read, groups, state = task.rule.source, optimizer.param_groups, optimizer.state
-            sources = tree({m.name: read(m.w, state[m.w], groups[m.group], self._notes.get(m.w)) for m in moved})
+            # Without a look that makes an entry where there is none: the state stays what it was.
+            state, groups, read = optimizer.state, optimizer.param_groups, task.rule.source
+            sources = tree(
+                {m.name: read(m.w, state.get(m.w, {}), groups[m.group], self._notes.get(m.w)) for m in moved}
+            )
         if not keeps and skipped is None and self._may_compile(moved):
             compiled = self._layout(reached, moved, classes, columns, values)
             if compiled is not None:
@@ -539,23 +554,19 @@ class Regularization:
                 return
         starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
         scalars = _laid_out(columns, classes, reached)
-        landed = self._explained(moved, lambda: task.land(starts, reached, sources, scalars, values, self._inner))
+        landed = task.land(starts, reached, sources, scalars, values, self._inner)
         for m in moved:
             z = landed[m.name]
             m.w.copy_(z if skipped is None else torch.where(skipped > 0, m.w, z))
 
-    def _explained(self, moved: list[_Moved], land: Callable[[], Params]) -> Params:
-        """What `land` returns; an error about leaves that are missing says why they are."""
-        try:
-            return land()
-        except ValueError as error:
-            still = self._names.chosen - {m.name for m in moved}
-            if not (self._task.penalty.couples_leaves and still):
-                raise
+    def _check_all_moved(self, moved: list[_Moved]) -> None:
+        """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
+        still = self._touched - {m.name for m in moved}
+        if still:
             raise ValueError(
-                f"{error}. The penalty couples leaves, and '{min(still)}' has no gradient in this step, so that its "
-                "part of a group would stand still. Is it frozen, or unused in this loss? Leave it out of the groups."
-            ) from error
+                f"{self._task.penalty!r} couples leaves, and '{min(still)}' has no gradient in this step, so that its "
+                "part of a group would stand still. Is it frozen, or not used by this loss? Leave it out of the groups."
+            )
 
     def _one_rate(self, columns: list[tuple[Scalar, ...]]) -> list[tuple[Scalar, ...]]:
         """The columns with one rate for all leaves, or an error where they have several."""
@@ -572,7 +583,10 @@ class Regularization:
     def _may_compile(self, moved: list[_Moved]) -> bool:
         if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
             return False
-        if any([type(x) not in _PLAIN or x.layout != torch.strided for m in moved for x in (m.w, m.w.grad)]):
+        if any([is_scheduled(x) and not callable(x) for x in (self._task.strength, *self._task.hyper)]):
+            return False  # A tree of schedules.
+        tensors = [x for m in moved for x in (m.w, m.w.grad) if x is not None]
+        if any([type(x) not in _PLAIN or x.layout != torch.strided for x in tensors]):
             return False
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 

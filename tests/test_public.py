@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording"],
     ["construction", "grouping"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan", "checkpoint"],
+    ["composition", "denominators", "descent", "plan", "checkpoint"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
@@ -88,6 +88,7 @@ LAYERS = [
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
     ["stochastic", "optimizer"],
+    ["regularize"],
 ]
 
 

@@ -27,6 +27,7 @@ class Row(NamedTuple):
     make: Make  # From parameters to an optimizer.
     steps: int = 1000  # Until it is at the solution of the lasso.
     buffered: bool = False  # Whether it takes some steps until a buffer holds its sum of gradients.
+    resumes: float = 0.0  # By how much torch itself goes on otherwise after a state was loaded.
 
 
 OPTIMIZERS = {
@@ -41,7 +42,8 @@ OPTIMIZERS = {
     "Adam": Row(lambda p, **o: optim.Adam(p, **{"lr": 0.01, **o}), 1500),
     "AdamW": Row(lambda p, **o: optim.AdamW(p, **{"lr": 0.01, "weight_decay": 0.0, **o}), 1500),
     "Adam, amsgrad": Row(lambda p, **o: optim.Adam(p, **{"lr": 0.02, "amsgrad": True, **o}), 1500),
-    "NAdam": Row(lambda p, **o: optim.NAdam(p, **{"lr": 0.01, **o}), 1500),
+    # The product of momenta is of float32, and becomes float64 when it is loaded.
+    "NAdam": Row(lambda p, **o: optim.NAdam(p, **{"lr": 0.01, **o}), 1500, resumes=1e-10),
     "RAdam": Row(lambda p, **o: optim.RAdam(p, **{"lr": 0.01, **o}), 1500),
     "Adamax": Row(lambda p, **o: optim.Adamax(p, **{"lr": 0.01, **o}), 1500),
     "RMSprop": Row(lambda p, **o: optim.RMSprop(p, **{"lr": 0.003, **o}), 1500),
@@ -238,9 +240,8 @@ SUMS = {
     "inner steps": ((fr.nuclear,), {"inner_steps": 3, "mask": fr.matrices}),
     "coupled": ((fr.coupled(fr.group_lasso, {"a": 0, "c": 0}),), {}),
     "strengths by name": ((fr.l1,), {"strength": {"a": 0.1, "b": 1.0, "c": 0.0}}),
-    # Numbers of float32, in which the functional schedule computes from an integer tensor.
-    "a schedule": ((fr.l1,), {"strength": lambda n: 0.125 * (n + 1)}),
-    "a scheduled hyperparameter": ((fr.elastic, lambda n: 0.125 * (n + 1), 0.5), {}),
+    "a schedule": ((fr.l1,), {"strength": lambda n: 0.1 * torch.as_tensor(n + 1).double()}),
+    "a scheduled hyperparameter": ((fr.elastic, lambda n: 0.1 * torch.as_tensor(n + 1).double(), 0.5), {}),
     "a mask of bools": ((fr.l1,), {"mask": {"a": True, "b": False, "c": True}}),
     "a mask by name": ((fr.l1,), {"mask": ~fr.select("b"), "strength": {"a": 0.1, "b": 1.0, "c": 0.2}}),
 }
@@ -343,7 +344,7 @@ def test_groups_that_come_later_are_penalized_too():
     assert not model[1].weight.any()
     assert model[1].bias.all()
     optimizer.add_param_group({"params": [weight(2, 2)]})
-    with pytest.raises(ValueError, match="parameter 0 of param group 2, of shape .2, 2., is not in module"):
+    with pytest.raises(ValueError, match=r"parameter 0 of param group 2, of shape .2, 2., is not in module"):
         stepped(optimizer, *model.parameters())
 
 
@@ -403,7 +404,7 @@ def test_coupled_leaves_take_one_step_over_all_groups():
     fr.regularize(optimizer, units, strength=0.1, module=net)
     stepped(optimizer, *net.parameters())
     optimizer.param_groups[1]["lr"] = 0.2
-    with pytest.raises(ValueError, match="couples leaves, which have to take one step; .* differ, 0.1 and 0.2"):
+    with pytest.raises(ValueError, match=r"couples leaves, which have to take one step; .* differ, 0.1 and 0.2"):
         stepped(optimizer, *net.parameters())
     optimizer.param_groups[1]["lr"] = 0.1
     net[2].weight.grad = None
@@ -556,7 +557,8 @@ def test_the_state_of_the_optimizer_is_as_it_was_and_resumes(row):
     state = optimizer.state_dict()
     assert state.keys() == other.state_dict().keys()
     assert state["param_groups"] == other.state_dict()["param_groups"]
-    assert state["state"][0].keys() == other.state_dict()["state"][0].keys() if state["state"] else True
+    assert fr.tree_paths(state["state"]) == fr.tree_paths(other.state_dict()["state"])
+    assert state["state"].keys() == other.state_dict()["state"].keys()
     buffer = io.BytesIO()
     torch.save((w.detach().clone(), state), buffer)
     train(optimizer, w, range(3, 6))
@@ -566,7 +568,7 @@ def test_the_state_of_the_optimizer_is_as_it_was_and_resumes(row):
     fr.regularize(resumed, fr.l1, strength=0.1)
     resumed.load_state_dict(loaded)
     train(resumed, v, range(3, 6))
-    assert_equal(v.detach(), w.detach())
+    assert_equal(v.detach(), w.detach(), atol=row.resumes)
 
 
 def test_copies_and_pickles_of_an_optimizer_are_without_it_as_documented():
@@ -783,7 +785,7 @@ def test_parameters_are_regularized_once():
     handle = fr.regularize(optimizer, fr.l1, mask=fr.matrices)
     with pytest.raises(ValueError, match=r"regularized already, by regularize\(SGD, l1.*remove\(\) it first"):
         fr.regularize(optimizer, fr.l1)
-    with pytest.raises(ValueError, match="not that of both. Regularize with their sum"):
+    with pytest.raises(ValueError, match=r"not that of both. Regularize with their sum"):
         fr.regularize(optimizer, fr.group_lasso, mask=fr.matrices)
     fr.regularize(optimizer, fr.l1, mask=~fr.matrices)
     fr.regularize(optimizer, fr.max_norm, 3.0, mask=fr.matrices)
@@ -796,7 +798,7 @@ def test_a_buffer_that_comes_to_no_mean_gradient_is_told(given):
     w = weight(3)
     optimizer = optim.SGD([w], 0.1, **given)
     fr.regularize(optimizer, fr.l1)
-    with pytest.raises(ValueError, match="is 1.0; expected a number below 1"):
+    with pytest.raises(ValueError, match=r"is 1.0; expected a number below 1"):
         stepped(optimizer, w)
 
 

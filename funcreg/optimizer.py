@@ -23,7 +23,17 @@ from funcreg.construction import written
 from funcreg.fused import fuse
 from funcreg.ranges import number
 from funcreg.transform import Transform
-from funcreg.tree import apply_updates, dotted, leaf_paths, leaves_like, listed, restored, structure, tree_leaves
+from funcreg.tree import (
+    ABSENT,
+    apply_updates,
+    dotted,
+    leaf_paths,
+    leaves_like,
+    listed,
+    restored,
+    structure,
+    tree_leaves,
+)
 
 #: Where hyperparameters are tensors: a number of Python is one of these.
 _NUMBER = {"dtype": torch.float64, "device": "cpu"}
@@ -208,8 +218,8 @@ class Optimizer(torch.optim.Optimizer):
             tx = _beside([self._chains[part.group] for part in parts])
             backend = "inductor" if self._compile is True else self._compile
             step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend else _Eager(tx)
-        params = [dict(zip(part.names, map(self._plain, part.params), strict=True)) for part in parts]
-        grads = [{name: _gradient(p) for name, p in zip(part.names, part.params, strict=True)} for part in parts]
+        params = [{**dict(zip(part.names, map(self._plain, part.params), strict=True)), **part.rest} for part in parts]
+        grads = [{**dict(zip(part.names, map(_gradient, part.params), strict=True)), **part.rest} for part in parts]
         leaves = [[self.state[p][key] for p, key in part.slots] for part in parts]
         kept = [x for rows in zip(parts, params, leaves, strict=True) for x in _kept(*rows)]
         before = [x.clone() for x in kept]
@@ -241,13 +251,20 @@ class Optimizer(torch.optim.Optimizer):
         if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
             self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
             self._begun = {p for part in self._parts for p in part.params}
+        made = []
         for index, group in enumerate(self.param_groups):
             new = [i for i, p in enumerate(group["params"]) if p.grad is not None and p not in self._begun]
             if new:
-                part, leaves = self._begin(index, new)
-                self.state.update(_entries(part, leaves))
-                self._parts.append(part)
-                self._begun.update(part.params)
+                made.append(self._begin(index, new))
+        parts = [*self._parts, *[part for part, _ in made]]
+        everything = sum([len(group["params"]) for group in self.param_groups])
+        refused = [part.refused for part in parts if part.refused is not None]
+        if made and len(refused) == len(parts) and sum([len(part.params) for part in parts]) == everything:
+            raise refused[0]  # A mask that chooses nothing in any group.
+        for part, leaves in made:
+            self.state.update(_entries(part, leaves))
+            self._begun.update(part.params)
+        self._parts = parts
         self._count = len(self.state)
         return self._parts
 
@@ -256,7 +273,10 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         params, names = [group["params"][i] for i in which], group.get("param_names")
         keys = [_Name(i if names is None else names[i]) for i in which]
-        state = self._chains[index].init(dict(zip(keys, map(self._plain, params), strict=True)))
+        rest = {
+            _Name(i if names is None else names[i]): ABSENT for i in range(len(group["params"])) if i not in {*which}
+        }
+        state, rest, refused = self._init(index, dict(zip(keys, map(self._plain, params), strict=True)), rest)
         leaves, spec = structure(state)
         owners = dict(zip(keys, params, strict=True))
         slots, shared = [], set()
@@ -264,7 +284,23 @@ class Optimizer(torch.optim.Optimizer):
             name = next((key for key in path if isinstance(key, _Name)), None)
             slots.append((params[0] if name is None else owners[name], _slot(path)))
             shared |= {i} if name is None else set()
-        return _Part(index, params, keys, spec, slots, shared, (index, tuple(keys))), leaves
+        return _Part(index, params, keys, rest, refused, spec, slots, shared, (index, tuple(keys))), leaves
+
+    def _init(self, index: int, tree: Params, rest: Params) -> tuple[State, Params, ValueError | None]:
+        """What a chain begins with, what stands for the other parameters, and what it says if they are all of them.
+
+        Where others are absent a mask may rightly choose none of those that are here.
+        """
+        try:
+            return self._chains[index].init({**tree, **rest}), rest, None
+        except ValueError as error:
+            if rest or len(self.param_groups) < 2:
+                raise
+            refused, rest = error, {_Name("the other groups"): ABSENT}
+        try:
+            return self._chains[index].init({**tree, **rest}), rest, refused
+        except ValueError:
+            raise refused from None
 
     def _resumed(self, index: int) -> list[_Part]:
         """The parts of a group whose states were loaded: parameters with equal counters began together."""
@@ -388,6 +424,8 @@ class _Part:
     group: int
     params: list[Tensor]
     names: list[_Name]
+    rest: Params  # Stands for parameters of the optimizer that are not in this part, where a chain has to know of them.
+    refused: ValueError | None  # What the chain says of these parameters alone.
     spec: Any  # The structure of their state.
     slots: list[tuple[Tensor, str]]  # For each leaf of it, in whose state it is, and under which name.
     shared: set[int]  # Leaves of no parameter alone, which are in the states of all.

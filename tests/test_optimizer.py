@@ -679,3 +679,51 @@ def test_sparse_gradients_are_named():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match=re.escape("weight' has the layout torch.sparse_coo")):
         optimizer.step()
+
+
+# Masks, groups, and parameters that begin later
+
+
+def test_a_mask_may_choose_nothing_in_one_group_or_among_those_that_begin_later():
+    """Groups of weights and of biases, as trainers make them; and biases that are frozen at first."""
+    for later in (False, True):
+        model = torch.nn.Linear(3, 2)
+        groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+        optimizer = fr.Optimizer([*model.parameters()] if later else groups, LASSO, lr=0.1, strength=1e6, compile=False)
+        model.bias.requires_grad_(not later)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            model.bias.requires_grad_(True)
+        assert not model.weight.any()
+        assert model.bias.all()
+        again = fr.Optimizer([*model.parameters()] if later else groups, LASSO, lr=0.1, strength=1e6, compile=False)
+        again.load_state_dict(optimizer.state_dict())
+        again.step()
+
+
+def test_a_mask_by_name_knows_the_parameters_that_begin_later():
+    model = torch.nn.Linear(3, 2)
+    mask = {"weight": True, "bias": False}
+    optimizer = fr.Optimizer(model.named_parameters(), lambda lr: fr.adamw(lr, mask=mask), lr=0.1, compile=False)
+    model.bias.requires_grad_(False)
+    for _ in range(2):
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+        model.bias.requires_grad_(True)
+    assert len(optimizer.state) == 2
+
+
+def test_a_mask_that_chooses_nothing_in_any_group_is_refused_and_nothing_is_changed():
+    model = torch.nn.Linear(3, 2)
+    factory = lambda lr: fr.prox_adam(lr, fr.l1, mask=fr.select("*.gamma"))
+    groups = [{"params": [(name, w)]} for name, w in model.named_parameters()]
+    optimizer = fr.Optimizer(groups, factory, lr=0.1, compile=False)
+    before = [w.detach().clone() for w in model.parameters()]
+    model(torch.ones(4, 3)).sum().backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"select\('\*.gamma'\) matches no leaf"):
+            optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(w, old) for w, old in zip(model.parameters(), before, strict=True))

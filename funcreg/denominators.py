@@ -34,6 +34,8 @@ class Rule(NamedTuple):
     """From that tensor and the other scalars to the metric."""
     counts: bool = False
     """Whether the scalars depend on the number of steps of a parameter."""
+    buffers: bool = False
+    """Whether a momentum buffer sums up what the metric has divided, so that the step is `gain` times as long."""
     note: Callable[[Tensor, Entries], Any] | None = None
     """From parameter and state to what has to be known from before a step."""
 
@@ -48,18 +50,23 @@ def _steps(state: Entries) -> Scalar:
     return steps if steps.device.type == "mps" else steps.double()  # No float64 there.
 
 
-def _gain(momentum: Scalar, dampening: Scalar = 0.0) -> Scalar:
-    """By how much a buffer exceeds a gradient in the long run; with Nesterov's step, which has no dampening, too."""
-    if isinstance(momentum, (int, float)) and momentum == 0:
-        return 1.0
+def buffered(group: Entries, before: Scalar | None) -> Scalar:
+    """The sum of the weights of gradients in a momentum buffer after one more step.
+
+    Args:
+        group: The param group, whose momentum a scheduler may have changed.
+        before: The sum one step before; None for what it is in the long run, which it stays unless momentum changes.
+    """
+    momentum, dampening = group["momentum"], group.get("dampening", 0.0)
     for name, value in (("momentum", momentum), ("dampening", dampening)):
         if isinstance(value, (int, float)) and value >= 1:
             raise ValueError(f"{name} is {value}; expected a number below 1, or the buffer comes to no mean gradient")
-    return (1 - dampening) / (1 - momentum)
+    return (1 - dampening) / (1 - momentum) if before is None else momentum * before + 1 - dampening
 
 
-def _sgd(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return (group["lr"] * _gain(group["momentum"], group["dampening"]),)
+def gain(group: Entries, weights: Scalar) -> Scalar:
+    """By how much a direction exceeds a gradient, with such a sum of weights in the buffer."""
+    return 1 + group["momentum"] * weights if group.get("nesterov", False) else weights
 
 
 def _adam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
@@ -89,7 +96,7 @@ def _radam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
 
 
 def _rmsprop(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return group["lr"] * _gain(group["momentum"]), group["eps"]
+    return group["lr"], group["eps"]
 
 
 def _spread(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
@@ -110,7 +117,7 @@ def _adadelta(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
 def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
     rate, most = group["lr"], _steps(state) ** -0.5
     if isinstance(rate, Tensor) or isinstance(most, Tensor):
-        return (torch.minimum(*map(torch.as_tensor, (rate, most))),)
+        return (torch.minimum(*[torch.as_tensor(x, dtype=torch.float64) for x in (rate, most)]),)
     return (min(rate, most),)
 
 
@@ -145,13 +152,13 @@ _square = lambda w, state, group, note: state["max_exp_avg_sq" if group["amsgrad
 _lr = lambda state, group: (group["lr"],)
 
 RULES: dict[type[Optimizer], Rule] = {
-    torch.optim.SGD: Rule(_sgd),
+    torch.optim.SGD: Rule(_lr, buffers=True),
     torch.optim.Adam: Rule(_adam, _square, _corrected, counts=True),
     torch.optim.AdamW: Rule(_adam, _square, _corrected, counts=True),
     torch.optim.NAdam: Rule(_nadam, _entry("exp_avg_sq"), _corrected, counts=True),
     torch.optim.RAdam: Rule(_radam, _entry("exp_avg_sq"), _rectified, counts=True),
     torch.optim.Adamax: Rule(_lr, _entry("exp_inf")),
-    torch.optim.RMSprop: Rule(_rmsprop, _spread, _root),
+    torch.optim.RMSprop: Rule(_rmsprop, _spread, _root, buffers=True),
     torch.optim.Adagrad: Rule(_adagrad, _entry("sum"), _root, counts=True),
     torch.optim.Adadelta: Rule(_lr, _adadelta, note=_change),
     torch.optim.Adafactor: Rule(_adafactor_rate, _adafactor, counts=True, note=_size),

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.constraints import Constraint
 from funcreg.construction import Call
-from funcreg.denominators import Entries, Rule, rule_of, unwrapped
+from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep, fuse
 from funcreg.penalty import Penalty, Sum
@@ -328,7 +328,11 @@ class _Names:
         lost = [name for name, chosen in mask.items() if chosen is True and not self._knows(name)]
         if lost:
             raise ValueError(f"mask chooses {lost[0]!r}, which the optimizer does not hold; it holds {self._listed()}")
-        return {self._plain.get(name, name): chosen for name, chosen in mask.items() if self._knows(name)}
+        return self.renamed({name: chosen for name, chosen in mask.items() if self._knows(name)})
+
+    def renamed(self, tree: Any) -> Any:
+        """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
+        return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
 
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()
@@ -381,16 +385,19 @@ class Regularization:
     """
 
     def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
-        self._task, self._names, self._said, self._compile = task, names, said, compile
+        strength, *hyper = map(names.renamed, (task.strength, *task.hyper))
+        self._task = task._replace(strength=strength, hyper=tuple(hyper))
+        self._names, self._said, self._compile = names, said, compile
         self._optimizer = weakref.ref(optimizer)
         self.steps = 0
         self._inner = self._checked()
         self._check_once(optimizer)
         self._notes: dict[Tensor, Any] = {}
         self._starts: dict[Tensor, Tensor] = {}
+        self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
         self._counted: list[Any] = []
         self._classes: list[int] = []
-        self._layouts: dict[Any, _Compiled] = {}
+        self._layouts: dict[Any, _Compiled | None] = {}
         self._restored = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
@@ -406,6 +413,7 @@ class Regularization:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
         for hook in self._hooks:
             hook.remove()
+        self._notes, self._starts, self._layouts = {}, {}, {}
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
             vars(optimizer)[_OWN].remove(self)
@@ -416,15 +424,16 @@ class Regularization:
             leaves = {name: w.detach() for name, w in self._names.penalized().items()}
             return self._task.value(self._names.tree(leaves), self.steps)
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of steps, from which schedules go on; to be saved beside the optimizer's state."""
-        return {"steps": self.steps}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, from which schedules go on, and sums of buffers whose momentum a scheduler may change."""
+        return {"steps": self.steps, "buffers": dict(self._buffers)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved number of steps."""
-        if not isinstance(state, dict) or type(state.get("steps")) is not int or state["steps"] < 0:
-            raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns, {{'steps': 0}}")
-        self.steps, self._restored = state["steps"], False
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; to be called after that of the optimizer."""
+        known = isinstance(state, dict) and isinstance(state.get("buffers"), dict)
+        if not known or type(state.get("steps")) is not int or state["steps"] < 0:
+            raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
+        self.steps, self._buffers, self._restored = state["steps"], dict(state["buffers"]), False
 
     # Checks
 
@@ -527,7 +536,22 @@ class Regularization:
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
             self._classes = [numbers[key] for key in keys]
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
-        return [rule.scalars(state(moved[i].w), groups[moved[i].group]) for i in firsts]
+        factors = self._gains(groups, {m.group for m in moved}) if rule.buffers else {}
+        columns = []
+        for m in [moved[i] for i in firsts]:
+            rate, *rest = rule.scalars(state(m.w), groups[m.group])
+            columns.append((rate * factors[m.group] if m.group in factors else rate, *rest))
+        return columns
+
+    def _gains(self, groups: list[Entries], moved: set[int]) -> dict[int, Scalar]:
+        """By how much the directions of some groups exceed a gradient, also while a scheduler changes momentum."""
+        found: dict[int, Scalar] = {}
+        for i in moved:
+            momentum = groups[i]["momentum"]
+            if isinstance(momentum, Tensor) or momentum != 0:
+                self._buffers[i] = buffered(groups[i], self._buffers.get(i))
+                found[i] = gain(groups[i], self._buffers[i])
+        return found
 
     def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
         task, tree = self._task, self._names.tree
@@ -546,18 +570,18 @@ class Regularization:
                 {m.name: read(m.w, state.get(m.w, {}), groups[m.group], self._notes.get(m.w)) for m in moved}
             )
         if not keeps and skipped is None and self._may_compile(moved):
-            compiled = self._layout(reached, moved, classes, columns, values)
+            # Gradients are not read where there is no metric, but stand for what is like the parameters.
+            read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
+            compiled = self._layout(reached, read_from, classes, columns, values)
             if compiled is not None:
-                compiled(
-                    reached, tree({m.name: m.w.grad for m in moved}) if sources is None else sources, columns, values
-                )
+                compiled(reached, read_from, columns, values)
                 return
         starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
         scalars = _laid_out(columns, classes, reached)
         landed = task.land(starts, reached, sources, scalars, values, self._inner)
         for m in moved:
             z = landed[m.name]
-            m.w.copy_(z if skipped is None else torch.where(skipped > 0, m.w, z))
+            m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
 
     def _check_all_moved(self, moved: list[_Moved]) -> None:
         """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
@@ -583,23 +607,21 @@ class Regularization:
     def _may_compile(self, moved: list[_Moved]) -> bool:
         if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
             return False
-        if any([is_scheduled(x) and not callable(x) for x in (self._task.strength, *self._task.hyper)]):
-            return False  # A tree of schedules.
-        tensors = [x for m in moved for x in (m.w, m.w.grad) if x is not None]
-        if any([type(x) not in _PLAIN or x.layout != torch.strided for x in tensors]):
-            return False
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
-        self, reached: Params, moved: list[_Moved], classes: dict[str, int], columns: Any, values: Any
+        self, reached: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
     ) -> _Compiled | None:
-        """The compiled step for these leaves; None if they come in more than a few sets."""
+        """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
         key = tuple(classes.items())
-        if key not in self._layouts:
-            if len(self._layouts) >= _LAYOUTS:
-                return None
-            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values)
-        return self._layouts[key]
+        if key not in self._layouts and len(self._layouts) < _LAYOUTS:
+            scheduled_trees = [
+                x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
+            ]
+            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((reached, sources))])
+            fits = plain and not scheduled_trees
+            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values) if fits else None
+        return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:
         # Accelerate loads a state without entries, to move a new optimizer to its device.

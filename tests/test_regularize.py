@@ -19,6 +19,7 @@ from torch.func import grad
 from torch.optim import lr_scheduler
 
 import funcreg as fr
+from funcreg import denominators
 
 Make = Callable[..., optim.Optimizer]
 
@@ -76,8 +77,8 @@ SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.5, 50), lr_scheduler.ExponentialLR(o, 0.999)], [50]
     ),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.005, 0.02, 100, cycle_momentum=False),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.02, 1500, cycle_momentum=False),
+    "CyclicLR, with momentum": lambda o: lr_scheduler.CyclicLR(o, 0.005, 0.02, 100),
+    "OneCycleLR, with momentum": lambda o: lr_scheduler.OneCycleLR(o, 0.02, 1500),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=500),
     "SWALR": lambda o: optim.swa_utils.SWALR(o, 0.005, 100),
 }
@@ -174,6 +175,14 @@ def test_variants_of_an_optimizer_take_the_same_steps(row, variant):
     if options.get("lr") == "tensor":
         options["lr"] = torch.tensor(row.make([weight(1)]).param_groups[0]["lr"], dtype=torch.float64)
     assert_equal(solved(row.make, 8, **options), solved(row.make, 8), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam, amsgrad", "NAdam", "RAdam", "Adagrad, decay", "Adafactor"])
+def test_counters_that_lie_on_a_device_are_computed_with_and_not_read(name, monkeypatch):
+    row = OPTIMIZERS[name]
+    expected = solved(row.make, 12)
+    monkeypatch.setattr(denominators, "_steps", lambda state: state["step"].double())
+    assert_equal(solved(row.make, 12), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "RMSprop", "Adagrad"])
@@ -382,7 +391,7 @@ def test_names_are_those_without_wrappers(wrap):
     for given in (
         {"mask": fr.select("0.weight")},
         {"mask": raw},
-        {"strength": {**dict.fromkeys(dict(net.named_parameters()), 1.0)}},
+        {"strength": dict.fromkeys(raw, 1.0)},
     ):
         fr.regularize(optim.SGD(wrapped.parameters(), 0.1), fr.l1, module=wrapped, **given)
     optimizer = optim.SGD(wrapped.parameters(), 0.1)
@@ -538,6 +547,25 @@ def test_a_schedule_goes_on_where_it_was_saved():
         stepped(other, v)
     with pytest.raises(ValueError, match="expected what state_dict"):
         again.load_state_dict({"count": 3})
+
+
+def test_a_cycle_of_momentum_goes_on_where_it_was_saved():
+    def start() -> tuple[Any, Any, Any]:
+        w = weight(3)
+        optimizer = optim.SGD([w], 0.1, momentum=0.9)
+        return w, optimizer, fr.regularize(optimizer, fr.l1, strength=0.1)
+
+    w, optimizer, handle = start()
+    for seed, momentum in enumerate((0.9, 0.8, 0.7)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        stepped(optimizer, w, seed=seed)
+    v, other, again = start()
+    v.data.copy_(w.detach())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(handle.state_dict())
+    stepped(optimizer, w, seed=9)
+    stepped(other, v, seed=9)
+    assert_equal(v.detach(), w.detach())
 
 
 # The optimizer remains what it was

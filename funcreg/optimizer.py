@@ -23,10 +23,18 @@ from funcreg.construction import written
 from funcreg.fused import fuse
 from funcreg.ranges import number
 from funcreg.transform import Transform
-from funcreg.tree import apply_updates, dotted, leaf_paths, leaves_like, listed, restored, structure, tree_leaves
+from funcreg.tree import (
+    apply_updates,
+    dotted,
+    leaf_paths,
+    leaves_like,
+    listed,
+    restored,
+    scalar_device,
+    structure,
+    tree_leaves,
+)
 
-#: Where hyperparameters are tensors: a number of Python is one of these.
-_NUMBER = {"dtype": torch.float64, "device": "cpu"}
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 #: Options of torch's optimizers, and what stands for them here.
@@ -157,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
         given = self._given(index)
         _check_complete(self._factory, self._names, given, index)
         self._called(index, given)
-        values = _Values(given, self._names.get("lr"))
+        values = _Values(given, self._names.get("lr"), self.param_groups[index]["params"])
         self._values[index:] = [values, *self._values[index + 1 :]]
         self._chains[index:] = [self._called(index, values.tree()), *self._chains[index + 1 :]]
         self._steps.clear()
@@ -175,9 +183,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read_groups(self) -> None:
         """Let the chains see the values that stand in the groups."""
-        for index in range(len(self.param_groups)):
+        for index, group in enumerate(self.param_groups):
             given = self._given(index)
-            if index >= len(self._values) or not self._values[index].fits(given):
+            if index >= len(self._values) or not self._values[index].fits(given, group["params"]):
                 self._make_chain(index)
             elif self._values[index].unchecked():
                 self._called(index, given)  # For its checks of ranges.
@@ -397,7 +405,7 @@ class _Part:
 class _Values:
     """The hyperparameters of a group, and the tensors through which chains see them."""
 
-    def __init__(self, given: dict[str, Any], rate: str | None) -> None:
+    def __init__(self, given: dict[str, Any], rate: str | None, params: list[Tensor]) -> None:
         for name, value in given.items():
             _check_value(name, value)
         leaves, self._spec = structure(given)
@@ -408,16 +416,18 @@ class _Values:
         known = [_known(x) for x in self._last]
         self._least = [min(x, 0.0) if f and x is not None else x for x, f in zip(known, falls, strict=True)]
         self._most = known
-        self._held = [_held(x) for x in self._last]
+        device = scalar_device(params)  # So that a step on a GPU does not wait for the CPU.
+        self._held = [_held(x, device) for x in self._last]
+        self._first = [p.device for p in params[:1]]
 
     def tree(self) -> dict[str, Any]:
         """What a factory gets: tensors for floats."""
         return restored(self._spec, self._held)
 
-    def fits(self, given: dict[str, Any]) -> bool:
+    def fits(self, given: dict[str, Any], params: list[Tensor]) -> bool:
         """Whether other values differ in numbers alone, which are kept until they are written."""
         leaves, spec = structure(given)
-        if spec != self._spec:
+        if spec != self._spec or self._first != [p.device for p in params[:1]]:
             return False
         self._now = [x if type(x) is float else number(x) for x in leaves]
         return all([_is_like(x, y) for x, y in zip(self._now, self._last, strict=True)])
@@ -451,9 +461,10 @@ def _known(value: Any) -> Any:
     return value if isinstance(value, float) else None
 
 
-def _held(value: Any) -> Any:
+def _held(value: Any, device: torch.device) -> Any:
+    """What a factory gets for a value: a tensor for a float, in the precision that it has in Python."""
     if isinstance(value, float):
-        return torch.tensor(value, **_NUMBER)
+        return torch.tensor(value, dtype=torch.float64, device=device)
     return value.detach().clone() if isinstance(value, Tensor) and not value.ndim else value
 
 

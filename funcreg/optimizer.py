@@ -11,7 +11,7 @@ import copy
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,9 @@ class Optimizer(torch.optim.Optimizer):
     and are a tree of their own, as if they were added by `add_param_group` then.
 
     Args:
-        params: Parameters, `model.named_parameters()`, or dicts of groups with values of their own. With names, masks
-            such as `select("*.weight")` know them; without, parameters are called "0", "1" ... in their group.
+        params: Parameters, `model.named_parameters()` or a dict of them, or a list of dicts: groups with values of
+            their own. With names, masks such as `select("*.weight")` know them; without, parameters are called "0",
+            "1" ... in their group.
         factory: Function of the hyperparameters of a group to a transform, such as
             `lambda lr, strength: prox_adam(lr, l1, strength=strength)`, or `adamw` itself, whose `learning_rate` is
             the group's `lr`. Masks, penalties and options belong in it. Floats reach it as 0-dim tensors, so it must
@@ -107,7 +108,7 @@ class Optimizer(torch.optim.Optimizer):
         if "lr" not in hyper and isinstance(default := _default(factory, self._names.get("lr")), float):
             hyper["lr"] = default  # Where schedulers look for it.
         self._forget()
-        super().__init__(params, hyper)
+        super().__init__(params.items() if isinstance(params, Mapping) else params, hyper)
 
     def _forget(self) -> None:
         """Begin with no chain made and nothing compiled."""
@@ -207,15 +208,17 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         self._read_groups()
+        fresh = not self.state
         parts = [part for part in self._find_parts() if any([p.grad is not None for p in part.params])]
-        if not parts:
+        if not parts or (fresh and self._makes_states_alone(parts)):
             return
         key = tuple([part.key for part in parts])
         step = self._steps.get(key)
         if step is None:
             tx = _beside([self._chains[part.group] for part in parts])
             backend = "inductor" if self._compile is True else self._compile
-            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend else _Eager(tx)
+            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
+            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend and bare else _Eager(tx)
         params = [dict(zip(part.names, map(self._plain, part.params), strict=True)) for part in parts]
         grads = [{name: _gradient(p) for name, p in zip(part.names, part.params, strict=True)} for part in parts]
         leaves = [[self.state[p][key] for p, key in part.slots] for part in parts]
@@ -232,6 +235,16 @@ class Optimizer(torch.optim.Optimizer):
             ) from error
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
+
+    def _makes_states_alone(self, parts: list[_Part]) -> bool:
+        """Whether this first step has no rates and no gradients, as that by which distributed checkpoints make states.
+
+        It may come after the parameters were loaded, which a constant threshold or a projection would move.
+        """
+        rates = [group["lr"] for group in self.param_groups if "lr" in group]
+        if not rates or any([rate != 0 for rate in rates]):
+            return False
+        return not any([(p.grad != 0).any() for part in parts for p in part.params if p.grad is not None])
 
     def _plain(self, p: Tensor) -> Tensor:
         """A parameter without its gradient: in the same memory, with the same version."""
@@ -409,7 +422,7 @@ class _Values:
         for name, value in given.items():
             _check_value(name, value)
         leaves, self._spec = structure(given)
-        self._last = [number(x) for x in leaves]
+        self._last = [_plain_number(x, None) for x in leaves]
         self._now = self._last
         # What stands between two that were checked is in the same range; a learning rate may fall to 0.
         falls = [path[0] == rate for path in leaf_paths(given)]
@@ -429,7 +442,7 @@ class _Values:
         leaves, spec = structure(given)
         if spec != self._spec or self._first != [p.device for p in params[:1]]:
             return False
-        self._now = [x if type(x) is float else number(x) for x in leaves]
+        self._now = list(map(_plain_number, leaves, self._last))
         return all([_is_like(x, y) for x, y in zip(self._now, self._last, strict=True)])
 
     def unchecked(self) -> bool:
@@ -452,6 +465,14 @@ class _Values:
                     self._last[i] = new
             elif isinstance(new, Tensor) and held is not new:
                 held.copy_(new)  # It may be changed in place.
+
+
+def _plain_number(value: Any, old: Any) -> Any:
+    """A number as one of Python; a whole one that takes the place of a float as a float."""
+    if type(value) is float:
+        return value
+    value = number(value)
+    return float(value) if isinstance(value, float) or (type(value) is int and isinstance(old, float)) else value
 
 
 def _known(value: Any) -> Any:

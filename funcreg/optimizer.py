@@ -11,7 +11,7 @@ import copy
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,11 @@ from funcreg.tree import (
     leaves_like,
     listed,
     restored,
+    scalar_device,
     structure,
     tree_leaves,
 )
 
-#: Where hyperparameters are tensors: a number of Python is one of these.
-_NUMBER = {"dtype": torch.float64, "device": "cpu"}
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
 #: Options of torch's optimizers, and what stands for them here.
@@ -63,8 +62,9 @@ class Optimizer(torch.optim.Optimizer):
     and are a tree of their own, as if they were added by `add_param_group` then.
 
     Args:
-        params: Parameters, `model.named_parameters()`, or dicts of groups with values of their own. With names, masks
-            such as `select("*.weight")` know them; without, parameters are called "0", "1" ... in their group.
+        params: Parameters, `model.named_parameters()` or a dict of them, or a list of dicts: groups with values of
+            their own. With names, masks such as `select("*.weight")` know them; without, parameters are called "0",
+            "1" ... in their group.
         factory: Function of the hyperparameters of a group to a transform, such as
             `lambda lr, strength: prox_adam(lr, l1, strength=strength)`, or `adamw` itself, whose `learning_rate` is
             the group's `lr`. Masks, penalties and options belong in it. Floats reach it as 0-dim tensors, so it must
@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         if "lr" not in hyper and isinstance(default := _default(factory, self._names.get("lr")), float):
             hyper["lr"] = default  # Where schedulers look for it.
         self._forget()
-        super().__init__(params, hyper)
+        super().__init__(params.items() if isinstance(params, Mapping) else params, hyper)
 
     def _forget(self) -> None:
         """Begin with no chain made and nothing compiled."""
@@ -167,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         given = self._given(index)
         _check_complete(self._factory, self._names, given, index)
         self._called(index, given)
-        values = _Values(given, self._names.get("lr"))
+        values = _Values(given, self._names.get("lr"), self.param_groups[index]["params"])
         self._values[index:] = [values, *self._values[index + 1 :]]
         self._chains[index:] = [self._called(index, values.tree()), *self._chains[index + 1 :]]
         self._steps.clear()
@@ -185,9 +185,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read_groups(self) -> None:
         """Let the chains see the values that stand in the groups."""
-        for index in range(len(self.param_groups)):
+        for index, group in enumerate(self.param_groups):
             given = self._given(index)
-            if index >= len(self._values) or not self._values[index].fits(given):
+            if index >= len(self._values) or not self._values[index].fits(given, group["params"]):
                 self._make_chain(index)
             elif self._values[index].unchecked():
                 self._called(index, given)  # For its checks of ranges.
@@ -209,15 +209,17 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         self._read_groups()
+        fresh = not self.state
         parts = [part for part in self._find_parts() if any([p.grad is not None for p in part.params])]
-        if not parts:
+        if not parts or (fresh and self._makes_states_alone(parts)):
             return
         key = tuple([part.key for part in parts])
         step = self._steps.get(key)
         if step is None:
             tx = _beside([self._chains[part.group] for part in parts])
             backend = "inductor" if self._compile is True else self._compile
-            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend else _Eager(tx)
+            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
+            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend and bare else _Eager(tx)
         params = [{**dict(zip(part.names, map(self._plain, part.params), strict=True)), **part.rest} for part in parts]
         grads = [{**dict(zip(part.names, map(_gradient, part.params), strict=True)), **part.rest} for part in parts]
         leaves = [[self.state[p][key] for p, key in part.slots] for part in parts]
@@ -234,6 +236,16 @@ class Optimizer(torch.optim.Optimizer):
             ) from error
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
+
+    def _makes_states_alone(self, parts: list[_Part]) -> bool:
+        """Whether this first step has no rates and no gradients, as that by which distributed checkpoints make states.
+
+        It may come after the parameters were loaded, which a constant threshold or a projection would move.
+        """
+        rates = [group["lr"] for group in self.param_groups if "lr" in group]
+        if not rates or any([rate != 0 for rate in rates]):
+            return False
+        return not any([(p.grad != 0).any() for part in parts for p in part.params if p.grad is not None])
 
     def _plain(self, p: Tensor) -> Tensor:
         """A parameter without its gradient: in the same memory, with the same version."""
@@ -273,10 +285,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         params, names = [group["params"][i] for i in which], group.get("param_names")
         keys = [_Name(i if names is None else names[i]) for i in which]
-        rest = {
-            _Name(i if names is None else names[i]): ABSENT for i in range(len(group["params"])) if i not in {*which}
-        }
-        state, rest, refused = self._init(index, dict(zip(keys, map(self._plain, params), strict=True)), rest)
+        state, rest, refused = self._init(index, dict(zip(keys, map(self._plain, params), strict=True)))
         leaves, spec = structure(state)
         owners = dict(zip(keys, params, strict=True))
         slots, shared = [], set()
@@ -286,21 +295,32 @@ class Optimizer(torch.optim.Optimizer):
             shared |= {i} if name is None else set()
         return _Part(index, params, keys, rest, refused, spec, slots, shared, (index, tuple(keys))), leaves
 
-    def _init(self, index: int, tree: Params, rest: Params) -> tuple[State, Params, ValueError | None]:
-        """What a chain begins with, what stands for the other parameters, and what it says if they are all of them.
+    def _init(self, index: int, tree: Params) -> tuple[State, Params, ValueError | None]:
+        """What a chain begins with on some parameters, what stands for the others, and what it has against its group.
 
-        Where others are absent a mask may rightly choose none of those that are here.
+        A mask may choose none of these parameters if it chooses others: of the group, or of another one.
         """
+        init, group = self._chains[index].init, self.param_groups[index]
         try:
-            return self._chains[index].init({**tree, **rest}), rest, None
+            return init(tree), {}, None
         except ValueError as error:
-            if rest or len(self.param_groups) < 2:
-                raise
-            refused, rest = error, {_Name("the other groups"): ABSENT}
+            refused: ValueError | None = error
+        names = [_Name(name) for name in group.get("param_names", range(len(group["params"])))]
+        rest: Params = {name: ABSENT for name in names if name not in tree}
+        if rest:
+            try:
+                init(dict(zip(names, map(self._plain, group["params"]), strict=True)))
+                refused = None
+            except ValueError as error:
+                refused = error
+        if refused is not None and len(self.param_groups) == 1:
+            raise refused
+        if refused is not None:
+            rest[_Name("the other groups")] = ABSENT
         try:
-            return self._chains[index].init({**tree, **rest}), rest, refused
-        except ValueError:
-            raise refused from None
+            return init({**tree, **rest}), rest, refused
+        except ValueError as error:
+            raise refused or error from None
 
     def _resumed(self, index: int) -> list[_Part]:
         """The parts of a group whose states were loaded: parameters with equal counters began together."""
@@ -435,29 +455,31 @@ class _Part:
 class _Values:
     """The hyperparameters of a group, and the tensors through which chains see them."""
 
-    def __init__(self, given: dict[str, Any], rate: str | None) -> None:
+    def __init__(self, given: dict[str, Any], rate: str | None, params: list[Tensor]) -> None:
         for name, value in given.items():
             _check_value(name, value)
         leaves, self._spec = structure(given)
-        self._last = [number(x) for x in leaves]
+        self._last = [_plain_number(x, None) for x in leaves]
         self._now = self._last
         # What stands between two that were checked is in the same range; a learning rate may fall to 0.
         falls = [path[0] == rate for path in leaf_paths(given)]
         known = [_known(x) for x in self._last]
         self._least = [min(x, 0.0) if f and x is not None else x for x, f in zip(known, falls, strict=True)]
         self._most = known
-        self._held = [_held(x) for x in self._last]
+        device = scalar_device(params)  # So that a step on a GPU does not wait for the CPU.
+        self._held = [_held(x, device) for x in self._last]
+        self._first = [p.device for p in params[:1]]
 
     def tree(self) -> dict[str, Any]:
         """What a factory gets: tensors for floats."""
         return restored(self._spec, self._held)
 
-    def fits(self, given: dict[str, Any]) -> bool:
+    def fits(self, given: dict[str, Any], params: list[Tensor]) -> bool:
         """Whether other values differ in numbers alone, which are kept until they are written."""
         leaves, spec = structure(given)
-        if spec != self._spec:
+        if spec != self._spec or self._first != [p.device for p in params[:1]]:
             return False
-        self._now = [x if type(x) is float else number(x) for x in leaves]
+        self._now = list(map(_plain_number, leaves, self._last))
         return all([_is_like(x, y) for x, y in zip(self._now, self._last, strict=True)])
 
     def unchecked(self) -> bool:
@@ -482,6 +504,14 @@ class _Values:
                 held.copy_(new)  # It may be changed in place.
 
 
+def _plain_number(value: Any, old: Any) -> Any:
+    """A number as one of Python; a whole one that takes the place of a float as a float."""
+    if type(value) is float:
+        return value
+    value = number(value)
+    return float(value) if isinstance(value, float) or (type(value) is int and isinstance(old, float)) else value
+
+
 def _known(value: Any) -> Any:
     """The number of a hyperparameter that changes, where it is known."""
     if isinstance(value, Tensor):
@@ -489,9 +519,10 @@ def _known(value: Any) -> Any:
     return value if isinstance(value, float) else None
 
 
-def _held(value: Any) -> Any:
+def _held(value: Any, device: torch.device) -> Any:
+    """What a factory gets for a value: a tensor for a float, in the precision that it has in Python."""
     if isinstance(value, float):
-        return torch.tensor(value, **_NUMBER)
+        return torch.tensor(value, dtype=torch.float64, device=device)
     return value.detach().clone() if isinstance(value, Tensor) and not value.ndim else value
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 import re
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import TRANSFORMS, assert_equal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, AdamW, RMSprop, lr_scheduler
 
 import funcreg as fr
@@ -39,7 +44,7 @@ def backward(model, n):
     """Gradients of the n-th batch."""
     generator = torch.Generator("cpu").manual_seed(n)
     p = next(model.parameters())
-    x = torch.randn(6, 5, generator=generator, device="cpu").to(p)
+    x = torch.randn(6, 5, generator=generator, device="cpu").to(p.device, p.dtype)
     model.zero_grad()
     model(x).square().mean().backward()
 
@@ -209,8 +214,8 @@ def test_no_new_number_compiles_anything(compilations):
     trained(model, optimizer, 1)
     once = compilations[0]
     scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20, cycle_momentum=False)
-    for n in range(10):
-        optimizer.param_groups[0]["strength"] = 1e-3 * n
+    for n, strength in enumerate([1e-3, 0, 1, np.float64(1e-3), np.float32(0.5), 1e-4, math.inf]):
+        optimizer.param_groups[0]["strength"] = strength
         trained(model, optimizer, 1, n, scheduler)
     assert compilations[0] == once
     assert len(optimizer._steps) == 1
@@ -566,6 +571,33 @@ def test_a_distributed_checkpoint_gives_back_what_it_got(flatten, tmp_path):
     assert_equal(trained(fresh, again, 2, 3), trained(model, optimizer, 2, 3))
 
 
+def test_making_states_for_a_distributed_checkpoint_moves_no_parameter():
+    model, optimizer = made(factory=lambda lr: fr.chain(fr.sgd(lr, 0.9), fr.soft_threshold(0.1)), lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert_equal([p.detach() for p in model.parameters()], before)
+    assert saved["state"].keys() == {name for name, _ in model.named_parameters()}
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_sharded_parameters_keep_their_placement(compile):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, other = network(), network()
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+        factory = lambda lr: fr.chain(fr.clip_by_global_norm(1.0), fr.prox_adam(lr, fr.l1, strength=0.1))
+        optimizer = fr.Optimizer(model.named_parameters(), factory, lr=0.1, compile=compile)
+        expected = trained(other, fr.Optimizer(other.named_parameters(), factory, lr=0.1, compile=False))
+        trained(model, optimizer, 3)
+        optimizer.load_state_dict(optimizer.state_dict())
+        trained(model, optimizer, 2, 3)
+        assert isinstance(optimizer.state[model[0].weight]["1.direction.mu"], DTensor)
+        assert_equal([p.detach().full_tensor() for p in model.parameters()], expected, rtol=1e-9)
+    finally:
+        dist.destroy_process_group()
+
+
 # What is wrong
 
 
@@ -669,6 +701,7 @@ def test_a_factory_may_be_a_public_optimizer_or_partial():
     pickle.loads(pickle.dumps(optimizer))
     bound = functools.partial(fr.prox_adam, penalty=fr.l1, mask=fr.matrices)
     trained(*made(factory=bound, lr=1e-2, strength=1e-3))
+    assert fr.Optimizer(dict(other.named_parameters()), fr.sgd, lr=0.1).param_groups[0]["param_names"][0] == "0.weight"
     assert made(factory=lambda lr=0.25: fr.sgd(lr), lr=0.5)[1].param_groups[0]["lr"] == 0.5
     assert fr.Optimizer(network().parameters(), lambda lr=0.25: fr.sgd(lr)).param_groups[0]["lr"] == 0.25
 
@@ -727,3 +760,7 @@ def test_a_mask_that_chooses_nothing_in_any_group_is_refused_and_nothing_is_chan
             optimizer.step()
     assert not optimizer.state
     assert all(torch.equal(w, old) for w, old in zip(model.parameters(), before, strict=True))
+    optimizer = fr.Optimizer(model.named_parameters(), factory, lr=0.1, compile=False)
+    model.bias.grad = None  # Also where not all of the group have begun.
+    with pytest.raises(ValueError, match=r"matches no leaf; the leaves are bias, weight"):
+        optimizer.step()

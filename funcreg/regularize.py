@@ -425,7 +425,7 @@ class Regularization:
             return self._task.value(self._names.tree(leaves), self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps, from which schedules go on, and sums of buffers whose momentum schedulers may change."""
+        """The number of steps, from which schedules go on, and the sums of weights in momentum buffers."""
         return {"steps": self.steps, "buffers": dict(self._buffers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -521,7 +521,7 @@ class Regularization:
         return moved
 
     def _say_nothing_moved(self) -> None:
-        if self.steps == 0:
+        if self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
             warnings.warn(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
                 "another hook of the optimizer, which came first, set gradients to None?",

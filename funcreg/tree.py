@@ -21,7 +21,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
-from funcreg.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.undocumented import dynamo_asks, has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 Path = tuple[Any, ...]
 
@@ -853,7 +853,7 @@ def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
     if not callable(function):
         return function, params
     if isinstance(function, Selection):
-        return function.choose(params), params  # Called as it is, older compilers ask whether it is true.
+        return function.choose(params), params
     seen = _visible(params)
     return function(seen), seen
 
@@ -933,6 +933,8 @@ class Selection(Remembering):
         return self
 
     def __bool__(self) -> bool:
+        if dynamo_asks():
+            return True
         raise TypeError(
             f"{self!r} has no truth value: it chooses leaves once it gets parameters. Write ~a for `not a`, a & b for "
             "`a and b`, a | b for `a or b`."

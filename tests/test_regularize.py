@@ -321,6 +321,17 @@ def test_one_without_any_gradient_is_said():
         optimizer.step()
 
 
+def test_the_mask_false_means_what_it_says():
+    w = weight(3)
+    optimizer, before = optim.Adam([w], 0.1), w.detach().clone()
+    handle = fr.regularize(optimizer, fr.l1, mask=False)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert_equal(w.detach(), before)
+    assert handle.penalty_value() == 0
+    assert "on 0 of 1 parameters" in repr(handle)
+
+
 def test_leaves_of_a_mask_alone_are_penalized():
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     layers = fr.select(nn.Linear, module=model) & fr.matrices

@@ -119,7 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         self._begun: set[Tensor] = set()  # The parameters in parts.
         self._count = 0  # Of parameters with states, when parts were made.
         self._steps: dict[Any, _Step] = {}  # By the parts that have gradients.
-        self._detached: dict[Tensor, Tensor] = {}
+        self._detached: dict[int, Tensor] = {}  # By the id of a parameter.
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
@@ -222,7 +222,8 @@ class Optimizer(torch.optim.Optimizer):
             step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend and bare else _Eager(tx)
         params = [{**dict(zip(part.names, map(self._plain, part.params), strict=True)), **part.rest} for part in parts]
         grads = [{**dict(zip(part.names, map(_gradient, part.params), strict=True)), **part.rest} for part in parts]
-        leaves = [[self.state[p][key] for p, key in part.slots] for part in parts]
+        states = [[self.state[p] for p in part.params] for part in parts]
+        leaves = [[each[i][key] for i, key in part.slots] for part, each in zip(parts, states, strict=True)]
         kept = [x for rows in zip(parts, params, leaves, strict=True) for x in _kept(*rows)]
         before = [x.clone() for x in kept]
         try:
@@ -251,9 +252,9 @@ class Optimizer(torch.optim.Optimizer):
         """A parameter without its gradient: in the same memory, with the same version."""
         if type(p) not in _PLAIN:
             return p.detach()
-        known = self._detached.get(p)
+        known = self._detached.get(id(p))
         if known is None or known.data_ptr() != p.data_ptr() or known.shape != p.shape:
-            known = self._detached[p] = p.detach()
+            known = self._detached[id(p)] = p.detach()
         return known
 
     # States
@@ -263,13 +264,16 @@ class Optimizer(torch.optim.Optimizer):
         if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
             self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
             self._begun = {p for part in self._parts for p in part.params}
+            self._count = len(self.state)
+        everything = sum([len(group["params"]) for group in self.param_groups])
+        if len(self._begun) == everything:
+            return self._parts
         made = []
         for index, group in enumerate(self.param_groups):
             new = [i for i, p in enumerate(group["params"]) if p.grad is not None and p not in self._begun]
             if new:
                 made.append(self._begin(index, new))
         parts = [*self._parts, *[part for part, _ in made]]
-        everything = sum([len(group["params"]) for group in self.param_groups])
         refused = [part.refused for part in parts if part.refused is not None]
         if made and len(refused) == len(parts) and sum([len(part.params) for part in parts]) == everything:
             raise refused[0]  # A mask that chooses nothing in any group.
@@ -287,11 +291,11 @@ class Optimizer(torch.optim.Optimizer):
         keys = [_Name(i if names is None else names[i]) for i in which]
         state, rest, refused = self._init(index, dict(zip(keys, map(self._plain, params), strict=True)))
         leaves, spec = structure(state)
-        owners = dict(zip(keys, params, strict=True))
+        owners = {key: i for i, key in enumerate(keys)}
         slots, shared = [], set()
         for i, path in enumerate(leaf_paths(state)):
             name = next((key for key in path if isinstance(key, _Name)), None)
-            slots.append((params[0] if name is None else owners[name], _slot(path)))
+            slots.append((0 if name is None else owners[name], _slot(path)))
             shared |= {i} if name is None else set()
         return _Part(index, params, keys, rest, refused, spec, slots, shared, (index, tuple(keys))), leaves
 
@@ -447,7 +451,7 @@ class _Part:
     rest: Params  # Stands for parameters of the optimizer that are not in this part, where a chain has to know of them.
     refused: ValueError | None  # What the chain says of these parameters alone.
     spec: Any  # The structure of their state.
-    slots: list[tuple[Tensor, str]]  # For each leaf of it, in whose state it is, and under which name.
+    slots: list[tuple[int, str]]  # For each leaf of it, the parameter in whose state it is, and under which name.
     shared: set[int]  # Leaves of no parameter alone, which are in the states of all.
     key: Any
 
@@ -607,7 +611,7 @@ def _entries(part: _Part, leaves: list[Tensor]) -> dict[Tensor, dict[str, Tensor
     """The leaves of a state by parameter and name; what belongs to none alone, such as a counter, is with each."""
     found: dict[Tensor, dict[str, Tensor]] = {p: {} for p in part.params}
     for i, ((owner, name), leaf) in enumerate(zip(part.slots, leaves, strict=True)):
-        for p in part.params if i in part.shared else [owner]:
+        for p in part.params if i in part.shared else [part.params[owner]]:
             found[p][name] = leaf
     return found
 
@@ -627,7 +631,7 @@ def _kept(part: _Part, params: dict[_Name, Tensor], leaves: list[Tensor]) -> lis
     if not without:
         return []
     slots = enumerate(zip(part.slots, leaves, strict=True))
-    states = [leaf for i, ((p, _), leaf) in slots if i not in part.shared and id(p) in without]
+    states = [leaf for i, ((p, _), leaf) in slots if i not in part.shared and id(part.params[p]) in without]
     return [w for p, w in zip(part.params, params.values(), strict=True) if id(p) in without] + states
 
 

@@ -7,6 +7,10 @@ from funcreg.certificates import (
     null_model as null_model,
     sparsity as sparsity,
 )
+from funcreg.checkpoint import (
+    from_state_dict as from_state_dict,
+    to_state_dict as to_state_dict,
+)
 from funcreg.clipping import (
     ZeroNansState as ZeroNansState,
     adaptive_grad_clip as adaptive_grad_clip,
@@ -63,6 +67,12 @@ from funcreg.coupled import (
     remove_dead as remove_dead,
     resized as resized,
 )
+from funcreg.deployment import (
+    Pruned as Pruned,
+    from_prune as from_prune,
+    to_prune as to_prune,
+    to_sparse as to_sparse,
+)
 from funcreg.ensemble import (
     ensemble as ensemble,
 )
@@ -81,6 +91,9 @@ from funcreg.groups import (
 from funcreg.minimize import (
     Solution as Solution,
     minimize as minimize,
+)
+from funcreg.optimizer import (
+    Optimizer as Optimizer,
 )
 from funcreg.optimizers import (
     adagrad as adagrad,

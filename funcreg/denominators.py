@@ -213,8 +213,9 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     if projects:
         return Rule(lambda state, group: (0.0,))
     names = ", ".join([base.__name__ for base in RULES])
+    said = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__name__}"
     raise ValueError(
-        f"{kind.__name__} is not one of the optimizers that a penalty can follow: {reason}. These are {names}. Give "
+        f"{said} is not one of the optimizers that a penalty can follow: {reason}. These are {names} of torch. Give "
         "metric=, a function of the state of a parameter and of its param group: by what the optimizer divides lr "
         "times a mean gradient (1.0 for plain descent). A constraint, such as max_norm, needs none."
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcreg import undocumented
 from funcreg.grouping import group
 from funcreg.lowering import Buffer, Compiler, Kernel, Lowering, Program, arrange
 from funcreg.memory import Layout, Memory, Part, Pool
@@ -82,7 +83,7 @@ class Plan:
                     self._kept[key] = [self.places.index(source) for source in sources]
                 elif params <= sources[0] < params + gradients:
                     read[key] = [source - params for source in sources]
-        self._joins: dict[Any, Callable[[list[Tensor], Tensor], Any]] = {}
+        self._joins: dict[Any, _Joined] = {}
         self.results = Pool(Layout([self._part(key, positions) for key, positions in self._kept.items()]), keeps)
         self.gradients = Pool(Layout([self._part(key, positions) for key, positions in read.items()]))
         #: The arguments that may lie in memory of results, and of gradients.
@@ -208,24 +209,34 @@ class Plan:
             # What is only read is copied for one call of a kernel after the other, into the same memory.
             name = (key, buffer.start) if written or not self._groups[buffer.group].flat else i
             data = _vector(call.scratch, name, math.prod(shape), leaves[0]).view(shape)
-            join = self._joins.get((*key, buffer.start))
-            if join is None:
-                shapes = [leaf.shape for leaf in leaves]
-                join = _joiner(shapes) if self._groups[buffer.group].flat else _stack
-                self._joins[(*key, buffer.start)] = join
-            join(leaves, data)
+            if self._groups[buffer.group].flat:
+                self._joined(buffer, slot, leaves).join(leaves, data)
+            else:
+                torch.stack(leaves, out=data)
         if written:
             call.copies[key, buffer.start] = (buffer, slot, data)
         return data
 
     def _write_back(self, call: Call) -> None:
         """Write what kernels wrote into copies of leaves back into the leaves."""
+        places: list[Tensor] = []
+        parts: list[Tensor] = []
         for buffer, slot, data in call.copies.values():
             leaves = self._leaves(call, buffer, slot)
             if len(leaves) == 1 and data.data_ptr() == leaves[0].data_ptr():
                 continue
-            for leaf, part in zip(leaves, data.view(-1).split([x.numel() for x in leaves]), strict=True):
-                leaf.copy_(part.view(leaf.shape))
+            places += leaves
+            if len(leaves) == 1:
+                parts.append(data.view(leaves[0].shape))
+            else:
+                parts += self._joined(buffer, slot, leaves).split(data) if self._groups[buffer.group].flat else data
+        undocumented.copy_all(places, parts)
+
+    def _joined(self, buffer: Buffer, slot: int, leaves: list[Tensor]) -> _Joined:
+        key = (buffer.group, slot, buffer.start)
+        if key not in self._joins:
+            self._joins[key] = _Joined([leaf.shape for leaf in leaves])
+        return self._joins[key]
 
 
 def _vector(scratch: dict[Any, Tensor], name: Any, entries: int, like: Tensor) -> Tensor:
@@ -239,29 +250,33 @@ def _vector(scratch: dict[Any, Tensor], name: Any, entries: int, like: Tensor) -
     return found[:entries]
 
 
-def _stack(leaves: list[Tensor], out: Tensor) -> None:
-    torch.stack(leaves, out=out)
-
-
-def _joiner(shapes: list[torch.Size]) -> Callable[[list[Tensor], Tensor], None]:
-    """What copies leaves of some shapes into a vector, end to end.
+class _Joined:
+    """Leaves of some shapes in a vector, end to end.
 
     Neighbours that differ in their first dimension alone are put together as they are: to see each leaf as a vector
     first takes longer than to copy a small one.
     """
-    runs: list[tuple[slice, slice, tuple[int, ...]]] = []
-    start = entries = 0
-    for tail, run in itertools.groupby(shapes, key=lambda shape: shape[1:]):
-        heads = [shape[0] for shape in run]
-        size = sum(heads) * math.prod(tail)
-        runs.append((slice(start, start + len(heads)), slice(entries, entries + size), (sum(heads), *tail)))
-        start, entries = start + len(heads), entries + size
 
-    def join(leaves: list[Tensor], out: Tensor) -> None:
-        if 2 * len(runs) > len(shapes):
-            torch.cat([leaf.reshape(-1) for leaf in leaves], out=out)
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        self._runs: list[tuple[slice, slice, tuple[int, ...], list[int]]] = []
+        self._count = len(shapes)
+        start = entries = 0
+        for tail, run in itertools.groupby(shapes, key=lambda shape: shape[1:]):
+            heads = [shape[0] for shape in run]
+            size = sum(heads) * math.prod(tail)
+            which, part = slice(start, start + len(heads)), slice(entries, entries + size)
+            self._runs.append((which, part, (sum(heads), *tail), heads))
+            start, entries = start + len(heads), entries + size
+
+    def join(self, leaves: list[Tensor], vector: Tensor) -> None:
+        if 2 * len(self._runs) > self._count:
+            torch.cat([leaf.reshape(-1) for leaf in leaves], out=vector)
             return
-        for some, part, shape in runs:
-            torch.cat(leaves[some], out=out[part].view(shape))
+        for which, part, shape, _ in self._runs:
+            torch.cat(leaves[which], out=vector[part].view(shape))
 
-    return join
+    def split(self, vector: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        for _, part, shape, heads in self._runs:
+            found += vector[part].view(shape).split(heads)
+        return found

@@ -429,11 +429,14 @@ class Regularization:
         return {"steps": self.steps, "buffers": dict(self._buffers)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned; to be called after that of the optimizer."""
-        known = isinstance(state, dict) and isinstance(state.get("buffers"), dict)
+        """Go on from what `state_dict` returned, or from a number of steps that a trainer knows, `{"steps": 20}`.
+
+        To be called after `load_state_dict` of the optimizer.
+        """
+        known = isinstance(state, dict) and isinstance(state.get("buffers", {}), dict)
         if not known or type(state.get("steps")) is not int or state["steps"] < 0:
             raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
-        self.steps, self._buffers, self._restored = state["steps"], dict(state["buffers"]), False
+        self.steps, self._buffers, self._restored = state["steps"], dict(state.get("buffers", {})), False
 
     # Checks
 
@@ -624,7 +627,8 @@ class Regularization:
         return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:
-        self._restored = self._task.is_scheduled
+        # Accelerate loads a state without entries, to move a new optimizer to its device.
+        self._restored = self._task.is_scheduled and len(optimizer.state) > 0
 
 
 #: Where an optimizer keeps the penalties on it.

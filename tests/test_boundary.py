@@ -1027,6 +1027,7 @@ TAKEN = {
     "no functorch": missing(FUNCTORCH),
     "no switch against compilation": lambda patch: patch.setattr(torch._dynamo, "config", Lacking("disable")),
     "no versions": no_versions,
+    "no copy of many tensors": without("torch", "_foreach_copy_"),
 }
 
 

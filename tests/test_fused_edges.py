@@ -318,9 +318,9 @@ def test_extra_arguments_that_have_no_hash():
     tx = fr.Transform(fr.init_empty_state, lambda u, s, p, *, names: (fr.tree_map(lambda x: x * len(names), u), s))
     step = fr.fuse(tx, backend="eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # That it compiles leaf by leaf.
+        warnings.simplefilter("ignore")  # That nothing is compiled.
         params, state = step.init(square(), names={"x", "y"})
-    check(tx, step, params, square(), state, names={"x", "y"})
+        check(tx, step, params, square(), state, names={"x", "y"})
 
 
 def test_gradients_of_a_chain_that_cannot_be_recorded():

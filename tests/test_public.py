@@ -79,15 +79,15 @@ LAYERS = [
     ["ranges", "recording"],
     ["construction", "grouping"],
     ["tree", "schedules", "lowering"],
-    ["composition", "denominators", "descent", "plan"],
+    ["composition", "denominators", "descent", "plan", "checkpoint"],
     ["transform", "penalty"],
-    ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
+    ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
     ["groups"],
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic", "minimize"],
+    ["stochastic", "minimize", "optimizer"],
     ["regularize", "path"],
 ]
 

@@ -331,6 +331,7 @@ SECTIONS = {
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
+    "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
     "Groups that span leaves": ["coupled"],

@@ -88,6 +88,10 @@ from funcreg.groups import (
     l1_linf as l1_linf,
     linf as linf,
 )
+from funcreg.minimize import (
+    Solution as Solution,
+    minimize as minimize,
+)
 from funcreg.optimizer import (
     Optimizer as Optimizer,
 )
@@ -101,6 +105,12 @@ from funcreg.optimizers import (
     nadamw as nadamw,
     rmsprop as rmsprop,
     sgd as sgd,
+)
+from funcreg.path import (
+    CrossValidation as CrossValidation,
+    Path as Path,
+    cross_validate as cross_validate,
+    regularization_path as regularization_path,
 )
 from funcreg.penalties import (
     elastic as elastic,

@@ -87,8 +87,8 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic", "optimizer"],
-    ["regularize"],
+    ["stochastic", "minimize", "optimizer"],
+    ["regularize", "path"],
 ]
 
 

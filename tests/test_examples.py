@@ -52,3 +52,9 @@ def test_gallery_draws_every_penalty_of_two_weights(tmp_path):
     assert (tmp_path / "gallery.png").stat().st_size > 10_000
     curves, balls = (int(count) for count in said.split() if count.isdigit())
     assert 15 <= curves <= balls
+
+
+@pytest.mark.slow
+def test_strengths_that_are_learned_beat_the_best_single_one():
+    said = run("learn_lambda.py", "--steps", "5")
+    assert said.count("loss") == 2

@@ -24,12 +24,12 @@ from funcreg.tree import (
     compute_leaves,
     compute_wide,
     flatten,
+    reduce_leaves,
     safe_sqrt,
     sign,
     squared,
     tree_leaves,
     tree_paths,
-    widen,
 )
 from funcreg.tree import total as summed
 
@@ -84,7 +84,9 @@ class Constraint(Penalty):
     ) -> None:
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
-            terms = [_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)]
+            leaves, rebuild = flatten(params)
+            rounding = rebuild([_rounding(leaf) for leaf in leaves])
+            terms = compute_leaves(_outside, params, nearest, hyper=(rounding,))
             if missed is not None:
                 lost = missed(params, *hyper, **options)
                 terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
@@ -183,10 +185,8 @@ def _rounding(w: Tensor) -> float:
     return 32 * torch.finfo(w.dtype).eps
 
 
-def _outside(w: Tensor, z: Tensor) -> Tensor:
+def _outside(w: Tensor, z: Tensor, rounding: float) -> Tensor:
     """0 if a leaf is its own projection but for rounding, infinite if not, NaN if it has one."""
-    rounding = _rounding(w)
-    w, z = widen(w), widen(z)
     off = torch.where(w == z, torch.zeros_like(w), w - z).abs()
     sizes = z.abs()
     sizes = torch.where(sizes == math.inf, torch.zeros_like(sizes), sizes)
@@ -264,12 +264,11 @@ def constraint(
             return weighed is not None or separable
 
         def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
-            return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
+            return reduce_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper, op="any")
 
         def out(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
             # Leaves without entries are in every set.
-            found = missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
-            return found.any()
+            return missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
 
         def left(params: Params, grads: Params, *hyper: Hyper, **options: Any) -> Params:
             normal = residual

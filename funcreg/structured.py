@@ -19,7 +19,8 @@ from funcreg.construction import remembered
 from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import bare, euclidean, flatten, safe_sqrt, sign, squared, tree_paths, widen
+from funcreg.sharding import whole
+from funcreg.tree import bare, euclidean, flatten, gathered, safe_sqrt, sign, spread_like, squared, tree_paths, widen
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -759,7 +760,9 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
             raise ValueError(
                 f"'{skip}' and '{hidden}' have {sizes[0]} and {sizes[1]} features along axis {axis}; expected as many"
             )
-        return leaves, places, rebuild
+        for i in places:
+            leaves[i] = whole(leaves[i])
+        return leaves, places, lambda found: spread_like(rebuild(found), params)
 
     def features(w: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """A row for each feature, and the dimensions that it holds."""
@@ -798,7 +801,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         if metric is None or not theta.numel():
             kept, bound = _skipping(theta, size.relu(), step, ratio)
         else:
-            weights = flatten(metric)[0]
+            weights = flatten(gathered(metric))[0]
             (h, _), (k, _) = [features(weights[i]) for i in places]
             size = inner.abs() - step * alpha / k
             kept, bound = _skipping_in_metric(theta, h, size.relu(), k, step, ratio)

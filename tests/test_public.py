@@ -76,8 +76,8 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording"],
-    ["construction", "grouping"],
+    ["ranges", "recording", "locality"],
+    ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering"],
     ["composition", "descent", "plan"],
     ["transform", "penalty"],

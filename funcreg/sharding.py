@@ -100,7 +100,7 @@ class _Local(torch.autograd.Function):
         x, placements, summed = inputs
         partial = _distributed().Partial()
         back = tuple(partial if i in summed else p for i, p in enumerate(placements))
-        ctx.layout = Layout(_of(x).device_mesh, back, x.shape)
+        ctx.layout = Layout(_of(without_levels(x)).device_mesh, back, x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

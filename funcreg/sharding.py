@@ -93,7 +93,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any, placements: Any, summed: tuple[int, ...]) -> Tensor:
-        return x.redistribute(placements=placements).to_local()
+        return x.redistribute(placements=placements).to_local().detach()  # The shard itself may be what is returned.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -114,7 +114,9 @@ class _Wrapped(torch.autograd.Function):
     def forward(x: Any, layout: Layout) -> Tensor:
         mesh, placements, shape = layout
         stride = torch.empty(shape, device="meta").stride()
-        return _distributed().DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return _distributed().DTensor.from_local(
+            x.detach(), mesh, placements, run_check=False, shape=shape, stride=stride
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -138,7 +140,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any) -> Tensor:
-        return x.full_tensor()
+        return x.full_tensor().detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -156,7 +158,8 @@ class _Cut(torch.autograd.Function):
     def forward(x: Any, layout: Layout) -> Tensor:
         sharded = _distributed()
         mesh, placements, _ = layout
-        whole = sharded.DTensor.from_local(x, mesh, [sharded.Replicate()] * mesh.ndim, run_check=False)
+        copies = [sharded.Replicate()] * mesh.ndim
+        whole = sharded.DTensor.from_local(x.detach(), mesh, copies, run_check=False)
         return whole.redistribute(placements=placements)
 
     @staticmethod
@@ -180,7 +183,7 @@ class _Gathered(torch.autograd.Function):
     def forward(x: Any, mesh: Any, over: tuple[int, ...], op: str) -> Tensor:
         sharded = _distributed()
         placements = [sharded.Partial(op) if i in over else sharded.Replicate() for i in range(mesh.ndim)]
-        return sharded.DTensor.from_local(x, mesh, placements, run_check=False).full_tensor()
+        return sharded.DTensor.from_local(x.detach(), mesh, placements, run_check=False).full_tensor()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -23,7 +23,7 @@ import funcreg as fr
 
 Check = tuple[str, Callable[[], None]]
 #: Seconds that a collective may take before a process gives up: a process that raised alone is found by that.
-PATIENCE = 25.0
+PATIENCE = 15.0
 #: From the name of a spread to what cuts a leaf so, for each number of processes.
 Spread = Callable[[int, Tensor], Tensor]
 
@@ -31,17 +31,19 @@ Spread = Callable[[int, Tensor], Tensor]
 def spreads(world: int) -> dict[str, Spread]:
     """Ways to spread leaves over processes, by their names."""
     line = init_device_mesh("cpu", (world,))
-    found: dict[str, Spread] = {
-        "rows": lambda i, w: distribute_tensor(w, line, [Shard(0)]),
-        "columns": lambda i, w: distribute_tensor(w, line, [Shard(w.ndim - 1)]),
-        "copies": lambda i, w: distribute_tensor(w, line, [Replicate()]),
-        "some plain": lambda i, w: distribute_tensor(w, line, [Shard(0)]) if i % 2 else w,
+    if world == 2:
+        return {
+            "rows": lambda i, w: distribute_tensor(w, line, [Shard(0)]),
+            "columns": lambda i, w: distribute_tensor(w, line, [Shard(w.ndim - 1)]),
+            "copies": lambda i, w: distribute_tensor(w, line, [Replicate()]),
+            "some plain": lambda i, w: distribute_tensor(w, line, [Shard(0)]) if i % 2 else w,
+        }
+    square: DeviceMesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    return {
+        "rows": lambda i, w: distribute_tensor(w, line, [Shard(0)]),  # Fewer than there are processes.
+        "hybrid": lambda i, w: distribute_tensor(w, square, [Replicate(), Shard(0)]),
+        "both dimensions": lambda i, w: distribute_tensor(w, square, [Shard(0), Shard(w.ndim - 1)]),
     }
-    if world == 4:
-        square: DeviceMesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
-        found["hybrid"] = lambda i, w: distribute_tensor(w, square, [Replicate(), Shard(0)])
-        found["both dimensions"] = lambda i, w: distribute_tensor(w, square, [Shard(0), Shard(w.ndim - 1)])
-    return found
 
 
 def spread_tree(spread: Spread, tree: Any) -> Any:
@@ -165,10 +167,22 @@ def three_steps(tx: Any, spread: Spread) -> None:
     same(there, params)
 
 
+def alone(world: int) -> Iterator[Check]:
+    """A check that one process leaves while the others wait for it: it is to fail, and not to hang."""
+
+    def leave() -> None:
+        if dist.get_rank():
+            raise ValueError("a process alone")
+        dist.all_reduce(torch.ones(1))
+
+    yield "one raises", leave
+
+
 GROUPS: dict[str, Callable[[int], Iterator[Check]]] = {
     "penalties": penalties,
     "constraints": constraints,
     "transforms": transforms,
+    "alone": alone,
 }
 
 
@@ -201,12 +215,12 @@ def run(rank: int, world: int, folder: str, groups: list[str], only: str = "") -
             except Exception:
                 error = traceback.format_exc()
             results[f"{group}: {name}"] = error
-            failed = torch.tensor(float(error is not None))
+            ends: list[Any] = [None] * world
             try:
-                dist.all_reduce(failed, group=apart)
+                dist.all_gather_object(ends, error and error.strip().splitlines()[-1], group=apart)
             except RuntimeError:
-                failed.fill_(-1.0)
-            if failed.item() not in (0.0, world):  # Some raised, and the others may wait for them.
+                ends = [rank, error]
+            if len(set(ends)) > 1:  # Some raised, and the others may have waited for them.
                 results[f"{group}: {name}"] = f"process {rank} of {world}, not all alike: {error}"
                 break
     with open(f"{folder}/{rank}.json", "w") as file:

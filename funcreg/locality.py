@@ -1,22 +1,24 @@
 """Whether a rule on a whole tensor may be computed on pieces of it, found by running the rule on shapes alone.
 
 A tensor is cut along some of its dimensions. A rule that computes entry by entry along these may run on each piece; one
-that sums, sorts or differences along them may not. The rule is run on tensors without memory, twice: at the size of the
-whole, and at another size along the cuts. Each operation says where in its result the cuts are, or couples entries
-across a cut, or is not known; and two runs that differ in an operation or a number show a rule that depends on the size
-of what it gets. No memory and no number is read: every process finds the same.
+that sums, sorts or differences along them may not. The rule is run on tensors without memory, at the size of the
+whole and at two other sizes along the cuts. Each operation says where in its result the cuts are, or couples entries
+across a cut, or is not known; and runs that differ in an operation or a number show a rule that depends on the size of
+what it gets. No memory and no number is read: every process finds the same.
 """
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcreg.undocumented import tracing_tools, without_levels
+from funcreg.undocumented import tracing_tools
 
 #: For each dimension of a tensor, the dimension of the leaf along which it is cut there, or None.
 Cuts = tuple[int | None, ...]
@@ -33,44 +35,58 @@ class Coupled(Exception):
     """An operation couples entries across a cut, or it is not known whether it does."""
 
 
-def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts]) -> Result | None:
+def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2) -> Result | None:
     """What a rule that may run on pieces makes of whole tensors; None for a rule that may not.
 
     Args:
         f: Rule of tensors and other arguments.
         row: The arguments.
         cuts: The cuts of each of them; empty for what is no tensor.
+        pieces: Into how many pieces they are cut.
     """
-    key = _key((f, *row)), tuple(cuts)
+    key = _key((f, *row)), tuple(cuts), pieces
     try:
         if key in _known:
             return _known[key]
     except TypeError:  # Something in it has no hash.
-        return _found(f, row, cuts)
+        return _found(f, row, cuts, pieces)
     if len(_known) > 10_000:
         _known.clear()
-    _known[key] = found = _found(f, row, cuts)
+    _known[key] = found = _found(f, row, cuts, pieces)
     return found
 
 
 _known: dict[Any, Result | None] = {}
 
 
-def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts]) -> Result | None:
-    try:
-        (first, record), (second, other) = (_run(f, row, cuts, more) for more in (0, 1))
-    except Exception:  # Of a rule that needs memory, a check of sizes or an operation: the whole will show its error.
+def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int) -> Result | None:
+    sizes = [lambda n: n, lambda n: n + 1, lambda n: max(2, -(-n // pieces))]
+    runs: list[tuple[Result, list[Any]]] = []
+
+    def run() -> None:
+        with suppress(Exception):  # It needs memory, or the size is wrong: on the whole the rule will show its error.
+            for size in sizes:
+                runs.append(_run(f, row, cuts, size))
+
+    # A thread has none of the modes and transforms that are at work here, whose tensors would hide those of the run.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if len(runs) < len(sizes):
         return None
-    return first if record == other and first is not None and second is not None and first.cuts == second.cuts else None
+    first, record = runs[0]
+    return first if all([result.cuts == first.cuts and other == record for result, other in runs]) else None
 
 
-def _run(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], more: int) -> tuple[Result | None, list[Any]]:
-    """A rule run on shapes that are `more` entries longer along the cuts, and what it did."""
+def _run(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], size: Callable[[int], int]
+) -> tuple[Result, list[Any]]:
+    """A rule run on shapes that have other sizes along the cuts, and what it did."""
     follow = _follower()
     inputs: list[Any] = []
     for x, own in zip(row, cuts, strict=True):
         if isinstance(x, Tensor):
-            shape = [n if d is None else n + more for n, d in zip(x.shape, own, strict=True)]
+            shape = [n if d is None else size(n) for n, d in zip(x.shape, own, strict=True)]
             bare = torch.empty(shape, dtype=x.dtype, device="meta")
             follow.mark(bare, own)
             inputs.append(bare)
@@ -80,7 +96,6 @@ def _run(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], more: 
         made = f(*inputs)
     if not isinstance(made, Tensor):
         return Result(torch.Size(), ()), follow.record
-    made = without_levels(made)
     return Result(made.shape, follow.cuts(made)), follow.record
 
 

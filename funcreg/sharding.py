@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from funcreg.locality import Cuts, Result, local_result
-from funcreg.undocumented import is_batched, without_levels
+from funcreg.undocumented import is_batched, is_transformed, without_levels
 
 
 def _distributed() -> Any:
@@ -55,6 +55,10 @@ class Layout(NamedTuple):
         """The dimensions along which it is cut."""
         return {p.dim for p in self.placements if _cuts(p)}
 
+    def pieces(self) -> int:
+        """Into how many pieces it is cut."""
+        return math.prod([self.mesh.size(i) for i in self.cutting()])
+
     def cutting(self) -> tuple[int, ...]:
         """The dimensions of the mesh over which it is cut."""
         return tuple(i for i, p in enumerate(self.placements) if _cuts(p))
@@ -77,12 +81,17 @@ def _of(x: Any) -> Any:
     return x
 
 
+def _later(placements: Sequence[Any]) -> tuple[Any, ...]:
+    """Placements of a batch of such tensors, members first."""
+    return tuple(_distributed().Shard(p.dim + 1) if _cuts(p) else p for p in placements)
+
+
 # Crossing between a tensor and its shards
 
 
 def _run(function: Any, x: Tensor, *args: Any) -> Tensor:
     """Call an autograd function, or what it computes alone where nothing is differentiated or batched."""
-    if is_batched(x) or (torch.is_grad_enabled() and x.requires_grad):
+    if is_transformed(lambda: [x]) or _differentiated(x):
         return function.apply(x, *args)
     with torch.no_grad():
         return function.forward(x, *args)
@@ -106,6 +115,10 @@ class _Local(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         return _run(_Wrapped, grads[0], ctx.layout), None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, placements: Any, summed: tuple[int, ...]) -> Any:
+        return _run(_Local, x.movedim(in_dims[0], 0), _later(placements), summed), 0
+
 
 class _Wrapped(torch.autograd.Function):
     """A sharded tensor of the shards in all processes."""
@@ -120,18 +133,17 @@ class _Wrapped(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        whole = _distributed().Replicate()
-        ctx.placements = tuple(whole if p.is_partial() else p for p in inputs[1].placements)
+        placements, copies = inputs[1].placements, _distributed().Replicate()
+        ctx.placements = tuple(copies if p.is_partial() else p for p in placements)
+        ctx.summed = tuple(i for i, p in enumerate(placements) if p.is_partial())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _run(_Local, grads[0], ctx.placements, ()), None
+        return _run(_Local, grads[0], ctx.placements, ctx.summed), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, layout: Layout) -> Any:
-        sharded = _distributed()
-        later = tuple(sharded.Shard(p.dim + 1) if _cuts(p) else p for p in layout.placements)
-        many = Layout(layout.mesh, later, torch.Size((info.batch_size, *layout.shape)))
+        many = Layout(layout.mesh, _later(layout.placements), torch.Size((info.batch_size, *layout.shape)))
         return _run(_Wrapped, x.movedim(in_dims[0], 0), many), 0
 
 
@@ -149,6 +161,10 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _run(_Cut, grads[0], ctx.layout)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return _run(_Whole, x.movedim(in_dims[0], 0)), 0
 
 
 class _Cut(torch.autograd.Function):
@@ -172,8 +188,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, layout: Layout) -> Any:
-        later = tuple(_distributed().Shard(p.dim + 1) if _cuts(p) else p for p in layout.placements)
-        return _run(_Cut, x.movedim(in_dims[0], 0), Layout(layout.mesh, later, torch.Size())), 0
+        return _run(_Cut, x.movedim(in_dims[0], 0), layout._replace(placements=_later(layout.placements))), 0
 
 
 class _Gathered(torch.autograd.Function):
@@ -194,7 +209,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         mesh, over, op = ctx.how
         if op == "sum":
-            return grads[0], None, None, None
+            return _run(_Entering, grads[0], mesh, over), None, None, None
         x, most = ctx.saved_tensors
         here = (x == most).to(x.dtype)
         return grads[0] * here / _run(_Gathered, here, mesh, over, "sum"), None, None, None
@@ -259,7 +274,7 @@ def _compute(f: Callable[..., Any], row: Sequence[Any]) -> tuple[Any, Result | N
         cuts = [_cuts_beside(x, spread) for x in row]
         # A dimension of one entry broadcasts as a whole, and not as a piece.
         fit = bool(spread.cuts()) and all([spread.shape[d] > 1 for d in spread.cuts()])
-        found = local_result(f, row, cuts) if fit else None
+        found = local_result(f, row, cuts, spread.pieces()) if fit else None
         if found is not None and _placeable(found, spread):
             return f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]), found, spread
     return f(*[whole(x) for x in row]), None, spread

@@ -178,10 +178,250 @@ def alone(world: int) -> Iterator[Check]:
     yield "one raises", leave
 
 
+# All else
+
+
+def others(world: int) -> Iterator[Check]:
+    for how, spread in spreads(world).items():
+        for check in (certificates, norms, families, hyperparameters, members, twice, vectors, wholes, sixteen_bits):
+            yield f"{how}, {check.__name__}", lambda check=check, spread=spread: check(spread)
+    for check in (modules, meshes, counts, refused):
+        yield check.__name__, lambda check=check: check(world)
+
+
+def certificates(spread: Spread) -> None:
+    params, grads = draw(), draw(1)
+    there, slopes = spread_tree(spread, params), spread_tree(spread, grads)
+    for penalty, hyper, options in (
+        (fr.l1, (), {}),
+        (fr.elastic, (0.3, 0.5), {}),
+        (fr.group_lasso, (), {}),
+        (fr.group_lasso, (), {"dim": 0}),
+        (fr.nuclear, (), {}),
+        (fr.linf, (), {}),
+        (0.5 * fr.l1 + fr.group_lasso.given(), (), {}),
+    ):
+        one_number(fr.lambda_max(slopes, penalty, *hyper, **options), fr.lambda_max(grads, penalty, *hyper, **options))
+        one_number(
+            fr.kkt_residual(there, slopes, penalty, *hyper, mask=fr.matrices, **options),
+            fr.kkt_residual(params, grads, penalty, *hyper, mask=fr.matrices, **options),
+        )
+    one_number(fr.sparsity(there), fr.sparsity(params))
+    assert f"{fr.sparsity(there).item():.3f} {fr.l1(there):.3f}" == f"{fr.sparsity(params):.3f} {fr.l1(params):.3f}"
+    x, y = torch.eye(4, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)
+    w = {"w": draw()["head"].bias}
+    one_number(
+        fr.duality_gap(lambda p: fr.sharding.whole(p["w"]) @ x, spread_tree(spread, w), y, fr.l1, strength=0.5),
+        fr.duality_gap(lambda p: p["w"] @ x, w, y, fr.l1, strength=0.5),
+    )
+
+
+def norms(spread: Spread) -> None:
+    params = draw()
+    there = spread_tree(spread, params)
+    one_number(fr.global_norm(there), fr.global_norm(params))
+    same(torch.func.grad(fr.global_norm)(there), torch.func.grad(fr.global_norm)(params), there)
+    huge = fr.tree_map(lambda w: (1e25 * w).float(), params)
+    torch.testing.assert_close(fr.global_norm(spread_tree(spread, huge)), fr.global_norm(huge))
+    nothing = fr.tree_map(torch.zeros_like, params)
+    same(torch.func.grad(fr.global_norm)(spread_tree(spread, nothing)), nothing)
+
+
+def families(spread: Spread) -> None:
+    head, alive = draw()["head"], torch.arange(4) < 2
+    params = {"0.weight": head.weight * alive[:, None], "0.bias": head.bias * alive}
+    params["2.weight"] = (head.weight.T * alive).contiguous()
+    there = spread_tree(spread, params)
+    units = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+    penalty = fr.coupled(fr.group_lasso, units)
+    one_number(penalty(there), penalty(params))
+    same(penalty.prox(there, 0.5), penalty.prox(params, 0.5), there)
+    same(torch.func.grad(penalty)(there), torch.func.grad(penalty)(params), there)
+    same(fr.remove_dead(there, units), fr.remove_dead(params, units))
+
+
+def hyperparameters(spread: Spread) -> None:
+    """Derivatives in what all processes have alike, and trees and tensors of hyperparameters."""
+    params = draw()
+    there = spread_tree(spread, params)
+    strength = torch.tensor(0.3, dtype=torch.float64)
+    values = lambda tree: lambda a: fr.elastic(tree, a, 0.5)
+    one_number(torch.func.grad(values(there))(strength), torch.func.grad(values(params))(strength))
+    landed = lambda tree: lambda a: fr.l2(fr.l1.prox(tree, a))
+    one_number(torch.func.grad(landed(there))(strength), torch.func.grad(landed(params))(strength))
+    rows = fr.tree_map(lambda w: torch.rand((w.shape[0], *[1] * (w.ndim - 1)), dtype=w.dtype), params)
+    entries = fr.tree_map(lambda w: torch.rand(w.shape, dtype=w.dtype), params)
+    for penalty, weights in ((fr.group_lasso, rows), (fr.l1, rows), (fr.l1, entries)):
+        one_number((weights * penalty)(there), (weights * penalty)(params))
+        same((weights * penalty).prox(there, 0.5), (weights * penalty).prox(params, 0.5), there)
+        of = lambda tree, penalty=penalty: lambda c: (c * penalty)(tree)
+        same(torch.func.grad(of(there))(weights), torch.func.grad(of(params))(weights))
+    anchor = draw(3)
+    one_number(fr.anchored_l2(there, spread_tree(spread, anchor)), fr.anchored_l2(params, anchor))
+    one_number(fr.anchored_l2(there, anchor), fr.anchored_l2(params, anchor))
+    tracked = strength.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fr.elastic(there, tracked, 0.5), tracked)
+    one_number(slope, fr.elastic(params, 1.0, 0.5))
+
+
+def members(spread: Spread) -> None:
+    """A batch of strengths over one set of sharded parameters."""
+    params = draw()
+    there = spread_tree(spread, params)
+    strengths = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    for penalty in (fr.l1, fr.group_lasso, fr.linf):
+        many = lambda tree, penalty=penalty: torch.func.vmap(lambda a: penalty.prox(tree, a))(strengths)
+        same(many(there), many(params))
+    values = lambda tree: torch.func.vmap(lambda a: fr.elastic(tree, a, 0.5))(strengths)
+    one_number(values(there), values(params))
+    values = lambda tree: torch.func.vmap(torch.func.grad(lambda a: fr.elastic(tree, a, 0.5)))(strengths)
+    one_number(values(there), values(params))
+
+
+def twice(spread: Spread) -> None:
+    """Derivatives of derivatives."""
+    params = draw()
+    there = spread_tree(spread, params)
+    for penalty in (fr.l2, fr.group_lasso, fr.orthogonality):
+        slope = lambda tree, penalty=penalty: fr.l2(torch.func.grad(penalty)(tree))
+        same(torch.func.grad(slope)(there), torch.func.grad(slope)(params), there)
+
+
+def vectors(spread: Spread) -> None:
+    params = draw()
+    there = spread_tree(spread, params)
+    same(fr.projection_simplex(there, 1.5), fr.projection_simplex(params, 1.5), there)
+    same(fr.projection_l1_ball(there, 0.5), fr.projection_l1_ball(params, 0.5), there)
+    same(fr.projection_l2_ball(there, 0.5), fr.projection_l2_ball(params, 0.5), there)
+
+
+def wholes(spread: Spread) -> None:
+    """What a user writes: penalties of rules that depend on the size of what they see, and rules on trees."""
+
+    @fr.penalty(gradient=lambda w: w.sign() / w.numel(), proximal=lambda w, step: w - (step / w.numel()) * w.sign())
+    def mean(w: Tensor) -> Tensor:
+        return w.abs() / w.numel()
+
+    @fr.penalty(gradient=lambda w: w, proximal=lambda w, step: w - step * torch.arange(w.shape[0], dtype=w.dtype).mean())
+    def counted(w: Tensor) -> Tensor:
+        return w * torch.arange(w.shape[0], dtype=w.dtype).mean()
+
+    for penalty in (mean, counted):
+        params = draw()
+        there = spread_tree(spread, params)
+        one_number(penalty(there), penalty(params))
+        same(penalty.grad(there), penalty.grad(params), there)
+        same(penalty.prox(there, 0.5), penalty.prox(params, 0.5), there)
+
+
+def sixteen_bits(spread: Spread) -> None:
+    params = draw(dtype=torch.bfloat16)
+    there = spread_tree(spread, params)
+    torch.testing.assert_close(fr.l1(there), fr.l1(params))
+    same(fr.l1.prox(there, 0.3), fr.l1.prox(params, 0.3), there)
+    same(fr.nuclear.prox(there, 0.3), fr.nuclear.prox(params, 0.3), there, tol=1e-2)
+    assert all(x.dtype == torch.bfloat16 for x in fr.tree_leaves(fr.l1_ball.project(there, 0.3)))
+
+
+def network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).double()
+
+
+def modules(world: int) -> None:
+    """Parameters as FSDP2 and tensor parallelism shard them; whole gradients beside theirs."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plain, net = network(), network()
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        parallelize_module(net, mesh["model"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(net, mesh=mesh["data"])
+    else:
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    params, there = dict(plain.named_parameters()), dict(net.named_parameters())
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for model, tree in ((plain, params), (net, there)):
+        loss = model(x).square().mean() + 0.1 * fr.elastic(tree, 0.5, 0.5) + 0.1 * fr.group_lasso(tree, dim=0)
+        loss.backward()
+    grads, slopes = ({name: w.grad for name, w in tree.items()} for tree in (params, there))
+    same(slopes, grads, there)
+    with torch.no_grad():
+        for tx in (
+            fr.adamw(0.1),
+            fr.prox_adam(0.1, fr.l1, strength=0.1),
+            fr.prox_sgd(0.1, fr.group_lasso, strength=0.1, momentum=0.5),
+            fr.chain(fr.clip_by_global_norm(0.1), fr.sgd(0.1), fr.project(fr.l1_ball, 1.0)),
+        ):
+            updates, _ = tx.update(grads, tx.init(params), params)
+            found, _ = tx.update(slopes, tx.init(there), there)
+            same(found, updates, there)
+            fr.apply_updates(there, found)
+
+
+def meshes(world: int) -> None:
+    """Leaves of two meshes in one tree."""
+    line = init_device_mesh("cpu", (world,))
+    square = init_device_mesh("cpu", (world // 2, 2))
+    params = draw()
+    there = spread_tree(lambda i, w: distribute_tensor(w, *((line, [Shard(0)]) if i % 2 else (square, [Shard(0)] * 2))), params)
+    one_number(fr.l1(there), fr.l1(params))
+    one_number(fr.global_norm(there), fr.global_norm(params))
+    same(torch.func.grad(fr.l2)(there), torch.func.grad(fr.l2)(params), there)
+    tx = fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(0.1))
+    same(tx.update(there, tx.init(there), there)[0], tx.update(params, tx.init(params), params)[0], there)
+
+
+def counts(world: int) -> None:
+    """How many collectives a call takes."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    line = init_device_mesh("cpu", (world,))
+    there = {str(i): distribute_tensor(torch.randn(2 * world, 3), line, [Shard(0)]) for i in range(10)}
+    grads = fr.tree_map(torch.clone, there)
+    clipped = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1))
+    tx = fr.prox_adam(0.1, fr.l1, strength=0.1)
+    for expected, call in (
+        (1, lambda: fr.l1(there)),
+        (1, lambda: fr.group_lasso(there)),
+        (1, lambda: torch.func.grad(fr.l1)(there)),
+        (0, lambda: fr.l1.prox(there, 0.1)),
+        (0, lambda: fr.group_lasso.prox(there, 0.1)),
+        (0, lambda: fr.max_norm.project(there, 0.1)),
+        (1, lambda: fr.global_norm(there)),
+        (1, lambda: fr.kkt_residual(there, grads, fr.l1)),
+        (1, lambda: fr.sparsity(there)),
+        (10, lambda: fr.group_lasso.prox(there, 0.1, dim=0)),
+        (1, lambda: clipped.update(grads, clipped.init(there), there)),
+        (0, lambda: tx.update(grads, tx.init(there), there)),
+    ):
+        with CommDebugMode() as seen:
+            call()
+        assert seen.get_total_counts() == expected, f"{seen.get_comm_counts()}; expected {expected}"
+
+
+def refused(world: int) -> None:
+    """Errors are raised in all processes alike, and name the leaf."""
+    there = spread_tree(spreads(world)["rows"], draw())
+    for call, text in (
+        (lambda: fr.n_m_sparsity.project(there, 2, 4), "head.weight|body.filters|no multiple of m=4"),
+        (lambda: fr.l1({**there, "head": there["body"]}, mask="head"), "string"),
+        (lambda: fr.l1.prox(there, {"head": torch.ones(9), "body": 1.0}), "head"),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            assert any(part in str(error) for part in text.split("|")), error
+        else:
+            raise AssertionError(f"no error of {text}")
+
+
 GROUPS: dict[str, Callable[[int], Iterator[Check]]] = {
     "penalties": penalties,
     "constraints": constraints,
     "transforms": transforms,
+    "others": others,
     "alone": alone,
 }
 

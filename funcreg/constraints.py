@@ -25,6 +25,7 @@ from funcreg.tree import (
     compute_wide,
     flatten,
     reduce_leaves,
+    running_sum,
     safe_sqrt,
     sign,
     squared,
@@ -374,7 +375,7 @@ def share(free: Tensor, tied: Tensor, fixed: Tensor) -> Tensor:
         tied: The sum of :math:`p_i` over fixed entries, with a last dimension of 1.
         fixed: How many they are, at least 1.
     """
-    sums = torch.cat([tied, tied + free.sort(-1, descending=True).values.cumsum(-1)], -1)
+    sums = torch.cat([tied, tied + running_sum(free.sort(-1, descending=True).values)], -1)
     counts = fixed + torch.arange(sums.shape[-1], dtype=sums.dtype, device=sums.device)
     return (sums / counts).amax(-1, keepdim=True)
 
@@ -615,15 +616,15 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     if h is not None:  # In a metric the threshold of an entry is its own: no offset is common to all.
         pulls, order = (h * x).sort(-1, descending=True)
         inverse = (1 / h).gather(-1, order)
-        sums, weights = (pulls * inverse).cumsum(-1) - total, inverse.cumsum(-1)
+        sums, weights = running_sum(pulls * inverse) - total, running_sum(inverse)
         last = ((pulls * weights > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
         return (x - sums.gather(-1, last) / weights.gather(-1, last) / h).relu()
     largest = x.amax(-1, keepdim=True)
     # Infinite entries are level with each other.
     x = torch.where((x == largest) & largest.isinf(), torch.zeros_like(x), x - largest)
     ordered = x.sort(-1, descending=True).values
-    sums = ordered.cumsum(-1) - total
-    counts = torch.ones_like(x).cumsum(-1)
+    sums = running_sum(ordered) - total
+    counts = running_sum(torch.ones_like(x))
     # Entries at the threshold count and rise with it, so that a total of 0 has the derivative of a small one.
     inside = (counts * ordered >= sums) & (ordered > -math.inf)
     last = (inside.sum(-1, keepdim=True) - 1).clamp(min=0)

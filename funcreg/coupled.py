@@ -342,8 +342,8 @@ def remove_dead(params: Params, groups: Groups) -> Params:
     """A smaller tree, without the groups all of whose penalized entries are zero.
 
     Leaves that no family names stay as they are; buffers may be among the leaves, and are sliced if a family names
-    them; sharded leaves come back whole. One group of a family always stays, so that no layer is left without entries. The numbers of groups depend on
-    what is in the tensors, so that this is no step to be compiled or mapped over.
+    them. One group of a family always stays, so that no layer is left without entries. Sharded leaves come back whole.
+    The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or mapped over.
 
     Args:
         params: Tree of parameters, also with the buffers of their module.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from funcreg.undocumented import tracing_tools
 
-#: For each dimension of a tensor, the dimension of the leaf along which it is cut there, or None.
-Cuts = tuple[int | None, ...]
+#: For each dimension of a tensor, what names the cut along it, or None. Tensors with equal cuts have pieces that fit.
+Cuts = tuple[Any, ...]
 
 
 class Result(NamedTuple):
@@ -60,13 +60,20 @@ _known: dict[Any, Result | None] = {}
 
 
 def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int) -> Result | None:
-    sizes = [lambda n: n, lambda n: n + 1, lambda n: max(2, -(-n // pieces))]
-    runs: list[tuple[Result, list[Any]]] = []
+    found = local_results(lambda *row: [f(*row)], row, cuts, pieces)
+    return None if found is None else found[0]
+
+
+def local_results(
+    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int
+) -> list[Result] | None:
+    """`local_result` of a function with several results, which is not kept. A cut dimension of one entry gets more."""
+    sizes = [lambda n: n if n > 1 else 3, lambda n: max(n, 3) + 1, lambda n: max(2, -(-n // pieces))]
+    runs: list[tuple[list[Result], list[Any]]] = []
 
     def run() -> None:
         with suppress(Exception):  # It needs memory, or the size is wrong: on the whole the rule will show its error.
-            for size in sizes:
-                runs.append(_run(f, row, cuts, size))
+            runs.extend([_run(f, row, cuts, size) for size in sizes])
 
     # A thread has none of the modes and transforms that are at work here, whose tensors would hide those of the run.
     thread = threading.Thread(target=run)
@@ -75,13 +82,14 @@ def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], piec
     if len(runs) < len(sizes):
         return None
     first, record = runs[0]
-    return first if all([result.cuts == first.cuts and other == record for result, other in runs]) else None
+    where = [result.cuts for result in first]
+    return first if all([[r.cuts for r in others] == where and own == record for others, own in runs]) else None
 
 
 def _run(
     f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], size: Callable[[int], int]
-) -> tuple[Result, list[Any]]:
-    """A rule run on shapes that have other sizes along the cuts, and what it did."""
+) -> tuple[list[Result], list[Any]]:
+    """A function run on shapes that have other sizes along the cuts, and what it did."""
     follow = _follower()
     inputs: list[Any] = []
     for x, own in zip(row, cuts, strict=True):
@@ -94,9 +102,8 @@ def _run(
             inputs.append(x)
     with torch.no_grad(), follow:
         made = f(*inputs)
-    if not isinstance(made, Tensor):
-        return Result(torch.Size(), ()), follow.record
-    return Result(made.shape, follow.cuts(made)), follow.record
+    found = [Result(x.shape, follow.cuts(x)) if isinstance(x, Tensor) else Result(torch.Size(), ()) for x in made]
+    return found, follow.record
 
 
 def _follower() -> Any:
@@ -158,9 +165,9 @@ def _key(x: Any, depth: int = 0) -> Any:
 
 def _cuts_of(follow: Any, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> Cuts:
     """Where the result of an operation is cut."""
-    tensors = [x for x in _tensors((*args, *kwargs.values()))]
+    tensors = list(_tensors((*args, *kwargs.values())))
     if all([d is None for x in tensors for d in follow.cuts(x)]):
-        if name in _RANDOM or name == "lift_fresh" or not tensors and name not in _CREATED:
+        if name in _RANDOM or name == "lift_fresh" or (not tensors and name not in _CREATED):
             raise Coupled(name)
         return (None,) * out.ndim
     if torch.Tag.pointwise in func.tags or name in _ENTRYWISE:
@@ -186,13 +193,37 @@ def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
 
 
 _CREATED = {"zeros", "ones", "full", "empty", "arange", "scalar_tensor", "eye", "linspace"}
-_RANDOM = {"rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform", "rand", "randn", "native_dropout"}
+_RANDOM = {
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli",
+    "normal",
+    "uniform",
+    "rand",
+    "randn",
+    "native_dropout",
+}
 #: Computed entry by entry, with the shapes of their arguments broadcast, but not marked so in every version of torch.
 _ENTRYWISE = {"where", "complex", "polar", "floor_divide", "_to_copy", "copy_", "fill_", "zero_", "isfinite"}
 _LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "detach", "alias", "clone", "_conj", "_neg_view"}
 _LIKE |= {"resolve_conj", "resolve_neg", "contiguous", "lift_fresh_copy"}
 #: They take away, or keep with one entry, the dimensions that their second argument names; all of them without it.
-_REDUCED = {"sum", "mean", "amax", "amin", "any", "all", "prod", "argmax", "argmin", "max", "min", "logsumexp", "nansum"}
+_REDUCED = {
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "any",
+    "all",
+    "prod",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "logsumexp",
+    "nansum",
+}
 #: They work along one dimension, or some, and entry by entry along the others.
 _ALONG = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "flip", "_softmax", "gather"}
 _ALONG |= {"topk", "cat"}

@@ -41,7 +41,9 @@ def is_sharded(x: Any) -> bool:
 
 def any_sharded(values: Sequence[Any]) -> bool:
     """Whether one of some values is a `DTensor`."""
-    return _distributed() is not None and any([is_sharded(x) for x in values])
+    if torch.compiler.is_compiling() or _distributed() is None:
+        return False
+    return any([is_sharded(x) for x in values])
 
 
 class Layout(NamedTuple):
@@ -116,7 +118,8 @@ class _Local(torch.autograd.Function):
         return _run(_Wrapped, grads[0], ctx.layout), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, placements: Any, summed: tuple[int, ...]) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        x, placements, summed = args
         return _run(_Local, x.movedim(in_dims[0], 0), _later(placements), summed), 0
 
 
@@ -142,7 +145,8 @@ class _Wrapped(torch.autograd.Function):
         return _run(_Local, grads[0], ctx.placements, ctx.summed), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, layout: Layout) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        x, layout = args
         many = Layout(layout.mesh, _later(layout.placements), torch.Size((info.batch_size, *layout.shape)))
         return _run(_Wrapped, x.movedim(in_dims[0], 0), many), 0
 
@@ -163,8 +167,8 @@ class _Whole(torch.autograd.Function):
         return _run(_Cut, grads[0], ctx.layout)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-        return _run(_Whole, x.movedim(in_dims[0], 0)), 0
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _run(_Whole, args[0].movedim(in_dims[0], 0)), 0
 
 
 class _Cut(torch.autograd.Function):
@@ -187,7 +191,8 @@ class _Cut(torch.autograd.Function):
         return _run(_Whole, grads[0]), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, layout: Layout) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        x, layout = args
         return _run(_Cut, x.movedim(in_dims[0], 0), layout._replace(placements=_later(layout.placements))), 0
 
 
@@ -215,8 +220,8 @@ class _Gathered(torch.autograd.Function):
         return grads[0] * here / _run(_Gathered, here, mesh, over, "sum"), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> Any:
-        return _run(_Gathered, x, *how), in_dims[0]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _run(_Gathered, *args), in_dims[0]
 
 
 class _Entering(torch.autograd.Function):
@@ -235,8 +240,8 @@ class _Entering(torch.autograd.Function):
         return _run(_Gathered, grads[0], *ctx.how, "sum"), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, *how: Any) -> Any:
-        return _run(_Entering, x, *how), in_dims[0]
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _run(_Entering, *args), in_dims[0]
 
 
 def whole(x: Any) -> Any:
@@ -247,6 +252,19 @@ def whole(x: Any) -> Any:
 def like(x: Tensor, leaf: Any) -> Tensor:
     """What every process has as a whole, sharded as a leaf is; as it is beside a leaf that is not sharded."""
     return _run(_Cut, x, layout(leaf)) if is_sharded(leaf) and not is_sharded(x) else x
+
+
+def shard(x: Any) -> Any:
+    """The shard of this process of a tensor that nothing is differentiated by; anything else as it is."""
+    return x.to_local().detach() if is_sharded(x) else x
+
+
+def of_shard(x: Any, layout: Layout | None) -> Any:
+    """A sharded tensor of the shards in all processes; without a layout the tensor itself."""
+    if layout is None:
+        return x
+    with torch.no_grad():
+        return _Wrapped.forward(x, layout)
 
 
 # Rules on one leaf
@@ -307,7 +325,9 @@ def _cuts_beside(x: Any, spread: Layout) -> Cuts:
     cuts, shift = spread.cuts(), len(spread.shape) - x.ndim
     if shift < 0:
         return (None,) * x.ndim
-    return tuple([d + shift if d + shift in cuts and n == spread.shape[d + shift] else None for d, n in enumerate(x.shape)])
+    return tuple(
+        [d + shift if d + shift in cuts and n == spread.shape[d + shift] else None for d, n in enumerate(x.shape)]
+    )
 
 
 def _shard(x: Any, cuts: Cuts, spread: Layout) -> Any:
@@ -320,7 +340,7 @@ def _shard(x: Any, cuts: Cuts, spread: Layout) -> Any:
         here = _cuts(p) and p.dim in cuts
         own.append(_moved(p, p.dim - shift) if here else sharded.Replicate())
     summed = tuple(i for i, p in enumerate(own) if _cuts(spread.placements[i]) and not _cuts(p))
-    if is_sharded(x) and _of(without_levels(x)).device_mesh == spread.mesh:
+    if is_sharded(x) and layout(x).mesh == spread.mesh:
         return _run(_Local, x, tuple(own), summed)
     x = whole(x)
     if any([_cuts(p) for p in own]):
@@ -341,6 +361,7 @@ OVER: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda terms: terms.amax() if terms.numel() else terms.sum(),
     "any": lambda terms: terms.any(),
 }
+
 
 def reduce(f: Callable[..., Tensor], rows: Sequence[Sequence[Any]], op: str = "sum") -> list[Tensor]:
     """For each leaf the sum of the terms that a rule makes of it, or what else is over them; one collective for all.

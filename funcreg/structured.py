@@ -20,7 +20,19 @@ from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
 from funcreg.sharding import whole
-from funcreg.tree import bare, euclidean, flatten, gathered, safe_sqrt, sign, spread_like, squared, tree_paths, widen
+from funcreg.tree import (
+    bare,
+    euclidean,
+    flatten,
+    gathered,
+    running_sum,
+    safe_sqrt,
+    sign,
+    spread_like,
+    squared,
+    tree_paths,
+    widen,
+)
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -35,7 +47,7 @@ def block_means(sums: Tensor, weight: Tensor, joined: Tensor) -> Tensor:
         joined: One entry less: whether an entry is in the run of the one before.
     """
     first = torch.zeros_like(sums[..., :1], dtype=torch.int64)
-    runs = torch.cat([first, (~joined).to(torch.int64).cumsum(-1)], -1)
+    runs = torch.cat([first, running_sum((~joined).to(torch.int64))], -1)
     total = torch.zeros_like(sums).scatter_add(-1, runs, sums)
     mass = torch.zeros_like(sums).scatter_add(-1, runs, weight.expand(sums.shape).to(sums.dtype))
     return total.gather(-1, runs) / mass.gather(-1, runs)
@@ -297,7 +309,7 @@ def falling_fit(y: Tensor) -> Tensor:
         rising = torch.where(left, mass, 0.0).gather(-1, order)
         falling = torch.where(left, 0.0, mass).gather(-1, order)
         lifts = level * _from_right(rising) - _from_right(rising * level)
-        drops = (falling * level).cumsum(-1) - level * falling.cumsum(-1)
+        drops = running_sum(falling * level) - level * running_sum(falling)
         over = (lifts > drops).gather(-1, order.argsort(dim=-1))
         # Of the left what is below the right level, of the right what is above it; in rounding only if out of order.
         pooled = (over != left) & (both[..., block - 1 : block] < both[..., block : block + 1])
@@ -311,7 +323,7 @@ def falling_fit(y: Tensor) -> Tensor:
 
 def _from_right(x: Tensor) -> Tensor:
     """Sums from each entry to the end."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+    return running_sum(x.flip(-1)).flip(-1)
 
 
 def _ordered(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -655,7 +667,7 @@ def _skipping(theta: Tensor, size: Tensor, force: Scalar, ratio: Scalar) -> tupl
     norms = euclidean(theta, (theta.ndim - 1,))
     sorted_, none = size.sort(dim=-1, descending=True).values, torch.zeros_like(norms)
     # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
-    pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
+    pushes = torch.cat([none, running_sum(sorted_)], -1)
     counts = torch.arange(pushes.shape[-1], dtype=norms.dtype, device=norms.device)
     landed = (norms - force + ratio * pushes).relu() / (1 + counts * ratio**2)
     fits = ratio * landed >= torch.cat([sorted_, none], -1)

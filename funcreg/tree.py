@@ -671,6 +671,14 @@ def sign(w: Tensor) -> Tensor:
     return torch.where(w != w, w, w.sgn() if w.is_complex() else w.sign())
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """Sums along the last dimension up to each entry.
+
+    Of a dimension counted from the end, torch sums each shard by itself: compiled code may see sharded tensors.
+    """
+    return x.cumsum(x.ndim - 1)
+
+
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root with derivative 0 at 0, of any order: both branches of a `where` are differentiated."""
     zero = x == 0

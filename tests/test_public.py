@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording", "locality"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan"],
+    ["composition", "descent", "plan", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],

@@ -331,6 +331,7 @@ SECTIONS = {
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
     "Speed": ["fused"],
+    "Loops of modules and checkpoints": ["optimizer", "checkpoint"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
     "Groups that span leaves": ["coupled"],
     "Projections of a tree as one vector": ["projections"],

@@ -7,6 +7,10 @@ from funcreg.certificates import (
     null_model as null_model,
     sparsity as sparsity,
 )
+from funcreg.checkpoint import (
+    from_state_dict as from_state_dict,
+    to_state_dict as to_state_dict,
+)
 from funcreg.clipping import (
     ZeroNansState as ZeroNansState,
     adaptive_grad_clip as adaptive_grad_clip,
@@ -77,6 +81,9 @@ from funcreg.groups import (
     group_scad as group_scad,
     l1_linf as l1_linf,
     linf as linf,
+)
+from funcreg.optimizer import (
+    Optimizer as Optimizer,
 )
 from funcreg.optimizers import (
     adagrad as adagrad,

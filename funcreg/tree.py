@@ -286,9 +286,31 @@ def tree_paths(tree: Any) -> list[str]:
         >>> tree_paths({"head": {"weight": 0.5, "bias": 1.0}, "body": (2.0,)})
         ['body.0', 'head.bias', 'head.weight']
     """
-    names: list[str] = []
-    map_with_path(lambda path, leaf: names.append(dotted(path)), tree)
-    return names
+    return [dotted(path) for path in leaf_paths(tree)]
+
+
+def leaf_paths(tree: Any) -> list[Path]:
+    """The keys on the way to each leaf, in the order of `tree_leaves`."""
+    paths: list[Path] = []
+    map_with_path(lambda path, leaf: paths.append(path), tree)
+    return paths
+
+
+def tree_types(tree: Any) -> list[str]:
+    """The named tuples in a tree and where they are, such as `1.AdamState`."""
+    found: list[str] = []
+    _find_types(tree, (), found)
+    return found
+
+
+def _find_types(node: Any, path: Path, found: list[str]) -> None:
+    opened = _open(node)
+    if opened is None:
+        return
+    if hasattr(node, "_fields"):
+        found.append(dotted((*path, type(node).__name__)))
+    for key, child in zip(opened[0], opened[1], strict=True):
+        _find_types(child, (*path, key), found)
 
 
 def broadcast(prefix: Any, tree: Any, name: str = "a prefix") -> list[Any]:

@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording", "locality"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan", "shards"],
+    ["composition", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
@@ -87,7 +87,7 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic"],
+    ["stochastic", "optimizer"],
 ]
 
 

@@ -1,0 +1,609 @@
+"""Any chain as a `torch.optim.Optimizer`, for loops, schedulers and trainers that expect one.
+
+Hyperparameters stand in the param groups, where schedulers and people change them. A step reads them into tensors
+that the chains hold, so that no new value compiles anything. State stands in `optimizer.state`, by parameter, where
+torch saves, loads, moves and shards it; at each step it is put together to the trees that a chain knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Params, State, Updates
+from funcreg.construction import written
+from funcreg.fused import fuse
+from funcreg.ranges import number
+from funcreg.transform import Transform
+from funcreg.tree import apply_updates, dotted, leaf_paths, leaves_like, listed, restored, structure, tree_leaves
+
+#: Where hyperparameters are tensors: a number of Python is one of these.
+_NUMBER = {"dtype": torch.float64, "device": "cpu"}
+#: Entries of a param group that torch and trainers keep there for themselves.
+_OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
+#: Options of torch's optimizers, and what stands for them here.
+_HABITS = {
+    "foreach": "A step is compiled for all tensors at once without it.",
+    "fused": "A step is compiled for all tensors at once without it.",
+    "capturable": "Counters are tensors where the parameters are without it.",
+    "differentiable": "To differentiate through steps, call update of the chain and apply_updates.",
+    "maximize": "Minimize the negative of the loss.",
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Optimizer(torch.optim.Optimizer):
+    r"""Any chain as a real `torch.optim.Optimizer`.
+
+    The factory makes the chain of each param group from the group's values, which torch's schedulers, or you, may
+    change between steps: nothing is compiled anew for another number. `step` computes what `update` and
+    `apply_updates` of the chain do, compiled for all groups at once, and writes into the parameters where they are.
+
+    A chain acts on the parameters of its group as on one tree, so a global norm is that of a group. A parameter
+    without a gradient counts as a gradient of zero there, and neither it nor its state moves; it has no state before
+    its first gradient. Parameters that get theirs at a later step than others of the group start counters of their own
+    and are a tree of their own, as if they were added by `add_param_group` then.
+
+    Args:
+        params: Parameters, `model.named_parameters()`, or dicts of groups with values of their own. With names, masks
+            such as `select("*.weight")` know them; without, parameters are called "0", "1" ... in their group.
+        factory: Function of the hyperparameters of a group to a transform, such as
+            `lambda lr, strength: prox_adam(lr, l1, strength=strength)`, or `adamw` itself, whose `learning_rate` is
+            the group's `lr`. Masks, penalties and options belong in it. Floats reach it as 0-dim tensors, so it must
+            not branch on them or convert them; ints, bools and strings as they are. It is called at construction, and
+            anew where one of the latter changes. To pickle the optimizer, define it with `def` in a module.
+        compile: Whether the step is compiled by `fuse`; or the backend of `torch.compile` to do it with.
+        hyper: Hyperparameters of the factory for groups that do not name their own: numbers, 0-dim tensors, or dicts
+            and tuples of them.
+
+    Raises:
+        TypeError: The factory lacks a hyperparameter, does not take one, or returns no transform.
+        ValueError: A hyperparameter is out of its range, also at a later step.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = Optimizer(
+        ...     model.named_parameters(),
+        ...     lambda lr, strength: prox_sgd(lr, l1, strength=strength, mask=matrices),
+        ...     lr=0.1, strength=50.0, compile=False,
+        ... )
+        >>> model(torch.ones(1, 2)).square().sum().backward()
+        >>> optimizer.step()
+        >>> model.weight
+        Parameter containing:
+        tensor([[0., 0.]], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        factory: Callable[..., Transform],
+        *,
+        compile: bool | str | Callable[..., Any] = True,
+        **hyper: Any,
+    ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(f"params is the module {type(params).__name__}; expected its named_parameters()")
+        if not (isinstance(compile, (bool, str)) or callable(compile)):
+            raise TypeError(f"compile is {compile!r}; expected True, False or a backend of torch.compile")
+        self._factory, self._compile = factory, compile
+        self._names = _hyperparameters(factory, hyper)
+        if "lr" not in hyper and isinstance(default := _default(factory, self._names.get("lr")), float):
+            hyper["lr"] = default  # Where schedulers look for it.
+        self._forget()
+        super().__init__(params, hyper)
+
+    def _forget(self) -> None:
+        """Begin with no chain made and nothing compiled."""
+        self._values: list[_Values] = []
+        self._chains: list[Transform] = []
+        self._parts: list[_Part] | None = None
+        self._begun: set[Tensor] = set()  # The parameters in parts.
+        self._count = 0  # Of parameters with states, when parts were made.
+        self._steps: dict[Any, _Step] = {}  # By the parts that have gradients.
+        self._detached: dict[Tensor, Tensor] = {}
+        # What compiles a training loop leaves the step out, which compiles its own.
+        self._advance: Any = torch.compiler.disable(self._update)
+
+    # Groups
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with values of its own or those of the constructor.
+
+        Raises:
+            TypeError: A hyperparameter of the factory has no value, or a parameter no name where others have one.
+            ValueError: A hyperparameter is out of its range.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            names = group.get("param_names", [])
+            if len({*names}) < len(names):
+                twice = {name for name in names if names.count(name) > 1}
+                raise ValueError(f"param group {index} has several parameters called {listed(sorted(twice))}")
+            self._make_chain(index)
+        except Exception:
+            del self.param_groups[-1]  # So that a failed call changes nothing.
+            raise
+        taken = {*self._names, *_OTHERS}
+        for name in [name for name, value in group.items() if name not in taken and _is_number(name, value)]:
+            warnings.warn(
+                f"param group {index} has {name}={written(group[name])}, which the factory does not take: it has no "
+                f"effect. The factory takes {listed(self._names)}.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _given(self, index: int) -> dict[str, Any]:
+        """The hyperparameters of a group by the factory's names."""
+        group = self.param_groups[index]
+        given = {name: group[key] for key, name in self._names.items() if key in group}
+        if isinstance(given.get(self._names.get("lr", "")), int):
+            given[self._names["lr"]] = float(group["lr"])  # It will not stay a whole number.
+        return given
+
+    def _make_chain(self, index: int) -> None:
+        """Make the chain of a group, once with its numbers to check them and once with tensors."""
+        given = self._given(index)
+        _check_complete(self._factory, self._names, given, index)
+        self._called(index, given)
+        values = _Values(given, self._names.get("lr"))
+        self._values[index:] = [values, *self._values[index + 1 :]]
+        self._chains[index:] = [self._called(index, values.tree()), *self._chains[index + 1 :]]
+        self._steps.clear()
+
+    def _called(self, index: int, given: dict[str, Any]) -> Transform:
+        """What the factory makes, or an error that names the group."""
+        try:
+            made = self._factory(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param group {index}: {error}") from error
+        if not isinstance(made, Transform):
+            came = "None; lacks it a return?" if made is None else f"a {type(made).__name__}."
+            raise TypeError(f"the factory returned {came} Expected a Transform, as in lambda lr: fr.adamw(lr)")
+        return made
+
+    def _read_groups(self) -> None:
+        """Let the chains see the values that stand in the groups."""
+        for index in range(len(self.param_groups)):
+            given = self._given(index)
+            if index >= len(self._values) or not self._values[index].fits(given):
+                self._make_chain(index)
+            elif self._values[index].unchecked():
+                self._called(index, given)  # For its checks of ranges.
+                self._values[index].check()
+            self._values[index].write()
+
+    # Steps
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step, and return what the closure, called before, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._advance()
+        return loss
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self._read_groups()
+        parts = [part for part in self._find_parts() if any([p.grad is not None for p in part.params])]
+        if not parts:
+            return
+        key = tuple([part.key for part in parts])
+        step = self._steps.get(key)
+        if step is None:
+            tx = _beside([self._chains[part.group] for part in parts])
+            backend = "inductor" if self._compile is True else self._compile
+            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend else _Eager(tx)
+        params = [dict(zip(part.names, map(self._plain, part.params), strict=True)) for part in parts]
+        grads = [{name: _gradient(p) for name, p in zip(part.names, part.params, strict=True)} for part in parts]
+        leaves = [[self.state[p][key] for p, key in part.slots] for part in parts]
+        kept = [x for rows in zip(parts, params, leaves, strict=True) for x in _kept(*rows)]
+        before = [x.clone() for x in kept]
+        try:
+            step(params, grads, [restored(part.spec, each) for part, each in zip(parts, leaves, strict=True)])
+        except TypeError as error:
+            if "missing" not in str(error) or "argument" not in str(error):
+                raise
+            raise TypeError(
+                f"a chain of this optimizer needs an extra argument, which step() cannot give: {error}. Call fuse(tx), "
+                "whose step takes it as a keyword."
+            ) from error
+        for x, old in zip(kept, before, strict=True):
+            x.copy_(old)
+
+    def _plain(self, p: Tensor) -> Tensor:
+        """A parameter without its gradient: in the same memory, with the same version."""
+        if type(p) not in _PLAIN:
+            return p.detach()
+        known = self._detached.get(p)
+        if known is None or known.data_ptr() != p.data_ptr() or known.shape != p.shape:
+            known = self._detached[p] = p.detach()
+        return known
+
+    # States
+
+    def _find_parts(self) -> list[_Part]:
+        """The parameters that have states, in parts that began together; new ones begin here."""
+        if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
+            self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
+            self._begun = {p for part in self._parts for p in part.params}
+        for index, group in enumerate(self.param_groups):
+            new = [i for i, p in enumerate(group["params"]) if p.grad is not None and p not in self._begun]
+            if new:
+                part, leaves = self._begin(index, new)
+                self.state.update(_entries(part, leaves))
+                self._parts.append(part)
+                self._begun.update(part.params)
+        self._count = len(self.state)
+        return self._parts
+
+    def _begin(self, index: int, which: Sequence[int]) -> tuple[_Part, list[Tensor]]:
+        """Some parameters of a group as a part, and the leaves of the state that their chain begins with."""
+        group = self.param_groups[index]
+        params, names = [group["params"][i] for i in which], group.get("param_names")
+        keys = [_Name(i if names is None else names[i]) for i in which]
+        state = self._chains[index].init(dict(zip(keys, map(self._plain, params), strict=True)))
+        leaves, spec = structure(state)
+        owners = dict(zip(keys, params, strict=True))
+        slots, shared = [], set()
+        for i, path in enumerate(leaf_paths(state)):
+            name = next((key for key in path if isinstance(key, _Name)), None)
+            slots.append((params[0] if name is None else owners[name], _slot(path)))
+            shared |= {i} if name is None else set()
+        return _Part(index, params, keys, spec, slots, shared, (index, tuple(keys))), leaves
+
+    def _resumed(self, index: int) -> list[_Part]:
+        """The parts of a group whose states were loaded: parameters with equal counters began together."""
+        params = self.param_groups[index]["params"]
+        begun = [i for i, p in enumerate(params) if p in self.state]
+        if not begun:
+            return []
+        whole, leaves = self._begin(index, begun)
+        # Looking a parameter up leaves an empty dict in `state`: one that should have entries has not begun.
+        if waiting := {p for p, entries in _entries(whole, leaves).items() if entries and not self.state[p]}:
+            begun = [i for i in begun if params[i] not in waiting]
+            if not begun:
+                return []
+            whole, leaves = self._begin(index, begun)
+        self._check_states(whole, leaves)
+        counters = {whole.slots[i][1] for i in whole.shared}
+        together: dict[Any, list[int]] = {}
+        for i in begun:
+            found = self.state[params[i]]
+            together.setdefault(tuple([str(found[name].tolist()) for name in sorted(counters)]), []).append(i)
+        parts = [whole] if len(together) == 1 else [self._begin(index, which)[0] for which in together.values()]
+        for part in parts:
+            for name in counters:
+                for p in part.params[1:]:
+                    self.state[p][name] = self.state[part.params[0]][name]
+        return parts
+
+    def _check_states(self, part: _Part, leaves: list[Tensor]) -> None:
+        """Raise an error if the states of parameters are not those of their chain."""
+        expected = _entries(part, leaves)
+        for p, name in zip(part.params, part.names, strict=True):
+            found, like = self.state[p], expected[p]
+            if set(found) != set(like):
+                raise ValueError(
+                    f"the state of parameter '{name}' has {listed(found) or 'no entries'}; expected "
+                    f"{listed(like) or 'none'}. Is it the state of another chain, or of an optimizer of torch?"
+                )
+            for entry, leaf in like.items():
+                if found[entry].shape != leaf.shape:
+                    raise ValueError(
+                        f"the state {entry} of parameter '{name}' has shape {tuple(found[entry].shape)}; expected "
+                        f"{tuple(leaf.shape)}. Are the parameters in another order, or of another model?"
+                    )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned: values of groups, and states in the dtypes in which they were saved.
+
+        Raises:
+            ValueError: It is of other groups, another chain or other parameters; nothing is changed then.
+        """
+        before = self.state, self.param_groups
+        # Torch converts states to the dtype of their parameters, and so loses counters and moments of bfloat16 ones.
+        hide = lambda _, saved: {**saved, "state": {k: _hidden(v) for k, v in saved["state"].items()}}
+        last = self.register_load_state_dict_pre_hook(hide)
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                for key, value in self.defaults.items():
+                    if key in self._names:
+                        group.setdefault(key, value)
+            self._read_groups()
+            self._find_parts()
+        except Exception:
+            self.state, self.param_groups, self._parts = *before, None
+            raise
+        finally:
+            last.remove()
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_factory": self._factory, "_compile": self._compile, "_names": self._names}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = state.get("state", {})
+        for p, entries in found.items():
+            if isinstance(entries, dict) and isinstance(p, Tensor):
+                found[p] = {k: v.shown(p) if isinstance(v, _Hidden) else v for k, v in entries.items()}
+        super().__setstate__(state)
+        if "_steps" not in self.__dict__:
+            self._forget()
+        self._parts = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__({k: v if k == "_factory" else copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        try:
+            pickle.dumps(self._factory)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"this optimizer cannot be pickled, because its factory {written(self._factory)} cannot: {error}. "
+                "Define the factory with def at the top of a module, or save optimizer.state_dict(), which needs none."
+            ) from error
+        return super().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:
+        lines = [f"Optimizer of {written(self._factory)} ("]
+        for index, group in enumerate(self.param_groups):
+            count = sum([p.numel() for p in group["params"]])
+            lines.append(f"Parameter Group {index}: {len(group['params'])} tensors, {count} entries")
+            lines += [f"    {k}: {written(v)}" for k, v in sorted(group.items()) if k not in ("params", "param_names")]
+        return "\n".join([*lines, ")"])
+
+
+_Step = Callable[[Params, Updates, State], Any]
+
+
+class _Name(str):
+    """The name of a parameter as a key: told from the keys of states that are called the same."""
+
+
+@dataclass
+class _Part:
+    """Parameters of a group that got their first gradients at the same step, and so have their counters in common."""
+
+    group: int
+    params: list[Tensor]
+    names: list[_Name]
+    spec: Any  # The structure of their state.
+    slots: list[tuple[Tensor, str]]  # For each leaf of it, in whose state it is, and under which name.
+    shared: set[int]  # Leaves of no parameter alone, which are in the states of all.
+    key: Any
+
+
+class _Values:
+    """The hyperparameters of a group, and the tensors through which chains see them."""
+
+    def __init__(self, given: dict[str, Any], rate: str | None) -> None:
+        for name, value in given.items():
+            _check_value(name, value)
+        leaves, self._spec = structure(given)
+        self._last = [number(x) for x in leaves]
+        self._now = self._last
+        # What stands between two that were checked is in the same range; a learning rate may fall to 0.
+        falls = [path[0] == rate for path in leaf_paths(given)]
+        known = [_known(x) for x in self._last]
+        self._least = [min(x, 0.0) if f and x is not None else x for x, f in zip(known, falls, strict=True)]
+        self._most = known
+        self._held = [_held(x) for x in self._last]
+
+    def tree(self) -> dict[str, Any]:
+        """What a factory gets: tensors for floats."""
+        return restored(self._spec, self._held)
+
+    def fits(self, given: dict[str, Any]) -> bool:
+        """Whether other values differ in numbers alone, which are kept until they are written."""
+        leaves, spec = structure(given)
+        if spec != self._spec:
+            return False
+        self._now = [x if type(x) is float else number(x) for x in leaves]
+        return all([_is_like(x, y) for x, y in zip(self._now, self._last, strict=True)])
+
+    def unchecked(self) -> bool:
+        """Whether a number left the range of those that were checked."""
+        rows = zip(map(_known, self._now), self._least, self._most, strict=True)
+        return any([x is not None and not low <= x <= high for x, low, high in rows])
+
+    def check(self) -> None:
+        """Take all numbers for checked."""
+        known = list(map(_known, self._now))
+        self._least = [x if x is None else min(x, low) for x, low in zip(known, self._least, strict=True)]
+        self._most = [x if x is None else max(x, high) for x, high in zip(known, self._most, strict=True)]
+
+    def write(self) -> None:
+        """Write what changed into the tensors."""
+        for i, (new, old, held) in enumerate(zip(self._now, self._last, self._held, strict=True)):
+            if isinstance(new, float):
+                if new != old:
+                    held.fill_(new)
+                    self._last[i] = new
+            elif isinstance(new, Tensor) and held is not new:
+                held.copy_(new)  # It may be changed in place.
+
+
+def _known(value: Any) -> Any:
+    """The number of a hyperparameter that changes, where it is known."""
+    if isinstance(value, Tensor):
+        return value.item() if not value.ndim and value.device.type == "cpu" else None
+    return value if isinstance(value, float) else None
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, float):
+        return torch.tensor(value, **_NUMBER)
+    return value.detach().clone() if isinstance(value, Tensor) and not value.ndim else value
+
+
+def _is_like(new: Any, old: Any) -> bool:
+    """Whether one value of a hyperparameter can take the place of another without a new chain."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return new is old or (new.ndim == old.ndim == 0 and new.dtype == old.dtype and new.device == old.device)
+    if isinstance(new, float) or isinstance(old, float):
+        return type(new) is type(old)
+    return type(new) is type(old) and (new is old or bool(new == old))
+
+
+def _check_value(name: str, value: Any) -> None:
+    for leaf in structure(value)[0]:
+        if not isinstance(number(leaf), (Tensor, float, int, str)):
+            hint = ""
+            if callable(leaf):
+                hint = (
+                    ". A schedule belongs in the factory, where it counts the steps of the chain, and so does a mask "
+                    "or a penalty; a scheduler of torch changes lr in the groups"
+                )
+            raise TypeError(
+                f"{name} is {written(leaf)}; expected a number, a tensor, a string, or dicts and tuples of them, which "
+                f"are saved with the group{hint}"
+            )
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether an entry of a group looks like a hyperparameter: a number, or an option of torch's optimizers."""
+    return (name in _HABITS and value is True) or type(value) in (int, float) or isinstance(value, Tensor)
+
+
+def _hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
+    """The parameters of a factory, by what they are called in groups; or an error for those it does not take."""
+    if not callable(factory) or isinstance(factory, Transform):
+        made = f" Give the function that makes it, as in lambda lr: {factory!r}" if callable(factory) else ""
+        raise TypeError(
+            f"factory is {written(factory)}; expected a function from hyperparameters to a Transform, such as "
+            f"lambda lr: fr.adamw(lr).{made}"
+        )
+    if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):
+        raise TypeError(
+            f"factory is the optimizer {factory.__name__} of torch; expected a function that makes a Transform, such "
+            "as fr.adamw. For a penalty on an optimizer of torch, there is regularize."
+        )
+    parameters = inspect.signature(factory).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if only := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
+        raise TypeError(f"the factory takes {listed(only)} by position alone; expected parameters that have a name")
+    names = {name: name for name in named}
+    if "lr" not in names and "learning_rate" in names:
+        del names["learning_rate"]
+        names = {"lr": "learning_rate", **names}
+    for name in hyper:
+        if name in names or (name not in _HABITS and any(p.kind is p.VAR_KEYWORD for p in parameters)):
+            names.setdefault(name, name)
+            continue
+        reason = _HABITS.get(name, "Add it to the parameters of the factory, if a transform is to see it.")
+        raise TypeError(f"the factory does not take {name}; it takes {listed(names) or 'nothing'}. {reason}")
+    if reserved := [name for name in names if name in ("params", "param_names")]:
+        raise TypeError(f"a parameter of the factory is called {reserved[0]}, as the parameters of a group are")
+    return names
+
+
+def _default(factory: Any, name: str | None) -> Any:
+    return None if name is None else inspect.signature(factory).parameters[name].default
+
+
+def _check_complete(factory: Any, names: dict[str, str], given: dict[str, Any], index: int) -> None:
+    parameters = inspect.signature(factory).parameters
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = {name for name, p in parameters.items() if p.default is p.empty and p.kind in kinds}
+    missing = [key for key, name in names.items() if name in required and name not in given]
+    if missing:
+        raise TypeError(
+            f"param group {index} has no value for {listed(missing)}, which the factory takes; give Optimizer(params, "
+            f"factory, {', '.join(f'{name}=...' for name in missing)}), or each group its own"
+        )
+
+
+def _entries(part: _Part, leaves: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """The leaves of a state by parameter and name; what belongs to none alone, such as a counter, is with each."""
+    found: dict[Tensor, dict[str, Tensor]] = {p: {} for p in part.params}
+    for i, ((owner, name), leaf) in enumerate(zip(part.slots, leaves, strict=True)):
+        for p in part.params if i in part.shared else [owner]:
+            found[p][name] = leaf
+    return found
+
+
+def _slot(path: tuple[Any, ...]) -> str:
+    """The name of a leaf in the state of its parameter."""
+    return dotted(tuple(key for key in path if not isinstance(key, _Name))) or "value"
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad
+
+
+def _kept(part: _Part, params: dict[_Name, Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The parameters without a gradient and their states, which a step leaves as they are."""
+    without = {id(p) for p in part.params if p.grad is None}
+    if not without:
+        return []
+    slots = enumerate(zip(part.slots, leaves, strict=True))
+    states = [leaf for i, ((p, _), leaf) in slots if i not in part.shared and id(p) in without]
+    return [w for p, w in zip(part.params, params.values(), strict=True) if id(p) in without] + states
+
+
+def _beside(chains: list[Transform]) -> Transform:
+    """Chains side by side, each on its own tree in a list."""
+
+    def init(params: list[Params]) -> list[State]:
+        return [tx.init(tree) for tx, tree in zip(chains, params, strict=True)]
+
+    def update(updates: list[Updates], state: list[State], params: list[Params]) -> tuple[Any, Any]:
+        made = [tx.update(*trees) for tx, *trees in zip(chains, updates, state, params, strict=True)]
+        return [new for new, _ in made], [after for _, after in made]
+
+    return Transform(init, update)
+
+
+class _Eager:
+    """A step as plain functions, written into the tensors that it got."""
+
+    def __init__(self, tx: Transform) -> None:
+        self._tx = tx
+
+    def __call__(self, params: Params, grads: Updates, state: State) -> None:
+        updates, after = self._tx.update(grads, state, params)
+        new = leaves_like((params, state), (apply_updates(params, updates), after))
+        old = tree_leaves((params, state))
+        places = {x.data_ptr() for x in old if type(x) in _PLAIN}
+        moved = [type(x) in _PLAIN and x is not y and x.data_ptr() in places for x, y in zip(new, old, strict=True)]
+        # All is read before anything is written.
+        for leaf, x in zip(old, [x.clone() if m else x for x, m in zip(new, moved, strict=True)], strict=True):
+            leaf.copy_(x)
+
+
+class _Hidden:
+    """A tensor that torch does not see, and so does not convert."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def shown(self, param: Tensor) -> Tensor:
+        """A copy where the parameter is."""
+        return self._tensor.detach().to(param.device, copy=True)
+
+
+def _hidden(entries: Any) -> Any:
+    if not isinstance(entries, dict):
+        return entries
+    return {name: _Hidden(x) if isinstance(x, Tensor) else x for name, x in entries.items()}

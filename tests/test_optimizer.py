@@ -1,0 +1,681 @@
+"""`Optimizer`: any chain in the loops, schedulers, checkpoints and trainers of torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import re
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cases import TRANSFORMS, assert_equal
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import SGD, Adagrad, AdamW, RMSprop, lr_scheduler
+
+import funcreg as fr
+from funcreg import lowering
+
+every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+#: Plain functions, and the fused step without a compiler.
+every_way = pytest.mark.parametrize("compile", [False, "eager"], ids=["plain", "fused"])
+LASSO = lambda lr, strength: fr.prox_adam(lr, fr.l1, strength=strength, mask=fr.matrices)
+
+
+def lasso(lr, strength):
+    return LASSO(lr, strength)
+
+
+def network(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def backward(model, n):
+    """Gradients of the n-th batch."""
+    generator = torch.Generator("cpu").manual_seed(n)
+    p = next(model.parameters())
+    x = torch.randn(6, 5, generator=generator, device="cpu").to(p)
+    model.zero_grad()
+    model(x).square().mean().backward()
+
+
+def trained(model, optimizer, steps=5, begin=0, scheduler=None):
+    for n in range(begin, begin + steps):
+        backward(model, n)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def made(compile=False, dtype=torch.float64, factory=LASSO, **hyper):
+    model = network(dtype)
+    hyper = hyper or {"lr": 1e-2, "strength": 1e-3}
+    return model, fr.Optimizer(model.named_parameters(), factory, compile=compile, **hyper)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How many kernels were compiled."""
+    count, compile = [0], lowering.Compiler._compile
+
+    def counting(self, *args):
+        count[0] += 1
+        return compile(self, *args)
+
+    monkeypatch.setattr(lowering.Compiler, "_compile", counting)
+    return count
+
+
+# It computes what the chain does
+
+
+@every_transform
+def test_it_is_the_functional_chain_bit_for_bit(case):
+    model = network()
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tx, state = case.make(), case.make().init(params)
+    optimizer = fr.Optimizer(model.named_parameters(), lambda: tx, compile=False)
+    for n in range(3):
+        backward(model, n)
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        updates, state = tx.update(grads, state, params)
+        params = fr.apply_updates(params, updates)
+        optimizer.step()
+        assert_equal({name: p.detach() for name, p in model.named_parameters()}, params)
+    places = [x.data_ptr() for p in model.parameters() for x in [p, *optimizer.state[p].values()] if x.ndim]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_numbers_in_groups_give_the_bits_of_numbers_in_the_chain(dtype):
+    model, optimizer = made(dtype=dtype)
+    other = network(dtype)
+    constant = fr.Optimizer(other.named_parameters(), lambda: LASSO(1e-2, 1e-3), compile=False)
+    assert_equal(trained(model, optimizer), trained(other, constant))
+
+
+def test_the_compiled_step_is_the_plain_one_up_to_rounding():
+    results = [trained(*made(compile)) for compile in (False, "eager")]
+    assert_equal(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_it_is_compiled_by_default(compilations):
+    model = network(torch.float32)
+    optimizer = fr.Optimizer(model.named_parameters(), LASSO, lr=1e-2, strength=1e-3)
+    found = trained(model, optimizer)
+    assert compilations[0]
+    assert_equal(found, trained(*made(dtype=torch.float32)), rtol=1e-5, atol=1e-6)
+
+
+class Case(NamedTuple):
+    factory: Any
+    hyper: dict[str, float]
+    torchs: Any
+    cycles: str | None = None  # What OneCycleLR and CyclicLR change besides lr.
+    close: float = 1e-12
+
+
+def decayed_sgd(lr, momentum, nesterov=False):
+    return fr.chain(fr.add_decayed_weights(0.1), fr.sgd(lr, momentum, nesterov=nesterov))
+
+
+CASES = {
+    "AdamW": Case(
+        lambda lr, weight_decay: fr.adamw(lr, weight_decay=weight_decay),
+        {"lr": 1e-2, "weight_decay": 0.1},
+        lambda p: AdamW(p, 1e-2, weight_decay=0.1),
+    ),
+    "AdamW betas": Case(
+        lambda lr, betas: fr.adamw(lr, *betas, weight_decay=0.01),
+        {"lr": 1e-2, "betas": (0.8, 0.95)},
+        lambda p: AdamW(p, 1e-2, (0.8, 0.95)),
+    ),
+    "SGD": Case(lambda lr: fr.sgd(lr), {"lr": 0.1}, lambda p: SGD(p, 0.1)),
+    "SGD momentum": Case(
+        lambda lr, momentum: decayed_sgd(lr, momentum),
+        {"lr": 0.1, "momentum": 0.9},
+        lambda p: SGD(p, 0.1, 0.9, weight_decay=0.1),
+        cycles="momentum",
+    ),
+    "SGD nesterov": Case(
+        decayed_sgd,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+        lambda p: SGD(p, 0.1, 0.9, weight_decay=0.1, nesterov=True),
+        cycles="momentum",
+    ),
+    "RMSprop": Case(
+        lambda lr, alpha: fr.rmsprop(lr, alpha, eps_in_sqrt=False),
+        {"lr": 1e-2, "alpha": 0.95},
+        lambda p: RMSprop(p, 1e-2, 0.95),
+    ),
+    "Adagrad": Case(
+        lambda lr: fr.adagrad(lr, eps=0.0), {"lr": 0.1}, lambda p: Adagrad(p, 0.1, initial_accumulator_value=0.1, eps=0)
+    ),
+}
+
+SCHEDULERS = {
+    "StepLR": lambda o, cycles: lr_scheduler.StepLR(o, 3, 0.5),
+    "CosineAnnealingLR": lambda o, cycles: lr_scheduler.CosineAnnealingLR(o, 10),
+    "LambdaLR": lambda o, cycles: lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n)),
+    "SequentialLR": lambda o, cycles: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 4), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "OneCycleLR": lambda o, cycles: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12, cycle_momentum=bool(cycles)),
+    "CyclicLR": lambda o, cycles: lr_scheduler.CyclicLR(o, 1e-3, 0.1, 4, cycle_momentum=bool(cycles)),
+    "CosineAnnealingWarmRestarts": lambda o, cycles: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_torchs_optimizer_under_every_scheduler(case, schedule):
+    cycles = case.cycles or ("betas" if "betas" in case.hyper else None)
+    model, optimizer = made(factory=case.factory, **case.hyper)
+    ours = trained(model, optimizer, 10, scheduler=schedule(optimizer, cycles))
+    other = network()
+    theirs = case.torchs(list(other.parameters()))
+    assert_equal(ours, trained(other, theirs, 10, scheduler=schedule(theirs, cycles)), rtol=0, atol=case.close)
+
+
+def test_a_plateau_and_averaging_schedulers_work():
+    model, optimizer = made()
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    plateau.step(1.0), plateau.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    swa = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.5, anneal_epochs=1)
+    trained(model, optimizer, 2, scheduler=swa)
+    average.update_parameters(model)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_scheduler_that_cycles_what_is_not_there_says_so():
+    with pytest.raises(ValueError, match="must support momentum or beta1"):
+        lr_scheduler.OneCycleLR(made()[1], 0.1, total_steps=10)
+
+
+# Hyperparameters
+
+
+def test_no_new_number_compiles_anything(compilations):
+    model, optimizer = made("aot_eager")
+    trained(model, optimizer, 1)
+    once = compilations[0]
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20, cycle_momentum=False)
+    for n in range(10):
+        optimizer.param_groups[0]["strength"] = 1e-3 * n
+        trained(model, optimizer, 1, n, scheduler)
+    assert compilations[0] == once
+    assert len(optimizer._steps) == 1
+
+
+@every_way
+def test_what_is_changed_by_hand_acts_at_the_next_step(compile):
+    model, optimizer = made(compile)
+    trained(model, optimizer, 2)
+    assert fr.sparsity(dict(model.named_parameters()), mask=fr.matrices) == 0
+    optimizer.param_groups[0]["strength"] = 1e3
+    trained(model, optimizer, 1)
+    assert fr.sparsity(dict(model.named_parameters()), mask=fr.matrices) == 1
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    assert_equal(trained(model, optimizer, 1), before)
+
+
+@every_way
+def test_rates_may_be_tensors_that_change_in_place(compile):
+    model, optimizer = made(compile, lr=torch.tensor(1e-2, dtype=torch.float64), strength=1e-3)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    other, plain = made(compile)
+    assert_equal(
+        trained(model, optimizer, scheduler=scheduler),
+        trained(other, plain, scheduler=lr_scheduler.ExponentialLR(plain, 0.5)),
+        rtol=1e-12,
+    )
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    optimizer.param_groups[0]["lr"].neg_()
+    with pytest.raises(ValueError, match="param group 0: learning_rate is -"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0  # A number instead.
+    before = [p.detach().clone() for p in model.parameters()]
+    assert_equal(trained(model, optimizer, 1), before)
+
+
+STRENGTHS = {"0.weight": 0.1, "0.bias": 0.0, "2.weight": 0.2, "2.bias": 0.0}
+
+
+def test_whole_numbers_bools_strings_and_trees_reach_the_factory():
+    seen = []
+
+    def factory(lr, every, nesterov, kind, betas, strength):
+        seen.append((every, nesterov, kind))
+        return fr.prox_adam(lr, fr.l1, strength=strength, b1=betas[0])
+
+    hyper = {"lr": 1, "every": 2, "nesterov": True, "kind": "a", "betas": (0.9, 0.99), "strength": STRENGTHS}
+    model, optimizer = made(factory=factory, **hyper)
+    assert seen[-1] == (2, True, "a")
+    trained(model, optimizer, 1)
+    count = len(seen)
+    optimizer.param_groups[0]["lr"] = 0.5  # It was a whole number.
+    trained(model, optimizer, 1)
+    assert len(seen) == count
+    optimizer.param_groups[0]["every"] = 3
+    trained(model, optimizer, 1)
+    assert seen[-1] == (3, True, "a")
+
+
+@every_way
+def test_groups_have_values_and_chains_of_their_own(compile):
+    model, other = network(), network()
+    groups = lambda net: [{"params": net[0].parameters(), "lr": 0.1}, {"params": net[2].parameters()}]
+    factory = lambda lr, momentum: fr.chain(fr.clip_by_global_norm(0.5), fr.sgd(lr, momentum))
+    optimizer = fr.Optimizer(groups(model), factory, lr=1e-2, momentum=0.9, compile=compile)
+    found = trained(model, optimizer, 4)
+    each = [
+        fr.Optimizer(net.parameters(), factory, lr=lr, momentum=0.9, compile=compile)
+        for net, lr in ((other[0], 0.1), (other[2], 1e-2))
+    ]
+    for n in range(4):
+        backward(other, n)
+        for one in each:
+            one.step()
+    assert_equal(found, [p.detach() for p in other.parameters()], rtol=1e-12)
+
+
+@every_way
+def test_names_are_known_to_masks(compile):
+    factory = lambda lr: fr.prox_sgd(lr, fr.l1, strength=1e6, mask=fr.select("2.*"))
+    model, optimizer = made(compile, factory=factory, lr=0.1)
+    trained(model, optimizer, 1)
+    zeros = {name: bool((p == 0).all()) for name, p in model.named_parameters()}
+    assert zeros == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
+
+
+@every_way
+def test_a_group_may_be_added_between_steps(compile):
+    model = network()
+    optimizer = fr.Optimizer(model[0].named_parameters(), LASSO, lr=1e-2, strength=1e-3, compile=compile)
+    trained(model, optimizer, 2)
+    optimizer.add_param_group({"params": model[2].named_parameters(), "lr": 0.5})
+    assert optimizer.param_groups[1]["strength"] == 1e-3
+    before = model[2].weight.detach().clone()
+    trained(model, optimizer, 1)
+    assert (model[2].weight != before).any()
+    assert optimizer.state[model[2].weight]["steps"] == 1
+    assert optimizer.state[model[0].weight]["steps"] == 3
+
+
+# Parameters without gradients
+
+
+@every_way
+def test_a_parameter_without_a_gradient_does_not_move_nor_does_its_state(compile):
+    factory = lambda lr: fr.chain(fr.clip_by_global_norm(0.1), fr.trace(0.9), fr.scale_by_learning_rate(lr))
+    model, optimizer = made(compile, factory=factory, lr=0.1)
+    trained(model, optimizer, 2)
+    rest = [model[0].weight, model[0].bias]
+    kept = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in rest])
+    backward(model, 2)
+    norm = torch.stack([p.grad.square().sum() for p in model[2].parameters()]).sum().sqrt()
+    last = optimizer.state[model[2].bias]["1.trace"].clone()
+    for p in rest:
+        p.grad = None
+    optimizer.step()
+    assert_equal([(p.detach(), optimizer.state[p]) for p in rest], kept)
+    moved = 0.9 * last + model[2].bias.grad * (0.1 / norm).clamp(max=1)  # The norm is that of what has gradients.
+    assert_equal(optimizer.state[model[2].bias]["1.trace"], moved, rtol=1e-12)
+    model.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()  # Nothing at all.
+    assert_equal(optimizer.state_dict()["state"], before["state"])
+
+
+@every_way
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_parameters_that_begin_late_are_those_of_torch(case, compile):
+    model, optimizer = made(compile, factory=case.factory, **case.hyper)
+    other = network()
+    theirs = case.torchs(list(other.parameters()))
+    for net, opt in ((model, optimizer), (other, theirs)):
+        net[0].requires_grad_(False)
+        trained(net, opt, 3)
+        net[0].requires_grad_(True)
+        trained(net, opt, 3, 3)
+    assert_equal(
+        [p.detach() for p in model.parameters()], [p.detach() for p in other.parameters()], rtol=0, atol=case.close
+    )
+    if optimizer.state[model[2].bias]:  # Counters of their own also after a checkpoint.
+        again = fr.Optimizer(model.named_parameters(), case.factory, compile=compile, **case.hyper)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert_equal(trained(model, again, 3, 6), trained(other, theirs, 3, 6), rtol=0, atol=case.close)
+
+
+def test_one_that_is_looked_up_in_state_has_not_begun():
+    model, optimizer = made()
+    assert optimizer.state[model[0].weight] == {}
+    trained(model, optimizer, 1)
+    assert optimizer.state[model[0].weight]["steps"] == 1
+    optimizer.state.clear()
+    trained(model, optimizer, 1)
+    assert optimizer.state[model[0].weight]["steps"] == 1
+
+
+# The habits of loops
+
+
+@every_way
+def test_closures_hooks_and_zero_grad_are_those_of_torch(compile):
+    model, optimizer = made(compile)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 5, dtype=torch.float64)).square().sum()
+        loss.backward()
+        called.append("closure")
+        return loss
+
+    losses = [optimizer.step(closure=closure), optimizer.step(closure)]
+    assert losses[1] < losses[0]
+    assert called == ["before", "closure", "after"] * 2
+    optimizer.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in model.parameters())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.defaults == {"lr": 1e-2, "strength": 1e-3}
+
+
+@every_way
+def test_a_scaler_skips_steps_that_overflow(compile):
+    model, optimizer = made(compile, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, 0)
+    scaler.scale(torch.ones(()))
+    model[0].weight.grad[0, 0] = torch.inf
+    scaler.step(optimizer), scaler.update()
+    assert_equal([p.detach() for p in model.parameters()], before)
+    backward(model, 0)
+    scaler.step(optimizer), scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert (model[0].weight != before[0]).any()
+
+
+@every_way
+def test_parameters_stay_where_they_are_and_autograd_notices(compile):
+    model = network()
+    whole = torch.zeros(40, dtype=torch.float64)
+    model[0].weight.data = whole[7:27].view(4, 5)  # As in the flat buffers of a trainer.
+    optimizer = fr.Optimizer(model.parameters(), lambda lr: fr.adamw(lr), lr=0.1, compile=compile)
+    places = [p.data_ptr() for p in model.parameters()]
+    versions = [p._version for p in model.parameters()]
+    trained(model, optimizer, 2)
+    assert [p.data_ptr() for p in model.parameters()] == places
+    assert_equal(whole[7:27].view(4, 5), model[0].weight.detach())
+    assert (whole[:7] == 0).all()
+    assert all(p._version > before for p, before in zip(model.parameters(), versions, strict=True))
+    loss = model(torch.ones(1, 5, dtype=torch.float64)).square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_way
+def test_tied_weights_and_new_storages_are_followed(compile):
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Tanh(), nn.Linear(5, 5, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = fr.Optimizer(model.named_parameters(), lambda lr: fr.sgd(lr, 0.9), lr=0.1, compile=compile)
+    trained(model, optimizer, 1)
+    assert model[2].weight is model[0].weight
+    model.to(torch.float64)  # Moves parameters to other storages.
+    optimizer.state.clear()
+    before = model[0].weight.detach().clone()
+    trained(model, optimizer, 1)
+    assert (model[0].weight != before).any()
+
+
+def test_torch_compile_takes_its_step():
+    model, optimizer = made("eager")
+    expected = trained(*made("eager"), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The compiler speaks of the profiler in torch's own wrapper.
+        step = torch.compile(optimizer.step, backend="eager")
+        for n in range(3):
+            backward(model, n)
+            step()
+    assert_equal([p.detach() for p in model.parameters()], expected)
+
+
+def test_it_prints_its_groups():
+    said = repr(made(factory=lasso)[1])
+    assert (
+        said == "Optimizer of lasso (\nParameter Group 0: 4 tensors, 34 entries\n    lr: 0.01\n    strength: 0.001\n)"
+    )
+
+
+# Saving
+
+
+def resumed(optimizer, model, compile, folder):
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "run.pt")
+    saved = torch.load(folder / "run.pt", weights_only=True)
+    fresh = network(next(model.parameters()).dtype, seed=9)
+    fresh.load_state_dict(saved["model"])
+    again = fr.Optimizer(fresh.named_parameters(), LASSO, lr=1.0, strength=1.0, compile=compile)
+    again.load_state_dict(saved["optimizer"])
+    return fresh, again
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_run_is_resumed_bit_for_bit(compile, dtype, tmp_path):
+    model, optimizer = made(compile, dtype)
+    scheduler = lr_scheduler.StepLR(optimizer, 2, 0.5)
+    trained(model, optimizer, 5, scheduler=scheduler)
+    fresh, again = resumed(optimizer, model, compile, tmp_path)
+    follow = lr_scheduler.StepLR(again, 2, 0.5)
+    follow.load_state_dict(scheduler.state_dict())
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert_equal(trained(fresh, again, 4, 5, follow), trained(model, optimizer, 4, 5, scheduler))
+    state = again.state[fresh[0].weight]
+    assert (state["steps"].dtype, state["direction.mu"].dtype) == (
+        torch.int32,
+        torch.promote_types(dtype, torch.float32),
+    )
+    assert state["steps"] == 9
+
+
+def test_a_loaded_state_shares_memory_with_nothing():
+    model, optimizer = made()
+    trained(model, optimizer, 1)
+    again = fr.Optimizer(model.named_parameters(), LASSO, lr=1.0, strength=1.0, compile=False)
+    again.load_state_dict(optimizer.state_dict())
+    p = model[0].weight
+    assert again.state[p]["direction.mu"].data_ptr() != optimizer.state[p]["direction.mu"].data_ptr()
+    assert again.state[p]["steps"] is again.state[model[0].bias]["steps"]
+
+
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
+    model, optimizer = made()
+    trained(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    net = network()
+    torchs = AdamW(net.parameters())
+    trained(net, torchs, 1)
+    other = copy.deepcopy(before)
+    other["state"][0]["direction.mu"] = torch.ones(1)
+    for wrong, message in [
+        (torchs.state_dict(), "the state of parameter '0.weight' has .*exp_avg.*expected steps, .*of torch"),
+        (other, r"the state direction.mu of parameter '0.weight' has shape \(1,\); expected \(4, 5\)"),
+        ({**before, "param_groups": []}, "different number of parameter groups"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(wrong)
+        assert_equal(optimizer.state_dict()["state"], before["state"])
+        assert optimizer.param_groups[0]["lr"] == 1e-2
+    trained(model, optimizer, 1)
+
+
+@every_way
+def test_copies_and_pickles_go_on_alone(compile):
+    model, optimizer = made(compile, factory=lasso)
+    trained(model, optimizer, 2)
+    for copied in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+        twin, other = copied((model, optimizer))
+        assert other.param_groups[0]["params"][0] is twin[0].weight
+        before = copy.deepcopy(model.state_dict())
+        found = trained(twin, other, 2, 2)
+        assert_equal(model.state_dict(), before)
+        expected = copy.deepcopy((model, optimizer))
+        assert_equal(found, trained(*expected, 2, 2))
+    lambdas = made(factory=LASSO)[1]
+    assert copy.deepcopy(lambdas).param_groups[0]["lr"] == 1e-2
+    with pytest.raises(pickle.PicklingError, match="Define the factory with def at the top of a module"):
+        pickle.dumps(lambdas)
+    other.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "param_names": ["more"]})
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_gives_back_what_it_got(flatten, tmp_path):
+    options = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = made()
+    trained(model, optimizer, 3)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    fresh = network()
+    fresh.load_state_dict(model.state_dict())
+    again = fr.Optimizer(fresh.named_parameters(), LASSO, lr=1.0, strength=1.0, compile=False)
+    template = get_optimizer_state_dict(fresh, again, options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It says that there is one process.
+        dcp.save({"optimizer": saved}, checkpoint_id=tmp_path / "saved")
+        loaded = {"optimizer": template}
+        dcp.load(loaded, checkpoint_id=tmp_path / "saved")
+    set_optimizer_state_dict(fresh, again, loaded["optimizer"], options=options)
+    fresh.load_state_dict(model.state_dict())
+    assert again.param_groups[0]["lr"] == 1e-2
+    assert_equal(trained(fresh, again, 2, 3), trained(model, optimizer, 2, 3))
+
+
+# What is wrong
+
+
+P = [torch.nn.Parameter(torch.ones(2, 2))]
+WRONG = {
+    "a missing hyperparameter": (
+        lambda: fr.Optimizer(P, LASSO, lr=0.1), TypeError, "param group 0 has no value for strength, which"
+    ),
+    "an unknown one": (
+        lambda: fr.Optimizer(P, LASSO, lr=0.1, strength=1.0, decay=1.0), TypeError,
+        "does not take decay; it takes lr, strength. Add it",
+    ),
+    "a habit": (
+        lambda: fr.Optimizer(P, LASSO, lr=0.1, strength=1.0, foreach=True), TypeError,
+        "does not take foreach; .* compiled for all tensors at once",
+    ),
+    "maximize": (
+        lambda: fr.Optimizer(P, LASSO, lr=0.1, strength=1.0, maximize=True), TypeError, "Minimize the negative",
+    ),
+    "a negative rate": (
+        lambda: fr.Optimizer(P, LASSO, lr=-0.1, strength=1.0), ValueError, "param group 0: learning_rate is -0.1"
+    ),
+    "a negative rate in a tensor": (
+        lambda: fr.Optimizer(P, LASSO, lr=torch.tensor(-0.5), strength=1.0), ValueError, "learning_rate is -0.5"
+    ),
+    "no transform": (lambda: fr.Optimizer(P, lambda lr: fr.l1, lr=0.1), TypeError, "returned a Penalty. Expected"),
+    "no return": (lambda: fr.Optimizer(P, lambda lr: None, lr=0.1), TypeError, "returned None; lacks it a return"),
+    "a transform": (lambda: fr.Optimizer(P, fr.adamw(0.1)), TypeError, r"factory is adamw\(0.1\); expected a function"),
+    "a class of torch": (lambda: fr.Optimizer(P, AdamW, lr=0.1), TypeError, "is the optimizer AdamW of torch"),
+    "a module": (lambda: fr.Optimizer(nn.Linear(2, 2), LASSO), TypeError, "expected its named_parameters"),
+    "a schedule": (
+        lambda: fr.Optimizer(P, LASSO, lr=fr.constant_schedule(1.0), strength=1.0), TypeError,
+        "A schedule belongs in the factory",
+    ),
+    "a mask": (
+        lambda: fr.Optimizer(P, lambda lr, mask: fr.adamw(lr, mask=mask), lr=0.1, mask=fr.matrices), TypeError,
+        "mask is matrices; expected a number",
+    ),
+    "a backend": (lambda: fr.Optimizer(P, fr.sgd, lr=0.1, compile=3), TypeError, "compile is 3; expected True"),
+    "no parameters": (lambda: fr.Optimizer([], fr.sgd, lr=0.1), ValueError, "empty parameter list"),
+    "one name for two": (
+        lambda: fr.Optimizer([("w", P[0]), ("w", nn.Parameter(torch.ones(1)))], fr.sgd, lr=0.1), ValueError,
+        "several parameters called w",
+    ),
+    "a reserved name": (
+        lambda: fr.Optimizer(P, lambda params: fr.sgd(0.1), params=1.0), TypeError, "params"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@every_way
+def test_what_comes_to_be_wrong_is_named_and_changes_nothing(compile):
+    model, optimizer = made(compile)
+    trained(model, optimizer, 1)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    for name, value, message in [
+        ("lr", -1.0, "param group 0: learning_rate is -1"),
+        ("strength", float("nan"), "param group 0: strength is nan"),
+        ("strength", torch.tensor(-2.0), "param group 0: strength is -2"),
+    ]:
+        old = optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        optimizer.param_groups[0][name] = old
+    assert_equal((model.state_dict(), optimizer.state_dict()["state"]), before)
+    with pytest.raises(ValueError, match="learning_rate is -3"):
+        optimizer.add_param_group({"params": [("more", torch.nn.Parameter(torch.ones(1)))], "lr": -3.0})
+    assert len(optimizer.param_groups) == 1
+    trained(model, optimizer, 1)
+
+
+def test_what_has_no_effect_in_a_group_is_said():
+    for group in ({"weight_decay": 0.1}, {"maximize": True}):
+        with pytest.warns(UserWarning, match=f"param group 0 has {next(iter(group))}.*no effect"):
+            fr.Optimizer([{"params": P, **group}], LASSO, lr=0.1, strength=1.0)
+    fr.Optimizer([{"params": P, "initial_lr": 0.1, "name": "head"}], LASSO, lr=0.1, strength=1.0)
+
+
+@every_way
+def test_a_chain_with_extra_arguments_is_refused(compile):
+    def update(updates, state, params, *, value):
+        return fr.tree_map(lambda u: -value * u, updates), state
+
+    model, optimizer = made(compile, factory=lambda lr: fr.Transform(lambda params: (), update), lr=0.1)
+    with pytest.raises(TypeError, match="needs an extra argument, which step"):
+        trained(model, optimizer, 1)
+
+
+def test_a_factory_may_be_a_public_optimizer_or_partial():
+    model, optimizer = made(factory=fr.adamw, lr=1e-2, weight_decay=0.1)
+    other = network()
+    theirs = AdamW(other.parameters(), 1e-2, weight_decay=0.1)
+    assert_equal(trained(model, optimizer), trained(other, theirs), rtol=0, atol=1e-12)
+    pickle.loads(pickle.dumps(optimizer))
+    bound = functools.partial(fr.prox_adam, penalty=fr.l1, mask=fr.matrices)
+    trained(*made(factory=bound, lr=1e-2, strength=1e-3))
+    assert made(factory=lambda lr=0.25: fr.sgd(lr), lr=0.5)[1].param_groups[0]["lr"] == 0.5
+    assert fr.Optimizer(network().parameters(), lambda lr=0.25: fr.sgd(lr)).param_groups[0]["lr"] == 0.25
+
+
+def test_sparse_gradients_are_named():
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = fr.Optimizer(table.named_parameters(), fr.sgd, lr=0.1, compile=False)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match=re.escape("weight' has the layout torch.sparse_coo")):
+        optimizer.step()

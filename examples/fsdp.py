@@ -32,7 +32,7 @@ BATCH = 16  # Of all processes together, so that their number changes nothing bu
 def save(tree: Any, folder: Path) -> None:
     """Write a checkpoint aside, and put it in its place when it is complete: a run that dies leaves the older one."""
     aside = folder.with_name(folder.name + ".new")
-    dcp.save(fr.to_state_dict(tree), checkpoint_id=aside)
+    dcp.save(fr.to_state_dict(tree), checkpoint_id=aside)  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
@@ -41,7 +41,7 @@ def save(tree: Any, folder: Path) -> None:
 
 def load(template: Any, folder: Path) -> Any:
     flat = fr.to_state_dict(template)  # What is loaded is written into these tensors.
-    dcp.load(flat, checkpoint_id=folder)
+    dcp.load(flat, checkpoint_id=folder)  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
     return fr.from_state_dict(template, flat)
 
 

@@ -488,12 +488,81 @@ def compiled(world: int) -> None:
         step(tracked, grads, state)
 
 
+# Torch's own loops
+
+
+def loops(world: int) -> Iterator[Check]:
+    """`Optimizer` and `regularize` on models that torch shards or copies, against one process with the whole batch."""
+    for how in ("fsdp", "ddp"):
+        for name, make in LOOPS.items():
+            yield f"{how}, {name}", lambda how=how, make=make: trained(world, how, make)
+
+
+def _regularized(model: torch.nn.Module, optimizer: Any, *args: Any, **options: Any) -> Any:
+    fr.regularize(optimizer, *args, module=model, **options)
+    return optimizer
+
+
+LOOPS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "Optimizer": lambda model: fr.Optimizer(
+        model.named_parameters(),
+        lambda lr, strength: fr.prox_adam(lr, fr.l1, strength=strength, mask=fr.matrices),
+        lr=0.01,
+        strength=0.05,
+        compile=False,
+    ),
+    "Optimizer compiled": lambda model: fr.Optimizer(
+        model.named_parameters(),
+        lambda lr, strength: fr.prox_sgd(lr, fr.group_lasso, strength=strength, momentum=0.5),
+        lr=0.01,
+        strength=0.05,
+        compile="eager",
+    ),
+    "Optimizer clipped": lambda model: fr.Optimizer(
+        model.named_parameters(),
+        lambda lr: fr.chain(fr.clip_by_global_norm(0.1), fr.adamw(lr), fr.project(fr.l1_ball, 2.0)),
+        lr=0.01,
+        compile=False,
+    ),
+    "regularize": lambda model: _regularized(
+        model, torch.optim.AdamW(model.parameters(), lr=0.01), fr.l1, strength=0.05, mask=fr.matrices, compile=False
+    ),
+    "regularize with groups": lambda model: _regularized(
+        model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5), fr.group_lasso, strength=0.05, dim=0
+    ),
+    "regularize with a constraint": lambda model: _regularized(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), fr.l1_ball, 2.0, mask=fr.matrices
+    ),
+}
+
+
+def trained(world: int, how: str, make: Callable[[torch.nn.Module], Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, net = network(), network()
+    if how == "fsdp":
+        model = fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    else:
+        model = DistributedDataParallel(net)
+    x = torch.randn(4 * world, 6, dtype=torch.float64)
+    own = x[dist.get_rank() :: world]
+    for module, rows in ((plain, x), (model, own)):
+        optimizer = make(module)
+        for _ in range(5):
+            module(rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    same(dict(net.named_parameters()), fr.tree_map(lambda w: w.detach(), dict(plain.named_parameters())))
+
+
 GROUPS: dict[str, Callable[[int], Iterator[Check]]] = {
     "penalties": penalties,
     "constraints": constraints,
     "transforms": transforms,
     "others": others,
     "steps": steps,
+    "loops": loops,
     "alone": alone,
 }
 

@@ -217,7 +217,7 @@ class FusedStep(_Planned):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
         super().__init__(backend)
         self._tx, self._donate = tx, donate
-        self._on_shards = OnShards(self._plain, donate)
+        self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
 
@@ -306,7 +306,6 @@ class FusedStep(_Planned):
                 )
             return self._plain(params, grads, state, extra)
         if is_spread(params):
-            grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             step = lambda p, g, s, **extra: self._step(p, g, s, extra)
             return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
         return self._step(params, grads, state, extra)

@@ -46,6 +46,12 @@ def any_sharded(values: Sequence[Any]) -> bool:
     return any([is_sharded(x) for x in values])
 
 
+def holds_sharded(values: Sequence[Any]) -> bool:
+    """`any_sharded` of values that no transform of `torch.func` wraps."""
+    found = _distributed()
+    return found is not None and any([isinstance(x, getattr(found, "DTensor", ())) for x in values])
+
+
 class Layout(NamedTuple):
     """How a tensor is spread over processes."""
 
@@ -104,7 +110,8 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any, placements: Any, summed: tuple[int, ...]) -> Tensor:
-        return x.redistribute(placements=placements).to_local().detach()  # The shard itself may be what is returned.
+        moved = x if x.placements == placements else x.redistribute(placements=placements)
+        return moved.to_local().detach()  # The shard itself may be what is returned.
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -256,7 +263,7 @@ def like(x: Tensor, leaf: Any) -> Tensor:
 
 def shard(x: Any) -> Any:
     """The shard of this process of a tensor that nothing is differentiated by; anything else as it is."""
-    return x.to_local().detach() if is_sharded(x) else x
+    return x.to_local() if holds_sharded((x,)) else x
 
 
 def of_shard(x: Any, layout: Layout | None) -> Any:

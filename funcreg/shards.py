@@ -7,6 +7,7 @@ leaf, with what collectives its transforms need.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from funcreg.locality import local_results
-from funcreg.sharding import Layout, any_sharded, is_sharded, layout, of_shard, shard
-from funcreg.tree import restored, structure, tree_leaves, tree_map, tree_paths
+from funcreg.sharding import Layout, holds_sharded, is_sharded, layout, of_shard, shard
+from funcreg.tree import filled, restored, structure, tree_leaves, tree_map, tree_paths
 
 
 class OnShards:
@@ -24,31 +25,42 @@ class OnShards:
     Args:
         plain: From `(params, grads, state, extra)` to new parameters and state.
         donate: Whether the new ones are written into the old ones.
+        spares: From parameters to where a gradient may be None.
     """
 
-    def __init__(self, plain: Callable[..., tuple[Any, Any]], donate: bool) -> None:
-        self._plain, self._donate = plain, donate
+    def __init__(self, plain: Callable[..., tuple[Any, Any]], donate: bool, spares: Any = None) -> None:
+        self._plain, self._donate, self._spares = plain, donate, spares
         self._known: dict[Any, bool] = {}
+        self._last: _Owned | None = None
 
+    @torch.no_grad()
     def call(self, step: Callable[..., tuple[Any, Any]], params: Any, grads: Any, state: Any, extra: Any) -> Any:
         """New parameters and state, by a step on plain tensors where that is possible."""
+        last = self._last
+        if last is not None and not extra and (shards := last.shards(params, grads, state)) is not None:
+            step(*shards)
+            torch.autograd.graph.increment_version(last.written)
+            return params, state
+        grads = filled(params, grads, self._spares, ("params", "grads"))
         if self._donate:
             _check_donated(params, state)
         grads = tree_map(_laid_like, params, grads)
         if self.is_local(params, grads, state, extra):
-            made = step(*map(local, (params, grads, state)), **local(extra))
+            shards = [local(tree) for tree in (params, grads, state)]
+            made = step(*shards, **local(extra))
             if not self._donate:
                 return spread(made[0], params), spread(made[1], state)
-            written = [x for x in tree_leaves((params, state)) if is_sharded(x)]
-            torch.autograd.graph.increment_version(written)  # Of the sharded tensors, beside that of their shards.
+            last = _Owned(params, state, shards)
+            # Of the sharded tensors, beside that of their shards.
+            torch.autograd.graph.increment_version(last.written)
+            self._last = last
             return params, state
-        with torch.no_grad():
-            new = self._plain(params, grads, state, extra)
-            if not self._donate:
-                return new
-            # All is read before anything is written.
-            for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in tree_leaves(new)], strict=True):
-                old.copy_(leaf)
+        new = self._plain(params, grads, state, extra)
+        if not self._donate:
+            return new
+        # All is read before anything is written.
+        for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in tree_leaves(new)], strict=True):
+            old.copy_(leaf)
         return params, state
 
     def is_local(self, params: Any, grads: Any, state: Any, extra: Any) -> bool:
@@ -71,6 +83,40 @@ class OnShards:
             return False
         written = [*cuts[:count], *cuts[2 * count :]]  # Extra arguments, which come last, are not.
         return all([result.cuts == own for result, own in zip(found, written, strict=False)])
+
+
+class _Owned:
+    """Parameters and state that a donating step got last time, with their shards, to be known again at a glance."""
+
+    def __init__(self, params: Any, state: Any, shards: Sequence[Any]) -> None:
+        self._leaves, self._spec = structure((params, state))
+        self._shards, self._count = shards, len(tree_leaves(params))
+        self._spec_of_params = structure(params)[1]
+        self.written = [x for x in self._leaves if is_sharded(x)]
+
+    def shards(self, params: Any, grads: Any, state: Any) -> list[Any] | None:
+        """The shards of three trees, if params and state are those of last time and gradients lie as parameters do."""
+        leaves, spec = structure((params, state))
+        if spec != self._spec or not all(map(operator.is_, leaves, self._leaves)):
+            return None
+        slopes, of_grads = structure(grads)
+        if of_grads != self._spec_of_params or not all(map(_lies_like, leaves, slopes)):
+            return None
+        return [self._shards[0], restored(of_grads, [shard(g) for g in slopes]), self._shards[2]]
+
+
+def _lies_like(leaf: Any, other: Any) -> bool:
+    """Whether a gradient has the layout of its parameter."""
+    if type(other) is Tensor or type(leaf) is Tensor:
+        return type(other) is type(leaf) and other.shape == leaf.shape
+    return (
+        hasattr(leaf, "placements")
+        and hasattr(other, "placements")
+        and leaf.device_mesh is other.device_mesh
+        and leaf.placements == other.placements
+        and leaf.shape == other.shape
+        and leaf.dtype == other.dtype
+    )
 
 
 def _cuts(x: Any, own: Layout | None) -> tuple[Any, ...]:
@@ -108,8 +154,8 @@ def spread(tree: Any, like: Any) -> Any:
 
 
 def is_spread(*trees: Any) -> bool:
-    """Whether a leaf of some trees is sharded."""
-    return any_sharded(tree_leaves(trees))
+    """Whether a leaf of some trees is sharded, outside of what `torch.func` transforms."""
+    return holds_sharded(tree_leaves(trees))
 
 
 def _check_donated(params: Any, state: Any) -> None:

@@ -328,6 +328,7 @@ SECTIONS = {
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine", "ensemble"],
     "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Optimizers and loops of torch": ["regularize"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
     "Speed": ["fused"],

@@ -131,6 +131,9 @@ from funcreg.proximal import (
     prox_sgd as prox_sgd,
     proximal_step as proximal_step,
 )
+from funcreg.regularize import (
+    regularize as regularize,
+)
 from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,
     add_penalty as add_penalty,

@@ -125,7 +125,7 @@ class Kernel:
     scalars: list[Value]
     writes: list[tuple[int, int]]  # The same, of inputs whose places are written.
     calls: list[tuple[list[Buffer], list[Value]]] = field(default_factory=list)  # And what each returns.
-    compiled: list[Any] = field(default_factory=list)  # For each call.
+    compiled: dict[int, Any] = field(default_factory=dict)  # For each call.
 
 
 @dataclass

@@ -158,9 +158,11 @@ class Plan:
             args += taken
             if call.out is not None:
                 args += self._views(call.out, kernel, number, kernel.writes)
-            if number == len(kernel.compiled):
-                kernel.compiled.append(self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic))
-            made = kernel.compiled[number](*args)
+            compiled = kernel.compiled.get(number)
+            if compiled is None:
+                compiled = self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic)
+                kernel.compiled[number] = compiled
+            made = compiled(*args)
             if results:
                 values.update(zip(results, made, strict=True))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
-from funcreg.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.undocumented import dynamo_asks, has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 Path = tuple[Any, ...]
 
@@ -907,7 +907,7 @@ def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
     if not callable(function):
         return function, params
     if isinstance(function, Selection):
-        return function.choose(params), params  # Called as it is, older compilers ask whether it is true.
+        return function.choose(params), params
     seen = _visible(params)
     return function(seen), seen
 
@@ -987,6 +987,8 @@ class Selection(Remembering):
         return self
 
     def __bool__(self) -> bool:
+        if dynamo_asks():
+            return True
         raise TypeError(
             f"{self!r} has no truth value: it chooses leaves once it gets parameters. Write ~a for `not a`, a & b for "
             "`a and b`, a | b for `a or b`."
@@ -1112,14 +1114,14 @@ def select(
     found = None
     if types and module is not None:
         found = module if isinstance(module, _Layers) else _layers(types, module)
-    plain_typed = _plain_names(tuple(sorted(found.chosen))) if found else ()
+    plain_typed = plain_names(tuple(sorted(found.chosen))) if found else ()
 
     def in_layers(name: str, plain: str) -> bool:
         return found is not None and (name in found.chosen or (name not in found.known and plain in plain_typed))
 
     def choose(params: Params) -> list[bool]:
         names = tree_paths(params)
-        plain = _plain_names(tuple(names))
+        plain = plain_names(tuple(names))
         by_glob = [
             [_matches(a, glob) or _matches(b, glob) for a, b in zip(names, plain, strict=True)] for glob in globs
         ]
@@ -1159,7 +1161,7 @@ def _matches(name: str, glob: str) -> bool:
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of parameters as they are without wrappers and parametrizations."""
     rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
     while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
@@ -1171,7 +1173,7 @@ def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (_matches, _plain_names):
+for _constant in (_matches, plain_names):
     vars(_constant)["_dynamo_marked_constant"] = True
 
 

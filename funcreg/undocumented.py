@@ -122,9 +122,7 @@ def is_compiling() -> bool:
 
     `torch.compiler.is_compiling` alone is also true while another thread compiles something of its own.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    return torch.compiler.is_compiling() and (count_modes is None or count_modes() > 0)
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and is_traced())
 
 
 def is_traced() -> bool:
@@ -132,7 +130,20 @@ def is_traced() -> bool:
 
     Numbers are not read then. Without the count of modes, reading one ends a recording: see `tracing_tools`.
     """
-    return torch.compiler.is_compiling() or (count_modes is not None and count_modes() > 0)
+    if torch.compiler.is_dynamo_compiling() or count_modes is None:
+        return torch.compiler.is_compiling()
+    return count_modes() > 0
+
+
+def dynamo_asks() -> bool:
+    """Whether `torch.compile` runs this call itself: up to torch 2.11 it asks whether what it calls is true.
+
+    Without it, a selection that a user's function calls inside compiled code raises an error there.
+    """
+    if torch.compiler.is_dynamo_compiling():  # It reads the code of this call.
+        return False
+    context = getattr(getattr(torch, "_guards", None), "TracingContext", None)
+    return context is not None and context.try_get() is not None
 
 
 def is_transformed(leaves: Callable[[], list[Any]] = list) -> bool:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import DEVICE
 
+from funcreg import lowering
+
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("suite")
 torch.set_num_threads(1)  # Tests are many and small: starting threads takes longer than their work.
@@ -17,17 +19,33 @@ if torch.device(DEVICE).type != "cpu":
     collect_ignore = ["test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"]
 
 
-def pytest_collection_finish() -> None:
+def _freeze() -> None:
     """Modules and tests stay until the end: the garbage collector need not visit them while code is traced."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_collection_finish() -> None:
+    _freeze()
+
+
+def _skip_what_torch_measures() -> None:
+    """Dynamo times the guards of all that it compiles, for its logs, with empty caches of the processor."""
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        guards.profile_guard_manager = lambda *arguments: 0.0  # pyright: ignore[reportOptionalMemberAccess]
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
-    """Every test begins with the same random numbers and no compiled code."""
+    """Every test begins with the same random numbers, no compiled code, and no warning said that is said once."""
     torch.manual_seed(0)
+    lowering._said.clear()
+    _skip_what_torch_measures()
+    modules = len(sys.modules)
     yield
     if "torch._dynamo" in sys.modules:  # Its import takes seconds.
         torch._dynamo.reset()
+    if len(sys.modules) > modules + 100:
+        _freeze()

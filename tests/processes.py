@@ -541,10 +541,7 @@ def trained(world: int, how: str, make: Callable[[torch.nn.Module], Any]) -> Non
     from torch.nn.parallel import DistributedDataParallel
 
     plain, net = network(), network()
-    if how == "fsdp":
-        model = fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
-    else:
-        model = DistributedDataParallel(net)
+    model = fully_shard(net, mesh=init_device_mesh("cpu", (world,))) if how == "fsdp" else DistributedDataParallel(net)
     x = torch.randn(4 * world, 6, dtype=torch.float64)
     own = x[dist.get_rank() :: world]
     for module, rows in ((plain, x), (model, own)):

@@ -31,12 +31,6 @@ from funcreg import lowering, undocumented
 LONG = 120
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
-    """Warnings come once: each test would see those of a step that does not compile, or is not recorded."""
-    monkeypatch.setattr(lowering, "_said", set())
-
-
 both = pytest.mark.parametrize("donate", [False, True])
 compilers = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -214,13 +208,19 @@ PLACES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "captured": lambda params, grads, state, anchor: (anchor["a"], anchor["b"]),
     "captured, like a parameter": lambda params, grads, state, anchor: (anchor["a"], params["b"]),
 }
+# Compiled kernels, too, for what they read, and for what they write over: a gradient is read by both steps alike.
+LOOKED_AT = [
+    pytest.param(where, donate, backend, marks=marks, id=f"{name}-{donate}-{backend}")
+    for name, where in PLACES.items()
+    for backend, marks in (("eager", ()), ("inductor", pytest.mark.slow))
+    for donate in (False, True)
+    if not donate or backend == "eager" or name in ("parameter", "moment")
+]
 
 
 @cpu_only
 @pytest.mark.filterwarnings("ignore:this is computed leaf by leaf")  # Which is said once, of any of these.
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@both
-@pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize(("where", "donate", "backend"), LOOKED_AT)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_tensors_changed_in_place_after_a_step_are_read_as_they_are_or_refused(change, where, donate, backend):
     anchor = square(3.0)
@@ -722,11 +722,10 @@ sources = [p.read_text() for p in pathlib.Path(config_dir).rglob("*.cpp")]
 print(kernel[kernel.index("extern"):])
 """
     code = code.replace("config_dir", "__import__('os').environ['TORCHINDUCTOR_CACHE_DIR']")
-    texts = []
-    for name, alone in (("alone", True), ("beside", False)):
-        place = tmp_path / name
-        place.mkdir()
-        texts.append(run(code.replace("WITHOUT", str(alone)), TORCHINDUCTOR_CACHE_DIR=str(place)))
+    # Kernels are named by their text: another text than before would be a second kernel in the same place.
+    place = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
+    place["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # The second process compiles as the first did.
+    texts = [run(code.replace("WITHOUT", str(alone)), **place) for alone in (True, False)]
     assert texts[0] == texts[1]
     if "Vectorized" not in texts[0]:
         pytest.skip("this processor has no vectors")
@@ -1021,6 +1020,8 @@ TAKEN = {
     "another make_fx": changed(PROXIES, "make_fx"),
     "no lookup_backend": without("torch._dynamo", "lookup_backend"),
     "another lookup_backend": changed("torch._dynamo", "lookup_backend"),
+    "no lock of torch.compile": without("torch._dynamo.convert_frame", "compile_lock"),
+    "no session of torch.compile": without("torch.compiler", "_compile_session_context"),
     "no level": without(FUNCTORCH, "maybe_current_level"),
     "another level": replaced(FUNCTORCH, "maybe_current_level", lambda of: of),
     "no functorch": missing(FUNCTORCH),
@@ -1032,6 +1033,8 @@ TAKEN = {
 @pytest.mark.filterwarnings("ignore:this is computed leaf by leaf", "ignore:fuse runs")
 @pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN)
 def test_without_what_torch_does_not_document_results_are_equal(take, monkeypatch):
+    import torch._dynamo  # noqa: F401  # Torch itself imports what is taken away.
+
     tx = fr.chain(fr.clip_by_global_norm(1.0), fr.trace(0.9), fr.scale(-0.1))
     take(monkeypatch)
     for donate in (False, True):
@@ -1109,22 +1112,23 @@ def test_processor_checks_of_others_are_made_as_ever():
 
 
 @cpu_only
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_steps_compile_where_warnings_are_errors(backend):
-    code = f"""
+@pytest.mark.slow
+def test_steps_compile_where_warnings_are_errors():
+    code = """
 import torch, funcreg as fr
 tx = fr.chain(fr.scale_by_adam(), fr.scale(-0.1))
-step = fr.fuse(tx, backend="{backend}")
-f = fr.value_and_grad(fr.l1, backend="{backend}")
-params, state = step.init({{"a": torch.ones(3, 3), "b": torch.ones(4)}})
-for _ in range(2):
-    params, state = step(params, {{"a": torch.ones(3, 3), "b": torch.ones(4)}}, state)
-    f(params)
-(plan,) = [plan for plan in step._plans.values()]
-assert plan is not None
-print(round(float(params["a"][0, 0]), 4), sorted(fr.lowering._said))
+for backend in ("eager", "aot_eager", "inductor"):  # Each imports more of torch than the one before.
+    step = fr.fuse(tx, backend=backend)
+    f = fr.value_and_grad(fr.l1, backend=backend)
+    params, state = step.init({"a": torch.ones(3, 3), "b": torch.ones(4)})
+    for _ in range(2):
+        params, state = step(params, {"a": torch.ones(3, 3), "b": torch.ones(4)}, state)
+        f(params)
+    (plan,) = [plan for plan in step._plans.values()]
+    assert plan is not None
+    print(backend, round(float(params["a"][0, 0]), 4), sorted(fr.lowering._said))
 """
-    assert run(code, "-W", "error").strip() == "0.8 []"
+    assert run(code, "-W", "error") == "eager 0.8 []\naot_eager 0.8 []\ninductor 0.8 []\n"
 
 
 def training(step, to_none, steps=5):
@@ -1218,10 +1222,13 @@ def test_none_elsewhere_is_refused_by_the_name_of_its_leaf(make):
 
 @both
 @pytest.mark.parametrize("used", [False, True])
-@pytest.mark.parametrize("make", [copy.deepcopy, copy.copy, lambda step: pickle.loads(pickle.dumps(step))])
-def test_copies_of_steps_step_alike(make, used, donate):
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [(copy.deepcopy, "aot_eager"), (copy.copy, "eager"), (lambda step: pickle.loads(pickle.dumps(step)), "eager")],
+)
+def test_copies_of_steps_step_alike(make, backend, used, donate):
     tx = fr.chain(fr.scale_by_adam(b1=0.8), fr.add_decayed_weights(torch.tensor(0.1), mask=fr.matrices), fr.scale(-0.1))
-    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    step = fr.fuse(tx, donate=donate, backend=backend)
     params, state = step.init(square())
     if used:
         params, state = step(params, square(), state)
@@ -1287,7 +1294,8 @@ MODES_OF_TORCH: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("mode", MODES_OF_TORCH.values(), ids=MODES_OF_TORCH)
 def test_modes_of_torch_change_nothing(mode, order, donate):
     tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1))
-    step = fr.fuse(tx, donate=donate, backend="aot_eager")
+    # Traced by a compiler inside of the mode, or outside of it.
+    step = fr.fuse(tx, donate=donate, backend="eager" if order == "init outside" else "aot_eager")
     start, grads = square(), [square(n + 0.5) for n in range(4)]
     expected = copy.deepcopy(start), tx.init(start)
     if order == "inside first":
@@ -1454,12 +1462,21 @@ CHAINS: dict[str, Callable[[], fr.Transform]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("donate", "owned", "backend"),
-    [(True, True, "aot_eager"), (False, True, "eager"), (True, False, "eager"), (False, False, "eager")],
-    ids=["donated", "from init", "donated as they are", "as they are"],
-)
-@pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
+WAYS = {
+    "donated": (True, True),
+    "from init": (False, True),
+    "donated as they are": (True, False),
+    "as they are": (False, False),
+}
+#: One chain goes through the tracer of the compilers as well: each kind of tree, each number of kernels.
+TAKEN_WAYS = [
+    pytest.param(make, *way, "aot_eager" if (name, how) == ("clipped", "donated") else "eager", id=f"{name}-{how}")
+    for name, make in CHAINS.items()
+    for how, way in WAYS.items()
+]
+
+
+@pytest.mark.parametrize(("make", "donate", "owned", "backend"), TAKEN_WAYS)
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_trees_of_every_kind_are_stepped_as_by_the_plain_functions(tree, make, owned, backend, donate):
     tx, tree = make(), copy.deepcopy(tree)

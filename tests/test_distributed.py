@@ -61,7 +61,7 @@ def start(world: int, folder: Path, groups: list[str]) -> list[dict[str, str | N
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
-    "groups", [["penalties"], ["constraints", "transforms"], ["others", "steps"]], ids=" and ".join
+    "groups", [["penalties"], ["constraints", "transforms"], ["others", "steps", "loops"]], ids=" and ".join
 )
 def test_sharded_parameters_give_what_whole_ones_give(world, groups, tmp_path):
     found = start(world, tmp_path, groups)

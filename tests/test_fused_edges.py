@@ -407,10 +407,11 @@ def test_gradients_of_penalties_have_no_negative_zeros():
 def test_gradients_of_penalties_where_numbers_end(backend):
     ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0, -3e38, math.inf, -math.inf, math.nan])
     params = {"w": ends.repeat(3), "b": ends[:5], "c": ends.flip(0).view(3, 3)}
+    rtol = 0 if torch.device(DEVICE).type == "cpu" else 1e-7  # A GPU rounds a product and a sum together once.
     for penalty, hyper in ((fr.l1, ()), (fr.elastic, (0.5, 0.25)), (fr.huber, (1.0,))):
         _, slopes = fr.value_and_grad(penalty, *hyper, backend=backend)(params)
         for name, expected in penalty.grad(params, *hyper).items():
-            torch.testing.assert_close(slopes[name], expected, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(slopes[name], expected, rtol=rtol, atol=0, equal_nan=True)
             zero = expected == 0
             assert torch.equal(torch.signbit(slopes[name][zero]), torch.signbit(expected[zero]))
         finite = fr.tree_map(lambda w: w.nan_to_num(0.5, 2.0, -2.0), params)

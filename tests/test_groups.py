@@ -321,6 +321,7 @@ def test_slope_is_least_against_other_points_and_has_its_limits():
     several = torch.stack([weights, 2 * weights])
     both = vmap(lambda weights: fr.slope.prox(w, 0.5, weights, dim=1))(several)
     assert_equal(both[1], fr.slope.prox(w, 1.0, weights, dim=1))
+    w, weights = w.cpu(), weights.cpu()  # Numbers on other devices are not read: that would wait for them.
     for call in (fr.slope, fr.slope.grad, lambda w, weights, dim: fr.slope.prox(w, 0.5, weights, dim=dim)):
         with pytest.raises(ValueError, match="at leaf 'a': the weights of slope rise"):
             call({"a": w}, weights.flip(0), dim=1)
@@ -462,12 +463,12 @@ def test_lassonet_in_a_metric_lands_at_the_minimum_of_each_feature(outputs, rati
         tolerance = 1e-12 * (1 + found)
         assert (found <= cost(torch.zeros_like(z["skip"]), step) + tolerance).all()
         for size in (1e-6, 1e-4, 1e-2, 0.3, 3.0):
-            for _ in range(40):
-                assert (found <= cost(z["skip"] + size * draws(outputs, 12), step) + tolerance).all()
-                assert (found <= cost(z["skip"] * (1 + size * draws(12)), step) + tolerance).all()
+            others = z["skip"] + size * draws(40, outputs, 12), z["skip"] * (1 + size * draws(40, 1, 12))
+            for each in others:
+                assert (found <= vmap(cost, in_dims=(0, None))(each, step) + tolerance).all()
         if outputs == 1:
-            for b in torch.linspace(-12, 12, 2401, dtype=torch.float64):
-                assert (found <= cost(b.expand(1, 12), step) + tolerance).all()
+            line = torch.linspace(-12, 12, 2401, dtype=torch.float64).expand(1, 12, -1).permute(2, 0, 1)
+            assert (found <= vmap(cost, in_dims=(0, None))(line, step) + tolerance).all()
     through = lambda params: sum(
         w.square().sum() for w in LASSONET.prox(params, 0.4, ratio, alpha, metric=metric).values()
     )

@@ -56,16 +56,19 @@ def test_packed_steps_take_sixteen_bits(case, small_buffers):
     follow(tx, step, params, state, dtype=torch.bfloat16, rtol=2e-2, atol=1e-2)
 
 
-@every_transform
-@pytest.mark.parametrize("donate", [False, True])
-def test_steps_take_leaves_that_lie_elsewhere(case, donate, small_buffers):
-    tx, params = case.make(), forest()
-    step = fr.fuse(tx, donate=donate, backend="eager")
+def from_a_file(tx, donate):
+    """Steps from parameters and a state that lie as they were loaded, not as `step.init` packs them."""
+    params, step = forest(), fr.fuse(tx, donate=donate, backend="eager")
     stored = io.BytesIO()
     torch.save(fr.tree_leaves(tx.init(params)), stored)
     stored.seek(0)
     loaded = iter(torch.load(stored, weights_only=True))
     follow(tx, step, params, fr.tree_map(lambda x: next(loaded), tx.init(params)), rtol=1e-11, atol=1e-12)
+
+
+@every_transform
+def test_steps_take_leaves_that_lie_elsewhere(case, small_buffers):
+    from_a_file(case.make(), donate=False)
 
 
 MIXED = {
@@ -128,6 +131,11 @@ def _joint(updates, params):
 def test_leaves_are_treated_each_as_it_should(make, donate, small_buffers):
     step = fr.fuse(make(), donate=donate, backend="eager")
     follow(make(), step, *step.init(forest()), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", MIXED.values(), ids=MIXED)
+def test_donating_steps_take_leaves_that_lie_elsewhere(make, small_buffers):
+    from_a_file(make(), donate=True)
 
 
 @pytest.mark.parametrize("donate", [False, True])
@@ -538,9 +546,7 @@ def test_inference_mode_leaves_no_traces():
     torch.testing.assert_close(params["w"], torch.full((3,), -0.1))
 
 
-def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once(monkeypatch):
-    monkeypatch.setattr(lowering, "_said", set())
-
+def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once():
     def doubled(updates, params):
         return fr.tree_map(lambda u: u.clone().mul_(2), updates)
 
@@ -558,9 +564,7 @@ def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once(monkeypa
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_without_a_compiler_the_packed_step_runs_with_equal_results_and_says_so_once(donate, monkeypatch):
-    monkeypatch.setattr(lowering, "_said", set())
-
+def test_without_a_compiler_the_packed_step_runs_with_equal_results_and_says_so_once(donate):
     def broken(module, inputs):
         raise RuntimeError("no compiler here")
 

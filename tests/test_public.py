@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording", "locality"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan", "checkpoint", "shards"],
+    ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
@@ -88,6 +88,7 @@ LAYERS = [
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
     ["stochastic", "optimizer"],
+    ["regularize"],
 ]
 
 

@@ -370,22 +370,25 @@ OVER: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def reduce(f: Callable[..., Tensor], rows: Sequence[Sequence[Any]], op: str = "sum") -> list[Tensor]:
+def reduce(
+    f: Callable[..., Tensor], rows: Sequence[Sequence[Any]], op: str, name: Callable[[int], str]
+) -> list[Tensor]:
     """For each leaf the sum of the terms that a rule makes of it, or what else is over them; one collective for all.
 
     Args:
         f: Rule of one leaf and what belongs to it.
         rows: Arguments of the rule, a row for each leaf.
         op: What is made of the terms of a leaf, one of `OVER`.
+        name: From the number of a leaf to what errors call it.
     """
     results: list[Any] = [None] * len(rows)
     waiting: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
-        if not any_sharded(row):
-            results[i] = OVER[op](f(*row))
-            continue
-        made, found, spread = _compute(f, row)
-        results[i] = OVER[op](made)
+        try:
+            made, found, spread = _compute(f, row)
+            results[i] = OVER[op](made)
+        except ValueError as error:
+            raise ValueError(f"at leaf '{name(i)}': {error}") from error
         if found is not None and spread is not None and any_cut(found):
             waiting.setdefault((spread.mesh, spread.cutting(), results[i].dtype, results[i].device), []).append(i)
     for (mesh, over, _, _), places in waiting.items():

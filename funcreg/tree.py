@@ -602,7 +602,8 @@ def reduce_leaves(
         op: `"sum"`, `"any"`, or `"max"` for the largest of terms of at least 0, which is 0 where there are none.
     """
     if any_sharded(tree_leaves((tree, rest, hyper))):
-        return reduce(f, _rows(tree, tree_leaves(tree), rest, hyper), op)
+        name = lambda i: tree_paths(tree)[i]
+        return reduce(f, _rows(tree, tree_leaves(tree), rest, hyper), op, name)
     over = OVER[op]
     return compute_leaves(lambda *row: over(f(*row)), tree, *rest, hyper=hyper)
 

@@ -186,7 +186,7 @@ def others(world: int) -> Iterator[Check]:
     for how, spread in spreads(world).items():
         for check in (certificates, norms, families, hyperparameters, members, twice, vectors, wholes, sixteen_bits):
             yield f"{how}, {check.__name__}", lambda check=check, spread=spread: check(spread)
-    for check in (modules, meshes, counts, refused):
+    for check in (modules, meshes, counts, refused, untold):
         yield check.__name__, lambda check=check: check(world)
 
 
@@ -404,6 +404,23 @@ def counts(world: int) -> None:
         with CommDebugMode() as seen:
             call()
         assert seen.get_total_counts() == expected, f"{seen.get_comm_counts()}; expected {expected}"
+
+
+def untold(world: int) -> None:
+    """Without the mode that looks at rules, all of them run on whole leaves."""
+    locality: Any = sys.modules["funcreg.locality"]
+    tools, known = locality.tracing_tools, dict(locality._known)
+    there = spread_tree(spreads(world)["rows"], draw())
+    try:
+        locality._known.clear()
+        locality.tracing_tools = lambda: (None, None)
+        one_number(fr.l1(there), fr.l1(draw()))
+        same(fr.elastic.prox(there, 0.1, 1.0, 0.5), fr.elastic.prox(draw(), 0.1, 1.0, 0.5), there)
+        assert set(locality._known.values()) == {None}
+    finally:
+        locality.tracing_tools = tools
+        locality._known.clear()
+        locality._known.update(known)
 
 
 def refused(world: int) -> None:

@@ -67,6 +67,10 @@ class Layout(NamedTuple):
         """Into how many pieces it is cut."""
         return math.prod([self.mesh.size(i) for i in self.cutting()])
 
+    def strided(self) -> bool:
+        """Whether pieces are laid otherwise than one after another, as of a dimension that is cut twice."""
+        return any([_cuts(p) and type(p) is not _distributed().Shard for p in self.placements])
+
     def cutting(self) -> tuple[int, ...]:
         """The dimensions of the mesh over which it is cut."""
         return tuple(i for i, p in enumerate(self.placements) if _cuts(p))
@@ -138,7 +142,7 @@ class _Wrapped(torch.autograd.Function):
         mesh, placements, shape = layout
         stride = torch.empty(shape, device="meta").stride()
         return _distributed().DTensor.from_local(
-            x.detach(), mesh, placements, run_check=False, shape=shape, stride=stride
+            x.detach().contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
     @staticmethod
@@ -186,7 +190,7 @@ class _Cut(torch.autograd.Function):
         sharded = _distributed()
         mesh, placements, _ = layout
         copies = [sharded.Replicate()] * mesh.ndim
-        whole = sharded.DTensor.from_local(x.detach(), mesh, copies, run_check=False)
+        whole = sharded.DTensor.from_local(x.detach().contiguous(), mesh, copies, run_check=False)
         return whole.redistribute(placements=placements)
 
     @staticmethod
@@ -210,7 +214,7 @@ class _Gathered(torch.autograd.Function):
     def forward(x: Any, mesh: Any, over: tuple[int, ...], op: str) -> Tensor:
         sharded = _distributed()
         placements = [sharded.Partial(op) if i in over else sharded.Replicate() for i in range(mesh.ndim)]
-        return sharded.DTensor.from_local(x.detach(), mesh, placements, run_check=False).full_tensor()
+        return sharded.DTensor.from_local(x.detach().contiguous(), mesh, placements, run_check=False).full_tensor()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -310,7 +314,7 @@ def _placeable(found: Result, spread: Layout) -> bool:
     cuts = [cut for cut in found.cuts if cut is not None]
     if not cuts:
         return math.prod(found.shape) == 1
-    strided = any([_cuts(p) and not p.is_shard() for p in spread.placements])
+    strided = spread.strided()
     same = len(found.cuts) == len(spread.shape) and all([cut in (None, d) for d, cut in enumerate(found.cuts)])
     return sorted(cuts) == sorted(spread.cuts()) and (same or not strided)
 
@@ -330,7 +334,7 @@ def _cuts_beside(x: Any, spread: Layout) -> Cuts:
     if not isinstance(x, Tensor):
         return ()
     cuts, shift = spread.cuts(), len(spread.shape) - x.ndim
-    if shift < 0:
+    if shift < 0 or (shift and spread.strided()):
         return (None,) * x.ndim
     return tuple(
         [d + shift if d + shift in cuts and n == spread.shape[d + shift] else None for d, n in enumerate(x.shape)]

@@ -24,7 +24,7 @@ import funcreg as fr
 
 Check = tuple[str, Callable[[], None]]
 #: Seconds that a collective may take before a process gives up: a process that raised alone is found by that.
-PATIENCE = 15.0
+PATIENCE = float(os.environ.get("FUNCREG_PATIENCE", "60"))
 #: From the name of a spread to what cuts a leaf so, for each number of processes.
 Spread = Callable[[int, Tensor], Tensor]
 

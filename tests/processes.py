@@ -600,7 +600,7 @@ def run(rank: int, world: int, folder: str, groups: list[str], only: str = "") -
     )
     apart = dist.new_group(timeout=datetime.timedelta(seconds=2 * PATIENCE))  # Where processes say how a check went.
     results: dict[str, str | None] = {}
-    for group, name, check in ((group, *row) for group in groups for row in GROUPS[group](world)):
+    for group, name, check in ((each, *row) for each in groups for row in GROUPS[each](world)):
         if only not in name:
             continue
         torch.manual_seed(0)

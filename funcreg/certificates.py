@@ -16,7 +16,7 @@ from funcreg.composition import Term, split
 from funcreg.penalty import Penalty, Sum
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
-from funcreg.tree import check_params, compute, compute_leaves, flatten, keep, mask_leaves, total, tree_leaves, tree_map
+from funcreg.tree import check_params, compute, flatten, keep, mask_leaves, reduce_leaves, total, tree_leaves, tree_map
 
 
 def kkt_residual(
@@ -70,7 +70,8 @@ def kkt_residual(
 
 
 def _largest(tree: Params) -> Tensor:
-    sizes = [leaf.abs().amax() for leaf in tree_leaves(tree) if leaf.numel()]
+    leaves = [leaf for leaf in tree_leaves(tree) if leaf.numel()]
+    sizes = reduce_leaves(lambda r: r.abs(), leaves, op="max")
     if not sizes:
         return torch.zeros(())
     dtype = sizes[0].dtype
@@ -273,7 +274,7 @@ def duality_gap(
         grads = compute(lambda g, s: g + s, grads, term.grad(params))
     size = lambda_max(grads, Sum(tuple(norms)))
     share = (1 / size).clamp(max=1.0)  # Of the gradient that is feasible in the dual problem; all of it at a solution.
-    along = total(compute_leaves(lambda g, w: (g * w).sum(), grads, params))
+    along = total(reduce_leaves(lambda g, w: g * w, grads, params))
     ridges = total([term.value(params) for term in smooth]) * (1 - share).square()
     gap = divergence(share).sum() / samples + ridges + share * along + Sum(tuple(norms))(params)
     return gap.to(along.dtype)
@@ -299,5 +300,5 @@ def sparsity(params: Params, mask: Mask | None = None) -> Tensor:
     check_params(params)
     leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
     entries = sum(leaf.numel() for leaf in leaves)
-    zeros = [(leaf == 0).sum().to(leaves[0].device) for leaf in leaves]
+    zeros = [count.to(leaves[0].device) for count in reduce_leaves(lambda w: w == 0, leaves)]
     return torch.stack(zeros).sum() / entries if entries else torch.zeros(())

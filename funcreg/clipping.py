@@ -13,7 +13,7 @@ from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import scalars
 from funcreg.transform import Transform, finite_nonnegative, memoryless, nonnegative, positive, public_state
-from funcreg.tree import compute, euclidean, global_norm, tree_leaves, tree_map
+from funcreg.tree import compute, euclidean, flatten, global_norm, reduce_leaves, tree_leaves, tree_map
 
 
 @remembered
@@ -175,7 +175,7 @@ def zero_nans() -> Transform:
         return ZeroNansState(tree_map(lambda w: torch.zeros((), dtype=torch.bool, device=w.device), params))
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, ZeroNansState]:
-        found = tree_map(lambda u: u.isnan().any(), updates)
+        found = flatten(updates)[1](reduce_leaves(lambda u: u.isnan(), updates, op="any"))
         return compute(lambda u: torch.where(u.isnan(), torch.zeros_like(u), u), updates), ZeroNansState(found)
 
     return Transform(init, update, state=ZeroNansState)

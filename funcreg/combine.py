@@ -31,6 +31,7 @@ from funcreg.tree import (
     keep,
     mask_leaves,
     merge,
+    reduce_leaves,
     scalar_device,
     total,
     tree_leaves,
@@ -420,7 +421,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         updates: Updates, state: ApplyIfFiniteState, params: Params, **extra: Any
     ) -> tuple[Updates, ApplyIfFiniteState]:
 
-        wrong = total([(~u.isfinite()).sum() for u in tree_leaves(updates)]).to(state.last_finite.device)
+        wrong = total(reduce_leaves(lambda u: ~u.isfinite(), updates)).to(state.last_finite.device)
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
         go = finite | (errors > max_consecutive_errors)

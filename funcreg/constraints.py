@@ -24,12 +24,13 @@ from funcreg.tree import (
     compute_leaves,
     compute_wide,
     flatten,
+    reduce_leaves,
+    running_sum,
     safe_sqrt,
     sign,
     squared,
     tree_leaves,
     tree_paths,
-    widen,
 )
 from funcreg.tree import total as summed
 
@@ -84,7 +85,9 @@ class Constraint(Penalty):
     ) -> None:
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
-            terms = [_outside(w, z) for w, z in zip(tree_leaves(params), tree_leaves(nearest), strict=True)]
+            leaves, rebuild = flatten(params)
+            rounding = rebuild([_rounding(leaf) for leaf in leaves])
+            terms = compute_leaves(_outside, params, nearest, hyper=(rounding,))
             if missed is not None:
                 lost = missed(params, *hyper, **options)
                 terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
@@ -183,10 +186,8 @@ def _rounding(w: Tensor) -> float:
     return 32 * torch.finfo(w.dtype).eps
 
 
-def _outside(w: Tensor, z: Tensor) -> Tensor:
+def _outside(w: Tensor, z: Tensor, rounding: float) -> Tensor:
     """0 if a leaf is its own projection but for rounding, infinite if not, NaN if it has one."""
-    rounding = _rounding(w)
-    w, z = widen(w), widen(z)
     off = torch.where(w == z, torch.zeros_like(w), w - z).abs()
     sizes = z.abs()
     sizes = torch.where(sizes == math.inf, torch.zeros_like(sizes), sizes)
@@ -264,12 +265,11 @@ def constraint(
             return weighed is not None or separable
 
         def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
-            return compute_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper)
+            return reduce_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper, op="any")
 
         def out(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
             # Leaves without entries are in every set.
-            found = missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
-            return found.any()
+            return missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
 
         def left(params: Params, grads: Params, *hyper: Hyper, **options: Any) -> Params:
             normal = residual
@@ -375,7 +375,7 @@ def share(free: Tensor, tied: Tensor, fixed: Tensor) -> Tensor:
         tied: The sum of :math:`p_i` over fixed entries, with a last dimension of 1.
         fixed: How many they are, at least 1.
     """
-    sums = torch.cat([tied, tied + free.sort(-1, descending=True).values.cumsum(-1)], -1)
+    sums = torch.cat([tied, tied + running_sum(free.sort(-1, descending=True).values)], -1)
     counts = fixed + torch.arange(sums.shape[-1], dtype=sums.dtype, device=sums.device)
     return (sums / counts).amax(-1, keepdim=True)
 
@@ -616,15 +616,15 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     if h is not None:  # In a metric the threshold of an entry is its own: no offset is common to all.
         pulls, order = (h * x).sort(-1, descending=True)
         inverse = (1 / h).gather(-1, order)
-        sums, weights = (pulls * inverse).cumsum(-1) - total, inverse.cumsum(-1)
+        sums, weights = running_sum(pulls * inverse) - total, running_sum(inverse)
         last = ((pulls * weights > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
         return (x - sums.gather(-1, last) / weights.gather(-1, last) / h).relu()
     largest = x.amax(-1, keepdim=True)
     # Infinite entries are level with each other.
     x = torch.where((x == largest) & largest.isinf(), torch.zeros_like(x), x - largest)
     ordered = x.sort(-1, descending=True).values
-    sums = ordered.cumsum(-1) - total
-    counts = torch.ones_like(x).cumsum(-1)
+    sums = running_sum(ordered) - total
+    counts = running_sum(torch.ones_like(x))
     # Entries at the threshold count and rise with it, so that a total of 0 has the derivative of a small one.
     inside = (counts * ordered >= sums) & (ordered > -math.inf)
     last = (inside.sum(-1, keepdim=True) - 1).clamp(min=0)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from funcreg._typing import Hyper, Params
 from funcreg.construction import remembered
 from funcreg.penalty import Penalty
-from funcreg.tree import chosen_by, flatten, hidden, leaves_like, listed, total, tree_leaves, tree_paths
+from funcreg.sharding import like, whole
+from funcreg.tree import chosen_by, flatten, gathered, hidden, leaves_like, listed, total, tree_leaves, tree_paths
 
 
 class Along(NamedTuple):
@@ -141,7 +142,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
     def rows(leaves: Sequence[Tensor], family: Sequence[_Place]) -> Tensor:
         """The leaves of a family as one matrix, a group in each row."""
-        parts = [_gather(leaves[leaf], along) for leaf, along in family]
+        parts = [_gather(whole(leaves[leaf]), along) for leaf, along in family]
         return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
 
     def each(family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             made = f(*[rows(column, family) for column in columns], **each(i, len(found), options))
             widths = [_width(leaves[leaf], along) for leaf, along in family]
             for (leaf, along), part in zip(family, made.split(widths, 1), strict=True):
-                own = _scatter(_like(part, leaves[leaf]), leaves[leaf], along)
+                own = like(_scatter(_like(part, leaves[leaf]), leaves[leaf], along), leaves[leaf])
                 earlier = results[leaf]
                 results[leaf] = own if earlier is None else earlier + own
         return results
@@ -341,8 +342,8 @@ def remove_dead(params: Params, groups: Groups) -> Params:
     """A smaller tree, without the groups all of whose penalized entries are zero.
 
     Leaves that no family names stay as they are; buffers may be among the leaves, and are sliced if a family names
-    them. One group of a family always stays, so that no layer is left without entries. The numbers of groups depend on
-    what is in the tensors, so that this is no step to be compiled or mapped over.
+    them. One group of a family always stays, so that no layer is left without entries. Sharded leaves come back whole.
+    The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or mapped over.
 
     Args:
         params: Tree of parameters, also with the buffers of their module.
@@ -356,7 +357,7 @@ def remove_dead(params: Params, groups: Groups) -> Params:
         >>> remove_dead(params, {"0.weight": 0, "2.weight": Along(1, penalized=False)})
         {'0.weight': tensor([[3.]]), '2.weight': tensor([[2.]])}
     """
-    leaves, rebuild = flatten(params)
+    leaves, rebuild = flatten(gathered(params))
     slices: dict[tuple[int, int], Tensor] = {}
     for family in _places(groups, params):
         marks = [(_gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]

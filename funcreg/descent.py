@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params
-from funcreg.tree import compute_leaves, compute_wide, flatten, product, scalar_device, total
+from funcreg.tree import compute_wide, flatten, product, reduce_leaves, scalar_device, total
 
 
 def accelerate(momentum: Tensor, uphill: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,9 +36,9 @@ def overlaps(y: Params, x: Params, before: Params) -> list[Tensor]:
     """
 
     def overlap(y: Tensor, x: Tensor, before: Tensor) -> Tensor:
-        return ((y - x).conj() * (x - before)).real.sum() if y.is_complex() else ((y - x) * (x - before)).sum()
+        return ((y - x).conj() * (x - before)).real if y.is_complex() else (y - x) * (x - before)
 
-    return compute_leaves(overlap, y, x, before)
+    return reduce_leaves(overlap, y, x, before)
 
 
 def check_inner_steps(inner_steps: int | None) -> None:
@@ -88,8 +88,7 @@ def approach(
 def _least_steps(metric: Params, apart: bool) -> Hyper:
     """One over the greatest number of a metric: for each leaf, or one for leaves that a penalty may couple."""
     _, rebuild = flatten(metric)
-    # A leaf without entries has no greatest one.
-    tops = compute_leaves(lambda h: h.amax() if h.numel() else h.sum(), metric)
+    tops = reduce_leaves(lambda h: h, metric, op="max")
     if apart:
         return rebuild([1 / top for top in tops])
     return 1 / torch.stack([top.to(tops[0].device, tops[0].dtype) for top in tops]).amax() if tops else 1.0

@@ -24,6 +24,7 @@ from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
 from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_penalty
+from funcreg.shards import OnShards, is_spread, local, spread
 from funcreg.transform import Transform, flags, nonnegative
 from funcreg.tree import (
     apply_updates,
@@ -220,6 +221,7 @@ class FusedStep(_Planned):
         flags(donate=donate)
         super().__init__(backend)
         self._tx, self._donate = tx, donate
+        self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
 
@@ -234,6 +236,8 @@ class FusedStep(_Planned):
         """
         check_params(params)
         params = tree_map(lambda w: w.detach(), params)
+        if is_spread(params):
+            return self._init_shards(params, extra)
         with torch.inference_mode(False), torch.no_grad():
             trees = (params, params, self._tx.init(params), _with_tensors(extra))[: 4 if extra else 3]
             columns, specs = zip(*map(structure, trees), strict=True)
@@ -258,6 +262,14 @@ class FusedStep(_Planned):
         count = len(columns[0])
         return restored(specs[0], copied[:count]), restored(specs[2], copied[count:])
 
+    def _init_shards(self, params: Params, extra: dict[str, Any]) -> tuple[Params, State]:
+        with torch.no_grad():
+            state = self._tx.init(params)
+            if not self._on_shards.is_local(params, params, state, _with_tensors(extra)):
+                return tree_map(torch.clone, params), tree_map(torch.clone, state)
+            made, memory = self.init(local(params), **local(extra))
+            return spread(made, params), spread(memory, state)
+
     def gradients(self, params: Params) -> Updates:
         """Zeros like parameters of `init`, in memory where the step reads gradients without copying them together.
 
@@ -268,6 +280,8 @@ class FusedStep(_Planned):
         Raises:
             ValueError: `init` made no parameters like these.
         """
+        if is_spread(params):
+            return spread(self.gradients(local(params)), params)
         leaves, spec = structure(params)
         kinds = [like[1:] for like in map(_like, leaves)]  # Whether they are `Parameter` or not.
         for (specs, known, *_), plan in self._plans.items():
@@ -295,6 +309,9 @@ class FusedStep(_Planned):
                     "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
                 )
             return self._plain(params, grads, state, extra)
+        if is_spread(params):
+            step = lambda p, g, s, **extra: self._step(p, g, s, extra)
+            return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
         return self._step(params, grads, state, extra)
 
     def _plain(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
@@ -485,7 +502,7 @@ class _ValueAndGrad(_Planned):
         self._plain = plain
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
-        if undocumented.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)):
+        if undocumented.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)) or is_spread(params):
             return self._plain(params)
         return self._pass(params)
 

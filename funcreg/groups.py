@@ -37,7 +37,7 @@ from funcreg.separable import (
     scad_slope,
     scad_value,
 )
-from funcreg.tree import euclidean, sign, squared
+from funcreg.tree import euclidean, running_sum, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -333,7 +333,7 @@ def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
     """
     sorted_, order = x.sort(dim=-1, descending=True)
     sizes = weight.expand(x.shape).gather(-1, order)
-    return (((sizes * sorted_).cumsum(-1) - volume) / sizes.cumsum(-1)).amax(-1, keepdim=True)
+    return ((running_sum(sizes * sorted_) - volume) / running_sum(sizes)).amax(-1, keepdim=True)
 
 
 def _cut(w: Tensor, level: Tensor) -> Tensor:
@@ -475,7 +475,7 @@ def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., wei
     # With f = force, the sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+. That of some entries alone is
     # never greater, and equal for those that stay: the greatest s belongs to them.
     order = (size / give).argsort(dim=-1, descending=True)
-    sums, gives = size.gather(-1, order).cumsum(-1), give.gather(-1, order).cumsum(-1)
+    sums, gives = running_sum(size.gather(-1, order)), running_sum(give.gather(-1, order))
     last = (sums / (1 + force * gives)).argmax(-1, keepdim=True)
     total, given = sums.gather(-1, last), gives.gather(-1, last)
     # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.

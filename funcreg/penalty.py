@@ -28,6 +28,7 @@ from funcreg.tree import (
     map_with_path,
     mask_leaves,
     merge,
+    reduce_leaves,
     times,
     total,
     tree_leaves,
@@ -586,14 +587,14 @@ def penalty(
     def lift(value: Callable[..., Tensor]) -> Penalty:
         def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
             # Summed leaf by leaf: the terms of one are in a cache, and those of all would be a second set of weights.
-            return total(compute_leaves(lambda w, *row: value(w, *row, **options).sum(), params, hyper=hyper))
+            return total(reduce_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper))
 
         def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             if _single(weights):
                 plain = tree_value(params, *hyper, **options)
                 return times(weights, plain).to(plain.dtype)
-            rule = lambda w, c, *row: _weighted_sum(w, c, value(w, *row, **options))
-            return total(compute_leaves(rule, params, hyper=(weights, *hyper)))
+            rule = lambda w, c, *row: _weighted_terms(w, c, value(w, *row, **options))
+            return total(reduce_leaves(rule, params, hyper=(weights, *hyper)))
 
         def tree_weigh(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
             own = compute_leaves(lambda w, *row: one_a_term(w, *row, **options), params, hyper=(weights, *hyper))
@@ -665,13 +666,11 @@ def penalty(
     return lift
 
 
-def _weighted_sum(w: Tensor, c: Any, terms: Tensor) -> Tensor:
-    """Terms of the value of a leaf, each times its weight, summed."""
-    if not isinstance(c, Tensor) or not c.ndim:
-        return times(c, terms.sum()).to(terms.dtype)
-    if terms.ndim != w.ndim:
+def _weighted_terms(w: Tensor, c: Any, terms: Tensor) -> Tensor:
+    """Terms of the value of a leaf, each times its weight."""
+    if isinstance(c, Tensor) and c.ndim and terms.ndim != w.ndim:
         raise ValueError(
             f"weights of shape {tuple(c.shape)} got terms of shape {tuple(terms.shape)}; expected terms that keep the "
             f"dimensions of a leaf of shape {tuple(w.shape)}, with 1 for those inside a group"
         )
-    return times(c, terms).sum().to(terms.dtype)
+    return times(c, terms).to(terms.dtype)

@@ -25,7 +25,7 @@ from funcreg.constraints import (
     simplex_excess,
 )
 from funcreg.ranges import check_range
-from funcreg.tree import check_alike, check_params, flatten, sign, tree_leaves, widen
+from funcreg.tree import check_alike, check_params, flatten, gathered, sign, spread_like, tree_leaves, widen
 
 
 def _joint(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:
@@ -37,10 +37,12 @@ def _joint(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:
     if not leaves:
         return tree
     device = leaves[0].device
-    columns = [torch.cat([widen(x).to(device).reshape(-1) for x in tree_leaves(t)]) for t in (tree, *rest)]
+    trees = map(gathered, (tree, *rest))
+    columns = [torch.cat([widen(x).to(device).reshape(-1) for x in tree_leaves(t)]) for t in trees]
     parts = f(*columns).split([leaf.numel() for leaf in leaves])
     pairs = zip(parts, leaves, strict=True)
-    return rebuild([part.reshape(leaf.shape).to(leaf.device, leaf.dtype, copy=True) for part, leaf in pairs])
+    found = rebuild([part.reshape(leaf.shape).to(leaf.device, leaf.dtype, copy=True) for part, leaf in pairs])
+    return spread_like(found, tree)
 
 
 def projection_non_negative(tree: Params) -> Params:

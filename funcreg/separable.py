@@ -23,7 +23,7 @@ from funcreg.composition import Structure
 from funcreg.construction import remembered
 from funcreg.penalties import shrink
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import compute, compute_leaves, compute_wide, sign, squared, total
+from funcreg.tree import compute, compute_wide, reduce_leaves, sign, squared, total
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -553,7 +553,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         )
 
     def outside(params: Params) -> list[Tensor]:
-        return compute_leaves(lambda w: torch.where(_real(w) < 0, math.inf, 0.0).sum(), params)
+        return reduce_leaves(lambda w: torch.where(_real(w) < 0, math.inf, 0.0), params)
 
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
         return total([inner(params, *hyper, **options), *outside(params)])

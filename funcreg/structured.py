@@ -19,7 +19,20 @@ from funcreg.construction import remembered
 from funcreg.groups import from_members, members, sum_groups
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import bare, euclidean, flatten, safe_sqrt, sign, squared, tree_paths, widen
+from funcreg.sharding import whole
+from funcreg.tree import (
+    bare,
+    euclidean,
+    flatten,
+    gathered,
+    running_sum,
+    safe_sqrt,
+    sign,
+    spread_like,
+    squared,
+    tree_paths,
+    widen,
+)
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
@@ -34,7 +47,7 @@ def block_means(sums: Tensor, weight: Tensor, joined: Tensor) -> Tensor:
         joined: One entry less: whether an entry is in the run of the one before.
     """
     first = torch.zeros_like(sums[..., :1], dtype=torch.int64)
-    runs = torch.cat([first, (~joined).to(torch.int64).cumsum(-1)], -1)
+    runs = torch.cat([first, running_sum((~joined).to(torch.int64))], -1)
     total = torch.zeros_like(sums).scatter_add(-1, runs, sums)
     mass = torch.zeros_like(sums).scatter_add(-1, runs, weight.expand(sums.shape).to(sums.dtype))
     return total.gather(-1, runs) / mass.gather(-1, runs)
@@ -296,7 +309,7 @@ def falling_fit(y: Tensor) -> Tensor:
         rising = torch.where(left, mass, 0.0).gather(-1, order)
         falling = torch.where(left, 0.0, mass).gather(-1, order)
         lifts = level * _from_right(rising) - _from_right(rising * level)
-        drops = (falling * level).cumsum(-1) - level * falling.cumsum(-1)
+        drops = running_sum(falling * level) - level * running_sum(falling)
         over = (lifts > drops).gather(-1, order.argsort(dim=-1))
         # Of the left what is below the right level, of the right what is above it; in rounding only if out of order.
         pooled = (over != left) & (both[..., block - 1 : block] < both[..., block : block + 1])
@@ -310,7 +323,7 @@ def falling_fit(y: Tensor) -> Tensor:
 
 def _from_right(x: Tensor) -> Tensor:
     """Sums from each entry to the end."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+    return running_sum(x.flip(-1)).flip(-1)
 
 
 def _ordered(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -654,7 +667,7 @@ def _skipping(theta: Tensor, size: Tensor, force: Scalar, ratio: Scalar) -> tupl
     norms = euclidean(theta, (theta.ndim - 1,))
     sorted_, none = size.sort(dim=-1, descending=True).values, torch.zeros_like(norms)
     # With the s largest entries of the first layer at the bound, what the norm would be; the first s that fits.
-    pushes = torch.cat([none, sorted_.cumsum(-1)], -1)
+    pushes = torch.cat([none, running_sum(sorted_)], -1)
     counts = torch.arange(pushes.shape[-1], dtype=norms.dtype, device=norms.device)
     landed = (norms - force + ratio * pushes).relu() / (1 + counts * ratio**2)
     fits = ratio * landed >= torch.cat([sorted_, none], -1)
@@ -759,7 +772,9 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
             raise ValueError(
                 f"'{skip}' and '{hidden}' have {sizes[0]} and {sizes[1]} features along axis {axis}; expected as many"
             )
-        return leaves, places, rebuild
+        for i in places:
+            leaves[i] = whole(leaves[i])
+        return leaves, places, lambda found: spread_like(rebuild(found), params)
 
     def features(w: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """A row for each feature, and the dimensions that it holds."""
@@ -798,7 +813,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         if metric is None or not theta.numel():
             kept, bound = _skipping(theta, size.relu(), step, ratio)
         else:
-            weights = flatten(metric)[0]
+            weights = flatten(gathered(metric))[0]
             (h, _), (k, _) = [features(weights[i]) for i in places]
             size = inner.abs() - step * alpha / k
             kept, bound = _skipping_in_metric(theta, h, size.relu(), k, step, ratio)

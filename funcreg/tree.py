@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
+from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.undocumented import dynamo_asks, has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 Path = tuple[Any, ...]
@@ -555,6 +556,19 @@ def compute_leaves(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Seque
 def _compute(
     f: Callable[..., Tensor], tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]
 ) -> list[Tensor]:
+    rows = _rows(tree, leaves, rest, hyper)
+    results: list[Tensor] = []
+    sharded = any_sharded([x for row in rows for x in row])
+    for row in rows:
+        try:
+            results.append(apply(f, row) if sharded and any_sharded(row) else f(*row))
+        except ValueError as error:
+            raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
+    return results
+
+
+def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]) -> list[tuple[Any, ...]]:
+    """For each leaf what a rule of it sees."""
     trees = [leaves, *[_alike(tree, leaves, other, ("the parameters", "the state or updates")) for other in rest]]
     # Without calls for what most leaves do not need: traced code pays for each call of each leaf.
     columns: list[list[Any]] = [[x if x.dtype not in _SIXTEEN_BITS else widen(x) for x in column] for column in trees]
@@ -570,13 +584,42 @@ def _compute(
                         f"that broadcasts to {tuple(leaves[i].shape)}, the shape of the leaf"
                     )
             columns.append([beside(x, leaf) for x, leaf in zip(spread, leaves, strict=True)])
-    results: list[Tensor] = []
-    for row in zip(*columns, strict=True):
-        try:
-            results.append(f(*row))
-        except ValueError as error:
-            raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
-    return results
+    return list(zip(*columns, strict=True))
+
+
+def reduce_leaves(
+    f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = (), op: str = "sum"
+) -> list[Tensor]:
+    """For each leaf the sum of the terms that a function makes of it, a tensor without dimensions.
+
+    Over sharded leaves it is the same in every process, and takes one collective for all of them.
+
+    Args:
+        f: As in `compute`.
+        tree: Tree of tensors.
+        rest: Trees of the same structure and shapes.
+        hyper: Numbers, tensors, or prefix trees of them.
+        op: `"sum"`, `"any"`, or `"max"` for the largest of terms of at least 0, which is 0 where there are none.
+    """
+    if any_sharded(tree_leaves((tree, rest, hyper))):
+        name = lambda i: tree_paths(tree)[i]
+        return reduce(f, _rows(tree, tree_leaves(tree), rest, hyper), op, name)
+    over = OVER[op]
+    return compute_leaves(lambda *row: over(f(*row)), tree, *rest, hyper=hyper)
+
+
+def gathered(tree: Any) -> Any:
+    """A tree whose sharded leaves are whole in every process; the tree itself if none is sharded."""
+    leaves, rebuild = flatten(tree)
+    return rebuild(map(whole, leaves)) if any_sharded(leaves) else tree
+
+
+def spread_like(tree: Any, params: Any) -> Any:
+    """A tree of whole leaves, each sharded as that of the parameters is."""
+    leaves, rebuild = flatten(params)
+    if not any_sharded(leaves):
+        return tree
+    return rebuild([like(x, leaf) for x, leaf in zip(leaves_like(params, tree), leaves, strict=True)])
 
 
 def fits(x: Tensor, shape: Sequence[int]) -> bool:
@@ -649,6 +692,14 @@ def sign(w: Tensor) -> Tensor:
         # The same in a third of the time, but for derivatives. Adding zero turns -0.0 into +0.0.
         return torch.clamp(w, signs, signs, out=signs).add_(0.0)
     return torch.where(w != w, w, w.sgn() if w.is_complex() else w.sign())
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """Sums along the last dimension up to each entry.
+
+    Of a dimension counted from the end, torch sums each shard by itself: compiled code may see sharded tensors.
+    """
+    return x.cumsum(x.ndim - 1)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -748,6 +799,10 @@ def global_norm(tree: Any) -> Tensor:
     """
     check_params(tree, "tree")
     leaves = [widen(x) for x in tree_leaves(tree)]
+    if any_sharded(leaves):  # Without a look at numbers: all processes are to do the same.
+        return safe_sqrt(total(reduce_leaves(lambda x: squared(_widest(x)), leaves))).to(
+            functools.reduce(torch.promote_types, [x.dtype.to_real() for x in leaves])
+        )
     if is_traced() and all([_widest(x) is not x for x in leaves]):
         return safe_sqrt(total([squared(_widest(x)).sum() for x in leaves])).to(torch.float32)
     squares = total([squared(x).sum() for x in leaves])

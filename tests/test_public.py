@@ -76,10 +76,10 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording"],
-    ["construction", "grouping"],
+    ["ranges", "recording", "locality"],
+    ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering"],
-    ["composition", "denominators", "descent", "plan", "checkpoint"],
+    ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],

@@ -1,0 +1,111 @@
+"""Several processes, started once each for many checks: sharded parameters give what whole ones give."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are ended by a signal of POSIX"),
+]
+
+HERE = Path(__file__).parent
+#: Seconds after which all processes of a run are ended.
+LIMIT = 600.0
+
+
+def start(world: int, folder: Path, groups: list[str], patience: float = 60.0) -> list[dict[str, str | None]]:
+    """What each of several processes found; all are ended as soon as one fails, or when time is up."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FUNCREG_LIMIT": str(LIMIT - 20)}
+    environment["FUNCREG_PATIENCE"] = str(patience)
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "processes.py")]
+    logs = [open(folder / f"{rank}.log", "w") for rank in range(world)]  # noqa: SIM115  # They outlive this line.
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder), ",".join(groups)],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    end = time.monotonic() + LIMIT
+    try:
+        while time.monotonic() < end:
+            codes = [process.poll() for process in started]
+            if any(codes) or all(code == 0 for code in codes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for log in logs:
+            log.close()
+    text = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(world))
+    assert all(process.returncode == 0 for process in started), text
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "groups", [["penalties"], ["constraints", "transforms"], ["others", "steps", "loops"]], ids=" and ".join
+)
+def test_sharded_parameters_give_what_whole_ones_give(world, groups, tmp_path):
+    found = start(world, tmp_path, groups)
+    failed = {f"{name} in process {rank}": why for rank, own in enumerate(found) for name, why in own.items() if why}
+    assert not failed, "\n".join(f"{name}:\n{why}" for name, why in [*failed.items()][:5])
+    assert len({tuple(own) for own in found}) == 1  # All of them came to the same end.
+    assert len(found[0]) > 60
+
+
+def test_a_process_that_raises_alone_is_found_soon(tmp_path):
+    begin = time.monotonic()
+    found = start(2, tmp_path, ["alone"], patience=5.0)
+    assert time.monotonic() - begin < 60
+    assert "not all alike" in str(found[0])
+
+
+def train(world: int, *options: str) -> str:
+    """What the example says, run by `torchrun`; all of its processes are ended when time is up."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command += [str(HERE.parent / "examples" / "fsdp.py"), "--width", "16", "--layers", "1", "--float64", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        said, errors = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    return said
+
+
+def test_an_fsdp_run_of_two_processes_goes_on_with_four(tmp_path):
+    whole = train(2, "--steps", "20")
+    first = train(2, "--steps", "10", "--save", str(tmp_path / "checkpoint"))
+    rest = train(4, "--steps", "20", "--resume", str(tmp_path / "checkpoint"))
+    assert first.splitlines()[-1].split()[:2] == ["step", "10"]
+    assert rest.splitlines()[-2:] == whole.splitlines()[-2:]  # Losses and zeros, to the last digit printed.
+    assert float(whole.splitlines()[-1].split()[-1].rstrip("%")) > 5
+
+
+def test_the_page_on_scaling_says_what_its_script_prints():
+    page = (HERE.parent / "examples" / "scaling.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() in page

@@ -64,7 +64,13 @@ from funcreg.coupled import (
     resized as resized,
 )
 from funcreg.ensemble import (
+    Members as Members,
     ensemble as ensemble,
+    init_ensemble as init_ensemble,
+    replicate as replicate,
+    stack as stack,
+    stacked as stacked,
+    unstack as unstack,
 )
 from funcreg.fused import (
     fuse as fuse,

@@ -76,6 +76,9 @@ from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,
 )
+from funcreg.grids import (
+    log_uniform as log_uniform,
+)
 from funcreg.groups import (
     exclusive_lasso as exclusive_lasso,
     group_l0 as group_l0,
@@ -216,6 +219,10 @@ from funcreg.spectral import (
     spectral_mcp as spectral_mcp,
     srip as srip,
     stiefel as stiefel,
+)
+from funcreg.sweep import (
+    Sweep as Sweep,
+    sweep as sweep,
 )
 from funcreg.transform import (
     ScheduleState as ScheduleState,

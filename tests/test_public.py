@@ -78,7 +78,7 @@ LAYERS = [
     ["_typing", "undocumented", "memory"],
     ["ranges", "recording"],
     ["construction", "grouping"],
-    ["tree", "schedules", "lowering"],
+    ["tree", "schedules", "lowering", "grids"],
     ["composition", "descent", "plan"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
@@ -87,7 +87,9 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic"],
+    ["stochastic", "trained"],
+    ["runs"],
+    ["sweep"],
 ]
 
 

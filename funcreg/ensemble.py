@@ -191,7 +191,7 @@ def _check_column(name: str, column: list[Any]) -> None:
     for k, leaf in enumerate(column):
         if not isinstance(leaf, Tensor):
             raise ValueError(f"member {k} has a {type(leaf).__name__} at '{name}'; expected a tensor")
-        if isinstance(leaf, nn.parameter.UninitializedTensorMixin):
+        if isinstance(leaf, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"'{name}' of member {k} has no shape yet; call its module once before it is stacked")
         if leaf.shape != first.shape or leaf.dtype != first.dtype or leaf.device != first.device:
             came, expected = (f"{tuple(each.shape)}, {each.dtype} on {each.device}" for each in (leaf, first))

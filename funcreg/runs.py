@@ -74,7 +74,7 @@ class Run:
         patience: int | None,
         halving: int | None,
         chunk_size: int | None,
-        compile: bool | str,
+        compile: bool | str | Callable[..., Any],
     ) -> None:
         self.model, self.make, self.names, self.splits = model, make, names, splits
         self.epochs, self._patience, self._compile = epochs, patience, compile

@@ -124,7 +124,7 @@ def sweep(
     patience: int | None = None,
     halving: int | None = None,
     chunk_size: int | None = None,
-    compile: bool | str = False,
+    compile: bool | str | Callable[..., Any] = False,
     static: Sequence[str] = (),
     progress: bool | Progress = False,
     seed: int = 0,
@@ -181,7 +181,8 @@ def sweep(
         ...     lambda lr, strength: prox_adam(lr, l1, strength=strength, mask=matrices),
         ...     {"lr": [1e-3, 1e-2], "strength": torch.logspace(-4, -2, 3)},
         ...     (x, y),
-        ...     epochs=10,
+        ...     epochs=20,
+        ...     batch_size=32,
         ...     score=lambda outputs, y: (outputs.argmax(-1) == y).double().mean(),
         ... )
         >>> len(result), result.best["lr"], result.best["score"] > 0.9
@@ -194,6 +195,9 @@ def sweep(
     if halving == 1:
         raise ValueError("halving is 1, which drops nothing; expected at least 2")
     configs = configurations(grid, draws, seed)
+    for name, function in (("loss", loss), ("score", score)):
+        if not callable(function) and (name == "loss" or function is not None):
+            raise TypeError(f"{name} is {function!r}; expected a function")
     names = split_names(list(configs[0]), make, loss)
     trained = Model(model, loss, score, seeds, list(configs[0]))
     tensors = as_data(data)

@@ -34,29 +34,21 @@ class Model:
         seeds: int | Sequence[int],
         hyper: list[str],
     ) -> None:
-        for name, function in (("loss", loss), ("score", score)):
-            if not callable(function) and (name == "loss" or function is not None):
-                raise TypeError(f"{name} is {function!r}; expected a function")
         self.loss, self.score, self.hyper = loss, score, hyper
         self.seeds = list(range(seeds) if isinstance(seeds, int) else seeds)
         if not self.seeds:
             raise ValueError(f"seeds is {seeds!r}; expected at least one")
         self._training: nn.Module | None = None
-        made = source
         drawn = callable(source) and not isinstance(source, nn.Module)
-        if drawn:
-            members = [seeded(source, each) for each in self.seeds]
-            made = members[0]
-        elif len(self.seeds) > 1:
+        if not drawn and len(self.seeds) > 1:
             raise ValueError(
                 f"seeds is {seeds!r}, and all members begin with the weights that were given; expected a function that "
                 "makes them, as in lambda: Sequential(...)"
             )
-        else:
-            members = [source]
-        if isinstance(made, nn.Module):
-            trees = [self._opened(member, drawn) for member in members]
-            self._keep(made)
+        members: list[Any] = [seeded(source, each) for each in self.seeds] if drawn else [source]
+        if isinstance(members[0], nn.Module):
+            trees: list[Any] = [self._opened(member, drawn) for member in members]
+            self._keep(members[0])
         else:
             trees = [(member, {}) for member in members]
         check_params(trees[0][0], "model")
@@ -65,7 +57,7 @@ class Model:
     def _opened(self, module: nn.Module, drawn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters that are trained, and what changes or differs beside them."""
         named = dict(module.named_parameters())
-        params = {name: w for name, w in named.items() if w.requires_grad}
+        params: dict[str, Tensor] = {name: w for name, w in named.items() if w.requires_grad}
         if not params:
             raise ValueError(f"the {type(module).__name__} has no parameters that require a gradient: nothing to train")
         # What requires no gradient stays in the module, once for all members, if it is the same for all.

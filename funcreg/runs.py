@@ -88,6 +88,7 @@ class Run:
         self._rungs = _rungs(rows, epochs, halving) if halving else {}
         # On the CPU, where it is decided who goes on.
         self._best = torch.full((rows, self.folds), math.inf, dtype=torch.float64)
+        self._loss = self._best.clone()
         self._epoch = torch.zeros((rows, self.folds), dtype=torch.int64)
         self._trained = torch.zeros((rows, self.folds), dtype=torch.int64)
         self._status = [["done"] * self.folds for _ in range(rows)]
@@ -259,8 +260,10 @@ class Run:
         """Keep the parameters of members that are in training, or with patience, that have improved."""
         value = self._values()
         finite = value.isfinite() & self._history["train_loss"][-1].isfinite()
-        keep = finite & (value < self._best) if self._patience else finite
-        self._best = torch.where(keep, value, self._best)
+        loss = self._history["loss"][-1]  # It decides between equal scores.
+        better = (value < self._best) | ((value == self._best) & (loss < self._loss))
+        keep = finite & better if self._patience else finite
+        self._best, self._loss = torch.where(keep, value, self._best), torch.where(keep, loss, self._loss)
         self._epoch = torch.where(keep, epoch + 1, self._epoch)
         for block in self.blocks:
             index = torch.tensor(block.rows, device=self.device)

@@ -58,13 +58,13 @@ class Sweep:
 
     @property
     def ranking(self) -> list[int]:
-        """Indices of the rows from best to worst: by score if there is one, else by loss."""
+        """Indices of the rows from best to worst: by score if there is one (equal ones by loss), else by loss."""
 
-        def key(k: int) -> tuple[bool, float, float]:
+        def key(k: int) -> tuple[bool, float, float, float]:
             row = self.rows[k]
             value = -row["score"] if "score" in row else row["loss"]
             late = row["epochs"] if row["status"] == "dropped" else math.inf  # What was dropped later was better.
-            return row["status"] == "diverged" or math.isnan(value), -late, value
+            return row["status"] == "diverged" or math.isnan(value), -late, value, row["loss"]
 
         return sorted(range(len(self.rows)), key=key)
 
@@ -156,7 +156,7 @@ def sweep(
         folds: Number of folds, or a list of pairs of row indices (for training, for validation): every configuration is
             trained on each.
         score: Function of the arguments of `loss` to a number that is better if higher, a mean over rows. It ranks
-            rows instead of the loss.
+            rows instead of the loss, which decides between equal scores.
         patience: Stop members that have not improved on validation rows for so many epochs; they keep their best
             parameters. Without it, members have the parameters of the last epoch.
         halving: Successive halving: after :math:`E/\eta^k` of :math:`E` epochs go on with the best of

@@ -45,6 +45,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
+def configurations(epochs: int, quick: bool) -> list[tuple[float, float, int]]:
+    return [(rate, strength, epochs) for rate, strength in product(*grid(quick).values())]
+
+
 def grid(quick: bool) -> dict[str, list[float]]:
     count = 2 if quick else 8
     return {"rate": torch.logspace(-3, -1.5, count).tolist(), "strength": torch.logspace(-5, -2, count).tolist()}
@@ -81,13 +85,12 @@ def factory(rate: Any, strength: Any) -> fr.Transform:
 
 
 def loop(epochs: int, quick: bool) -> list[float]:
-    return [train((*config, epochs)) for config in product(*grid(quick).values())]
+    return [train(config) for config in configurations(epochs, quick)]
 
 
 def processes(epochs: int, quick: bool) -> list[float]:
-    configs = [(*config, epochs) for config in product(*grid(quick).values())]
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(train, configs))
+        return list(pool.map(train, configurations(epochs, quick)))
 
 
 def swept(epochs: int, quick: bool, compile: bool) -> list[float]:

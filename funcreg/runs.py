@@ -87,10 +87,10 @@ class Run:
         rows = len(self.configs)
         self._rungs = _rungs(rows, epochs, halving) if halving else {}
         # On the CPU, where it is decided who goes on.
-        self._best = torch.full((rows, self.folds), math.inf, dtype=torch.float64)
+        self._best = torch.full((rows, self.folds), math.inf, dtype=torch.float64, device="cpu")
         self._loss = self._best.clone()
-        self._epoch = torch.zeros((rows, self.folds), dtype=torch.int64)
-        self._trained = torch.zeros((rows, self.folds), dtype=torch.int64)
+        self._epoch = torch.zeros((rows, self.folds), dtype=torch.int64, device="cpu")
+        self._trained = self._epoch.clone()
         self._status = [["done"] * self.folds for _ in range(rows)]
         self._history: dict[str, list[Tensor]] = {name: [] for name in ("loss", "train_loss", "score")}
         self.blocks = [block for group in grouped(self.configs, static) for block in self._begin(*group, chunk_size)]
@@ -195,8 +195,8 @@ class Run:
     def _block(self, group: Group, rows: list[int], trees: tuple[Any, Any, Any, Any]) -> Block:
         hyper, params, buffers, state = trees
         count = len(tree_leaves(params)[0])
-        alive = torch.zeros((count, self.folds), dtype=torch.bool)
-        alive[: len(rows)] = torch.tensor([[s == "done" for s in self._status[row]] for row in rows])
+        alive = torch.zeros((count, self.folds), dtype=torch.bool, device="cpu")
+        alive[: len(rows)] = torch.tensor([[s == "done" for s in self._status[row]] for row in rows], device="cpu")
         return Block(group, rows, hyper, params, buffers, state, self._as_members(alive))
 
     def _as_members(self, x: Tensor) -> Tensor:
@@ -209,15 +209,16 @@ class Run:
     def epoch(self, epoch: int, order: torch.Generator) -> None:
         """Train all members for an epoch, measure them, and take those out that stop."""
         rows = len(self.configs)
-        now = {name: torch.full((rows, self.folds), math.nan, dtype=torch.float64) for name in self._history}
-        seed = int(torch.randint(2**62, (), generator=order))
+        nothing = torch.full((rows, self.folds), math.nan, dtype=torch.float64, device="cpu")
+        now = {name: nothing.clone() for name in self._history}
+        seed = int(torch.randint(2**62, (), generator=order, device="cpu"))
         for block in self.blocks:
             train_loss = self._train(block, torch.Generator().manual_seed(seed))
             now["train_loss"][block.rows] = train_loss
             loss, score = self._measure(block) if self.splits.valid else (train_loss, train_loss)
             now["loss"][block.rows], now["score"][block.rows] = loss, score
         for name, values in now.items():
-            out = torch.tensor([[s != "done" for s in each] for each in self._status])
+            out = torch.tensor([[s != "done" for s in each] for each in self._status], device="cpu")
             self._history[name].append(values.masked_fill(out, math.nan))
         self._keep(epoch)
         self._stop(epoch)

@@ -165,7 +165,7 @@ class Splits(NamedTuple):
 
     def batches(self, order: torch.Generator, device: torch.device) -> Iterator[Any]:
         """The batches of an epoch; of folds, each has one for every fold along the first dimension."""
-        shuffled = [rows[torch.randperm(len(rows), generator=order)] for rows in self.train]
+        shuffled = [rows[torch.randperm(len(rows), generator=order, device="cpu")] for rows in self.train]
         for k in range(self.steps):
             rows = torch.stack([each[k * self.batch_size : (k + 1) * self.batch_size] for each in shuffled])
             yield taken(self.data, rows if len(self.train) > 1 else rows[0], device)
@@ -180,7 +180,7 @@ class Splits(NamedTuple):
 def make_splits(data: Any, validation: Any, folds: int | Iterable[Any] | None, batch_size: int, seed: int) -> Splits:
     """Rows for training and for validation, by one share, other data, or folds."""
     count = len(tree_leaves(data)[0])
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     other, valid = data, []
     if folds is not None:
         if validation is not None:
@@ -196,7 +196,7 @@ def make_splits(data: Any, validation: Any, folds: int | Iterable[Any] | None, b
         train, valid = [shuffled[held:]], [shuffled[:held]] if held else []
     else:
         other, train = as_data(validation), [shuffled]
-        valid = [torch.arange(len(tree_leaves(other)[0]))]
+        valid = [torch.arange(len(tree_leaves(other)[0]), device="cpu")]
     size = min(batch_size, *(len(rows) for rows in train))
     if not size or any(not len(rows) for rows in valid):
         raise ValueError(f"data of {count} rows leave none for training or validation")

@@ -78,6 +78,7 @@ class Run:
     ) -> None:
         self.model, self.make, self.names, self.splits = model, make, names, splits
         self.epochs, self._patience, self._compile = epochs, patience, compile
+        self._stops = patience is not None or halving is not None
         seeds = model.seeds
         self.configs = [config for config in configs for _ in seeds]
         self.folds = len(splits.train)
@@ -166,15 +167,15 @@ class Run:
         def measure(params: Any, buffers: Any, hyper: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
             return model.measured(params, buffers, for_loss(hyper), batch)
 
-        freezing = self._over_members(step, 4, 1)
-        plain = freezing
-        if self._compile:
+        def together(params: Any, buffers: Any, state: Any, alive: Tensor, hyper: Any, batch: Any) -> Any:
+            return mapped(params, buffers, state, hyper, batch)
+
+        stepping = lambda params, buffers, state, hyper, batch: step(params, buffers, state, None, hyper, batch)
+        mapped = self._over_members(stepping, 3, 1)
+        freezing, plain = self._over_members(step, 4, 1), together
+        if self._compile:  # One code for all epochs: that which freezes, if members can stop.
             backend = "inductor" if self._compile is True else self._compile
-            freezing = plain = torch.compile(freezing, fullgraph=True, backend=backend)
-        else:
-            stepping = lambda params, buffers, state, hyper, batch: step(params, buffers, state, None, hyper, batch)
-            mapped = self._over_members(stepping, 3, 1)
-            plain = lambda params, buffers, state, alive, hyper, batch: mapped(params, buffers, state, hyper, batch)
+            freezing = plain = torch.compile(freezing if self._stops else plain, fullgraph=True, backend=backend)
         over_rows = vmap(measure, in_dims=(0, 0, 0, None), randomness="different")
         return Group(freezing, plain, self._over_init(init), over_rows, size)
 

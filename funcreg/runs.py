@@ -128,6 +128,14 @@ class Run:
                 tx: Any = self.make(**{name: config[name] for name in self.names.make})
             except ValueError as error:
                 raise ValueError(f"with {self.configs[row]}: {error}") from error
+            except TypeError as error:
+                if not columns:
+                    raise
+                names = ", ".join(columns)
+                raise TypeError(
+                    f"{error}. The hyperparameters {names} come as 0-dim tensors; static= names those that have to be "
+                    "numbers of Python"
+                ) from error
             if not isinstance(tx, Transform):
                 name = getattr(self.make, "__name__", "make")
                 hint = " Is a return missing?" if tx is None else ""

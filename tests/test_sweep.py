@@ -521,6 +521,11 @@ WRONG = {
     "patience": ({"patience": 0}, ValueError, "patience is 0"),
     "halving": ({"halving": 1}, ValueError, "drops nothing"),
     "static": ({"static": ["rate"]}, ValueError, "expected a list of names"),
+    "number of steps": (
+        {"make": lambda n: fr.sgd(fr.cosine_decay_schedule(0.1, n)), "grid": {"n": [5, 9]}},
+        TypeError,
+        r"decay_steps is tensor\(5\).*static= names those",
+    ),
     "progress": ({"progress": "bar"}, TypeError, "progress is 'bar'"),
 }
 

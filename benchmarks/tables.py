@@ -58,6 +58,15 @@ def ensemble(found: Numbers) -> Rows:
     return rows + [[name, f"{1 / each['ratio']:.1f}x"] for name, each in found["rows"].items()]
 
 
+def sweep(found: Numbers) -> Rows:
+    reference = found["rows"][found["reference"]]["seconds"]
+    rows = [[f"64 trainings of {found['epochs']} epochs", "seconds", "speed", "best accuracy", "mean over the grid"]]
+    for name, each in found["rows"].items():
+        cells = [f"{each['seconds']:.0f}", f"{reference / each['seconds']:.1f}x"]
+        rows.append([name, *cells, *(f"{100 * each[key]:.1f} %" for key in ("best", "mean"))])
+    return rows
+
+
 def chains(found: Numbers) -> Rows:
     rows = [[name, each["twin"], f"{each['ratio']:.2f}"] for name, each in found["rows"].items()]
     return [["chain, donating", "against", "ratio"], *rows]
@@ -175,7 +184,7 @@ def speed(found: Numbers) -> Rows:
 #: From the name of a table to what makes it and the file of its numbers.
 TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
-    **{f.__name__: (f, f.__name__) for f in (which_l1, support, gpu)},
+    **{f.__name__: (f, f.__name__) for f in (sweep, which_l1, support, gpu)},
     "speed": (speed, "step"),
     "h100": (h100, "step"),
 }

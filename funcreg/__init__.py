@@ -74,11 +74,20 @@ from funcreg.deployment import (
     to_sparse as to_sparse,
 )
 from funcreg.ensemble import (
+    Members as Members,
     ensemble as ensemble,
+    init_ensemble as init_ensemble,
+    replicate as replicate,
+    stack as stack,
+    stacked as stacked,
+    unstack as unstack,
 )
 from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,
+)
+from funcreg.grids import (
+    log_uniform as log_uniform,
 )
 from funcreg.groups import (
     exclusive_lasso as exclusive_lasso,
@@ -236,6 +245,10 @@ from funcreg.spectral import (
     spectral_mcp as spectral_mcp,
     srip as srip,
     stiefel as stiefel,
+)
+from funcreg.sweep import (
+    Sweep as Sweep,
+    sweep as sweep,
 )
 from funcreg.transform import (
     ScheduleState as ScheduleState,

@@ -1,19 +1,19 @@
-"""Ensembles: one transform for a stack of members, each with hyperparameters of its own."""
+"""Ensembles: stacks of members, and one transform for a stack, each member with hyperparameters of its own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
-from funcreg._typing import Hyper, Params, State, Updates
-from funcreg.construction import remembered
+from funcreg._typing import Hyper, Mask, Params, State, Updates
+from funcreg.construction import Call, remembered
 from funcreg.transform import Choice, Transform
-from funcreg.tree import tree_leaves, tree_map, tree_paths
+from funcreg.tree import Selection, check_mask, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
 
 
 @remembered
@@ -129,3 +129,168 @@ def _member(make: Callable[..., Transform], hyper: tuple[Any, ...], k: int) -> T
         hint = " Is a return missing?" if tx is None else " Is it called, as in identity()?" if callable(tx) else ""
         raise TypeError(f"{name} returned {tx!r} for member {k}; expected a Transform.{hint}")
     return tx
+
+
+# Stacks
+
+
+class Members(NamedTuple):
+    """The stacked parameters and buffers of modules, dicts with the names that the modules give them.
+
+    Example:
+        >>> params, buffers = stack([torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)])
+        >>> buffers["running_mean"].shape
+        torch.Size([2, 3])
+    """
+
+    params: dict[str, Tensor]  # One member along the first dimension of every leaf.
+    buffers: dict[str, Tensor]  # Of the same form, such as the running statistics of BatchNorm.
+
+
+def _opened(member: Any) -> Any:
+    """A tree as it is, and a module as the trees of its parameters and buffers."""
+    if not isinstance(member, nn.Module):
+        return member
+    return Members(dict(member.named_parameters()), dict(member.named_buffers()))
+
+
+def stack(members: Iterable[Any]) -> Any:
+    """Stack trees, one member along the first dimension of every leaf; of modules, their parameters and buffers.
+
+    Leaves are copies without autograd history. Parameters, states, buffers and whole modules stack alike.
+
+    Args:
+        members: Trees of tensors of one structure, or modules of one kind, which give `Members(params, buffers)`.
+
+    Raises:
+        ValueError: There are no members, or a leaf of one has another shape, dtype or device, or is no tensor; the
+            message names leaf and member.
+
+    Example:
+        >>> stack([{"weight": torch.zeros(3)}, {"weight": torch.ones(3)}])
+        {'weight': tensor([[0., 0., 0.],
+                [1., 1., 1.]])}
+        >>> params, buffers = stack([torch.nn.Linear(3, 2) for _ in range(4)])
+        >>> params["weight"].shape
+        torch.Size([4, 2, 3])
+    """
+    if isinstance(members, (nn.Module, Tensor, dict, str)):
+        raise TypeError(f"stack got a {type(members).__name__}; expected a list of members. replicate repeats one.")
+    trees = [_opened(member) for member in members]
+    if not trees:
+        raise ValueError("stack got no members; expected at least one")
+    rows = [leaves_like(trees[0], tree, ("member 0", f"member {k}")) for k, tree in enumerate(trees)]
+    for name, *column in zip(tree_paths(trees[0]), *rows, strict=True):
+        _check_column(name, column)
+    return tree_map(lambda *leaves: torch.stack([leaf.detach() for leaf in leaves]), *trees)
+
+
+def _check_column(name: str, column: list[Any]) -> None:
+    """Raise an error if the leaves of one name do not stack."""
+    first = column[0]
+    for k, leaf in enumerate(column):
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"member {k} has a {type(leaf).__name__} at '{name}'; expected a tensor")
+        if isinstance(leaf, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"'{name}' of member {k} has no shape yet; call its module once before it is stacked")
+        if leaf.shape != first.shape or leaf.dtype != first.dtype or leaf.device != first.device:
+            came, expected = (f"{tuple(each.shape)}, {each.dtype} on {each.device}" for each in (leaf, first))
+            raise ValueError(f"'{name}' of member {k} is of {came}; expected {expected}, as in member 0")
+
+
+def unstack(members: Any) -> list[Any]:
+    """The members of a stack, a list of trees: the inverse of `stack`. Leaves are views of the stack.
+
+    Args:
+        members: Tree of tensors with one member along the first dimension of each.
+
+    Raises:
+        ValueError: A leaf has no first dimension, or one of another size.
+
+    Example:
+        >>> unstack({"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+        [{'weight': tensor([1., 2.])}, {'weight': tensor([3., 4.])}]
+
+        A member of a stack of modules is loaded into a module:
+
+        >>> module = torch.nn.BatchNorm1d(3)
+        >>> params, buffers = unstack(replicate(module, 2))[1]
+        >>> module.load_state_dict({**params, **buffers})
+        <All keys matched successfully>
+    """
+    sizes = {name: _size(leaf) for name, leaf in zip(tree_paths(members), tree_leaves(members), strict=True)}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        came = ", ".join(f"{size} at '{name}'" for name, size in list(sizes.items())[:6]) or "no leaves"
+        raise ValueError(f"unstack got {came}; expected tensors whose first dimensions have one size")
+    return [tree_map(lambda leaf, k=k: leaf[k], members) for k in range(next(iter(sizes.values())) or 0)]
+
+
+def _size(leaf: Any) -> int | None:
+    return len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None
+
+
+def replicate(member: Any, members: int) -> Any:
+    """A stack of copies of one tree, or of the parameters and buffers of one module; they share no memory.
+
+    Args:
+        member: Tree of tensors, or a module, which gives `Members(params, buffers)`.
+        members: Number of copies.
+
+    Example:
+        >>> replicate({"weight": torch.tensor([1.0, 2.0])}, 3)
+        {'weight': tensor([[1., 2.],
+                [1., 2.],
+                [1., 2.]])}
+    """
+    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
+        raise ValueError(f"members is {members!r}; expected a number of at least 1")
+    return stack([member] * members)
+
+
+def init_ensemble(make: Callable[[], Any], seeds: int | Iterable[int]) -> Any:
+    """A stack of freshly made members, each with the random numbers of its own seed.
+
+    The state of torch's random number generators is the same afterwards. A member does not depend on the others:
+    seed 3 gives the same one in every ensemble.
+
+    Args:
+        make: Function without arguments that makes a module, which gives `Members(params, buffers)`, or a tree.
+        seeds: Seeds, one a member; a number n stands for 0 to n - 1.
+
+    Example:
+        >>> params, buffers = init_ensemble(lambda: torch.nn.Linear(3, 2), 8)
+        >>> params["weight"].shape, len(params["bias"].unique())
+        (torch.Size([8, 2, 3]), 16)
+    """
+    if isinstance(make, nn.Module) or not callable(make):
+        hint = " replicate stacks copies of one." if isinstance(make, nn.Module) else ""
+        raise TypeError(f"make is a {type(make).__name__}; expected a function that makes a module or a tree.{hint}")
+    return stack([seeded(make, seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)])
+
+
+def seeded(make: Callable[[], Any], seed: int) -> Any:
+    """What a function returns if torch's generators begin at a seed; they are afterwards where they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return make()
+
+
+def stacked(mask: Mask) -> Selection:
+    """A mask for stacks, from a mask for one member, which sees shapes without their first dimension.
+
+    Inside `ensemble` and `vmap` masks see one member anyway. A tree of bools, or a glob, fits both.
+
+    Args:
+        mask: Mask for one member.
+
+    Example:
+        >>> members = {"weight": torch.ones(4, 2, 3), "bias": torch.ones(4, 2)}
+        >>> stacked(matrices)(members)
+        {'weight': True, 'bias': False}
+    """
+    check_mask(mask)
+    selection = Selection(lambda params: mask_leaves(mask, tree_map(lambda w: w[0], params)))
+    if not torch.compiler.is_compiling():
+        selection.made_by = Call(stacked, (mask,), {})
+    return selection

@@ -1188,13 +1188,35 @@ def hidden(node: Any) -> bool:
     return isinstance(node, Absent) or (opened is not None and any(hidden(child) for child in opened[1]))
 
 
+def _of_matrices(params: Params) -> list[bool]:
+    dimensions = _dimensions(params)
+    if len(dimensions) > 1 and min(dimensions) > 1:
+        _refuse_stacks(params)
+    return [ndim >= 2 for ndim in dimensions]
+
+
+def _refuse_stacks(params: Params) -> None:
+    """Raise an error for what can only be stacked members: leaves of one first size, a bias of two dimensions."""
+    leaves = tree_leaves(params)
+    if any([len(leaf) != len(leaves[0]) for leaf in leaves]):
+        return
+    for name, leaf in zip(tree_paths(params), leaves, strict=True):
+        if name.split(".")[-1] == "bias":
+            raise ValueError(
+                f"matrices got '{name}' of shape {tuple(leaf.shape)}, and all leaves have {len(leaf)} entries along "
+                "the first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or "
+                "call inside vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
+            )
+
+
 matrices = Selection(
-    lambda params: [ndim >= 2 for ndim in _dimensions(params)],
+    _of_matrices,
     name="matrices",
     doc="""A mask that is True for leaves of two or more dimensions.
 
     These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization
-    layers. The same as `select(min_ndim=2)`.
+    layers. The same as `select(min_ndim=2)`, but for stacked members, which are refused where a bias gives them away:
+    `stacked(matrices)` is for them.
 
     Example:
         >>> matrices({"weight": torch.ones(2, 2), "bias": torch.ones(2)})

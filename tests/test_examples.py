@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,14 @@ def test_digits_prints_a_row_for_each_strength_and_draws(tmp_path):
     said = run("digits.py", "--steps", "20", "--out", str(tmp_path / "digits.png"))
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert said.count("%") >= 16
+
+
+@pytest.mark.slow
+def test_tune_prints_a_table_and_tests_the_best():
+    said = run("tune.py", "--epochs", "2", "--rates", "2", "--strengths", "2")
+    assert said.splitlines()[0].split()[:4] == ["lr", "strength", "loss", "score"]
+    assert re.search(r"^best: lr .*, test accuracy \d+.\d%, \d+% of the weights", said, flags=re.MULTILINE)
+    assert "searched: lr" in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
@@ -29,7 +30,11 @@ def blocks(page: Path, language: str = "python") -> list[str]:
 
 def run(page: Path, folder: Path) -> str:
     """What the blocks of a page print, one after the other in an empty folder, as if they were pasted."""
-    script = "\n".join(["import torch; torch.set_num_threads(1)", *blocks(page)])
+    return run_script(blocks(page), folder)
+
+
+def run_script(parts: list[str], folder: Path) -> str:
+    script = "\n".join(["import torch; torch.set_num_threads(1)", *parts])
     torchs_own = "ignore::DeprecationWarning:torch.jit._script"  # Its compiler imports what it deprecates.
     command = [sys.executable, "-W", "error", "-W", torchs_own, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # Installed or not.
@@ -52,6 +57,13 @@ def test_blocks_run_from_top_to_bottom(page, tmp_path):
         assert float(loss) < 0.1  # The network lives,
         assert 80 <= int(zeros) <= 90  # most of its weights do not,
         assert int(right) >= 95  # and it learned what it was to learn.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="blocks marked `python optuna` need optuna")
+def test_blocks_that_need_optuna_run_after_the_first(tmp_path):
+    page = PAGES["examples/tuning.md"]
+    assert "'lr'" in run_script([blocks(page)[0], *blocks(page, "python optuna")], tmp_path)
 
 
 def test_recipes_are_lines_that_build_something():

@@ -78,7 +78,7 @@ LAYERS = [
     ["_typing", "undocumented", "memory"],
     ["ranges", "recording", "locality"],
     ["construction", "grouping", "sharding"],
-    ["tree", "schedules", "lowering"],
+    ["tree", "schedules", "lowering", "grids"],
     ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
@@ -87,8 +87,9 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic", "minimize", "optimizer"],
-    ["regularize", "path"],
+    ["stochastic", "minimize", "optimizer", "trained"],
+    ["regularize", "path", "runs"],
+    ["sweep"],
 ]
 
 

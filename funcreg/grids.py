@@ -1,0 +1,193 @@
+"""Configurations of a sweep: grids, lists and random draws of hyperparameters, and which of them are numbers."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg.construction import written
+from funcreg.ranges import check_range, number
+
+Config = dict[str, Any]
+#: What is written into the rows beside the hyperparameters.
+RESERVED = ("seed", "loss", "loss_std", "score", "score_std", "train_loss", "epoch", "epochs", "status", "folds")
+
+
+def log_uniform(low: float, high: float) -> torch.distributions.Distribution:
+    """Numbers whose logarithms are uniform, for random draws of strengths and learning rates in `sweep`.
+
+    Args:
+        low: Least number, above 0.
+        high: Greatest number, above `low`.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bool((log_uniform(1e-5, 1e-1).sample((1000,)) < 1e-3).float().mean() > 0.45)
+        True
+    """
+    check_range("low", low, open_low=True, finite=True)
+    check_range("high", high, low, open_low=True, finite=True)
+    uniform = torch.distributions.Uniform(math.log(low), math.log(high))
+    return torch.distributions.TransformedDistribution(uniform, torch.distributions.ExpTransform())
+
+
+def configurations(grid: Any, draws: int | None, seed: int) -> list[Config]:
+    """The configurations of a grid, in its order, or some random draws from it."""
+    if isinstance(grid, Mapping):
+        _check_names(grid)
+        axes = {name: _axis(name, values, draws) for name, values in grid.items()}
+        if draws is not None:
+            return _drawn(axes, draws, seed)
+        return [dict(zip(axes, row, strict=True)) for row in itertools.product(*axes.values())]
+    if isinstance(grid, (str, Tensor)) or not isinstance(grid, Iterable):
+        raise TypeError(
+            f"grid is a {type(grid).__name__}; expected a dict from the names of hyperparameters to their values, or a "
+            "list of dicts with one value each"
+        )
+    if draws is not None:
+        raise ValueError("draws came with a list of configurations; expected a dict of values or distributions")
+    configs = [dict(config) for config in grid]
+    if not configs:
+        raise ValueError("grid is an empty list; expected configurations, dicts from names to values")
+    for k, config in enumerate(configs):
+        _check_names(config)
+        if config.keys() != configs[0].keys():
+            raise ValueError(
+                f"configuration {k} names {sorted(config)}; expected {sorted(configs[0])}, as in the first"
+            )
+        configs[k] = {name: _plain(value) for name, value in config.items()}
+    return configs
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    for name in config:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise TypeError(f"grid has the key {name!r}; expected the name of a hyperparameter")
+        if name in RESERVED:
+            raise ValueError(f"a hyperparameter is named '{name}', as a column of the rows is; give it another name")
+
+
+def _axis(name: str, values: Any, draws: int | None) -> Any:
+    """The values of one hyperparameter, or its distribution."""
+    if _is_distribution(values):
+        if draws is None:
+            raise ValueError(
+                f"'{name}' is a distribution, and no grid has all of its values; give draws=, their number"
+            )
+        return values
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or not hasattr(values, "__len__"):
+        raise TypeError(
+            f"grid has {written(values)} for '{name}'; expected a list or tensor of values, or a distribution. What is "
+            "the same for all belongs into the factory."
+        )
+    found = [_plain(value) for value in values]
+    if not found:
+        raise ValueError(f"grid has no values for '{name}'; expected at least one")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number in a tensor or of numpy as a number of Python, anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and not value.ndim else number(value)
+
+
+def _is_distribution(values: Any) -> bool:
+    return isinstance(values, torch.distributions.Distribution) or callable(getattr(values, "rvs", None))
+
+
+def _drawn(axes: dict[str, Any], draws: int, seed: int) -> list[Config]:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws is {draws!r}; expected a number of at least 1")
+    columns: dict[str, list[Any]] = {}
+    with torch.random.fork_rng(()):
+        torch.manual_seed(seed)
+        for name, values in axes.items():
+            if isinstance(values, torch.distributions.Distribution):
+                columns[name] = values.sample((draws,)).tolist()
+            elif _is_distribution(values):  # Of scipy.
+                state = int(torch.randint(2**31, ()))
+                columns[name] = [number(value) for value in values.rvs(size=draws, random_state=state)]
+            else:
+                columns[name] = [values[k] for k in torch.randint(len(values), (draws,)).tolist()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+# Who takes them
+
+
+class Split(NamedTuple):
+    """Names of hyperparameters by where they go."""
+
+    make: tuple[str, ...]  # To the factory of transforms.
+    loss: tuple[str, ...]  # To the loss, by keyword.
+
+
+def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[..., Any]) -> Split:
+    """Which hyperparameters the factory takes; what it does not take and the loss names goes there."""
+    if not callable(make) or isinstance(make, torch.nn.Module):
+        raise TypeError(f"make is {make!r}; expected a function from hyperparameters to a transform")
+    own, every = _names(make)
+    to_make = tuple(name for name in names if every or name in own)
+    others = [name for name in names if name not in to_make]
+    named, _ = _names(loss)
+    unknown = [name for name in others if name not in named]
+    if unknown:
+        raise TypeError(
+            f"the factory takes {', '.join(own) or 'no hyperparameters'}, and neither it nor the loss names "
+            f"'{unknown[0]}', which is in the grid"
+        )
+    try:
+        inspect.signature(make).bind(**dict.fromkeys(to_make))
+    except TypeError as error:
+        raise TypeError(f"the factory lacks hyperparameters of the grid, {', '.join(names)}: {error}") from error
+    except ValueError:
+        pass  # A function that is not written in Python has no signature: its call says what it lacks.
+    return Split(to_make, tuple(others))
+
+
+def _names(function: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names that a function takes by keyword, and whether it takes all."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return [], True
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    every = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return [parameter.name for parameter in parameters if parameter.kind in by_name], every
+
+
+def grouped(configs: Sequence[Config], static: Sequence[str]) -> list[tuple[Config, list[int]]]:
+    """Configurations that one map can train: groups of one value for all that is no number, with their indices.
+
+    A number that is the same everywhere stays one of Python.
+    """
+    unknown = [name for name in static if name not in configs[0]]
+    if isinstance(static, str) or unknown:
+        raise ValueError(f"static is {static!r}; expected a list of names of hyperparameters, {list(configs[0])}")
+    fixed = [name for name in configs[0] if name in static or _is_fixed([config[name] for config in configs])]
+    groups: list[tuple[Config, list[int]]] = []
+    for k, config in enumerate(configs):
+        shared = {name: config[name] for name in fixed}
+        for other, rows in groups:
+            if all(_same(shared[name], other[name]) for name in fixed):
+                rows.append(k)
+                break
+        else:
+            groups.append((shared, [k]))
+    return groups
+
+
+def _is_fixed(values: list[Any]) -> bool:
+    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in values]
+    return not all(numbers) or all(value == values[0] for value in values)
+
+
+def _same(a: Any, b: Any) -> bool:
+    plain = (bool, int, float, str, tuple)
+    return a is b or (type(a) is type(b) and isinstance(a, plain) and bool(a == b))

@@ -1,0 +1,251 @@
+"""Sweeps: many trainings with hyperparameters of their own, as one run that is mapped over them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg.ensemble import seeded
+from funcreg.grids import Config, configurations, split_names
+from funcreg.runs import Run
+from funcreg.trained import Model, as_data, make_splits
+from funcreg.transform import Transform
+from funcreg.tree import tree_map
+
+Progress = Callable[[dict[str, Any]], Any]
+
+
+class Sweep:
+    """What came of a sweep: rows, parameters and the course of the losses.
+
+    Printed, it is a table, best row first.
+
+    Args:
+        rows: One dict for each configuration and seed, in the order of the grid: the hyperparameters, `seed`, `loss`
+            (on validation rows, without penalties; the mean over folds), `score` if there is one, `train_loss`,
+            `epoch` (that of the parameters), `epochs` trained, `status` ("done", "stopped" early, "dropped" by
+            halving, "diverged"), and of folds `loss_std`, `score_std` and the list `folds` of losses.
+        params: Stacked parameters, one row along the first dimension, of folds one fold along the second.
+        buffers: Stacked buffers of a module, such as the running statistics of BatchNorm, of the same form.
+        history: Tensors `loss`, `train_loss` and `score`, epochs by rows, of folds by folds; NaN where none was
+            measured.
+        model: What was trained.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
+        >>> result = sweep(torch.nn.Linear(1, 1), torch.nn.functional.mse_loss, sgd, {"learning_rate": [1e-3, 0.1]},
+        ...                (x, 2 * x), epochs=20, batch_size=16)
+        >>> result.best["learning_rate"], result.best["status"]
+        (0.1, 'done')
+        >>> module = torch.nn.Linear(1, 1)
+        >>> module.load_state_dict(result.member())
+        <All keys matched successfully>
+    """
+
+    def __init__(
+        self, rows: list[dict[str, Any]], params: Any, buffers: Any, history: dict[str, Tensor], model: Model
+    ) -> None:
+        self.rows, self.params, self.buffers, self.history = rows, params, buffers, history
+        self._model = model
+
+    @property
+    def ranking(self) -> list[int]:
+        """Indices of the rows from best to worst: by score if there is one (equal ones by loss), else by loss."""
+
+        def key(k: int) -> tuple[bool, float, float, float]:
+            row = self.rows[k]
+            value = -row["score"] if "score" in row else row["loss"]
+            late = row["epochs"] if row["status"] == "dropped" else math.inf  # What was dropped later was better.
+            return row["status"] == "diverged" or math.isnan(value), -late, value, row["loss"]
+
+        return sorted(range(len(self.rows)), key=key)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best row."""
+        return self.rows[self.ranking[0]]
+
+    def hyper(self, row: int | None = None) -> Config:
+        """The hyperparameters of a row, of the best one if none is given: a configuration for another sweep."""
+        chosen = self.rows[self.ranking[0] if row is None else row]
+        return {name: chosen[name] for name in self._model.hyper}
+
+    def member(self, row: int | None = None, fold: int = 0) -> Any:
+        """The parameters of a row, of the best one if none is given, as `module.load_state_dict` takes them.
+
+        Of a sweep that began with a tree of parameters it is a tree like that one.
+        """
+        k = self.ranking[0] if row is None else row
+        at = (k, fold) if "folds" in self.rows[k] else (k,)
+        if "folds" not in self.rows[k] and fold:
+            raise ValueError(f"fold is {fold}, and there are no folds")
+        return self._model.loadable(*(tree_map(lambda w: w[at].clone(), tree) for tree in (self.params, self.buffers)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        columns = [name for name in self.rows[0] if name != "folds"]
+        if len({row["seed"] for row in self.rows}) == 1:
+            columns.remove("seed")
+        cells = [columns, *([_cell(self.rows[k][name]) for name in columns] for k in self.ranking)]
+        widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return getattr(value, "__name__", None) or str(value)
+
+
+def sweep(
+    model: Any,
+    loss: Callable[..., Tensor],
+    make: Callable[..., Transform],
+    grid: Mapping[str, Any] | Iterable[Config],
+    data: Any,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    draws: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    validation: Any = None,
+    folds: int | Iterable[Any] | None = None,
+    score: Callable[..., Tensor] | None = None,
+    patience: int | None = None,
+    halving: int | None = None,
+    chunk_size: int | None = None,
+    compile: bool | str | Callable[..., Any] = False,
+    static: Sequence[str] = (),
+    progress: bool | Progress = False,
+    seed: int = 0,
+) -> Sweep:
+    r"""Train one member for each configuration of hyperparameters, seed and fold, all at once, by `vmap`.
+
+    Every member is trained as if it were alone: it has its own hyperparameters, state, buffers and random numbers of
+    dropout. All see the same batches, so that only their hyperparameters and seeds tell them apart.
+
+    Numbers become 0-dim tensors with one value for each member, as in `ensemble`; what is no number (a penalty, a
+    flag, None) splits the members into groups that are trained beside each other.
+
+    Args:
+        model: A module, whose weights all members begin with; a function without arguments that makes a module, which
+            is called for each seed; or a tree of parameters.
+        loss: Of a module, `loss(outputs, *targets)`; of a tree, `loss(params, *batch)`. A mean over the rows of a
+            batch. Hyperparameters that `make` does not take and `loss` names go to it by keyword.
+        make: From the hyperparameters of one member, by keyword, to its transform.
+        grid: From names of hyperparameters to lists or tensors of values, of which all combinations are trained; or a
+            list of dicts, one for each configuration. With `draws`, values may be distributions of torch or scipy.
+        data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. A tuple of inputs stands for
+            several arguments of the module, a dict for keywords.
+        epochs: Number of passes over the training rows.
+        batch_size: Rows in a batch. What does not fill the last batch of an epoch waits for the next one.
+        draws: Number of random draws from the grid, instead of all its combinations.
+        seeds: Number of seeds, or a list of them, for the initial weights: every configuration is trained with each.
+        validation: Share of the rows held out for validation (0.2 unless there are folds), 0 for none; or other data
+            of the same form.
+        folds: Number of folds, or a list of pairs of row indices (for training, for validation): every configuration is
+            trained on each.
+        score: Function of the arguments of `loss` to a number that is better if higher, a mean over rows. It ranks
+            rows instead of the loss, which decides between equal scores.
+        patience: Stop members that have not improved on validation rows for so many epochs; they keep their best
+            parameters. Without it, members have the parameters of the last epoch.
+        halving: Successive halving: after :math:`E/\eta^k` of :math:`E` epochs go on with the best of
+            :math:`\eta = ` `halving` rows, for all k that leave one.
+        chunk_size: Most rows that are mapped over at once, for less memory.
+        compile: Whether to compile the training step as a whole, for some seconds; or a backend of `torch.compile`.
+        static: Names of hyperparameters that `make` needs as numbers of Python, such as a count of entries.
+        progress: True for a bar (of tqdm if it is installed), or a function that is given a dict after each epoch:
+            `epoch`, `epochs`, `members` still in training, and the best `loss` or `score` so far.
+        seed: Seed of splits, batches, draws and dropout. Torch's own generators are afterwards where they were.
+
+    Raises:
+        TypeError: Nobody takes a hyperparameter of the grid, `make` returns no transform, or data are no tensors.
+        ValueError: A configuration is refused by `make`, the rows of the data differ, or there are too few of them.
+
+    Example:
+        >>> x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+        >>> y = (x[:, 0] > 0).long()
+        >>> result = sweep(
+        ...     lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)),
+        ...     torch.nn.functional.cross_entropy,
+        ...     lambda lr, strength: prox_adam(lr, l1, strength=strength, mask=matrices),
+        ...     {"lr": [1e-3, 1e-2], "strength": torch.logspace(-4, -2, 3)},
+        ...     (x, y),
+        ...     epochs=20,
+        ...     batch_size=32,
+        ...     score=lambda outputs, y: (outputs.argmax(-1) == y).double().mean(),
+        ... )
+        >>> len(result), result.best["lr"], result.best["score"] > 0.9
+        (6, 0.01, True)
+
+    References:
+        Jamieson & Talwalkar, *Non-stochastic best arm identification and hyperparameter optimization*, 2016.
+    """
+    _check_counts(epochs=epochs, batch_size=batch_size, patience=patience, halving=halving, chunk_size=chunk_size)
+    if halving == 1:
+        raise ValueError("halving is 1, which drops nothing; expected at least 2")
+    configs = configurations(grid, draws, seed)
+    for name, function in (("loss", loss), ("score", score)):
+        if not callable(function) and (name == "loss" or function is not None):
+            raise TypeError(f"{name} is {function!r}; expected a function")
+    names = split_names(list(configs[0]), make, loss)
+    trained = Model(model, loss, score, seeds, list(configs[0]))
+    tensors = as_data(data)
+    splits = make_splits(tensors, validation, folds, batch_size, seed)
+    if not splits.valid and score is not None:
+        raise ValueError("score came without validation rows; give validation= or folds=")
+
+    def train() -> Run:
+        options = {"patience": patience, "halving": halving, "chunk_size": chunk_size, "compile": compile}
+        run = Run(trained, make, configs, names, splits, epochs, static, **options)
+        order = torch.Generator().manual_seed(seed)
+        with _reporter(progress, epochs) as report:
+            for epoch in range(epochs):
+                if not run.blocks:
+                    break
+                run.epoch(epoch, order)
+                report(run.summary(epoch))
+        return run
+
+    run = seeded(train, seed)
+    return Sweep(run.rows(), run.params, run.buffers, run.history(), trained)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        missing = value is None and name not in ("epochs", "batch_size")
+        if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected a number of at least 1")
+
+
+@contextmanager
+def _reporter(progress: bool | Progress, epochs: int) -> Iterator[Progress]:
+    """What is called after each epoch."""
+    if not isinstance(progress, bool):
+        if not callable(progress):
+            raise TypeError(f"progress is {progress!r}; expected True, False or a function of a dict")
+        yield progress
+    elif progress and importlib.util.find_spec("tqdm") is not None:
+        with importlib.import_module("tqdm.auto").tqdm(total=epochs, unit="epoch") as bar:
+
+            def advance(now: dict[str, Any]) -> None:
+                bar.set_postfix({name: _cell(now[name]) for name in now if name not in ("epoch", "epochs")})
+                bar.update()
+
+            yield advance
+    else:
+        yield _print_line if progress else lambda now: None
+
+
+def _print_line(now: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {_cell(value)}" for name, value in now.items()), file=sys.stderr)

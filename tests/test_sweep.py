@@ -1,0 +1,543 @@
+"""A sweep is a loop of trainings: stacks, grids, splits, members that stop, and what comes of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import draw, normal
+from sklearn.model_selection import KFold
+from torch import nn, tensor
+from torch.func import functional_call, grad, vmap
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import funcreg as fr
+
+
+def data(rows=60, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = normal(generator, rows, 6, dtype=dtype)
+    return x, (x[:, 0] + 0.5 * x[:, 1] > 0).long()
+
+
+def plain():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def normed():
+    # No bias where BatchNorm takes it away: Adam would enlarge the rounding of its gradient, which is zero.
+    return nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def accuracy(outputs, y):
+    return (outputs.argmax(-1) == y).double().mean()
+
+
+def prox(lr, strength):
+    return fr.prox_adam(lr, fr.l1, strength=strength, mask=fr.matrices)
+
+
+GRID = {"lr": [0.01, 0.1], "strength": [0.0, 0.03]}
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("tree", [draw(), fr.adam(0.1).init(draw()), torch.ones(2)], ids=["params", "state", "leaf"])
+def test_unstack_is_the_inverse_of_stack(tree):
+    trees = [fr.tree_map(lambda w, k=k: w + k, tree) for k in range(3)]
+    assert_close(fr.unstack(fr.stack(trees)), trees, rtol=0, atol=0)
+
+
+def test_stack_of_modules_is_that_of_torch():
+    modules = [normed() for _ in range(3)]
+    params, buffers = found = fr.stack(modules)
+    assert isinstance(found, fr.Members)
+    expected = torch.func.stack_module_state(modules)
+    assert_close((params, buffers), tuple(expected), rtol=0, atol=0)
+    assert not any(w.requires_grad for w in params.values())
+
+
+def test_replicas_share_no_memory():
+    module = normed()
+    members = fr.replicate(module, 3)
+    members.params["0.weight"][0].zero_()
+    assert_close(members.params["0.weight"][2], module[0].weight.detach())
+    assert bool((module[0].weight != 0).any())
+
+
+def test_members_of_seeds_are_those_of_the_seeds_and_leave_the_generator_alone():
+    before = torch.get_rng_state()
+    eight, two = fr.init_ensemble(normed, 8), fr.init_ensemble(normed, [5, 2])
+    assert torch.equal(torch.get_rng_state(), before)
+    for at, seed in enumerate((5, 2)):
+        assert_close(two.params["0.weight"][at], eight.params["0.weight"][seed], rtol=0, atol=0)
+        torch.manual_seed(seed)
+        assert_close(two.params["0.weight"][at], normed()[0].weight.detach(), rtol=0, atol=0)
+    trees = fr.init_ensemble(lambda: {"w": torch.randn(3)}, 2)
+    assert trees["w"].shape == (2, 3)
+
+
+def test_a_member_loads_into_a_module_with_its_buffers():
+    members, x = fr.init_ensemble(normed, 3), data()[0]
+
+    def forward(params, buffers):
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        own = {**params, **buffers}
+        return functional_call(members_module, own, (x,)), {name: own[name] for name in buffers}
+
+    members_module = normed()
+    outputs, buffers = vmap(forward)(*members)
+    params, own = fr.unstack(members._replace(buffers=buffers))[1]
+    alone = normed()
+    alone.load_state_dict({**params, **{name: b[1] for name, b in members.buffers.items()}})
+    assert_close(alone(x).detach(), outputs[1])
+    assert_close(dict(alone.named_buffers()), own)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "said"),
+    [
+        (lambda: fr.stack([]), ValueError, "no members"),
+        (lambda: fr.stack(plain()), TypeError, "Sequential; expected a list of members"),
+        (lambda: fr.stack([{"w": torch.ones(2)}, {"w": torch.ones(3)}]), ValueError, r"'w' of member 1 is of \(3,\)"),
+        (
+            lambda: fr.stack([{"w": torch.ones(2)}, {"v": torch.ones(2)}]),
+            ValueError,
+            "member 1 does not match member 0",
+        ),
+        (lambda: fr.stack([{"w": 1.0}]), ValueError, "member 0 has a float at 'w'"),
+        (lambda: fr.stack([nn.LazyLinear(2)]), ValueError, "has no shape yet"),
+        (lambda: fr.unstack({"a": torch.ones(2), "b": torch.ones(3)}), ValueError, "2 at 'a', 3 at 'b'"),
+        (lambda: fr.unstack({"a": torch.ones(())}), ValueError, "None at 'a'"),
+        (lambda: fr.replicate(plain(), 0), ValueError, "members is 0"),
+        (lambda: fr.init_ensemble(plain(), 3), TypeError, "replicate stacks copies"),
+        (lambda: fr.matrices(fr.replicate(plain(), 3).params), ValueError, r"'0.bias' of shape .*stacked\(matrices\)"),
+    ],
+)
+def test_stacks_refuse_what_does_not_stack(call, kind, said):
+    with pytest.raises(kind, match=said):
+        call()
+
+
+MASKS = [
+    fr.matrices,
+    ~fr.matrices,
+    fr.matrices & fr.select("*2*"),
+    {"0.weight": True, "0.bias": False, "2.weight": True, "2.bias": False},
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["matrices", "others", "one", "tree"])
+def test_a_mask_for_one_member_holds_for_stacks(mask):
+    members = fr.init_ensemble(plain, 3).params
+    each = vmap(lambda params: fr.l1(params, mask=mask))(members)
+    assert_close(fr.l1(members, mask=fr.stacked(mask)), each.sum())
+    assert fr.stacked(mask)(members) == fr.stacked(mask)(fr.stack([plain()]).params)
+
+
+def test_the_mask_of_stacks_prints_as_written():
+    assert repr(~fr.stacked(fr.matrices)) == "~stacked(matrices)"
+
+
+# One run is a loop
+
+
+def by_hand(module, optimizer, x, y, steps, shrink=lambda module: None):
+    """What everybody writes: full batches, one model."""
+    module.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            shrink(module)
+    return module.eval()
+
+
+@pytest.mark.parametrize("make_module", [plain, normed])
+def test_members_are_what_a_loop_with_a_torch_optimizer_trains(make_module):
+    (x, y), held = data(40), data(30, seed=1)
+    grid = {"lr": [0.01, 0.1], "decay": [0.0, 0.5]}
+    result = fr.sweep(
+        lambda: make_module().double(),
+        F.cross_entropy,
+        lambda lr, decay: fr.adamw(lr, weight_decay=decay),
+        grid,
+        (x.double(), y),
+        epochs=6,
+        batch_size=64,
+        validation=(held[0].double(), held[1]),
+        seeds=2,
+        score=accuracy,
+    )
+    assert [(row["lr"], row["decay"], row["seed"]) for row in result.rows[:5]] == [
+        (0.01, 0.0, 0), (0.01, 0.0, 1), (0.01, 0.5, 0), (0.01, 0.5, 1), (0.1, 0.0, 0)
+    ]  # fmt: skip
+    for k, row in enumerate(result.rows):
+        torch.manual_seed(row["seed"])
+        module = make_module().double()
+        optimizer = torch.optim.AdamW(module.parameters(), row["lr"], weight_decay=row["decay"])
+        module = by_hand(module, optimizer, x.double(), y, 6)
+        assert_close(result.member(k), module.state_dict(), rtol=1e-7, atol=1e-9)
+        outputs = module(held[0].double()).detach()
+        assert row["loss"] == pytest.approx(float(F.cross_entropy(outputs, held[1])), rel=1e-6)
+        assert row["score"] == pytest.approx(float(accuracy(outputs, held[1])))
+        assert (row["epoch"], row["epochs"], row["status"]) == (6, 6, "done")
+
+
+OPTIONS = {
+    "holdout": {},
+    "folds": {"folds": 3},
+    "patience": {"patience": 2},
+    "patience of folds": {"patience": 1, "folds": 2},
+    "chunks": {"chunk_size": 3},
+    "compiled": {"compile": "eager", "chunk_size": 3, "patience": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_member_is_the_same_alone_and_among_others(options):
+    """Minibatches, folds, early stopping and chunks: none of them lets members see each other."""
+    shared = dict(epochs=5, batch_size=16, **{name: x for name, x in options.items() if name in ("folds", "patience")})
+    train = lambda grid, **kw: fr.sweep(normed, F.cross_entropy, prox, grid, data(), **shared, **kw)
+    together = train(GRID, **{name: x for name, x in options.items() if name not in shared})
+    for k in range(len(together)):
+        alone = train([together.hyper(k)])
+        assert_close(together.member(k), alone.member(), rtol=1e-4, atol=1e-5)
+        for name in ("loss", "train_loss", "epoch", "epochs", "status"):
+            expected = alone.rows[0][name]
+            assert together.rows[k][name] == (pytest.approx(expected, rel=1e-4) if name.endswith("loss") else expected)
+
+
+def test_a_tree_of_parameters_and_its_loss_train_alike():
+    x, y = data(dtype=torch.float64)
+    least = lambda params, x, y: (x @ params["w"] - y).square().mean()
+    start = {"w": torch.zeros(6, dtype=torch.float64)}
+    result = fr.sweep(
+        start, least, lambda lr: fr.sgd(lr), {"lr": tensor([0.01, 0.1])}, (x, y), epochs=3, batch_size=60, validation=0
+    )
+    for k, lr in enumerate((0.01, 0.1)):
+        w = start["w"]
+        for _ in range(3):
+            w = w - lr * grad(least)({"w": w}, x, y)["w"]
+        assert_close(result.member(k), {"w": w})
+    assert result.best["lr"] == pytest.approx(0.1)
+    assert result.best["loss"] == result.best["train_loss"]
+
+
+def test_folds_are_those_of_scikit_learn_if_they_are_given():
+    x, y = data(30)
+    folds = list(KFold(3, shuffle=True, random_state=0).split(x.cpu()))
+    module = plain()
+    loss = lambda params, rows: F.cross_entropy(functional_call(module, params, (x[rows],)), y[rows])
+    result = fr.sweep(plain, F.cross_entropy, prox, [{"lr": 0.1, "strength": 0.0}], (x, y), epochs=4, folds=folds)
+    for fold, (train, valid) in enumerate(folds):
+        params, tx = fr.unstack(fr.init_ensemble(plain, [0]).params)[0], prox(0.1, 0.0)
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(grad(loss)(params, torch.as_tensor(train)), state, params)
+            params = fr.apply_updates(params, updates)
+        assert_close(result.member(fold=fold), params, rtol=1e-4, atol=1e-5)
+        found = float(loss(params, torch.as_tensor(valid)))
+        assert result.rows[0]["folds"][fold] == pytest.approx(found, rel=1e-4)
+    assert result.rows[0]["loss"] == pytest.approx(np.mean(result.rows[0]["folds"]))
+    assert result.rows[0]["loss_std"] == pytest.approx(np.std(result.rows[0]["folds"]))
+
+
+def test_dropout_of_members_differs_and_is_repeatable():
+    module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    before = torch.get_rng_state()
+    train = lambda **kw: fr.sweep(module, F.cross_entropy, fr.sgd, [{"learning_rate": 0.1}] * 2, data(), epochs=2, **kw)
+    first, again = train(), train()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(first.params, again.params, rtol=0, atol=0)
+    assert not torch.equal(*first.params["0.weight"])
+    assert not torch.equal(train(seed=1).params["0.weight"], first.params["0.weight"])
+
+
+def test_the_module_stays_as_it_was():
+    module = normed().eval()
+    before = copy.deepcopy(module.state_dict())
+    fr.sweep(module, F.cross_entropy, prox, GRID, data(), epochs=1)
+    assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert not module.training
+    assert all(w.requires_grad and w.grad is None for w in module.parameters())
+
+
+def test_what_requires_no_gradient_stays_and_tied_weights_stay_tied():
+    module = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 2))
+    module[2].weight = module[0].weight
+    module[3].weight.requires_grad_(False)
+    result = fr.sweep(module, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.5]}, data(), epochs=2)
+    state = result.member()
+    assert "3.weight" not in result.params
+    assert torch.equal(state["3.weight"], module[3].weight)
+    assert torch.equal(state["2.weight"], state["0.weight"])
+    assert not torch.equal(state["0.weight"], module[0].weight)
+    assert module.load_state_dict(state)
+
+
+def test_layers_that_were_put_into_evaluation_stay_there_in_training():
+    module = normed()
+    module[1].eval()
+    result = fr.sweep(module, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.5]}, data(), epochs=2)
+    assert_close(result.member()["1.running_mean"], torch.zeros(5))
+
+
+# Hyperparameters
+
+
+def test_what_is_no_number_splits_members_into_groups():
+    grid = {"penalty": [fr.l1, fr.half_l2], "lr": [0.01, 0.1], "momentum": [None, 0.9]}
+
+    def make(penalty, lr, momentum):
+        return fr.prox_sgd(lr, penalty, strength=0.1, momentum=momentum)
+
+    result = fr.sweep(plain, F.cross_entropy, make, grid, data(), epochs=2)
+    assert [row["penalty"] for row in result.rows] == [fr.l1] * 4 + [fr.half_l2] * 4
+    for k in (1, 6):
+        alone = fr.sweep(plain, F.cross_entropy, make, [result.hyper(k)], data(), epochs=2)
+        assert_close(result.member(k), alone.member(), rtol=1e-5, atol=1e-6)
+    assert "half_l2" in str(result)
+
+
+def test_hyperparameters_that_the_loss_names_go_to_it():
+    def loss(outputs, y, *, smoothing):
+        return (1 - smoothing) * F.cross_entropy(outputs, y) + smoothing * outputs.square().mean()
+
+    result = fr.sweep(plain, loss, lambda lr: fr.sgd(lr), {"lr": [0.5], "smoothing": [0.0, 1.0]}, data(), epochs=5)
+    assert [row["smoothing"] for row in result.rows] == [0.0, 1.0]
+    assert result.rows[1]["loss"] < result.rows[0]["loss"]
+
+
+def test_static_hyperparameters_are_numbers_of_python():
+    make = lambda lr, k: fr.chain(fr.sgd(lr), fr.project(fr.top_k, k, mask=fr.matrices))
+    result = fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 0.2], "k": [1, 3]}, data(), epochs=1, static=["k"])
+    zeros = [int((result.member(k)["0.weight"] != 0).sum()) for k in range(4)]
+    assert zeros == [1, 3, 1, 3]
+
+
+def test_schedules_of_members_have_rates_of_their_own():
+    make = lambda lr: fr.sgd(fr.linear_schedule(lr, 0.0, 4))
+    result = fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 1.0]}, data(), epochs=4, batch_size=48)
+    alone = fr.sweep(plain, F.cross_entropy, make, [{"lr": 1.0}], data(), epochs=4, batch_size=48)
+    assert_close(result.member(1), alone.member(), rtol=1e-5, atol=1e-6)
+
+
+def test_random_draws_come_from_distributions_and_lists():
+    class Scipys:
+        def rvs(self, size, random_state):
+            return np.random.default_rng(random_state).uniform(size=size)
+
+    grid = {"lr": fr.log_uniform(1e-3, 1.0), "strength": [0.0, 0.5], "decay": Scipys()}
+    make = lambda lr, strength, decay: fr.chain(fr.add_decayed_weights(decay), prox(lr, strength))
+    train = lambda **kw: fr.sweep(plain, F.cross_entropy, make, grid, data(), epochs=1, draws=12, **kw).rows
+    rows = train()
+    assert len({row["lr"] for row in rows}) == 12
+    assert all(1e-3 <= row["lr"] <= 1.0 and 0 <= row["decay"] <= 1 for row in rows)
+    assert {row["strength"] for row in rows} == {0.0, 0.5}
+    assert train() == rows
+    assert train(seed=1)[0]["lr"] != rows[0]["lr"]
+
+
+# Who goes on
+
+
+def test_early_stopping_keeps_the_best_parameters():
+    x, y = data(40)
+    options = {"epochs": 40, "batch_size": 20, "validation": (x, 1 - y)}  # What is learned makes validation worse.
+    make, grid = lambda lr: fr.adam(lr), {"lr": [0.0, 1e-3, 0.1]}
+    result = fr.sweep(plain, F.cross_entropy, make, grid, (x, y), patience=3, **options)
+    losses = result.history["loss"]
+    assert [row["status"] for row in result.rows] == ["stopped"] * 3
+    for k, row in enumerate(result.rows):
+        own = losses[:, k][losses[:, k].isfinite()]
+        assert row["epochs"] == len(own) == row["epoch"] + 3
+        assert row["loss"] == float(own.min()) == float(own[row["epoch"] - 1])
+        module = plain()
+        module.load_state_dict(result.member(k))
+        assert float(F.cross_entropy(module(x).detach(), 1 - y)) == pytest.approx(row["loss"], rel=1e-5)
+    assert len(losses) < 40
+
+
+def test_halving_goes_on_with_the_best():
+    grid = {"lr": [1e-4, 1e-3, 1e-2, 0.1], "strength": [0.0, 1.0]}
+    seen = []
+    result = fr.sweep(
+        plain, F.cross_entropy, prox, grid, data(), epochs=8, batch_size=8, halving=2, progress=seen.append
+    )
+    assert [now["members"] for now in seen] == [4, 2, 2, 1, 1, 1, 1, 1]
+    assert sorted(row["epochs"] for row in result.rows) == [1, 1, 1, 1, 2, 2, 4, 8]
+    first = result.history["loss"][0]
+    dropped = [k for k, row in enumerate(result.rows) if row["epochs"] == 1]
+    assert set(first.argsort()[4:].tolist()) == set(dropped)
+    assert result.best["status"] == "done"
+    assert [result.rows[k]["epochs"] for k in result.ranking] == [8, 4, 2, 2, 1, 1, 1, 1]
+
+
+def test_members_that_diverge_are_out_and_say_so():
+    result = fr.sweep(
+        plain, F.cross_entropy, lambda lr: fr.sgd(lr), {"lr": [0.1, 1e38]}, data(), epochs=4, batch_size=8
+    )
+    assert [row["status"] for row in result.rows] == ["done", "diverged"]
+    assert result.best["lr"] == 0.1
+    assert all(w.isfinite().all() for w in result.member(0).values())
+
+
+def test_members_stop_without_a_new_compilation():
+    counted, options = [], {"patience": 1, "halving": 2, "chunk_size": 2}
+
+    def backend(module, inputs):
+        counted.append(module)
+        return module
+
+    grid = {"learning_rate": [0.0, 1e-3, 1e-2, 0.1, 0.5]}
+    result = fr.sweep(plain, F.cross_entropy, fr.sgd, grid, data(), epochs=8, batch_size=16, compile=backend, **options)
+    assert {"done", "dropped"} <= {row["status"] for row in result.rows}
+    assert len(counted) == 1
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_the_eager_one():
+    train = lambda compile: fr.sweep(
+        normed, F.cross_entropy, prox, GRID, data(), epochs=3, batch_size=16, compile=compile
+    )
+    assert_close(train(True).params, train(False).params, rtol=1e-3, atol=1e-4)
+
+
+def test_a_member_is_frozen_by_its_rate():
+    """The recipe for loops of one's own: rates in a tensor, and one of them set to zero."""
+    rates, members = tensor([0.1, 0.1]), fr.init_ensemble(plain, 2).params
+    step = fr.fuse(fr.ensemble(lambda rate: fr.prox_adam(rate, fr.l1, strength=0.1), rates), backend="aot_eager")
+    grads, state = fr.tree_map(torch.ones_like, members), step.init(members)[1]
+    members, state = step(members, grads, state)
+    rates[1] = 0.0
+    after, state = step(members, grads, state)
+    for name, w in after.items():
+        assert torch.equal(w[1], members[name][1])
+        assert not torch.equal(w[0], members[name][0])
+
+
+# What is shown
+
+
+def test_the_table_has_the_best_row_first():
+    result = fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=2, seeds=2, score=accuracy)
+    header, *rows = str(result).splitlines()
+    assert header.split() == ["lr", "strength", "seed", "loss", "score", "train_loss", "epoch", "epochs", "status"]
+    assert len(rows) == len(result) == 8
+    assert float(rows[0].split()[4]) == pytest.approx(max(row["score"] for row in result.rows), rel=1e-3)
+    assert isinstance(result, fr.Sweep)
+
+
+def test_progress_is_a_function_a_bar_or_lines(monkeypatch, capsys):
+    train = lambda progress: fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=2, progress=progress)
+    seen = []
+    train(seen.append)
+    assert [(now["epoch"], now["epochs"], now["members"]) for now in seen] == [(1, 2, 4), (2, 2, 4)]
+    assert math.isfinite(seen[-1]["loss"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    train(True)
+    assert "epoch 2, epochs 2, members 4, loss" in capsys.readouterr().err
+    assert "tqdm" not in {name.split(".")[0] for name in vars(sys.modules["funcreg.sweep"])}
+
+
+def test_data_may_be_nested_and_of_numpy():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x, scale):
+            return self.fc(x) * scale
+
+    (x, y), scale = data(), torch.ones(60, 1)
+    train = lambda data: fr.sweep(Two, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data, epochs=1).params
+    expected = train(((x, scale), y))
+    for other in (({"x": x, "scale": scale}, y), TensorDataset(x, y)):
+        if isinstance(other, TensorDataset):
+            other = ((x.cpu().numpy(), scale.cpu().numpy()), y.cpu().numpy())
+        assert_close(train(other), expected, rtol=0, atol=0)
+    plainly = lambda data: (
+        fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data, epochs=1).params
+    )
+    assert_close(plainly(TensorDataset(x, y)), plainly([x, y]), rtol=0, atol=0)
+
+
+def _wrong(**changes):
+    given = {
+        "model": plain,
+        "loss": F.cross_entropy,
+        "make": prox,
+        "grid": GRID,
+        "data": data(),
+        "epochs": 1,
+        **changes,
+    }
+    return fr.sweep(**given)
+
+
+WRONG = {
+    "unknown": (
+        {"grid": {"rate": [0.1], "lr": [0.1], "strength": [0.1]}},
+        TypeError,
+        "takes lr, strength, and neither",
+    ),
+    "missing": ({"grid": {"lr": [0.1]}}, TypeError, "lacks hyperparameters.*'strength'"),
+    "negative": ({"grid": {**GRID, "strength": [0.1, -1.0]}}, ValueError, r"with \{'lr': 0.01, 'strength': -1.0\}"),
+    "number": ({"grid": {**GRID, "lr": 0.1}}, TypeError, "0.1 for 'lr'; expected a list"),
+    "empty": ({"grid": {**GRID, "lr": []}}, ValueError, "no values for 'lr'"),
+    "reserved": ({"grid": {"loss": [1.0]}}, ValueError, "named 'loss', as a column"),
+    "no draws": ({"grid": {**GRID, "lr": fr.log_uniform(0.1, 1.0)}}, ValueError, "give draws="),
+    "draws": ({"draws": 0}, ValueError, "draws is 0"),
+    "draws of a list": ({"grid": [{"lr": 0.1, "strength": 0.0}], "draws": 2}, ValueError, "draws came with a list"),
+    "no grid": ({"grid": []}, ValueError, "empty list"),
+    "string": ({"grid": "lr"}, TypeError, "grid is a str"),
+    "unlike": ({"grid": [{"lr": 0.1}, {"strength": 0.1}]}, ValueError, "configuration 1 names"),
+    "no transform": ({"make": lambda lr, strength: None}, TypeError, "Is a return missing"),
+    "no function": ({"make": fr.sgd(0.1)}, TypeError, "expected a function from hyperparameters"),
+    "loss": ({"loss": 3}, TypeError, "loss is 3"),
+    "loss of rows": ({"loss": lambda o, y: F.cross_entropy(o, y, reduction="none")}, ValueError, r"shape \(48,\)"),
+    "loader": ({"data": DataLoader(TensorDataset(*data()))}, TypeError, "makes its own batches"),
+    "one tensor": ({"data": data()[0]}, TypeError, "expected a tuple of tensors"),
+    "rows": ({"data": (data()[0], data()[1][:5])}, ValueError, "60 at '0', 5 at '1'"),
+    "share": ({"validation": 1.5}, ValueError, "validation is 1.5"),
+    "share too small": ({"validation": 1e-9}, ValueError, "leaves none on one side"),
+    "both": ({"validation": 0.1, "folds": 2}, ValueError, "came together"),
+    "folds": ({"folds": 1}, ValueError, "folds is 1"),
+    "indices": ({"folds": [([0, 1], [99])]}, ValueError, "from 0 to 59"),
+    "score": ({"validation": 0, "score": accuracy}, ValueError, "score came without validation"),
+    "seeds": ({"model": plain(), "seeds": 2}, ValueError, "a function that makes them"),
+    "model": ({"model": [1.0]}, TypeError, "model '0' is 1.0"),
+    "nothing": ({"model": plain().requires_grad_(False)}, ValueError, "nothing to train"),
+    "epochs": ({"epochs": 0}, ValueError, "epochs is 0"),
+    "patience": ({"patience": 0}, ValueError, "patience is 0"),
+    "halving": ({"halving": 1}, ValueError, "drops nothing"),
+    "static": ({"static": ["rate"]}, ValueError, "expected a list of names"),
+    "number of steps": (
+        {"make": lambda n: fr.sgd(fr.cosine_decay_schedule(0.1, n)), "grid": {"n": [5, 9]}},
+        TypeError,
+        r"decay_steps is tensor\(5\).*static= names those",
+    ),
+    "progress": ({"progress": "bar"}, TypeError, "progress is 'bar'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "kind", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_refused(changes, kind, said):
+    with pytest.raises(kind, match=said):
+        _wrong(**changes)
+
+
+def test_log_uniform_wants_a_range():
+    with pytest.raises(ValueError, match="low is 0"):
+        fr.log_uniform(0.0, 1.0)
+    with pytest.raises(ValueError, match=r"high is 0\.1"):
+        fr.log_uniform(0.1, 0.1)

@@ -323,13 +323,14 @@ def catalogue() -> str:
 
 
 SECTIONS = {
-    "Regularize": ["regularizing"],
+    "Regularize": ["regularizing", "noise"],
     "Scale": ["scaling"],
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine", "ensemble"],
     "Optimizers": ["optimizers", "proximal", "stochastic"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
+    "See": ["report"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
     "Groups that span leaves": ["coupled"],

@@ -78,6 +78,10 @@ from funcreg.groups import (
     l1_linf as l1_linf,
     linf as linf,
 )
+from funcreg.noise import (
+    AddNoiseState as AddNoiseState,
+    add_noise as add_noise,
+)
 from funcreg.optimizers import (
     adagrad as adagrad,
     adam as adam,
@@ -154,6 +158,12 @@ from funcreg.scaling import (
     scale_by_stddev as scale_by_stddev,
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
+)
+from funcreg.report import (
+    Report as Report,
+    compare as compare,
+    penalties as penalties,
+    report as report,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,

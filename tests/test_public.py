@@ -86,8 +86,8 @@ LAYERS = [
     ["groups"],
     ["structured"],
     ["projections", "regularizing", "spectral"],
-    ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic"],
+    ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise"],
+    ["stochastic", "report"],
 ]
 
 

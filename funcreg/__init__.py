@@ -78,6 +78,10 @@ from funcreg.groups import (
     l1_linf as l1_linf,
     linf as linf,
 )
+from funcreg.minimize import (
+    Solution as Solution,
+    minimize as minimize,
+)
 from funcreg.noise import (
     AddNoiseState as AddNoiseState,
     add_noise as add_noise,
@@ -92,6 +96,12 @@ from funcreg.optimizers import (
     nadamw as nadamw,
     rmsprop as rmsprop,
     sgd as sgd,
+)
+from funcreg.path import (
+    CrossValidation as CrossValidation,
+    Path as Path,
+    cross_validate as cross_validate,
+    regularization_path as regularization_path,
 )
 from funcreg.penalties import (
     elastic as elastic,
@@ -127,6 +137,9 @@ from funcreg.proximal import (
     prox_adam as prox_adam,
     prox_sgd as prox_sgd,
     proximal_step as proximal_step,
+)
+from funcreg.regularize import (
+    regularize as regularize,
 )
 from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,

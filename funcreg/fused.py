@@ -24,13 +24,14 @@ from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
 from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_penalty
-from funcreg.transform import Transform, nonnegative
+from funcreg.transform import Transform, flags, nonnegative
 from funcreg.tree import (
     apply_updates,
     check_params,
     compute,
     filled,
     leaves_like,
+    listed,
     reader,
     restored,
     structure,
@@ -150,6 +151,8 @@ class _Planned(Remembering):
     """Plans for calls on trees of known structures, and the last call that was checked."""
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
+        if not isinstance(backend, str) and not callable(backend):
+            raise TypeError(f"backend is {backend!r}; expected the name of a backend of torch.compile, or a function")
         self._compiler = Compiler(backend)
         self._plans: dict[Any, Plan | None] = {}  # None where the function could not be recorded.
         self._last: _Checked | None = None
@@ -214,6 +217,7 @@ class FusedStep(_Planned):
     def __init__(self, tx: Transform, donate: bool, backend: str | Callable[..., Any]) -> None:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
+        flags(donate=donate)
         super().__init__(backend)
         self._tx, self._donate = tx, donate
         self._compiled: Any = None  # Of a chain that cannot be recorded.
@@ -283,7 +287,7 @@ class FusedStep(_Planned):
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
         if undocumented.is_compiling():  # What compiles a whole training step compiles this one too.
-            return self._plain(params, grads, state, extra)
+            return self._plain_step(params, grads, state, extra)
         if undocumented.has_tangents() or undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
             if self._donate:
                 raise ValueError(
@@ -297,6 +301,16 @@ class FusedStep(_Planned):
         updates, new = self._tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), new
 
+    def _plain_step(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
+        """The plain functions, in place if that was asked for. All is read before anything is written."""
+        if not self._donate:
+            return self._plain(params, grads, state, extra)
+        with torch.no_grad():
+            new = leaves_like((params, state), self._plain(params, grads, state, extra))
+            for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
+                old.copy_(leaf)
+        return params, state
+
     @without_autocast
     @torch.no_grad()
     def _step(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
@@ -304,6 +318,8 @@ class FusedStep(_Planned):
         call = None if extra or checked is None else checked.call((params, grads, state))
         if checked is None or call is None:
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
+            if _has_objects(extra):
+                return self._plain_step(params, grads, state, extra)
             trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
             check_params(params)
             columns, specs = zip(*map(structure, trees), strict=True)
@@ -319,7 +335,7 @@ class FusedStep(_Planned):
             ]
             checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
         if call.gradients is not None:
-            self._check_gradients_are_new(call, checked.plan)
+            self._check_gradients_are_new(call, checked.plan, params)
         results = checked.plan.run(call)
         if not self._donate:
             count = checked.counts[0]
@@ -370,16 +386,24 @@ class FusedStep(_Planned):
             old.copy_(leaf)
         return params, state
 
-    def _check_gradients_are_new(self, call: Call, plan: Plan) -> None:
+    def _check_gradients_are_new(self, call: Call, plan: Plan, params: Params) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last call."""
         versions = [id(call.gradients), *undocumented.versions([call.arguments[i] for i in plan.read])]
-        if versions == self._versions:
+        before, self._versions = self._versions, versions
+        if len(before) != len(versions) or before[0] != versions[0]:
+            return
+        first = plan.read[0] - plan.gradients.layout.positions[0]
+        stale = [i - first for i, old, new in zip(plan.read, before[1:], versions[1:], strict=True) if old == new]
+        if not stale:
+            return
+        spared = [False] * first if self._tx.spares is None else self._tx.spares(params)
+        names = [name for i, name in enumerate(tree_paths(params)) if i in stale and not spared[i]]
+        if names:
             say_once(
-                "nothing was written into the gradients of step.gradients since the last step, which was taken with "
-                "the same numbers. By default zero_grad() takes them away from the parameters of a module, so that "
-                "backward() writes elsewhere; use zero_grad(set_to_none=False)."
+                f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
+                "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "
+                "a module, so that backward() writes elsewhere; use zero_grad(set_to_none=False)."
             )
-        self._versions = versions
 
 
 def _check_donated(params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor]) -> _Spans:
@@ -531,3 +555,14 @@ def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
 def _with_tensors(extra: dict[str, Any]) -> dict[str, Any]:
     """Extra arguments with tensors for numbers, which change from step to step."""
     return tree_map(lambda x: torch.tensor(x, dtype=torch.float64, device="cpu") if isinstance(x, float) else x, extra)
+
+
+def _has_objects(extra: dict[str, Any]) -> bool:
+    """Whether extra arguments hold functions or objects, which may say something else at every step."""
+    objects = [x for x in tree_leaves(extra) if not isinstance(x, (Tensor, int, float, complex, str, type(None)))]
+    if objects:
+        say_once(
+            f"fuse runs this chain without a compiler: an extra argument is a {type(objects[0]).__name__}, which may "
+            "change from step to step. What is a tensor or a number is compiled."
+        )
+    return bool(objects)

@@ -1038,14 +1038,14 @@ def select(
     found = None
     if types and module is not None:
         found = module if isinstance(module, _Layers) else _layers(types, module)
-    plain_typed = _plain_names(tuple(sorted(found.chosen))) if found else ()
+    plain_typed = plain_names(tuple(sorted(found.chosen))) if found else ()
 
     def in_layers(name: str, plain: str) -> bool:
         return found is not None and (name in found.chosen or (name not in found.known and plain in plain_typed))
 
     def choose(params: Params) -> list[bool]:
         names = tree_paths(params)
-        plain = _plain_names(tuple(names))
+        plain = plain_names(tuple(names))
         by_glob = [
             [_matches(a, glob) or _matches(b, glob) for a, b in zip(names, plain, strict=True)] for glob in globs
         ]
@@ -1085,7 +1085,7 @@ def _matches(name: str, glob: str) -> bool:
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of parameters as they are without wrappers and parametrizations."""
     rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
     while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
@@ -1097,7 +1097,7 @@ def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (_matches, _plain_names):
+for _constant in (_matches, plain_names):
     vars(_constant)["_dynamo_marked_constant"] = True
 
 

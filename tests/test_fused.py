@@ -253,3 +253,54 @@ def test_donation_refuses_entries_that_overlap_and_leaves_that_came_to_require_g
     params["w"].requires_grad_(True)
     with pytest.raises(ValueError, match="requires grad"):
         step(params, {"w": torch.ones(3, 2)}, state)
+
+
+def test_a_donating_step_inside_compiled_code_writes_into_what_it_was_given():
+    tx, data = fr.prox_sgd(0.1, fr.l1, strength=0.2), draw(1, torch.float32)
+    step = fr.fuse(tx, donate=True, backend="eager")
+    params, state = step.init(draw(0, torch.float32))
+    expected, plain = fr.tree_map(torch.clone, params), tx.init(params)
+    held = fr.tree_leaves(params)
+    whole = torch.compile(lambda p, g, s: step(p, g, s), backend="eager", fullgraph=True)
+    for _ in range(2):
+        updates, plain = tx.update(data, plain, expected)
+        expected = fr.apply_updates(expected, updates)
+        params, state = whole(params, data, state)
+    assert all(a is b for a, b in zip(held, fr.tree_leaves(params), strict=True))
+    assert_equal((params, state), (expected, plain), atol=1e-6)
+
+
+def test_gradients_of_a_part_that_nothing_was_written_into_are_said():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    frozen = fr.chain(fr.sgd(0.1), fr.freeze(fr.select("1.bias")))
+    step = fr.fuse(frozen, donate=True, backend="eager")
+    params, state = step.init(dict(model.named_parameters()))
+    gradients = step.gradients(params)
+    for _ in range(2):
+        for name, g in gradients.items():
+            if name != "1.bias":  # It stays where it is whatever its gradient.
+                g.fill_(1.0)
+        params, state = step(params, gradients, state)
+    gradients["1.weight"].fill_(1.0)
+    with pytest.warns(UserWarning, match=r"at 0.bias, 0.weight since the last step.*set_to_none=False"):
+        step(params, gradients, state)
+
+
+def test_extra_arguments_that_are_objects_are_read_at_every_step():
+    def update(updates, state, params, loss):
+        return fr.tree_map(lambda u: -loss(u), updates), state
+
+    step = fr.fuse(fr.Transform(lambda params: (), update), donate=True, backend="eager")
+    params, grads = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    with pytest.warns(UserWarning, match="an extra argument is a function"):
+        step(params, grads, (), loss=lambda u: u)
+    for rate in (2.0, 3.0):
+        step(params, grads, (), loss=lambda u, rate=rate: rate * u)
+    assert params["w"] == -6
+
+
+@pytest.mark.parametrize("given", [{"donate": "no"}, {"donate": None}, {"backend": 3}])
+def test_options_of_the_wrong_kind_are_refused(given):
+    (name,) = given
+    with pytest.raises(TypeError, match=f"{name} is"):
+        fr.fuse(fr.sgd(0.1), **given)

@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording"],
     ["construction", "grouping"],
     ["tree", "schedules", "lowering"],
-    ["composition", "descent", "plan"],
+    ["composition", "denominators", "descent", "plan"],
     ["transform", "penalty"],
     ["penalties", "coupled", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],
@@ -87,7 +87,8 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise"],
-    ["stochastic", "report"],
+    ["stochastic", "minimize", "report"],
+    ["regularize", "path", "plot"],
 ]
 
 

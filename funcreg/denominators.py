@@ -1,0 +1,233 @@
+r"""The step and the metric of each torch optimizer, read from its state after a step.
+
+An optimizer moves a parameter from :math:`w` to :math:`w - \eta d / h`, where :math:`d` is a mean of gradients,
+:math:`h` its denominators (none for SGD, :math:`\sqrt{\hat v} + \epsilon` for Adam) and :math:`\eta` the learning rate.
+A proximal operator after it has to see the same :math:`h`, and :math:`\eta` times the sum of the weights in :math:`d`:
+1 for Adam, (1 - dampening) / (1 - momentum) for a buffer. A rule says where these are found.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from funcreg._typing import Scalar
+from funcreg.tree import widen
+
+#: What an optimizer keeps of a parameter, and what is set for its param group.
+Entries: TypeAlias = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """Where the step and the metric of an optimizer are found."""
+
+    scalars: Callable[[Entries, Entries], tuple[Scalar, ...]]
+    """From state and group to the step of a proximal operator, and to what `metric` takes."""
+    source: Callable[[Tensor, Entries, Entries, Any], Tensor] | None = None
+    """From parameter, state, group and note to the tensor that the metric is made of; None for no metric."""
+    metric: Callable[..., Tensor] = lambda source: source
+    """From that tensor and the other scalars to the metric."""
+    counts: bool = False
+    """Whether the scalars depend on the number of steps of a parameter."""
+    buffers: bool = False
+    """Whether a momentum buffer sums up what the metric has divided, so that the step is `gain` times as long."""
+    note: Callable[[Tensor, Entries], Any] | None = None
+    """From parameter and state to what has to be known from before a step."""
+
+
+def _steps(state: Entries) -> Scalar:
+    """The number of steps: a float, or a tensor where reading it would wait for a device."""
+    steps = state["step"]
+    if not isinstance(steps, Tensor):
+        return steps
+    if steps.device.type == "cpu":
+        return steps.item()
+    return steps if steps.device.type == "mps" else steps.double()  # No float64 there.
+
+
+def buffered(group: Entries, before: Scalar | None) -> Scalar:
+    """The sum of the weights of gradients in a momentum buffer after one more step.
+
+    Args:
+        group: The param group, whose momentum a scheduler may have changed.
+        before: The sum one step before; None for what it is in the long run, which it stays unless momentum changes.
+    """
+    momentum, dampening = group["momentum"], group.get("dampening", 0.0)
+    for name, value in (("momentum", momentum), ("dampening", dampening)):
+        if isinstance(value, (int, float)) and value >= 1:
+            raise ValueError(f"{name} is {value}; expected a number below 1, or the buffer comes to no mean gradient")
+    return (1 - dampening) / (1 - momentum) if before is None else momentum * before + 1 - dampening
+
+
+def gain(group: Entries, weights: Scalar) -> Scalar:
+    """By how much a direction exceeds a gradient, with such a sum of weights in the buffer."""
+    return 1 + group["momentum"] * weights if group.get("nesterov", False) else weights
+
+
+def _adam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    return group["lr"], (1 - group["betas"][1] ** _steps(state)) ** -0.5, group["eps"]
+
+
+def _nadam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    # Weights of a direction of gradient and mean, which sum to 1 only in the long run, of 6000 steps by default.
+    (beta1, beta2), decay, steps = group["betas"], group["momentum_decay"], _steps(state)
+    now, after = (beta1 * (1 - 0.5 * 0.96 ** (n * decay)) for n in (steps, steps + 1))
+    product = state["mu_product"].double()
+    product = product if isinstance(steps, Tensor) else product.item()
+    weights = (1 - now) / (1 - product) + after * (1 - beta1**steps) / (1 - product * after)
+    return group["lr"] * weights, (1 - beta2**steps) ** -0.5, group["eps"]
+
+
+def _radam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    beta2, steps, lr = group["betas"][1], _steps(state), group["lr"]
+    most, correction = 2 / (1 - beta2) - 1, 1 - beta2**steps
+    length = most - 2 * steps * (1 - correction) / correction
+    share = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
+    if isinstance(share, Tensor):
+        rectified = length > 5
+        rate = torch.where(rectified, (share * correction).clamp(min=0).sqrt(), 1.0)
+        return lr * rate, rectified.to(rate.dtype), group["eps"]
+    return (lr * (share * correction) ** 0.5, 1.0, group["eps"]) if length > 5 else (lr, 0.0, group["eps"])
+
+
+def _rmsprop(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    return group["lr"], group["eps"]
+
+
+def _spread(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
+    """The mean square of RMSprop, or the variance if it is centered."""
+    if not group["centered"]:
+        return state["square_avg"]
+    return widen(state["square_avg"]).addcmul(widen(state["grad_avg"]), widen(state["grad_avg"]), value=-1)
+
+
+def _adagrad(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    return group["lr"] / (1 + (_steps(state) - 1) * group["lr_decay"]), group["eps"]
+
+
+def _adadelta(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
+    return ((widen(state["square_avg"]) + group["eps"]) / (widen(note) + group["eps"])).sqrt()
+
+
+def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
+    rate, most = group["lr"], _steps(state) ** -0.5
+    if isinstance(rate, Tensor) or isinstance(most, Tensor):
+        return (torch.minimum(*[torch.as_tensor(x, dtype=torch.float64) for x in (rate, most)]),)
+    return (min(rate, most),)
+
+
+def _adafactor(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
+    least, floor = group["eps"]
+    least, g = torch.finfo(w.dtype).eps if least is None else least, widen(w.grad)  # pyright: ignore[reportArgumentType]
+    if g.ndim > 1:
+        row, column = widen(state["row_var"]), widen(state["col_var"])
+        square = row @ column / row.mean(-2, keepdim=True).clamp(min=least)
+    else:
+        square = widen(state["variance"])
+    root = square.clamp(min=least * least).sqrt()
+    clip = ((g / root).square().mean().sqrt() / group["d"]).clamp(min=1.0)
+    return root * (clip / note.clamp(min=floor))
+
+
+def _size(w: Tensor, state: Entries) -> Tensor:
+    """The root of the mean square."""
+    return widen(w.detach()).square().mean().sqrt()
+
+
+def _change(w: Tensor, state: Entries) -> Tensor:
+    """The mean square of changes, which Adadelta divides by before it counts the next one in."""
+    return state["acc_delta"].clone() if state else torch.zeros_like(w)
+
+
+_root = lambda square, eps: square.sqrt() + eps
+_corrected = lambda square, correction, eps: square.sqrt() * correction + eps  # A division would take as long again.
+_rectified = lambda square, rectified, eps: rectified * (square.sqrt() + eps) + (1 - rectified)
+_entry = lambda name: lambda w, state, group, note: state[name]
+_square = lambda w, state, group, note: state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+_lr = lambda state, group: (group["lr"],)
+
+RULES: dict[type[Optimizer], Rule] = {
+    torch.optim.SGD: Rule(_lr, buffers=True),
+    torch.optim.Adam: Rule(_adam, _square, _corrected, counts=True),
+    torch.optim.AdamW: Rule(_adam, _square, _corrected, counts=True),
+    torch.optim.NAdam: Rule(_nadam, _entry("exp_avg_sq"), _corrected, counts=True),
+    torch.optim.RAdam: Rule(_radam, _entry("exp_avg_sq"), _rectified, counts=True),
+    torch.optim.Adamax: Rule(_lr, _entry("exp_inf")),
+    torch.optim.RMSprop: Rule(_rmsprop, _spread, _root, buffers=True),
+    torch.optim.Adagrad: Rule(_adagrad, _entry("sum"), _root, counts=True),
+    torch.optim.Adadelta: Rule(_lr, _adadelta, note=_change),
+    torch.optim.Adafactor: Rule(_adafactor_rate, _adafactor, counts=True, note=_size),
+}
+
+#: Why others have no step that a proximal operator could follow.
+REFUSED: dict[type[Optimizer], str] = {
+    torch.optim.LBFGS: "its curvature comes from differences of gradients between points, which a proximal operator "
+    "after the step would move. For convex problems take minimize or fista, for others another optimizer",
+    torch.optim.Rprop: "it follows the signs of gradients alone, and no strength of a penalty stands against a sign",
+    torch.optim.ASGD: "its result is a mean over steps, ax, in which no entry stays zero. Take SGD",
+    torch.optim.SparseAdam: "it moves, and keeps moments of, only the entries in a sparse gradient; rows that were not "
+    "seen yet have no metric, and would become zero in the first step. Take Adagrad, or Adam with dense gradients",
+}
+if hasattr(torch.optim, "Muon"):
+    REFUSED[torch.optim.Muon] = (
+        "it follows an orthogonal matrix, in which the sizes of gradients, against which a penalty is weighed, are lost"
+    )
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer itself, where a library has wrapped it in one that has no hooks of its own."""
+    while not isinstance(vars(optimizer).get("state"), dict) and isinstance(
+        getattr(optimizer, "optimizer", None), Optimizer
+    ):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | None, projects: bool) -> Rule:
+    """The rule for an optimizer, with the metric that a user gave, or an error that says why there is none.
+
+    Args:
+        optimizer: The optimizer.
+        metric: From the state of a parameter and its group to the metric there.
+        projects: Whether it is for a constraint, which holds after a step of any size.
+    """
+    kind = type(optimizer)
+    known = next((base for base in kind.__mro__ if base in RULES or base in REFUSED), None)
+    if known is torch.optim.LBFGS:
+        raise ValueError(f"{kind.__name__} cannot be regularized: {REFUSED[known]}.")
+    if metric is not None:
+        return Rule(_lr, lambda w, state, group, note: _filled(w, metric(state, group)))
+    if known is not None and inspect.unwrap(kind.step) is not inspect.unwrap(known.step):
+        reason = f"its step is not that of {known.__name__}, so that its metric is not known"
+    elif known is None:
+        reason = "its metric is not known"
+    elif known in RULES:
+        return RULES[known]
+    else:
+        reason = REFUSED[known]
+    if projects:
+        return Rule(lambda state, group: (0.0,))
+    names = ", ".join([base.__name__ for base in RULES])
+    raise ValueError(
+        f"{kind.__name__} is not one of the optimizers that a penalty can follow: {reason}. These are {names}. Give "
+        "metric=, a function of the state of a parameter and of its param group: by what the optimizer divides lr "
+        "times a mean gradient (1.0 for plain descent). A constraint, such as max_norm, needs none."
+    )
+
+
+def _filled(w: Tensor, metric: Any) -> Tensor:
+    """A metric that a user's function returned, as a tensor like the parameter."""
+    expected = f"expected a positive number, or a tensor that broadcasts to {tuple(w.shape)}, the shape of a parameter"
+    if isinstance(metric, bool) or not isinstance(metric, (int, float, Tensor)):
+        raise TypeError(f"metric returned {metric!r}; {expected}")
+    try:
+        return torch.as_tensor(metric, dtype=widen(w).dtype, device=w.device).expand_as(w)
+    except RuntimeError as error:
+        raise ValueError(
+            f"metric returned a tensor of shape {tuple(torch.as_tensor(metric).shape)}; {expected}"
+        ) from error

@@ -1,0 +1,306 @@
+"""Paths of strengths, and the choice of one by cross-validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from funcreg._typing import Hyper, Mask, Params
+from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
+from funcreg.minimize import Problem, Solution
+from funcreg.penalty import Penalty
+from funcreg.ranges import check_range
+from funcreg.transform import public_state
+from funcreg.tree import tree_leaves, tree_map
+
+#: Strengths that are solved at once, from the solution of the one before them.
+_TOGETHER = 5
+#: Entries from which on those that are surely zero are left out.
+_SCREENED = 64
+
+
+@public_state
+class Path(NamedTuple):
+    """Solutions from the greatest strength to the least; see `regularization_path`.
+
+    Example:
+        >>> path = regularization_path(lambda w: (w - 1).square().sum() / 2, torch.zeros(2), l1, count=3, ratio=0.25)
+        >>> path.strengths, path.params
+        (tensor([1.0000, 0.5000, 0.2500]), tensor([[0.0000, 0.0000],
+                [0.5000, 0.5000],
+                [0.7500, 0.7500]]))
+    """
+
+    strengths: Tensor
+    params: Params  # Stacked along a first dimension.
+    losses: Tensor  # Without the penalty.
+    residuals: Tensor
+    sparsity: Tensor  # Shares of exact zeros on the leaves of the mask.
+    steps: Tensor
+    converged: Tensor
+
+
+def regularization_path(
+    loss: Callable[..., Tensor],
+    params: Params,
+    penalty: Penalty,
+    *hyper: Hyper,
+    strengths: Tensor | Sequence[float] | None = None,
+    count: int = 100,
+    ratio: float = 1e-3,
+    args: tuple[Any, ...] = (),
+    mask: Mask | None = None,
+    tol: float = 1e-8,
+    max_steps: int = 10_000,
+    **options: Any,
+) -> Path:
+    r"""Solutions of :math:`f + \lambda g` for many strengths, from the one on that makes all zero down.
+
+    Strengths fall geometrically from `lambda_max`, at the loss's minimum over what carries no penalty. Some at a time
+    are solved as one ensemble, from the last solution before them. Entries that the sequential strong rule holds for
+    zero are left out of the work; where the residual of the whole problem says otherwise they come back in.
+
+    Args:
+        loss: `loss(params, *args)`, a scalar with a first and second derivative.
+        params: Parameters like those wanted; those without a penalty are where their fit begins.
+        penalty: A penalty :math:`g`. The strengths multiply it, also `elastic.given(1.0, 0.5)`.
+        hyper: Its hyperparameters.
+        strengths: Numbers of at least 0, solved in falling order; by default `count` of them are found.
+        count: Number of strengths, at least 1.
+        ratio: The least strength as a share of the greatest, above 0 and below 1.
+        args: What else the loss takes: trees of tensors.
+        mask: Leaves on which the penalty acts.
+        tol: Greatest `kkt_residual` of a solution.
+        max_steps: Steps for each strength after which to give up.
+        options: Static options of the penalty, such as `dim`.
+
+    Raises:
+        ValueError: The penalty makes no zeros, so that no strength is the greatest, and no strengths were given.
+
+    Example:
+        >>> x = torch.eye(2, dtype=torch.float64)
+        >>> y = torch.tensor([2.0, 1.0], dtype=torch.float64)
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y).square().sum() / 2
+        >>> regularization_path(loss, torch.zeros_like(y), l1, strengths=[1.5, 0.5], args=(x, y)).params
+        tensor([[0.5000, 0.0000],
+                [1.5000, 0.5000]], dtype=torch.float64)
+
+    References:
+        Friedman, Hastie & Tibshirani, *Regularization paths for generalized linear models via coordinate
+        descent*, 2010.
+        Tibshirani et al., *Strong rules for discarding predictors in lasso-type problems*, 2012.
+    """
+    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, 1.0, args)
+    objective = lambda point: loss(point, *args)
+    start = _null(objective, params, mask)
+    falling, order = _strengths(strengths, count, ratio, problem, objective, start)
+    found: list[Solution] = []
+    before = falling[0]
+    for some in falling.split(_TOGETHER):
+        found.append(_solved_with_screening(problem, args, start, before, some))
+        start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
+    whole = tree_map(lambda *parts: torch.cat(parts).index_select(0, order), *found)
+    losses = vmap(objective)(whole.params)
+    zeros = vmap(lambda point: sparsity(point, mask))(whole.params)
+    strengths = falling.index_select(0, order)
+    return Path(strengths, whole.params, losses, whole.residual, zeros, whole.steps, whole.converged)
+
+
+def _null(objective: Callable[[Params], Tensor], params: Params, mask: Mask | None) -> Params:
+    """Zeros, and what carries no penalty at the minimum."""
+    if mask is None:
+        return tree_map(torch.zeros_like, params)
+    return null_model(objective, params, mask)
+
+
+def _strengths(
+    given: Tensor | Sequence[float] | None,
+    count: int,
+    ratio: float,
+    problem: Problem,
+    objective: Callable[[Params], Tensor],
+    start: Params,
+) -> tuple[Tensor, Tensor]:
+    """Strengths in falling order, and where each that was given lies among them."""
+    like = tree_leaves(start)[0]
+    if given is not None:
+        values = torch.as_tensor(given, dtype=like.dtype, device=like.device)
+        if values.ndim != 1 or not len(values):
+            raise ValueError(f"strengths have shape {tuple(values.shape)}; expected a list of numbers")
+        check_range("strengths", values, 0.0)
+        falling = values.argsort(descending=True, stable=True)
+        return values.index_select(0, falling), falling.argsort()
+    if type(count) is not int or count < 1:
+        raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
+    check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
+    slopes = grad(objective)(start)
+    most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
+    if not 0 < float(most) < float("inf"):
+        raise ValueError(
+            f"lambda_max of {problem.penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, "
+            "such as half_l2, has no greatest strength: give strengths=."
+        )
+    shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
+    return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
+
+
+def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
+    """Solutions for some strengths at once, from that of one before."""
+    if sum(w.numel() for w in tree_leaves(start)) < _SCREENED:
+        return _together(problem, args, start, strengths, None)
+    penalty, hyper, options = problem.penalty, problem.hyper, {"mask": problem.mask, **problem.options}
+    slopes = grad(lambda point: problem.loss(point, *args))
+    flat = lambda tree: torch.cat([w.reshape(-1) for w in tree_leaves(tree)])
+    # What the rule keeps for the least of the strengths, and no fewer than what a step of half of it would.
+    least = torch.maximum(2 * strengths[-1] - before, strengths[-1] / 2)
+    moved = penalty.prox(tree_map(lambda g: -g, slopes(start)), least, *hyper, **options)
+    kept = (flat(moved) != 0) | (flat(start) != 0)
+    while not bool(kept.all()):
+        found = _together(problem, args, start, strengths, kept.nonzero()[:, 0])
+
+        def residuals(point: Params, strength: Tensor) -> tuple[Tensor, Tensor]:
+            g = slopes(point)
+            each = penalty.residual(point, g, *hyper, strength=strength, **options)
+            return flat(each).abs(), kkt_residual(point, g, penalty, *hyper, strength=strength, **options)
+
+        each, whole = vmap(residuals)(found.params, strengths)
+        missed = (each > problem.tol).any(0) & ~kept
+        if not bool(missed.any()):
+            whole = whole.to(found.residual.dtype)
+            return found._replace(residual=whole, converged=whole <= problem.tol)
+        kept = kept | missed
+    return _together(problem, args, start, strengths, None)
+
+
+def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
+    return vmap(lambda strength: problem.solve(start, strength, args, kept))(strengths)
+
+
+@public_state
+class CrossValidation(NamedTuple):
+    """What `cross_validate` found.
+
+    Example:
+        >>> x = torch.eye(4, dtype=torch.float64)
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y).square().mean() / 2
+        >>> cross_validate(loss, x[0], l1, data=(x, x[:, 0]), folds=2, strengths=[0.5, 0.1]).scores.shape
+        torch.Size([2, 2])
+    """
+
+    strengths: Tensor  # Falling.
+    scores: Tensor  # The loss on what was held out, a row for each fold.
+    mean: Tensor  # Over folds.
+    standard_error: Tensor
+    best: Tensor  # The strength of the least mean.
+    one_standard_error: Tensor  # The greatest whose mean is within one standard error of it.
+    params: Params  # Fitted to all data with the best strength.
+
+
+def cross_validate(
+    loss: Callable[..., Tensor],
+    params: Params,
+    penalty: Penalty,
+    *hyper: Hyper,
+    data: tuple[Any, ...],
+    folds: int | Sequence[Tensor] = 5,
+    strengths: Tensor | Sequence[float] | None = None,
+    count: int = 100,
+    ratio: float = 1e-3,
+    mask: Mask | None = None,
+    tol: float = 1e-8,
+    max_steps: int = 10_000,
+    **options: Any,
+) -> CrossValidation:
+    r"""Choose a strength by the loss on held-out samples; all folds and some strengths at a time in one ensemble.
+
+    Args:
+        loss: `loss(params, *data)`, a mean over samples.
+        params: Parameters like those wanted.
+        penalty: A penalty :math:`g`.
+        hyper: Its hyperparameters.
+        data: Tensors, or trees of them, with one entry a sample along the first dimension.
+        folds: Number of folds, at least 2: consecutive samples, as scikit-learn's `KFold`. Or, for each fold, the
+            places of the samples that are held out.
+        strengths: Numbers of at least 0; by default those of `regularization_path` on all data.
+        count: Number of strengths.
+        ratio: The least strength as a share of the greatest.
+        mask: Leaves on which the penalty acts.
+        tol: Greatest `kkt_residual` of a solution.
+        max_steps: Steps for each strength after which to give up.
+        options: Static options of the penalty.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(40, 5, dtype=torch.float64, generator=generator)
+        >>> y = x[:, 0] + 0.1 * torch.randn(40, dtype=torch.float64, generator=generator)
+        >>> def loss(w, x, y):
+        ...     return (x @ w - y).square().mean() / 2
+        >>> found = cross_validate(loss, torch.zeros(5, dtype=torch.float64), l1, data=(x, y), count=20)
+        >>> found.params != 0
+        tensor([ True, False, False, False, False])
+    """
+    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, 1.0, data)
+
+    samples = {len(x) if x.ndim else 0 for x in tree_leaves(data)}
+    if len(samples) != 1:
+        raise ValueError(f"data have {sorted(samples)} samples; expected tensors with one entry a sample")
+    held_out = _folds(folds, samples.pop(), tree_leaves(data)[0].device)
+    objective = lambda point: loss(point, *data)
+    start = _null(objective, params, mask)
+    falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
+    scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
+    for size in {len(places) for places, _ in held_out}:  # Folds of one size are one ensemble.
+        which = [i for i, (places, _) in enumerate(held_out) if len(places) == size]
+        tests, trains = (torch.stack([held_out[i][k] for i in which]) for k in (0, 1))
+        scores[which] = _scores(problem, start, data, tests, trains, falling)
+    mean = scores.mean(0)
+    error = scores.std(0) / len(held_out) ** 0.5
+    least = int(mean.argmin())
+    simplest = int((mean <= mean[least] + error[least]).int().argmax())
+    fitted = problem.solve(start, falling[least], data)
+    return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params)
+
+
+def _folds(folds: int | Sequence[Tensor], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For each fold the places of samples that are held out, and of the others."""
+    if isinstance(folds, int):
+        if isinstance(folds, bool) or not 2 <= folds <= samples:
+            raise ValueError(f"folds is {folds!r}; expected a whole number from 2 to the number of samples, {samples}")
+        tests = list(torch.arange(samples, device=device).tensor_split(folds))
+    else:
+        tests = [torch.as_tensor(places, dtype=torch.int64, device=device) for places in folds]
+    found = []
+    for number, places in enumerate(tests):
+        held = torch.zeros(samples, dtype=torch.bool, device=device)
+        if not len(places) or int(places.min()) < 0 or int(places.max()) >= samples:
+            raise ValueError(f"fold {number} holds out {places.tolist()[:10]}; expected places of {samples} samples")
+        held[places] = True
+        if bool(held.all()):
+            raise ValueError(f"fold {number} holds out all samples")
+        found.append((held.nonzero()[:, 0], (~held).nonzero()[:, 0]))
+    return found
+
+
+def _scores(problem: Problem, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor) -> Tensor:
+    """The loss on held-out samples, for some folds of one size and all strengths."""
+    rows = lambda places: tree_map(lambda x: x[places], data)
+    training, testing = rows(trains), rows(tests)
+    begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
+
+    def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Params]:
+        found = vmap(lambda strength: problem.solve(begin, strength, training).params)(some)
+        return vmap(lambda point: problem.loss(point, *testing))(found), tree_map(lambda w: w[-1], found)
+
+    columns = []
+    for some in strengths.split(_TOGETHER):
+        found, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
+        columns.append(found)
+    return torch.cat(columns, 1).to(strengths.dtype)

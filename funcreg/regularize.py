@@ -1,0 +1,649 @@
+"""Penalties on any torch optimizer: a hook after its step applies their proximal operator, with that step's size.
+
+An optimizer goes down once, and a hook follows: it reads the step and the metric from the optimizer's state
+(`denominators`), makes trees of the parameters that moved, and lands them with the mathematics of `proximal`, leaf by
+leaf or through `fuse`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
+from funcreg.constraints import Constraint
+from funcreg.construction import Call
+from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
+from funcreg.descent import check_inner_steps
+from funcreg.fused import FusedStep, fuse
+from funcreg.penalty import Penalty, Sum
+from funcreg.proximal import land
+from funcreg.regularizing import check_penalty
+from funcreg.transform import (
+    Transform,
+    at_step,
+    check_fit,
+    check_selection,
+    flags,
+    is_scheduled,
+    nonnegative,
+    positive,
+)
+from funcreg.tree import (
+    ABSENT,
+    Absent,
+    compute,
+    compute_wide,
+    mask_leaves,
+    plain_names,
+    product,
+    scalar_device,
+    tree_leaves,
+)
+
+#: Entries from which on a compiled step saves more than its first call costs.
+_WORTH_COMPILING = 1 << 20
+#: Sets of leaves for which a compiled step is kept.
+_LAYOUTS = 4
+
+
+def regularize(
+    optimizer: Optimizer,
+    penalty: Penalty,
+    *hyper: Hyper | Schedule,
+    strength: Hyper | Schedule = 1.0,
+    module: nn.Module | None = None,
+    mask: Mask | None = None,
+    metric: Callable[[Entries, Entries], Any] | None = None,
+    inner_steps: int | None = None,
+    max_step: Scalar | None = None,
+    compile: bool | None = None,
+    **options: Any,
+) -> Regularization:
+    r"""Penalize what a torch optimizer trains, :math:`f + \lambda g`, with exact zeros, as `prox_sgd` and `prox_adam`.
+
+    After each `optimizer.step()` a hook applies the proximal operator of the penalty, with the step that was taken:
+    the learning rate that the group has now, whatever its scheduler; 1 / (1 - momentum) for a buffer; the denominators
+    of Adam and its kin. Nothing else changes, and the `state_dict` of the optimizer neither. Gradients are those of the
+    loss without the penalty, which counts once a step, also where gradients are accumulated.
+
+    It follows SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta and Adafactor, in all their variants,
+    and others if `metric` is given. A constraint, as in `regularize(optimizer, max_norm, 3.0)`, follows any optimizer
+    but LBFGS: in the metric if there is one, else to the nearest point.
+
+    A parameter without a gradient in a step stays where it is, as the optimizer leaves it; steps that a `GradScaler`
+    skips are none. An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
+    :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise `eps`, or give `max_step`.
+
+    Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
+    without it: call `regularize` again on these, and after the model was built anew, before it is trained on.
+
+    Args:
+        optimizer: The optimizer. Groups and parameters may be added to it later.
+        penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
+        hyper: Its hyperparameters: numbers, tensors, schedules or trees.
+        strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
+            of steps, or a tree of them by the names of parameters.
+        module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
+            unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
+            left out of names.
+        mask: Parameters on which the penalty acts, among those of the optimizer; by default all of them.
+        metric: For optimizers that are not known: from the state of a parameter, and its param group, to by what the
+            step divides `lr` times a mean gradient, a number or a tensor.
+        inner_steps: For a penalty without a proximal operator in a metric, as in `proximal_step`.
+        max_step: Greatest :math:`\eta / h` of the proximal step, above 0; where that is less than the step of the
+            optimizer, the penalty is weaker. None for no bound.
+        compile: Whether to compile the step, in which the first call takes seconds; by default where a million entries
+            or more are penalized.
+        options: Static options of the penalty, such as `dim`.
+
+    Raises:
+        ValueError: The optimizer has no step that a penalty can follow, the penalty no proximal operator, the mask
+            chooses nothing, the module has not the parameters of the optimizer, or they are regularized already.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([5.0, 0.1]))
+        >>> optimizer = torch.optim.Adam([w], lr=0.1)
+        >>> handle = regularize(optimizer, l1, strength=0.3)
+        >>> for _ in range(400):
+        ...     optimizer.zero_grad()
+        ...     (0.5 * (w - torch.tensor([1.0, 0.2])).square()).sum().backward()
+        ...     optimizer.step()
+        >>> w.detach(), handle.penalty_value()
+        (tensor([0.7000, 0.0000]), tensor(0.2100))
+        >>> handle
+        regularize(Adam, l1, strength=0.3) on 1 of 1 parameters
+        >>> handle.remove()
+
+    References:
+        Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer is {optimizer!r}; expected one of torch, such as torch.optim.AdamW(...)")
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"module is {module!r}; expected the torch.nn.Module that the optimizer trains")
+    nonnegative(strength=strength)
+    check_penalty(penalty, hyper, options)
+    check_selection(mask)
+    check_inner_steps(inner_steps)
+    if max_step is not None:
+        positive(max_step=max_step)
+    if compile is not None:
+        flags(compile=compile)
+    optimizer = unwrapped(optimizer)
+    rule = rule_of(optimizer, metric, _projects(penalty))
+    task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
+    given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
+    shown = {k: v for k, v in given.items() if v is not None and not (k == "strength" and v is strength == 1.0)}
+    call = Call(regularize, (type(optimizer), penalty, *hyper), {**shown, **options})
+    return Regularization(optimizer, task, _Names(optimizer, module, mask), compile, str(call))
+
+
+def _projects(penalty: Penalty) -> bool:
+    """Whether a penalty is a constraint, or made of nothing else."""
+    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+        return isinstance(penalty, Constraint)
+    return all([_projects(term.penalty) for term in penalty.structure.parts()])
+
+
+# What is computed
+
+
+class Task(NamedTuple):
+    """A penalty with all that it takes, and the rule of the optimizer that it follows."""
+
+    penalty: Penalty
+    hyper: tuple[Hyper | Schedule, ...]
+    strength: Hyper | Schedule
+    options: dict[str, Any]
+    rule: Rule
+    inner_steps: int | None
+    max_step: Scalar | None
+
+    @property
+    def is_scheduled(self) -> bool:
+        return is_scheduled(self.strength, *self.hyper)
+
+    def at(self, steps: int) -> tuple[Hyper, ...]:
+        """Strength and hyperparameters at a step."""
+        strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))  # pyright: ignore[reportArgumentType]
+        if self.is_scheduled:
+            nonnegative(strength=strength)
+        return (strength, *hyper)
+
+    def inner(self, params: Params) -> int | None:
+        """How many inner steps are taken; None for the penalty's own rule."""
+        if self.inner_steps is not None or self.rule.source is None:
+            return self.inner_steps
+        _, *values = self.at(0)
+        return None if self.penalty.in_metric(params, *values, **self.options) else 1
+
+    def land(
+        self,
+        start: Params,
+        reached: Params,
+        sources: Params | None,
+        scalars: Sequence[Hyper],
+        values: Sequence[Hyper],
+        count: int | None,
+    ) -> Params:
+        """The proximal point of what an optimizer reached.
+
+        Args:
+            start: The parameters before the step, of which the first of inner steps needs to know.
+            reached: The parameters after it.
+            sources: What the metric is made of.
+            scalars: The step and what else the metric is made of, each one for all leaves or a tree.
+            values: Strength and hyperparameters.
+            count: Number of inner steps.
+        """
+        rate, *rest = scalars
+        h = None if sources is None else compute_wide(self.rule.metric, sources, hyper=rest)
+        if h is not None and self.max_step is not None:
+            h = compute_wide(lambda h, r, m: h.clamp(min=r / m), h, hyper=(rate, self.max_step))
+        step = product(reached, rate, values[0])
+        return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
+
+    def value(self, params: Params, steps: int) -> Tensor:
+        """Strength times penalty."""
+        strength, *values = self.at(steps)
+        return self.penalty.weighted_value(params, strength, *values, **self.options)
+
+    def check(self, params: Params) -> set[str]:
+        """The leaves that a proximal step touches, or the error that it would raise; without computing it, if possible.
+
+        Raises:
+            ValueError: There is no such step for these parameters.
+        """
+        values = self.at(0)
+        check_fit(params, None, *values)
+        try:
+            likes = {k: w if isinstance(w, Absent) else torch.empty_like(w, device="meta") for k, w in params.items()}
+            return self._touched(likes, values)
+        except (NotImplementedError, RuntimeError):  # Something has to see numbers.
+            return self._touched(params, values)
+
+    def _touched(self, params: Params, values: Sequence[Hyper]) -> set[str]:
+        h = None
+        if self.rule.source is not None:
+            h = {k: w if isinstance(w, Absent) else torch.ones_like(w.real) for k, w in params.items()}
+        step, count = product(params, 1.0, values[0]), self.inner(params)
+        landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
+        return {k for k, w in params.items() if landed[k] is not w}
+
+
+class _Slots(NamedTuple):
+    """What a compiled step reads anew: scalars of each class of leaves, and values that follow a schedule."""
+
+    scalars: list[list[Tensor]]
+    values: list[Tensor]
+
+
+def _laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Params) -> list[Hyper]:
+    """Scalars of each class as hyperparameters: one for all leaves if there is one class, else trees."""
+    # Tensors are one if they are the same: inside a compiler, and on a device, their numbers are not known.
+    like = lambda x, first: x is first or (not isinstance(x, Tensor) and not isinstance(first, Tensor) and x == first)
+    same = lambda i: all([like(column[i], columns[0][i]) for column in columns])
+    spread = lambda i: {k: w if isinstance(w, Absent) else columns[classes[k]][i] for k, w in tree.items()}
+    return [columns[0][i] if same(i) else spread(i) for i in range(len(columns[0]))]
+
+
+class _Compiled:
+    """A compiled step for one set of leaves."""
+
+    def __init__(self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any) -> None:
+        leaves = tree_leaves(params)
+        exact = torch.float64 if any([w.dtype in (torch.float64, torch.complex128) for w in leaves]) else torch.float32
+        device = scalar_device(params)
+        slot = lambda: torch.zeros((), dtype=exact, device=device)
+        self._moving = [i for i, value in enumerate((task.strength, *task.hyper)) if callable(value)]
+        self._slots = _Slots([[slot() for _ in column] for column in columns], [slot() for _ in self._moving])
+        self._last: dict[int, Any] = {}
+        fixed = list(values)
+
+        def update(sources: Params, slots: _Slots, params: Params) -> tuple[Params, _Slots]:
+            given = list(fixed)
+            for i, value in zip(self._moving, slots.values, strict=True):
+                given[i] = value
+            h = None if task.rule.source is None else sources
+            scalars = slots.scalars
+            if task.penalty.couples_leaves:
+                scalars = [[scalars[0][0], *column[1:]] for column in scalars]
+            landed = task.land(params, params, h, _laid_out(scalars, classes, params), given, None)
+            # In the dtype of the parameters, or w + (0 - w) would not be 0.
+            return compute(lambda w, z: z - w, params, landed), slots
+
+        self._step: FusedStep = fuse(Transform(lambda params: self._slots, update), donate=True)
+
+    def __call__(self, params: Params, sources: Params, columns: Any, values: Any) -> None:
+        given = [x for column in columns for x in column] + [values[i] for i in self._moving]
+        places = [x for column in self._slots.scalars for x in column] + self._slots.values
+        for i, (place, x) in enumerate(zip(places, given, strict=True)):
+            if isinstance(x, Tensor):
+                place.copy_(x)
+            elif self._last.get(i) != x:
+                place.fill_(x)
+            self._last[i] = None if isinstance(x, Tensor) else x
+        self._step(params, sources, self._slots)
+
+
+# Which leaves it is computed for
+
+
+class _Names:
+    """The names of the parameters of an optimizer, and which of them are penalized."""
+
+    def __init__(self, optimizer: Optimizer, module: nn.Module | None, mask: Mask | None) -> None:
+        self.module, self.mask = module, mask
+        self.read(optimizer)
+
+    def read(self, optimizer: Optimizer) -> None:
+        """Name all parameters that the optimizer has now."""
+        raw = _names(optimizer, self.module)
+        plain = plain_names(tuple(raw.values()))
+        short = plain if len(set(plain)) == len(plain) else tuple(raw.values())
+        self._plain = dict(zip(raw.values(), short, strict=True))
+        self.names = dict(zip(raw, short, strict=True))
+        params = {name: w.detach() for w, name in self.names.items()}
+        try:
+            bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
+        except ValueError as error:
+            if self.module is None and not any("param_names" in group for group in optimizer.param_groups):
+                raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
+            raise
+        # In the order of leaves, which is that of sorted keys.
+        self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
+        self.count = len(params)
+
+    def _own(self, mask: Mask) -> Mask:
+        """A mask by the names of the module as one by the names here."""
+        if not isinstance(mask, dict):
+            return mask
+        lost = [name for name, chosen in mask.items() if chosen is True and not self._knows(name)]
+        if lost:
+            raise ValueError(f"mask chooses {lost[0]!r}, which the optimizer does not hold; it holds {self._listed()}")
+        return self.renamed({name: chosen for name, chosen in mask.items() if self._knows(name)})
+
+    def renamed(self, tree: Any) -> Any:
+        """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
+        return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
+
+    def _knows(self, name: str) -> bool:
+        return name in self._plain or name in self._plain.values()
+
+    def _listed(self) -> str:
+        return ", ".join(list(self._plain.values())[:20])
+
+    def tree(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        """A tree of some leaves, without the others."""
+        return {name: leaves.get(name, ABSENT) for name in self.names.values()}
+
+    def penalized(self) -> dict[str, Tensor]:
+        return {name: w for w, name in self.names.items() if name in self.chosen}
+
+
+def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
+    """The names of all parameters: those in the module, those that the optimizer was given, or their places."""
+    known = {} if module is None else {w: name for name, w in module.named_parameters()}
+    found: dict[Tensor, str] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names")
+        for j, w in enumerate(group["params"]):
+            if module is not None and w not in known:
+                raise ValueError(
+                    f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
+                    f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
+                    "were replaced, as by to() or a wrapper?"
+                )
+            found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
+    return found
+
+
+class _Moved(NamedTuple):
+    """A penalized parameter that a step has moved."""
+
+    name: str
+    w: Tensor
+    group: int
+
+
+class Regularization:
+    """A penalty on an optimizer; see `regularize`.
+
+    Args:
+        optimizer: The optimizer.
+        task: What is computed.
+        names: The names of its parameters.
+        compile: Whether to compile the step, or None for where it pays.
+        said: The call, as it is written.
+    """
+
+    def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
+        strength, *hyper = map(names.renamed, (task.strength, *task.hyper))
+        self._task = task._replace(strength=strength, hyper=tuple(hyper))
+        self._names, self._said, self._compile = names, said, compile
+        self._optimizer = weakref.ref(optimizer)
+        self.steps = 0
+        self._inner = self._checked()
+        self._check_once(optimizer)
+        self._notes: dict[Tensor, Any] = {}
+        self._starts: dict[Tensor, Tensor] = {}
+        self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
+        self._counted: list[Any] = []
+        self._classes: list[int] = []
+        self._layouts: dict[Any, _Compiled | None] = {}
+        self._restored = False
+        self._hooks = [optimizer.register_step_post_hook(self._after)]
+        if task.rule.note is not None or self._inner is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before))
+        if task.is_scheduled:
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        vars(optimizer).setdefault(_OWN, []).append(self)
+
+    def __repr__(self) -> str:
+        return f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+
+    def remove(self) -> None:
+        """Take the penalty off: steps from now on are those of the optimizer alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._notes, self._starts, self._layouts = {}, {}, {}
+        optimizer = self._optimizer()
+        if optimizer is not None and self in vars(optimizer).get(_OWN, []):
+            vars(optimizer)[_OWN].remove(self)
+
+    def penalty_value(self) -> Tensor:
+        r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
+        with torch.no_grad():
+            leaves = {name: w.detach() for name, w in self._names.penalized().items()}
+            return self._task.value(self._names.tree(leaves), self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, from which schedules go on, and the sums of weights in momentum buffers."""
+        return {"steps": self.steps, "buffers": dict(self._buffers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; to be called after that of the optimizer."""
+        known = isinstance(state, dict) and isinstance(state.get("buffers"), dict)
+        if not known or type(state.get("steps")) is not int or state["steps"] < 0:
+            raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
+        self.steps, self._buffers, self._restored = state["steps"], dict(state["buffers"]), False
+
+    # Checks
+
+    def _checked(self) -> int | None:
+        """The number of inner steps, after a try that raises the errors of the first step now."""
+        leaves = self._names.penalized()
+        if self._task.rule.source is not None:
+            for name, w in leaves.items():
+                if w.is_complex():
+                    raise ValueError(
+                        f"parameter '{name}' is complex, and this optimizer divides its real and imaginary parts by "
+                        "numbers of their own, for which no proximal operator is known. Leave it out with mask=, or "
+                        "take SGD."
+                    )
+        tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
+        with torch.no_grad():
+            self._touched = self._task.check(tree)
+            return self._task.inner(tree)
+
+    def _check_once(self, optimizer: Optimizer) -> None:
+        """Raise an error if another penalty is on the same parameters already."""
+        mine = self._task.penalty
+        for other in vars(optimizer).get(_OWN, []):
+            theirs, shared = other._task.penalty, self._names.penalized().keys() & other._names.penalized().keys()
+            apart = {id(w) for w in self._names.penalized().values()}
+            shared = [name for name, w in other._names.penalized().items() if id(w) in apart]
+            if shared and (mine is theirs or not (_projects(mine) or _projects(theirs))):
+                remedy = "remove() it first, or give one strength" if mine is theirs else "Regularize with their sum"
+                raise ValueError(
+                    f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
+                    f"that of both. {remedy}, as in regularize(optimizer, a + b)."
+                )
+
+    # The step
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Note what has to be known from before a step."""
+        with torch.no_grad():
+            for w, name in self._names.names.items():
+                if name in self._names.chosen and self._task.rule.note is not None:
+                    self._notes[w] = self._task.rule.note(w, optimizer.state.get(w, {}))
+                if name in self._names.chosen and self._inner is not None:
+                    self._starts[w] = w.detach().clone()
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Land where a step has led."""
+        skipped = getattr(optimizer, "found_inf", None)  # Of a GradScaler, whose optimizer skips inside its kernel.
+        if isinstance(skipped, Tensor) and skipped.device.type == "cpu":
+            if skipped.item():
+                return
+            skipped = None
+        if self._restored:
+            self._restored = False
+            warnings.warn(
+                f"the optimizer was restored, but {self!r} follows a schedule from step {self.steps}. Save "
+                "handle.state_dict() beside the optimizer's, and load it after that.",
+                stacklevel=2,
+            )
+        moved = self._moved(optimizer)
+        if not moved:
+            self._say_nothing_moved()
+            return
+        values, self.steps = self._task.at(self.steps), self.steps + 1
+        differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
+        with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+            self._land(optimizer, moved, values, skipped)
+
+    def _moved(self, optimizer: Optimizer) -> list[_Moved]:
+        if sum([len(group["params"]) for group in optimizer.param_groups]) != self._names.count:
+            self._names.read(optimizer)
+            self._inner = self._checked()
+        names, chosen, moved = self._names.names, self._names.chosen, []
+        for i, group in enumerate(optimizer.param_groups):
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                if w not in names:
+                    self._names.read(optimizer)
+                    names, chosen = self._names.names, self._names.chosen
+                if names[w] in chosen:
+                    moved.append(_Moved(names[w], w, i))
+        return moved
+
+    def _say_nothing_moved(self) -> None:
+        if self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
+            warnings.warn(
+                f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
+                "another hook of the optimizer, which came first, set gradients to None?",
+                stacklevel=2,
+            )
+
+    def _columns(self, optimizer: Optimizer, moved: list[_Moved]) -> list[tuple[Scalar, ...]]:
+        """The scalars of each class of parameters: those of one group that have seen as many steps."""
+        rule, groups, state = self._task.rule, optimizer.param_groups, lambda w: optimizer.state.get(w, {})
+        counted = [state(m.w)["step"] if rule.counts else m.group for m in moved]
+        if len(counted) != len(self._counted) or any([a is not b for a, b in zip(counted, self._counted, strict=True)]):
+            # Counters that were the same, and have counted together since, are the same: read once, for devices.
+            self._counted = counted
+            keys = list(zip([m.group for m in moved], _numbers(counted), strict=True))
+            numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+            self._classes = [numbers[key] for key in keys]
+        firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
+        factors = self._gains(groups, {m.group for m in moved}) if rule.buffers else {}
+        columns = []
+        for m in [moved[i] for i in firsts]:
+            rate, *rest = rule.scalars(state(m.w), groups[m.group])
+            columns.append((rate * factors[m.group] if m.group in factors else rate, *rest))
+        return columns
+
+    def _gains(self, groups: list[Entries], moved: set[int]) -> dict[int, Scalar]:
+        """By how much the directions of some groups exceed a gradient, also while a scheduler changes momentum."""
+        found: dict[int, Scalar] = {}
+        for i in moved:
+            momentum = groups[i]["momentum"]
+            if isinstance(momentum, Tensor) or momentum != 0:
+                self._buffers[i] = buffered(groups[i], self._buffers.get(i))
+                found[i] = gain(groups[i], self._buffers[i])
+        return found
+
+    def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
+        task, tree = self._task, self._names.tree
+        columns = self._columns(optimizer, moved)
+        if task.penalty.couples_leaves:
+            self._check_all_moved(moved)
+            columns = self._one_rate(columns)
+        keeps = torch.is_grad_enabled()
+        classes = {m.name: i for m, i in zip(moved, self._classes, strict=True)}
+        reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
+        sources = None
+        if task.rule.source is not None:
+            # Without a look that makes an entry where there is none: the state stays what it was.
+            state, groups, read = optimizer.state, optimizer.param_groups, task.rule.source
+            sources = tree(
+                {m.name: read(m.w, state.get(m.w, {}), groups[m.group], self._notes.get(m.w)) for m in moved}
+            )
+        if not keeps and skipped is None and self._may_compile(moved):
+            # Gradients are not read where there is no metric, but stand for what is like the parameters.
+            read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
+            compiled = self._layout(reached, read_from, classes, columns, values)
+            if compiled is not None:
+                compiled(reached, read_from, columns, values)
+                return
+        starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
+        scalars = _laid_out(columns, classes, reached)
+        landed = task.land(starts, reached, sources, scalars, values, self._inner)
+        for m in moved:
+            z = landed[m.name]
+            m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
+
+    def _check_all_moved(self, moved: list[_Moved]) -> None:
+        """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
+        still = self._touched - {m.name for m in moved}
+        if still:
+            raise ValueError(
+                f"{self._task.penalty!r} couples leaves, and '{min(still)}' has no gradient in this step, so that its "
+                "part of a group would stand still. Is it frozen, or not used by this loss? Leave it out of the groups."
+            )
+
+    def _one_rate(self, columns: list[tuple[Scalar, ...]]) -> list[tuple[Scalar, ...]]:
+        """The columns with one rate for all leaves, or an error where they have several."""
+        rates = [_known(column[0]) for column in columns]
+        if any([rate != rates[0] for rate in rates]):
+            said = " and ".join(map(str, dict.fromkeys(rates)))
+            raise ValueError(
+                f"{self._task.penalty!r} couples leaves, which have to take one step; those of the param groups "
+                f"differ, {said} (the learning rate, times 1 / (1 - momentum) for a buffer). Give the groups that it "
+                "couples one learning rate and momentum, or regularize leaf by leaf, with group_lasso."
+            )
+        return [(columns[0][0], *column[1:]) for column in columns]
+
+    def _may_compile(self, moved: list[_Moved]) -> bool:
+        if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
+            return False
+        return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
+
+    def _layout(
+        self, reached: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
+    ) -> _Compiled | None:
+        """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
+        key = tuple(classes.items())
+        if key not in self._layouts and len(self._layouts) < _LAYOUTS:
+            scheduled_trees = [
+                x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
+            ]
+            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((reached, sources))])
+            fits = plain and not scheduled_trees
+            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values) if fits else None
+        return self._layouts.get(key)
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        self._restored = self._task.is_scheduled
+
+
+#: Where an optimizer keeps the penalties on it.
+_OWN = "_funcreg_regularizations"
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _known(rate: Any) -> Any:
+    """A number, where it may be read without a wait for a device; else the tensor's identity."""
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.device.type == "cpu" else id(rate)
+    return rate
+
+
+def _numbers(counted: list[Any]) -> list[Any]:
+    """Counters as numbers, read from each device at once."""
+    tensors = [x for x in counted if isinstance(x, Tensor)]
+    if len(tensors) < len(counted):
+        return [float(x) for x in counted]
+    if len({x.device for x in tensors}) > 1 or any([type(x) is not Tensor for x in tensors]):
+        return [x.item() for x in tensors]
+    return torch.stack(tensors).tolist()

@@ -1,0 +1,348 @@
+"""Minima are those of scikit-learn, certified for every penalty, and have the derivatives of the implicit function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours, flat, normal
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso
+from torch import Tensor
+from torch.func import grad, jacfwd, jacrev, vmap
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+import funcreg as fr
+
+
+def number(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64, device=DEVICE)
+
+
+def standard(load) -> tuple[Tensor, Tensor]:
+    x, y = load(return_X_y=True)
+    return torch.tensor((x - x.mean(0)) / (x.std(0) + 1e-9), device=DEVICE), torch.tensor(y, device=DEVICE)
+
+
+def squares(params, x, y):
+    return (x @ params["w"] + params.get("b", 0.0) - y).square().mean() / 2
+
+
+def logistic(params, x, y):
+    return binary_cross_entropy_with_logits(x @ params["w"] + params["b"], y.double())
+
+
+def softmax(params, x, y):
+    return cross_entropy(x @ params["w"].T + params["b"], y)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=DEVICE)
+
+
+# scikit-learn
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 10.0, 100.0])
+def test_the_lasso_of_scikit_learn(strength):
+    x, y = standard(load_diabetes)
+    found = fr.minimize(
+        squares, {"w": zeros(10), "b": zeros()}, fr.l1, strength=strength, args=(x, y), mask=fr.select("w")
+    )
+    expected = Lasso(strength, tol=1e-14, max_iter=100_000).fit(x.cpu().numpy(), y.cpu().numpy())
+    np.testing.assert_allclose(found.params["w"].cpu(), expected.coef_, atol=1e-9)
+    np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected.coef_ == 0)
+    assert found.converged
+    assert found.residual <= 1e-8
+    assert abs(float(found.params["b"]) - expected.intercept_) < 1e-9
+
+
+def test_the_elastic_net_of_badly_scaled_columns():
+    x, y = standard(load_diabetes)
+    x, y = x * torch.logspace(-3, 3, 10, dtype=torch.float64, device=DEVICE), y - y.mean()
+    found = fr.minimize(squares, {"w": zeros(10)}, fr.elastic, 0.5, 0.9, args=(x, y))
+    expected = ElasticNet(alpha=0.5, l1_ratio=0.9, fit_intercept=False, tol=1e-15, max_iter=1_000_000)
+    expected = expected.fit(x.cpu().numpy(), y.cpu().numpy()).coef_
+    assert found.converged
+    np.testing.assert_allclose(found.params["w"].cpu(), expected, rtol=1e-7, atol=1e-12)
+
+
+def test_the_lasso_of_several_tasks():
+    x, y = standard(load_diabetes)
+    targets = torch.stack([y, y.flip(0), y.square() / 100], 1) - y.mean()
+    loss = lambda w, x, y: (x @ w.T - y).square().sum() / (2 * len(x))
+    found = fr.minimize(loss, zeros(3, 10), fr.group_lasso, strength=8.0, args=(x, targets), dim=0)
+    expected = MultiTaskLasso(8.0, fit_intercept=False, tol=1e-14, max_iter=100_000)
+    expected = expected.fit(x.cpu().numpy(), targets.cpu().numpy()).coef_
+    np.testing.assert_allclose(found.params.cpu(), expected, atol=1e-7)
+    np.testing.assert_array_equal(found.params.cpu() == 0, expected == 0)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.01, 0.001])
+def test_logistic_regression_with_a_free_intercept(strength):
+    x, y = standard(load_breast_cancer)
+    found = fr.minimize(
+        logistic, {"w": zeros(30), "b": zeros()}, fr.l1, strength=strength, args=(x, y), mask=fr.select("w")
+    )
+    assert found.converged
+    model = LogisticRegression(C=1 / (strength * len(y)), l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=20_000)
+    weights = model.fit(x.cpu().numpy(), y.cpu().numpy()).coef_[0] if strength > 0.05 else found.params["w"].cpu()
+    np.testing.assert_allclose(found.params["w"].cpu(), weights, atol=1e-5)
+    slopes = grad(logistic)(found.params, x, y)
+    residual = fr.kkt_residual(found.params, slopes, fr.l1, strength=strength, mask=fr.select("w"))
+    torch.testing.assert_close(residual, found.residual, rtol=0, atol=1e-12)
+    assert residual <= 1e-8
+
+
+@pytest.mark.parametrize("load", [load_wine, pytest.param(load_digits, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strength", [0.1, 0.03])
+def test_softmax_regression_with_groups_of_classes_is_certified(load, strength):
+    x, y = standard(load)
+    params = {"w": zeros(int(y.max()) + 1, x.shape[1]), "b": zeros(int(y.max()) + 1)}
+    found = fr.minimize(
+        softmax, params, fr.group_lasso, strength=strength, args=(x, y), mask=fr.select("w"), dim=0, max_steps=500
+    )
+    dead = (found.params["w"] == 0).all(0)
+    assert found.converged
+    assert 0 < dead.sum() < len(dead)
+    assert int(found.steps) < 100
+
+
+# Every penalty
+
+
+def quadratic(params, goal):
+    return sum(
+        (
+            (0.5 + torch.linspace(0, 1, w.numel(), dtype=w.dtype, device=w.device).reshape(w.shape)) * (w - g).square()
+        ).sum()
+        for w, g in zip(fr.tree_leaves(params), fr.tree_leaves(goal), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, case in PENALTIES.items() if not case.unshaped])
+def test_every_penalty_is_minimized(name):
+    case = PENALTIES[name]
+    goal = (draw_fours if case.least_ndim > 1 else draw)(3)
+    mask = fr.select(min_ndim=case.least_ndim) if case.least_ndim else None
+    begin = fr.tree_map(torch.zeros_like, goal) if not case.nonconvex else goal
+    found = fr.minimize(
+        quadratic, begin, case.penalty, *case.hyper, strength=0.5, args=(goal,), mask=mask, max_steps=2000, tol=1e-7,
+        **case.options,
+    )  # fmt: skip
+    if case.nonconvex and case.ruleless:  # Its residual is that of a step of one size, which may jump elsewhere.
+        assert quadratic(found.params, goal).isfinite()
+        return
+    assert found.converged, found.residual
+    if case.nonconvex:
+        return
+    objective = lambda point: quadratic(point, goal) + 0.5 * case.value(point, mask=mask)
+    least, generator = objective(found.params), torch.Generator().manual_seed(0)
+    for size in (1e-3, 0.1):
+        other = fr.tree_map(lambda w, size=size: w + size * normal(generator, *w.shape), found.params)
+        assert objective(other) >= least - 1e-12
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_constraint_is_obeyed(name):
+    case = CONSTRAINTS[name]
+    goal = draw_fours(5)
+    found = fr.minimize(
+        quadratic, goal, case.penalty, *case.hyper, args=(goal,), max_steps=500, tol=1e-6, **case.options
+    )
+    assert case.penalty(found.params, *case.hyper, **case.options) == 0
+
+
+# Members
+
+
+def test_members_are_those_of_a_loop():
+    x, y = standard(load_diabetes)
+    strengths = torch.logspace(-1, 1.5, 7, dtype=torch.float64, device=DEVICE)
+    data = torch.stack([x, x.flip(1)])
+    one = lambda strength, x: fr.minimize(squares, {"w": zeros(10)}, fr.l1, strength=strength, args=(x, y))
+    found = vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0))(strengths, data)
+    assert found.converged.all()
+    assert len(found.steps.unique()) > 2  # Members that are done stop.
+    for i in range(2):
+        for k, strength in enumerate(strengths):
+            alone = one(strength, data[i])
+            torch.testing.assert_close(found.params["w"][i, k], alone.params["w"], rtol=0, atol=1e-8)
+            assert torch.equal(found.params["w"][i, k] == 0, alone.params["w"] == 0)
+
+
+def test_nothing_given_is_changed_and_dtypes_stay():
+    params = {"w": torch.ones(3, device=DEVICE), "v": torch.ones(2, dtype=torch.float64, device=DEVICE)}
+    before = fr.tree_map(torch.clone, params)
+    loss = lambda p: (p["w"] - 2).square().sum() + (p["v"] + 1).square().sum()
+    found = fr.minimize(loss, params, fr.l1, strength=0.5, tol=1e-5)
+    assert_equal(params, before)
+    assert found.params["w"].dtype == torch.float32
+    torch.testing.assert_close(found.params["w"], torch.full((3,), 1.75, device=DEVICE))
+    torch.testing.assert_close(found.params["v"], torch.full((2,), -0.75, dtype=torch.float64, device=DEVICE))
+
+
+def test_what_has_not_converged_says_so():
+    x, y = standard(load_diabetes)
+    found = fr.minimize(squares, {"w": zeros(10)}, fr.l1, strength=0.1, args=(x, y), max_steps=2)
+    assert not found.converged
+    assert found.residual > 1e-8
+    assert found.steps == 2
+    hopeless = fr.minimize(lambda w: w.sum() * torch.nan, zeros(2), fr.l1)
+    assert not hopeless.converged
+    in_float32 = fr.minimize(squares, {"w": zeros(10).float()}, fr.l1, strength=0.1, args=(x.float(), y.float()))
+    assert not in_float32.converged
+    assert in_float32.steps < 2000  # Where rounding is all that moves, it ends.
+    assert in_float32.residual < 1e-3
+
+
+def test_a_start_at_the_solution_stays():
+    found = fr.minimize(lambda w: (w - 1).square().sum() / 2, number(0.5), fr.l1, strength=0.5)
+    assert found.steps == 0
+    assert found.params == 0.5
+
+
+# Derivatives
+
+
+def lasso(strength, x, y, **options):
+    return fr.minimize(squares, {"w": zeros(x.shape[1])}, fr.l1, strength=strength, args=(x, y), **options).params["w"]
+
+
+def between(f, at, h=1e-4):
+    return (f(at + h) - f(at - h)) / (2 * h)
+
+
+def test_derivatives_in_the_strength():
+    x, y = standard(load_diabetes)
+    f, at = lambda strength: lasso(strength, x, y), number(2.0)
+    expected = between(f, at)
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(f)(at), expected, rtol=1e-6, atol=1e-6)
+    leaf = at.clone().requires_grad_()
+    f(leaf).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * f(at) @ expected, rtol=1e-6, atol=0)
+    strengths = torch.logspace(-1, 1, 4, dtype=torch.float64, device=DEVICE)
+    size = lambda strength: f(strength).square().sum()
+    many = vmap(grad(size))(strengths)
+    for slope, strength in zip(many, strengths, strict=True):
+        torch.testing.assert_close(slope, between(size, strength), rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_in_hyperparameters():
+    x, y = standard(load_diabetes)
+
+    def net(alpha, rho):
+        return fr.minimize(squares, {"w": zeros(10)}, fr.elastic, alpha, rho, args=(x, y)).params["w"]
+
+    alpha, rho = number(1.5), number(0.7)
+    torch.testing.assert_close(jacrev(net, 0)(alpha, rho), between(lambda a: net(a, rho), alpha), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(jacfwd(net, 1)(alpha, rho), between(lambda r: net(alpha, r), rho), rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_in_one_strength_for_each_weight():
+    x, y = standard(load_diabetes)
+    f = lambda strengths: fr.minimize(squares, {"w": zeros(10)}, fr.l1, strength={"w": strengths}, args=(x, y)).params[
+        "w"
+    ]
+    at = torch.linspace(1, 5, 10, dtype=torch.float64, device=DEVICE)
+    jacobian = jacrev(f)(at)
+    for i in range(10):
+        unit = 1e-4 * torch.eye(10, dtype=torch.float64, device=DEVICE)[i]
+        torch.testing.assert_close(jacobian[:, i], (f(at + unit) - f(at - unit)) / 2e-4, rtol=1e-5, atol=1e-5)
+
+
+def test_derivatives_of_groups_and_in_the_data():
+    x, y = standard(load_diabetes)
+    f = lambda strength, x: (
+        fr.minimize(squares, {"w": zeros(10)}, fr.group_lasso, strength=strength, args=(x, y), dim=None)
+        .params["w"]
+        .square()
+        .sum()
+    )
+    at = number(20.0)
+    torch.testing.assert_close(grad(f)(at, x), between(lambda c: f(c, x), at), rtol=1e-5, atol=0)
+    slopes = grad(f, 1)(at, x)
+    for i, j in ((0, 0), (5, 3), (100, 9)):
+        unit = torch.zeros_like(x)
+        unit[i, j] = 1e-3
+        expected = (f(at, x + unit) - f(at, x - unit)) / 2e-3
+        torch.testing.assert_close(slopes[i, j], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_derivative_of_ridge_is_that_of_its_closed_form():
+    x, y = standard(load_diabetes)
+    y = y - y.mean()
+    closed = lambda c: torch.linalg.solve(
+        x.T @ x / len(x) + c * torch.eye(10, dtype=torch.float64, device=DEVICE), x.T @ y / len(x)
+    )
+    found = lambda c: fr.minimize(squares, {"w": zeros(10)}, fr.half_l2, strength=c, args=(x, y)).params["w"]
+    at = number(0.3)
+    torch.testing.assert_close(found(at), closed(at), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(jacrev(found)(at), jacrev(closed)(at), rtol=1e-6, atol=1e-8)
+
+
+def test_derivatives_beyond_matrices():
+    generator = torch.Generator().manual_seed(0)
+    x, y = normal(generator, 40, 600), normal(generator, 40)
+    f, at = lambda strength: lasso(strength, x, y), number(0.1)
+    expected = between(f, at, 1e-5)
+    assert 0 < (f(at) != 0).sum() < 40
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(f)(at), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [
+    lambda c: fr.prox_sgd(0.5, fr.l1, strength=c),
+    lambda c: fr.prox_adam(0.3, fr.l1, strength=c, b2=0.9),
+    lambda c: fr.fista(0.5, fr.l1, strength=c, restart=False),
+], ids=["prox_sgd", "prox_adam", "fista"])  # fmt: skip
+def test_unrolled_steps_have_derivatives_too(make):
+    goal = torch.tensor([2.0, -1.0, 0.05], dtype=torch.float64, device=DEVICE)
+
+    def trained(strength):
+        tx, w = make(strength), torch.zeros_like(goal)
+        state = tx.init(w)
+        for _ in range(60):
+            updates, state = tx.update(w - goal, state, w)
+            w = fr.apply_updates(w, updates)
+        return w
+
+    at = number(0.3)
+    torch.testing.assert_close(jacrev(trained)(at), between(trained, at, 1e-6), rtol=1e-5, atol=1e-6)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    ({"strength": -1.0}, ValueError, "strength"),
+    ({"tol": -1.0}, ValueError, "tol"),
+    ({"max_steps": 1.5}, ValueError, "max_steps"),
+    ({"args": [1]}, TypeError, "args is a list"),
+    ({"mask": "w"}, TypeError, "select"),
+    ({"dim": 0}, TypeError, "l1 takes"),
+    ({"loss": lambda w: w}, ValueError, r"loss returned shape \(2,\)"),
+    ({"loss": lambda w: 1.0}, ValueError, "loss returned a float"),
+    ({"penalty": "l1"}, TypeError, "expected a Penalty"),
+    ({"params": torch.ones(2, dtype=torch.int64)}, TypeError, "int64"),
+    ({"params": torch.ones(2, dtype=torch.complex64)}, TypeError, "complex"),
+])  # fmt: skip
+def test_bad_input_is_named(change, error, said):
+    given = {"loss": lambda w: w.square().sum(), "params": zeros(2), "penalty": fr.l1} | change
+    loss, params, penalty = (given.pop(name) for name in ("loss", "params", "penalty"))
+    with pytest.raises(error, match=said):
+        fr.minimize(loss, params, penalty, **given)
+
+
+def test_a_penalty_without_a_proximal_operator_is_refused():
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match="prox"):
+        fr.minimize(lambda w: w.square().sum(), zeros(2, 2), fr.orthogonality)
+
+
+def test_it_prints_and_saves(tmp_path):
+    found = fr.minimize(lambda w: (w - 1).square().sum(), zeros(2), fr.l1)
+    assert isinstance(found, fr.Solution)
+    torch.save(found, tmp_path / "found.pt")
+    assert_equal(torch.load(tmp_path / "found.pt"), found)
+    assert flat(found.params).shape == (2,)

@@ -1,0 +1,125 @@
+"""Paths and choices of a strength are those of scikit-learn, and certified for any loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import DEVICE, normal
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
+from test_minimize import logistic, squares, standard, zeros
+from torch.func import grad, vmap
+
+import funcreg as fr
+
+WEIGHTS = {"mask": fr.select("w")}
+
+
+def begin(columns):
+    return {"w": zeros(columns), "b": zeros()}
+
+
+@pytest.mark.parametrize(("penalty", "hyper", "share"), [(fr.l1, (), 1.0), (fr.elastic, (1.0, 0.5), 0.5)])
+def test_paths_of_scikit_learn(penalty, hyper, share):
+    x, y = standard(load_diabetes)
+    path = fr.regularization_path(squares, begin(10), penalty, *hyper, args=(x, y), count=40, **WEIGHTS)
+    most = (x.T @ (y - y.mean())).abs().max() / (len(x) * share)
+    expected = most * 1e-3 ** (torch.arange(40, dtype=torch.float64, device=DEVICE) / 39)
+    data, options = (x.cpu().numpy(), (y - y.mean()).cpu().numpy()), {"tol": 1e-13, "max_iter": 100_000}
+    options["alphas"] = expected.cpu().numpy()
+    solve = lasso_path if share == 1.0 else lambda *args, **options: enet_path(*args, l1_ratio=share, **options)
+    weights = solve(*data, **options)[1]
+    assert path.converged.all()
+    torch.testing.assert_close(path.strengths, expected, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(path.params["w"].cpu(), weights.T, atol=1e-6)
+    np.testing.assert_array_equal(path.params["w"].cpu() == 0, weights.T == 0)
+    assert (path.sparsity.diff() <= 0.1001).all()
+    assert path.sparsity[0] == 1
+    torch.testing.assert_close(path.losses, vmap(lambda p: squares(p, x, y))(path.params))
+
+
+def test_screening_loses_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x = normal(generator, 60, 300)
+    y = x[:, :8].sum(1) + normal(generator, 60)
+    path = fr.regularization_path(squares, {"w": zeros(300)}, fr.l1, args=(x, y), count=20, ratio=0.05)
+    assert path.converged.all()
+    assert (path.residuals <= 1e-8).all()
+    for strength, w in zip(path.strengths, path.params["w"], strict=True):
+        g = grad(squares)({"w": w}, x, y)
+        assert fr.kkt_residual({"w": w}, g, fr.l1, strength=strength) <= 1e-8
+    _, weights, _ = lasso_path(
+        x.cpu().numpy(), y.cpu().numpy(), alphas=path.strengths.cpu().numpy(), tol=1e-13, max_iter=100_000
+    )
+    np.testing.assert_allclose(path.params["w"].cpu(), weights.T, atol=1e-6)
+
+
+def test_losses_and_penalties_that_nobody_else_has():
+    x, y = standard(load_breast_cancer)
+    path = fr.regularization_path(logistic, begin(30), fr.mcp, 1.0, 3.0, args=(x, y), count=6, ratio=0.1, **WEIGHTS)
+    assert path.converged.sum() >= 5  # Where a penalty is not convex, a descent may end elsewhere, and says so.
+    assert torch.equal(path.converged, path.residuals <= 1e-8)
+    groups = fr.sparse_group_lasso.given(1.0, 0.5, dim=None)
+    path = fr.regularization_path(logistic, begin(30), groups, args=(x, y), count=6, ratio=0.05, **WEIGHTS)
+    assert path.converged.all()
+    assert path.sparsity[0] == 1
+
+
+def test_strengths_that_are_given_come_back_in_their_order():
+    x, y = standard(load_diabetes)
+    given = torch.tensor([1.0, 20.0, 5.0], dtype=torch.float64, device=DEVICE)
+    path = fr.regularization_path(squares, begin(10), fr.l1, strengths=given, args=(x, y), **WEIGHTS)
+    assert torch.equal(path.strengths, given)
+    for strength, w in zip(given, path.params["w"], strict=True):
+        alone = fr.minimize(squares, begin(10), fr.l1, strength=strength, args=(x, y), **WEIGHTS)
+        torch.testing.assert_close(w, alone.params["w"], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_choice_of_scikit_learn(share):
+    x, y = standard(load_diabetes)  # 442 samples: folds of two sizes.
+    strengths = torch.logspace(1.6, -1, 12, dtype=torch.float64, device=DEVICE)
+    found = fr.cross_validate(squares, begin(10), fr.elastic, 1.0, share, data=(x, y), strengths=strengths, **WEIGHTS)
+    model = LassoCV if share == 1.0 else lambda **options: ElasticNetCV(l1_ratio=share, **options)
+    expected = model(alphas=strengths.cpu().numpy(), cv=5, tol=1e-13, max_iter=100_000).fit(
+        x.cpu().numpy(), y.cpu().numpy()
+    )
+    np.testing.assert_allclose(found.scores.T.cpu(), expected.mse_path_ / 2, rtol=1e-8)
+    assert float(found.best) == pytest.approx(expected.alpha_)
+    np.testing.assert_allclose(found.params["w"].cpu(), expected.coef_, atol=1e-7)
+    assert found.one_standard_error >= found.best
+    places = [torch.arange(i, len(y), 3) for i in range(3)]
+    own = fr.cross_validate(squares, begin(10), fr.l1, data=(x, y), strengths=strengths[:3], folds=places, **WEIGHTS)
+    assert own.scores.shape == (3, 3)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"penalty": fr.half_l2}, "no greatest strength"),
+    ({"count": 0}, "count"),
+    ({"ratio": 1.0}, "ratio"),
+    ({"strengths": [-1.0]}, "strengths"),
+    ({"strengths": []}, "expected a list of numbers"),
+])  # fmt: skip
+def test_bad_paths_are_named(change, said):
+    given = {"penalty": fr.l1} | change
+    with pytest.raises(ValueError, match=said):
+        fr.regularization_path(lambda w: (w - 1).square().sum(), zeros(2), given.pop("penalty"), **given)
+
+
+@pytest.mark.parametrize(("folds", "said"), [
+    (1, "folds is 1"), (11, "from 2 to the number of samples, 10"), ([[0], [12]], "fold 1 holds out"),
+    ([list(range(10))], "all samples"),
+])  # fmt: skip
+def test_bad_folds_are_named(folds, said):
+    x = torch.ones(10, 2, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=said):
+        fr.cross_validate(squares, {"w": zeros(2)}, fr.l1, data=(x, x[:, 0]), folds=folds)
+
+
+def test_results_are_public():
+    path = fr.regularization_path(lambda w: (w - 1).square().sum() / 2, zeros(2), fr.l1, count=2, ratio=0.5)
+    assert isinstance(path, fr.Path)
+    x = torch.eye(4, dtype=torch.float64, device=DEVICE)
+    found = fr.cross_validate(squares, {"w": zeros(4)}, fr.l1, data=(x, x[:, 0]), folds=2, count=2)
+    assert isinstance(found, fr.CrossValidation)

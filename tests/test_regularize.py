@@ -1,0 +1,904 @@
+"""Penalties on torch's own optimizers: their solutions, their steps, and what may go wrong around them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, cpu_only, draw_fours, joint, normal
+from sklearn.datasets import load_diabetes
+from sklearn.linear_model import Lasso
+from torch import Tensor, nn, optim
+from torch.func import grad
+from torch.optim import lr_scheduler
+
+import funcreg as fr
+from funcreg import denominators
+
+Make = Callable[..., optim.Optimizer]
+
+
+class Row(NamedTuple):
+    make: Make  # From parameters to an optimizer.
+    steps: int = 1000  # Until it is at the solution of the lasso.
+    buffered: bool = False  # Whether it takes some steps until a buffer holds its sum of gradients.
+    resumes: float = 0.0  # By how much torch itself goes on otherwise after a state was loaded.
+
+
+OPTIMIZERS = {
+    "SGD": Row(lambda p, **o: optim.SGD(p, **{"lr": 0.1, **o})),
+    "SGD, momentum": Row(lambda p, **o: optim.SGD(p, **{"lr": 0.05, "momentum": 0.9, **o}), buffered=True),
+    "SGD, Nesterov": Row(
+        lambda p, **o: optim.SGD(p, **{"lr": 0.02, "momentum": 0.9, "nesterov": True, **o}), buffered=True
+    ),
+    "SGD, dampening": Row(
+        lambda p, **o: optim.SGD(p, **{"lr": 0.1, "momentum": 0.8, "dampening": 0.5, **o}), buffered=True
+    ),
+    "Adam": Row(lambda p, **o: optim.Adam(p, **{"lr": 0.01, **o}), 1500),
+    "AdamW": Row(lambda p, **o: optim.AdamW(p, **{"lr": 0.01, "weight_decay": 0.0, **o}), 1500),
+    "Adam, amsgrad": Row(lambda p, **o: optim.Adam(p, **{"lr": 0.02, "amsgrad": True, **o}), 1500),
+    # The product of momenta is of float32, and becomes float64 when it is loaded.
+    "NAdam": Row(lambda p, **o: optim.NAdam(p, **{"lr": 0.01, **o}), 1500, resumes=1e-10),
+    "RAdam": Row(lambda p, **o: optim.RAdam(p, **{"lr": 0.01, **o}), 1500),
+    "Adamax": Row(lambda p, **o: optim.Adamax(p, **{"lr": 0.01, **o}), 1500),
+    "RMSprop": Row(lambda p, **o: optim.RMSprop(p, **{"lr": 0.003, **o}), 1500),
+    "RMSprop, centered": Row(lambda p, **o: optim.RMSprop(p, **{"lr": 0.01, "centered": True, "eps": 0.1, **o})),
+    "RMSprop, momentum": Row(
+        lambda p, **o: optim.RMSprop(p, **{"lr": 0.001, "momentum": 0.9, "alpha": 0.9, **o}), buffered=True
+    ),
+    "Adagrad": Row(lambda p, **o: optim.Adagrad(p, **{"lr": 0.1, **o})),
+    "Adagrad, decay": Row(lambda p, **o: optim.Adagrad(p, **{"lr": 0.1, "lr_decay": 1e-3, **o})),
+    "Adadelta": Row(lambda p, **o: optim.Adadelta(p, **{"lr": 1.0, **o}), 3000),
+    "Adafactor": Row(lambda p, **o: optim.Adafactor(p, **{"lr": 0.02, **o}), 2500),
+}
+every_optimizer = pytest.mark.parametrize("row", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n / 300)),
+    "LambdaLR, warmup from 0": lambda o: lr_scheduler.LambdaLR(o, lambda n: min(n / 20, 1.0)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda n: 0.999),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 300, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [200, 900], 0.3),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 100),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 200),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.999),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 2000),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 2000),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 500),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 50), lr_scheduler.ExponentialLR(o, 0.999)], o
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 50), lr_scheduler.ExponentialLR(o, 0.999)], [50]
+    ),
+    "CyclicLR, with momentum": lambda o: lr_scheduler.CyclicLR(o, 0.005, 0.02, 100),
+    "OneCycleLR, with momentum": lambda o: lr_scheduler.OneCycleLR(o, 0.02, 1500),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=500),
+    "SWALR": lambda o: optim.swa_utils.SWALR(o, 0.005, 100),
+}
+
+
+@functools.cache
+def lasso() -> tuple[Tensor, Tensor, Tensor]:
+    """The Gram matrix and the moments of the diabetes data, and scikit-learn's solution for a strength of 0.1."""
+    x, y = load_diabetes(return_X_y=True)
+    x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+    fit = Lasso(alpha=0.1, fit_intercept=False, tol=1e-15, max_iter=10**6).fit(x, y)
+    known = [torch.tensor(each).to(DEVICE) for each in (x, y, fit.coef_)]
+    return known[0].T @ known[0] / len(x), known[0].T @ known[1] / len(x), known[2]
+
+
+def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Parameter:
+    return nn.Parameter(normal(torch.Generator().manual_seed(seed), *shape, dtype=dtype))
+
+
+def solved(make: Make, steps: int, schedule: Callable[[optim.Optimizer], Any] | None = None, **options: Any) -> Tensor:
+    gram, moment, _ = lasso()
+    w = nn.Parameter(torch.full_like(moment, 0.1))
+    optimizer = make([w], **options)
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    scheduler = schedule and schedule(optimizer)
+    for _ in range(steps):
+        w.grad = gram @ w.detach() - moment
+        if options.get("maximize"):
+            w.grad = -w.grad
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step(*((1.0,) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else ()))
+    return w.detach()
+
+
+def assert_is_lasso(w: Tensor) -> None:
+    solution = lasso()[2]
+    assert_equal(w == 0, solution == 0)
+    assert_equal(w, solution, atol=1e-6)
+
+
+# The problem that is solved
+
+
+@every_optimizer
+def test_it_ends_at_the_solution_of_scikit_learn(row):
+    assert_is_lasso(solved(row.make, row.steps))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize("name", ["SGD, momentum", "AdamW"])
+def test_it_ends_there_under_every_scheduler(name, schedule):
+    row = OPTIMIZERS[name]
+    assert_is_lasso(solved(row.make, 1500, schedule))
+
+
+@every_optimizer
+def test_a_step_down_a_slope_and_the_proximal_step_of_the_opposite_slope_cancel(row):
+    """So that step and metric are those of the optimizer, at the first step, too."""
+    slopes = {"groups.0.params.0": weight(4, 3, seed=1).detach(), "groups.0.params.1": weight(5, seed=2).detach()}
+    linear = fr.penalty(
+        gradient=lambda w, c: c + 0 * w, proximal=lambda w, step, c: w - step * c, separable=True, bounds={}
+    )(lambda w, c: c * w)
+    params = [weight(4, 3), weight(5)]
+    optimizer = row.make(params)
+    fr.regularize(optimizer, linear, {name: -slope for name, slope in slopes.items()})
+    before = [w.detach().clone() for w in params]
+    for step in range(500 if row.buffered else 12):
+        for w, slope in zip(params, slopes.values(), strict=True):
+            w.grad = slope.clone()
+        optimizer.step()
+        if row.buffered and step < 490:
+            before = [w.detach().clone() for w in params]
+    assert_equal([w.detach() for w in params], before, atol=1e-10)
+
+
+VARIANTS = {
+    "foreach": {"foreach": True},
+    "one by one": {"foreach": False},
+    "maximize": {"maximize": True},
+    "tensor lr": {"lr": "tensor", "foreach": False},
+    "fused": {"fused": True},
+}
+FUSED = ("SGD", "SGD, momentum", "SGD, dampening", "Adam", "AdamW", "Adam, amsgrad", "Adagrad", "Adagrad, decay")
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@every_optimizer
+def test_variants_of_an_optimizer_take_the_same_steps(row, variant):
+    name = next(name for name, each in OPTIMIZERS.items() if each is row)
+    if "fused" in variant and name not in FUSED:
+        return  # There is none.
+    options = dict(variant)
+    if options.get("lr") == "tensor":
+        options["lr"] = torch.tensor(row.make([weight(1)]).param_groups[0]["lr"], dtype=torch.float64)
+    assert_equal(solved(row.make, 8, **options), solved(row.make, 8), atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam, amsgrad", "NAdam", "RAdam", "Adagrad, decay", "Adafactor"])
+def test_counters_that_lie_on_a_device_are_computed_with_and_not_read(name, monkeypatch):
+    row = OPTIMIZERS[name]
+    expected = solved(row.make, 12)
+    monkeypatch.setattr(denominators, "_steps", lambda state: state["step"].double())
+    assert_equal(solved(row.make, 12), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "RMSprop", "Adagrad"])
+def test_derivatives_run_through_a_differentiable_step(name):
+    def landed(start: Tensor) -> Tensor:
+        w = start.clone()
+        optimizer = OPTIMIZERS[name].make([w], differentiable=True, foreach=False)
+        fr.regularize(optimizer, fr.l1, strength=0.1)
+        for seed in (1, 2):
+            w.grad = weight(6, seed=seed).detach()
+            optimizer.step()
+        return w
+
+    start = weight(6)
+    (slope,) = torch.autograd.grad(landed(start).sum(), start)
+    kept = landed(start.detach().clone().requires_grad_()) != 0
+    assert_equal(slope, kept.to(slope.dtype), atol=1e-12)
+
+
+# The same steps as the functional optimizers
+
+
+def by_hook(make: Make, params: dict[str, Tensor], loss: Any, steps: int, *args: Any, **kwargs: Any) -> Any:
+    module = nn.ParameterDict({name: nn.Parameter(w.clone()) for name, w in params.items()})
+    optimizer = make(module.parameters())
+    fr.regularize(optimizer, *args, module=module, **kwargs)
+    for _ in range(steps):
+        for name, g in grad(loss)({name: w.detach() for name, w in module.items()}).items():
+            module[name].grad = g
+        optimizer.step()
+    return {name: w.detach() for name, w in module.items()}
+
+
+def by_chain(tx: fr.Transform, params: dict[str, Tensor], loss: Any, steps: int) -> Any:
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(grad(loss)(params), state, params)
+        params = fr.apply_updates(params, updates)
+    return params
+
+
+def quadratic(params: dict[str, Tensor]) -> Tensor:
+    return sum([((i + 1) * (w - 0.3)).square().sum() for i, w in enumerate(params.values())]) / 2
+
+
+FUNCTIONAL: dict[str, tuple[Make, Callable[..., fr.Transform]]] = {
+    "SGD": (lambda p: optim.SGD(p, 0.05), lambda *a, **k: fr.prox_sgd(0.05, *a, **k)),
+    "momentum": (lambda p: optim.SGD(p, 0.02, 0.8), lambda *a, **k: fr.prox_sgd(0.02, *a, momentum=0.8, **k)),
+    "Nesterov": (
+        lambda p: optim.SGD(p, 0.02, 0.8, nesterov=True),
+        lambda *a, **k: fr.prox_sgd(0.02, *a, momentum=0.8, nesterov=True, **k),
+    ),
+    "Adam": (lambda p: optim.Adam(p, 0.05), lambda *a, **k: fr.prox_adam(0.05, *a, **k)),
+    "AdamW": (
+        lambda p: optim.AdamW(p, 0.05, weight_decay=0.1),
+        lambda *a, **k: fr.prox_adam(0.05, *a, weight_decay=0.1, **k),
+    ),
+}
+SUMS = {
+    "a sum": ((0.1 * fr.l1 + fr.half_l2.given(strength=0.3),), {}),
+    "a sum of groups": ((0.1 * fr.l1 + 0.1 * fr.group_lasso.given(mask=fr.matrices),), {}),
+    "a sum with a mask by name": ((0.1 * fr.l1.given(mask=fr.select("*a")) + fr.half_l2,), {}),
+    "weights": (({"a": 0.1, "b": 1.0, "c": 0.0} * fr.l1,), {}),
+    "inner steps": ((fr.nuclear,), {"inner_steps": 3, "mask": fr.matrices}),
+    "coupled": ((fr.coupled(fr.group_lasso, {"a": 0, "c": 0}),), {}),
+    "strengths by name": ((fr.l1,), {"strength": {"a": 0.1, "b": 1.0, "c": 0.0}}),
+    "a schedule": ((fr.l1,), {"strength": lambda n: 0.1 * torch.as_tensor(n + 1).double()}),
+    "a scheduled hyperparameter": ((fr.elastic, lambda n: 0.1 * torch.as_tensor(n + 1).double(), 0.5), {}),
+    "a mask of bools": ((fr.l1,), {"mask": {"a": True, "b": False, "c": True}}),
+    "a mask by name": ((fr.l1,), {"mask": ~fr.select("b"), "strength": {"a": 0.1, "b": 1.0, "c": 0.2}}),
+}
+
+
+@pytest.mark.parametrize("given", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize("functional", FUNCTIONAL.values(), ids=FUNCTIONAL)
+def test_its_steps_are_those_of_the_functional_optimizer(functional, given):
+    (make, chain), (args, kwargs) = functional, given
+    # Adam itself shares inner steps only through proximal_step; plain descent has no metric.
+    other = {k: v for k, v in kwargs.items() if k != "inner_steps" or "prox_adam" in chain.__code__.co_names}
+    params = {"a": weight(4, 3).detach(), "b": weight(3, 2, seed=1).detach(), "c": weight(4, seed=2).detach()}
+    assert_equal(
+        by_hook(make, params, quadratic, 6, *args, **kwargs),
+        by_chain(chain(*args, **other), params, quadratic, 6),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, *CONSTRAINTS])
+@pytest.mark.parametrize("functional", ["momentum", "Adam"])
+def test_every_penalty_takes_the_steps_of_the_functional_optimizer(functional, name):
+    case = PENALTIES.get(name) or CONSTRAINTS[name]
+    (make, chain), tree = FUNCTIONAL[functional], draw_fours()
+    matrix = tree["head"].weight
+    args, kwargs = (case.penalty, *case.hyper), {**case.options, "strength": 0.3}
+    params = {"a": matrix.clone(), "b": matrix.flip(0).clone() - 0.1}
+    assert_equal(
+        by_hook(make, params, quadratic, 2, *args, **kwargs),
+        by_chain(chain(*args, **kwargs), params, quadratic, 2),
+        atol=1e-10,
+    )
+
+
+# What a step does not touch
+
+
+def stepped(optimizer: optim.Optimizer, *params: Tensor, seed: int = 1) -> None:
+    """A step with some gradients."""
+    for i, w in enumerate(params):
+        w.grad = weight(*w.shape, seed=seed + i, dtype=w.dtype).detach()
+    optimizer.step()
+
+
+@every_optimizer
+def test_a_parameter_without_a_gradient_stays_where_it_is(row):
+    used, unused = weight(3), weight(3, seed=1)
+    optimizer = row.make([used, unused])
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    stepped(optimizer, used, unused)
+    before = unused.detach().clone()
+    unused.grad = None
+    stepped(optimizer, used)
+    assert_equal(unused.detach(), before)
+    stepped(optimizer, used, unused)  # Which have taken different numbers of steps by now.
+    alone = weight(3, seed=1)
+    other = row.make([alone])
+    fr.regularize(other, fr.l1, strength=0.1)
+    stepped(other, alone, seed=2)
+    stepped(other, alone, seed=2)
+    assert_equal(unused.detach(), alone.detach(), atol=1e-12)
+
+
+def test_one_without_any_gradient_is_said():
+    optimizer = optim.SGD([weight(3)], 0.1)
+    fr.regularize(optimizer, fr.l1)
+    with pytest.warns(UserWarning, match="none of its parameters has a gradient"):
+        optimizer.step()
+
+
+def test_the_mask_false_means_what_it_says():
+    w = weight(3)
+    optimizer, before = optim.Adam([w], 0.1), w.detach().clone()
+    handle = fr.regularize(optimizer, fr.l1, mask=False)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert_equal(w.detach(), before)
+    assert handle.penalty_value() == 0
+    assert "on 0 of 1 parameters" in repr(handle)
+
+
+def test_leaves_of_a_mask_alone_are_penalized():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    layers = fr.select(nn.Linear, module=model) & fr.matrices
+    for mask in (
+        layers,
+        fr.matrices,
+        fr.select("*.weight", min_ndim=2),
+        lambda tree: {k: tree[k].ndim > 1 for k in tree},
+    ):
+        optimizer = optim.SGD(model.parameters(), 1.0)
+        handle = fr.regularize(optimizer, fr.l1, strength=1e6, module=model, mask=mask)
+        before = copy.deepcopy(model.state_dict())
+        for w in model.parameters():
+            w.grad = torch.zeros_like(w)
+        optimizer.step()
+        assert [name for name, w in model.named_parameters() if not w.any()][:1] == ["0.weight"]
+        assert_equal(model[0].bias.detach(), before["0.bias"])
+        assert_equal(model[1].weight.detach(), before["1.weight"])
+        assert "on 2 of 6 parameters" in repr(handle)
+        model.load_state_dict(before)
+
+
+def test_groups_that_come_later_are_penalized_too():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    optimizer = optim.AdamW(model[0].parameters(), 0.1)
+    fr.regularize(optimizer, fr.l1, strength=1e3, module=model, mask=fr.matrices)
+    stepped(optimizer, *model[0].parameters())
+    optimizer.add_param_group({"params": list(model[1].parameters()), "lr": 0.2})
+    stepped(optimizer, *model.parameters())
+    assert not model[1].weight.any()
+    assert model[1].bias.all()
+    optimizer.add_param_group({"params": [weight(2, 2)]})
+    with pytest.raises(ValueError, match=r"parameter 0 of param group 2, of shape .2, 2., is not in module"):
+        stepped(optimizer, *model.parameters())
+
+
+def test_each_group_has_its_own_learning_rate_and_momentum():
+    a, b = weight(3), weight(3, seed=1)
+    optimizer = optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.01, "momentum": 0.5}])
+    fr.regularize(optimizer, fr.l1, strength=0.5)
+    expected = [fr.l1.prox(a.detach(), 0.05), fr.l1.prox(b.detach(), 0.01)]
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    optimizer.step()
+    assert_equal([a.detach(), b.detach()], expected, atol=1e-15)
+
+
+# Names
+
+
+def test_names_come_from_the_optimizer_where_it_has_them():
+    model = nn.Linear(4, 3)
+    optimizer = optim.SGD(model.named_parameters(), 0.1)
+    assert "1 of 2" in repr(fr.regularize(optimizer, fr.l1, mask=fr.select("bias")))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda m: torch.compile(m, backend="eager")], ids=["parallel", "compiled"])
+def test_names_are_those_without_wrappers(wrap):
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    wrapped = wrap(net)
+    raw = dict.fromkeys(dict(wrapped.named_parameters()), True)
+    units = fr.coupled(fr.group_lasso, fr.channel_groups(net))
+    for given in (
+        {"mask": fr.select("0.weight")},
+        {"mask": raw},
+        {"strength": dict.fromkeys(raw, 1.0)},
+    ):
+        fr.regularize(optim.SGD(wrapped.parameters(), 0.1), fr.l1, module=wrapped, **given)
+    optimizer = optim.SGD(wrapped.parameters(), 0.1)
+    fr.regularize(optimizer, units, strength=1e3, module=wrapped)
+    for w in wrapped.parameters():
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert not net[0].weight.any()
+    assert not net[2].weight.any()
+
+
+# Groups over leaves
+
+
+def test_coupled_leaves_take_one_step_over_all_groups():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    units = fr.coupled(fr.group_lasso, fr.channel_groups(net))
+    optimizer = optim.AdamW([{"params": net[0].parameters()}, {"params": net[2].parameters()}], 0.1)
+    fr.regularize(optimizer, units, strength=0.1, module=net)
+    stepped(optimizer, *net.parameters())
+    optimizer.param_groups[1]["lr"] = 0.2
+    with pytest.raises(ValueError, match=r"couples leaves, which have to take one step; .* differ, 0.1 and 0.2"):
+        stepped(optimizer, *net.parameters())
+    optimizer.param_groups[1]["lr"] = 0.1
+    net[2].weight.grad = None
+    with pytest.raises(ValueError, match=r"'2.weight' has no gradient in this step"):
+        optimizer.step()
+
+
+# Mixed precision and accumulation
+
+
+@cpu_only
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", ["SGD, momentum", "AdamW"])
+def test_steps_that_a_scaler_skips_are_none(name, fused):
+    w = weight(5, dtype=torch.float32)
+    optimizer = OPTIMIZERS[name].make([w], fused=fused)
+    handle = fr.regularize(optimizer, fr.l1, strength=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for finite in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale((w * (1.0 if finite else torch.inf)).sum()).backward()
+        before = w.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, w.detach()) != finite
+    assert handle.steps == 1
+
+
+def test_a_skipped_step_on_a_device_is_not_waited_for():
+    """Where `found_inf` may not be read, what it says is computed with."""
+    w = weight(5)
+    optimizer = optim.SGD([w], 0.1)
+    handle = fr.regularize(optimizer, fr.l1)
+    w.grad = torch.zeros_like(w)
+    moved = handle._moved(optimizer)
+    for skipped in (1.0, 0.0):
+        before = w.detach().clone()
+        with torch.no_grad():
+            handle._land(optimizer, moved, (1.0,), torch.tensor(skipped))
+        assert_equal(w.detach(), before if skipped else fr.l1.prox(before, 0.1))
+
+
+def test_a_penalty_counts_once_a_step_however_many_gradients_it_sums():
+    w, v = weight(5), weight(5)
+    one, four = optim.SGD([w], 0.1), optim.SGD([v], 0.1)
+    fr.regularize(one, fr.l1, strength=0.5)
+    fr.regularize(four, fr.l1, strength=0.5)
+    (w.square().sum() / 2).backward()
+    for _ in range(4):
+        (v.square().sum() / 8).backward()
+    one.step()
+    four.step()
+    assert_equal(w.detach(), v.detach(), atol=1e-15)
+
+
+def test_a_closure_is_evaluated_without_the_penalty():
+    w = weight(3)
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, strength=0.5)
+    expected = fr.l1.prox(0.9 * w.detach(), 0.05)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert_equal(w.detach(), expected, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "Adagrad", "Adafactor", "Adadelta"])
+def test_parameters_of_sixteen_bits_get_zeros_and_keep_their_dtype(name):
+    w = weight(200, dtype=torch.bfloat16)
+    optimizer = OPTIMIZERS[name].make([w])
+    fr.regularize(optimizer, fr.l1, strength=3.0)
+    for _ in range(20):
+        w.grad = (0.01 * w).detach()
+        optimizer.step()
+    assert w.dtype == torch.bfloat16
+    assert 0 < (w == 0).float().mean() <= 1
+    assert w.isfinite().all()
+
+
+def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():
+    table, dense = nn.Embedding(6, 2, sparse=True), nn.Embedding(6, 2)
+    dense.load_state_dict(table.state_dict())
+    for net in (table, dense):
+        optimizer = optim.SGD(net.parameters(), 0.1)
+        fr.regularize(optimizer, fr.l1, strength=0.5)
+        net(torch.tensor([1, 4])).square().sum().backward()
+        optimizer.step()
+    assert_equal(table.weight.detach(), dense.weight.detach(), atol=1e-7)
+
+
+# Strengths that change
+
+
+def test_a_strength_in_a_tensor_is_read_at_every_step():
+    w, strength = weight(3), torch.tensor(0.0)
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, strength=strength)
+    w.grad = torch.zeros_like(w)
+    before = w.detach().clone()
+    optimizer.step()
+    assert_equal(w.detach(), before)
+    strength.fill_(1.0)
+    optimizer.step()
+    assert_equal(w.detach(), fr.l1.prox(before, 0.1), atol=1e-8)
+
+
+def test_a_schedule_goes_on_where_it_was_saved():
+    def start() -> tuple[Any, Any, Any]:
+        w = weight(3)
+        optimizer = optim.AdamW([w], 0.1)
+        return w, optimizer, fr.regularize(optimizer, fr.l1, strength=lambda n: 0.1 * n)
+
+    w, optimizer, handle = start()
+    for seed in range(3):
+        stepped(optimizer, w, seed=seed)
+    saved = pickle.loads(pickle.dumps((w.detach().clone(), optimizer.state_dict(), handle.state_dict())))
+    stepped(optimizer, w, seed=9)
+    v, other, again = start()
+    v.data.copy_(saved[0])
+    other.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    stepped(other, v, seed=9)
+    assert_equal(v.detach(), w.detach())
+    other.load_state_dict(saved[1])
+    with pytest.warns(UserWarning, match="was restored, but .* follows a schedule from step 4"):
+        stepped(other, v)
+    with pytest.raises(ValueError, match="expected what state_dict"):
+        again.load_state_dict({"count": 3})
+
+
+def test_a_cycle_of_momentum_goes_on_where_it_was_saved():
+    def start() -> tuple[Any, Any, Any]:
+        w = weight(3)
+        optimizer = optim.SGD([w], 0.1, momentum=0.9)
+        return w, optimizer, fr.regularize(optimizer, fr.l1, strength=0.1)
+
+    w, optimizer, handle = start()
+    for seed, momentum in enumerate((0.9, 0.8, 0.7)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        stepped(optimizer, w, seed=seed)
+    v, other, again = start()
+    v.data.copy_(w.detach())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(handle.state_dict())
+    stepped(optimizer, w, seed=9)
+    stepped(other, v, seed=9)
+    assert_equal(v.detach(), w.detach())
+
+
+# The optimizer remains what it was
+
+
+@every_optimizer
+def test_the_state_of_the_optimizer_is_as_it_was_and_resumes(row):
+    def train(optimizer: optim.Optimizer, w: Tensor, seeds: range) -> None:
+        for seed in seeds:
+            stepped(optimizer, w, seed=seed)
+
+    w, plain = weight(4, 3), weight(4, 3)
+    optimizer, other = row.make([w]), row.make([plain])
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    train(optimizer, w, range(3))
+    train(other, plain, range(3))
+    state = optimizer.state_dict()
+    assert state.keys() == other.state_dict().keys()
+    assert state["param_groups"] == other.state_dict()["param_groups"]
+    assert fr.tree_paths(state["state"]) == fr.tree_paths(other.state_dict()["state"])
+    assert state["state"].keys() == other.state_dict()["state"].keys()
+    buffer = io.BytesIO()
+    torch.save((w.detach().clone(), state), buffer)
+    train(optimizer, w, range(3, 6))
+    start, loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    v = nn.Parameter(start)
+    resumed = row.make([v])
+    fr.regularize(resumed, fr.l1, strength=0.1)
+    resumed.load_state_dict(loaded)
+    train(resumed, v, range(3, 6))
+    assert_equal(v.detach(), w.detach(), atol=row.resumes)
+
+
+def test_copies_and_pickles_of_an_optimizer_are_without_it_as_documented():
+    w = weight(3)
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, strength=1e6)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (v,) = copied.param_groups[0]["params"]
+        stepped(copied, v)
+        assert v.all()
+        fr.regularize(copied, fr.l1, strength=1e6)
+        stepped(copied, v)
+        assert not v.any()
+
+
+def test_what_it_returns_tells_the_value_and_takes_the_penalty_off():
+    w, b = nn.Parameter(torch.tensor([[3.0, -1.0]])), nn.Parameter(torch.tensor([5.0]))
+    optimizer = optim.SGD([w, b], 0.1)
+    handle = fr.regularize(optimizer, fr.elastic, 0.5, 1.0, strength=2.0, mask=fr.matrices)
+    assert handle.penalty_value().item() == 4.0
+    assert repr(handle) == "regularize(SGD, elastic, 0.5, 1.0, strength=2.0, mask=matrices) on 1 of 2 parameters"
+    w.grad = b.grad = None
+    w.grad, b.grad = torch.zeros_like(w), torch.zeros_like(b)
+    optimizer.step()
+    assert_equal((w.detach(), b.detach()), (torch.tensor([[2.9, -0.9]]), torch.tensor([5.0])), atol=1e-6)
+    handle.remove()
+    handle.remove()
+    before = w.detach().clone()
+    optimizer.step()
+    assert_equal(w.detach(), before)
+    fr.regularize(optimizer, fr.elastic, 0.5, 1.0)
+
+
+def test_it_may_be_asked_inside_a_compiled_step():
+    w, v = weight(5), weight(5)
+    optimizer, other = optim.SGD([w], 0.1), optim.SGD([v], 0.1)
+    for each in (optimizer, other):
+        fr.regularize(each, fr.l1, strength=0.5)
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+    for seed in range(2):
+        w.grad, v.grad = weight(5, seed=seed).detach(), weight(5, seed=seed).detach()
+        compiled()
+        other.step()
+    assert_equal(w.detach(), v.detach())
+
+
+# Other optimizers
+
+
+class Descent(optim.Optimizer):
+    """Plain descent, which nobody knows."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for w in group["params"]:
+                self.state[w]["h"] = torch.full_like(w, 2.0)
+                w -= group["lr"] * w.grad / 2
+
+
+class Lazy(optim.Adam):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+class Same(optim.Adam):
+    pass
+
+
+class Outer(optim.Optimizer):
+    """As libraries wrap an optimizer, without a call of its constructor."""
+
+    def __init__(self, optimizer: optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "metric", [lambda state, group: 2.0, lambda state, group: state["h"]], ids=["number", "tensor"]
+)
+def test_a_metric_of_the_users_makes_any_optimizer_known(metric):
+    gram, moment, _ = lasso()
+    w = nn.Parameter(torch.zeros_like(moment))
+    optimizer = Descent([w], 0.2)
+    fr.regularize(optimizer, fr.l1, strength=0.1, metric=metric)
+    for _ in range(1000):
+        w.grad = gram @ w.detach() - moment
+        optimizer.step()
+    assert_is_lasso(w.detach())
+
+
+def test_subclasses_and_wrappers_of_known_optimizers_are_known_unless_they_step_otherwise():
+    assert_equal(solved(lambda p: Same(p, 0.01), 5), solved(lambda p: optim.Adam(p, 0.01), 5))
+    inner = optim.SGD([weight(3)], 0.1)
+    assert "regularize(SGD" in repr(fr.regularize(Outer(inner), fr.l1))
+    with pytest.raises(ValueError, match="its step is not that of Adam"):
+        fr.regularize(Lazy([weight(3)]), fr.l1)
+
+
+REFUSED = {
+    "LBFGS": (optim.LBFGS, "differences of gradients"),
+    "Rprop": (optim.Rprop, "signs of gradients"),
+    "ASGD": (optim.ASGD, "a mean over steps"),
+    "SparseAdam": (optim.SparseAdam, "only the entries in a sparse gradient"),
+    "Muon": (optim.Muon, "orthogonal matrix"),
+    "another": (lambda p: Descent(p, 0.1), "its metric is not known"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_optimizers_that_no_penalty_can_follow_are_refused_and_constraints_hold_all_the_same(make, reason):
+    w = weight(3, 4)
+    optimizer = make([w])
+    with pytest.raises(ValueError, match=reason):
+        fr.regularize(optimizer, fr.l1)
+    if isinstance(optimizer, optim.LBFGS):
+        with pytest.raises(ValueError, match=reason):
+            fr.regularize(optimizer, fr.max_norm, 0.5)
+        return
+    fr.regularize(optimizer, fr.max_norm, 0.5)
+    w.grad = torch.ones_like(w)
+    if isinstance(optimizer, optim.SparseAdam):
+        w.grad = w.grad.to_sparse()
+    optimizer.step()
+    assert fr.max_norm(w.detach(), 0.5) == 0
+
+
+# What is wrong
+
+
+def of(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    if kwargs.get("module") is None:
+        kwargs.pop("module", None)
+    kwargs = {k: model if v is model.__class__ else v for k, v in kwargs.items()}
+    return lambda: fr.regularize(optim.Adam(model.parameters()), *args, **kwargs)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no optimizer": (lambda: fr.regularize(fr.adam(0.1), fr.l1), TypeError, "expected one of torch"),
+    "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
+    "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),
+    "negative strength": (of(fr.l1, strength=-0.1), ValueError, "strength is -0.1"),
+    "a schedule as a string": (of(fr.l1, strength="cosine"), TypeError, "strength is 'cosine'"),
+    "missing hyperparameters": (of(fr.elastic), TypeError, "alpha is missing"),
+    "a string for a mask": (of(fr.l1, mask="*.weight"), TypeError, "select"),
+    "a mask by names that there are none of": (
+        of(fr.l1, mask=fr.select("*.weight")),
+        ValueError,
+        "Parameters have no names without module=",
+    ),
+    "a mask that matches nothing": (
+        of(fr.l1, mask=fr.select("head.*"), module=nn.Sequential),
+        ValueError,
+        "matches no leaf; the leaves are",
+    ),
+    "a mask without a leaf": (
+        of(fr.l1, mask=fr.select(min_ndim=3), module=nn.Sequential),
+        ValueError,
+        "chooses no leaf",
+    ),
+    "a mask of what is not there": (
+        of(fr.l1, mask={"head": True}, module=nn.Sequential),
+        ValueError,
+        "chooses 'head', which the optimizer does not hold",
+    ),
+    "another module": (of(fr.l1, module=nn.Linear(2, 2)), ValueError, "is not in module, a Linear"),
+    "no proximal operator": (of(fr.orthogonality, mask=fr.matrices), ValueError, "no proximal operator.*into the loss"),
+    "no exact sum": (
+        lambda: fr.regularize(optim.SGD([weight(3, 2)], 0.1), fr.group_lasso + fr.group_lasso.given(dim=0)),
+        ValueError,
+        "no proximal operator that is known to be exact",
+    ),
+    "groups without names": (of(fr.coupled(fr.group_lasso, {"0.weight": 0})), ValueError, "0.weight"),
+    "a strength for what is not there": (
+        of(fr.l1, strength={"0.weight": 1.0}, module=nn.Sequential),
+        ValueError,
+        "0.bias",
+    ),
+    "bad inner steps": (of(fr.nuclear, mask=fr.matrices, inner_steps=0), ValueError, "inner_steps"),
+    "bad bound": (of(fr.l1, max_step=0.0), ValueError, "max_step is 0.0"),
+    "bad compile": (of(fr.l1, compile="yes"), TypeError, "compile"),
+    "complex parameters under Adam": (
+        lambda: fr.regularize(optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), fr.l1),
+        ValueError,
+        "is complex",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "match"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_told_before_the_first_step(call, kind, match):
+    with pytest.raises(kind, match=match):
+        call()
+
+
+def test_a_failed_call_leaves_the_optimizer_alone():
+    w = weight(3)
+    optimizer = optim.SGD([w], 0.1)
+    with pytest.raises(ValueError, match="chooses no leaf"):
+        fr.regularize(optimizer, fr.l1, mask=fr.matrices)
+    before = dict(vars(optimizer))
+    assert not before["_optimizer_step_post_hooks"]
+
+
+def test_parameters_are_regularized_once():
+    a, b = weight(3, 2), weight(3)
+    optimizer = optim.SGD([a, b], 0.1)
+    handle = fr.regularize(optimizer, fr.l1, mask=fr.matrices)
+    with pytest.raises(ValueError, match=r"regularized already, by regularize\(SGD, l1.*remove\(\) it first"):
+        fr.regularize(optimizer, fr.l1)
+    with pytest.raises(ValueError, match=r"not that of both. Regularize with their sum"):
+        fr.regularize(optimizer, fr.group_lasso, mask=fr.matrices)
+    fr.regularize(optimizer, fr.l1, mask=~fr.matrices)
+    fr.regularize(optimizer, fr.max_norm, 3.0, mask=fr.matrices)
+    handle.remove()
+    fr.regularize(optimizer, fr.group_lasso, mask=fr.matrices)
+
+
+@pytest.mark.parametrize("given", [{"momentum": 1.0}, {"momentum": 0.5, "dampening": 1.0}], ids=str)
+def test_a_buffer_that_comes_to_no_mean_gradient_is_told(given):
+    w = weight(3)
+    optimizer = optim.SGD([w], 0.1, **given)
+    fr.regularize(optimizer, fr.l1)
+    with pytest.raises(ValueError, match=r"is 1.0; expected a number below 1"):
+        stepped(optimizer, w)
+
+
+def test_entries_without_gradients_go_to_zero_at_once_or_by_a_bounded_step():
+    for bound, left in ((None, 0.0), (0.5, 1.85)):
+        w = nn.Parameter(torch.tensor([2.0, 2.0]))
+        optimizer = optim.Adam([w], 0.1)
+        fr.regularize(optimizer, fr.l1, strength=0.3, max_step=bound)
+        w.grad = torch.tensor([1.0, 0.0])
+        optimizer.step()
+        assert_equal(w.detach(), torch.tensor([1.87, left]), atol=1e-6)
+
+
+# Compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "RAdam", "RMSprop, centered", "Adadelta"])
+def test_a_compiled_step_is_the_same(name):
+    trained = []
+    for compile in (False, True):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)).double()
+        params = list(model.parameters())
+        for i, w in enumerate(params):
+            w.data.copy_(weight(*w.shape, seed=10 + i))
+        where = [w.data_ptr() for w in params]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+        optimizer = OPTIMIZERS[name].make(groups)
+        strength = torch.tensor(0.1, dtype=torch.float64)
+        handle = fr.regularize(
+            optimizer, fr.elastic, strength, lambda n: 0.5 + 0.125 * n, module=model, compile=compile
+        )
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for seed in range(4):
+            stepped(optimizer, *params, seed=seed)
+            scheduler.step()
+            strength.mul_(1.5)
+        params[3].grad = None
+        optimizer.step()
+        assert [w.data_ptr() for w in params] == where
+        assert all([w.requires_grad for w in params])
+        assert len(handle._layouts) == 2 * compile
+        trained.append([w.detach().clone() for w in params])
+    assert_equal(*trained, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_tells_autograd_what_it_wrote():
+    w = weight(6)
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, compile=True)
+    loss = w.square().sum()
+    stepped(optimizer, w)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_penalty_of_a_whole_tree_is_one_step():
+    params = {"a": weight(4, 3).detach(), "b": weight(3, seed=1).detach()}
+    assert_equal(
+        by_hook(FUNCTIONAL["SGD"][0], params, quadratic, 3, joint, strength=0.3),
+        by_chain(FUNCTIONAL["SGD"][1](joint, strength=0.3), params, quadratic, 3),
+        atol=1e-12,
+    )

@@ -98,7 +98,7 @@ def report(
     References:
         Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, 2007.
     """
-    params = _readable("report", params)
+    params = readable("report", params)
     rows = [_described(name, w, rank) for name, w in zip(tree_paths(params), tree_leaves(params), strict=True)]
     if penalty is None:
         if hyper or options or mask is not None or not (isinstance(strength, (int, float)) and strength == 1):
@@ -110,7 +110,7 @@ def report(
     return Report(_as_written(rows, params), _summed(rows), _COLUMNS)
 
 
-def _readable(name: str, params: Params | nn.Module) -> Params:
+def readable(name: str, params: Params | nn.Module) -> Params:
     """Parameters whose numbers can be read, without their history."""
     params = _parameters(params)
     check_params(params)
@@ -228,7 +228,7 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
         w      2 x 2  25.0 % -> 50.0 %  0 of 2 -> 1 of 2        0 of 2  7.5 -> 6.5  5.02 -> 4.61  14.1 %
         total         25.0 % -> 50.0 %  0 of 2 -> 1 of 2        0 of 2  7.5 -> 6.5  5.02 -> 4.61  14.1 %
     """
-    before, after = _readable("compare", before), _readable("compare", after)
+    before, after = readable("compare", before), readable("compare", after)
     first, second = (dict(zip(tree_paths(tree), tree_leaves(tree), strict=True)) for tree in (before, after))
     for some, others, here, there in ((first, second, "before", "after"), (second, first, "after", "before")):
         for name in some:

@@ -49,6 +49,8 @@ def _axes(axes: Any, **options: Any) -> Any:
     for each in _each(axes):
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(labelsize=9, color=GRAY, labelcolor=INK)
+        for label in (each.xaxis.label, each.yaxis.label):
+            label.set(size=9.5, color=INK)
     return axes
 
 
@@ -157,8 +159,8 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
         each.set_title(f"{name}: {alive} of {count} alive", fontsize=9, color=INK, loc="left")
         each.set_xlim(0.4, count + 0.6)
         each.xaxis.get_major_locator().set_params(integer=True)
-        each.set_xlabel("channel, by norm", fontsize=9)
-        each.set_ylabel("norm", fontsize=9)
+        each.set_xlabel("channel, by norm")
+        each.set_ylabel("norm")
     for each in flat[len(norms) :]:
         each.set_visible(False)
     return flat

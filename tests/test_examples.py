@@ -52,3 +52,15 @@ def test_gallery_draws_every_penalty_of_two_weights(tmp_path):
     assert (tmp_path / "gallery.png").stat().st_size > 10_000
     curves, balls = (int(count) for count in said.split() if count.isdigit())
     assert 15 <= curves <= balls
+
+
+@pytest.mark.slow
+def test_bayesian_prints_how_well_each_of_three_is_calibrated():
+    said = run("bayesian.py", "--steps", "20")
+    rows = [line.split() for line in said.splitlines() if "%" in line]
+    assert len(rows) == 3
+    for row in rows:
+        accuracy, log_loss, error = float(row[-5]), float(row[-3]), float(row[-2])
+        assert accuracy > 50  # Of ten digits, after twenty steps.
+        assert 0 < log_loss < 2
+        assert 0 < error < 60

@@ -1,16 +1,16 @@
 """Penalties as priors on handwritten digits: the best weights, a deep ensemble, and samples of the posterior.
 
-A network learns from a hundred images. Its ridge penalty is a Gaussian prior, so that training finds the weights of highest
-posterior probability (MAP). Eight members trained at once from different starts are a deep ensemble; Langevin dynamics
-(SGLD) goes on from each of them and samples weights. Both average probabilities, and know better what they do not know:
-the table has the log loss and the calibration error on images that nobody was trained on.
+A network learns from a hundred images. Its ridge penalty is a Gaussian prior, so that training finds the weights of
+highest posterior probability (MAP). Eight members trained at once from different starts are a deep ensemble; Langevin
+dynamics (SGLD) goes on from each of them and samples weights. Both average probabilities, and know better what they do
+not know: the table has the log loss and the calibration error on images that nobody was trained on.
 
     python examples/bayesian.py
     python examples/bayesian.py --steps 20
 """
 
 import argparse
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,7 @@ def main() -> None:
             yield params
 
     rates = fr.cosine_decay_schedule(1e-2, options.steps)
-    for best in run(lambda key: fr.chain(prior, fr.adam(rates)), starts, "training"):
-        pass
+    (best,) = deque(run(lambda key: fr.chain(prior, fr.adam(rates)), starts, "training"), maxlen=1)
     members = {name: w.clone() for name, w in best.items()}
 
     def guess(params):

@@ -273,7 +273,8 @@ def _count_above(axes: Any, strengths: Tensor, counts: Tensor) -> None:
 def sweep(sweep: Any, x: str | None = None, y: str | None = None, *, axes: Any = None) -> Any:
     """The score of each row of a sweep against one of its hyperparameters, with a line through the best of each value.
 
-    The best row has a ring. Rows that differ in a second hyperparameter of few values have a line for each of these.
+    The best row has a ring, rows that diverged a cross at the top. Rows that differ in a second hyperparameter of few
+    values have a line for each of these.
 
     Args:
         sweep: What `sweep` returned, or a list of rows, dicts of hyperparameters and scores.
@@ -288,6 +289,39 @@ def sweep(sweep: Any, x: str | None = None, y: str | None = None, *, axes: Any =
         >>> axes.get_xlabel(), axes.get_ylabel()
         ('strength', 'loss')
     """
+    rows, x, y = _told(sweep, x, y)
+    few = {name: values for name, values in _varied(rows, y).items() if name != x and len(values) <= len(_SHADES)}
+    by, kinds = next(iter(few.items()), (None, [None]))
+    good = [row for row in rows if math.isfinite(row[y]) and row.get("status") != "diverged"]
+    gone = [float(row[x]) for row in rows if row not in good]
+    if not good:
+        raise ValueError(f"all rows diverged or have no finite {y!r}, so that there is nothing to draw")
+    axes = _axes(axes, figsize=(6, 3.8))
+    best_of = max if y == "score" else min
+    for color, kind in zip(_SHADES, kinds, strict=False):
+        points = [(float(row[x]), float(row[y])) for row in good if row.get(by) == kind]
+        line = [(at, best_of(value for where, value in points if where == at)) for at in sorted(dict(points))]
+        axes.plot(*_columns(points), "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
+        axes.plot(*_columns(line), color=color, linewidth=1.4, label=by and f"{by} = {_text(kind)}")
+    best = best_of(good, key=lambda row: row[y])
+    label = f"best: {x} = {_text(best[x])}, {y} = {_text(best[y])}"
+    ring = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+    axes.plot([best[x]], [best[y]], "o", color=ACCENT, label=label, **ring)
+    if gone:
+        top = axes.get_xaxis_transform()  # They have no number to stand at.
+        axes.plot(gone, [0.98] * len(gone), "x", color=GRAY, markersize=5, transform=top, label="diverged")
+    places = sorted(float(row[x]) for row in rows)
+    if places[0] > 0 and places[-1] >= 20 * places[0]:
+        axes.set_xscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.margins(y=0.1)
+    axes.legend(loc="best", fontsize=9, frameon=False)
+    return axes
+
+
+def _told(sweep: Any, x: str | None, y: str | None) -> tuple[list[Mapping[str, Any]], str, str]:
+    """Rows, and which of their columns are drawn."""
     rows = list(getattr(sweep, "rows", sweep))
     if not rows or not all([isinstance(row, Mapping) for row in rows]):
         raise TypeError(f"sweep is {sweep!r}; expected what has rows, dicts of hyperparameters and scores")
@@ -296,37 +330,13 @@ def sweep(sweep: Any, x: str | None = None, y: str | None = None, *, axes: Any =
         raise ValueError(f"rows have no {y!r}; they have {', '.join(map(str, rows[0]))}")
     varied = _varied(rows, y)
     x = x or next((name for name, values in varied.items() if all(map(_is_number, values))), None)
-    if x is None or any([x not in row for row in rows]):
+    if x is None or any([not _is_number(row.get(x)) for row in rows]):
         raise ValueError(f"x is {x!r}; expected a hyperparameter that is a number and differs: {', '.join(varied)}")
-    others = [name for name, values in varied.items() if name != x and len(values) <= len(_SHADES)]
-    by = others[0] if others else None
-    axes = _axes(axes, figsize=(6, 3.8))
-    points = [(float(row[x]), float(row[y]), row.get(by)) for row in rows]
-    points = [point for point in points if math.isfinite(point[1])]
-    best_of = max if y == "score" else min
-    if not points:
-        raise ValueError(f"no row has a finite {y!r}, so that there is nothing to draw")
-    for color, kind in zip(_SHADES, varied[by] if by else [None], strict=False):
-        found: dict[float, list[float]] = {}
-        for at, value, which in points:
-            if which == kind:
-                found.setdefault(at, []).append(value)
-        line = sorted((at, best_of(values)) for at, values in found.items())
-        axes.plot([at for at, values in found.items() for _ in values], [v for vs in found.values() for v in vs], "o",
-                  color=color, markersize=4, alpha=0.6, markeredgewidth=0)  # fmt: skip
-        label = None if by is None else f"{by} = {_text(kind)}"
-        axes.plot([at for at, _ in line], [value for _, value in line], color=color, linewidth=1.4, label=label)
-    at, value, _ = best_of(points, key=lambda point: point[1])
-    axes.plot([at], [value], "o", color=ACCENT, markersize=9, markerfacecolor="none", markeredgewidth=1.6,
-              label=f"best: {x} = {at:.3g}, {y} = {value:.3g}")  # fmt: skip
-    places = sorted({at for at, _, _ in points})
-    if places[0] > 0 and places[-1] >= 20 * places[0]:
-        axes.set_xscale("log")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.margins(y=0.1)
-    axes.legend(loc="best", fontsize=9, frameon=False)
-    return axes
+    return rows, x, y
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def _is_number(value: Any) -> bool:

@@ -191,7 +191,14 @@ def test_a_sweep_is_by_score_if_there_is_one_and_as_told():
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("width", "score", "linear")
     assert list(axes.lines[-1].get_xdata()) == [32]
     assert list(plot.sweep(rows, y="loss").lines[-1].get_xdata()) == [16]
-    plot.sweep([{**rows[0], "loss": float("nan")}, *rows], y="loss")
+
+
+@pytest.mark.parametrize("gone", [{"loss": float("nan")}, {"loss": 1e30, "status": "diverged"}])
+def test_rows_that_diverged_are_crosses_and_set_no_scale(gone):
+    axes = plot.sweep([*ROWS, {**ROWS[0], "strength": 10.0, **gone}])
+    assert axes.get_legend().get_texts()[-1].get_text() == "diverged"
+    assert list(axes.lines[-1].get_xdata()) == [10.0]
+    assert axes.get_ylim()[1] < 2
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_a_sweep_is_by_score_if_there_is_one_and_as_told():
         ([{"loss": 1.0}], {}, "x is None"),
         (ROWS, {"x": "width"}, "x is 'width'"),
         (ROWS, {"y": "score"}, "no 'score'"),
-        ([{"a": 1, "loss": float("nan")}, {"a": 2, "loss": float("nan")}], {}, "no row has a finite"),
+        ([{"a": 1, "loss": float("nan")}, {"a": 2, "loss": float("nan")}], {}, "all rows diverged"),
     ],
 )
 def test_a_sweep_that_cannot_be_drawn_says_why(rows, options, message):

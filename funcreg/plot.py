@@ -172,8 +172,8 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
 def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None, *, axes: Any = None) -> Any:
     """Every weight against the strength, from the strongest penalty on the left to the weakest.
 
-    Weights are dark if they come in early. Above stands how many are not zero. Rings mark strengths that have not
-    converged.
+    Weights are dark if they come in early. Above stands how many are not zero. Rings on the axis mark strengths that
+    have not converged.
 
     Args:
         path: What `regularization_path` returned.
@@ -217,8 +217,8 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
         _label_ends(axes, ends)
     bad = ~torch.as_tensor(path.converged).detach().cpu().flatten()[shown]
     if bool(bad.any()):
-        axes.plot(x[bad].tolist(), [0.0] * int(bad.sum()), "o", markerfacecolor="none", color=ACCENT,
-                  linestyle="", label="not converged", clip_on=False)  # fmt: skip
+        ring = {"markerfacecolor": "none", "transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
+        axes.plot(x[bad].tolist(), [0.0] * int(bad.sum()), "o", color=ACCENT, label="not converged", **ring)
         axes.legend(loc="upper left", fontsize=9, frameon=False)
     _count_above(axes, x, alive.sum(1))
     return axes
@@ -299,7 +299,7 @@ def sweep(sweep: Any, x: str | None = None, y: str | None = None, *, axes: Any =
     axes = _axes(axes, figsize=(6, 3.8))
     best_of = max if y == "score" else min
     for color, kind in zip(_SHADES, kinds, strict=False):
-        points = [(float(row[x]), float(row[y])) for row in good if row.get(by) == kind]
+        points = [(float(row[x]), float(row[y])) for row in good if by is None or row.get(by) == kind]
         line = [(at, best_of(value for where, value in points if where == at)) for at in sorted(dict(points))]
         axes.plot(*_columns(points), "o", color=color, markersize=4, alpha=0.6, markeredgewidth=0)
         axes.plot(*_columns(line), color=color, linewidth=1.4, label=by and f"{by} = {_text(kind)}")
@@ -329,8 +329,8 @@ def _told(sweep: Any, x: str | None, y: str | None) -> tuple[list[Mapping[str, A
     if any([y not in row for row in rows]):
         raise ValueError(f"rows have no {y!r}; they have {', '.join(map(str, rows[0]))}")
     varied = _varied(rows, y)
-    x = x or next((name for name, values in varied.items() if all(map(_is_number, values))), None)
-    if x is None or any([not _is_number(row.get(x)) for row in rows]):
+    x = x or next((name for name, values in varied.items() if all(map(_is_number, values))), "")
+    if not x or any([not _is_number(row.get(x)) for row in rows]):
         raise ValueError(f"x is {x!r}; expected a hyperparameter that is a number and differs: {', '.join(varied)}")
     return rows, x, y
 

@@ -206,7 +206,7 @@ def test_rows_that_diverged_are_crosses_and_set_no_scale(gone):
     [
         ([], {}, "expected what has rows"),
         ([1.0], {}, "expected what has rows"),
-        ([{"loss": 1.0}], {}, "x is None"),
+        ([{"loss": 1.0}], {}, "x is ''"),
         (ROWS, {"x": "width"}, "x is 'width'"),
         (ROWS, {"y": "score"}, "no 'score'"),
         ([{"a": 1, "loss": float("nan")}, {"a": 2, "loss": float("nan")}], {}, "all rows diverged"),

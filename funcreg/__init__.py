@@ -101,6 +101,10 @@ from funcreg.minimize import (
     Solution as Solution,
     minimize as minimize,
 )
+from funcreg.noise import (
+    AddNoiseState as AddNoiseState,
+    add_noise as add_noise,
+)
 from funcreg.optimizer import (
     Optimizer as Optimizer,
 )
@@ -189,6 +193,12 @@ from funcreg.scaling import (
     scale_by_stddev as scale_by_stddev,
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
+)
+from funcreg.report import (
+    Report as Report,
+    compare as compare,
+    penalties as penalties,
+    report as report,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,

@@ -49,7 +49,8 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
                     f"ensemble of {members} members got the leaf '{name}' of shape {tuple(leaf.shape)}; expected "
                     f"stacked parameters, of shape ({members}, ...). torch.func.stack_module_state stacks modules."
                 )
-        state = vmap(lambda params, *h: make(*h).init(params))(params, *hyper)
+        # Members that draw random numbers draw their own.
+        state = vmap(lambda params, *h: make(*h).init(params), randomness="different")(params, *hyper)
         return tree_map(torch.clone, state)  # What all members begin with alike comes back as one entry, expanded.
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:

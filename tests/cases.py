@@ -1060,6 +1060,11 @@ def _ftrl(s: Seen, rate: float, strengths: list[float]) -> Tensor:
 
 TRANSFORMS.update(
     {
+        # A tensor for a key, which is the same for all members of a loop.
+        "add_noise": TransformCase(lambda h=1.0: fr.add_noise(0.1 * h, 0.55, torch.tensor(3, device=DEVICE)), None),
+        "add_noise on a schedule": TransformCase(
+            lambda h=1.0: fr.add_noise(lambda count: h * falling(count), 0.0, torch.tensor(4, device=DEVICE)), None
+        ),
         "rmda": TransformCase(
             lambda h=1.0: fr.rmda(0.1 * h, fr.l1, strength=0.5), lambda s, h: _rmda(s, 0.1 * h, 0.5) - s.w
         ),

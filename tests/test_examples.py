@@ -67,3 +67,15 @@ def test_gallery_draws_every_penalty_of_two_weights(tmp_path):
 def test_strengths_that_are_learned_beat_the_best_single_one():
     said = run("learn_lambda.py", "--steps", "5")
     assert said.count("loss") == 2
+
+
+@pytest.mark.slow
+def test_bayesian_prints_how_well_each_of_three_is_calibrated():
+    said = run("bayesian.py", "--steps", "20")
+    rows = [line.split() for line in said.splitlines() if "%" in line]
+    assert len(rows) == 3
+    for row in rows:
+        accuracy, log_loss, error = float(row[-5]), float(row[-3]), float(row[-2])
+        assert accuracy > 50  # Of ten digits, after twenty steps.
+        assert 0 < log_loss < 2
+        assert 0 < error < 60

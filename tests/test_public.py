@@ -86,9 +86,9 @@ LAYERS = [
     ["groups"],
     ["structured"],
     ["projections", "regularizing", "spectral"],
-    ["certificates", "proximal", "ensemble", "fused", "optimizers"],
-    ["stochastic", "minimize", "optimizer", "trained"],
-    ["regularize", "path", "runs"],
+    ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise"],
+    ["stochastic", "minimize", "optimizer", "trained", "report"],
+    ["regularize", "path", "runs", "plot"],
     ["sweep"],
 ]
 

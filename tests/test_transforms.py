@@ -525,7 +525,7 @@ def test_a_transform_prints_as_it_was_written(case, request):
     assert re.fullmatch(r"[a-z_0-9]+\(.*\)", repr(tx))
     assert " at 0x" not in repr(tx)
     if "<lambda>" not in repr(tx):
-        twin = eval(repr(tx), {**vars(fr), "falling": falling, "global_norm": joint})
+        twin = eval(repr(tx), {**vars(fr), "tensor": torch.tensor, "falling": falling, "global_norm": joint})
         assert type(twin) is fr.Transform
         assert repr(twin) == repr(tx)
         assert_equal(step(twin), step(tx))

@@ -324,7 +324,7 @@ def _scatter(rows: Tensor, leaf: Tensor, along: Along) -> Tensor:
     return rows.reshape(count, packed, width // packed).movedim(1, 0).reshape(front).movedim(0, dim)
 
 
-def gathered(groups: Groups, params: Params) -> list[tuple[list[str], list[Tensor]]]:
+def grouped_matrices(groups: Groups, params: Params) -> list[tuple[list[str], list[Tensor]]]:
     """For each family the names of its penalized leaves, and these as matrices with a group in each row."""
     names, leaves = tree_paths(params), tree_leaves(params)
     found = [[place for place in family if place.along.penalized] for family in _places(groups, params)]

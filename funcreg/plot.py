@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Mask, Params
-from funcreg.coupled import Groups, gathered
+from funcreg.coupled import Groups, grouped_matrices
 from funcreg.report import readable
 from funcreg.tree import keep, mask_leaves, tree_leaves, tree_map, tree_paths
 
@@ -133,7 +133,7 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
     """
     norms = {
         names[0]: torch.cat([w.to("cpu", torch.float64) for w in rows], 1).abs().square().sum(1).sqrt()
-        for names, rows in gathered(groups, readable("channels", params))
+        for names, rows in grouped_matrices(groups, readable("channels", params))
     }
     if axes is None:
         columns = min(len(norms), 4)

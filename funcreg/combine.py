@@ -86,19 +86,35 @@ def chain(*transforms: Transform) -> Transform:
     if len(metrics) == 1:
         place, inner = metrics[0]
         metric = lambda state: inner(state[place])
-    spares = [tx.spares for tx in transforms if tx.spares is not None]
+    spares = any(tx.spares is not None for tx in transforms)
     covers = [tx.covers for tx in transforms if tx.covers is not None]
     joined = Transform(
         init,
         update,
         metric,
         descends=any(tx.descends for tx in transforms),
-        spares=either(*spares) if spares else None,
+        spares=_spared_by(transforms) if spares else None,
         stages=[stage for tx in transforms for stage in tx.stages],
         covers=everywhere if everywhere in covers else either(*covers) if covers else None,
         forwards_to=transforms,
     )
     return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+
+
+def _spared_by(transforms: Sequence[Transform]) -> Choice:
+    """The leaves that a link spares, without those that another one, masked, steps along: it does need gradients."""
+    spares = either(*[tx.spares for tx in transforms if tx.spares is not None])
+    masked_steps = [tx for tx in transforms if tx.covers is not None and tx.covers is not everywhere]
+
+    def spared(params: Params) -> list[bool]:
+        found = spares(params)
+        for tx in masked_steps:
+            covered = tx.covers(params) if tx.covers is not None else []
+            own = tx.spares(params) if tx.spares is not None else [False] * len(covered)
+            found = [f and (s or not c) for f, c, s in zip(found, covered, own, strict=True)]
+        return found
+
+    return spared
 
 
 def _check_order(transforms: Sequence[Transform]) -> None:

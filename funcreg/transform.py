@@ -63,7 +63,7 @@ class Transform(Remembering):
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
             exact zeros or in a set, `"scales"` updates, `"flips"` their sign.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
-            at all if it steps, else at none.
+            at all if it steps or flips signs, else at none.
         forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none
             itself; so a name that none of them takes is refused.
 
@@ -106,7 +106,8 @@ class Transform(Remembering):
         self.descends = descends
         self.spares = frozen if spares is None else spares if frozen is None else either(spares, frozen)
         self.stages = tuple(stages)
-        self.covers = everywhere if covers is None and "steps" in self.stages else covers
+        goes = "steps" in self.stages or "flips" in self.stages
+        self.covers = everywhere if covers is None and goes else covers
         self._forwards_to = forwards_to
         self._state = state
 
@@ -129,7 +130,8 @@ class Transform(Remembering):
     def init(self, params: Params) -> State:
         """The state before the first update."""
         state = self.begin(params)
-        if "steps" in self.stages and self.covers is not everywhere and self.covers is not None:
+        goes = "steps" in self.stages or "flips" in self.stages
+        if goes and self.covers is not None and self.covers is not everywhere:
             _watch_raw(self, params, self.covers)
         return state
 

@@ -119,6 +119,7 @@ def test_chains_that_are_made_where_code_is_traced_or_batched_say_nothing():
     [
         lambda: fr.masked(fr.adam(0.1), IN_A),
         lambda: fr.masked(fr.adam(0.1), fr.select("a")),
+        lambda: fr.masked(fr.chain(fr.scale_by_adam(), fr.scale(-0.1)), IN_A),
         lambda: fr.chain(fr.clip(1.0), fr.masked(fr.adam(0.1), IN_A)),
         lambda: fr.named_chain(("a", fr.apply_if_finite(fr.masked(fr.sgd(0.1), IN_A), 3))),
         lambda: fr.partition({"train": fr.adam(0.1), "rest": fr.identity()}, {"a": "train", "b": "rest"}),
@@ -153,10 +154,19 @@ def _quietly(init):
         lambda: fr.partition({0: fr.adam(0.1), 1: fr.set_to_zero()}, {"a": 0, "b": 1}),
         lambda: fr.partition({0: fr.adam(0.1), 1: fr.freeze(True)}, {"a": 0, "b": 1}),
         lambda: fr.chain(fr.masked(fr.scale_by_adam(), IN_A), fr.scale_by_learning_rate(0.1)),
+        lambda: fr.chain(fr.masked(fr.scale(-1.0), IN_A), fr.adam(0.1)),
     ],
 )
 def test_leaves_that_something_sees_to_are_not_warned_of(make):
     step(make(), ONES)
+
+
+def test_none_for_a_gradient_that_a_masked_step_needs_is_refused_though_another_link_leaves_the_leaf_out():
+    for rest in (fr.sgd(0.1), fr.set_to_zero()):
+        tx = fr.chain(fr.masked(fr.adam(0.1), IN_A), fr.masked(rest, IN_B))
+        with pytest.raises(ValueError, match=r"updates 'a' is None; .* Freeze the leaf, as in chain\(freeze"):
+            tx.update({**ONES, "a": None}, tx.init(LEAVES), LEAVES)
+    assert_equal(tx.update({**ONES, "b": None}, tx.init(LEAVES), LEAVES)[0]["b"], ZEROS["b"])
 
 
 def test_a_label_that_no_leaf_has_is_warned_of():

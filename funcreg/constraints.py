@@ -122,7 +122,7 @@ class Constraint(Penalty):
             proximal,
             residual=left,
             bounds=bounds,
-            rule=rule or projection,
+            rule=projection if rule is None else rule,
             weighted=weighted,
             in_metric=in_metric,
             separable=separable,

@@ -150,7 +150,7 @@ class Penalty(Remembering):
         }
         self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
         self._made = type(self), (value, gradient, proximal), options
-        rule = rule or value
+        rule = value if rule is None else rule
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self._weighted, self._weigh = weighted, weigh
         takes = "metric" in inspect.signature(proximal).parameters

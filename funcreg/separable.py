@@ -589,6 +589,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         weigh=inner.weigh,
         separable=True,
         couples_leaves=inner.couples_leaves,
+        has_gradient=inner.has_gradient,
     )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form

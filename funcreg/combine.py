@@ -427,7 +427,8 @@ def partition(
     def init(params: Params) -> PartitionState:
         found = labels(params)
         unused = [label for label in parts if label not in found]
-        if found and unused and not hidden(params):
+        # A function may know labels that this tree has no use for.
+        if found and unused and not callable(param_labels) and not hidden(params):
             warn(
                 f"no leaf has the label {' or '.join(map(repr, unused))}, whose transform does nothing; leaves have "
                 f"{', '.join(dict.fromkeys(map(repr, found)))}. Is a label misspelled?"

@@ -173,6 +173,7 @@ def test_a_label_that_no_leaf_has_is_warned_of():
     tx = fr.partition({"body": fr.sgd(0.1), "frozen_head": fr.sgd(0.2)}, {"a": "body", "b": "body"})
     with pytest.warns(UserWarning, match=r"no leaf has the label 'frozen_head'.*leaves have 'body'"):
         tx.init(LEAVES)
+    fr.partition({"body": fr.sgd(0.1), "norm": fr.sgd(0.2)}, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
 
 
 # Schedules that turn

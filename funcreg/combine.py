@@ -10,17 +10,20 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params, State, Updates
 from funcreg.construction import remembered
+from funcreg.ranges import flags
 from funcreg.transform import (
     Choice,
     EmptyState,
+    Stage,
     Transform,
     check_selection,
     check_transforms,
     counter,
     either,
-    flags,
+    everywhere,
     memoryless,
     public_state,
+    warn,
 )
 from funcreg.tree import (
     Selection,
@@ -28,13 +31,13 @@ from funcreg.tree import (
     chosen_by,
     compute,
     flatten,
+    hidden,
     keep,
     mask_leaves,
     merge,
     reduce_leaves,
     scalar_device,
     total,
-    tree_leaves,
     tree_map,
     tree_paths,
 )
@@ -61,9 +64,10 @@ def chain(*transforms: Transform) -> Transform:
         {'weight': tensor([-0.1000,  0.0500])}
     """
     check_transforms("chain", transforms)
+    _check_order(transforms)
 
     def init(params: Params) -> tuple[State, ...]:
-        return tuple(tx.init(params) for tx in transforms)
+        return tuple(tx.begin(params) for tx in transforms)
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
         if type(state) is not tuple or len(state) != len(transforms):
@@ -73,7 +77,7 @@ def chain(*transforms: Transform) -> Transform:
             )
         new = []
         for tx, old in zip(transforms, state, strict=True):
-            updates, after = tx.update(updates, old, params, **extra)
+            updates, after = tx.update(updates, old, params, **tx.accepted(extra))
             new.append(after)
         return updates, tuple(new)
 
@@ -82,15 +86,66 @@ def chain(*transforms: Transform) -> Transform:
     if len(metrics) == 1:
         place, inner = metrics[0]
         metric = lambda state: inner(state[place])
-    spares = [tx.spares for tx in transforms if tx.spares is not None]
+    spares = any(tx.spares is not None for tx in transforms)
+    covers = [tx.covers for tx in transforms if tx.covers is not None]
     joined = Transform(
         init,
         update,
         metric,
         descends=any(tx.descends for tx in transforms),
-        spares=either(*spares) if spares else None,
+        spares=_spared_by(transforms) if spares else None,
+        stages=[stage for tx in transforms for stage in tx.stages],
+        covers=everywhere if everywhere in covers else either(*covers) if covers else None,
+        forwards_to=transforms,
     )
     return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+
+
+def _spared_by(transforms: Sequence[Transform]) -> Choice:
+    """The leaves that a link spares, without those that another one, masked, steps along: it does need gradients."""
+    spares = either(*[tx.spares for tx in transforms if tx.spares is not None])
+    masked_steps = [tx for tx in transforms if tx.covers is not None and tx.covers is not everywhere]
+
+    def spared(params: Params) -> list[bool]:
+        found = spares(params)
+        for tx in masked_steps:
+            covered = tx.covers(params) if tx.covers is not None else []
+            own = tx.spares(params) if tx.spares is not None else [False] * len(covered)
+            found = [f and (s or not c) for f, c, s in zip(found, covered, own, strict=True)]
+        return found
+
+    return spared
+
+
+def _check_order(transforms: Sequence[Transform]) -> None:
+    """Warn of links that take what another one made for what it is not: a step for a gradient, zeros for steps."""
+    if torch.compiler.is_compiling():
+        return
+    for i, tx in enumerate(transforms):
+        before = transforms[:i]
+        flipped = max([j for j, each in enumerate(before) if "flips" in each.stages], default=-1)
+        takes_gradients = "adds" in tx.stages or "steps" in tx.stages
+        stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
+        landed = next((each for each in before if _meet("lands", each, tx)), None)
+        if stepped is not None and takes_gradients:
+            adds = "adds" in tx.stages and "steps" not in tx.stages
+            goes = "adds a gradient to it, and goes uphill" if adds else "turns its sign once more, and goes uphill"
+            warn(
+                f"in this chain, {tx!r} stands after {stepped!r}, which makes a step downhill of its updates: it takes "
+                f"that step for a gradient, {goes}. Put it before the learning rate, as adamw does, "
+                + ("or take proximal for what comes after the step." if adds else "or take one of them out.")
+            )
+        elif landed is not None and (takes_gradients or "scales" in tx.stages):
+            warn(
+                f"in this chain, {tx!r} stands after {landed!r}, which ends where parameters are to be, at exact zeros "
+                "or in a set: what changes its updates loses that. Put it before."
+            )
+
+
+def _meet(stage: Stage, first: Transform, second: Transform) -> bool:
+    """Whether one transform has a stage, and another may act on leaves where it does: masks of both may differ."""
+    apart = first.covers is not everywhere and second.covers not in (None, everywhere)
+    return stage in first.stages and not (apart and first.covers is not None)
 
 
 @remembered
@@ -119,7 +174,7 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
     inner = chain(*(tx for _, tx in transforms))
 
     def init(params: Params) -> dict[str, State]:
-        return dict(zip(names, inner.init(params), strict=True))
+        return dict(zip(names, inner.begin(params), strict=True))
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, dict[str, State]]:
         if not isinstance(state, dict) or sorted(state) != sorted(names):
@@ -127,12 +182,22 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
             raise ValueError(
                 f"named_chain of {', '.join(names)} got a state of {came}; was it made by this chain's init?"
             )
-        updates, new = inner.update(updates, tuple(state[name] for name in names), params, **extra)
+        updates, new = inner.update(updates, tuple(state[name] for name in names), params, **inner.accepted(extra))
         return updates, dict(zip(names, new, strict=True))
 
     outer = inner.metric
     metric = None if outer is None else lambda state: outer(tuple(state[name] for name in names))
-    return Transform(init, update, metric, inner.frozen, descends=inner.descends, spares=inner.spares)
+    return Transform(
+        init,
+        update,
+        metric,
+        inner.frozen,
+        descends=inner.descends,
+        spares=inner.spares,
+        stages=inner.stages,
+        covers=inner.covers,
+        forwards_to=[inner],
+    )
 
 
 # Some leaves
@@ -177,14 +242,14 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
     flags(mask_compatible_extra_args=mask_compatible_extra_args)
 
     def init(params: Params) -> MaskedState:
-        return MaskedState(inner.init(keep(params, mask_leaves(mask, params))))
+        return MaskedState(inner.begin(keep(params, mask_leaves(mask, params))))
 
     def update(updates: Updates, state: MaskedState, params: Params, **extra: Any) -> tuple[Updates, MaskedState]:
         bools = mask_leaves(mask, params)
         if mask_compatible_extra_args:
             names = tree_paths(params)
             extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
-        new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **extra)
+        new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **inner.accepted(extra))
         return merge(updates, new, bools), MaskedState(after)
 
     def spares(params: Params) -> list[bool]:
@@ -192,18 +257,25 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         inside = iter(inner.spares(keep(params, bools)) if inner.spares is not None else [False] * sum(bools))
         return [next(inside) if chosen else True for chosen in bools]
 
-    def frozen(params: Params) -> list[bool]:
-        bools = mask_leaves(mask, params)
-        held = iter(inner.frozen(keep(params, bools)) if inner.frozen is not None else [False] * sum(bools))
-        return [next(held) if chosen else False for chosen in bools]
+    def within(choose: Choice) -> Choice:
+        def chosen_within(params: Params) -> list[bool]:
+            bools = mask_leaves(mask, params)
+            inside = iter(choose(keep(params, bools)))
+            return [next(inside) if chosen else False for chosen in bools]
 
+        return chosen_within
+
+    covers = inner.covers
     return Transform(
         init,
         update,
-        frozen=None if inner.frozen is None else frozen,
+        frozen=None if inner.frozen is None else within(inner.frozen),
         state=MaskedState,
         descends=inner.descends,
         spares=spares,
+        stages=inner.stages,
+        covers=covers if covers is None or mask is True else within(covers),
+        forwards_to=[inner],
     )
 
 
@@ -233,7 +305,8 @@ def freeze(mask: Mask) -> Transform:
         mask_leaves(mask, params)  # A mask that does not fit is said here.
         return EmptyState()
 
-    return Transform(init, update, frozen=lambda params: mask_leaves(mask, params))
+    held = lambda params: mask_leaves(mask, params)
+    return Transform(init, update, frozen=held, covers=held)
 
 
 def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
@@ -249,15 +322,25 @@ def _hold(inner: Transform, frozen: list[Choice]) -> Transform:
     held = either(*frozen)
 
     def init(params: Params) -> State:
-        return inner.init(keep(params, [not h for h in held(params)]))
+        return inner.begin(keep(params, [not h for h in held(params)]))
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         bools = held(params)
         free = [not h for h in bools]
-        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
+        new, after = inner.update(keep(updates, free), state, keep(params, free), **inner.accepted(extra))
         return merge(_zeroed(updates, bools), new, free), after
 
-    return Transform(init, update, inner.metric, held, descends=inner.descends, spares=inner.spares)
+    return Transform(
+        init,
+        update,
+        inner.metric,
+        held,
+        descends=inner.descends,
+        spares=inner.spares,
+        stages=inner.stages,
+        covers=inner.covers,
+        forwards_to=[inner],
+    )
 
 
 @remembered
@@ -271,8 +354,7 @@ def set_to_zero() -> Transform:
         >>> set_to_zero().update({"weight": torch.ones(2)}, EmptyState(), params)
         ({'weight': tensor([0., 0.])}, EmptyState())
     """
-    everywhere = lambda params: [True] * len(tree_leaves(params))
-    return memoryless(lambda updates, params: tree_map(torch.zeros_like, updates), spares=everywhere)
+    return memoryless(lambda updates, params: tree_map(torch.zeros_like, updates), spares=everywhere, covers=everywhere)
 
 
 @public_state
@@ -322,7 +404,7 @@ def partition(
     transforms = dict(transforms)
 
     def labels(params: Params) -> list[Any]:
-        found, params = chosen_by(param_labels, params)
+        found, params = chosen_by(param_labels, params, "param_labels")
         values = broadcast(found, params, "param_labels")
         for i, value in enumerate(values):
             if not isinstance(value, Hashable) or value not in transforms:
@@ -343,7 +425,15 @@ def partition(
     parts = {label: members(label) for label in transforms}
 
     def init(params: Params) -> PartitionState:
-        return PartitionState({label: tx.init(params).inner_state for label, tx in parts.items()})
+        found = labels(params)
+        unused = [label for label in parts if label not in found]
+        # A function may know labels that this tree has no use for.
+        if found and unused and not callable(param_labels) and not hidden(params):
+            warn(
+                f"no leaf has the label {' or '.join(map(repr, unused))}, whose transform does nothing; leaves have "
+                f"{', '.join(dict.fromkeys(map(repr, found)))}. Is a label misspelled?"
+            )
+        return PartitionState({label: tx.begin(params).inner_state for label, tx in parts.items()})
 
     def update(updates: Updates, state: PartitionState, params: Params, **extra: Any) -> tuple[Updates, PartitionState]:
         if set(state.inner_states) != set(parts):
@@ -353,11 +443,13 @@ def partition(
             )
         new = {}
         for label, tx in parts.items():
-            updates, after = tx.update(updates, MaskedState(state.inner_states[label]), params, **extra)
+            updates, after = tx.update(updates, MaskedState(state.inner_states[label]), params, **tx.accepted(extra))
             new[label] = after.inner_state
         return updates, PartitionState(new)
 
     holding = [tx.frozen for tx in parts.values() if tx.frozen is not None]
+    covers = [tx.covers for tx in parts.values() if tx.covers is not None]
+    stepping = all([tx.covers is everywhere for tx in transforms.values()])
 
     def spares(params: Params) -> list[bool]:
         # A part spares what is not its own: spared by all is what its own part spares.
@@ -371,6 +463,9 @@ def partition(
         state=PartitionState,
         descends=any(tx.descends for tx in parts.values()),
         spares=spares,
+        stages=[stage for tx in parts.values() for stage in tx.stages],
+        covers=everywhere if stepping else either(*covers) if covers else None,
+        forwards_to=list(parts.values()),
     )
 
 
@@ -415,7 +510,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
 
     def init(params: Params) -> ApplyIfFiniteState:
         good = torch.ones((), dtype=torch.bool, device=scalar_device(params))
-        return ApplyIfFiniteState(counter(params), good, counter(params), inner.init(params))
+        return ApplyIfFiniteState(counter(params), good, counter(params), inner.begin(params))
 
     def update(
         updates: Updates, state: ApplyIfFiniteState, params: Params, **extra: Any
@@ -425,12 +520,20 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
         go = finite | (errors > max_consecutive_errors)
-        new, after = inner.update(updates, state.inner_state, params, **extra)
+        new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
         new = compute(lambda u, go: torch.where(go, u, torch.zeros_like(u)), new, hyper=(go,))
         after = tree_map(lambda a, b: torch.where(go.to(a.device), a, b), after, state.inner_state)
         count = state.total_notfinite + (~finite).to(torch.int32)
         return new, ApplyIfFiniteState(errors, finite, count, after)
 
     return Transform(
-        init, update, frozen=inner.frozen, state=ApplyIfFiniteState, descends=inner.descends, spares=inner.spares
+        init,
+        update,
+        frozen=inner.frozen,
+        state=ApplyIfFiniteState,
+        descends=inner.descends,
+        spares=inner.spares,
+        stages=inner.stages,
+        covers=inner.covers,
+        forwards_to=[inner],
     )

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.construction import written
-from funcreg.penalties import Dim, group_dims, shrink
+from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.penalty import Penalty
-from funcreg.ranges import check_range, concrete
+from funcreg.ranges import check_range, concrete, flags
 from funcreg.tree import (
     compute,
     compute_leaves,
@@ -125,11 +125,12 @@ class Constraint(Penalty):
             proximal,
             residual=left,
             bounds=bounds,
-            rule=rule or projection,
+            rule=projection if rule is None else rule,
             weighted=weighted,
             in_metric=in_metric,
             separable=separable,
             couples_leaves=couples_leaves,
+            has_gradient=False,
         )
         self._made = (
             type(self),
@@ -150,7 +151,7 @@ class Constraint(Penalty):
         self.__signature__ = inspect.Signature(shown)
         self._check = check
 
-    _kind = "constraint"
+    kind = "constraint"
 
     def project(
         self,
@@ -239,6 +240,7 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
+    flags(separable=separable, real=real)
     given = {
         "metric": metric,
         "separable": separable,
@@ -694,7 +696,7 @@ def _l1_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *
     # On the boundary normals are multiples of subgradients of the norm: the residual of the best strength of l1.
     level = share(torch.where(zero, slopes.abs(), -math.inf), -_inner(sign(x), slopes, (-1,)), fixed.clamp(min=1))
     level = torch.where(_met(size, radius, slack), level.relu(), torch.zeros_like(level))
-    left = torch.where(zero, shrink(slopes, level), slopes + level * sign(x))
+    left = torch.where(zero, shrunk(slopes, level), slopes + level * sign(x))
     return ungrouped(torch.where(torch.zeros_like(size) + radius == 0, torch.zeros_like(left), left), w, dims)
 
 

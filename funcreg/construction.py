@@ -32,6 +32,8 @@ class Remembering:
     """What is made of closures by public functions, and remembers which one made it, with which arguments."""
 
     made_by: Call | None = None
+    #: What errors call it where a number or a schedule is expected; None for what may be a schedule.
+    kind: str | None = None
 
     def __repr__(self) -> str:
         return object.__repr__(self) if self.made_by is None else str(self.made_by)

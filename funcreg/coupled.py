@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from funcreg._typing import Hyper, Params
 from funcreg.construction import remembered
 from funcreg.penalty import Penalty
+from funcreg.ranges import flags
 from funcreg.sharding import like, whole
 from funcreg.tree import chosen_by, flatten, gathered, hidden, leaves_like, listed, total, tree_leaves, tree_paths
 
@@ -230,7 +231,16 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
     kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
     vars(rule)["__signature__"] = signature.replace(parameters=kept)
-    return Penalty(value, gradient, proximal, residual=residual, rule=rule, in_metric=in_metric, bounds=penalty.bounds)
+    return Penalty(
+        value,
+        gradient,
+        proximal,
+        residual=residual,
+        rule=rule,
+        in_metric=in_metric,
+        bounds=penalty.bounds,
+        has_gradient=penalty.has_gradient,
+    )
 
 
 def _shared(hyper: Sequence[Hyper]) -> None:
@@ -265,6 +275,7 @@ def _along(name: Any, where: Any) -> Along:
     along = Along(where) if isinstance(where, int) and not isinstance(where, bool) else where
     if not isinstance(name, str) or not isinstance(along, Along):
         raise TypeError(f"groups maps {name!r} to {where!r}; expected the name of a leaf, and an int or an Along")
+    flags(penalized=along.penalized)
     if along.size < 1 or along.packed < 1:
         raise ValueError(f"at leaf '{name}': groups has {along}; expected a size and packed blocks of at least 1")
     return along
@@ -278,7 +289,7 @@ def _places(groups: Groups, params: Params) -> list[list[_Place]]:
         return []
     masked = hidden(params)
     places: list[list[_Place]] = []
-    for family in _families(chosen_by(groups, params)[0]):
+    for family in _families(chosen_by(groups, params, "groups")[0]):
         found: list[_Place] = []
         for name, along in family.items():
             if name in numbers:
@@ -293,6 +304,11 @@ def _places(groups: Groups, params: Params) -> list[list[_Place]]:
                     f"'{names[found[0].leaf]}' has {counts[0]}; the leaves of a family have the same groups"
                 )
         places.append(found)
+    if masked and not any([place.along.penalized for found in places for place in found]):
+        raise ValueError(
+            f"groups names no leaf that a mask or freeze has left: those are {listed(names)}. The penalty would "
+            "have no effect. Is the mask the wrong way round?"
+        )
     return places
 
 

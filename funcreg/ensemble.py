@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
-from funcreg.transform import Choice, Transform
+from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import Selection, check_mask, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
 
 
@@ -64,7 +64,8 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
         over = tree_map(lambda x: 0 if isinstance(x, Tensor) and x.ndim else None, extra)
 
         def one(updates: Updates, state: State, params: Params, extra: dict[str, Any], *h: Hyper) -> Any:
-            return make(*h).update(updates, state, params, **extra)
+            tx = make(*h)
+            return tx.update(updates, state, params, **tx.accepted(extra))
 
         return vmap(one, in_dims=(0, 0, 0, over, *(0 for _ in hyper)))(updates, state, params, extra, *hyper)
 
@@ -73,7 +74,14 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
 
     first = made[0]
     return Transform(
-        init, update, frozen=of_member(first.frozen), descends=first.descends, spares=of_member(first.spares)
+        init,
+        update,
+        frozen=of_member(first.frozen),
+        descends=first.descends,
+        spares=of_member(first.spares),
+        stages=first.stages,
+        covers=first.covers if first.covers is everywhere else of_member(first.covers),
+        forwards_to=[first],
     )
 
 

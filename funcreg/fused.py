@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from funcreg import undocumented
-from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
+from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Remembering, remembered
 from funcreg.lowering import Compiler, say_once
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
+from funcreg.ranges import flags
 from funcreg.recording import Record, placeholder, record
-from funcreg.regularizing import check_penalty
+from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread, local, spread
-from funcreg.transform import Transform, flags, nonnegative
+from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
 from funcreg.tree import (
     apply_updates,
     check_params,
-    compute,
     filled,
     leaves_like,
     listed,
@@ -457,7 +457,7 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
 def value_and_grad(
     penalty: Penalty,
     *hyper: Hyper,
-    strength: Scalar = 1.0,
+    strength: Hyper = 1.0,
     mask: Mask | None = None,
     backend: str | Callable[..., Any] = "inductor",
     **options: Any,
@@ -470,26 +470,33 @@ def value_and_grad(
     Args:
         penalty: A penalty :math:`g` such as `l1`.
         hyper: Its hyperparameters: numbers, tensors or trees. Tensors are read at every call.
-        strength: :math:`\lambda`: number of at least 0, or 0-dim tensor.
+        strength: :math:`\lambda`: number of at least 0, tensor, or a tree of them like the parameters.
         mask: Leaves on which the penalty acts; the gradient of the others is 0.
         backend: Backend of `torch.compile`.
         options: Static options of the penalty, such as `dim`.
 
     Raises:
-        TypeError: `penalty` is not a penalty, or takes other hyperparameters.
+        TypeError: `penalty` is not a penalty, takes other hyperparameters, or has no gradient, as `l0`; or a
+            hyperparameter is a schedule.
 
     Example:
         >>> f = value_and_grad(l1, strength=0.5, backend="eager")
         >>> f({"weight": torch.tensor([3.0, -1.0])})
         (tensor(2.), {'weight': tensor([ 0.5000, -0.5000])})
     """
-    nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
+    check_gradient(penalty)
+    check_selection(mask)
+    nonnegative(strength=strength)
+    if is_scheduled(strength, *hyper):
+        raise TypeError(
+            "value_and_grad got a function as the strength or a hyperparameter; expected numbers, tensors or trees of "
+            "them. It counts no steps, so that a schedule has no place: give a tensor, which is read at every call."
+        )
 
     def plain(params: Params) -> tuple[Tensor, Params]:
-        slopes = penalty.grad(params, *hyper, mask=mask, **options)
-        value = strength * penalty(params, *hyper, mask=mask, **options)
-        return value, compute(lambda g, s: s * g, slopes, hyper=(strength,))
+        value = penalty.weighted_value(params, strength, *hyper, mask=mask, **options)
+        return value, penalty.weighted_grad(params, strength, *hyper, mask=mask, **options)
 
     return _ValueAndGrad(plain, backend)
 

@@ -24,8 +24,8 @@ from funcreg.penalties import (
     group_directions,
     group_norms,
     group_sizes,
-    shrink,
     shrink_groups,
+    shrunk,
 )
 from funcreg.penalty import penalty
 from funcreg.separable import (
@@ -289,6 +289,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     residual=_group_l0_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     separable=False,
+    has_gradient=False,
 )
 def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Number of groups that are not zero, :math:`\sum_g c_g [w_g \ne 0]`.
@@ -486,7 +487,7 @@ def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., wei
 def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
-    return torch.where(w == 0, shrink(g, force), g + force * sign(w))
+    return torch.where(w == 0, shrunk(g, force), g + force * sign(w))
 
 
 @penalty(

@@ -14,6 +14,7 @@ import torch
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.combine import chain
 from funcreg.construction import remembered
+from funcreg.ranges import flags
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import (
     scale_by_adam,
@@ -51,6 +52,7 @@ def sgd(
         >>> tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)[0]
         {'weight': tensor([-0.4000,  0.0100])}
     """
+    flags(nesterov=nesterov)
     without_momentum(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
     direction = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
     return chain(direction, scale_by_learning_rate(learning_rate))
@@ -246,6 +248,7 @@ def rmsprop(
     References:
         Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
+    flags(centered=centered, nesterov=nesterov)
     without_momentum(momentum, nesterov=nesterov)
     preconditioner = scale_by_stddev if centered else scale_by_rms
     return chain(

@@ -17,6 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.penalty import penalty
+from funcreg.ranges import check_sign
 from funcreg.tree import bare, euclidean, sign, squared, tree_map
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
@@ -41,6 +42,12 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
         >>> shrink(torch.tensor([3.0, -0.5]), 1.0)
         tensor([2., 0.])
     """
+    check_sign("threshold", threshold)
+    return shrunk(w, threshold)
+
+
+def shrunk(w: Tensor, threshold: Scalar) -> Tensor:
+    """`shrink` inside a rule, whose threshold is known to be no negative number."""
     if w.is_complex():
         size = w.abs()
         # Adding zero turns -0.0 into +0.0.
@@ -53,11 +60,11 @@ def shrink(w: Tensor, threshold: Scalar) -> Tensor:
 
 
 def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
-    return shrink(w, step)
+    return shrunk(w, step)
 
 
 def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return torch.where(w == 0, shrink(g, strength), g + strength * sign(w))
+    return torch.where(w == 0, shrunk(g, strength), g + strength * sign(w))
 
 
 @penalty(
@@ -157,11 +164,11 @@ def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
-    return shrink(w, step * alpha * rho) / (1 + step * alpha * (1 - rho))
+    return shrunk(w, step * alpha * rho) / (1 + step * alpha * (1 - rho))
 
 
 def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
-    at_zero = shrink(g, strength * alpha * rho)
+    at_zero = shrunk(g, strength * alpha * rho)
     return torch.where(w == 0, at_zero, g + strength * _elastic_gradient(w, alpha, rho))
 
 
@@ -362,13 +369,13 @@ def _sparse_group_proximal(
     w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
     # In this order: the other one is not the proximal operator of the sum.
-    return _group_proximal(shrink(w, step * alpha * rho), step * alpha * (1 - rho), dim=dim, weights=weights)
+    return _group_proximal(shrunk(w, step * alpha * rho), step * alpha * (1 - rho), dim=dim, weights=weights)
 
 
 def _sparse_group_metric(
     w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
-    return _group_metric(shrink(w, step * alpha * rho / h), h, step * alpha * (1 - rho), dim=dim, weights=weights)
+    return _group_metric(shrunk(w, step * alpha * rho / h), h, step * alpha * (1 - rho), dim=dim, weights=weights)
 
 
 def _sparse_group_residual(

@@ -15,12 +15,13 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.construction import Remembering
 from funcreg.descent import approach, check_inner_steps
-from funcreg.ranges import check_range, concrete
+from funcreg.ranges import check_range, check_sign, concrete, flags
 from funcreg.tree import (
     check_alike,
     check_params,
     compute,
     compute_leaves,
+    compute_wide,
     dotted,
     fits,
     flatten,
@@ -35,6 +36,7 @@ from funcreg.tree import (
     tree_map,
     without_autocast,
 )
+from funcreg.undocumented import dynamo_asks
 
 P = TypeVar("P", bound="Penalty")
 _AT_LEAST_0 = (0.0, math.inf)
@@ -81,6 +83,8 @@ class Penalty(Remembering):
             told how many. None for an error.
         separable: Whether it is a sum over entries; None if its value on a leaf tells.
         couples_leaves: Whether the proximal point of one leaf depends on others.
+        has_gradient: Whether the gradient tells anything; False where it is 0 everywhere, as that of `l0`, so that
+            descent along it would do nothing.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -127,7 +131,11 @@ class Penalty(Remembering):
         inner_steps: int | None = None,
         separable: bool | None = False,
         couples_leaves: bool = True,
+        has_gradient: bool = True,
     ) -> None:
+        flags(couples_leaves=couples_leaves, has_gradient=has_gradient)
+        if separable is not None:
+            flags(separable=separable)
         options = {
             "residual": residual,
             "bounds": bounds,
@@ -139,15 +147,16 @@ class Penalty(Remembering):
             "inner_steps": inner_steps,
             "separable": separable,
             "couples_leaves": couples_leaves,
+            "has_gradient": has_gradient,
         }
         self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
         self._made = type(self), (value, gradient, proximal), options
-        rule = rule or value
+        rule = value if rule is None else rule
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self._weighted, self._weigh = weighted, weigh
         takes = "metric" in inspect.signature(proximal).parameters
         self._in_metric, self._inner_steps = in_metric or (lambda *hyper, **options: takes), inner_steps
-        self.separable, self.couples_leaves = separable, couples_leaves
+        self.separable, self.couples_leaves, self.has_gradient = separable, couples_leaves, has_gradient
         self.structure = structure or Structure()
         self.__name__ = rule.__name__
         self.__qualname__ = getattr(rule, "__qualname__", rule.__name__)
@@ -161,12 +170,20 @@ class Penalty(Remembering):
             [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD), *parameters]
         )
 
-    _kind = "penalty"
+    kind = "penalty"
+
+    def __bool__(self) -> bool:
+        if dynamo_asks():
+            return True
+        raise TypeError(
+            f"the {self.kind} {self.__name__} has no truth value. Write a + b for `a and b`; to ask whether there is "
+            "one, write `is not None`."
+        )
 
     def __repr__(self) -> str:
         if self.made_by is not None:
             return super().__repr__()
-        return f"<{self._kind} {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
+        return f"<{self.kind} {self.__name__}({', '.join(('params', *(p.name for p in self._hyper)))})>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found: Any = sys.modules.get(self.__module__)
@@ -230,12 +247,16 @@ class Penalty(Remembering):
         check_inner_steps(inner_steps)
         if metric is not None:
             check_alike(params, metric, ("params", "metric"))
+            map_with_path(lambda path, h: check_sign(f"metric at '{dotted(path)}'" if path else "metric", h), metric)
 
         def act(chosen: Params) -> Params:
             own = self.weigh(chosen, step, *values, **options) if self.weighable else step
             h = _like(metric, mask, params)
             if h is None:
                 return self._proximal(chosen, own, *values, **options)
+            # Where nothing holds an entry, 0 / 0 would hide that no step is taken; -0.0 would turn the step around. Its
+            # inverse is far from overflow, so that rules may sum it.
+            h = compute_wide(lambda h: h.clamp(min=torch.finfo(h.dtype).tiny ** 0.8), h)
             count = inner_steps
             if count is None:
                 if self._in_metric(chosen, *values, **options):
@@ -423,6 +444,7 @@ class Sum(Penalty):
         self.structure = Structure(parts=lambda: terms)
         self.separable = all([term.penalty.separable is True for term in terms])
         self.couples_leaves = any([term.penalty.couples_leaves for term in terms])
+        self.has_gradient = all([term.penalty.has_gradient for term in terms])
 
     @property
     def __name__(self) -> str:
@@ -536,6 +558,7 @@ def penalty(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     structure: Structure | None = None,
     inner_steps: int | None = None,
+    has_gradient: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
 
@@ -559,6 +582,7 @@ def penalty(
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         structure: What sums with this penalty may rely on; see `Structure`.
         inner_steps: For a convex penalty without `metric`: the steps of a descent that stand in for it.
+        has_gradient: Whether the gradient tells anything; False where it is 0 everywhere.
 
     Example:
         >>> def huber_gradient(w, width):
@@ -582,7 +606,11 @@ def penalty(
         "bounds": bounds,
         "structure": structure,
         "inner_steps": inner_steps,
+        "has_gradient": has_gradient,
     }
+    flags(has_gradient=has_gradient)
+    if separable is not None:
+        flags(separable=separable)
 
     def lift(value: Callable[..., Tensor]) -> Penalty:
         def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
@@ -661,6 +689,7 @@ def penalty(
             inner_steps=inner_steps,
             separable=separable,
             couples_leaves=False,
+            has_gradient=has_gradient,
         ).made_from(penalty, given, value)
 
     return lift

@@ -16,7 +16,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.construction import remembered
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
-from funcreg.ranges import scalars
+from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam, trace
 from funcreg.transform import (
@@ -28,7 +28,6 @@ from funcreg.transform import (
     check_selection,
     counter,
     finite_nonnegative,
-    flags,
     identity,
     nonnegative,
     positive,
@@ -132,7 +131,7 @@ def descend(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(state.steps + 1, inner)
 
-    return Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask))
+    return Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask), stages=["steps", "lands"])
 
 
 @remembered
@@ -176,6 +175,7 @@ def prox_sgd(
     References:
         Daubechies, Defrise & De Mol, *An iterative thresholding algorithm for linear inverse problems*, 2004.
     """
+    flags(nesterov=nesterov)
     without_momentum(momentum, nesterov=nesterov)
     if momentum is None:
         direction, gain = identity(), 1.0
@@ -413,4 +413,4 @@ def fista(
         moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=(further,))
         return moves, FistaState(state.steps + 1, momentum, compute(lambda x0, x: x, state.solution, x))
 
-    return Transform(init, update, state=FistaState, descends=True, spares=left_out(mask))
+    return Transform(init, update, state=FistaState, descends=True, spares=left_out(mask), stages=["steps", "lands"])

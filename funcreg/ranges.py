@@ -102,7 +102,8 @@ def check_range(
     else:
         plain = number(value)
         if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
-            if callable(value) and not isinstance(value, (type, torch.nn.Module)):
+            kind = getattr(value, "kind", None)
+            if callable(value) and not isinstance(value, (type, torch.nn.Module)) and not isinstance(kind, str):
                 return
             raise TypeError(f"{name} is {_described(value)}")
         ends = (plain if isinstance(plain, (int, float)) else float(plain),)
@@ -134,8 +135,11 @@ def _cause(x: float, low: float, hint: str) -> str:
 def _described(value: Any) -> str:
     """What a value is that is no number, what was expected, and where known, what to give instead."""
     expected, hint = "expected a number, a tensor, a schedule or a tree of them", ""
+    kind = getattr(value, "kind", None)
     if isinstance(value, (str, bytes, bool, complex)) or value is None:
         came = repr(value)
+    elif isinstance(kind, str):  # Before it is taken for a schedule, because it can be called.
+        came, hint = f"the {kind} {getattr(value, '__name__', value)!s}", ". Are arguments in another order?"
     elif isinstance(value, torch.optim.lr_scheduler.LRScheduler):
         came = f"the scheduler {type(value).__name__} of torch"
         hint = ". It changes an optimizer of torch; take a function of the number of steps, as cosine_decay_schedule is"
@@ -150,6 +154,25 @@ def _described(value: Any) -> str:
     else:
         came = f"a {type(value).__name__}"
     return f"{came}; {expected}{hint}"
+
+
+def flags(**given: Any) -> None:
+    """Raise a TypeError for the first of these options that is not True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def check_sign(name: str, value: Any) -> None:
+    """Raise a ValueError if an entry of a tensor, or a number, is known to be below 0; NaN goes through."""
+    known = concrete(value)
+    if known is None or (isinstance(known, Tensor) and (known.is_complex() or not known.numel())):
+        return
+    if isinstance(known, Tensor) and known.ndim and bool((known < 0).any()):
+        least = torch.where(known < 0, known, torch.zeros_like(known)).amin().item()
+        raise ValueError(f"{name} has the entry {least}; expected numbers of at least 0{_cause(least, 0.0, '')}")
+    if not (isinstance(known, Tensor) and known.ndim) and known < 0:
+        raise ValueError(f"{name} is {float(known)}; expected a number of at least 0{_cause(float(known), 0.0, '')}")
 
 
 def scalars(**hyper: Any) -> tuple[Any, ...]:

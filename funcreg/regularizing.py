@@ -27,6 +27,16 @@ def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str,
     penalty.bind(*hyper, **options)
 
 
+def check_gradient(penalty: Penalty) -> None:
+    """Raise a TypeError for a penalty whose gradient is 0 everywhere: descent along it would do nothing."""
+    if not penalty.has_gradient:
+        remedy = "project" if isinstance(penalty, Constraint) else "proximal or prox_sgd"
+        raise TypeError(
+            f"penalty is the {penalty.kind} {penalty.__name__}, whose gradient is 0 everywhere, or that of a term is; "
+            f"adding it would do nothing. Use {remedy}, which applies its proximal operator."
+        )
+
+
 @remembered
 def add_decayed_weights(weight_decay: Hyper | Schedule = 0.0, mask: Mask | None = None) -> Transform:
     r"""Add :math:`\lambda w` to updates, the gradient of :math:`\frac{\lambda}{2} \|w\|_2^2`.
@@ -82,13 +92,14 @@ def add_penalty(
     finite_nonnegative(strength=strength)
     check_selection(mask)
     check_penalty(penalty, hyper, options)
+    check_gradient(penalty)
 
     def rule(updates: Updates, params: Params, strength: Hyper, *values: Hyper) -> Updates:
         slopes = penalty.grad(params, *values, **options)
         own = penalty.weigh(params, strength, *values, **options)
         return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(own,))
 
-    return _where(mask, scheduled(rule, strength, *hyper))
+    return _where(mask, scheduled(rule, strength, *hyper, stages=["adds"]))
 
 
 @remembered
@@ -129,7 +140,7 @@ def proximal(
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, step, *hyper))
+    return _where(mask, scheduled(rule, step, *hyper, stages=["lands"]))
 
 
 @remembered
@@ -200,4 +211,4 @@ def keep_params_nonnegative() -> Transform:
         # In the dtype of the parameters, or w + (-w) would not be 0.
         return compute(lambda w, u: torch.where(w + u < 0, -w, u), params, updates)
 
-    return memoryless(rule)
+    return memoryless(rule, stages=["lands"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import concrete, scalars
+from funcreg.ranges import concrete, flags, scalars
 from funcreg.transform import (
     Transform,
     below_one,
@@ -21,7 +21,6 @@ from funcreg.transform import (
     dtypes,
     finite,
     finite_nonnegative,
-    flags,
     memoryless,
     positive,
     public_state,
@@ -45,7 +44,8 @@ def scale(step_size: Hyper) -> Transform:
         ({'weight': tensor([-0.1000, -0.2000])}, EmptyState())
     """
     finite(step_size=step_size)
-    return scheduled(_scale, step_size, descends=_negative(step_size))
+    negative = _negative(step_size)
+    return scheduled(_scale, step_size, descends=negative, stages=["scales", "flips"] if negative else ["scales"])
 
 
 def _negative(step_size: Hyper) -> bool:
@@ -75,7 +75,7 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
     """
     if not callable(step_size_fn) or isinstance(step_size_fn, type):
         raise TypeError(f"step_size_fn is {step_size_fn!r}; expected a function of the step. For a number, use scale.")
-    return scheduled(_scale, step_size_fn)
+    return scheduled(_scale, step_size_fn, stages=["scales"])
 
 
 @remembered
@@ -104,7 +104,7 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
     def rule(updates: Updates, params: Params, rate: Hyper) -> Updates:
         return compute(lambda u, r: direction * r * u, updates, hyper=(rate,))
 
-    return scheduled(rule, learning_rate, descends=True)
+    return scheduled(rule, learning_rate, descends=True, stages=["steps"] if flip_sign else ["scales"])
 
 
 # Moments

@@ -15,18 +15,28 @@ from torch import Tensor
 
 from funcreg._typing import Scalar, Schedule
 from funcreg.construction import Remembering, remembered
-from funcreg.ranges import check_range, scalars
+from funcreg.ranges import check_range, flags, scalars
+
+#: A step later than that of any training, which int32 counts.
+_LATE = 2**31 - 1
 
 
 def _double(count: Any) -> Tensor:
     return count.to(torch.float64) if isinstance(count, Tensor) else torch.as_tensor(count, dtype=torch.float64)
 
 
-class _Schedule(Remembering):
-    """A function of the number of steps taken that prints and pickles as the call that made it."""
+class KnownSchedule(Remembering):
+    """A function of the number of steps taken that prints and pickles as the call that made it.
 
-    def __init__(self, value: Callable[[Any], Scalar]) -> None:
+    Args:
+        value: The function.
+        turns: Steps, besides 0, at which it may take its least and greatest values: between them it only rises or only
+            falls. Where a schedule is given for what has a range, it is checked there.
+    """
+
+    def __init__(self, value: Callable[[Any], Scalar], turns: Sequence[float] = ()) -> None:
         self._value = value
+        self.turns = tuple([min(math.ceil(count), _LATE) for count in turns if count > 0])
 
     def __call__(self, count: Any) -> Scalar:
         return self._value(count)
@@ -65,7 +75,7 @@ def constant_schedule(value: Scalar) -> Schedule:
         0.1
     """
     (value,) = _finite(value=value)
-    return _Schedule(lambda count: value)
+    return KnownSchedule(lambda count: value)
 
 
 @remembered
@@ -97,7 +107,7 @@ def polynomial_schedule(
         share = 1 - (_double(count) - begin).clamp(0, transition_steps) / transition_steps
         return (init_value - end_value) * share**power + end_value
 
-    return _Schedule(schedule)
+    return KnownSchedule(schedule, [begin + transition_steps])
 
 
 @remembered
@@ -147,8 +157,7 @@ def exponential_decay(
     if end_value is not None:
         (end_value,) = _finite(end_value=end_value)
     _steps(transition_steps=transition_steps, transition_begin=transition_begin)
-    if not isinstance(staircase, bool):
-        raise TypeError(f"staircase is {staircase!r}; expected True or False")
+    flags(staircase=staircase)
     if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
@@ -163,7 +172,9 @@ def exponential_decay(
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
         return torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
 
-    return _Schedule(schedule)
+    # Without an end the sign stays, and growth is without limit. By the last step any end is reached, but from 0.
+    still = end_value is None or isinstance(init_value, Tensor) or init_value == 0
+    return KnownSchedule(schedule, [] if still else [_LATE])
 
 
 @remembered
@@ -198,7 +209,7 @@ def piecewise_constant_schedule(
             value = torch.where(_double(count) >= boundary, scale * value, value)
         return value
 
-    return _Schedule(schedule)
+    return KnownSchedule(schedule, list(scales))
 
 
 @remembered
@@ -232,7 +243,7 @@ def cosine_decay_schedule(
         cosine = (1 + torch.cos(math.pi * _double(count).clamp(max=decay_steps) / decay_steps)) / 2
         return init_value * ((1 - alpha) * cosine**exponent + alpha)
 
-    return _Schedule(schedule)
+    return KnownSchedule(schedule, [decay_steps])
 
 
 @remembered
@@ -333,4 +344,9 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
             value = torch.where(steps < boundary, value, _double(later(count - boundary)))
         return value
 
-    return _Schedule(schedule)
+    turns: list[float] = []
+    for begin, end, each in zip([0, *boundaries], [*boundaries, math.inf], schedules, strict=True):
+        inner = each.turns if isinstance(each, KnownSchedule) else ()
+        last = [] if end == math.inf else [end - 1]
+        turns += [count for count in [begin, *[begin + turn for turn in inner], *last] if begin <= count < end]
+    return KnownSchedule(schedule, turns)

@@ -21,7 +21,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
-from funcreg.penalties import shrink
+from funcreg.penalties import shrunk
 from funcreg.penalty import Penalty, penalty
 from funcreg.tree import compute, compute_wide, reduce_leaves, sign, squared, total
 
@@ -33,6 +33,7 @@ def of_magnitudes(
     slope: Callable[..., Tensor],
     landing: Callable[..., Tensor],
     bounds: Mapping[str, tuple[float, float]] | None = None,
+    has_gradient: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on magnitudes to a `Penalty`, :math:`\sum_i \phi(|w_i|)`; the decorated function is the value.
 
@@ -40,6 +41,7 @@ def of_magnitudes(
         slope: `(size, *hyper)` to :math:`\phi'`, at 0 from the right, where it may be infinite.
         landing: `(size, step, *hyper)` to :math:`\arg\min_{z \ge 0} \frac{1}{2} (z - a)^2 + \text{step} \cdot \phi(z)`.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
+        has_gradient: Whether the slope is not 0 everywhere.
     """
 
     def gradient(w: Tensor, *hyper: Scalar) -> Tensor:
@@ -53,7 +55,7 @@ def of_magnitudes(
     def residual(w: Tensor, g: Tensor, strength: Scalar, *hyper: Scalar) -> Tensor:
         pull = strength * slope(torch.zeros_like(w.abs()), *hyper)
         # No strength times an infinite slope is no pull.
-        at_zero = shrink(g, pull.nan_to_num(0.0, posinf=math.inf))
+        at_zero = shrunk(g, pull.nan_to_num(0.0, posinf=math.inf))
         return torch.where(w == 0, at_zero, g + strength * gradient(w, *hyper))
 
     return penalty(
@@ -63,6 +65,7 @@ def of_magnitudes(
         structure=Structure(keeps=("signs",)),
         separable=True,
         bounds=bounds,
+        has_gradient=has_gradient,
     )
 
 
@@ -77,7 +80,7 @@ def l0_landing(size: Tensor, step: Scalar) -> Tensor:
     return torch.where(size <= (2 * step) ** 0.5, torch.zeros_like(size), size)
 
 
-@of_magnitudes(l0_slope, l0_landing)
+@of_magnitudes(l0_slope, l0_landing, has_gradient=False)
 def l0(w: Tensor) -> Tensor:
     r"""Number of entries that are not zero, :math:`\|w\|_0`.
 
@@ -405,7 +408,7 @@ def _anchored_l1_proximal(w: Tensor, step: Scalar, anchor: Scalar) -> Tensor:
 
 def _anchored_l1_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar) -> Tensor:
     change = w - anchor
-    return torch.where(change == 0, shrink(g, strength), g + strength * sign(change))
+    return torch.where(change == 0, shrunk(g, strength), g + strength * sign(change))
 
 
 @penalty(
@@ -586,6 +589,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         weigh=inner.weigh,
         separable=True,
         couples_leaves=inner.couples_leaves,
+        has_gradient=inner.has_gradient,
     )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form

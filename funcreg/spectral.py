@@ -22,7 +22,7 @@ from funcreg._typing import Scalar
 from funcreg.composition import varies
 from funcreg.constraints import constraint, polar, share, simplex_excess
 from funcreg.construction import remembered
-from funcreg.penalties import Dim, group_dims, l1, l2, shrink
+from funcreg.penalties import Dim, group_dims, l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared, without_autocast
@@ -358,7 +358,7 @@ def _level(s: Tensor, amount: Scalar) -> Tensor:
 
 
 _sum, _directions, _polar_factor = _of_values(_sum_of_values, _rank), _on_values(_rank), _on_values(_all_one)
-_shrunk, _within_sum = _on_values(shrink), _on_values(shrink, _level)
+_shrunk, _within_sum = _on_values(shrunk), _on_values(shrunk, _level)
 _cut_off, _levelled = _on_values(_clipped), _on_values(_clipped, _level)
 
 

@@ -99,7 +99,9 @@ def _average(
         moves = compute(lambda w, z, b: (1 - b) * (z - w), params, landed, hyper=(keep,))
         return moves, DualAveragingState(steps, weight.to(torch.float64), state.start, gradients, squares)
 
-    return Transform(init, update, state=DualAveragingState, descends=True, spares=left_out(mask))
+    return Transform(
+        init, update, state=DualAveragingState, descends=True, spares=left_out(mask), stages=["steps", "lands"]
+    )
 
 
 def _real_zeros(params: Params) -> Params:
@@ -310,7 +312,7 @@ def ftrl(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, FtrlState(steps, squares, linear)
 
-    return Transform(init, update, state=FtrlState, descends=True, spares=left_out(mask))
+    return Transform(init, update, state=FtrlState, descends=True, spares=left_out(mask), stages=["steps", "lands"])
 
 
 @remembered

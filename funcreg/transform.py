@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
 from funcreg.construction import Remembering, remembered
-from funcreg.ranges import check_range, number
+from funcreg.ranges import check_range, flags, number
+from funcreg.schedules import KnownSchedule
 from funcreg.tree import (
     broadcast,
     check_alike,
@@ -22,17 +23,26 @@ from funcreg.tree import (
     dotted,
     filled,
     flatten,
+    hidden,
+    listed,
     map_with_path,
     mask_leaves,
     scalar_device,
     tree_leaves,
+    tree_paths,
     without_autocast,
 )
-from funcreg.undocumented import is_transformed
+from funcreg.undocumented import dynamo_asks, is_transformed
 
 T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
+#: What a transform does in a descent; see `Transform`.
+Stage = Literal["adds", "steps", "lands", "scales", "flips"]
+
+
+#: Extra arguments that loops hand to every transform, whether it looks at them or not.
+_FOR_ANY = ("value", "grad", "value_fn")
 
 
 class Transform(Remembering):
@@ -53,6 +63,13 @@ class Transform(Remembering):
             for a direction.
         spares: From parameters to one bool a leaf: at which leaves a gradient may be None, which is taken for zeros.
             Frozen leaves are among them anyway.
+        stages: What it does in a descent, from which a chain knows whether its links are in order: `"adds"` a gradient
+            to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
+            exact zeros or in a set, `"scales"` updates, `"flips"` their sign.
+        covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
+            at all if it steps or flips signs, else at none.
+        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none
+            itself; so a name that none of them takes is refused.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -79,16 +96,34 @@ class Transform(Remembering):
         *,
         descends: bool = False,
         spares: Choice | None = None,
+        stages: Collection[Stage] = (),
+        covers: Choice | None = None,
+        forwards_to: Sequence[Transform] | None = None,
     ) -> None:
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
                 raise TypeError(f"{name} of a Transform is {function!r}; expected a function")
+        flags(descends=descends)
         self._init, self._update = init, update
         self.metric = metric
         self.frozen = frozen
         self.descends = descends
         self.spares = frozen if spares is None else spares if frozen is None else either(spares, frozen)
+        self.stages = tuple(stages)
+        goes = "steps" in self.stages or "flips" in self.stages
+        self.covers = everywhere if covers is None and goes else covers
+        self._forwards_to = forwards_to
         self._state = state
+
+    kind = "transform"
+
+    def __bool__(self) -> bool:
+        if dynamo_asks():
+            return True
+        raise TypeError(
+            f"{self!r} has no truth value. Write chain(a, b) for `a and b`; to ask whether there is one, write "
+            "`is not None`."
+        )
 
     def __repr__(self) -> str:
         if self.made_by is not None:
@@ -98,12 +133,37 @@ class Transform(Remembering):
 
     def init(self, params: Params) -> State:
         """The state before the first update."""
+        state = self.begin(params)
+        goes = "steps" in self.stages or "flips" in self.stages
+        if goes and self.covers is not None and self.covers is not everywhere:
+            _watch_raw(self, params, self.covers)
+        return state
+
+    def begin(self, params: Params) -> State:
+        """`init` of a transform inside another one, which sees to the leaves that this one leaves alone."""
         check_params(params)
         return self._init(params)
+
+    def accepted(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Those of some extra arguments that `update` takes."""
+        return {name: extra[name] for name in extra if self.accepts(name)} if extra else extra
+
+    def accepts(self, name: str) -> bool:
+        """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
+        if self._forwards_to is not None:
+            return any([tx.accepts(name) for tx in self._forwards_to])
+        return name in _accepted(self._update, {name: None})
 
     @without_autocast
     def update(self, updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         """New updates and the next state."""
+        if extra:
+            for name in extra:
+                if name not in _FOR_ANY and not self.accepts(name):
+                    raise TypeError(
+                        f"update got the extra argument {name!r}, which no transform of {self!r} takes; expected one "
+                        "that an update names. Is it misspelled? A wrapper of your own hands on inner.accepted(extra)."
+                    )
         try:
             check_params(params)
             updates = filled(params, updates, self.spares)
@@ -138,6 +198,37 @@ def either(*choices: Choice) -> Choice:
     return lambda params: [any(bools) for bools in zip(*(choose(params) for choose in choices), strict=True)]
 
 
+def everywhere(params: Params) -> list[bool]:
+    """The choice of all leaves."""
+    return [True] * len(tree_leaves(params))
+
+
+# Warnings
+
+
+def warn(message: str) -> None:
+    """Warn of a line of the user's; not while code is traced or batched, where it was or will be run once more."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcreg."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _watch_raw(tx: Transform, params: Params, covers: Choice) -> None:
+    """Warn of leaves whose raw gradients are updates, while others take steps downhill."""
+    if torch.compiler.is_compiling() or is_transformed() or hidden(params):
+        return
+    raw = [name for name, covered in zip(tree_paths(params), covers(params), strict=True) if not covered]
+    if raw:
+        warn(
+            f"{tx!r} makes steps downhill at some leaves and lets the updates of others pass: {listed(raw)} would go "
+            "uphill, by the whole of their gradients. To hold them, write chain(freeze(mask), ...); to treat them "
+            "otherwise, take partition."
+        )
+
+
 # Autograd history that grows from step to step
 
 
@@ -160,15 +251,10 @@ def _watch_history(params: Params, state: State) -> None:
         return
     depths = [_count(tree) for tree in (leaves, tree_leaves(state))]
     if LONG in depths:
-        frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcreg."):
-            frame, level = frame.f_back, level + 1
-        warnings.warn(
+        warn(
             f"{LONG} updates lie in one autograd history, which keeps the tensors of all of them: parameters require "
             "a gradient, and updates are made while autograd records. Call update and apply_updates under "
-            "torch.no_grad(), or detach the parameters, unless you differentiate through all these steps.",
-            UserWarning,
-            stacklevel=level - 1,
+            "torch.no_grad(), or detach the parameters, unless you differentiate through all these steps."
         )
 
 
@@ -227,9 +313,16 @@ def init_empty_state(params: Params) -> EmptyState:
     return EmptyState()
 
 
-def memoryless(f: Callable[[Updates, Params], Updates], spares: Choice | None = None) -> Transform:
+def memoryless(
+    f: Callable[[Updates, Params], Updates],
+    spares: Choice | None = None,
+    *,
+    stages: Collection[Stage] = (),
+    covers: Choice | None = None,
+) -> Transform:
     """`stateless` for functions that are known to return updates like those that they get."""
-    return Transform(init_empty_state, lambda updates, state, params: (f(updates, params), state), spares=spares)
+    update = lambda updates, state, params: (f(updates, params), state)
+    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers)
 
 
 @remembered
@@ -253,7 +346,16 @@ def stateless(f: Callable[[Updates, Params], Updates]) -> Transform:
     name = getattr(f, "__name__", type(f).__name__)
 
     def checked(updates: Updates, params: Params) -> Updates:
-        new = f(updates, params)
+        try:
+            new = f(updates, params)
+        except (AttributeError, TypeError) as error:
+            if isinstance(updates, Tensor) and type(error) is AttributeError:
+                raise
+            raise TypeError(
+                f"the function {name} of stateless raised {type(error).__name__}: {error}. It gets two trees, the "
+                "updates and the parameters, and returns a tree like them. For a rule of one leaf, write "
+                f"stateless(lambda updates, params: tree_map({name}, updates))."
+            ) from error
         if new is None and tree_leaves(updates):
             raise TypeError(f"the function {name} of stateless returned None; expected new updates. Lacks it a return?")
         check_alike(updates, new, ("updates", f"what the function {name} of stateless returned"))
@@ -321,7 +423,9 @@ def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
         broadcast(value, params, "a hyperparameter")
 
 
-def scheduled(rule: Callable[..., Updates], *hyper: Hyper, descends: bool = False) -> Transform:
+def scheduled(
+    rule: Callable[..., Updates], *hyper: Hyper, descends: bool = False, stages: Collection[Stage] = ()
+) -> Transform:
     """A transform from `rule(updates, params, *values)`, where a hyperparameter may follow a schedule.
 
     Memory is one counter, and that only if there is a schedule.
@@ -336,7 +440,7 @@ def scheduled(rule: Callable[..., Updates], *hyper: Hyper, descends: bool = Fals
         values = [at_step(value, state.steps if counts else None) for value in hyper]
         return rule(updates, params, *values), ScheduleState(state.steps + 1) if counts else state
 
-    return Transform(init, update, state=ScheduleState if counts else None, descends=descends)
+    return Transform(init, update, state=ScheduleState if counts else None, descends=descends, stages=stages)
 
 
 # What a factory may be given
@@ -354,8 +458,9 @@ def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
 def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
     check_range(name, leaf, low, **options)
     if callable(leaf) and not torch.compiler.is_compiling() and not is_transformed():
-        start = torch.zeros((), dtype=torch.int32, device="cpu")
-        check_range(f"{name} at step 0", _value(leaf, start), low, **options)
+        for count in (0, *(leaf.turns if isinstance(leaf, KnownSchedule) else ())):
+            steps = torch.tensor(count, dtype=torch.int32, device="cpu")
+            check_range(f"{name} at step {count}", _value(leaf, steps), low, **options)
 
 
 def nonnegative(**hyper: Hyper) -> None:
@@ -386,13 +491,6 @@ def below_one(**hyper: Hyper) -> None:
 def share(**hyper: Hyper) -> None:
     """Raise an error for the first of these hyperparameters that is below 0, above 1, NaN, or no number."""
     _each(hyper, high=1.0)
-
-
-def flags(**given: Any) -> None:
-    """Raise a TypeError for the first of these options that is not True or False."""
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; expected True or False")
 
 
 def without_momentum(momentum: Scalar | None, **given: Any) -> None:

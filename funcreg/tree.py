@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
+from funcreg.ranges import flags
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.undocumented import dynamo_asks, has_tangents, is_batched, is_traced, is_transformed, without_levels
 
@@ -481,8 +482,8 @@ def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None
     if found is None:
         raise ValueError(
             f"{name} is None; expected a tensor, as in {first}. This parameter got no gradient: backward() leaves None "
-            "for a parameter that the loss does not use or that does not require a gradient. Freeze the leaf, leave it "
-            "out with masked, or give zeros for it, torch.zeros_like(parameter)."
+            "for a parameter that the loss does not use or that does not require a gradient. Freeze the leaf, as in "
+            "chain(freeze(mask), ...), or give zeros for it, torch.zeros_like(parameter)."
         )
     if not isinstance(found, Tensor):
         raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.")
@@ -900,17 +901,30 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names) if len(names) < 30 else f"{', '.join(names[:20])} and {len(names) - 20} more"
 
 
-def chosen_by(function: Any, params: Params) -> tuple[Any, Params]:
+def chosen_by(function: Any, params: Params, name: str = "mask") -> tuple[Any, Params]:
     """A tree, or what a user's function makes of parameters, and the parameters that it is for.
 
     The function sees no leaf that an outer mask left out: dictionaries go without their keys.
+
+    Raises:
+        TypeError: The function raised one, or an AttributeError, as one does that expects a leaf; see the hint.
     """
     if not callable(function):
         return function, params
     if isinstance(function, Selection):
         return function.choose(params), params
     seen = _visible(params)
-    return function(seen), seen
+    try:
+        return function(seen), seen
+    except (AttributeError, TypeError) as error:
+        if isinstance(seen, Tensor):
+            raise
+        hint = ", or take select(min_ndim=2), matrices or select('*.weight')" if name == "mask" else ""
+        raise TypeError(
+            f"{name}={written(function)} raised {type(error).__name__}: {error}. The function gets the whole tree of "
+            "parameters, once, and returns a tree like it. For a rule of one leaf, write "
+            f"lambda params: tree_map(lambda w: ..., params){hint}."
+        ) from error
 
 
 def _visible(node: Any) -> Any:
@@ -952,10 +966,13 @@ class Selection(Remembering):
         name: str | None = None,
         optional: bool = False,
     ) -> None:
+        flags(optional=optional)
         self._choose = choose
         self.__doc__ = doc or type(self).__doc__
         self._name = name
         self.optional = optional
+
+    kind = "selection"
 
     def __call__(self, params: Params) -> Any:
         return self.choose(params)

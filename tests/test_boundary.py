@@ -1181,7 +1181,9 @@ def test_gradients_that_are_zero_are_no_reason_to_warn():
 
 
 SPARED: dict[str, Callable[[], fr.Transform]] = {
-    "masked": lambda: fr.masked(fr.sgd(0.1), fr.select("a") | fr.select("b")),
+    "masked": lambda: fr.chain(
+        fr.masked(fr.sgd(0.1), fr.select("a") | fr.select("b")), fr.masked(fr.set_to_zero(), fr.select("c"))
+    ),
     "frozen": lambda: fr.chain(fr.adam(0.1), fr.freeze(fr.select("c"))),
     "proximal": lambda: fr.prox_sgd(0.1, fr.l1, mask=~fr.select("c")),
     "labels": lambda: fr.partition({"on": fr.adam(0.1), "off": fr.set_to_zero()}, {"a": "on", "b": "on", "c": "off"}),
@@ -1207,7 +1209,7 @@ def test_none_stands_for_gradients_of_leaves_that_stay(make, donate):
     assert_equal((params, state), before)
 
 
-@pytest.mark.parametrize("make", [lambda: fr.adam(0.1), lambda: fr.masked(fr.sgd(0.1), fr.select("c"))])
+@pytest.mark.parametrize("make", [lambda: fr.adam(0.1), lambda: fr.masked(fr.scale_by_adam(), fr.select("c"))])
 def test_none_elsewhere_is_refused_by_the_name_of_its_leaf(make):
     step = fr.fuse(make(), donate=True, backend="eager")
     params, state = step.init(square())

@@ -605,6 +605,10 @@ def test_a_state_that_changes_its_shape_is_refused():
 def test_values_and_gradients_in_one_pass_are_the_plain_ones(case, small_buffers):
     params = {f"layer{i}": draw(i) for i in range(3)}
     strength = torch.tensor(0.5, dtype=torch.float64)
+    if not case.penalty.has_gradient:
+        with pytest.raises(TypeError, match="whose gradient is 0 everywhere"):
+            fr.value_and_grad(case.penalty, *case.hyper, **case.options)
+        return
     f = fr.value_and_grad(
         case.penalty, *case.hyper, strength=strength, mask=fr.matrices, backend="eager", **case.options
     )

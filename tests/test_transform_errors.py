@@ -178,7 +178,7 @@ def test_what_follows_no_schedule_refuses_one_at_once(name):
 @every_hyperparameter
 def test_tensors_that_are_not_known_are_not_read(name):
     make, wrong = HYPER[name]
-    make = lambda x, make=make: make(x) and x
+    make = lambda x, make=make: (make(x), x)[1]
     bad = float(wrong[0])
     make(torch.full((), bad, device="meta"))
     vmap(make)(torch.full((2,), bad))
@@ -367,12 +367,12 @@ def test_state_and_params_in_the_wrong_order_are_said(case):
 def test_parameters_that_a_loss_does_not_use_are_left_out_by_masks():
     used, unused = {"w": torch.ones(2)}, torch.ones(3)
     params, grads = {**used, "unused": unused}, {"w": tensor([1.0, 2.0]), "unused": None}
-    without = {"w": True, "unused": False}
+    without, unused_alone = {"w": True, "unused": False}, {"w": False, "unused": True}
     for tx in (
         fr.chain(fr.freeze({"w": False, "unused": True}), fr.adamw(0.1)),
         fr.chain(fr.adamw(0.1), fr.chain(fr.freeze({"w": False, "unused": True}))),
-        fr.chain(fr.clip_by_global_norm(1.0), fr.masked(fr.adamw(0.1), without)),
-        fr.apply_if_finite(fr.masked(fr.adamw(0.1), without), 3),
+        fr.chain(fr.clip_by_global_norm(1.0), fr.masked(fr.scale_by_adam(), without), fr.scale(-0.1)),
+        fr.apply_if_finite(fr.chain(fr.masked(fr.adamw(0.1), without), fr.masked(fr.set_to_zero(), unused_alone)), 3),
         fr.partition({True: fr.adamw(0.1), False: fr.set_to_zero()}, without),
         fr.partition({True: fr.adamw(0.1), False: fr.freeze(True)}, without),
         fr.named_chain(("a", fr.adamw(0.1, mask=without))),

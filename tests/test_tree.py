@@ -679,7 +679,8 @@ def test_ensembles_that_cannot_be_meant_are_errors(make, hyper, error, message):
 
 
 def test_what_an_ensemble_gets_is_stacked():
-    tx, params = fr.ensemble(fr.sgd, _RATES), {"w": torch.ones(2, 3)}
+    taking = fr.Transform(fr.init_empty_state, lambda updates, state, params, value, other: (updates, state))
+    tx, params = fr.ensemble(lambda rate: fr.chain(taking, fr.sgd(rate)), _RATES), {"w": torch.ones(2, 3)}
     with pytest.raises(ValueError, match=r"2 members got the leaf 'w' of shape \(3,\); expected stacked parameters"):
         tx.init({"w": torch.ones(3)})
     state = tx.init(params)

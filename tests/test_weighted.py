@@ -247,9 +247,11 @@ def test_weights_that_vary_where_entries_are_coupled_are_refused(name):
         with pytest.raises(ValueError, match=message):
             call(params)
     with pytest.raises(ValueError, match=message):
-        fr.add_penalty(case.penalty, *case.hyper, strength=weights, **case.options).update(
-            params, fr.EmptyState(), params
-        )
+        if case.penalty.has_gradient:
+            tx = fr.add_penalty(case.penalty, *case.hyper, strength=weights, **case.options)
+        else:
+            tx = fr.proximal(case.penalty, weights, *case.hyper, **case.options)
+        tx.update(params, fr.EmptyState(), params)
 
 
 @every_convex_penalty
@@ -570,7 +572,7 @@ def test_transforms_take_weighted_penalties_as_they_take_trees_of_strengths(name
     case, params, grads = ROWS[name], draw(), draw(1)
     c = weights_for(name, params)
     makers: list[Callable[..., fr.Transform]] = [
-        lambda *p, **o: fr.add_penalty(*p, **o),
+        *([fr.add_penalty] if case.penalty.has_gradient else []),  # Others are refused there.
         lambda *p, **o: fr.prox_sgd(0.3, *p, momentum=0.5, **o),
         lambda *p, **o: fr.fista(0.3, *p, **o),
         lambda *p, **o: fr.rmda(0.3, *p, **o),

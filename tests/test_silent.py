@@ -1,0 +1,500 @@
+"""What would do nothing, or the opposite, in silence: it warns or raises, and what is meant does not."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from cases import CONSTRAINTS, PENALTIES, assert_equal, cpu_only, draw
+from torch import tensor
+from torch.func import vmap
+
+import funcreg as fr
+
+pytestmark = cpu_only  # Numbers in tensors are checked on the CPU, where reading them waits for no device.
+LEAVES = {"a": tensor([1.0, -2.0], device="cpu"), "b": tensor([3.0], device="cpu")}
+ONES, ZEROS = fr.tree_map(torch.ones_like, LEAVES), fr.tree_map(torch.zeros_like, LEAVES)
+IN_A, IN_B = {"a": True, "b": False}, {"a": False, "b": True}
+
+
+def step(tx, grads, params=LEAVES):
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+# Chains whose links are in the wrong order
+
+DECAY, L1 = fr.add_decayed_weights(0.1), fr.add_penalty(fr.l1, strength=0.1)
+UPHILL = {
+    "decay after a step": lambda: fr.chain(fr.sgd(0.1), DECAY),
+    "a penalty after Adam": lambda: fr.chain(fr.adam(0.1), L1),
+    "a masked penalty": lambda: fr.chain(fr.adam(0.1), fr.add_decayed_weights(0.1, mask=IN_A)),
+    "two optimizers": lambda: fr.chain(fr.adam(0.1), fr.sgd(0.1)),
+    "two learning rates": lambda: fr.chain(fr.scale_by_learning_rate(0.1), fr.scale_by_learning_rate(0.1)),
+    "a wrapper between": lambda: fr.chain(fr.apply_if_finite(fr.chain(fr.sgd(0.1)), 3), fr.scale(0.5), DECAY),
+    "names": lambda: fr.named_chain(("a", fr.sgd(0.1)), ("b", fr.named_chain(("c", DECAY)))),
+    "a proximal optimizer": lambda: fr.chain(fr.prox_sgd(0.1, fr.l1), DECAY),
+    "an optimizer before a proximal one": lambda: fr.chain(fr.sgd(0.1), fr.prox_adam(0.1, fr.l1)),
+    "a label": lambda: fr.chain(fr.partition({0: fr.sgd(0.1), 1: fr.adam(0.1)}, {"a": 0, "b": 1}), DECAY),
+    "some leaves": lambda: fr.chain(fr.masked(fr.sgd(0.1), IN_A), DECAY),
+    "an ensemble": lambda: fr.chain(fr.ensemble(fr.sgd, tensor([0.1, 0.2])), fr.ensemble(fr.sgd, tensor([0.1, 0.2]))),
+}
+MISSED = {
+    "a learning rate": lambda: fr.chain(fr.soft_threshold(0.1), fr.scale_by_learning_rate(0.1)),
+    "an optimizer": lambda: fr.chain(fr.project(fr.nonnegative), fr.sgd(0.1)),
+    "a factor": lambda: fr.chain(fr.sgd(0.1), fr.proximal(fr.l1, 0.1, mask=IN_A), fr.scale(0.5)),
+    "a schedule": lambda: fr.chain(fr.prox_sgd(0.1, fr.l1), fr.scale_by_schedule(lambda count: 0.5)),
+    "a penalty": lambda: fr.chain(fr.keep_params_nonnegative(), L1),
+}
+LEGAL = {
+    "AdamW": lambda: fr.adamw(0.1),
+    "momentum after the learning rate": lambda: fr.rmsprop(0.1, momentum=0.9),
+    "a threshold at the end": lambda: fr.chain(fr.adamw(0.1), fr.soft_threshold(0.1)),
+    "several at the end": lambda: fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1), fr.project(fr.nonnegative)),
+    "a set after a proximal optimizer": lambda: fr.chain(fr.prox_sgd(0.1, fr.l1), fr.project(fr.nonnegative)),
+    "a factor after the step": lambda: fr.chain(fr.sgd(0.1), fr.scale(0.5)),
+    "a bound after the step": lambda: fr.chain(fr.sgd(0.1), fr.clip(0.1)),
+    "ascent": lambda: fr.chain(fr.scale(-1.0), fr.adam(0.1)),
+    "ascent by the last link": lambda: fr.chain(fr.adam(0.1), fr.scale(-1.0)),
+    "a penalty for an ascent": lambda: fr.chain(fr.sgd(0.1), fr.scale(-1.0), DECAY, fr.scale_by_learning_rate(0.1)),
+    "a learning rate without a sign": lambda: fr.chain(fr.scale_by_learning_rate(0.1, flip_sign=False), fr.sgd(1.0)),
+    "decay before": lambda: fr.chain(DECAY, fr.sgd(0.1)),
+    "leaves apart": lambda: fr.chain(fr.masked(fr.adam(0.1), IN_A), fr.masked(fr.sgd(0.1), IN_B)),
+    "frozen leaves": lambda: fr.chain(fr.adam(0.1), fr.freeze(IN_B)),
+    "a function of the user": lambda: fr.chain(fr.sgd(0.1), fr.stateless(lambda updates, params: updates)),
+}
+
+
+def table(rows):
+    return pytest.mark.parametrize("make", rows.values(), ids=rows)
+
+
+@table(UPHILL)
+def test_a_link_that_takes_a_step_for_a_gradient_is_warned_of_once_with_both_links(make):
+    with pytest.warns(UserWarning, match=r"in this chain, .+ stands after .+, which makes a step downhill") as caught:
+        make()
+    assert len([w for w in caught if "in this chain" in str(w.message)]) == 1
+    assert caught[0].filename == __file__
+
+
+@table(MISSED)
+def test_a_link_that_loses_what_a_proximal_link_made_is_warned_of(make):
+    with pytest.warns(UserWarning, match=r"in this chain, .+ stands after .+, which ends where parameters are to be"):
+        make()
+
+
+@table(LEGAL)
+def test_chains_in_order_are_not_warned_of(make):
+    tx = make()
+    step(tx, ONES)
+
+
+def test_chains_are_warned_of_but_compute_what_they_say():
+    with pytest.warns(UserWarning, match="uphill"):
+        tx = fr.chain(fr.sgd(0.1), DECAY)
+    assert_equal(step(tx, ONES), fr.tree_map(lambda g, w: -0.1 * g + 0.1 * w, ONES, LEAVES))
+
+
+def test_chains_that_are_made_where_code_is_traced_or_batched_say_nothing():
+    def moved(rate, params):
+        return fr.chain(fr.sgd(rate), fr.add_decayed_weights(rate)).update(
+            params, ((fr.EmptyState(),) * 2,) * 2, params
+        )
+
+    def updates(rate, w):
+        tx = fr.chain(fr.sgd(rate), fr.add_decayed_weights(rate))
+        return tx.update({"a": w}, tx.init({"a": w}), {"a": w})[0]
+
+    found = vmap(updates, in_dims=(0, None))(tensor([0.1, 0.2]), LEAVES["a"])
+    assert found["a"].shape == (2, 2)
+    torch.compile(updates, backend="eager", fullgraph=True)(tensor(0.1), LEAVES["a"])
+
+
+# Leaves that go by their raw gradients
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.masked(fr.adam(0.1), IN_A),
+        lambda: fr.masked(fr.adam(0.1), fr.select("a")),
+        lambda: fr.masked(fr.chain(fr.scale_by_adam(), fr.scale(-0.1)), IN_A),
+        lambda: fr.chain(fr.clip(1.0), fr.masked(fr.adam(0.1), IN_A)),
+        lambda: fr.named_chain(("a", fr.apply_if_finite(fr.masked(fr.sgd(0.1), IN_A), 3))),
+        lambda: fr.partition({"train": fr.adam(0.1), "rest": fr.identity()}, {"a": "train", "b": "rest"}),
+        lambda: fr.partition({0: fr.masked(fr.adam(0.1), IN_A)}, 0),
+    ],
+)
+def test_leaves_that_a_masked_optimizer_leaves_to_their_raw_gradients_are_named(make):
+    tx = make()
+    with pytest.warns(
+        UserWarning, match=r": b would go uphill, by the whole of their gradients.*freeze.*partition"
+    ) as w:
+        tx.init(LEAVES)
+    assert len(w) == 1
+    assert_equal(tx.update(ONES, _quietly(tx.init), LEAVES)[0]["b"], ONES["b"])  # As optax does.
+
+
+def _quietly(init):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return init(LEAVES)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.masked(fr.adam(0.1), True),
+        lambda: fr.masked(fr.adam(0.1), {"a": True, "b": True}),
+        lambda: fr.masked(fr.scale_by_adam(), IN_A),
+        lambda: fr.chain(fr.masked(fr.adam(0.1), IN_A), fr.masked(fr.set_to_zero(), IN_B)),
+        lambda: fr.chain(fr.masked(fr.adam(0.1), IN_A), fr.masked(fr.sgd(0.1), IN_B)),
+        lambda: fr.chain(fr.freeze(IN_B), fr.masked(fr.adam(0.1), IN_A)),
+        lambda: fr.partition({0: fr.adam(0.1), 1: fr.set_to_zero()}, {"a": 0, "b": 1}),
+        lambda: fr.partition({0: fr.adam(0.1), 1: fr.freeze(True)}, {"a": 0, "b": 1}),
+        lambda: fr.chain(fr.masked(fr.scale_by_adam(), IN_A), fr.scale_by_learning_rate(0.1)),
+        lambda: fr.chain(fr.masked(fr.scale(-1.0), IN_A), fr.adam(0.1)),
+    ],
+)
+def test_leaves_that_something_sees_to_are_not_warned_of(make):
+    step(make(), ONES)
+
+
+def test_none_for_a_gradient_that_a_masked_step_needs_is_refused_though_another_link_leaves_the_leaf_out():
+    for rest in (fr.sgd(0.1), fr.set_to_zero()):
+        tx = fr.chain(fr.masked(fr.adam(0.1), IN_A), fr.masked(rest, IN_B))
+        with pytest.raises(ValueError, match=r"updates 'a' is None; .* Freeze the leaf, as in chain\(freeze"):
+            tx.update({**ONES, "a": None}, tx.init(LEAVES), LEAVES)
+    assert_equal(tx.update({**ONES, "b": None}, tx.init(LEAVES), LEAVES)[0]["b"], ZEROS["b"])
+
+
+def test_a_label_that_no_leaf_has_is_warned_of():
+    tx = fr.partition({"body": fr.sgd(0.1), "frozen_head": fr.sgd(0.2)}, {"a": "body", "b": "body"})
+    with pytest.warns(UserWarning, match=r"no leaf has the label 'frozen_head'.*leaves have 'body'"):
+        tx.init(LEAVES)
+    fr.partition({"body": fr.sgd(0.1), "norm": fr.sgd(0.2)}, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
+
+
+# Schedules that turn
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at"),
+    [
+        (fr.linear_schedule(0.1, -0.1, 4), 4),
+        (fr.polynomial_schedule(0.1, -0.1, 2, 10, transition_begin=5), 15),
+        (fr.cosine_decay_schedule(0.1, 7, alpha=-0.5), 7),
+        (fr.warmup_constant_schedule(0.0, -0.1, 5), 5),
+        (fr.warmup_cosine_decay_schedule(0.0, -0.1, 5, 100), 4),
+        (fr.warmup_cosine_decay_schedule(0.0, 0.1, 5, 100, end_value=-0.1), 100),
+        (fr.exponential_decay(0.1, 5, 2.0, end_value=-0.1), 0),
+        (fr.exponential_decay(0.1, 5, 1.5, transition_begin=3, end_value=-0.1), 0),
+        (fr.join_schedules([fr.constant_schedule(0.1), fr.constant_schedule(-0.1)], [2]), 2),
+        (fr.join_schedules([lambda count: 0.1, fr.linear_schedule(0.1, -0.1, 4)], [2]), 6),
+        (fr.join_schedules([lambda count: 0.1 - count * 0.1, fr.constant_schedule(0.1)], [5]), 4),
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [fr.sgd, lambda s: fr.prox_sgd(0.1, fr.l1, strength=s), lambda s: fr.adamw(0.1, weight_decay={"a": s})]
+)
+def test_a_schedule_is_checked_wherever_it_turns(schedule, at, make):
+    with pytest.raises(ValueError, match=rf"at step {at} is -[\d.e-]+; expected a .*number of at least 0. Is a sign"):
+        make(schedule)
+
+
+def test_schedules_that_stay_in_their_range_are_taken_and_others_where_there_is_none():
+    for schedule in (
+        fr.warmup_cosine_decay_schedule(0.0, 0.1, 5, 10**10),
+        fr.exponential_decay(0.1, 5, 2.0),
+        fr.exponential_decay(0.0, 5, 2.0, end_value=0.1),
+        fr.exponential_decay(0.1, 5, 0.5, end_value=-1.0),
+        fr.join_schedules([fr.linear_schedule(0.2, -0.2, 10), fr.constant_schedule(0.1)], [5]),
+        fr.piecewise_constant_schedule(0.1, {3: 0.5, 10: 0.0}),
+    ):
+        fr.sgd(schedule)
+    fr.scale_by_schedule(fr.linear_schedule(0.1, -0.1, 4))
+
+
+# Metrics and thresholds
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_metric_below_0_is_refused_with_its_leaf_and_one_of_0_takes_no_step(name):
+    case = PENALTIES[name]
+    params = {"a": tensor([[1.0, -2.0], [0.5, 3.0]])}
+    try:
+        known = case.penalty.in_metric(params, *case.hyper, **getattr(case, "options", {}))
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        return
+    options = getattr(case, "options", {})
+    metric = {"a": tensor([[1.0, -1.0], [1.0, 1.0]])}
+    with pytest.raises(ValueError, match=r"^metric at 'a' has the entry -1\.0; expected numbers of at least 0"):
+        case.penalty.prox(params, 0.1, *case.hyper, metric=metric, **options)
+    for zero in (0.0, -0.0):
+        metric = {"a": torch.full((2, 2), zero)}
+        assert_equal(case.penalty.prox(params, 0.0, *case.hyper, metric=metric, **options), params)
+        assert case.penalty.prox(params, 0.1, *case.hyper, metric=metric, **options)["a"].isfinite().all()
+
+
+def test_a_metric_of_0_holds_nothing_back_and_nan_goes_through():
+    params, h = {"a": tensor([1.0, -2.0, 3.0])}, {"a": tensor([0.0, -0.0, float("nan")])}
+    found = fr.l1.prox(params, 0.1, metric=h)["a"]
+    assert_equal(found[:2], tensor([0.0, 0.0]))
+    assert found[2].isnan()
+    with pytest.raises(ValueError, match=r"^metric at 'a' has the entry -1"):
+        fr.box.project(params, -1.0, 1.0, metric={"a": tensor([1.0, 1.0, -1.0])})
+    vmap(lambda h: fr.l1.prox(params, 0.1, metric={"a": h}))(-torch.ones(2, 3))  # Not known, not read.
+
+
+def test_a_threshold_below_0_is_refused():
+    w = tensor([1.0, -2.0])
+    for wrong in (-0.5, tensor(-0.5)):
+        with pytest.raises(ValueError, match=r"^threshold is -0\.5; expected a number of at least 0"):
+            fr.shrink(w, wrong)
+    with pytest.raises(ValueError, match=r"^threshold has the entry -0\.5; expected numbers of at least 0"):
+        fr.shrink(w, tensor([0.5, -0.5]))
+    assert fr.shrink(w, float("nan")).isnan().all()
+
+
+# Penalties without a gradient
+
+
+@pytest.mark.parametrize("name", [name for name, value in vars(fr).items() if isinstance(value, fr.Penalty)])
+def test_a_penalty_without_a_gradient_is_refused_where_one_is_added(name):
+    penalty = getattr(fr, name)
+    if penalty.has_gradient:
+        return
+    for make in (fr.add_penalty, lambda *p: fr.value_and_grad(*p, backend="eager")):
+        hyper = {"box": (-1.0, 1.0), "top_k": (1,), "n_m_sparsity": (2, 4)}.get(name)
+        if hyper is None:
+            count = [
+                p for p in list(inspect.signature(penalty).parameters.values())[1:] if p.kind is not p.KEYWORD_ONLY
+            ]
+            hyper = (1.0,) * len(count)
+        with pytest.raises(TypeError, match=rf"{name}, whose gradient is 0 everywhere.*Use (project|proximal)"):
+            make(penalty, *hyper)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_what_says_that_it_has_a_gradient_has_one(name):
+    case = PENALTIES[name]
+    grads = case.penalty.grad(draw(), *case.hyper, **getattr(case, "options", {}))
+    assert case.penalty.has_gradient == any([bool(g.any()) for g in fr.tree_map(lambda g: g, _leaves(grads))])
+
+
+def _leaves(tree):
+    found = []
+    fr.tree_map(found.append, tree)
+    return found
+
+
+def test_constraints_and_sums_with_a_term_without_a_gradient_have_none():
+    assert not any(case.penalty.has_gradient for case in CONSTRAINTS.values())
+    assert not (0.1 * fr.l1 + fr.l0).has_gradient
+    assert not fr.coupled(fr.group_l0, {"a": 0}).has_gradient
+    assert (0.1 * fr.l1 + fr.l2).has_gradient
+    with pytest.raises(TypeError, match=r"l1 \+ l0, whose gradient is 0 everywhere, or that of a term is"):
+        fr.add_penalty(fr.l1 + fr.l0)
+
+
+# Strengths of value_and_grad
+
+
+def test_value_and_grad_takes_weights_as_add_penalty_does():
+    params = {"a": tensor([[1.0, -1.0]]), "b": tensor([[2.0, 2.0]])}
+    for strength in (0.5, tensor(0.5), tensor([0.1, 0.2]), {"a": 0.1, "b": tensor([[0.2, 0.0]])}, {"a": 0.1, "b": 0.0}):
+        for mask in (None, {"a": True, "b": False}):
+            value, grads = fr.value_and_grad(fr.l1, strength=strength, mask=mask, backend="eager")(params)
+            tx = fr.add_penalty(fr.l1, strength=strength, mask=mask)
+            assert value.shape == ()
+            assert_equal(grads, step(tx, fr.tree_map(torch.zeros_like, params), params))
+            assert_equal(value, fr.l1.weighted_value(params, strength, mask=mask))
+    for penalty, hyper, strength in ((fr.l1, (), lambda count: 0.1), (fr.elastic, (lambda count: 0.1, 0.5), 1.0)):
+        with pytest.raises(TypeError, match="value_and_grad got a function as the strength or a hyperparameter"):
+            fr.value_and_grad(penalty, *hyper, strength=strength)
+    with pytest.raises(TypeError, match="strength is the penalty l2; expected a number"):
+        fr.value_and_grad(fr.l1, strength=fr.l2)
+    with pytest.raises(TypeError, match="mask is the string 'a'"):
+        fr.value_and_grad(fr.l1, mask="a")
+
+
+# Options that are True or False
+
+FLAGGED = {
+    "Constraint": lambda **o: fr.Constraint(lambda params: params, **o),
+    "Penalty": lambda **o: fr.Penalty(fr.global_norm, lambda params: params, lambda params, step: params, **o),
+    "Transform": lambda **o: fr.Transform(fr.init_empty_state, lambda u, s, p: (u, s), **o),
+    "Along": lambda **o: fr.coupled(fr.group_lasso, {"a": fr.Along(0, **o)}),
+    "constraint": fr.constraint,
+    "penalty": lambda **o: fr.penalty(gradient=abs, proximal=abs, **o),
+    "adam": lambda **o: fr.adam(0.1, **o),
+    "adamw": lambda **o: fr.adamw(0.1, **o),
+    "amsgrad": lambda **o: fr.amsgrad(0.1, **o),
+    "nadamw": lambda **o: fr.adamw(0.1, **o),
+    "ema": lambda **o: fr.ema(0.9, **o),
+    "trace": lambda **o: fr.trace(0.9, **o),
+    "exponential_decay": lambda **o: fr.exponential_decay(0.1, 3, 0.5, **o),
+    "fista": lambda **o: fr.fista(0.1, fr.l1, **o),
+    "masked": lambda **o: fr.masked(fr.identity(), True, **o),
+    "partition": lambda **o: fr.partition({0: fr.identity()}, 0, **o),
+    "prox_sgd": lambda **o: fr.prox_sgd(0.1, fr.l1, momentum=0.9, **o),
+    "rmsprop": lambda **o: fr.rmsprop(0.1, momentum=0.9, **o),
+    "scale_by_adam": fr.scale_by_adam,
+    "scale_by_amsgrad": fr.scale_by_amsgrad,
+    "scale_by_learning_rate": lambda **o: fr.scale_by_learning_rate(0.1, **o),
+    "scale_by_rms": fr.scale_by_rms,
+    "scale_by_stddev": fr.scale_by_stddev,
+    "sgd": lambda **o: fr.sgd(0.1, momentum=0.9, **o),
+}
+
+
+def options(function):
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if str(getattr(p.annotation, "__forward_arg__", p.annotation)) in _BOOLS]
+
+
+_BOOLS = ("bool", "bool | None", "<class 'bool'>")
+PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and callable(value)}
+EVERY_FLAG = [(name, option) for name, value in PUBLIC.items() for option in options(value)]
+
+
+@pytest.mark.parametrize(("name", "option"), EVERY_FLAG)
+@pytest.mark.parametrize("thing", ["no", 0, 1.0])
+def test_an_option_that_is_neither_true_nor_false_is_refused(name, option, thing):
+    with pytest.raises(TypeError, match=rf"^{option} is {thing!r}; expected True or False"):
+        FLAGGED[name](**{option: thing})
+
+
+# Groups that a mask leaves out
+
+
+def test_groups_of_which_a_mask_leaves_no_leaf_are_refused():
+    params = {"a": torch.ones(2, 3), "b": torch.ones(2), "c": torch.ones(2)}
+    units, only_c = fr.coupled(fr.group_lasso, {"a": 0, "b": 0}), {"a": False, "b": False, "c": True}
+    for call in (
+        lambda: units(params, mask=only_c),
+        lambda: units.grad(params, mask=only_c),
+        lambda: units.prox(params, 0.1, mask=only_c),
+        lambda: (0.5 * units)(params, mask=fr.select("c")),
+        lambda: step(fr.proximal(units, 0.1, mask=only_c), params, params),
+        lambda: step(fr.chain(fr.freeze({"a": True, "b": True, "c": False}), fr.prox_sgd(0.1, units)), params, params),
+    ):
+        with pytest.raises(ValueError, match=r"groups names no leaf that a mask or freeze has left: those are c\."):
+            call()
+    assert units(params, mask={"a": True, "b": False, "c": False}) > 0
+
+
+# Names that reach nobody
+
+
+def takes_value(**kept):
+    return fr.Transform(fr.init_empty_state, lambda updates, state, params, value: (updates, state), **kept)
+
+
+def takes_all(seen):
+    def update(updates, state, params, **extra):
+        seen.append(sorted(extra))
+        return updates, state
+
+    return fr.Transform(fr.init_empty_state, update)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: fr.chain(fr.clip(1.0), tx),
+        lambda tx: fr.named_chain(("a", tx)),
+        lambda tx: fr.masked(tx, IN_A),
+        lambda tx: fr.chain(fr.freeze(IN_A), tx),
+        lambda tx: fr.partition({0: tx, 1: fr.identity()}, {"a": 0, "b": 1}),
+        lambda tx: fr.apply_if_finite(fr.chain(fr.identity(), tx), 3),
+    ],
+)
+def test_an_extra_argument_that_no_transform_takes_is_refused_by_name(wrap):
+    tx = wrap(takes_value())
+    tx.update(ONES, tx.init(LEAVES), LEAVES, value=3.0)
+    with pytest.raises(TypeError, match=r"^update got the extra argument 'valeu', which no transform of .* takes"):
+        tx.update(ONES, tx.init(LEAVES), LEAVES, value=3.0, valeu=3.0)
+    seen = []
+    both = fr.chain(tx, wrap(takes_all(seen)))
+    both.update(ONES, both.init(LEAVES), LEAVES, value=3.0, other=1.0)
+    assert seen == [["other", "value"]]
+    with pytest.raises(TypeError, match="which no transform of"):
+        fr.sgd(0.1).update(ONES, fr.sgd(0.1).init(LEAVES), LEAVES, value=1.0)
+
+
+def test_an_ensemble_and_compiled_code_refuse_and_take_the_same_names():
+    def make(rate):
+        return fr.chain(takes_value(), fr.sgd(rate))
+
+    tx, stack = fr.ensemble(make, tensor([0.1, 0.2])), {"a": torch.ones(2, 3)}
+    tx.update(stack, tx.init(stack), stack, value=3.0)
+    with pytest.raises(TypeError, match="extra argument 'valeu'"):
+        tx.update(stack, tx.init(stack), stack, value=3.0, valeu=3.0)
+    one = make(0.1)
+    state = one.init(LEAVES)
+    compiled = torch.compile(lambda g, p: one.update(g, state, p, value=3.0)[0], backend="eager", fullgraph=True)
+    assert_equal(compiled(ONES, LEAVES), one.update(ONES, state, LEAVES, value=3.0)[0])
+    fused = fr.fuse(one, backend="eager")
+    with pytest.raises(TypeError, match="extra argument 'valeu'"):
+        fused(LEAVES, ONES, state, value=tensor(3.0), valeu=tensor(3.0))
+
+
+# Truth values
+
+
+@pytest.mark.parametrize("thing", [fr.l1, 0.5 * fr.l1 + fr.l2, fr.nonnegative, fr.sgd(0.1), fr.chain()])
+def test_penalties_and_transforms_have_no_truth_value(thing):
+    said = "Write chain" if isinstance(thing, fr.Transform) else r"Write a \+ b"
+    for use in (lambda: not thing, lambda: thing and fr.l2, lambda: thing or fr.l2, lambda: bool(thing)):
+        with pytest.raises(TypeError, match=f"has no truth value. {said}"):
+            use()
+
+
+# Penalties where numbers belong, and functions of the wrong kind
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fr.sgd,
+        fr.scale,
+        fr.soft_threshold,
+        fr.clip,
+        lambda p: fr.adamprox(0.1, p),
+        lambda p: fr.adamw(0.1, weight_decay=p),
+        lambda p: fr.sgd({"a": p}),
+        lambda p: fr.prox_sgd(0.1, fr.elastic, p, 0.5),
+        lambda p: fr.elastic(LEAVES, p, 0.5),
+        lambda p: fr.constant_schedule(p),
+        lambda p: fr.l1.prox(LEAVES, p),
+    ],
+)
+def test_a_penalty_is_no_schedule(make):
+    for thing, name in (
+        (fr.l1, "penalty l1"),
+        (fr.nonnegative, "constraint nonnegative"),
+        (fr.matrices, "selection ma"),
+    ):
+        with pytest.raises(TypeError, match=rf" is the {name}.*; expected a number, a tensor, a schedule"):
+            make(thing)
+
+
+def test_a_function_that_expects_a_leaf_is_told_that_it_gets_the_tree():
+    for mask in (lambda w: w.ndim > 1, lambda name, w: True, lambda w: w > 0):
+        with pytest.raises(
+            TypeError, match=r"mask=<lambda> raised .*gets the whole tree.*tree_map\(lambda w: .*select"
+        ):
+            fr.l1(LEAVES, mask=mask)
+    with pytest.raises(TypeError, match=r"param_labels=<lambda> raised AttributeError.*gets the whole tree"):
+        fr.partition({0: fr.sgd(0.1)}, lambda w: w.ndim).init(LEAVES)
+    for f in (torch.sign, lambda u: u, lambda u, p: u.sign()):
+        with pytest.raises(TypeError, match=r"of stateless raised .*It gets two trees.*tree_map\("):
+            step(fr.stateless(f), ONES)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcreg.ranges import flags
 from funcreg.tree import listed, restored, structure, tree_paths, tree_types
 
 #: The format of the dict. A change that older readers cannot read gets another number.
@@ -81,6 +82,7 @@ def from_state_dict(template: Any, flat: Mapping[str, Any], strict: bool = True)
             f"flat is a {type(flat).__name__}; expected a dict of tensors that to_state_dict made, as torch.load "
             "returns it"
         )
+    flags(strict=strict)
     leaves, spec = structure(template)
     known = _named(template)
     _check_format(flat, strict)

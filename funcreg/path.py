@@ -130,10 +130,11 @@ def _strengths(
     """Strengths in falling order, and where each that was given lies among them."""
     like = tree_leaves(start)[0]
     if given is not None:
-        values = torch.as_tensor(given, dtype=like.dtype, device=like.device)
+        values = torch.as_tensor(given, dtype=like.dtype, device=None if isinstance(given, Tensor) else "cpu")
         if values.ndim != 1 or not len(values):
             raise ValueError(f"strengths have shape {tuple(values.shape)}; expected a list of numbers")
         check_range("strengths", values, 0.0)
+        values = values.to(like.device)
         falling = values.argsort(descending=True, stable=True)
         return values.index_select(0, falling), falling.argsort()
     if type(count) is not int or count < 1:

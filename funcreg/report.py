@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Term
 from funcreg.penalty import Penalty
+from funcreg.ranges import flags
 from funcreg.regularizing import check_penalty
 from funcreg.tree import check_params, flatten, global_norm, keep, listed, tree_leaves, tree_paths
 from funcreg.undocumented import is_traced, is_transformed
@@ -98,6 +99,7 @@ def report(
     References:
         Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, 2007.
     """
+    flags(rank=rank)
     params = readable("report", params)
     rows = [_described(name, w, rank) for name, w in zip(tree_paths(params), tree_leaves(params), strict=True)]
     if penalty is None:
@@ -228,6 +230,7 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
         w      2 x 2  25.0 % -> 50.0 %  0 of 2 -> 1 of 2        0 of 2  7.5 -> 6.5  5.02 -> 4.61  14.1 %
         total         25.0 % -> 50.0 %  0 of 2 -> 1 of 2        0 of 2  7.5 -> 6.5  5.02 -> 4.61  14.1 %
     """
+    flags(rank=rank)
     before, after = readable("compare", before), readable("compare", after)
     first, second = (dict(zip(tree_paths(tree), tree_leaves(tree), strict=True)) for tree in (before, after))
     for some, others, here, there in ((first, second, "before", "after"), (second, first, "after", "before")):

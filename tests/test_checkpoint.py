@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import TRANSFORMS, assert_equal, draw
+from cases import TRANSFORMS, assert_equal, cpu_only, draw
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import funcreg as fr
@@ -146,6 +146,7 @@ def test_a_loaded_tree_shares_memory_with_nothing():
     assert not places & {x.data_ptr() for x in fr.tree_leaves(loaded)}
 
 
+@cpu_only
 def test_sharded_leaves_stay_sharded(tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -240,6 +241,7 @@ def recipe():
     return found
 
 
+@cpu_only
 @pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.replace"])
 def test_a_killed_save_loses_no_older_checkpoint(call, tmp_path):
     script = f"""

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, normal
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
@@ -27,7 +27,7 @@ def words(seed: int, count: int) -> list[int]:
     return found
 
 
-def normal(word: int) -> float:
+def box_muller(word: int) -> float:
     first, second = ((half + 0.5) / 2**32 for half in (word >> 32, word % 2**32))
     return math.sqrt(-2 * math.log(first)) * math.cos(2 * math.pi * second)
 
@@ -58,7 +58,7 @@ def test_noise_is_that_of_key_step_and_place(key):
         here = mixed((mixed(key % WORD) + steps * golden) % WORD)
         for number, (name, w) in enumerate(params.items(), start=1):
             leaf = mixed((here + number * golden) % WORD)
-            expected = [normal(word) for word in words(leaf, w.numel())]
+            expected = [box_muller(word) for word in words(leaf, w.numel())]
             assert_close(updates[name].flatten(), torch.tensor(expected, dtype=w.dtype), rtol=1e-9, atol=1e-9)
 
 
@@ -220,8 +220,8 @@ def test_langevin_dynamics_samples_a_gaussian_posterior():
     widen it by :math:`1 / (1 - \eta c / 2)`, which is part of what is expected.
     """
     generator, chains, examples = torch.Generator().manual_seed(0), 1000, 50
-    x = torch.randn(examples, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 0.5])
-    y = x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + torch.randn(examples, generator=generator).double()
+    x = normal(generator, examples, 2) * torch.tensor([1.0, 0.5])
+    y = x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + normal(generator, examples)
     precision = x.T @ x + torch.eye(2)  # Noise and prior of variance 1.
     mean = torch.linalg.solve(precision, x.T @ y)
 

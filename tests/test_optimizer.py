@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cases import TRANSFORMS, assert_equal
+from cases import DEVICE, TRANSFORMS, assert_equal, cpu_only
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -102,7 +102,8 @@ def test_numbers_in_groups_give_the_bits_of_numbers_in_the_chain(dtype):
     model, optimizer = made(dtype=dtype)
     other = network(dtype)
     constant = fr.Optimizer(other.named_parameters(), lambda: LASSO(1e-2, 1e-3), compile=False)
-    assert_equal(trained(model, optimizer), trained(other, constant))
+    rounding = {} if torch.device(DEVICE).type == "cpu" else {"rtol": 1e-6, "atol": 1e-7}  # Of products and sums.
+    assert_equal(trained(model, optimizer), trained(other, constant), **rounding)
 
 
 def test_the_compiled_step_is_the_plain_one_up_to_rounding():
@@ -245,6 +246,8 @@ def test_rates_may_be_tensors_that_change_in_place(compile):
         rtol=1e-12,
     )
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    if torch.device(DEVICE).type != "cpu":  # Where to read a number would wait for the device.
+        return
     optimizer.param_groups[0]["lr"].neg_()
     with pytest.raises(ValueError, match="param group 0: learning_rate is -"):
         optimizer.step()
@@ -580,6 +583,7 @@ def test_making_states_for_a_distributed_checkpoint_moves_no_parameter():
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+@cpu_only
 @pytest.mark.parametrize("compile", [False, True])
 def test_sharded_parameters_keep_their_placement(compile):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -621,7 +625,8 @@ WRONG = {
         lambda: fr.Optimizer(P, LASSO, lr=-0.1, strength=1.0), ValueError, "param group 0: learning_rate is -0.1"
     ),
     "a negative rate in a tensor": (
-        lambda: fr.Optimizer(P, LASSO, lr=torch.tensor(-0.5), strength=1.0), ValueError, "learning_rate is -0.5"
+        lambda: fr.Optimizer(P, LASSO, lr=torch.tensor(-0.5, device="cpu"), strength=1.0), ValueError,
+        "learning_rate is -0.5",
     ),
     "no transform": (lambda: fr.Optimizer(P, lambda lr: fr.l1, lr=0.1), TypeError, "returned a Penalty. Expected"),
     "no return": (lambda: fr.Optimizer(P, lambda lr: None, lr=0.1), TypeError, "returned None; lacks it a return"),
@@ -654,6 +659,7 @@ def test_what_is_wrong_is_named(make, error, message):
         make()
 
 
+@cpu_only  # Elsewhere to read a number would wait for the device.
 @every_way
 def test_what_comes_to_be_wrong_is_named_and_changes_nothing(compile):
     model, optimizer = made(compile)

@@ -348,6 +348,11 @@ FLAGGED = {
     "scale_by_rms": fr.scale_by_rms,
     "scale_by_stddev": fr.scale_by_stddev,
     "sgd": lambda **o: fr.sgd(0.1, momentum=0.9, **o),
+    "from_state_dict": lambda **o: fr.from_state_dict({}, {}, **o),
+    "fuse": lambda **o: fr.fuse(fr.identity(), **o),
+    "regularize": lambda **o: fr.regularize(torch.optim.SGD([torch.ones(1)], 0.1), fr.l1, **o),
+    "report": lambda **o: fr.report({}, **o),
+    "compare": lambda **o: fr.compare({}, {}, **o),
 }
 
 

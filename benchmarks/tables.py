@@ -138,42 +138,30 @@ def gpu(found: Numbers) -> Rows:
 # A GPU beside the CPU
 
 
-#: One step on an NVIDIA H100 80GB with torch 2.11, in milliseconds.
-H100: dict[str, dict[str, float]] = {
-    "funcreg, donating, packed gradients": {"124M": 1.21, "1B": 9.77, "124M, bfloat16": 0.97, "launches": 3},
-    "funcreg, donating": {"124M": 1.46, "1B": 10.04, "124M, bfloat16": 1.10, "launches": 7},
-    "torch `AdamW(fused=True)`, no L1": {"124M": 1.44, "1B": 11.06, "124M, bfloat16": 0.98, "launches": 9},
-    "torch fused + foreach L1": {"124M": 2.78, "1B": 22.0, "124M, bfloat16": 2.17, "launches": 30},
-    "torch fused + softshrink loop": {"124M": 3.14, "1B": 18.0, "124M, bfloat16": 4.20, "launches": 305},
-    "optax, jit, donating": {"124M": 2.65, "1B": 10.44},
-    "a kernel in Triton, by hand, on one buffer": {"124M": 1.16, "1B": 9.43, "launches": 1},
+GPU_ROWS = {
+    "funcreg, donating, packed gradients": "fuse, packed gradients",
+    "funcreg, donating": "fuse",
+    "torch `AdamW(fused=True)`, no L1": "torch AdamW(fused=True), no L1",
+    "torch fused + softshrink loop": "torch AdamW(fused=True), softshrink loop",
 }
-COLUMNS = ["124M", "1B", "124M, bfloat16"]
-
-
-def h100(_: Numbers) -> Rows:
-    rows = [["AdamW and L1, one step, ms", *COLUMNS, "launches"]]
-    for name, each in H100.items():
-        launches = f"{each['launches']}" if "launches" in each else ""
-        rows.append([name, *(f"{each[column]:.2f}" if column in each else "" for column in COLUMNS), launches])
-    return rows
+GPU_COLUMNS = {"124M": "step 124M, float32", "1B": "step 1B, float32", "124M, bfloat16": "step 124M, bfloat16"}
 
 
 def speed(found: Numbers) -> Rows:
     """The rows that were measured on both, in units of torch's AdamW."""
+    on_gpu = saved("gpu")
     reference, workloads = found["reference"], {name: found["workloads"][name] for name in ("transformer", "big")}
     rows = [["AdamW and L1, one step", *(f"CPU, {WORKLOADS[name]}" for name in workloads)]]
-    rows[0] += [f"H100, {column}" for column in COLUMNS]
-    seconds = [
-        statistics.median([each["reference seconds"] for each in times.values()]) for times in workloads.values()
-    ]
-    units = [1e3 * s for s in seconds] + [H100[reference][column] for column in COLUMNS]
-    for name, each in H100.items():
+    rows[0] += [f"{on_gpu['gpu'].removeprefix('NVIDIA ')}, {column}" for column in GPU_COLUMNS]
+    units = [statistics.median([each["reference seconds"] for each in times.values()]) for times in workloads.values()]
+    sections = [on_gpu["sections"][section] for section in GPU_COLUMNS.values()]
+    units += [section[GPU_ROWS[reference]]["seconds"] for section in sections]
+    for name, way in GPU_ROWS.items():
         ratios = [times[name]["ratio"] if name in times else None for times in workloads.values()]
-        ratios += [each[column] / H100[reference][column] if column in each else None for column in COLUMNS]
+        ratios += [section[way]["seconds"] / section[GPU_ROWS[reference]]["seconds"] for section in sections]
         if name == reference:
-            rows.append([name, *(f"1.00 ({unit:.1f} ms)" for unit in units)])
-        elif ratios[0] is not None:
+            rows.append([name, *(f"1.00 ({1e3 * unit:.1f} ms)" for unit in units)])
+        else:
             rows.append([name, *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     return rows
 
@@ -186,12 +174,13 @@ TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
     **{f.__name__: (f, f.__name__) for f in (sweep, which_l1, support, gpu)},
     "speed": (speed, "step"),
-    "h100": (h100, "step"),
 }
 
 
 def machine(found: Numbers) -> str:
     """Where the numbers come from, if it matters to them."""
+    if found.get("gpu"):
+        return f"\nMeasured on an {found['gpu']} with torch {found['torch']}, {found['date']}.\n"
     if "cpu" not in found:
         return ""
     return (
@@ -205,7 +194,7 @@ def table(name: str) -> str:
     found = saved(source)
     header, *rows = make(found)
     lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines) + "\n" + ("" if make is h100 else machine(found))
+    return "\n".join(lines) + "\n" + machine(found)
 
 
 def filled(text: str) -> str:

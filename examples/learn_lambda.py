@@ -1,71 +1,77 @@
-"""Learn 64 strengths, one for each pixel, by derivatives of the solution: a logistic regression on handwritten digits.
+"""Learn 64 strengths, one for each pixel of handwritten digits, by derivatives of the solution.
 
-The inner problem is solved by `minimize`. Its solution has a derivative in every strength, by which the loss on samples
-that it has not seen goes down. At last it is compared, on samples that were used for neither, with the best single
-strength out of thirty.
+The inner problems, a logistic regression for each digit, are solved by `minimize` as one ensemble. Their solutions have
+derivatives in every strength, by which the loss on samples that they have not seen goes down. At last it is compared, on
+samples that were used for neither, with that of the best single strength out of sixteen.
 
     python examples/learn_lambda.py
 """
 
 import argparse
+import itertools
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from tqdm import trange
 
 import funcreg as fr
 
 Samples = tuple[Tensor, Tensor]
+Params = dict[str, Tensor]
 
 
-def samples(count: int) -> tuple[Samples, Samples, Samples]:
-    """Threes and eights: some to fit, as many to choose strengths by, and the rest."""
+def samples(fitted: int, held_out: int) -> list[Samples]:
+    """Pixels, and for each digit whether it is that: some samples to fit, some to choose strengths by, and the rest."""
     pixels, digits = load_digits(return_X_y=True)
-    chosen = (digits == 3) | (digits == 8)
-    x, y = torch.tensor(pixels[chosen]) / 16, torch.tensor(digits[chosen] == 3).double()
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    first, second, rest = ((x[i:j], y[i:j]) for i, j in ((0, count), (count, 2 * count), (2 * count, None)))
-    return first, second, rest
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    x, y = torch.tensor(pixels)[order] / 16, one_hot(torch.tensor(digits)[order]).double()
+    cuts = (0, fitted, fitted + held_out, len(y))
+    return [(x[i:j], y[i:j]) for i, j in itertools.pairwise(cuts)]
 
 
-def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(x @ params["weight"] + params["bias"], y)
 
 
-def fit(strengths: Tensor, fitted: Samples) -> dict[str, Tensor]:
-    """The minimum for one strength a pixel."""
+def fit(strengths: Tensor, x: Tensor, y: Tensor) -> Params:
+    """The minima for one strength a pixel, a digit in each row."""
     begin = {"weight": torch.zeros(64, dtype=torch.float64), "bias": torch.zeros((), dtype=torch.float64)}
-    found = fr.minimize(loss, begin, fr.half_l2, strength={"weight": strengths, "bias": 0.0}, args=fitted, tol=1e-6)
-    return found.params
+    strength = {"weight": strengths, "bias": 0.0}
+    one = lambda y: fr.minimize(loss, begin, fr.half_l2, strength=strength, args=(x, y), tol=1e-6).params
+    return vmap(one, in_dims=1)(y)
+
+
+def judged(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of all digits."""
+    return vmap(loss, in_dims=(0, None, 1))(params, x, y).mean()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=15)
     options = parser.parse_args()
-    fitted, held_out, new = samples(100)
-    judged = lambda logs: loss(fit(logs.exp(), fitted), *held_out)
+    fitted, held_out, new = samples(200, 800)
 
-    singles = torch.logspace(-6, -1, 30, dtype=torch.float64)
-    losses = vmap(judged)(singles.log().unsqueeze(1).expand(30, 64))
-    best = singles[losses.argmin()]
-    single = fit(best.expand(64), fitted)
+    singles = torch.logspace(-6, -1, 16, dtype=torch.float64)
+    losses = [judged(fit(strength.expand(64), *fitted), *held_out) for strength in singles]
+    best = singles[torch.stack(losses).argmin()]
+    single = judged(fit(best.expand(64), *fitted), *new)
 
     logs = best.log().expand(64).clone()
-    tx = fr.adam(0.1)
+    tx = fr.adam(0.15)
     state = tx.init(logs)
+    outer = grad(lambda logs: judged(fit(logs.exp(), *fitted), *held_out))
     for _ in trange(options.steps, desc="strengths", disable=None):
-        updates, state = tx.update(grad(judged)(logs), state, logs)
+        updates, state = tx.update(outer(logs), state, logs)
         logs = fr.apply_updates(logs, updates)
-    learned = fit(logs.exp(), fitted)
+    learned = judged(fit(logs.exp(), *fitted), *new)
 
-    print(f"the best single strength, {best:.1e}: loss {loss(single, *new):.4f} on new samples")
-    print(f"64 strengths, from {logs.min().exp():.1e} to {logs.max().exp():.1e}: loss {loss(learned, *new):.4f}")
-    assert loss(learned, *new) < loss(single, *new)
+    print(f"the best single strength, {best:.1e}: loss {single:.4f} on new samples")
+    print(f"64 strengths, from {logs.min().exp():.1e} to {logs.max().exp():.1e}: loss {learned:.4f}")
+    assert learned < single
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Learn 64 strengths, one for each pixel of handwritten digits, by derivatives of the solution.
 
 The inner problems, a logistic regression for each digit, are solved by `minimize` as one ensemble. Their solutions have
-derivatives in every strength, by which the loss on samples that they have not seen goes down. At last it is compared, on
-samples that were used for neither, with that of the best single strength out of sixteen.
+derivatives in every strength, by which the loss on samples that they have not seen goes down. At last it is compared,
+on samples that were used for neither, with that of the best single strength out of sixteen.
 
     python examples/learn_lambda.py
 """

@@ -206,6 +206,11 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
         reason = f"its step is not that of {known.__name__}, so that its metric is not known"
     elif known is None:
         reason = "its metric is not known"
+    elif known is torch.optim.RMSprop and any([g["centered"] and g["momentum"] for g in optimizer.param_groups]):
+        reason = (
+            "RMSprop with centered=True divides by the spread of gradients, which vanishes where a penalty balances "
+            "them, and its momentum keeps what was divided by it before: it runs away. Leave one of the two out"
+        )
     elif known in RULES:
         return RULES[known]
     else:

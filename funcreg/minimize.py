@@ -27,7 +27,7 @@ _EVERY = 10
 _SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Entries up to which Jacobians are matrices; beyond that, equations are solved by products with vectors.
 _DENSE = 512
-#: Steps without a better residual after which rounding is held to be all that moves.
+#: Steps without a better residual or objective after which rounding is held to be all that moves.
 _PATIENCE = 300
 
 
@@ -351,7 +351,8 @@ def _moved(
     x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
     recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
     residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
-    better = residual < 0.99 * s.best
+    lower = taken & (objective < s.recent.amin() - _noise(objective))
+    better = (residual < 0.99 * s.best) | lower
     since = torch.where(better, 0, s.since + 1)
     limits = torch.finfo(x.dtype)
     done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | (rate > limits.max / 1e9)

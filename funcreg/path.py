@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,6 +144,8 @@ def _strengths(
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
     slopes = grad(objective)(start)
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
+    if most.isnan():
+        raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
     if not 0 < float(most) < float("inf"):
         raise ValueError(
             f"lambda_max of {problem.penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, "
@@ -202,6 +206,7 @@ class CrossValidation(NamedTuple):
     best: Tensor  # The strength of the least mean.
     one_standard_error: Tensor  # The greatest whose mean is within one standard error of it.
     params: Params  # Fitted to all data with the best strength.
+    converged: Tensor  # For each score, whether its fit has.
 
 
 def cross_validate(
@@ -210,7 +215,7 @@ def cross_validate(
     penalty: Penalty,
     *hyper: Hyper,
     data: tuple[Any, ...],
-    folds: int | Sequence[Tensor] = 5,
+    folds: int | Iterable[Any] = 5,
     strengths: Tensor | Sequence[float] | None = None,
     count: int = 100,
     ratio: float = 1e-3,
@@ -228,7 +233,7 @@ def cross_validate(
         hyper: Its hyperparameters.
         data: Tensors, or trees of them, with one entry a sample along the first dimension.
         folds: Number of folds, at least 2: consecutive samples, as scikit-learn's `KFold`. Or, for each fold, the
-            places of the samples that are held out.
+            places of the samples that are held out, a mask of them, or a pair (fitted, held out) of places.
         strengths: Numbers of at least 0; by default those of `regularization_path` on all data.
         count: Number of strengths.
         ratio: The least strength as a share of the greatest.
@@ -250,7 +255,11 @@ def cross_validate(
     problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
     problem.check(params, 1.0, data)
 
-    samples = {len(x) if x.ndim else 0 for x in tree_leaves(data)}
+    if not all([isinstance(x, Tensor) and x.ndim for x in tree_leaves(data)]):
+        raise TypeError(
+            "data holds what is no tensor with one entry a sample; close the loss over what is the same for all"
+        )
+    samples = {len(x) for x in tree_leaves(data)}
     if len(samples) != 1:
         raise ValueError(f"data have {sorted(samples)} samples; expected tensors with one entry a sample")
     held_out = _folds(folds, samples.pop(), tree_leaves(data)[0].device)
@@ -258,50 +267,86 @@ def cross_validate(
     start = _null(objective, params, mask)
     falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
-    for size in {len(places) for places, _ in held_out}:  # Folds of one size are one ensemble.
-        which = [i for i, (places, _) in enumerate(held_out) if len(places) == size]
+    converged = torch.empty_like(scores, dtype=torch.bool)
+    for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.
+        which = [i for i, (tests, trains) in enumerate(held_out) if (len(tests), len(trains)) == size]
         tests, trains = (torch.stack([held_out[i][k] for i in which]) for k in (0, 1))
-        scores[which] = _scores(problem, start, data, tests, trains, falling)
+        scores[which], converged[which] = _scores(problem, start, data, tests, trains, falling)
     mean = scores.mean(0)
+    if not bool(mean.isfinite().all()):
+        raise ValueError(
+            f"the loss on held-out samples is {float(mean[~mean.isfinite()][0])} for some strengths; expected finite "
+            "numbers. Are there such in data?"
+        )
+    if not bool(converged.all()):
+        warnings.warn(
+            f"cross_validate: {int((~converged).sum())} of {converged.numel()} fits have not converged; see "
+            "`converged`. A greater tol or max_steps may help, or columns of mean 0 and equal scale.",
+            stacklevel=2,
+        )
     error = scores.std(0) / len(held_out) ** 0.5
     least = int(mean.argmin())
     simplest = int((mean <= mean[least] + error[least]).int().argmax())
     fitted = problem.solve(start, falling[least], data)
-    return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params)
+    return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params, converged)
 
 
-def _folds(folds: int | Sequence[Tensor], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _folds(folds: int | Iterable[Any], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """For each fold the places of samples that are held out, and of the others."""
-    if isinstance(folds, int):
-        if isinstance(folds, bool) or not 2 <= folds <= samples:
+    if hasattr(folds, "__index__"):
+        count = operator.index(folds)  # pyright: ignore[reportArgumentType]
+        if isinstance(folds, bool) or not 2 <= count <= samples:
             raise ValueError(f"folds is {folds!r}; expected a whole number from 2 to the number of samples, {samples}")
-        tests = list(torch.arange(samples, device=device).tensor_split(folds))
+        given: list[Any] = list(torch.arange(samples).tensor_split(count))
     else:
-        tests = [torch.as_tensor(places, dtype=torch.int64, device=device) for places in folds]
+        given = list(folds)  # pyright: ignore[reportArgumentType]
+    if len(given) < 2:
+        raise ValueError(f"folds are {len(given)}; expected at least 2, or there is no standard error")
     found = []
-    for number, places in enumerate(tests):
-        held = torch.zeros(samples, dtype=torch.bool, device=device)
-        if not len(places) or int(places.min()) < 0 or int(places.max()) >= samples:
-            raise ValueError(f"fold {number} holds out {places.tolist()[:10]}; expected places of {samples} samples")
-        held[places] = True
-        if bool(held.all()):
-            raise ValueError(f"fold {number} holds out all samples")
-        found.append((held.nonzero()[:, 0], (~held).nonzero()[:, 0]))
+    for number, fold in enumerate(given):
+        pair = isinstance(fold, tuple) and len(fold) == 2  # Of scikit-learn: samples to fit, and samples held out.
+        tests = _places(fold[1] if pair else fold, number, samples)
+        trains = _places(fold[0], number, samples) if pair else (~_held(tests, samples)).nonzero()[:, 0]
+        if not len(trains) or bool((_held(tests, samples) & _held(trains, samples)).any()):
+            raise ValueError(f"fold {number} holds out all samples, or some that it fits")
+        found.append((tests.to(device), trains.to(device)))
     return found
 
 
-def _scores(problem: Problem, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor) -> Tensor:
-    """The loss on held-out samples, for some folds of one size and all strengths."""
+def _held(places: Tensor, samples: int) -> Tensor:
+    return torch.zeros(samples, dtype=torch.bool, device="cpu").index_fill(0, places, True)
+
+
+def _places(fold: Any, number: int, samples: int) -> Tensor:
+    """The places of the samples in a fold, given as such or as a mask."""
+    places = torch.as_tensor(fold).cpu()
+    if places.dtype == torch.bool and places.shape == (samples,):
+        return places.nonzero()[:, 0]
+    whole = not places.is_floating_point() and not places.is_complex() and places.dtype != torch.bool
+    if places.ndim != 1 or not whole or not len(places) or int(places.min()) < 0 or int(places.max()) >= samples:
+        raise ValueError(
+            f"fold {number} is {str(fold)[:60]}; expected the places of the samples that it holds out, from 0 to "
+            f"{samples - 1}, a mask of them, or a pair (fitted, held out) as scikit-learn's split gives"
+        )
+    return places.to(torch.int64)
+
+
+def _scores(
+    problem: Problem, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss on held-out samples, for some folds of one size and all strengths, and whether fits have converged."""
     rows = lambda places: tree_map(lambda x: x[places], data)
     training, testing = rows(trains), rows(tests)
     begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
 
-    def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Params]:
-        found = vmap(lambda strength: problem.solve(begin, strength, training).params)(some)
-        return vmap(lambda point: problem.loss(point, *testing))(found), tree_map(lambda w: w[-1], found)
+    def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Tensor, Params]:
+        found = vmap(lambda strength: problem.solve(begin, strength, training))(some)
+        losses = vmap(lambda point: problem.loss(point, *testing))(found.params)
+        return losses, found.converged, tree_map(lambda w: w[-1], found.params)
 
-    columns = []
+    columns, converged = [], []
     for some in strengths.split(_TOGETHER):
-        found, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
-        columns.append(found)
-    return torch.cat(columns, 1).to(strengths.dtype)
+        losses, done, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
+        columns.append(losses)
+        converged.append(done)
+    return torch.cat(columns, 1).to(strengths.dtype), torch.cat(converged, 1)

@@ -87,7 +87,10 @@ def test_transforms_do_too(case):
 # The suite itself
 
 
-HERE_ALONE = {"test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"}
+HERE_ALONE = {
+    *("test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"),
+    *("test_integrations.py", "test_distributed.py", "processes.py"),
+}
 
 
 def calls():

@@ -34,12 +34,13 @@ MORE = {
 OTHER = {
     **dict.fromkeys(
         (
-            *("ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
+            *("AddNoiseState", "ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
             *("PartitionState", "TraceState", "ZeroNansState"),
         ),
         "a state, not a transform",
     ),
     "init_empty_state": "what a transform is made of",
+    "add_noise": "the noise is another; its law is that of test_noise",
 }
 
 

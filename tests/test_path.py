@@ -90,8 +90,26 @@ def test_the_choice_of_scikit_learn(share):
     np.testing.assert_allclose(found.params["w"].cpu(), expected.coef_, atol=1e-7)
     assert found.one_standard_error >= found.best
     places = [torch.arange(i, len(y), 3) for i in range(3)]
-    own = fr.cross_validate(squares, begin(10), fr.l1, data=(x, y), strengths=strengths[:3], folds=places, **WEIGHTS)
-    assert own.scores.shape == (3, 3)
+    own = lambda folds: fr.cross_validate(
+        squares, begin(10), fr.l1, data=(x, y), strengths=strengths[:3], folds=folds, **WEIGHTS
+    )
+    masks = [torch.zeros(len(y), dtype=torch.bool).index_fill(0, held, True) for held in places]
+    pairs = [((~mask).nonzero()[:, 0], held) for mask, held in zip(masks, places, strict=True)]
+    by_places, by_masks, by_pairs = map(own, (places, masks, pairs))
+    assert by_places.converged.all()
+    assert torch.equal(by_places.scores, by_masks.scores)
+    assert torch.equal(by_places.scores, by_pairs.scores)
+
+
+def test_a_choice_says_what_it_is_worth():
+    x, y = standard(load_diabetes)
+    choose = lambda x, **options: fr.cross_validate(
+        squares, {"w": zeros(10)}, fr.l1, data=(x, y), strengths=[1.0, 0.1], **options
+    )
+    with pytest.warns(UserWarning, match="fits have not converged"):
+        assert not choose(x, max_steps=1).converged.all()
+    with pytest.raises(ValueError, match=r"is nan|gradient of the loss"):
+        choose(torch.where(x > 3, torch.nan, x))
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -108,8 +126,9 @@ def test_bad_paths_are_named(change, said):
 
 
 @pytest.mark.parametrize(("folds", "said"), [
-    (1, "folds is 1"), (11, "from 2 to the number of samples, 10"), ([[0], [12]], "fold 1 holds out"),
-    ([list(range(10))], "all samples"),
+    (1, "folds is 1"), (11, "from 2 to the number of samples, 10"), ([[0], [12]], "fold 1 is"),
+    ([list(range(10)), [0]], "all samples"), ([], "folds are 0"), ([[0.0, 1.5], [2]], "fold 0 is"),
+    ([([0, 1], [1, 2]), ([0], [1])], "some that it fits"),
 ])  # fmt: skip
 def test_bad_folds_are_named(folds, said):
     x = torch.ones(10, 2, dtype=torch.float64, device=DEVICE)

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -401,6 +402,11 @@ def test_leaves_of_every_shape_are_taken(case):
             assert case.prox(leaf, 0.5, metric=torch.ones_like(leaf)).shape == leaf.shape
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
 @every_penalty
 def test_trees_of_every_kind_have_the_value_of_their_leaves(case):
     a, b = draw()["head"].weight, draw(1)["head"].weight
@@ -410,7 +416,7 @@ def test_trees_of_every_kind_have_the_value_of_their_leaves(case):
         (a, b),
         OrderedDict(y=a, x=b),
         {"x": {"y": [a]}, "z": (b,)},
-        Layer(a, b),
+        Pair(a, b),
         {"n": None, "a": a, "b": b},
     ):
         torch.testing.assert_close(case.value(tree), expected, rtol=1e-14, atol=0)

@@ -75,8 +75,8 @@ MIXED = {
     "masks by name and dimensions": lambda: fr.chain(
         fr.scale_by_adam(),
         fr.add_decayed_weights(0.1, mask=fr.select("layer1.*") & fr.matrices),
-        fr.soft_threshold(0.05, mask=fr.select("layer[02].*.weight")),
         fr.scale_by_learning_rate(0.1),
+        fr.soft_threshold(0.005, mask=fr.select("layer[02].*.weight")),
     ),
     "a mask by shape": lambda: fr.masked(fr.trace(0.5), lambda params: fr.tree_map(lambda w: w.numel() > 5, params)),
     "strengths for parts": lambda: fr.add_decayed_weights(

@@ -431,8 +431,10 @@ def test_an_extra_argument_that_no_transform_takes_is_refused_by_name(wrap):
     both = fr.chain(tx, wrap(takes_all(seen)))
     both.update(ONES, both.init(LEAVES), LEAVES, value=3.0, other=1.0)
     assert seen == [["other", "value"]]
+    tx = fr.sgd(0.1)
     with pytest.raises(TypeError, match="which no transform of"):
-        fr.sgd(0.1).update(ONES, fr.sgd(0.1).init(LEAVES), LEAVES, value=1.0)
+        tx.update(ONES, tx.init(LEAVES), LEAVES, loss=1.0)
+    tx.update(ONES, tx.init(LEAVES), LEAVES, value=1.0)  # Which loops hand to every chain.
 
 
 def test_an_ensemble_and_compiled_code_refuse_and_take_the_same_names():

@@ -177,7 +177,8 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
 
     Args:
         path: What `regularization_path` returned.
-        names: A name for each weight that is shown; by default its leaf and place. Up to ten are written.
+        names: A name for each weight that is shown; by default its leaf and place. They are
+            written where at most ten weights are drawn: leave an intercept out with `mask`.
         mask: Leaves that are shown; by default all.
         axes: matplotlib's axes; by default new ones.
 

@@ -482,6 +482,7 @@ def test_a_step_does_not_wait_for_the_first_call_of_another():
 
 @cpu_only
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.distributed
 def test_a_process_forked_during_a_first_call_steps():
     code = """
 import copy, os, signal, threading, warnings
@@ -655,6 +656,7 @@ def test_four_steps_compile_at_the_same_time(backend):
 
 @cpu_only
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_compilations_of_others_are_left_alone_while_a_step_compiles(tmp_path):
     code = """
 import pathlib, sys, threading, types
@@ -813,6 +815,7 @@ def test_leaves_load_into_modules_and_copy_and_pickle():
 
 
 @cpu_only
+@pytest.mark.distributed
 def test_memory_is_released_when_all_trees_are_gone():
     code = """
 import gc, torch, funcreg as fr
@@ -1114,6 +1117,7 @@ def test_processor_checks_of_others_are_made_as_ever():
 
 @cpu_only
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_steps_compile_where_warnings_are_errors():
     code = """
 import torch, funcreg as fr

@@ -323,9 +323,7 @@ class FusedStep(_Planned):
         if not self._donate:
             return self._plain(params, grads, state, extra)
         with torch.no_grad():
-            new = leaves_like((params, state), self._plain(params, grads, state, extra))
-            for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
-                old.copy_(leaf)
+            _overwrite(params, state, leaves_like((params, state), self._plain(params, grads, state, extra)))
         return params, state
 
     @without_autocast
@@ -399,8 +397,7 @@ class FusedStep(_Planned):
         (first, spec), (_, other) = structure(params), structure(state)
         if not self._donate:
             return restored(spec, new[: len(first)]), restored(other, new[len(first) :])
-        for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
-            old.copy_(leaf)
+        _overwrite(params, state, new)
         return params, state
 
     def _check_gradients_are_new(self, call: Call, plan: Plan, params: Params) -> None:
@@ -421,6 +418,12 @@ class FusedStep(_Planned):
                 "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "
                 "a module, so that backward() writes elsewhere; use zero_grad(set_to_none=False)."
             )
+
+
+def _overwrite(params: Params, state: State, new: Sequence[Any]) -> None:
+    """Write new leaves of both into the old ones. All are copied before one is written: they may share memory."""
+    for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
+        old.copy_(leaf)
 
 
 def _check_donated(params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor]) -> _Spans:

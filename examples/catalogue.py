@@ -330,7 +330,7 @@ SECTIONS = {
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
     "Optimizers": ["optimizers", "proximal", "stochastic"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
-    "Schedules": ["schedules"],
+    "Schedules": ["schedules", "annealing"],
     "Certificates": ["certificates"],
     "See": ["report"],
     "Minima, paths, choices of a strength": ["minimize", "path"],

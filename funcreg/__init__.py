@@ -1,5 +1,10 @@
 """Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
 
+from funcreg.annealing import (
+    cubic_ramp_schedule as cubic_ramp_schedule,
+    cyclic_schedule as cyclic_schedule,
+    relative_schedule as relative_schedule,
+)
 from funcreg.certificates import (
     duality_gap as duality_gap,
     kkt_residual as kkt_residual,
@@ -203,13 +208,18 @@ from funcreg.report import (
 from funcreg.schedules import (
     constant_schedule as constant_schedule,
     cosine_decay_schedule as cosine_decay_schedule,
+    cosine_onecycle_schedule as cosine_onecycle_schedule,
     exponential_decay as exponential_decay,
     join_schedules as join_schedules,
+    linear_onecycle_schedule as linear_onecycle_schedule,
     linear_schedule as linear_schedule,
     piecewise_constant_schedule as piecewise_constant_schedule,
+    piecewise_interpolate_schedule as piecewise_interpolate_schedule,
     polynomial_schedule as polynomial_schedule,
+    sgdr_schedule as sgdr_schedule,
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
+    warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,
 )
 from funcreg.separable import (
     anchored_l1 as anchored_l1,

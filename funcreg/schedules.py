@@ -7,7 +7,7 @@ compiled step is compiled once. It serves wherever a hyperparameter does: learni
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from funcreg.ranges import check_range, flags, scalars
 _LATE = 2**31 - 1
 
 
-def _double(count: Any) -> Tensor:
+def double(count: Any) -> Tensor:
+    """A count or a value in float64."""
     return count.to(torch.float64) if isinstance(count, Tensor) else torch.as_tensor(count, dtype=torch.float64)
 
 
@@ -42,14 +43,14 @@ class KnownSchedule(Remembering):
         return self._value(count)
 
 
-def _finite(low: float = -math.inf, **hyper: Scalar) -> tuple[Any, ...]:
+def check_finite(low: float = -math.inf, **hyper: Scalar) -> tuple[Any, ...]:
     """Hyperparameters of a schedule, checked: finite numbers or tensors."""
     for name, value in hyper.items():
         check_range(name, value, low, finite=True)
     return scalars(**hyper)
 
 
-def _steps(**counts: Any) -> None:
+def check_steps(**counts: Any) -> None:
     """Raise an error for the first of these that is no number of steps; negative ones are none, as in optax."""
     for name, value in counts.items():
         if isinstance(value, (torch.Tensor, dict, list, tuple)) or callable(value):
@@ -57,8 +58,9 @@ def _steps(**counts: Any) -> None:
         check_range(name, value, -math.inf, finite=True)
 
 
-def _positive(name: str, value: int) -> None:
-    _steps(**{name: value})
+def check_positive(name: str, value: int) -> None:
+    """Raise an error for what is no number of steps above 0."""
+    check_steps(**{name: value})
     if value <= 0:
         raise ValueError(f"{name} is {value}; expected a positive number of steps")
 
@@ -74,7 +76,7 @@ def constant_schedule(value: Scalar) -> Schedule:
         >>> constant_schedule(0.1)(5)
         0.1
     """
-    (value,) = _finite(value=value)
+    (value,) = check_finite(value=value)
     return KnownSchedule(lambda count: value)
 
 
@@ -95,16 +97,16 @@ def polynomial_schedule(
         >>> polynomial_schedule(1.0, 0.0, 2, transition_steps=10)(5)
         tensor(0.2500, dtype=torch.float64)
     """
-    init_value, end_value = _finite(init_value=init_value, end_value=end_value)
+    init_value, end_value = check_finite(init_value=init_value, end_value=end_value)
     check_range("power", power, open_low=True, finite=True)
     (power,) = scalars(power=power)
-    _steps(transition_steps=transition_steps, transition_begin=transition_begin)
+    check_steps(transition_steps=transition_steps, transition_begin=transition_begin)
     if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
 
     def schedule(count: Any) -> Tensor:
-        share = 1 - (_double(count) - begin).clamp(0, transition_steps) / transition_steps
+        share = 1 - (double(count) - begin).clamp(0, transition_steps) / transition_steps
         return (init_value - end_value) * share**power + end_value
 
     return KnownSchedule(schedule, [begin + transition_steps])
@@ -152,18 +154,18 @@ def exponential_decay(
         >>> exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5)
         tensor(0.5000, dtype=torch.float64)
     """
-    (init_value,) = _finite(init_value=init_value)
-    (decay_rate,) = _finite(low=0.0, decay_rate=decay_rate)
+    (init_value,) = check_finite(init_value=init_value)
+    (decay_rate,) = check_finite(low=0.0, decay_rate=decay_rate)
     if end_value is not None:
-        (end_value,) = _finite(end_value=end_value)
-    _steps(transition_steps=transition_steps, transition_begin=transition_begin)
+        (end_value,) = check_finite(end_value=end_value)
+    check_steps(transition_steps=transition_steps, transition_begin=transition_begin)
     flags(staircase=staircase)
     if transition_steps <= 0:
         return constant_schedule(init_value)
     begin = max(transition_begin, 0)
 
     def schedule(count: Any) -> Tensor:
-        exponent = (_double(count) - begin).clamp(min=0) / transition_steps
+        exponent = (double(count) - begin).clamp(min=0) / transition_steps
         rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
         rate = torch.where(rate == 0, 1.0, rate)
         value = init_value * rate ** (exponent.floor() if staircase else exponent)
@@ -175,6 +177,18 @@ def exponential_decay(
     # Without an end the sign stays, and growth is without limit. By the last step any end is reached, but from 0.
     still = end_value is None or isinstance(init_value, Tensor) or init_value == 0
     return KnownSchedule(schedule, [] if still else [_LATE])
+
+
+def _scales(boundaries_and_scales: Mapping[int, float] | None) -> dict[int, float]:
+    """The factors at boundaries, checked."""
+    if not isinstance(boundaries_and_scales, (Mapping, type(None))):
+        came = type(boundaries_and_scales).__name__
+        raise TypeError(f"boundaries_and_scales is a {came}; expected a dict from step to factor, such as {{100: 0.1}}")
+    scales = dict(boundaries_and_scales or {})
+    for boundary, scale in scales.items():
+        check_steps(**{"a boundary of boundaries_and_scales": boundary})
+        check_finite(0.0, **{f"boundaries_and_scales[{boundary}]": scale})
+    return scales
 
 
 @remembered
@@ -194,22 +208,166 @@ def piecewise_constant_schedule(
         >>> piecewise_constant_schedule(1.0, {10: 0.5, 20: 0.1})(20)
         tensor(0.0500, dtype=torch.float64)
     """
-    (init_value,) = _finite(init_value=init_value)
-    if not isinstance(boundaries_and_scales, (Mapping, type(None))):
-        came = type(boundaries_and_scales).__name__
-        raise TypeError(f"boundaries_and_scales is a {came}; expected a dict from step to factor, such as {{100: 0.1}}")
-    scales = dict(boundaries_and_scales or {})
-    for boundary, scale in scales.items():
-        _steps(**{"a boundary of boundaries_and_scales": boundary})
-        _finite(0.0, **{f"boundaries_and_scales[{boundary}]": scale})
+    (init_value,) = check_finite(init_value=init_value)
+    scales = _scales(boundaries_and_scales)
 
     def schedule(count: Any) -> Tensor:
-        value = init_value * torch.ones_like(_double(count))
+        value = init_value * torch.ones_like(double(count))
         for boundary, scale in scales.items():
-            value = torch.where(_double(count) >= boundary, scale * value, value)
+            value = torch.where(double(count) >= boundary, scale * value, value)
         return value
 
     return KnownSchedule(schedule, list(scales))
+
+
+def _linear(start: Scalar, end: Scalar, share: Tensor) -> Tensor:
+    return (end - start) * share + start
+
+
+def _cosine(start: Scalar, end: Scalar, share: Tensor) -> Tensor:
+    return end + (start - end) / 2 * (torch.cos(math.pi * share) + 1)
+
+
+#: How values between two are found, from the share of the way.
+INTERPOLATIONS: dict[str, Callable[[Scalar, Scalar, Tensor], Tensor]] = {"linear": _linear, "cosine": _cosine}
+
+
+def interpolation(interpolate_type: str) -> Callable[[Scalar, Scalar, Tensor], Tensor]:
+    """The interpolation of a name, or an error that lists the names."""
+    if interpolate_type not in INTERPOLATIONS:
+        raise ValueError(f"interpolate_type is {interpolate_type!r}; expected one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[interpolate_type]
+
+
+@remembered
+def piecewise_interpolate_schedule(
+    interpolate_type: str, init_value: Scalar, boundaries_and_scales: Mapping[int, float] | None = None
+) -> Schedule:
+    r"""Go through values at boundaries, each the one before times a factor, :math:`v_b = v_0 \prod_{c \le b} s_c`.
+
+    Args:
+        interpolate_type: Way between two boundaries: `"linear"` or `"cosine"`, half a cosine, level at both ends.
+        init_value: Value at step 0.
+        boundaries_and_scales: From step to the factor, at least 0, of the value there and that at the boundary before.
+
+    Raises:
+        ValueError: A factor is negative, or `interpolate_type` is not known.
+
+    Example:
+        >>> schedule = piecewise_interpolate_schedule("linear", 1.0, {4: 0.1, 8: 0.01})
+        >>> [round(float(schedule(count)), 4) for count in (0, 2, 4, 6, 8, 100)]
+        [1.0, 0.55, 0.1, 0.0505, 0.001, 0.001]
+    """
+    between = interpolation(interpolate_type)
+    (init_value,) = check_finite(init_value=init_value)
+    pieces = sorted(_scales(boundaries_and_scales).items())
+    bounds, values = [0, *[boundary for boundary, _ in pieces]], [init_value]
+    for _, scale in pieces:
+        values.append(values[-1] * scale)
+
+    def schedule(count: Any) -> Tensor:
+        steps = double(count)
+        # Before step 0, where no step is counted, optax has 0.
+        value = torch.zeros_like(steps)
+        for begin, end, first, last in zip(bounds, bounds[1:], values, values[1:], strict=False):
+            share = (steps - begin) / max(end - begin, 1)
+            value = torch.where((begin <= steps) & (steps < end), between(first, last, share), value)
+        return torch.where(steps >= bounds[-1], values[-1], value)
+
+    return KnownSchedule(schedule, bounds)
+
+
+@remembered
+def linear_onecycle_schedule(
+    transition_steps: int,
+    peak_value: Scalar,
+    pct_start: float = 0.3,
+    pct_final: float = 0.85,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> Schedule:
+    r"""Rise to a peak, fall back to the first value, then fall on, on three straight lines.
+
+    The first value is :math:`v / d`, the last one :math:`v / (d d')`. `torch.optim.lr_scheduler.OneCycleLR` with
+    `three_phase=True` counts its phases otherwise.
+
+    Args:
+        transition_steps: Number of steps in all; the value stays at the last one afterwards.
+        peak_value: :math:`v`, the greatest value.
+        pct_start: Share of the steps, from 0 to 1, until the peak.
+        pct_final: Share of the steps until the value is back at the first one.
+        div_factor: :math:`d`, above 0: what the peak is divided by for the first value.
+        final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
+
+    Raises:
+        ValueError: `transition_steps` is not positive.
+
+    Example:
+        >>> schedule = linear_onecycle_schedule(100, 1.0, div_factor=10.0)
+        >>> [round(float(schedule(count)), 2) for count in (0, 15, 30, 85, 100)]
+        [0.1, 0.55, 1.0, 0.1, 0.0]
+
+    References:
+        Smith & Topin, *Super-convergence: very fast training of neural networks using large learning rates*, 2017.
+    """
+    _onecycle(transition_steps, div_factor, final_div_factor, pct_start=pct_start, pct_final=pct_final)
+    (peak_value,) = check_finite(peak_value=peak_value)
+    scales = {
+        int(pct_start * transition_steps): div_factor,
+        int(pct_final * transition_steps): 1 / div_factor,
+        transition_steps: 1 / final_div_factor,
+    }
+    return piecewise_interpolate_schedule("linear", peak_value / div_factor, scales)
+
+
+@remembered
+def cosine_onecycle_schedule(
+    transition_steps: int,
+    peak_value: Scalar,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> Schedule:
+    r"""Rise to a peak along half a cosine, then fall along another one.
+
+    The first value is :math:`v / d`, the last one :math:`v / (d d')`. `torch.optim.lr_scheduler.OneCycleLR` is at its
+    peak and its end one step earlier.
+
+    Args:
+        transition_steps: Number of steps in all; the value stays at the last one afterwards.
+        peak_value: :math:`v`, the greatest value.
+        pct_start: Share of the steps, from 0 to 1, until the peak.
+        div_factor: :math:`d`, above 0: what the peak is divided by for the first value.
+        final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
+
+    Raises:
+        ValueError: `transition_steps` is not positive.
+
+    Example:
+        >>> schedule = cosine_onecycle_schedule(100, 1.0, div_factor=10.0)
+        >>> [round(float(schedule(count)), 2) for count in (0, 15, 30, 65, 100)]
+        [0.1, 0.55, 1.0, 0.5, 0.0]
+
+    References:
+        Smith & Topin, *Super-convergence: very fast training of neural networks using large learning rates*, 2017.
+    """
+    _onecycle(transition_steps, div_factor, final_div_factor, pct_start=pct_start)
+    (peak_value,) = check_finite(peak_value=peak_value)
+    scales = {
+        int(pct_start * transition_steps): div_factor,
+        int(transition_steps): 1 / (div_factor * final_div_factor),
+    }
+    return piecewise_interpolate_schedule("cosine", peak_value / div_factor, scales)
+
+
+def _onecycle(transition_steps: int, div_factor: float, final_div_factor: float, **shares: float) -> None:
+    check_positive("transition_steps", transition_steps)
+    for name, value in shares.items():
+        check_steps(**{name: value})
+        check_range(name, value, 0.0, 1.0)
+    for name, value in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
+        check_range(name, value, open_low=True, finite=True)
+        scalars(**{name: value})
 
 
 @remembered
@@ -234,13 +392,13 @@ def cosine_decay_schedule(
     References:
         Loshchilov & Hutter, *SGDR: Stochastic gradient descent with warm restarts*, 2017.
     """
-    init_value, alpha = _finite(init_value=init_value, alpha=alpha)
+    init_value, alpha = check_finite(init_value=init_value, alpha=alpha)
     check_range("exponent", exponent, open_low=True, finite=True)
     (exponent,) = scalars(exponent=exponent)
-    _positive("decay_steps", decay_steps)
+    check_positive("decay_steps", decay_steps)
 
     def schedule(count: Any) -> Tensor:
-        cosine = (1 + torch.cos(math.pi * _double(count).clamp(max=decay_steps) / decay_steps)) / 2
+        cosine = (1 + torch.cos(math.pi * double(count).clamp(max=decay_steps) / decay_steps)) / 2
         return init_value * ((1 - alpha) * cosine**exponent + alpha)
 
     return KnownSchedule(schedule, [decay_steps])
@@ -289,8 +447,8 @@ def warmup_cosine_decay_schedule(
         >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
-    _finite(init_value=init_value, peak_value=peak_value, end_value=end_value)
-    _steps(warmup_steps=warmup_steps, decay_steps=decay_steps)
+    check_finite(init_value=init_value, peak_value=peak_value, end_value=end_value)
+    check_steps(warmup_steps=warmup_steps, decay_steps=decay_steps)
     if decay_steps <= warmup_steps:
         raise ValueError(
             f"decay_steps is {decay_steps} and warmup_steps {warmup_steps}; expected more, because decay_steps "
@@ -331,17 +489,17 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
     if not isinstance(boundaries, (list, tuple)):
         raise TypeError(f"boundaries is {boundaries!r}; expected a list of steps")
     for i, boundary in enumerate(boundaries):
-        _steps(**{f"boundaries[{i}]": boundary})
+        check_steps(**{f"boundaries[{i}]": boundary})
     if len(boundaries) != len(schedules) - 1:
         raise ValueError(f"{len(schedules)} schedules got {len(boundaries)} boundaries; expected {len(schedules) - 1}")
     if list(boundaries) != sorted(boundaries):
         raise ValueError(f"boundaries are {list(boundaries)}; expected steps that rise")
 
     def schedule(count: Any) -> Tensor:
-        steps = _double(count)
-        value = _double(schedules[0](count))
+        steps = double(count)
+        value = double(schedules[0](count))
         for boundary, later in zip(boundaries, schedules[1:], strict=True):
-            value = torch.where(steps < boundary, value, _double(later(count - boundary)))
+            value = torch.where(steps < boundary, value, double(later(count - boundary)))
         return value
 
     turns: list[float] = []
@@ -350,3 +508,76 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         last = [] if end == math.inf else [end - 1]
         turns += [count for count in [begin, *[begin + turn for turn in inner], *last] if begin <= count < end]
     return KnownSchedule(schedule, turns)
+
+
+@remembered
+def warmup_exponential_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: int,
+    transition_steps: int,
+    decay_rate: Scalar,
+    transition_begin: int = 0,
+    staircase: bool = False,
+    end_value: Scalar | None = None,
+) -> Schedule:
+    r"""Rise on a straight line, then multiply by a rate every so many steps.
+
+    Args:
+        init_value: First value.
+        peak_value: Value at step `warmup_steps`.
+        warmup_steps: Number of steps of the rise.
+        transition_steps: Number of steps in which the value is multiplied once by `decay_rate`.
+        decay_rate: Factor, at least 0; 0 keeps the value constant.
+        transition_begin: Number of steps between the rise and the decay.
+        staircase: Whether the exponent of the rate is rounded down to a whole number.
+        end_value: Bound: the least value if `decay_rate` is below 1, else the greatest.
+
+    Example:
+        >>> schedule = warmup_exponential_decay_schedule(0.0, 1.0, 10, transition_steps=20, decay_rate=0.25)
+        >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
+        [0.0, 0.5, 1.0, 0.5, 0.25]
+    """
+    rise = linear_schedule(init_value, peak_value, warmup_steps)
+    decay = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
+    return join_schedules([rise, decay], [warmup_steps])
+
+
+#: What a cycle of `sgdr_schedule` is made of; the first four have no default.
+_CYCLE = ("init_value", "peak_value", "warmup_steps", "decay_steps", "end_value", "exponent")
+
+
+@remembered
+def sgdr_schedule(cosine_kwargs: Iterable[Mapping[str, Any]]) -> Schedule:
+    r"""Follow one warm-up and half cosine after another: warm restarts.
+
+    `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts` is this without warm-up, in cycles that grow by a factor.
+
+    Args:
+        cosine_kwargs: For each cycle the arguments of `warmup_cosine_decay_schedule`; `decay_steps` is its length.
+
+    Example:
+        >>> cycle = {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 0, "decay_steps": 10}
+        >>> schedule = sgdr_schedule([cycle, {**cycle, "peak_value": 0.5, "decay_steps": 20}])
+        >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
+        [1.0, 0.5, 0.5, 0.25, 0.0]
+
+    References:
+        Loshchilov & Hutter, *SGDR: Stochastic gradient descent with warm restarts*, 2017.
+    """
+    if isinstance(cosine_kwargs, (Mapping, str)) or not hasattr(cosine_kwargs, "__iter__"):
+        raise TypeError(f"cosine_kwargs is {cosine_kwargs!r}; expected a list of dicts, one for each cycle")
+    cycles, ends = list(cosine_kwargs), [0]
+    if not cycles:
+        raise ValueError("cosine_kwargs is empty; expected the arguments of at least one cycle")
+    for i, cycle in enumerate(cycles):
+        if not isinstance(cycle, Mapping):
+            raise TypeError(f"cosine_kwargs[{i}] is {cycle!r}; expected a dict of arguments")
+        unknown = [name for name in cycle if name not in _CYCLE]
+        lacking = [name for name in _CYCLE[:4] if name not in cycle]
+        if unknown or lacking:
+            came = f"has {unknown[0]!r}" if unknown else f"lacks {lacking[0]!r}"
+            raise TypeError(f"cosine_kwargs[{i}] {came}; expected the arguments of warmup_cosine_decay_schedule")
+        ends.append(ends[-1] + cycle["decay_steps"])
+    schedules = [warmup_cosine_decay_schedule(**cycle) for cycle in cycles]
+    return join_schedules(schedules, ends[1:-1])

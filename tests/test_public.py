@@ -79,7 +79,7 @@ LAYERS = [
     ["ranges", "recording", "locality"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering", "grids"],
-    ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
+    ["composition", "denominators", "descent", "plan", "checkpoint", "shards", "annealing"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],

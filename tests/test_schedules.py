@@ -71,6 +71,11 @@ def test_one_compilation_serves_all_counts(name):
         lambda v: fr.cosine_decay_schedule(v, 20, alpha=0.1),
         lambda v: fr.warmup_constant_schedule(0.1 * v, v, 20),
         lambda v: fr.warmup_cosine_decay_schedule(0.1 * v, v, 3, 20, 0.01 * v),
+        lambda v: fr.piecewise_interpolate_schedule("cosine", v, {5: 0.5, 20: 0.1}),
+        lambda v: fr.linear_onecycle_schedule(20, v),
+        lambda v: fr.cosine_onecycle_schedule(20, v),
+        lambda v: fr.warmup_exponential_decay_schedule(0.1 * v, v, 3, 20, 0.5, end_value=0.4 * v),
+        lambda v: fr.sgdr_schedule([{"init_value": 0.1 * v, "peak_value": v, "warmup_steps": 3, "decay_steps": 9}] * 3),
         lambda v: fr.join_schedules([fr.constant_schedule(v), fr.linear_schedule(0.9 * v, 0.1 * v, 10)], [4]),
     ],
 )

@@ -348,6 +348,7 @@ FLAGGED = {
     "scale_by_rms": fr.scale_by_rms,
     "scale_by_stddev": fr.scale_by_stddev,
     "sgd": lambda **o: fr.sgd(0.1, momentum=0.9, **o),
+    "warmup_exponential_decay_schedule": lambda **o: fr.warmup_exponential_decay_schedule(0.0, 0.1, 3, 3, 0.5, **o),
     "from_state_dict": lambda **o: fr.from_state_dict({}, {}, **o),
     "fuse": lambda **o: fr.fuse(fr.identity(), **o),
     "regularize": lambda **o: fr.regularize(torch.optim.SGD([torch.ones(1)], 0.1), fr.l1, **o),

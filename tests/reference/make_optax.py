@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from twins import COUNTS, PROJECTIONS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
 
 jax.config.update("jax_enable_x64", True)
@@ -48,7 +49,7 @@ def _in_float64(make: Any) -> Any:
 SCHEDULES_OF_OPTAX = {name for name in dir(optax.schedules) if name.endswith(("_schedule", "_schedules", "_decay"))}
 
 
-LIBRARIES = (optax, optax.transforms, optax.projections)
+LIBRARIES = (optax, optax.transforms, optax.projections, optax.contrib)
 
 
 def _find(name: str) -> Any:

@@ -266,6 +266,39 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "join of joins": lambda lib: lib.join_schedules(
         [lib.warmup_cosine_decay_schedule(0.0, 1.0, 3, 9), lib.polynomial_schedule(0.5, 0.0, 2, 9, 2)], [12]
     ),
+    "interpolate linear": lambda lib: lib.piecewise_interpolate_schedule("linear", 1.0, {5: 0.5, 20: 0.1, 30: 4.0}),
+    "interpolate cosine, out of order": lambda lib: lib.piecewise_interpolate_schedule(
+        "cosine", init_value=0.3, boundaries_and_scales={20: 0.1, 7: 3.0}
+    ),
+    "interpolate from a jump to zero": lambda lib: lib.piecewise_interpolate_schedule("linear", 0.3, {0: 2.0, 9: 0.0}),
+    "interpolate without pieces": lambda lib: lib.piecewise_interpolate_schedule("linear", 0.3),
+    "linear_onecycle": lambda lib: lib.linear_onecycle_schedule(30, 0.4),
+    "linear_onecycle keywords": lambda lib: lib.linear_onecycle_schedule(
+        transition_steps=37, peak_value=0.4, pct_start=0.21, pct_final=0.7, div_factor=5.0, final_div_factor=3.0
+    ),
+    "linear_onecycle in two steps": lambda lib: lib.linear_onecycle_schedule(2, 0.4),
+    "cosine_onecycle": lambda lib: lib.cosine_onecycle_schedule(30, 0.4),
+    "cosine_onecycle keywords": lambda lib: lib.cosine_onecycle_schedule(
+        transition_steps=37, peak_value=0.4, pct_start=0.21, div_factor=5.0, final_div_factor=3.0
+    ),
+    "warmup_exponential": lambda lib: lib.warmup_exponential_decay_schedule(0.0, 1.0, 5, 10, 0.5),
+    "warmup_exponential keywords": lambda lib: lib.warmup_exponential_decay_schedule(
+        init_value=0.1,
+        peak_value=0.9,
+        warmup_steps=7,
+        transition_steps=4,
+        decay_rate=0.6,
+        transition_begin=3,
+        staircase=True,
+        end_value=0.2,
+    ),
+    "sgdr": lambda lib: lib.sgdr_schedule(
+        [
+            {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 3, "decay_steps": 10},
+            {"init_value": 0.1, "peak_value": 0.5, "warmup_steps": 0, "decay_steps": 17, "end_value": 0.01},
+            {"init_value": 0.1, "peak_value": 0.3, "warmup_steps": 2, "decay_steps": 8, "exponent": 2.0},
+        ]
+    ),
 }
 
 #: From a library, parameters and a second tree like them to a projection. Where optax takes numbers for the bounds of

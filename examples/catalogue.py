@@ -324,11 +324,11 @@ def catalogue() -> str:
 
 SECTIONS = {
     "Regularize": ["regularizing", "noise"],
-    "Scale": ["scaling"],
-    "Clip and clean": ["clipping"],
+    "Scale": ["scaling", "plateau"],
+    "Clip and clean": ["clipping", "per_example"],
     "Combine": ["transform", "combine"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
-    "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Optimizers": ["optimizers", "factored", "muon", "mixing", "polyak", "proximal", "stochastic"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules", "annealing"],
     "Certificates": ["certificates"],

@@ -23,6 +23,7 @@ from funcreg.clipping import (
     clip as clip,
     clip_by_block_rms as clip_by_block_rms,
     clip_by_global_norm as clip_by_global_norm,
+    normalize_by_update_norm as normalize_by_update_norm,
     zero_nans as zero_nans,
 )
 from funcreg.combine import (
@@ -87,6 +88,11 @@ from funcreg.ensemble import (
     stacked as stacked,
     unstack as unstack,
 )
+from funcreg.factored import (
+    FactoredState as FactoredState,
+    adafactor as adafactor,
+    scale_by_factored_rms as scale_by_factored_rms,
+)
 from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,
@@ -105,6 +111,22 @@ from funcreg.groups import (
 from funcreg.minimize import (
     Solution as Solution,
     minimize as minimize,
+)
+from funcreg.mixing import (
+    AdemamixState as AdemamixState,
+    SimplifiedAdemamixState as SimplifiedAdemamixState,
+    ademamix as ademamix,
+    adopt as adopt,
+    scale_by_ademamix as scale_by_ademamix,
+    scale_by_adopt as scale_by_adopt,
+    scale_by_simplified_ademamix as scale_by_simplified_ademamix,
+    simplified_ademamix as simplified_ademamix,
+)
+from funcreg.muon import (
+    MuonDimensionNumbers as MuonDimensionNumbers,
+    MuonState as MuonState,
+    muon as muon,
+    scale_by_muon as scale_by_muon,
 )
 from funcreg.noise import (
     AddNoiseState as AddNoiseState,
@@ -129,6 +151,18 @@ from funcreg.path import (
     Path as Path,
     cross_validate as cross_validate,
     regularization_path as regularization_path,
+)
+from funcreg.per_example import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+    per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
+from funcreg.plateau import (
+    ReduceLROnPlateauState as ReduceLROnPlateauState,
+    reduce_on_plateau as reduce_on_plateau,
+)
+from funcreg.polyak import (
+    polyak_sgd as polyak_sgd,
+    scale_by_polyak as scale_by_polyak,
 )
 from funcreg.penalties import (
     elastic as elastic,

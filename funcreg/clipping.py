@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import scalars
-from funcreg.transform import Transform, finite_nonnegative, memoryless, nonnegative, positive, public_state
+from funcreg.ranges import concrete, scalars
+from funcreg.transform import Transform, finite, finite_nonnegative, memoryless, nonnegative, positive, public_state
 from funcreg.tree import compute, euclidean, flatten, global_norm, reduce_leaves, tree_leaves, tree_map
 
 
@@ -66,6 +66,34 @@ def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
         return compute(lambda u, f: u * f, updates, hyper=(factor,))
 
     return memoryless(rule)
+
+
+@remembered
+def normalize_by_update_norm(scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> Transform:
+    r"""Scale updates to one joint norm, :math:`c \, u / (\|u\| + \epsilon)`.
+
+    Args:
+        scale_factor: :math:`c`; a negative one descends.
+        eps: :math:`\epsilon`, at least 0. Updates of norm 0 stay 0.
+
+    Example:
+        >>> params = {"weight": torch.zeros(2)}
+        >>> normalize_by_update_norm(10.0, eps=0.0).update({"weight": torch.tensor([3.0, 4.0])}, EmptyState(), params)
+        ({'weight': tensor([6., 8.])}, EmptyState())
+    """
+    finite(scale_factor=scale_factor)
+    finite_nonnegative(eps=eps)
+    scale_factor, eps = scalars(scale_factor=scale_factor, eps=eps)
+    known = concrete(scale_factor)
+    negative = known is not None and float(known) < 0
+
+    def rule(updates: Updates, params: Params) -> Updates:
+        if not tree_leaves(updates):
+            return updates
+        norm = global_norm(updates)
+        return compute(lambda u, f: u * f, updates, hyper=(scale_factor / torch.where(norm == 0, 1.0, norm + eps),))
+
+    return memoryless(rule, stages=["scales", "flips"] if negative else ["scales"])
 
 
 @remembered

@@ -340,11 +340,11 @@ def scale_by_adopt(
         return torch.minimum(torch.maximum(x, -most), most)
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        begun = state.steps > 0
+        begun = (state.steps > 0).to(torch.float64)
         most = clip_value_fn(state.steps) if use_clipping else 0.0
         ratios = compute_wide(ratio, updates, state.nu, hyper=(eps, most))
         # The first update is all of the mean square, and nothing of the mean.
-        decay, slower = torch.where(begun, b1, 1.0), torch.where(begun, b2, 0.0)
+        decay, slower = 1 - begun * (1 - b1), begun * b2
         mu, nu = average(state.mu, ratios, decay), average_square(state.nu, updates, slower)
         ahead = average(mu, ratios, decay) if nesterov else mu
         new = AdamState(state.steps + 1, stored(mu, state.mu), stored(nu, state.nu))

@@ -169,9 +169,9 @@ def _steps(ns_coeffs: Coefficients, ns_steps: int) -> list[tuple[float, float, f
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}; expected three numbers, or three for each step")
     if isinstance(ns_coeffs[0], (int, float)):
         return [(row[0], row[1], row[2]) for row in rows] * ns_steps
-    if len(rows) < ns_steps:
-        raise ValueError(f"ns_coeffs has {len(rows)} rows; expected at least ns_steps of them, which is {ns_steps}")
-    return [(row[0], row[1], row[2]) for row in rows[-ns_steps:]]
+    if len(rows) > ns_steps:
+        raise ValueError(f"ns_coeffs has {len(rows)} rows; expected at most ns_steps of them, which is {ns_steps}")
+    return [(row[0], row[1], row[2]) for row in rows]
 
 
 @public_state
@@ -206,8 +206,8 @@ def scale_by_muon(
     of :math:`x \leftarrow a x + b (x x^\top) x + c (x x^\top)^2 x`. `torch.optim.Muon` takes them in bfloat16.
 
     Args:
-        ns_coeffs: Three numbers :math:`a, b, c`, or three for each step, of which the last ones count.
-        ns_steps: Number of steps.
+        ns_coeffs: Three numbers :math:`a, b, c`, or three for each step.
+        ns_steps: Number of steps; with numbers for each of them, the greatest number.
         beta: Decay of the mean.
         eps: Added to the norm that a matrix is divided by.
         mu_dtype: Dtype in which the mean is kept; by default that of the parameter, float32 for 16-bit ones.
@@ -310,7 +310,7 @@ def muon(
     Args:
         learning_rate: :math:`\eta`.
         ns_coeffs: Three numbers, or three for each step, or the name of known ones: `"standard"` or `"dion"`.
-        ns_steps: Number of Newton-Schulz steps.
+        ns_steps: Number of Newton-Schulz steps; with numbers for each of them, the greatest number.
         beta: Decay of the mean of gradients.
         eps: Added to the norm that a matrix is divided by, and Adam's :math:`\epsilon`.
         weight_decay: :math:`\lambda` of the matrices.

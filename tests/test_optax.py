@@ -9,13 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.twins import PROJECTIONS, TRANSFORMS, run, tree_map
+from reference.twins import PROJECTIONS, TRANSFORMS, plain, run, tree_map
 
 import funcreg as fr
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "optax.json").read_text())
 
-LIB = SimpleNamespace(**vars(fr), float32=torch.float32)
+LIB = SimpleNamespace(**vars(fr), float32=torch.float32, float64=torch.float64)
+
+# Rows that optax computes in lower precision, with the tolerance that this takes and the reason.
+LOOSE = dict.fromkeys(
+    ("scale_by_factored_rms", *(f"adafactor{row}" for row in ("", " keywords", " not factored", " without a rate"))),
+    (1e-6, "optax computes the decay of the mean square in float32"),
+)
 
 # Parameters of optax that funcreg has under another name or not at all.
 DIFFERENT = {
@@ -36,6 +42,7 @@ OTHER = {
         (
             *("AddNoiseState", "ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
             *("PartitionState", "TraceState", "ZeroNansState"),
+            *("FactoredState", "MuonState", "ReduceLROnPlateauState"),
         ),
         "a state, not a transform",
     ),
@@ -50,7 +57,7 @@ def tensors(tree):
 
 def parameters(name):
     return [
-        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        [p.name, p.kind.name, "required" if p.default is p.empty else plain(p.default)]
         for p in inspect.signature(getattr(fr, name)).parameters.values()
     ]
 
@@ -64,7 +71,8 @@ def test_every_row_has_reference_numbers():
 def test_twelve_steps_lead_where_optax_goes(name):
     expected = REFERENCE["transforms"][name]
     first, last = run(LIB, name, {key: tensors(tree) for key, tree in REFERENCE["inputs"].items()})
-    close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+    within, _ = LOOSE.get(name, (1e-12, ""))
+    close = {"rtol": within, "atol": within, "equal_nan": True}
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), first, tensors(expected["first"]))
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), last, tensors(expected["last"]))
 

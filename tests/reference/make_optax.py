@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from twins import COUNTS, PROJECTIONS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
+from twins import COUNTS, PROJECTIONS, SCHEDULES, SHAPES, TRANSFORMS, plain, run, tree_map
 
 jax.config.update("jax_enable_x64", True)
 
@@ -28,7 +28,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self.float32 = jnp.float32
+        self.float32, self.float64 = jnp.float32, jnp.float64
 
     def __getattr__(self, name: str) -> Any:
         self.asked.add(name)
@@ -78,7 +78,7 @@ def inputs() -> dict[str, Any]:
 def signature(name: str) -> list[list[Any]]:
     """Name, kind and default of each parameter; the default is None also where there is none, and then required."""
     return [
-        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        [p.name, p.kind.name, "required" if p.default is p.empty else plain(p.default)]
         for p in inspect.signature(_find(name)).parameters.values()
     ]
 

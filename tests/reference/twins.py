@@ -36,10 +36,37 @@ def run(lib: Any, name: str, inputs: dict[str, Any]) -> tuple[Any, Any]:
             lambda a, w, goal, s=steepness: s * a * (w - goal), inputs["curvature"], params, inputs["target"]
         )
         grads["linear"]["bias"] = grads["linear"]["bias"] * SPOILT.get(name, {}).get(n, 1.0)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **_objective(name, inputs, params, grads, steepness))
         params = lib.apply_updates(params, updates)
         first = updates if first is None else first
     return first, params
+
+
+def _objective(name: str, inputs: dict[str, Any], params: Any, grads: Any, steepness: float) -> dict[str, Any]:
+    """What a row takes beside gradients: the value of the quadratic, and for line searches the quadratic."""
+    if name.split()[0] not in VALUED | SEARCHING:
+        return {}
+
+    def value_fn(params: Any) -> Any:
+        terms = tree_map(
+            lambda a, w, goal: (0.5 * steepness * a * (w - goal) ** 2).sum(),
+            inputs["curvature"], params, inputs["target"],
+        )  # fmt: skip
+        return terms["linear"]["weight"] + terms["linear"]["bias"] + terms["heads"] + terms["filters"]
+
+    value = {"value": value_fn(params)}
+    return value if name.split()[0] in VALUED else {**value, "grad": grads, "value_fn": value_fn}
+
+
+def plain(default: Any) -> Any:
+    """A default as it is compared: numbers and strings, and of all else no more than what kind of thing it is."""
+    if isinstance(default, (tuple, list)):
+        return [plain(each) for each in default]
+    if default is None or isinstance(default, (bool, int, float, str)):
+        return default
+    if "float32" in str(default):
+        return "float32"
+    return "a function" if hasattr(default, "__code__") else "a transform"
 
 
 def _descend(lib: Any, tx: Any) -> Any:
@@ -53,6 +80,35 @@ def _shrunk(lib: Any) -> Callable[[Any, Any], Any]:
 
     return f
 
+
+def _kept(steps: Any, decay_rate: float) -> Any:
+    """A decay of its own, because optax computes the default in float32."""
+    return 0.9 * decay_rate
+
+
+#: For a transform of matrices alone.
+ONE_MATRIX = {"linear": {"weight": True, "bias": False}, "heads": False, "filters": False}
+
+
+def _muon(lib: Any, *args: Any, **options: Any) -> Any:
+    """A step along one orthogonal matrix. Optax takes no default for what dimensions mean in a tree."""
+
+    def numbers(tree: Any) -> Any:
+        return {**tree, "linear": {**tree["linear"], "weight": lib.MuonDimensionNumbers()}}
+
+    inner = lib.scale_by_muon(*args, weight_dimension_numbers=numbers, **options)
+    return _descend(lib, lib.masked(inner, ONE_MATRIX))
+
+
+def _all_matrices(lib: Any) -> Any:
+    outputs_first = lib.MuonDimensionNumbers((1, 2, 3), 0)
+    linear = {"weight": lib.MuonDimensionNumbers(1, 0), "bias": None}
+    return {"linear": linear, "heads": lib.MuonDimensionNumbers(-1, 1), "filters": outputs_first}
+
+
+#: Functions whose transforms take the value of the objective, and those that take the objective too.
+VALUED = {"reduce_on_plateau", "scale_by_polyak", "polyak_sgd"}
+SEARCHING = {"lbfgs", "scale_by_zoom_linesearch", "scale_by_backtracking_linesearch"}
 
 TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     # Scaling
@@ -207,6 +263,107 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "lamb keywords": lambda lib: lib.lamb(
         0.05, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, weight_decay=0.2, mask=MATRICES
     ),
+    # Factored moments, orthogonal steps, mixed means
+    "scale_by_factored_rms": lambda lib: _descend(lib, lib.scale_by_factored_rms()),
+    "scale_by_factored_rms of rows and columns": lambda lib: _descend(
+        lib, lib.scale_by_factored_rms(min_dim_size_to_factor=2, decay_rate_fn=_kept)
+    ),
+    "scale_by_factored_rms keywords": lambda lib: _descend(
+        lib, lib.scale_by_factored_rms(True, 0.5, 0, 1, epsilon=1e-2, decay_rate_fn=_kept)
+    ),
+    "scale_by_factored_rms not factored": lambda lib: _descend(
+        lib, lib.scale_by_factored_rms(factored=False, min_dim_size_to_factor=2, decay_rate_fn=_kept)
+    ),
+    "adafactor": lambda lib: lib.adafactor(0.1),
+    "adafactor without a rate": lambda lib: lib.adafactor(min_dim_size_to_factor=2),
+    "adafactor keywords": lambda lib: lib.adafactor(
+        learning_rate=lib.linear_schedule(0.3, 0.1, 8),
+        min_dim_size_to_factor=2,
+        decay_rate=0.6,
+        multiply_by_parameter_scale=False,
+        clipping_threshold=None,
+        momentum=0.8,
+        dtype_momentum=lib.float64,
+        weight_decay_rate=0.01,
+        eps=1e-3,
+        weight_decay_mask=MATRICES,
+    ),
+    "adafactor not factored": lambda lib: lib.adafactor(0.1, factored=False, clipping_threshold=0.5),
+    "scale_by_muon": lambda lib: _muon(lib),
+    "scale_by_muon keywords": lambda lib: _muon(lib, (3.0, -4.0, 2.0), 3, 0.8, 1e-3, nesterov=False, adaptive=True),
+    "scale_by_muon spectral": lambda lib: _muon(lib, ns_steps=2, preconditioning="spectral"),
+    "muon": lambda lib: lib.muon(0.1),
+    "muon keywords": lambda lib: lib.muon(
+        learning_rate=lib.linear_schedule(0.3, 0.1, 8),
+        ns_coeffs="dion",
+        ns_steps=6,
+        beta=0.8,
+        eps=1e-4,
+        weight_decay=0.1,
+        nesterov=False,
+        adam_b1=0.8,
+        adam_b2=0.9,
+        adam_eps_root=1e-3,
+        adam_weight_decay=0.2,
+        adam_learning_rate=0.05,
+    ),
+    "muon of heads and filters": lambda lib: lib.muon(
+        0.1, muon_weight_dimension_numbers=_all_matrices(lib), adaptive=True, preconditioning="schatten"
+    ),
+    "muon of equal sizes": lambda lib: lib.muon(
+        0.1,
+        muon_weight_dimension_numbers=lambda params: _all_matrices(lib),
+        preconditioning="aol",
+        consistent_rms=0.2,
+    ),
+    "scale_by_ademamix": lambda lib: _descend(lib, lib.scale_by_ademamix()),
+    "scale_by_ademamix keywords": lambda lib: _descend(
+        lib,
+        lib.scale_by_ademamix(
+            0.8, 0.95, lib.linear_schedule(0.5, 0.9, 8), lib.linear_schedule(0.0, 3.0, 8), eps=1e-3, eps_root=1e-2
+        ),
+    ),
+    "ademamix": lambda lib: lib.ademamix(0.05),
+    "ademamix keywords": lambda lib: lib.ademamix(
+        0.05, b1=0.8, b2=0.95, b3=0.9, alpha=2.0, eps=1e-3, eps_root=1e-3, weight_decay=0.2, mask=MATRICES
+    ),
+    "scale_by_simplified_ademamix": lambda lib: lib.chain(lib.scale_by_simplified_ademamix(), lib.scale(-0.01)),
+    "simplified_ademamix": lambda lib: lib.simplified_ademamix(0.005),
+    "simplified_ademamix keywords": lambda lib: lib.simplified_ademamix(
+        0.005,
+        b1=0.9,
+        b2=0.8,
+        alpha=lib.linear_schedule(0.0, 3.0, 8),
+        eps=1e-3,
+        eps_root=1e-3,
+        weight_decay=0.2,
+        mask=MATRICES,
+    ),
+    "scale_by_adopt": lambda lib: _descend(lib, lib.scale_by_adopt()),
+    "scale_by_adopt keywords": lambda lib: _descend(
+        lib, lib.scale_by_adopt(0.8, 0.7, 1e-2, nesterov=True, clip_value_fn=lambda count: 0.3)
+    ),
+    "adopt": lambda lib: lib.adopt(0.1),
+    "adopt keywords": lambda lib: lib.adopt(0.1, b1=0.8, b2=0.9, eps=1e-3, nesterov=True, use_clipping=False),
+    # Steps that see the value
+    "normalize_by_update_norm": lambda lib: _descend(lib, lib.normalize_by_update_norm()),
+    "normalize_by_update_norm keywords": lambda lib: lib.normalize_by_update_norm(scale_factor=-0.3, eps=0.1),
+    "reduce_on_plateau": lambda lib: lib.chain(lib.sgd(1.5), lib.reduce_on_plateau()),
+    "reduce_on_plateau keywords": lambda lib: lib.chain(
+        lib.sgd(0.8),
+        lib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.3, atol=0.01, cooldown=2, min_scale=0.2),
+    ),
+    "reduce_on_plateau of means": lambda lib: lib.chain(
+        lib.sgd(0.8), lib.reduce_on_plateau(0.7, 2, rtol=0.5, accumulation_size=2)
+    ),
+    "scale_by_polyak": lambda lib: lib.chain(lib.scale_by_polyak(), lib.scale(-1.0)),
+    "scale_by_polyak keywords": lambda lib: lib.chain(
+        lib.scale(-0.5), lib.scale_by_polyak(f_min=0.1, max_learning_rate=0.7, eps=0.1, variant="sps+")
+    ),
+    "polyak_sgd": lambda lib: lib.polyak_sgd(),
+    "polyak_sgd keywords": lambda lib: lib.polyak_sgd(
+        max_learning_rate=0.9, scaling=lib.linear_schedule(1.0, 0.5, 8), f_min=0.05, eps=0.2, variant="sps"
+    ),
     "a whole chain": lambda lib: lib.chain(
         lib.clip_by_global_norm(1.0),
         lib.scale_by_adam(b2=0.95),
@@ -322,6 +479,11 @@ PROJECTIONS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "l2_ball inside": lambda lib, w, a: lib.projection_l2_ball(w, scale=100.0),
     "linf_ball": lambda lib, w, a: lib.projection_linf_ball(w),
     "linf_ball of a scale": lambda lib, w, a: lib.projection_linf_ball(w, scale=0.3),
+    "gradients of examples": lambda lib, w, a: lib.per_example_global_norm_clip(a["linear"], 0.7)[0],
+    "gradients of examples by leaves": lambda lib, w, a: lib.per_example_layer_norm_clip(a["linear"], 0.7)[0],
+    "gradients of examples by sizes": lambda lib, w, a: lib.per_example_layer_norm_clip(
+        a["linear"], global_l2_norm_clip=0.7, uniform=False
+    )[0],
     "vector": lambda lib, w, a: lib.projection_vector(w, a),
     "hyperplane": lambda lib, w, a: lib.projection_hyperplane(w, a, 2.0),
     "hyperplane by name": lambda lib, w, a: lib.projection_hyperplane(x=w, a=a, b=-1.0),

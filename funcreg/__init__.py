@@ -108,6 +108,20 @@ from funcreg.groups import (
     l1_linf as l1_linf,
     linf as linf,
 )
+from funcreg.lbfgs import (
+    LbfgsState as LbfgsState,
+    lbfgs as lbfgs,
+    scale_by_lbfgs as scale_by_lbfgs,
+)
+from funcreg.linesearch import (
+    BacktrackingLinesearchInfo as BacktrackingLinesearchInfo,
+    ScaleByBacktrackingLinesearchState as ScaleByBacktrackingLinesearchState,
+    ScaleByZoomLinesearchState as ScaleByZoomLinesearchState,
+    ZoomLinesearchInfo as ZoomLinesearchInfo,
+    scale_by_backtracking_linesearch as scale_by_backtracking_linesearch,
+    scale_by_zoom_linesearch as scale_by_zoom_linesearch,
+    value_and_grad_from_state as value_and_grad_from_state,
+)
 from funcreg.minimize import (
     Solution as Solution,
     minimize as minimize,

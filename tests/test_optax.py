@@ -28,6 +28,8 @@ DIFFERENT = {
     ("chain", "args"): "called transforms, as what they are",
     ("named_chain", "args"): "called transforms, as what they are",
     ("global_norm", "updates"): "called tree, because it measures parameters too",
+    ("scale_by_backtracking_linesearch", "verbose"): "what it prints is in the state",
+    ("scale_by_zoom_linesearch", "verbose"): "what it prints is in the state",
 }
 # What funcreg takes beyond optax.
 MORE = {
@@ -43,11 +45,13 @@ OTHER = {
             *("AddNoiseState", "ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
             *("PartitionState", "TraceState", "ZeroNansState"),
             *("FactoredState", "MuonState", "ReduceLROnPlateauState"),
+            *("ScaleByBacktrackingLinesearchState", "ScaleByZoomLinesearchState", "ZoomLinesearchInfo"),
         ),
         "a state, not a transform",
     ),
     "init_empty_state": "what a transform is made of",
     "add_noise": "the noise is another; its law is that of test_noise",
+    "value_and_grad_from_state": "what it makes are a value and a gradient; its law is that of test_linesearch",
 }
 
 

@@ -60,7 +60,7 @@ def _objective(name: str, inputs: dict[str, Any], params: Any, grads: Any, steep
 
 def plain(default: Any) -> Any:
     """A default as it is compared: numbers and strings, and of all else no more than what kind of thing it is."""
-    if isinstance(default, (tuple, list)):
+    if isinstance(default, (tuple, list)) and not hasattr(default, "_fields"):
         return [plain(each) for each in default]
     if default is None or isinstance(default, (bool, int, float, str)):
         return default
@@ -364,6 +364,46 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "polyak_sgd keywords": lambda lib: lib.polyak_sgd(
         max_learning_rate=0.9, scaling=lib.linear_schedule(1.0, 0.5, 8), f_min=0.05, eps=0.2, variant="sps"
     ),
+    "scale_by_backtracking_linesearch": lambda lib: lib.chain(
+        lib.sgd(1.0), lib.scale_by_backtracking_linesearch(max_backtracking_steps=15)
+    ),
+    "scale_by_backtracking_linesearch keywords": lambda lib: lib.chain(
+        lib.sgd(3.0),
+        lib.scale_by_backtracking_linesearch(
+            3,
+            slope_rtol=0.3,
+            decrease_factor=0.5,
+            increase_factor=1.2,
+            max_learning_rate=2.0,
+            atol=1e-3,
+            rtol=1e-2,
+            store_grad=True,
+        ),
+    ),
+    "scale_by_zoom_linesearch": lambda lib: lib.chain(lib.sgd(1.0), lib.scale_by_zoom_linesearch(15)),
+    "scale_by_zoom_linesearch from afar": lambda lib: lib.chain(
+        lib.sgd(37.0), lib.scale_by_zoom_linesearch(15, curv_rtol=0.01, initial_guess_strategy="one")
+    ),
+    "scale_by_zoom_linesearch keywords": lambda lib: lib.chain(
+        lib.sgd(0.01),
+        lib.scale_by_zoom_linesearch(
+            6,
+            max_learning_rate=90.0,
+            tol=1e-3,
+            increase_factor=3.0,
+            slope_rtol=0.2,
+            curv_rtol=0.3,
+            approx_dec_rtol=None,
+            stepsize_precision=0.1,
+        ),
+    ),
+    "scale_by_lbfgs": lambda lib: _descend(lib, lib.scale_by_lbfgs()),
+    "scale_by_lbfgs keywords": lambda lib: _descend(lib, lib.scale_by_lbfgs(memory_size=2, scale_init_precond=False)),
+    "lbfgs": lambda lib: lib.lbfgs(),
+    "lbfgs keywords": lambda lib: lib.lbfgs(
+        learning_rate=0.7, memory_size=3, linesearch=lib.scale_by_backtracking_linesearch(10)
+    ),
+    "lbfgs without a search": lambda lib: lib.lbfgs(0.1, 2, False, None),
     "a whole chain": lambda lib: lib.chain(
         lib.clip_by_global_norm(1.0),
         lib.scale_by_adam(b2=0.95),

@@ -39,8 +39,8 @@ def cubic_ramp_schedule(
 
     Example:
         >>> schedule = cubic_ramp_schedule(0.8, transition_steps=100, transition_begin=10)
-        >>> [round(float(schedule(count)), 3) for count in (10, 35, 60, 110)]
-        [0.0, 0.462, 0.7, 0.8]
+        >>> [round(float(schedule(count)), 3) for count in (10, 30, 60, 110)]
+        [0.0, 0.39, 0.7, 0.8]
         >>> tx = add_penalty(l1, strength=cubic_ramp_schedule(1e-3, 1000))
 
     References:

@@ -21,7 +21,17 @@ from funcreg.construction import remembered
 from funcreg.plateau import as_value
 from funcreg.ranges import flags, scalars
 from funcreg.transform import Transform, finite_nonnegative, positive, public_state
-from funcreg.tree import check_alike, compute, compute_wide, reduce_leaves, scalar_device, total, tree_leaves, tree_map
+from funcreg.tree import (
+    check_alike,
+    compute,
+    compute_wide,
+    reduce_leaves,
+    safe_sqrt,
+    scalar_device,
+    total,
+    tree_leaves,
+    tree_map,
+)
 from funcreg.undocumented import is_batched, is_traced, without_levels
 
 
@@ -211,6 +221,8 @@ def scale_by_backtracking_linesearch(
         value_fn: Callable[..., Any] | None = None,
         **extra: Any,
     ) -> tuple[Updates, ScaleByBacktrackingLinesearchState]:
+        if not tree_leaves(updates):
+            return updates, state
         name, one = "scale_by_backtracking_linesearch", state.learning_rate
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
         step = torch.minimum(increase_factor * one, max_learning_rate + torch.zeros_like(one))
@@ -425,6 +437,8 @@ def scale_by_zoom_linesearch(
         value_fn: Callable[..., Any] | None = None,
         **extra: Any,
     ) -> tuple[Updates, ScaleByZoomLinesearchState]:
+        if not tree_leaves(updates):
+            return updates, state
         name, one = "scale_by_zoom_linesearch", state.learning_rate
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
         guess = torch.ones_like(one) if initial_guess_strategy == "one" else one
@@ -450,26 +464,40 @@ def _between(low: _Point, high: _Point, third: _Point) -> Tensor:
     """A step between two: the minimum of a cubic or a parabola if it is not near an end, else the middle."""
     width = (high.step - low.step).abs()
     left, right = torch.minimum(low.step, high.step), torch.maximum(low.step, high.step)
-    inside = lambda x, share: (x > left + share * width) & (x < right - share * width)
+
+    def inside(found: tuple[Tensor, Tensor], share: float) -> Tensor:
+        step, there = found
+        return there & (step > left + share * width) & (step < right - share * width)
+
     cubic, parabola = _cubic_minimum(low, high, third), _parabola_minimum(low, high)
-    middle = torch.where(inside(parabola, 0.1), parabola, (low.step + high.step) / 2)
-    return torch.where(inside(cubic, 0.2), cubic, middle)
+    middle = torch.where(inside(parabola, 0.1), parabola[0], (low.step + high.step) / 2)
+    return torch.where(inside(cubic, 0.2), cubic[0], middle)
 
 
-def _cubic_minimum(a: _Point, b: _Point, c: _Point) -> Tensor:
-    """The minimum of the cubic through three points that has the slope of the first there; NaN if it has none."""
+def _quotient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a / b and whether there is one. Nothing is divided by 0, so that no derivative is NaN."""
+    there = b != 0
+    return a / torch.where(there, b, 1.0), there
+
+
+def _cubic_minimum(a: _Point, b: _Point, c: _Point) -> tuple[Tensor, Tensor]:
+    """The minimum of the cubic through three points that has the slope of the first there, and whether it has one."""
     to_b, to_c = b.step - a.step, c.step - a.step
     above_b, above_c = b.value - a.value - a.slope * to_b, c.value - a.value - a.slope * to_c
     scale = (to_b * to_c) ** 2 * (to_b - to_c)
-    third = (to_c**2 * above_b - to_b**2 * above_c) / scale
-    second = (to_b**3 * above_c - to_c**3 * above_b) / scale
-    return a.step + (-second + (second * second - 3 * third * a.slope).sqrt()) / (3 * third)
+    third, distinct = _quotient(to_c**2 * above_b - to_b**2 * above_c, scale)
+    second, _ = _quotient(to_b**3 * above_c - to_c**3 * above_b, scale)
+    radicand = second * second - 3 * third * a.slope
+    way, curved = _quotient(-second + safe_sqrt(radicand.clamp(min=0)), 3 * third)
+    return a.step + way, distinct & curved & (radicand >= 0)
 
 
-def _parabola_minimum(a: _Point, b: _Point) -> Tensor:
-    """The minimum of the parabola through two points that has the slope of the first there."""
+def _parabola_minimum(a: _Point, b: _Point) -> tuple[Tensor, Tensor]:
+    """The minimum of the parabola through two points that has the slope of the first there, and whether it has one."""
     width = b.step - a.step
-    return a.step - a.slope / (2 * (b.value - a.value - a.slope * width) / width**2)
+    curvature, distinct = _quotient(b.value - a.value - a.slope * width, width**2)
+    way, curved = _quotient(a.slope, 2 * curvature)
+    return a.step - way, distinct & curved
 
 
 # Values and gradients that a search has seen

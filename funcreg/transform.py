@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -278,6 +279,13 @@ def _notes(node: Any) -> dict[str, Any]:
 
 def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
     """Those of some extra arguments that a function names or, with `**extra`, all."""
+    if torch.compiler.is_dynamo_compiling() and isinstance(update, types.FunctionType):
+        # It knows no signature of a function that is made in what it traces.
+        code = update.__code__
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            return extra
+        names = code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]
+        return {name: extra[name] for name in names if name in extra}
     parameters = inspect.signature(update).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return extra

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import funcreg as fr
+from funcreg.construction import remembered
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
 DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")
@@ -1175,6 +1176,194 @@ TRANSFORMS.update(
                 fr.scale_by_adam(eps=0.1), 0.1, joint, strength=h, inner_steps=3, mask=fr.matrices
             ),
             None,
+        ),
+    }
+)
+
+
+# Factored, orthogonal and mixed steps, and those that see the objective
+
+
+@remembered
+def with_value(tx: fr.Transform, value: float) -> fr.Transform:
+    """A transform that takes the value of an objective, always given the same one."""
+    return fr.Transform(tx.init, lambda updates, state, params: tx.update(updates, state, params, value=value))
+
+
+@remembered
+def with_objective(tx: fr.Transform) -> fr.Transform:
+    """A transform that takes an objective, given a parabola with the gradient that comes, of curvature 1."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def f(there: Any) -> Tensor:
+            begin, slopes = ([x.double() for x in fr.tree_leaves(tree)] for tree in (params, updates))
+            ways = [x.double() - w for x, w in zip(fr.tree_leaves(there), begin, strict=True)]
+            terms = [(g * d + 0.5 * d * d).sum() for g, d in zip(slopes, ways, strict=True)]
+            return sum(terms, torch.zeros((), dtype=torch.float64, device=ways[0].device))
+
+        return tx.update(updates, state, params, value=0.0, grad=updates, value_fn=f)
+
+    return fr.Transform(tx.init, update)
+
+
+def _outputs_first(params: Any) -> Any:
+    numbers = {2: fr.MuonDimensionNumbers(1, 0), 4: fr.MuonDimensionNumbers((1, 2, 3), 0)}
+    return fr.tree_map(lambda w: numbers.get(w.ndim), params)
+
+
+def _orthogonal(m: Tensor, steps: int = 5, eps: float = 1e-8) -> Tensor:
+    """Newton-Schulz steps on the singular values of a matrix."""
+    u, sizes, v = torch.linalg.svd(m.flatten(1), full_matrices=False)
+    sizes = sizes / (sizes.square().sum().sqrt() + eps)
+    for _ in range(steps):
+        sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
+    return (u * sizes @ v).reshape(m.shape)
+
+
+def _nesterov(s: Seen, b: float) -> Tensor:
+    return b * _mean(s.gs, b) / (1 - b ** (s.n + 1)) + (1 - b) * s.g / (1 - b**s.n)
+
+
+def _factored(s: Seen, rate: float = 0.8, eps: float = 1e-30) -> Tensor:
+    """The update over the root of what Adafactor takes for the mean square."""
+    shorter, longer = ([], []) if s.w.ndim < 2 else [[d] for d in ((1, 0) if s.w.ndim == 2 else (3, 0))]
+    row = column = 0.0
+    for n, g in enumerate(s.gs, start=1):
+        kept = 1 - n**-rate
+        squares = g * g + eps
+        row = kept * row + (1 - kept) * (squares.mean(longer, keepdim=True) if longer else squares)
+        column = kept * column + (1 - kept) * (squares.mean(shorter, keepdim=True) if shorter else squares)
+    return s.g / (row.sqrt() if not longer else (row / row.mean(shorter, keepdim=True)).sqrt() * column.sqrt())
+
+
+def _adafactor(s: Seen, rate: float) -> Tensor:
+    u = _factored(s)
+    size = s.w.square().mean().sqrt().clamp(min=1e-3)
+    return -rate * size * u / u.square().mean().sqrt().clamp(min=1)
+
+
+def _ademamix(s: Seen, b3: float, alpha: float, eps: float) -> Tensor:
+    return (_hat(s.gs, 0.9) + alpha * _mean(s.gs, b3)) / (_hat(s.gs, 0.999, 2).sqrt() + eps)
+
+
+def _adopt(s: Seen, b1: float, b2: float) -> Tensor:
+    m, v = torch.zeros_like(s.g), s.gs[0] ** 2
+    for n, g in enumerate(s.gs[1:], start=1):
+        m = b1 * m + (1 - b1) * (g / v.sqrt().clamp(min=1e-6)).clamp(-(n**0.25), n**0.25)
+        v = b2 * v + (1 - b2) * g * g
+    return m
+
+
+def _searched(s: Seen, rate: float) -> Tensor:
+    """A step doubles until the slope along it, 1 - rate * step of the first one, is small enough."""
+    step = 1.0
+    while abs(1 - rate * step) > 0.3:
+        step *= 2
+    return -rate * step * s.g
+
+
+def _backtracked(s: Seen, rate: float) -> Tensor:
+    step = 1.0
+    for _ in s.gs:
+        step = min(1.0, 1.5 * step)
+        while 0.5 * rate * step > 1 - 1e-4:
+            step *= 0.5
+    return -rate * step * s.g
+
+
+TRANSFORMS.update(
+    {
+        "normalize_by_update_norm": TransformCase(
+            lambda h=1.0: fr.normalize_by_update_norm(h), lambda s, h: h * s.g / (s.norms[-1] + 1e-6)
+        ),
+        "reduce_on_plateau": TransformCase(
+            lambda h=1.0: with_value(fr.reduce_on_plateau(0.5 * h, patience=2), 3.0),
+            lambda s, h: s.g * (0.5 * h if s.n > 2 else 1),
+        ),
+        "scale_by_polyak": TransformCase(
+            lambda h=1.0: with_value(fr.scale_by_polyak(0.5 * h), 3.0),
+            lambda s, h: s.g * min(1.0, (3 - 0.5 * h) / float(s.norms[-1]) ** 2),
+        ),
+        "polyak_sgd": TransformCase(
+            lambda h=1.0: with_value(fr.polyak_sgd(0.1 * h, f_min=0.5), 3.0),
+            lambda s, h: -s.g * min(0.1 * h, 2.5 / float(s.norms[-1]) ** 2),
+        ),
+        "scale_by_factored_rms": TransformCase(
+            lambda h=1.0: fr.scale_by_factored_rms(min_dim_size_to_factor=2, decay_rate=0.8 * h, epsilon=0.1),
+            lambda s, h: _factored(s, 0.8 * h, 0.1),
+        ),
+        "adafactor": TransformCase(
+            lambda h=1.0: fr.adafactor(0.1 * h, min_dim_size_to_factor=2), lambda s, h: _adafactor(s, 0.1 * h)
+        ),
+        "scale_by_muon": TransformCase(
+            lambda h=1.0: fr.masked(
+                fr.scale_by_muon(beta=0.5 * h, eps=0.1, weight_dimension_numbers=_outputs_first), fr.matrices
+            ),
+            lambda s, h: _orthogonal(_nesterov(s, 0.5 * h), eps=0.1) if s.w.ndim > 1 else s.g,
+        ),
+        "muon": TransformCase(
+            lambda h=1.0: fr.muon(0.1 * h, weight_decay=0.5, eps=0.1),
+            lambda s, h: (
+                -0.1 * h * (_orthogonal(_nesterov(s, 0.95), eps=0.1) + 0.5 * s.w)
+                if s.w.ndim == 2
+                else -0.1 * h * _nesterov(s, 0.9) / (_hat(s.gs, 0.999, 2).sqrt() + 0.1)
+            ),
+        ),
+        "muon of filters": TransformCase(
+            lambda h=1.0: fr.muon(
+                0.1 * h, eps=0.1, muon_weight_dimension_numbers=_outputs_first, consistent_rms=0.2, nesterov=False
+            ),
+            lambda s, h: (
+                -0.1
+                * h
+                * 0.2
+                * max(s.w.shape[0], s.w.flatten(1).shape[1]) ** 0.5
+                * _orthogonal(_hat(s.gs, 0.95), eps=0.1)
+                if s.w.ndim > 1
+                else -0.1 * h * _adam(s, eps=0.1)
+            ),
+        ),
+        "scale_by_ademamix": TransformCase(
+            lambda h=1.0: fr.scale_by_ademamix(b3=0.5, alpha=3.0 * h, eps=0.1),
+            lambda s, h: _ademamix(s, 0.5, 3.0 * h, 0.1),
+        ),
+        "ademamix": TransformCase(
+            lambda h=1.0: fr.ademamix(0.1, b3=0.5 * h, eps=0.1, weight_decay=0.5),
+            lambda s, h: -0.1 * (_ademamix(s, 0.5 * h, 5.0, 0.1) + 0.5 * s.w),
+        ),
+        "ademamix on schedules": TransformCase(
+            lambda h=1.0: fr.ademamix(0.1 * h, b3=fr.linear_schedule(0.3, 0.9, 4), alpha=falling, eps=0.1), None
+        ),
+        "scale_by_simplified_ademamix": TransformCase(
+            lambda h=1.0: fr.scale_by_simplified_ademamix(0.5, 0.75, alpha=2.0 * h, eps=0.1),
+            lambda s, h: (_trace(s.gs, 0.5) + 2.0 * h * s.g) / (_hat(s.gs, 0.75, 2).sqrt() + 0.1),
+        ),
+        "simplified_ademamix": TransformCase(
+            lambda h=1.0: fr.simplified_ademamix(0.1 * h, 0.5, 0.75, eps=0.1, weight_decay=0.5),
+            lambda s, h: -0.1 * h * (_trace(s.gs, 0.5) / (_hat(s.gs, 0.75, 2).sqrt() + 0.1) + 0.5 * s.w),
+        ),
+        "scale_by_adopt": TransformCase(
+            lambda h=1.0: fr.scale_by_adopt(0.5, 0.5 * h), lambda s, h: _adopt(s, 0.5, 0.5 * h)
+        ),
+        "adopt": TransformCase(lambda h=1.0: fr.adopt(0.1 * h), lambda s, h: -0.1 * h * _adopt(s, 0.9, 0.9999)),
+        # In the law of derivatives parameters stay and gradients change, which is a curvature of 0: no step is made.
+        "scale_by_lbfgs": TransformCase(
+            lambda h=1.0: fr.chain(fr.scale_by_lbfgs(2), fr.scale(-0.1 * h)), None, differentiable=False
+        ),
+        "lbfgs": TransformCase(
+            lambda h=1.0: with_objective(fr.lbfgs(0.15 * h, 2, linesearch=fr.scale_by_zoom_linesearch(3))),
+            None,
+            differentiable=False,
+        ),
+        "scale_by_zoom_linesearch": TransformCase(
+            lambda h=1.0: with_objective(
+                fr.chain(fr.sgd(0.15 * h), fr.scale_by_zoom_linesearch(5, curv_rtol=0.3, initial_guess_strategy="one"))
+            ),
+            lambda s, h: _searched(s, 0.15 * h),
+        ),
+        "scale_by_backtracking_linesearch": TransformCase(
+            lambda h=1.0: with_objective(fr.chain(fr.sgd(5.0 * h), fr.scale_by_backtracking_linesearch(3, 1e-4, 0.5))),
+            lambda s, h: _backtracked(s, 5.0 * h),
         ),
     }
 )

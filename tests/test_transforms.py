@@ -9,9 +9,10 @@ import pickle
 import re
 import warnings
 
+import cases
 import pytest
 import torch
-from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, cpu_only, draw, falling, flat, joint
+from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, cpu_only, draw, flat, joint
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
@@ -534,7 +535,7 @@ def test_a_transform_prints_as_it_was_written(case, request):
     assert re.fullmatch(r"[a-z_0-9]+\(.*\)", repr(tx))
     assert " at 0x" not in repr(tx)
     if "<lambda>" not in repr(tx):
-        twin = eval(repr(tx), {**vars(fr), "tensor": torch.tensor, "falling": falling, "global_norm": joint})
+        twin = eval(repr(tx), {**vars(cases), **vars(fr), "tensor": torch.tensor, "global_norm": joint})
         assert type(twin) is fr.Transform
         assert repr(twin) == repr(tx)
         assert_equal(step(twin), step(tx))
@@ -564,10 +565,12 @@ def test_a_transform_of_a_users_own_prints_its_functions():
 
 #: The types of the states of all transforms, each with an example of its own.
 STATES = """
-    fr.AdamState fr.AddNoiseState fr.AmsgradState fr.ApplyIfFiniteState fr.DualAveragingState fr.EmaState
-    fr.EmptyState fr.FistaState
-    fr.FtrlState fr.LionState fr.MaskedState fr.PartitionState fr.ProximalState fr.RmsState fr.RssState fr.ScheduleState
-    fr.StddevState fr.TraceState fr.ZeroNansState
+    fr.AdamState fr.AddNoiseState fr.AdemamixState fr.AmsgradState fr.ApplyIfFiniteState fr.BacktrackingLinesearchInfo
+    fr.DualAveragingState fr.EmaState fr.EmptyState fr.FactoredState fr.FistaState
+    fr.FtrlState fr.LbfgsState fr.LionState fr.MaskedState fr.MuonState fr.PartitionState fr.ProximalState
+    fr.ReduceLROnPlateauState fr.RmsState fr.RssState fr.ScaleByBacktrackingLinesearchState
+    fr.ScaleByZoomLinesearchState fr.ScheduleState fr.SimplifiedAdemamixState
+    fr.StddevState fr.TraceState fr.ZeroNansState fr.ZoomLinesearchInfo
 """
 
 

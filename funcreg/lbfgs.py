@@ -18,6 +18,7 @@ from funcreg.tree import (
     compute,
     compute_wide,
     reduce_leaves,
+    safe_sqrt,
     scalar_device,
     squared,
     total,
@@ -117,7 +118,7 @@ def _first_scale(updates: Updates, turned: Params, along: Tensor, begun: Tensor)
     size = total(reduce_leaves(squared, turned)).to(along.device, along.dtype)
     curved = size > 0
     inverse = torch.where(curved, along / torch.where(curved, size, 1.0), 1.0)
-    length = total(reduce_leaves(squared, updates)).to(along.device, along.dtype).sqrt().detach()
+    length = safe_sqrt(total(reduce_leaves(squared, updates)).to(along.device, along.dtype))
     return torch.where(begun, inverse, 1 / length.clamp(min=1.0))
 
 

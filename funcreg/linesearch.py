@@ -19,7 +19,7 @@ from torch.func import grad_and_value
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.plateau import as_value
-from funcreg.ranges import flags, scalars
+from funcreg.ranges import check_range, flags, scalars
 from funcreg.transform import Transform, finite_nonnegative, positive, public_state
 from funcreg.tree import (
     check_alike,
@@ -194,7 +194,8 @@ def scale_by_backtracking_linesearch(
     """
     _check_trials("max_backtracking_steps", max_backtracking_steps)
     finite_nonnegative(slope_rtol=slope_rtol, atol=atol, rtol=rtol)
-    positive(decrease_factor=decrease_factor, increase_factor=increase_factor, max_learning_rate=max_learning_rate)
+    check_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True, open_high=True)
+    positive(increase_factor=increase_factor, max_learning_rate=max_learning_rate)
     slope_rtol, decrease_factor, increase_factor, max_learning_rate, atol, rtol = scalars(
         slope_rtol=slope_rtol,
         decrease_factor=decrease_factor,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar, Updates
 from funcreg.ranges import check_range, flags, scalars
-from funcreg.tree import check_params, flatten, safe_sqrt, squared, tree_leaves, tree_paths, wide, widen
+from funcreg.tree import beside, check_params, flatten, safe_sqrt, squared, tree_leaves, tree_paths, wide, widen
 
 
 def per_example_global_norm_clip(grads: Updates, l2_norm_clip: Scalar) -> tuple[Updates, Tensor]:
@@ -128,7 +128,7 @@ def _of_one_dtype(values: list[Tensor]) -> list[Tensor]:
 
 def _factors(norms: Tensor, most: Scalar) -> tuple[Tensor, Tensor]:
     """What each gradient is multiplied by, and how many are not whole."""
-    zero = norms == 0
+    zero, most = norms == 0, beside(most, norms)
     factors = torch.where(zero, 1.0, (most / torch.where(zero, 1.0, norms)).clamp(max=1.0)).to(norms.dtype)
     return factors, (factors < 1).sum(dtype=torch.int32)
 

@@ -1257,7 +1257,7 @@ def _adopt(s: Seen, b1: float, b2: float) -> Tensor:
 def _searched(s: Seen, rate: float) -> Tensor:
     """A step doubles until the slope along it, 1 - rate * step of the first one, is small enough."""
     step = 1.0
-    while abs(1 - rate * step) > 0.3:
+    while abs(1 - rate * step) > 0.6:
         step *= 2
     return -rate * step * s.g
 
@@ -1351,15 +1351,15 @@ TRANSFORMS.update(
             lambda h=1.0: fr.chain(fr.scale_by_lbfgs(2), fr.scale(-0.1 * h)), None, differentiable=False
         ),
         "lbfgs": TransformCase(
-            lambda h=1.0: with_objective(fr.lbfgs(0.15 * h, 2, linesearch=fr.scale_by_zoom_linesearch(3))),
+            lambda h=1.0: with_objective(fr.lbfgs(0.3 * h, 2, linesearch=fr.scale_by_zoom_linesearch(2))),
             None,
             differentiable=False,
         ),
         "scale_by_zoom_linesearch": TransformCase(
             lambda h=1.0: with_objective(
-                fr.chain(fr.sgd(0.15 * h), fr.scale_by_zoom_linesearch(5, curv_rtol=0.3, initial_guess_strategy="one"))
+                fr.chain(fr.sgd(0.3 * h), fr.scale_by_zoom_linesearch(3, curv_rtol=0.6, initial_guess_strategy="one"))
             ),
-            lambda s, h: _searched(s, 0.15 * h),
+            lambda s, h: _searched(s, 0.3 * h),
         ),
         "scale_by_backtracking_linesearch": TransformCase(
             lambda h=1.0: with_objective(fr.chain(fr.sgd(5.0 * h), fr.scale_by_backtracking_linesearch(3, 1e-4, 0.5))),

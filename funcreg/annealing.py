@@ -149,13 +149,11 @@ def relative_schedule(value: Scalar, learning_rate: Scalar | Schedule, peak_valu
         >>> tx = chain(sgd(rate), soft_threshold(threshold))
     """
     (value,) = check_finite(value=value)
-    if peak_value is None:
-        peak_value = _peak(learning_rate)
-    check_range("peak_value", peak_value, open_low=True, finite=True)
-    (peak_value,) = scalars(peak_value=peak_value)
+    peak = _peak(learning_rate) if peak_value is None else peak_value
+    check_range("peak_value", peak, open_low=True, finite=True)
+    (peak,) = scalars(peak_value=peak)
     if not callable(learning_rate):
         (learning_rate,) = check_finite(low=0.0, learning_rate=learning_rate)
-    peak = peak_value
 
     def schedule(count: Any) -> Tensor:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate

@@ -34,7 +34,7 @@ class LbfgsState(NamedTuple):
 
     Example:
         >>> scale_by_lbfgs(memory_size=2).init(torch.zeros(1)).weights
-        tensor([0., 0.], dtype=torch.float64)
+        (tensor(0., dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
 
     steps: Tensor  # Number of updates made, int32.
@@ -42,7 +42,7 @@ class LbfgsState(NamedTuple):
     updates: Params  # What it got.
     params_differences: tuple[Params, ...]  # By how much parameters changed, the last change at the end.
     updates_differences: tuple[Params, ...]  # By how much updates changed.
-    weights: Tensor  # One over the scalar products of both, 0 where there are none.
+    weights: tuple[Tensor, ...]  # One over the scalar products of both, 0 where there are none.
 
 
 def _vdot(a: Params, b: Params, like: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
 
     def init(params: Params) -> LbfgsState:
         memories = [tuple([zeros(params) for _ in range(memory_size)]) for _ in range(2)]
-        weights = torch.zeros(memory_size, dtype=torch.float64, device=scalar_device(params))
+        scalar = {"dtype": torch.float64, "device": scalar_device(params)}
+        weights = tuple([torch.zeros((), **scalar) for _ in range(memory_size)])
         return LbfgsState(counter(params), zeros(params), zeros(params), memories[0], memories[1], weights)
 
     def update(updates: Updates, state: LbfgsState, params: Params) -> tuple[Updates, LbfgsState]:
@@ -96,16 +97,17 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
             lambda kept, x, b: torch.where(b, x - kept, torch.zeros_like(kept)).to(kept.dtype), old, new, hyper=(begun,)
         )
         moved, turned = change(params, state.params), change(updates, state.updates)
-        along = _vdot(turned, moved, state.weights)
+        along = _vdot(turned, moved, state.weights[0])
         weight = torch.where(along == 0, 0.0, 1 / torch.where(along == 0, 1.0, along))
+        keep = lambda new, old: tree_map(lambda x, kept: x.to(kept.dtype, copy=True), new, old)
         new = LbfgsState(
             state.steps + 1,
-            *[tree_map(lambda x, kept: x.to(kept.dtype, copy=True), a, b)
-              for a, b in ((params, state.params), (updates, state.updates))],
+            keep(params, state.params),
+            keep(updates, state.updates),
             (*state.params_differences[1:], moved),
             (*state.updates_differences[1:], turned),
-            torch.cat([state.weights[1:], weight.reshape(1)]),
-        )  # fmt: skip
+            (*state.weights[1:], weight),
+        )
         first = _first_scale(updates, turned, along, begun) if scale_init_precond else torch.ones_like(along)
         product = _inverse_hessian(compute_wide(lambda u: u.clone(), updates), new, first)
         return tree_map(lambda u, x: x.to(u.dtype), updates, product), new
@@ -124,14 +126,14 @@ def _first_scale(updates: Updates, turned: Params, along: Tensor, begun: Tensor)
 
 def _inverse_hessian(vector: Params, state: LbfgsState, first: Tensor) -> Params:
     """The product of an inverse Hessian and a vector, by two passes over what is kept."""
-    rows = list(zip(state.params_differences, state.updates_differences, state.weights.unbind(), strict=True))
+    rows = list(zip(state.params_differences, state.updates_differences, state.weights, strict=True))
     shares: list[Tensor] = []
     for moved, turned, weight in reversed(rows):
-        shares.append(weight * _vdot(moved, vector, state.weights))
+        shares.append(weight * _vdot(moved, vector, weight))
         vector = _plus(vector, -shares[-1], turned)
     vector = compute(lambda v, c: c * v, vector, hyper=(first,))
     for (moved, turned, weight), share in zip(rows, reversed(shares), strict=True):
-        vector = _plus(vector, share - weight * _vdot(turned, vector, state.weights), moved)
+        vector = _plus(vector, share - weight * _vdot(turned, vector, weight), moved)
     return vector
 
 

@@ -23,6 +23,7 @@ from funcreg.transform import (
     below_one,
     counter,
     dtypes,
+    finite,
     finite_nonnegative,
     memoryless,
     positive,
@@ -161,13 +162,16 @@ def _steps(ns_coeffs: Coefficients, ns_steps: int) -> list[tuple[float, float, f
     """The coefficients of each step."""
     if type(ns_steps) is not int or ns_steps < 1:
         raise ValueError(f"ns_steps is {ns_steps!r}; expected a whole number of at least 1")
-    try:
-        rows = [tuple(row) for row in ([ns_coeffs] if isinstance(ns_coeffs[0], (int, float)) else ns_coeffs)]
-    except TypeError as error:
-        raise TypeError(f"ns_coeffs is {ns_coeffs!r}; expected three numbers, or three for each step") from error
-    if any([len(row) != 3 for row in rows]):
+    given: Any = ns_coeffs
+    if not isinstance(given, (tuple, list)) or not given:
+        raise TypeError(f"ns_coeffs is {ns_coeffs!r}; expected three numbers, or three for each step")
+    single = isinstance(given[0], (int, float))
+    rows = [given] if single else list(given)
+    if any([not isinstance(row, (tuple, list)) or len(row) != 3 for row in rows]):
         raise ValueError(f"ns_coeffs is {ns_coeffs!r}; expected three numbers, or three for each step")
-    if isinstance(ns_coeffs[0], (int, float)):
+    for row in rows:
+        finite(ns_coeffs=row)
+    if single:
         return [(row[0], row[1], row[2]) for row in rows] * ns_steps
     if len(rows) > ns_steps:
         raise ValueError(f"ns_coeffs has {len(rows)} rows; expected at most ns_steps of them, which is {ns_steps}")

@@ -85,8 +85,8 @@ def reduce_on_plateau(
 
     def init(params: Params) -> ReduceLROnPlateauState:
         number = lambda x: torch.full((), x, dtype=torch.float64, device=scalar_device(params))
-        counts = [counter(params) for _ in range(3)]
-        return ReduceLROnPlateauState(number(1.0), number(torch.inf), *counts, number(0.0))
+        one, best, mean = number(1.0), number(torch.inf), number(0.0)
+        return ReduceLROnPlateauState(one, best, counter(params), counter(params), counter(params), mean)
 
     def update(
         updates: Updates, state: ReduceLROnPlateauState, params: Params, *, value: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate, stored
 from funcreg.sharding import any_sharded, apply
 from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, public_state
-from funcreg.tree import compute, compute_wide, euclidean, flatten, safe_sqrt, squared, tree_leaves, wide
+from funcreg.tree import compute, compute_wide, euclidean, flatten, safe_sqrt, squared, tree_leaves, tree_map, wide
+
+#: The second longest and the longest dimension of a leaf that is factored, None for any other.
+Pair: TypeAlias = tuple[int, int] | None
 
 
 @public_state
@@ -97,7 +100,7 @@ def scale_by_factored_rms(
             "For a number, give decay_rate_fn=lambda steps, rate: 0.999."
         )
 
-    def dims(shape: Sequence[int]) -> tuple[int, int] | None:
+    def dims(shape: Sequence[int]) -> Pair:
         """The second longest and the longest dimension, where they are factored."""
         if not factored or len(shape) < 2:
             return None
@@ -107,28 +110,27 @@ def scale_by_factored_rms(
     def zeros(params: Params, along: int | None) -> Params:
         """Means along one of the two dimensions, or mean squares of leaves that are not factored."""
 
-        def zero(w: Tensor) -> Tensor:
-            pair, kind = dims(w.shape), wide(w.real.dtype)
+        def zero(pair: Pair, w: Tensor) -> Tensor:
+            kind = wide(w.real.dtype)
             if (pair is None) != (along is None):
                 return torch.zeros((), dtype=kind, device=w.device)
             w = torch.zeros_like(w.real, dtype=kind)
             return w if pair is None or along is None else w.sum(pair[along], keepdim=True)
 
-        return compute_wide(zero, params)
+        return _by_dims(zero, dims, params)
 
     def init(params: Params) -> FactoredState:
         return FactoredState(counter(params), zeros(params, 1), zeros(params, 0), zeros(params, None))
 
     def averages(updates: Updates, before: Params, decay: Scalar, along: int | None) -> Params:
-        def average(u: Tensor, v: Tensor, b: Scalar, e: Scalar) -> Tensor:
-            pair = dims(u.shape)
+        def average(pair: Pair, u: Tensor, v: Tensor, b: Scalar, e: Scalar) -> Tensor:
             if (pair is None) != (along is None):
                 return v.clone()
             squares = squared(u) + e
             means = squares if pair is None or along is None else squares.mean(pair[along], keepdim=True)
             return b * v + (1 - b) * means
 
-        return stored(compute_wide(average, updates, hyper=(before, decay, epsilon)), before)
+        return stored(_by_dims(average, dims, updates, before, hyper=(decay, epsilon)), before)
 
     def update(updates: Updates, state: FactoredState, params: Params) -> tuple[Updates, FactoredState]:
         decay = decay_rate_fn(state.steps - step_offset, decay_rate)
@@ -139,26 +141,46 @@ def scale_by_factored_rms(
             averages(updates, state.v, decay, None),
         )
 
-        def scaled(u: Tensor, row: Tensor, column: Tensor, v: Tensor) -> Tensor:
-            pair = dims(u.shape)
+        def scaled(pair: Pair, u: Tensor, row: Tensor, column: Tensor, v: Tensor) -> Tensor:
             if pair is None:
                 return u * _inverse_root(v)
             return u * _inverse_root(_share(row, pair[0])) * _inverse_root(column)
 
-        return compute(scaled, updates, hyper=(new.v_row, new.v_col, new.v)), new
+        made = _by_dims(scaled, dims, updates, new.v_row, new.v_col, new.v)
+        return tree_map(lambda u, x: x.to(u.dtype), updates, made), new
 
     def metric(state: FactoredState) -> Params:
-        def root(row: Tensor, column: Tensor, v: Tensor) -> Tensor:
-            if not row.ndim:
-                return safe_sqrt(v)
-            (shorter, _) = dims(torch.broadcast_shapes(row.shape, column.shape)) or (0, 0)
-            return safe_sqrt(_share(row, shorter)) * safe_sqrt(column)
-
         rows, rebuild = flatten(state.v_row)
-        found = zip(rows, tree_leaves(state.v_col), tree_leaves(state.v), strict=True)
-        return rebuild([apply(root, row) if any_sharded(row) else root(*row) for row in found])
+        return rebuild([root(*row) for row in zip(rows, tree_leaves(state.v_col), tree_leaves(state.v), strict=True)])
+
+    def root(row: Tensor, column: Tensor, v: Tensor) -> Tensor:
+        pair = dims(torch.broadcast_shapes(row.shape, column.shape)) if row.ndim else None
+        if pair is None:
+            return compute_wide(safe_sqrt, v)
+        share = compute_wide(lambda r: safe_sqrt(_share(r, pair[0])), row)
+        both = share, column
+        return apply(lambda r, c: r * safe_sqrt(c), both) if any_sharded(both) else share * safe_sqrt(column)
 
     return Transform(init, update, metric, state=FactoredState)
+
+
+def _by_dims(
+    f: Callable[..., Tensor],
+    dims: Callable[[Sequence[int]], Pair],
+    tree: Params,
+    *rest: Params,
+    hyper: Sequence[Scalar] = (),
+) -> Params:
+    """Map a function of the factored dimensions of a leaf, the leaf, what belongs to it, and hyperparameters.
+
+    Of a sharded leaf the dimensions are those of the whole.
+    """
+    leaves, rebuild = flatten(tree)
+    made: list[Tensor] = []
+    for w, *beside in zip(leaves, *map(tree_leaves, rest), strict=True):
+        pair = dims(w.shape)
+        made.append(compute_wide(lambda *row, pair=pair: f(pair, *row), w, hyper=(*beside, *hyper)))
+    return rebuild(made)
 
 
 def _share(row: Tensor, dim: int) -> Tensor:

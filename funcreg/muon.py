@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -277,7 +276,7 @@ def _by_layout(
             layout = _layout(leaf, found)
         except ValueError as error:
             raise ValueError(f"at leaf '{path}': {error}") from error
-        made.append(compute(functools.partial(f, layout), leaf, hyper=hyper))
+        made.append(compute(lambda *row, layout=layout: f(layout, *row), leaf, hyper=hyper))
     return rebuild(made)
 
 

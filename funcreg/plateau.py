@@ -10,6 +10,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import check_range, scalars
+from funcreg.sharding import whole
 from funcreg.transform import Transform, counter, finite_nonnegative, public_state, share
 from funcreg.tree import compute, scalar_device
 
@@ -121,6 +122,7 @@ def as_value(name: str, value: Any, like: Tensor) -> Tensor:
     """The value of an objective that came with an update, as a scalar like another one."""
     if value is None:
         raise TypeError(f"{name} needs the value of the objective; expected update(updates, state, params, value=loss)")
+    value = whole(value)
     if not isinstance(value, Tensor):
         return torch.full_like(like, value)
     if value.ndim:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import funcreg as fr
 from funcreg.construction import remembered
+from funcreg.tree import reduce_leaves, total
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
 DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")
@@ -1196,10 +1197,8 @@ def with_objective(tx: fr.Transform) -> fr.Transform:
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def f(there: Any) -> Tensor:
-            begin, slopes = ([x.double() for x in fr.tree_leaves(tree)] for tree in (params, updates))
-            ways = [x.double() - w for x, w in zip(fr.tree_leaves(there), begin, strict=True)]
-            terms = [(g * d + 0.5 * d * d).sum() for g, d in zip(slopes, ways, strict=True)]
-            return sum(terms, torch.zeros((), dtype=torch.float64, device=ways[0].device))
+            parabola = lambda x, w, g: g * (x - w) + 0.5 * (x - w) * (x - w)
+            return total(reduce_leaves(parabola, there, params, updates))
 
         return tx.update(updates, state, params, value=0.0, grad=updates, value_fn=f)
 

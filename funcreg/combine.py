@@ -98,7 +98,7 @@ def chain(*transforms: Transform) -> Transform:
         covers=everywhere if everywhere in covers else either(*covers) if covers else None,
         forwards_to=transforms,
     )
-    return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
 def _spared_by(transforms: Sequence[Transform]) -> Choice:
@@ -314,7 +314,7 @@ def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
     return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
 
 
-def _hold(inner: Transform, frozen: list[Choice]) -> Transform:
+def hold(inner: Transform, frozen: list[Choice]) -> Transform:
     """A transform that sees no frozen leaf, and returns zeros for it."""
     if not frozen:
         return inner

@@ -40,14 +40,14 @@ def inject_hyperparams(
 
     What comes is called like the factory. Each number and tensor among its arguments, defaults too, is an entry of
     `state.hyperparams`; each function among them is a schedule of the number of updates, also where the factory itself
-    takes none, as for `b1`. An update reads the entries: between steps one may be read, or set to a number or a tensor,
-    also in a state that a compiled step returned, and nothing is compiled anew. In a stack of states each member has
-    its own. Setting one that follows a schedule has no effect.
+    takes none, as for `b1`. An update reads the entries. Between steps one may be read, and set: in place, with
+    `fill_`; to another tensor; or between eager steps, to a number. No value compiles anything anew. In a stack of
+    states each member has its own. Setting one that follows a schedule has no effect.
 
-    Bools, names, penalties, masks and transforms stay arguments, as do arguments that the factory annotates as whole
-    numbers. Numbers are kept in float64, so that the transform is the same as without this: optax rounds them to the
-    dtype of the parameters, where a decay of 0.999 in bfloat16 is 1. An `Optimizer` does all this itself, with the
-    factory as it is.
+    Bools, names, penalties, masks and transforms stay arguments, as do whole numbers that the factory annotates so or
+    takes as options. Numbers are kept in float64, so that the transform is the same as without this: optax rounds them
+    to the dtype of the parameters, where a decay of 0.999 in bfloat16 is 1. An `Optimizer` does all this itself, with
+    the factory as it is.
 
     Args:
         inner_factory: Function that makes a transform, such as `adamw`.
@@ -145,13 +145,8 @@ class _Call:
                 )
             values[label], where[label] = value, p
         self._names = [label for label in values if label not in self._positions]
-        hyper = {
-            label: value
-            for label, value in values.items()
-            if label not in static
-            and where[label].name not in static
-            and _is_hyper(value, str(where[label].annotation))
-        }
+        free = [label for label in values if label not in static and where[label].name not in static]
+        hyper = {label: values[label] for label in free if _is_hyper(values[label], where[label])}
         self.hyper: dict[str, Hyper] = hyper
         self._values = {label: value for label, value in values.items() if label not in hyper}
 
@@ -178,11 +173,14 @@ class _Call:
 _NUMERIC = ("Scalar", "Hyper", "Schedule", "float", "Tensor", "Any", "inspect._empty")
 
 
-def _is_hyper(value: Any, annotation: str) -> bool:
+def _is_hyper(value: Any, parameter: inspect.Parameter) -> bool:
     """Whether an argument is a number, a tensor, a schedule, or a dict of them."""
-    if not any([name in annotation for name in _NUMERIC]):
+    if not any([name in str(parameter.annotation) for name in _NUMERIC]):
         return False
     leaves = tree_leaves(value) if isinstance(value, dict) else [value]
+    # A whole number among the options of a penalty, such as a dimension, is none.
+    if parameter.kind is parameter.VAR_KEYWORD and any([isinstance(leaf, int) for leaf in leaves]):
+        return False
     return bool(leaves) and all([_is_number(leaf) or _is_schedule(leaf) for leaf in leaves])
 
 

@@ -178,8 +178,9 @@ def conditionally_transform(
 ) -> Transform:
     r"""Apply a transform at the steps for which a function says so; at the others updates pass, and its state stays.
 
-    For what begins later, or acts now and then: a threshold after a warm-up, a projection every tenth step. For
-    updates of zero at the other steps, take `conditionally_mask`.
+    For what begins later, or acts now and then: a threshold after a warm-up, a projection every tenth step; with
+    `freeze` at the end of a chain, leaves that are held at first. For updates of zero at the other steps, take
+    `conditionally_mask`.
 
     Args:
         inner: Transform of those steps.
@@ -217,7 +218,9 @@ def conditionally_transform(
         after = pick(go, after, state.inner_state)
         return pick(go, new, updates), ConditionallyTransformState(after, state.step + 1)
 
-    return around(inner, init, update, ConditionallyTransformState, also=asked.takes)
+    tx = around(inner, init, update, ConditionallyTransformState, also=asked.takes)
+    tx.frozen = None  # What it freezes is held at its steps alone.
+    return tx
 
 
 @remembered
@@ -330,7 +333,8 @@ class MultiStepsState(NamedTuple):
     gradient_step: Tensor  # Number of real steps, int32.
     inner_opt_state: State
     acc_grads: Params  # Mean, or sum, of the gradients since the last real step.
-    skip_state: Any = ()  # What `should_skip_update_fn` said of the last gradient.
+    skip_state: Any  # What `should_skip_update_fn` said of the last gradient.
+    updated: Tensor  # Whether the last call made a real step, bool.
 
 
 class MultiSteps(Transform):
@@ -404,8 +408,8 @@ class MultiSteps(Transform):
             self.made_by = Call(MultiSteps, (opt, every_k_schedule), kwargs)
 
     def has_updated(self, state: MultiStepsState) -> Tensor:
-        """Whether the last call made a real step."""
-        return (state.mini_step == 0) & (state.gradient_step > 0)
+        """Whether the last call made a real step; optax says so also where a gradient was left out right after one."""
+        return state.updated
 
     def gradient_transformation(self) -> Transform:
         """The transform itself, under optax's name."""
@@ -417,7 +421,8 @@ class MultiSteps(Transform):
         if self._skips is not None:
             _, said = self._decide(tree_map(torch.zeros_like, params), steps, params)
         accumulated = zeros(params, self._dtype)
-        return MultiStepsState(counter(params), steps, self.inner_opt.begin(params), accumulated, said)
+        went = torch.zeros_like(steps, dtype=torch.bool)
+        return MultiStepsState(counter(params), steps, self.inner_opt.begin(params), accumulated, said, went)
 
     def _decide(self, updates: Updates, steps: Tensor, params: Params) -> tuple[Tensor, Any]:
         """Whether to leave a gradient out, and what to keep of that decision."""
@@ -446,7 +451,7 @@ class MultiSteps(Transform):
             kept, count = pick(skip, state.acc_grads, kept), torch.where(skip, n, count)
         after = pick(go, after, state.inner_opt_state)
         steps = state.gradient_step + go.to(torch.int32)
-        return or_zeros(go, new), MultiStepsState(count, steps, after, kept, said)
+        return or_zeros(go, new), MultiStepsState(count, steps, after, kept, said, go)
 
 
 def _check_k(name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.twins import PROJECTIONS, TRANSFORMS, run, tree_map
+from reference.twins import PROJECTIONS, ROUNDED, TRANSFORMS, run, tree_map
 
 import funcreg as fr
 
@@ -72,7 +72,8 @@ def test_every_row_has_reference_numbers():
 def test_twelve_steps_lead_where_optax_goes(name):
     expected = REFERENCE["transforms"][name]
     first, last = run(LIB, name, {key: tensors(tree) for key, tree in REFERENCE["inputs"].items()})
-    close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+    near = 1e-7 if name in ROUNDED else 1e-12
+    close = {"rtol": near, "atol": near, "equal_nan": True}
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), first, tensors(expected["first"]))
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), last, tensors(expected["last"]))
 

@@ -320,9 +320,19 @@ ENDS: dict[str, Callable[[Any, Any, Any], Any]] = {
         name: lambda lib, params, state: {"at": params, "mean": lib.schedule_free_eval_params(state, params)}
         for name in ("schedule_free", "schedule_free_sgd", "schedule_free_adamw")
     },
-    "inject_hyperparams": lambda lib, params, state: {"params": params, "rate": state.hyperparams["learning_rate"]},
+    "inject_hyperparams": lambda lib, params, state: {
+        "params": params,
+        "rate": state.hyperparams["learning_rate"] + 0 * params["linear"]["bias"][0],  # In float64.
+    },
     "monitor": lambda lib, params, state: {"params": params, "measured": state[1].measurements},
     "snapshot": lambda lib, params, state: {"params": params, "measured": state[1].measurement},
+}
+
+#: Rows in which optax computes in float32, in part.
+ROUNDED = {
+    "schedule_free float32": "the average of points in float32",
+    "schedule_free_sgd keywords": "the warm-up, at a count in int32",
+    "schedule_free_adamw keywords": "the warm-up, at a count in int32",
 }
 
 #: Factors on the gradient of the bias, by row and step.

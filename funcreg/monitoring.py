@@ -13,7 +13,7 @@ from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.scaling import ema
 from funcreg.transform import Transform, public_state
-from funcreg.tree import scalar_device, tree_map
+from funcreg.tree import leaves_like, scalar_device, tree_leaves, tree_map, wide
 from funcreg.wrappers import Named, named_by
 
 
@@ -48,7 +48,8 @@ class _Probe:
 
     def begin(self, params: Params) -> Any:
         """Zeros of the shapes and dtypes that a measurement will have."""
-        zero = torch.zeros((), device=scalar_device(params))
+        dtypes = [wide(leaf.dtype.to_real()) for leaf in tree_leaves(params)]
+        zero = torch.zeros((), dtype=dtypes[0] if dtypes else None, device=scalar_device(params))
         return tree_map(torch.zeros_like, self(params, params, dict.fromkeys(self._required, zero)))
 
 
@@ -91,6 +92,12 @@ def _ready(measure: Any) -> Measure:
     return _of_transform(measure) if isinstance(measure, Transform) else _plain(measure)
 
 
+def _like(found: Any, before: Any, name: str) -> Any:
+    """A measurement in the dtypes of the last one, so that nothing compiles anew."""
+    rows = iter(leaves_like(found, before, (f"the measurement {name!r}", "that before it")))
+    return tree_map(lambda x: x.to(next(rows).dtype), found)
+
+
 # Of the last update
 
 
@@ -131,7 +138,8 @@ def snapshot(measure_name: str, measure: Callable[..., Any]) -> Transform:
         return SnapshotState({measure_name: probe.begin(params)})
 
     def update(updates: Updates, state: SnapshotState, params: Params, **extra: Any) -> tuple[Updates, SnapshotState]:
-        return updates, SnapshotState({measure_name: probe(updates, params, extra)})
+        found = probe(updates, params, extra)
+        return updates, SnapshotState({measure_name: _like(found, state.measurement[measure_name], measure_name)})
 
     return Transform(init, update, state=SnapshotState, forwards_to=[probe.takes()])
 
@@ -200,7 +208,8 @@ def monitor(measures: Mapping[str, Any]) -> Transform:
             )
         found, after = {}, []
         for (name, measure), old in zip(made.items(), state.measure_states, strict=True):
-            found[name], new = measure.update(updates, old, params, **measure.accepted(extra))
+            one, new = measure.update(updates, old, params, **measure.accepted(extra))
+            found[name] = _like(one, state.measurements[name], name)
             after.append(new)
         return updates, MonitorState(found, tuple(after))
 

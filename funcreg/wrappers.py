@@ -430,7 +430,9 @@ class MultiSteps(Transform):
         if not isinstance(made, tuple) or len(made) != 2:
             raise TypeError(f"should_skip_update_fn returned {made!r}; expected a pair, whether to skip and a tree")
         skip = decision(made[0], params, "should_skip_update_fn")
-        return skip.to(steps.device), tree_map(lambda x: torch.as_tensor(x).clone(), made[1])
+        # Cloned, because a function may hand one tensor out twice.
+        said = lambda x: x.clone() if isinstance(x, Tensor) else torch.as_tensor(x, device=steps.device)
+        return skip.to(steps.device), tree_map(said, made[1])
 
     def _advance(
         self, updates: Updates, state: MultiStepsState, params: Params, **extra: Any

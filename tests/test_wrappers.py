@@ -599,7 +599,7 @@ def test_measures_see_updates_parameters_and_the_loss():
     torch.testing.assert_close(found["after"], torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(found["l1"], fr.l1(clipped))
     assert (found["loss"], found["number"]) == (4.0, 3)
-    torch.testing.assert_close(found["mean loss"], torch.tensor(3.0))
+    torch.testing.assert_close(found["mean loss"], torch.tensor(3.0, dtype=torch.float64))
     assert_equal(found["whole"], clipped)
     assert_equal(found["momentum"], fr.tree_map(lambda u: 1.5 * u, clipped), rtol=1e-12)
     assert found["whole"]["w"].data_ptr() != updates["w"].data_ptr()

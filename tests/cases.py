@@ -209,6 +209,7 @@ class TransformCase:
     equation: Callable[[Seen, float], Tensor] | None
     differentiable: bool = True  # Its updates have a useful derivative in the gradients.
     drops: str = ""  # Why an extra argument that nobody takes is no error.
+    shared: str = ""  # Why a tensor of its state, besides counters, belongs to several leaves.
 
 
 def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
@@ -1227,6 +1228,7 @@ TRANSFORMS.update(
         "flatten": TransformCase(
             lambda h=1.0: fr.flatten(fr.chain(fr.clip_by_global_norm(1.0 * h), fr.trace(0.5))),
             lambda s, h: _trace([g * min(1.0, h / float(norm)) for g, norm in zip(s.gs, s.norms, strict=True)], 0.5),
+            shared="one vector of all leaves",
         ),
         "inject_hyperparams": TransformCase(
             lambda h=1.0: fr.inject_hyperparams(fr.adamw)(0.1 * h, weight_decay=falling),

@@ -140,7 +140,9 @@ def proximal(
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, step, *hyper, stages=["lands"]))
+    # A projection has nothing to do where it was.
+    stages = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
+    return _where(mask, scheduled(rule, step, *hyper, stages=stages))
 
 
 @remembered

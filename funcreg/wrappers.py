@@ -394,7 +394,7 @@ class MultiSteps(Transform):
             state=MultiStepsState,
             descends=opt.descends,
             spares=opt.spares,
-            stages=opt.stages,
+            stages=[*opt.stages, "waits"],
             covers=opt.covers,
             forwards_to=[opt],
         )
@@ -512,7 +512,7 @@ def apply_every(k: Scalar = 1) -> Transform:
         return let, ApplyEveryState(torch.where(done, torch.zeros_like(n), n + 1), kept)
 
     # Sums of steps end elsewhere than where a prox before it went.
-    return Transform(init, update, state=ApplyEveryState, stages=["scales"])
+    return Transform(init, update, state=ApplyEveryState, stages=["scales", "waits"])
 
 
 # On some leaves, in one vector, with any extra argument

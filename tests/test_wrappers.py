@@ -224,6 +224,21 @@ def test_summed_steps_after_a_prox_are_warned_of():
         fr.chain(fr.prox_sgd(0.1, fr.l1), fr.apply_every(2))
 
 
+def test_a_threshold_that_would_act_between_real_steps_is_warned_of():
+    every = fr.MultiSteps(fr.sgd(0.1), 4)
+    for make in (
+        lambda: fr.chain(every, fr.soft_threshold(0.1)),
+        lambda: fr.chain(fr.masked(every, True), fr.proximal(fr.half_l2, 0.1, mask=fr.matrices)),
+        lambda: fr.chain(fr.sgd(0.1), fr.apply_every(4), fr.soft_threshold(0.1)),
+    ):
+        with pytest.warns(UserWarning, match="it acts at every call, between these steps too. Put it inside"):
+            make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fr.chain(every, fr.project(fr.nonnegative))
+        fr.MultiSteps(fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1)), 4)
+
+
 # At some steps
 
 

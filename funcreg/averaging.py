@@ -124,7 +124,8 @@ def lookahead(
     def update(updates: Updates, state: LookaheadState, params: Params, **extra: Any) -> tuple[Updates, LookaheadState]:
         pair = isinstance(params, LookaheadParams)
         fast, slow, grads = (params.fast, params.slow, updates.fast) if pair else (params, state.slow, updates)
-        if pair != (state.slow == ()) and tree_leaves(fast):
+        alone = type(state.slow) is tuple and len(state.slow) == 0
+        if pair != alone and tree_leaves(fast):
             came, begun = ("LookaheadParams", "plain parameters") if pair else ("plain parameters", "LookaheadParams")
             raise ValueError(f"lookahead got {came}, and a state that was begun with {begun}; expected one kind")
         moves, after = fast_optimizer.update(grads, state.fast_state, fast, **fast_optimizer.accepted(extra))

@@ -119,36 +119,21 @@ class _Call:
     def __init__(
         self, factory: Callable[..., Transform], static: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.factory = factory
         parameters = list(inspect.signature(factory).parameters.values())
-        values, where = {}, {}
-        several = next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self._positions: list[str] = []
-        for i, value in enumerate(args):
-            p = places[i] if i < len(places) else several
-            if p is None:
-                raise TypeError(f"{_name(factory)} takes {len(places)} positional arguments, but got {len(args)}")
-            label = p.name if i < len(places) else f"{p.name}_{i - len(places)}"
-            values[label], where[label] = value, p
-            self._positions.append(label)
-        by_name = {p.name: p for p in parameters}
-        rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        given = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in values} | kwargs
-        for label, value in given.items():
-            if label in values:
-                raise TypeError(f"{_name(factory)} got several values for the argument {label!r}")
-            p = by_name.get(label, rest)
-            if p is None:
-                raise TypeError(
-                    f"{_name(factory)} got {label!r}, which it does not take; it takes {', '.join(by_name)}"
-                )
-            values[label], where[label] = value, p
-        self._names = [label for label in values if label not in self._positions]
+        positions = _by_position(_name(factory), parameters, args)
+        names = _by_name(_name(factory), parameters, positions, kwargs)
+        where = {**positions, **names}
+        defaults = {p.name: p.default for p in parameters}
+        values = {
+            **dict(zip(positions, args, strict=True)),
+            **{name: kwargs.get(name, defaults.get(name)) for name in names},
+        }
         free = [label for label in values if label not in static and where[label].name not in static]
-        hyper = {label: values[label] for label in free if _is_hyper(values[label], where[label])}
-        self.hyper: dict[str, Hyper] = hyper
-        self._values = {label: value for label, value in values.items() if label not in hyper}
+        self.factory, self._positions, self._names = factory, list(positions), list(names)
+        self.hyper: dict[str, Hyper] = {
+            label: values[label] for label in free if _is_hyper(values[label], where[label])
+        }
+        self._values = {label: value for label, value in values.items() if label not in self.hyper}
 
     def make(self, hyper: dict[str, Hyper]) -> Transform:
         """The transform with some values of the hyperparameters."""
@@ -169,6 +154,31 @@ class _Call:
         return made
 
 
+def _by_position(factory: str, parameters: list[inspect.Parameter], args: tuple[Any, ...]) -> dict[str, Any]:
+    """The parameters of positional arguments, by name; those of `*hyper` are numbered, as hyper_0."""
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    several = [p for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if len(args) > len(places) and not several:
+        raise TypeError(f"{factory} takes {len(places)} positional arguments, but got {len(args)}")
+    found = {p.name: p for p in places[: len(args)]}
+    return {**found, **{f"{several[0].name}_{i}": several[0] for i in range(len(args) - len(places))}}
+
+
+def _by_name(
+    factory: str, parameters: list[inspect.Parameter], taken: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, inspect.Parameter]:
+    """The parameters of arguments by keyword, those with defaults too."""
+    known = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    others = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    for name in kwargs:
+        if name in taken:
+            raise TypeError(f"{factory} got several values for the argument {name!r}")
+        if name not in known and not others:
+            raise TypeError(f"{factory} got {name!r}, which it does not take; it takes {', '.join(known)}")
+    defaults = {name: p for name, p in known.items() if p.default is not p.empty and name not in taken}
+    return {**defaults, **{name: known[name] if name in known else others[0] for name in kwargs}}
+
+
 #: What the annotation of an argument that may be a hyperparameter names; nothing, where there is none.
 _NUMERIC = ("Scalar", "Hyper", "Schedule", "float", "Tensor", "Any", "inspect._empty")
 
@@ -181,7 +191,7 @@ def _is_hyper(value: Any, parameter: inspect.Parameter) -> bool:
     # A whole number among the options of a penalty, such as a dimension, is none.
     if parameter.kind is parameter.VAR_KEYWORD and any([isinstance(leaf, int) for leaf in leaves]):
         return False
-    return bool(leaves) and all([_is_number(leaf) or _is_schedule(leaf) for leaf in leaves])
+    return len(leaves) > 0 and all([_is_number(leaf) or _is_schedule(leaf) for leaf in leaves])
 
 
 def _is_number(leaf: Any) -> bool:

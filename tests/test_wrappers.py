@@ -667,6 +667,20 @@ def test_wrapped_chains_are_optimizers_of_torch():
         assert_equal({key: w.detach() for key, w in weights.items()}, params, rtol=1e-12, atol=1e-14)
 
 
+def test_an_optimizer_of_torch_wants_the_factory_as_it_is():
+    weights = [torch.nn.Parameter(torch.ones(1))]
+    with pytest.raises(
+        TypeError, match=r"factory is inject_hyperparams\(sgd\), whose hyperparameters stand in the state"
+    ):
+        fr.Optimizer(weights, fr.inject_hyperparams(fr.sgd), lr=0.1)
+
+
+def test_slow_weights_of_one_tensor_go_through_one_graph():
+    tx, w = fr.lookahead(fr.sgd(0.1), 2, 0.5), torch.ones(3)
+    compiled = torch.compile(lambda g, s, p: tx.update(g, s, p), fullgraph=True, backend="eager")
+    assert_equal(compiled(w, tx.init(w), w), tx.update(w, tx.init(w), w))
+
+
 def test_periods_conditions_and_ranges_are_checked_where_they_are_given():
     sgd = fr.sgd(0.1)
     for call, message in (

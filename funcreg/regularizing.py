@@ -12,7 +12,15 @@ from funcreg.constraints import Constraint
 from funcreg.construction import remembered
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
-from funcreg.transform import Transform, check_selection, finite_nonnegative, memoryless, nonnegative, scheduled
+from funcreg.transform import (
+    Stage,
+    Transform,
+    check_selection,
+    finite_nonnegative,
+    memoryless,
+    nonnegative,
+    scheduled,
+)
 from funcreg.tree import compute, compute_wide
 
 
@@ -141,7 +149,7 @@ def proximal(
         return compute(lambda w, z: z - w, params, landed)
 
     # A projection has nothing to do where it was.
-    stages = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
+    stages: list[Stage] = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
     return _where(mask, scheduled(rule, step, *hyper, stages=stages))
 
 

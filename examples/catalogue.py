@@ -327,6 +327,7 @@ SECTIONS = {
     "Scale": ["scaling"],
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine"],
+    "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
     "Optimizers": ["optimizers", "proximal", "stochastic"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],

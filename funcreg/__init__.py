@@ -277,5 +277,45 @@ from funcreg.tree import (
     tree_map as tree_map,
     tree_paths as tree_paths,
 )
+from funcreg.averaging import (
+    LookaheadParams as LookaheadParams,
+    LookaheadState as LookaheadState,
+    SAMState as SAMState,
+    ScheduleFreeState as ScheduleFreeState,
+    lookahead as lookahead,
+    sam as sam,
+    schedule_free as schedule_free,
+    schedule_free_adamw as schedule_free_adamw,
+    schedule_free_eval_params as schedule_free_eval_params,
+    schedule_free_sgd as schedule_free_sgd,
+)
+from funcreg.hyperparams import (
+    InjectHyperparamsState as InjectHyperparamsState,
+    inject_hyperparams as inject_hyperparams,
+)
+from funcreg.monitoring import (
+    MonitorState as MonitorState,
+    SnapshotState as SnapshotState,
+    measure_with_ema as measure_with_ema,
+    monitor as monitor,
+    snapshot as snapshot,
+)
+from funcreg.wrappers import (
+    ApplyEveryState as ApplyEveryState,
+    ConditionallyMaskState as ConditionallyMaskState,
+    ConditionallyTransformState as ConditionallyTransformState,
+    MultiSteps as MultiSteps,
+    MultiStepsState as MultiStepsState,
+    apply_every as apply_every,
+    conditionally_mask as conditionally_mask,
+    conditionally_transform as conditionally_transform,
+    flatten as flatten,
+    multi_transform as multi_transform,
+    selective_transform as selective_transform,
+    skip_large_updates as skip_large_updates,
+    skip_not_finite as skip_not_finite,
+    with_extra_args as with_extra_args,
+    with_extra_args_support as with_extra_args_support,
+)
 
 __version__ = "0.1.0"

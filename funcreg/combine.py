@@ -98,7 +98,7 @@ def chain(*transforms: Transform) -> Transform:
         covers=everywhere if everywhere in covers else either(*covers) if covers else None,
         forwards_to=transforms,
     )
-    return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
 def _spared_by(transforms: Sequence[Transform]) -> Choice:
@@ -127,6 +127,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
         takes_gradients = "adds" in tx.stages or "steps" in tx.stages
         stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
         landed = next((each for each in before if _meet("lands", each, tx)), None)
+        waiting = next((each for each in before if _meet("waits", each, tx)), None)
         if stepped is not None and takes_gradients:
             adds = "adds" in tx.stages and "steps" not in tx.stages
             goes = "adds a gradient to it, and goes uphill" if adds else "turns its sign once more, and goes uphill"
@@ -134,6 +135,11 @@ def _check_order(transforms: Sequence[Transform]) -> None:
                 f"in this chain, {tx!r} stands after {stepped!r}, which makes a step downhill of its updates: it takes "
                 f"that step for a gradient, {goes}. Put it before the learning rate, as adamw does, "
                 + ("or take proximal for what comes after the step." if adds else "or take one of them out.")
+            )
+        elif waiting is not None and "shrinks" in tx.stages:
+            warn(
+                f"in this chain, {tx!r} stands after {waiting!r}, whose steps come at some calls alone: it acts at "
+                "every call, between these steps too. Put it inside, after the step, to count once a step."
             )
         elif landed is not None and (takes_gradients or "scales" in tx.stages):
             warn(
@@ -314,7 +320,7 @@ def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
     return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
 
 
-def _hold(inner: Transform, frozen: list[Choice]) -> Transform:
+def hold(inner: Transform, frozen: list[Choice]) -> Transform:
     """A transform that sees no frozen leaf, and returns zeros for it."""
     if not frozen:
         return inner

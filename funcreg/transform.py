@@ -38,7 +38,7 @@ T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
 #: What a transform does in a descent; see `Transform`.
-Stage = Literal["adds", "steps", "lands", "scales", "flips"]
+Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks"]
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
@@ -65,7 +65,8 @@ class Transform(Remembering):
             Frozen leaves are among them anyway.
         stages: What it does in a descent, from which a chain knows whether its links are in order: `"adds"` a gradient
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
-            exact zeros or in a set, `"scales"` updates, `"flips"` their sign.
+            exact zeros or in a set, `"scales"` updates, `"flips"` their sign; it `"waits"` if some calls gather
+            gradients and make no step, and `"shrinks"` if it moves parameters where updates are zero.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
         forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none

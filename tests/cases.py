@@ -208,6 +208,8 @@ class TransformCase:
     # a test of its own has the equation.
     equation: Callable[[Seen, float], Tensor] | None
     differentiable: bool = True  # Its updates have a useful derivative in the gradients.
+    drops: str = ""  # Why an extra argument that nobody takes is no error.
+    shared: str = ""  # Why a tensor of its state, besides counters, belongs to several leaves.
 
 
 def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
@@ -1175,6 +1177,117 @@ TRANSFORMS.update(
                 fr.scale_by_adam(eps=0.1), 0.1, joint, strength=h, inner_steps=3, mask=fr.matrices
             ),
             None,
+        ),
+    }
+)
+
+
+# Wrappers
+
+
+def every_other(step: Any) -> Any:
+    """A condition that holds at the second update, the fourth ..."""
+    return step % 2 == 1
+
+
+def _pairs(s: Seen, rate: float) -> Tensor:
+    return -rate * (s.gs[-1] + s.gs[-2]) / 2 if s.n % 2 == 0 else 0 * s.g
+
+
+def _lookahead(s: Seen, rate: float, share: float) -> Tensor:
+    slow, u = s.ws[0], s.g
+    for i, (w, g) in enumerate(zip(s.ws, s.gs, strict=True)):
+        u = -rate * g
+        if i % 2 == 1:
+            difference = w + u - slow
+            u, slow = u - (1 - share) * difference, slow + share * difference
+    return u
+
+
+def _schedule_free(s: Seen, move: Callable[[int, Tensor], Tensor], weights: list[float], b: float = 0.9) -> Tensor:
+    """As the paper writes it: z the points of the optimizer, x their average, y between them."""
+    z, new = s.ws[0], s.w
+    for i, y in enumerate(s.ws):
+        x, z = (y - (1 - b) * z) / b, z + move(i, y)
+        c = weights[i] / sum(weights[: i + 1])
+        new = b * ((1 - c) * x + c * z) + (1 - b) * z
+    return new - s.w
+
+
+def _warmed_rms(s: Seen, h: float) -> Callable[[int, Tensor], Tensor]:
+    seen = lambda i: s.gs[: i + 1]
+    return lambda i, y: -0.1 * h * min(i / 2, 1) * s.gs[i] / (_hat(seen(i), 0.999, 2).sqrt() + 0.1)
+
+
+TRANSFORMS.update(
+    {
+        "selective_transform": TransformCase(
+            lambda h=1.0: fr.selective_transform(fr.sgd(0.1 * h), freeze_mask=fr.matrices),
+            lambda s, h: -0.1 * h * s.g * (s.w.ndim < 2),
+        ),
+        "flatten": TransformCase(
+            lambda h=1.0: fr.flatten(fr.chain(fr.clip_by_global_norm(1.0 * h), fr.trace(0.5))),
+            lambda s, h: _trace([g * min(1.0, h / float(norm)) for g, norm in zip(s.gs, s.norms, strict=True)], 0.5),
+            shared="one vector of all leaves",
+        ),
+        "inject_hyperparams": TransformCase(
+            lambda h=1.0: fr.inject_hyperparams(fr.adamw)(0.1 * h, weight_decay=falling),
+            lambda s, h: -0.1 * h * (_adam(s) + s.w / s.n),
+        ),
+        "MultiSteps": TransformCase(
+            lambda h=1.0: fr.MultiSteps(fr.sgd(0.1 * h), 2, should_skip_update_fn=fr.skip_not_finite),
+            lambda s, h: _pairs(s, 0.1 * h),
+        ),
+        "MultiSteps of a prox": TransformCase(
+            lambda h=1.0: fr.MultiSteps(fr.prox_sgd(0.1, fr.l1, strength=h), 2, use_grad_mean=False),
+            lambda s, h: 0 * s.g if s.n % 2 else _soft(s.w - 0.1 * (s.gs[-1] + s.gs[-2]), 0.1 * h) - s.w,
+        ),
+        "apply_every": TransformCase(
+            lambda h=1.0: fr.apply_every(2), lambda s, h: 0 * s.g if s.n % 2 else s.gs[-1] + s.gs[-2]
+        ),
+        "conditionally_transform": TransformCase(
+            lambda h=1.0: fr.conditionally_transform(fr.soft_threshold(0.5 * h), every_other),
+            lambda s, h: s.g if s.n % 2 else _soft(s.w + s.g, 0.5 * h) - s.w,
+        ),
+        "conditionally_mask": TransformCase(
+            lambda h=1.0: fr.conditionally_mask(fr.sgd(0.1 * h, 0.5), every_other),
+            lambda s, h: 0 * s.g if s.n % 2 else -0.1 * h * _trace(s.gs[1::2], 0.5),
+        ),
+        "lookahead": TransformCase(
+            lambda h=1.0: fr.lookahead(fr.sgd(0.1 * h), 2, 0.25, reset_state=True),
+            lambda s, h: _lookahead(s, 0.1 * h, 0.25),
+        ),
+        "schedule_free": TransformCase(
+            lambda h=1.0: fr.schedule_free(fr.sgd(0.1 * h), falling, 0.8),
+            lambda s, h: _schedule_free(s, lambda i, y: -0.1 * h * s.gs[i], [1.0] * s.n, 0.8),
+        ),
+        "schedule_free_sgd": TransformCase(
+            lambda h=1.0: fr.schedule_free_sgd(0.1 * h, weight_decay=0.3),
+            lambda s, h: _schedule_free(s, lambda i, y: -0.1 * h * (s.gs[i] + 0.3 * y), [1.0] * s.n),
+        ),
+        "schedule_free_adamw": TransformCase(
+            lambda h=1.0: fr.schedule_free_adamw(0.1 * h, 2, eps=0.1),
+            lambda s, h: _schedule_free(s, _warmed_rms(s, h), [0.25, *[1.0] * s.n]),
+        ),
+        "sam": TransformCase(
+            lambda h=1.0: fr.sam(fr.sgd(0.1 * h), fr.sgd(0.05)),
+            lambda s, h: 0.05 * s.g if s.n % 2 else s.ws[-2] - 0.1 * h * s.g - s.w,
+        ),
+        "with_extra_args": TransformCase(
+            lambda h=1.0: fr.with_extra_args(fr.scale(-0.5 * h)), lambda s, h: -0.5 * h * s.g, drops="it is for that"
+        ),
+        "with_extra_args_support": TransformCase(
+            lambda h=1.0: fr.with_extra_args_support(fr.scale(-0.5 * h)),
+            lambda s, h: -0.5 * h * s.g,
+            drops="it is for that",
+        ),
+        "monitor": TransformCase(
+            lambda h=1.0: fr.monitor({"norm": fr.global_norm, "mean": fr.measure_with_ema(fr.global_norm, 0.5)}),
+            lambda s, h: s.g,
+        ),
+        "snapshot": TransformCase(lambda h=1.0: fr.snapshot("norm", fr.global_norm), lambda s, h: s.g),
+        "multi_transform": TransformCase(
+            lambda h=1.0: fr.multi_transform({"all": fr.scale(-1.0 * h)}, "all"), lambda s, h: -h * s.g
         ),
     }
 )

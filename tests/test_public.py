@@ -87,6 +87,8 @@ LAYERS = [
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise"],
+    ["wrappers"],
+    ["hyperparams", "averaging", "monitoring"],
     ["stochastic", "minimize", "optimizer", "trained", "report"],
     ["regularize", "path", "runs", "plot"],
     ["sweep"],

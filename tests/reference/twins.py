@@ -241,7 +241,8 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "scale_by_novograd keywords": lambda lib: _descend(
         lib, lib.scale_by_novograd(b1=0.8, b2=0.5, eps=1e-2, eps_root=1e-2, weight_decay=0.1)
     ),
-    "scale_by_novograd float32": lambda lib: _descend(lib, lib.scale_by_novograd(mu_dtype=lib.float32)),
+    # A factor that rounds nothing: the updates of optax are in float32 here, and so are steps along them.
+    "scale_by_novograd float32": lambda lib: lib.chain(lib.scale_by_novograd(mu_dtype=lib.float32), lib.scale(-0.125)),
     "scale_by_sm3": lambda lib: _descend(lib, lib.scale_by_sm3()),
     "scale_by_sm3 keywords": lambda lib: _descend(lib, lib.scale_by_sm3(b1=0.7, b2=0.9, eps=1e-2)),
     "scale_by_param_block_norm": lambda lib: _descend(lib, lib.scale_by_param_block_norm()),

@@ -500,7 +500,7 @@ class SM3State(NamedTuple):
 
     mu: Params  # For each dimension of a leaf, the greatest sums of squares along it; of a vector the sums themselves.
     nu: Params  # Moving average of divided updates.
-    share: Params  # Moving average of what they were multiplied by; () unless the metric is kept.
+    factors: Params  # Moving average of what they were multiplied by; () unless the metric is kept.
 
 
 @remembered
@@ -552,15 +552,15 @@ def scale_by_sm3(b1: Scalar = 0.9, b2: Scalar = 1.0, eps: Scalar = 1e-8, *, keep
         rows = zip(tree_leaves(sums), leaves_like(updates, state.mu), strict=True)
         mu = flatten(updates)[1]([_greatest(a, kept) for a, kept in rows])
         # Cloned, because leaves of updates and state never share memory.
-        return compute(lambda u, m: m.clone(), updates, nu), SM3State(mu, nu, follow(state.share, sums))
+        return compute(lambda u, m: m.clone(), updates, nu), SM3State(mu, nu, follow(state.factors, sums))
 
-    def follow(shares: Params, sums: Params) -> Params:
+    def follow(factors: Params, sums: Params) -> Params:
         if not keep_metric:
             return ()
-        return compute(lambda p, a, b, e: b * p + (1 - b) / _root(a, e), shares, sums, hyper=(b1, eps))
+        return compute(lambda p, a, b, e: b * p + (1 - b) / _root(a, e), factors, sums, hyper=(b1, eps))
 
     def metric(state: SM3State) -> Params:
-        return compute(lambda p: 1 / p, state.share)
+        return compute(lambda p: 1 / p, state.factors)
 
     return Transform(init, update, metric if keep_metric else None, state=SM3State)
 

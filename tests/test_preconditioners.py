@@ -23,7 +23,7 @@ METRICS: dict[str, tuple[Callable[[], fr.Transform], Any, dict[str, Any]]] = {
     "AdaBelief ahead": (lambda: fr.scale_by_belief(nesterov=True), 0.05, {"max_step": 0.24}),
     "Yogi": (fr.scale_by_yogi, fr.cosine_decay_schedule(0.05, 1500), {}),
     "RAdam": (fr.scale_by_radam, fr.cosine_decay_schedule(0.05, 1500), {}),
-    "Adan": (fr.scale_by_adan, fr.cosine_decay_schedule(0.05, 1500), {}),
+    "Adan": (lambda: fr.scale_by_adan(b1=0.9), fr.cosine_decay_schedule(0.05, 1500), {}),
     "Adadelta": (fr.scale_by_adadelta, 1.0, {"max_step": 0.24}),
     "NovoGrad": (fr.scale_by_novograd, fr.cosine_decay_schedule(0.02, 1500), {}),
     "SM3": (lambda: fr.scale_by_sm3(keep_metric=True), 1.0, {}),
@@ -223,7 +223,7 @@ def test_optimistic_steps_come_to_the_saddle_point_that_plain_ones_leave():
 
 def test_fromage_keeps_leaves_from_growing_at_any_rate():
     params = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64)}
-    for rate in (1e-4, 0.1, 3.0, lambda count: 0.5 / (1 + count)):
+    for rate in (1e-4, 0.1, 3.0, fr.linear_schedule(0.5, 0.0, 4)):
         tx = fr.fromage(rate)
         state, w = tx.init(params), params
         for _ in range(5):  # Gradients that lie across keep the norm.

@@ -416,7 +416,7 @@ class NovogradState(NamedTuple):
 
     Example:
         >>> scale_by_novograd().init(torch.zeros(2))
-        NovogradState(steps=tensor(0, dtype=torch.int32), mu=tensor([0., 0.]), nu=tensor(0.))
+        NovogradState(steps=tensor(0, dtype=torch.int32), mu=tensor([0., 0.]), nu=tensor([0.]))
     """
 
     steps: Tensor  # Number of updates made, int32.
@@ -464,11 +464,13 @@ def scale_by_novograd(
 
     def init(params: Params) -> NovogradState:
         check_fit(params, None, weight_decay)
-        single = lambda w: torch.zeros((), dtype=wide(w.real.dtype), device=w.device)
+        # One entry with the dimensions of its leaf, beside which a fused step keeps it.
+        single = lambda w: torch.zeros([1] * w.ndim, dtype=wide(w.real.dtype), device=w.device)
         return NovogradState(counter(params), zeros(params, mu_dtype), tree_map(single, params))
 
     def update(updates: Updates, state: NovogradState, params: Params) -> tuple[Updates, NovogradState]:
-        sizes = flatten(updates)[1](reduce_leaves(squared, updates))
+        sums = flatten(updates)[1](reduce_leaves(squared, updates))
+        sizes = tree_map(lambda s, v: s.reshape(v.shape), sums, state.nu)
         follow = lambda v, s, n, b: torch.where(n == 0, s, b * v + (1 - b) * s)
         nu = compute(follow, state.nu, sizes, hyper=(state.steps, b2))
         # One after another, in the order of operations that optax has.

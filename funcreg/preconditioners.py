@@ -375,7 +375,8 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> Transform:
     r"""Give updates the size of those before them, :math:`u' = \sqrt{x + \epsilon} / \sqrt{v + \epsilon} \; u`.
 
     Here :math:`v` is the mean square of updates :math:`u`, and :math:`x` that of the earlier :math:`u'`. The same as
-    in `torch.optim.Adadelta`.
+    in `torch.optim.Adadelta`; of a complex entry the squared magnitude counts, where optax squares the entry. The state
+    keeps what it divided by, one tensor more than theirs, for the metric of `proximal_step`.
 
     Args:
         rho: Decay of both mean squares.

@@ -324,12 +324,12 @@ def catalogue() -> str:
 
 SECTIONS = {
     "Regularize": ["regularizing", "noise"],
-    "Scale": ["scaling"],
+    "Scale": ["scaling", "preconditioners", "directions"],
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine"],
     "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
-    "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Optimizers": ["optimizers", "adaptive_optimizers", "plain_optimizers", "proximal", "stochastic"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],

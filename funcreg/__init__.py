@@ -317,5 +317,51 @@ from funcreg.wrappers import (
     with_extra_args as with_extra_args,
     with_extra_args_support as with_extra_args_support,
 )
+from funcreg.preconditioners import (
+    AdadeltaState as AdadeltaState,
+    AdanState as AdanState,
+    BeliefState as BeliefState,
+    NovogradState as NovogradState,
+    SM3State as SM3State,
+    scale_by_adadelta as scale_by_adadelta,
+    scale_by_adamax as scale_by_adamax,
+    scale_by_adan as scale_by_adan,
+    scale_by_belief as scale_by_belief,
+    scale_by_novograd as scale_by_novograd,
+    scale_by_radam as scale_by_radam,
+    scale_by_sm3 as scale_by_sm3,
+    scale_by_yogi as scale_by_yogi,
+)
+from funcreg.directions import (
+    OptimisticGradientState as OptimisticGradientState,
+    RpropState as RpropState,
+    scale_by_optimistic_gradient as scale_by_optimistic_gradient,
+    scale_by_param_block_norm as scale_by_param_block_norm,
+    scale_by_param_block_rms as scale_by_param_block_rms,
+    scale_by_rprop as scale_by_rprop,
+)
+from funcreg.adaptive_optimizers import (
+    adabelief as adabelief,
+    adadelta as adadelta,
+    adamax as adamax,
+    adamaxw as adamaxw,
+    adan as adan,
+    nadam as nadam,
+    novograd as novograd,
+    optimistic_adam as optimistic_adam,
+    optimistic_adam_v2 as optimistic_adam_v2,
+    radam as radam,
+    sm3 as sm3,
+    yogi as yogi,
+)
+from funcreg.plain_optimizers import (
+    fromage as fromage,
+    lars as lars,
+    noisy_sgd as noisy_sgd,
+    optimistic_gradient_descent as optimistic_gradient_descent,
+    rprop as rprop,
+    sign_sgd as sign_sgd,
+    signum as signum,
+)
 
 __version__ = "0.1.0"

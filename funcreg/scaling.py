@@ -110,23 +110,25 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
 # Moments
 
 
-def _mean(moments: Params, values: Params, decay: Scalar) -> Params:
+def average(moments: Params, values: Params, decay: Scalar) -> Params:
     """Exponential moving average, in working precision."""
     return compute_wide(lambda m, x, b: b * m + (1 - b) * x, moments, values, hyper=(decay,))
 
 
-def _mean_square(moments: Params, values: Params, decay: Scalar) -> Params:
+def average_square(moments: Params, values: Params, decay: Scalar) -> Params:
+    """Exponential moving average of squared magnitudes, in working precision."""
     return compute_wide(lambda m, x, b: b * m + (1 - b) * squared(x), moments, values, hyper=(decay,))
 
 
-def _stored(moments: Params, like: Params) -> Params:
+def stored(moments: Params, like: Params) -> Params:
     """Moments in the dtype in which the state keeps them."""
     return tree_map(lambda m, kept: m.to(kept.dtype), moments, like)
 
 
-def _real_zeros(params: Params, value: Scalar = 0.0) -> Params:
+def real_zeros(params: Params, value: Scalar = 0.0) -> Params:
     """Accumulators of squared magnitudes, which are real."""
-    return tree_map(lambda w: torch.zeros_like(w.real, dtype=wide(w.real.dtype)) + value, params)
+    # In its dtype also where the leaf has no dimensions, and so no say beside a tensor of a wider one.
+    return tree_map(lambda w: (torch.zeros_like(w.real, dtype=(kept := wide(w.real.dtype))) + value).to(kept), params)
 
 
 def bias_correction(decay: Scalar, steps: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
         m = compute_wide(lambda m, u, b: u + b * m, state.trace, updates, hyper=(decay,))
         # Cloned, because leaves of updates and state never share memory.
         direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
-        return direction, TraceState(_stored(m, state.trace))
+        return direction, TraceState(stored(m, state.trace))
 
     return Transform(init, update, state=TraceState)
 
@@ -206,10 +208,10 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
 
     def update(updates: Updates, state: EmaState, params: Params) -> tuple[Updates, EmaState]:
         steps = state.steps + 1
-        m = _mean(state.ema, updates, decay)
+        m = average(state.ema, updates, decay)
         missing = bias_correction(decay, steps) if debias else 1.0
         averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
-        return averages, EmaState(steps, _stored(m, state.ema))
+        return averages, EmaState(steps, stored(m, state.ema))
 
     return Transform(init, update, state=EmaState)
 
@@ -289,26 +291,31 @@ def scale_by_adam(
     flags(nesterov=nesterov)
 
     def init(params: Params) -> AdamState:
-        return AdamState(counter(params), zeros(params, mu_dtype), _real_zeros(params))
+        return AdamState(counter(params), zeros(params, mu_dtype), real_zeros(params))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
-        new = AdamState(steps, _stored(mu, state.mu), nu)
-        if nesterov:
-            ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
-            mu = compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
-        else:
-            mu = compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
-        return compute(lambda u, m, h: m / h, updates, mu, metric(new)), new
+        mu, nu = average(state.mu, updates, b1), stored(average_square(state.nu, updates, b2), state.nu)
+        new = AdamState(steps, stored(mu, state.mu), nu)
+        mean = corrected_mean(mu, updates, b1, steps, nesterov)
+        return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
 
     def metric(state: AdamState) -> Params:
-        return _adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
+        return adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
 
     return Transform(init, update, metric, state=AdamState)
 
 
-def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+def corrected_mean(mu: Params, updates: Updates, b1: Scalar, steps: Tensor, nesterov: bool) -> Params:
+    """A moving average without the weight of the zero that it began with, one step ahead if `nesterov`."""
+    if not nesterov:
+        return compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
+    ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
+    return compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
+
+
+def adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+    """What Adam divides by, the root of a mean square that lacks a share at its beginning."""
     if isinstance(eps_root, (int, float)) and eps_root == 0:  # By default: nothing to add, in no pass.
         return compute(lambda v, c, e: safe_sqrt(v / c) + e, nu, hyper=(missing, eps))
     return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
@@ -365,19 +372,19 @@ def scale_by_amsgrad(
     flags(bias_correction_mu=bias_correction_mu, bias_correction_nu=bias_correction_nu)
 
     def init(params: Params) -> AmsgradState:
-        return AmsgradState(counter(params), zeros(params, mu_dtype), _real_zeros(params), _real_zeros(params))
+        return AmsgradState(counter(params), zeros(params, mu_dtype), real_zeros(params), real_zeros(params))
 
     def update(updates: Updates, state: AmsgradState, params: Params) -> tuple[Updates, AmsgradState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
+        mu, nu = average(state.mu, updates, b1), stored(average_square(state.nu, updates, b2), state.nu)
         missing = bias_correction(b2, steps) if bias_correction_nu else 1.0
         nu_max = compute(lambda top, v, c: torch.maximum(top, v / c), state.nu_max, nu, hyper=(missing,))
-        new = AmsgradState(steps, _stored(mu, state.mu), nu, nu_max)
+        new = AmsgradState(steps, stored(mu, state.mu), nu, nu_max)
         missing = bias_correction(b1, steps) if bias_correction_mu else 1.0
         return compute(lambda u, m, h, c: m / c / h, updates, mu, metric(new), hyper=(missing,)), new
 
     def metric(state: AmsgradState) -> Params:
-        return _adam_metric(state.nu_max, 1.0, eps, eps_root)
+        return adam_metric(state.nu_max, 1.0, eps, eps_root)
 
     return Transform(init, update, metric, state=AmsgradState)
 
@@ -432,10 +439,10 @@ def scale_by_rms(
     corrected = bias_correction
 
     def init(params: Params) -> RmsState:
-        return RmsState(counter(params), _real_zeros(params, initial_scale))
+        return RmsState(counter(params), real_zeros(params, initial_scale))
 
     def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
-        new = RmsState(state.steps + 1, _stored(_mean_square(state.nu, updates, decay), state.nu))
+        new = RmsState(state.steps + 1, stored(average_square(state.nu, updates, decay), state.nu))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: RmsState) -> Params:
@@ -497,11 +504,11 @@ def scale_by_stddev(
     corrected = bias_correction
 
     def init(params: Params) -> StddevState:
-        return StddevState(counter(params), zeros(params), _real_zeros(params, initial_scale))
+        return StddevState(counter(params), zeros(params), real_zeros(params, initial_scale))
 
     def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
-        mu, nu = _mean(state.mu, updates, decay), _mean_square(state.nu, updates, decay)
-        new = StddevState(state.steps + 1, _stored(mu, state.mu), _stored(nu, state.nu))
+        mu, nu = average(state.mu, updates, decay), average_square(state.nu, updates, decay)
+        new = StddevState(state.steps + 1, stored(mu, state.mu), stored(nu, state.nu))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: StddevState) -> Params:
@@ -545,7 +552,7 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
     initial_accumulator_value, eps = scalars(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def init(params: Params) -> RssState:
-        return RssState(_real_zeros(params, initial_accumulator_value))
+        return RssState(real_zeros(params, initial_accumulator_value))
 
     def update(updates: Updates, state: RssState, params: Params) -> tuple[Updates, RssState]:
         new = RssState(compute(lambda v, u: v + squared(u), state.sum_of_squares, updates))
@@ -634,7 +641,7 @@ def scale_by_lion(
         direction = compute(
             lambda u, m, b, slope: _LION[mode](b * m + (1 - b) * u, slope), updates, state.mu, hyper=(b1, smooth_beta)
         )
-        return direction, LionState(_stored(_mean(state.mu, updates, b2), state.mu))
+        return direction, LionState(stored(average(state.mu, updates, b2), state.mu))
 
     return Transform(init, update, state=LionState)
 

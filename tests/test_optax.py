@@ -29,6 +29,7 @@ MORE = {
     ("chain", "transforms"): "optax's args",
     ("named_chain", "transforms"): "optax's args",
     ("global_norm", "tree"): "optax's updates",
+    ("scale_by_sm3", "keep_metric"): "keeps what a proximal step needs",
     ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
 }
 # Defaults of optax that funcreg has not.
@@ -49,6 +50,7 @@ OTHER = {
     "init_empty_state": "what a transform is made of",
     "LookaheadParams": "a pair of parameters, with which the rows of lookahead begin",
     "add_noise": "the noise is another; its law is that of test_noise",
+    "noisy_sgd": "the noise is another; its law is that of test_preconditioners",
 }
 
 

@@ -44,7 +44,7 @@ def test_its_docstring_names_its_arguments(name):
     text = inspect.getdoc(PUBLIC[name]) or ""
     # A comment beside each field of a named tuple says what it is.
     fields = isinstance(PUBLIC[name], type) and issubclass(PUBLIC[name], tuple)
-    if name == "nadamw" or fields or len(parameters) == 0:
+    if name in ("nadam", "nadamw") or fields or len(parameters) == 0:
         return
     named = re.findall(r"^    (\w+): ", text.partition("Args:")[2], flags=re.MULTILINE)
     assert set(parameters) <= set(named)
@@ -82,14 +82,14 @@ LAYERS = [
     ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
-    ["constraints", "separable"],
+    ["constraints", "separable", "preconditioners", "directions"],
     ["groups"],
     ["structured"],
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise"],
     ["wrappers"],
     ["hyperparams", "averaging", "monitoring"],
-    ["stochastic", "minimize", "optimizer", "trained", "report"],
+    ["stochastic", "minimize", "optimizer", "trained", "report", "adaptive_optimizers", "plain_optimizers"],
     ["regularize", "path", "runs", "plot"],
     ["sweep"],
 ]

@@ -583,13 +583,12 @@ def test_a_transform_of_a_users_own_prints_its_functions():
 
 #: The types of the states of all transforms, each with an example of its own.
 STATES = """
-    fr.AdamState fr.AddNoiseState fr.AmsgradState fr.ApplyEveryState fr.ApplyIfFiniteState fr.ConditionallyMaskState
-    fr.ConditionallyTransformState fr.DualAveragingState fr.EmaState
-    fr.EmptyState fr.FistaState
-    fr.FtrlState fr.InjectHyperparamsState fr.LionState fr.LookaheadState fr.MaskedState fr.MonitorState
-    fr.MultiStepsState fr.PartitionState fr.ProximalState fr.RmsState fr.RssState fr.SAMState fr.ScheduleFreeState
-    fr.ScheduleState fr.SnapshotState
-    fr.StddevState fr.TraceState fr.ZeroNansState
+    fr.AdadeltaState fr.AdamState fr.AdanState fr.AddNoiseState fr.AmsgradState fr.ApplyEveryState
+    fr.ApplyIfFiniteState fr.BeliefState fr.ConditionallyMaskState fr.ConditionallyTransformState
+    fr.DualAveragingState fr.EmaState fr.EmptyState fr.FistaState fr.FtrlState fr.InjectHyperparamsState fr.LionState
+    fr.LookaheadState fr.MaskedState fr.MonitorState fr.MultiStepsState fr.NovogradState fr.OptimisticGradientState
+    fr.PartitionState fr.ProximalState fr.RmsState fr.RpropState fr.RssState fr.SAMState fr.ScheduleFreeState
+    fr.ScheduleState fr.SM3State fr.SnapshotState fr.StddevState fr.TraceState fr.ZeroNansState
 """
 
 

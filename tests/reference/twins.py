@@ -307,6 +307,104 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
             lib.join_schedules([lib.linear_schedule(0.0, 0.2, 4), lib.exponential_decay(0.2, 3, 0.5)], [4])
         ),
     ),
+    # Other preconditioners
+    "scale_by_adamax": lambda lib: _descend(lib, lib.scale_by_adamax()),
+    "scale_by_adamax keywords": lambda lib: _descend(lib, lib.scale_by_adamax(b1=0.8, b2=0.7, eps=1e-2)),
+    "scale_by_belief": lambda lib: _descend(lib, lib.scale_by_belief()),
+    "scale_by_belief keywords": lambda lib: _descend(lib, lib.scale_by_belief(b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-2)),
+    "scale_by_belief nesterov": lambda lib: _descend(lib, lib.scale_by_belief(0.8, 0.95, 1e-2, 1e-3, nesterov=True)),
+    "scale_by_yogi": lambda lib: _descend(lib, lib.scale_by_yogi()),
+    "scale_by_yogi keywords": lambda lib: _descend(
+        lib, lib.scale_by_yogi(b1=0.8, b2=0.9, eps=1e-2, eps_root=1e-2, initial_accumulator_value=0.3)
+    ),
+    "scale_by_radam": lambda lib: _descend(lib, lib.scale_by_radam()),
+    "scale_by_radam keywords": lambda lib: _descend(
+        lib, lib.scale_by_radam(b1=0.8, b2=0.95, eps=1e-2, eps_root=1e-2, threshold=4.0)
+    ),
+    "scale_by_radam nesterov": lambda lib: _descend(lib, lib.scale_by_radam(0.8, 0.99, threshold=8.0, nesterov=True)),
+    "scale_by_radam that never divides": lambda lib: _descend(lib, lib.scale_by_radam(b2=0.5)),
+    "scale_by_adan": lambda lib: _descend(lib, lib.scale_by_adan()),
+    "scale_by_adan keywords": lambda lib: _descend(
+        lib, lib.scale_by_adan(b1=0.8, b2=0.6, b3=0.9, eps=1e-2, eps_root=1e-3)
+    ),
+    "scale_by_adadelta": lambda lib: lib.chain(lib.scale_by_adadelta(), lib.scale(-1.0)),
+    "scale_by_adadelta keywords": lambda lib: lib.chain(lib.scale_by_adadelta(rho=0.7, eps=1e-2), lib.scale(-1.0)),
+    "scale_by_novograd": lambda lib: _descend(lib, lib.scale_by_novograd()),
+    "scale_by_novograd keywords": lambda lib: _descend(
+        lib, lib.scale_by_novograd(b1=0.8, b2=0.5, eps=1e-2, eps_root=1e-2, weight_decay=0.1)
+    ),
+    # A factor that rounds nothing: the updates of optax are in float32 here, and so are steps along them.
+    "scale_by_novograd float32": lambda lib: lib.chain(lib.scale_by_novograd(mu_dtype=lib.float32), lib.scale(-0.125)),
+    "scale_by_sm3": lambda lib: _descend(lib, lib.scale_by_sm3()),
+    "scale_by_sm3 keywords": lambda lib: _descend(lib, lib.scale_by_sm3(b1=0.7, b2=0.9, eps=1e-2)),
+    "scale_by_param_block_norm": lambda lib: _descend(lib, lib.scale_by_param_block_norm()),
+    "scale_by_param_block_norm keywords": lambda lib: _descend(lib, lib.scale_by_param_block_norm(min_scale=1.5)),
+    "scale_by_param_block_rms": lambda lib: _descend(lib, lib.scale_by_param_block_rms()),
+    "scale_by_param_block_rms keywords": lambda lib: _descend(lib, lib.scale_by_param_block_rms(min_scale=0.6)),
+    "scale_by_optimistic_gradient": lambda lib: _descend(lib, lib.scale_by_optimistic_gradient()),
+    "scale_by_optimistic_gradient keywords": lambda lib: _descend(
+        lib, lib.scale_by_optimistic_gradient(alpha=0.7, beta=0.4)
+    ),
+    "scale_by_rprop": lambda lib: lib.chain(lib.scale_by_rprop(0.1), lib.scale(-1.0)),
+    "scale_by_rprop keywords": lambda lib: lib.chain(
+        lib.scale_by_rprop(learning_rate=0.2, eta_minus=0.3, eta_plus=1.7, min_step_size=0.05, max_step_size=0.4),
+        lib.scale(-1.0),
+    ),
+    # Their optimizers
+    "nadam": lambda lib: lib.nadam(0.1),
+    "nadam keywords": lambda lib: lib.nadam(0.1, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3),
+    "adamax": lambda lib: lib.adamax(0.1),
+    "adamax keywords": lambda lib: lib.adamax(lib.linear_schedule(0.2, 0.05, 9), b1=0.8, b2=0.7, eps=1e-2),
+    "adamaxw": lambda lib: lib.adamaxw(0.1),
+    "adamaxw keywords": lambda lib: lib.adamaxw(0.1, b1=0.8, b2=0.7, eps=1e-2, weight_decay=0.3, mask=MATRICES),
+    "adabelief": lambda lib: lib.adabelief(0.1),
+    "adabelief keywords": lambda lib: lib.adabelief(0.1, b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-2, nesterov=True),
+    "yogi": lambda lib: lib.yogi(0.1),
+    "yogi keywords": lambda lib: lib.yogi(0.1, b1=0.8, b2=0.9, eps=1e-2),
+    "radam": lambda lib: lib.radam(0.1),
+    "radam keywords": lambda lib: lib.radam(
+        0.1, b1=0.8, b2=0.95, eps=1e-2, eps_root=1e-2, threshold=4.0, nesterov=True
+    ),
+    "novograd": lambda lib: lib.novograd(0.1),
+    "novograd keywords": lambda lib: lib.novograd(0.1, b1=0.8, b2=0.5, eps=1e-2, eps_root=1e-2, weight_decay=0.1),
+    "adan": lambda lib: lib.adan(0.1),
+    "adan keywords": lambda lib: lib.adan(
+        0.1, b1=0.8, b2=0.6, b3=0.9, eps=1e-2, eps_root=1e-3, weight_decay=0.2, mask=MATRICES
+    ),
+    "adadelta": lambda lib: lib.adadelta(1.0),
+    "adadelta keywords": lambda lib: lib.adadelta(
+        lib.linear_schedule(1.0, 0.2, 9), rho=0.7, eps=1e-2, weight_decay=0.2, weight_decay_mask=MATRICES
+    ),
+    "sm3": lambda lib: lib.sm3(0.3),
+    "sm3 keywords": lambda lib: lib.sm3(0.3, momentum=0.5),
+    "optimistic_adam": lambda lib: lib.optimistic_adam(0.1),
+    "optimistic_adam keywords": lambda lib: lib.optimistic_adam(
+        0.1, 0.05, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, mu_dtype=lib.float32, nesterov=False
+    ),
+    "optimistic_adam_v2": lambda lib: lib.optimistic_adam_v2(0.1),
+    "optimistic_adam_v2 keywords": lambda lib: lib.optimistic_adam_v2(
+        lib.linear_schedule(0.1, 0.02, 9), alpha=0.7, beta=0.4, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, nesterov=False
+    ),
+    "sign_sgd": lambda lib: lib.sign_sgd(0.1),
+    "signum": lambda lib: lib.signum(0.1),
+    "signum keywords": lambda lib: lib.signum(lib.linear_schedule(0.1, 0.02, 9), 0.6, lib.float32),
+    "rprop": lambda lib: lib.rprop(0.1),
+    "rprop keywords": lambda lib: lib.rprop(0.2, eta_minus=0.3, eta_plus=1.7, min_step_size=0.05, max_step_size=0.4),
+    "lars": lambda lib: lib.lars(0.1),
+    "lars keywords": lambda lib: lib.lars(
+        0.1,
+        weight_decay=0.2,
+        weight_decay_mask=MATRICES,
+        trust_coefficient=0.1,
+        eps=0.05,
+        trust_ratio_mask=lambda params: MATRICES,
+        momentum=0.7,
+        nesterov=True,
+    ),
+    "fromage": lambda lib: lib.fromage(0.1),
+    "fromage schedule": lambda lib: lib.fromage(lib.linear_schedule(0.3, 0.05, 9), min_norm=0.4),
+    "optimistic_gradient_descent": lambda lib: lib.optimistic_gradient_descent(0.1),
+    "optimistic_gradient_descent keywords": lambda lib: lib.optimistic_gradient_descent(0.1, alpha=0.7, beta=0.4),
 }
 
 #: What parameters a row begins with, by the first word of its name.

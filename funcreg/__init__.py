@@ -277,5 +277,34 @@ from funcreg.tree import (
     tree_map as tree_map,
     tree_paths as tree_paths,
 )
+from funcreg.trees import (
+    incremental_update as incremental_update,
+    periodic_update as periodic_update,
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_map_params as tree_map_params,
+    tree_set as tree_set,
+)
+from funcreg.arithmetic import (
+    tree_add as tree_add,
+    tree_add_scale as tree_add_scale,
+    tree_cast as tree_cast,
+    tree_cast_like as tree_cast_like,
+    tree_clip as tree_clip,
+    tree_div as tree_div,
+    tree_full_like as tree_full_like,
+    tree_max as tree_max,
+    tree_min as tree_min,
+    tree_mul as tree_mul,
+    tree_norm as tree_norm,
+    tree_ones_like as tree_ones_like,
+    tree_scale as tree_scale,
+    tree_size as tree_size,
+    tree_sub as tree_sub,
+    tree_sum as tree_sum,
+    tree_vdot as tree_vdot,
+    tree_where as tree_where,
+    tree_zeros_like as tree_zeros_like,
+)
 
 __version__ = "0.1.0"

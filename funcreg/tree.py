@@ -70,6 +70,11 @@ def _open(node: Any) -> _Opened | None:
     return None if torch.compiler.is_dynamo_compiling() else _open_registered(node)
 
 
+def level(node: Any) -> _Opened | None:
+    """Keys and children of a node, and what builds such a node from new children; None for a leaf."""
+    return _open(node)
+
+
 def _open_registered(node: Any) -> _Opened | None:
     """One level of a node of a type that optree was told of."""
     if optree.tree_is_leaf(node):
@@ -911,6 +916,8 @@ def chosen_by(function: Any, params: Params, name: str = "mask") -> tuple[Any, P
     """
     if not callable(function):
         return function, params
+    if isinstance(params, Absent):  # There is nothing to choose from, nor a tree that a user's function knows.
+        return params, params
     if isinstance(function, Selection):
         return function.choose(params), params
     seen = _visible(params)

@@ -81,7 +81,7 @@ LAYERS = [
     ["tree", "schedules", "lowering", "grids"],
     ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
     ["transform", "penalty"],
-    ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
+    ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions", "trees", "arithmetic"],
     ["constraints", "separable"],
     ["groups"],
     ["structured"],

@@ -106,9 +106,8 @@ def tree_get(tree: Any, key: Any, default: Any = None, filtering: Filter | None 
         {'w': tensor([0.])}
         >>> tree_get(state, "AdamState.steps"), tree_get(state, "momentum", default=0.0)
         (tensor(0, dtype=torch.int32), 0.0)
-        >>> tree_get(state, "steps")
-        Traceback (most recent call last):
-        KeyError: "several values are called 'steps': 0.steps, 1.steps; expected one. Say which, as in ..."
+        >>> tree_get(state, "steps", filtering=lambda path, value: path == "1.steps")
+        tensor(0, dtype=torch.int32)
     """
     found = _found(tree, key, filtering)
     if len(found) > 1:

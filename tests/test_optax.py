@@ -40,6 +40,7 @@ OTHER = {
         "a state, not a transform",
     ),
     "init_empty_state": "what a transform is made of",
+    **dict.fromkeys(("incremental_update", "periodic_update", "tree_map_params"), "beside optax in test_trees"),
     "add_noise": "the noise is another; its law is that of test_noise",
 }
 

@@ -340,7 +340,7 @@ SECTIONS = {
     "Getting zeros out": ["deployment"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
-    "Trees and masks": ["tree", "trees", "arithmetic"],
+    "Trees and masks": ["tree", "selection", "trees", "arithmetic"],
 }
 
 

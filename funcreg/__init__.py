@@ -197,6 +197,7 @@ from funcreg.scaling import (
 from funcreg.report import (
     Report as Report,
     compare as compare,
+    explain as explain,
     penalties as penalties,
     report as report,
 )
@@ -272,10 +273,16 @@ from funcreg.tree import (
     apply_updates as apply_updates,
     global_norm as global_norm,
     matrices as matrices,
-    select as select,
     tree_leaves as tree_leaves,
     tree_map as tree_map,
     tree_paths as tree_paths,
+)
+from funcreg.per_leaf import (
+    per_leaf as per_leaf,
+)
+from funcreg.selection import (
+    no_bias_norm_embed as no_bias_norm_embed,
+    select as select,
 )
 from funcreg.trees import (
     incremental_update as incremental_update,

@@ -1178,3 +1178,31 @@ TRANSFORMS.update(
         ),
     }
 )
+
+
+# A penalty for each kind of leaf
+
+
+PENALTIES.update(
+    {
+        "per_leaf": PenaltyCase(
+            fr.per_leaf({"*": 0.3 * fr.half_l2 + 0.8 * fr.l1}),
+            lambda w: 0.15 * (w * w.conj()).real.sum() + 0.8 * w.abs().sum(),
+        ),
+    }
+)
+
+TRANSFORMS.update(
+    {
+        "prox_adam of a penalty for each kind of leaf": TransformCase(
+            lambda h=1.0: fr.prox_adam(0.1, fr.per_leaf({"*": h * fr.l1}), eps=0.1, mask=fr.matrices),
+            lambda s, h: (
+                _soft(
+                    s.w - 0.1 * _adam(s, eps=0.1),
+                    0.1 * h / (_hat(s.gs, 0.999, 2).sqrt() + 0.1) if s.w.ndim > 1 else 0.0,
+                )
+                - s.w
+            ),
+        ),
+    }
+)

@@ -329,6 +329,7 @@ SECTIONS = {
     "Combine": ["transform", "combine"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
     "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Low precision": ["precision"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],

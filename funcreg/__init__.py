@@ -280,6 +280,12 @@ from funcreg.tree import (
 from funcreg.per_leaf import (
     per_leaf as per_leaf,
 )
+from funcreg.precision import (
+    MasterWeightsState as MasterWeightsState,
+    StochasticRoundingState as StochasticRoundingState,
+    with_master_weights as with_master_weights,
+    with_stochastic_rounding as with_stochastic_rounding,
+)
 from funcreg.selection import (
     no_bias_norm_embed as no_bias_norm_embed,
     select as select,

@@ -208,6 +208,11 @@ class TransformCase:
     # a test of its own has the equation.
     equation: Callable[[Seen, float], Tensor] | None
     differentiable: bool = True  # Its updates have a useful derivative in the gradients.
+    wide: str = ""  # Why its updates of sixteen-bit leaves are float32.
+
+    def updates_like(self, params: Any) -> Any:
+        """A tree that its updates have the dtypes of."""
+        return fr.tree_map(lambda w: w.float() if w.dtype == torch.bfloat16 and self.wide else w, params)
 
 
 def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
@@ -1203,6 +1208,31 @@ TRANSFORMS.update(
                 )
                 - s.w
             ),
+        ),
+    }
+)
+
+
+# Sixteen bits
+
+
+_ONE_ROUNDING = "what is rounded before it is added is rounded twice"
+
+TRANSFORMS.update(
+    {
+        "scale_by_adam with moments in float64": TransformCase(
+            lambda h=1.0: fr.scale_by_adam(eps=0.1 * h, mu_dtype=torch.float64, nu_dtype=torch.float64),
+            lambda s, h: _adam(s, eps=0.1 * h),
+        ),
+        "with_master_weights": TransformCase(
+            lambda h=1.0: fr.with_master_weights(fr.prox_sgd(0.1, fr.l1, strength=h, momentum=0.5)),
+            lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
+            wide=_ONE_ROUNDING,
+        ),
+        "with_stochastic_rounding": TransformCase(
+            lambda h=1.0: fr.with_stochastic_rounding(fr.sgd(0.1 * h, 0.5), torch.tensor(5, device=DEVICE)),
+            lambda s, h: -0.1 * h * _trace(s.gs, 0.5),
+            wide=_ONE_ROUNDING,
         ),
     }
 )

@@ -28,6 +28,14 @@ MORE = {
     ("chain", "transforms"): "optax's args",
     ("named_chain", "transforms"): "optax's args",
     ("global_norm", "tree"): "optax's updates",
+    **{
+        (name, "nu_dtype"): "a second moment of sixteen bits, rounded so that it keeps moving"
+        for name in (
+            *("scale_by_adam", "scale_by_amsgrad", "scale_by_rms", "scale_by_stddev"),
+            *("adam", "adamw", "amsgrad", "rmsprop", "lamb", "nadamw"),
+        )
+    },
+    ("lamb", "mu_dtype"): "beside nu_dtype",
     ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
 }
 # Names of both that no row uses.

@@ -113,7 +113,7 @@ class PerLeaf(Sum):
         for i, ((pattern, _), named) in enumerate(zip(self._parts, self._rules, strict=True)):
             matches = mask_leaves(pattern, params) if named is None else named_by(*named, names, plain)
             free = [match and owner is None for match, owner in zip(matches, owners, strict=True)]
-            if not any(free) and not partial:
+            if names and not any(free) and not partial:
                 raise ValueError(_no_leaf(pattern, names, matches))
             owners = [i if mine else owner for mine, owner in zip(free, owners, strict=True)]
         return owners

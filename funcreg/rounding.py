@@ -77,7 +77,9 @@ def words(key: Tensor, steps: Tensor, params: Params) -> list[Tensor]:
 
 
 def _words(key: Tensor, w: Tensor) -> Tensor:
-    places = torch.arange(1, w.numel() + 1, device=w.device).reshape(w.shape)
+    # Inductor computes products of an index as addresses, and wrongly where they exceed 64 bits (torch 2.13, the last
+    # entries of a loop on a CPU). After this operation, which changes no number, an index is a number to it.
+    places = (torch.arange(1, w.numel() + 1, device=w.device) & (2**62 - 1)).reshape(w.shape)
     return mixed(key.to(w.device) + _GOLDEN * places)
 
 

@@ -93,10 +93,9 @@ def _check_patterns(patterns: tuple[Any, ...], module: Any, min_ndim: Any) -> No
 def _check_shape(shape: Any) -> None:
     if shape is None or (callable(shape) and not isinstance(shape, type)):
         return
-    sizes = isinstance(shape, tuple) and all(
-        [n is None or n is ... or (isinstance(n, int) and not isinstance(n, bool) and n >= 0) for n in shape]
-    )
-    if not sizes or sum([n is ... for n in shape]) > 1:
+    parts: tuple[Any, ...] = shape if isinstance(shape, tuple) else ("none",)
+    sizes = [n is None or n is ... or (isinstance(n, int) and not isinstance(n, bool) and n >= 0) for n in parts]
+    if not all(sizes) or sum([n is ... for n in parts]) > 1:
         raise TypeError(
             f"shape is {shape!r}; expected a tuple of sizes, with None for any size and at most one ... for any number "
             "of sizes, such as (None, 3) or (..., 3), or a function from a shape to a bool"

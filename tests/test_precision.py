@@ -227,6 +227,16 @@ def test_bits_are_those_of_key_step_and_place():
     assert not torch.equal(first, words(torch.tensor(2), torch.tensor(1), params)[0])
 
 
+@pytest.mark.slow
+def test_bits_are_the_same_in_compiled_code():
+    """Also the last of a size that vectors do not divide, where a compiler once had others."""
+    params = {"a": torch.zeros(24, dtype=BF16), "b": torch.zeros(3, 7)}
+    make = lambda key, steps: words(key, steps, params)
+    key, steps = torch.tensor(5), torch.tensor(3, dtype=torch.int32)
+    for found, expected in zip(torch.compile(make)(key, steps), make(key, steps), strict=True):
+        assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
 def test_small_decays_act_on_average(make):
     start = torch.ones(4000, dtype=BF16)

@@ -335,10 +335,10 @@ def explain(what: Any, params: Params | nn.Module | None = None) -> Any:
     Example:
         >>> params = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
         >>> explain(select("fc.*") & ~select("*.bias"), params)
-                   shape  entries  chosen                                       why
+                   shape  entries  chosen                                      why
         fc.weight  2 x 3        6     yes  matches 'fc.*', does not match '*.bias'
         fc.bias        2        2      no                         matches '*.bias'
-        total                   8       6      1 of 2 leaves, 75 % of the entries
+        total                   8       6       1 of 2 leaves, 75 % of the entries
     """
     own = getattr(what, "explain", None)
     if callable(own) and not isinstance(what, type):

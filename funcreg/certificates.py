@@ -107,8 +107,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     check_penalty(penalty, hyper, options)
     check_params(grads, "grads")
     chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
-    acting = [part.places(chosen) for part in Term(penalty, (), hyper, tuple(options.items())).parts()]
-    chosen = keep(chosen, [any(row) for row in zip(*acting, strict=True)])
+    values, own = penalty.bind(*hyper, **options)
+    chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))
     downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
 
     def vanish(strength: Tensor) -> Tensor:

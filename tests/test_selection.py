@@ -329,6 +329,15 @@ def test_the_solution_has_no_residual_and_the_greatest_strength_zeroes_what_carr
     assert fr.lambda_max(target, masked) == fr.lambda_max(target, fr.l1, mask=fr.matrices)
 
 
+def test_a_path_fits_what_carries_no_penalty_first():
+    x, target = draw()["body"]["filters"].reshape(8, 3), torch.arange(8, dtype=torch.float64)
+    loss = lambda p: (x @ p["w"] + p["b"] - target).square().mean() / 2
+    start = {"w": torch.zeros(3, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+    found = fr.regularization_path(loss, start, fr.per_leaf({"w": fr.l1}), count=3)
+    masked = fr.regularization_path(loss, start, fr.l1, count=3, mask=fr.select("w"))
+    assert_equal(found._replace(sparsity=masked.sparsity), masked, rtol=1e-6, atol=1e-8)
+
+
 def test_an_optimizer_of_torch_takes_it():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -151,8 +151,9 @@ class Transform(Remembering):
     def accepts(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
         if self._forwards_to is not None:
-            own = name in inspect.signature(self._update).parameters
-            return own or any([tx.accepts(name) for tx in self._forwards_to])
+            own = inspect.signature(self._update).parameters.get(name)
+            named = own is not None and own.kind is not inspect.Parameter.VAR_KEYWORD
+            return named or any([tx.accepts(name) for tx in self._forwards_to])
         return name in _accepted(self._update, {name: None})
 
     @without_autocast

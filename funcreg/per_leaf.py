@@ -106,8 +106,8 @@ class PerLeaf(Sum):
 
     def owners(self, params: Params) -> list[int | None]:
         """For each leaf the number of its part, or None; or an error for a part without leaves."""
-        names = tree_paths(params)
-        plain = plain_names(tuple(names))
+        names = tuple(tree_paths(params))
+        plain = plain_names(names)
         owners: list[int | None] = [None] * len(names)
         partial = hidden(params)  # A mask left leaves out, and so a part may rightly have none.
         for i, ((pattern, _), named) in enumerate(zip(self._parts, self._rules, strict=True)):
@@ -204,7 +204,7 @@ def _marked(wholes: list[Any], trees: tuple[Hyper, ...]) -> list[tuple[Any, bool
     return [(wholes[0], True), *[(tree, not _is_one(given)) for tree, given in zip(wholes[1:], trees, strict=True)]]
 
 
-def _no_leaf(pattern: Pattern, names: list[str], matches: list[bool]) -> str:
+def _no_leaf(pattern: Pattern, names: Sequence[str], matches: Sequence[bool]) -> str:
     """Why a part of `per_leaf` has no leaf."""
     said = f"per_leaf has {written(pattern)}, which"
     taken = [name for name, match in zip(names, matches, strict=True) if match]

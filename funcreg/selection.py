@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -173,10 +173,10 @@ def select(
     def in_layers(name: str, plain: str) -> bool:
         return found is not None and (name in found.chosen or (name not in found.known and plain in plain_typed))
 
-    def matched(params: Params) -> tuple[list[bool], list[list[bool]]]:
+    def matched(params: Params) -> tuple[list[bool], list[tuple[bool, ...]]]:
         """For each leaf whether it is of the layers; for each pattern of names which leaves it matches."""
-        names = tree_paths(params)
-        plain = plain_names(tuple(names))
+        names = tuple(tree_paths(params))
+        plain = plain_names(names)
         named = [named_by(text, kind, names, plain) for text, kind in rules]
         return [in_layers(a, b) for a, b in zip(names, plain, strict=True)], named
 
@@ -245,9 +245,9 @@ def rule(pattern: str | re.Pattern[str]) -> tuple[str, int]:
     return (pattern, -1) if isinstance(pattern, str) else (pattern.pattern, pattern.flags)
 
 
-def named_by(text: str, flags: int, names: Sequence[str], plain: Sequence[str]) -> list[bool]:
+def named_by(text: str, flags: int, names: tuple[str, ...], plain: tuple[str, ...]) -> tuple[bool, ...]:
     """Which names, as they are or without wrappers, match a rule."""
-    return [_matches(a, text, flags) or _matches(b, text, flags) for a, b in zip(names, plain, strict=True)]
+    return tuple([_matches(a, text, flags) or _matches(b, text, flags) for a, b in zip(names, plain, strict=True)])
 
 
 def _matches(name: str, text: str, flags: int) -> bool:
@@ -275,7 +275,7 @@ def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (_matches, plain_names):
+for _constant in (named_by, plain_names):
     vars(_constant)["_dynamo_marked_constant"] = True
 
 

@@ -287,7 +287,7 @@ USES = {
     "add_penalty": lambda h=1.0: fr.add_penalty(layers(h)),
     "proximal": lambda h=1.0: fr.chain(fr.sgd(0.1), fr.proximal(layers(h), 0.1)),
     "prox_sgd": make_sgd,
-    "prox_adam": lambda h=1.0: fr.prox_adam(0.1, layers(h), eps=0.1, inner_steps=1),
+    "prox_adam": lambda h=1.0: fr.prox_adam(0.1, layers(h), eps=0.1),
     "fista": lambda h=1.0: fr.fista(0.1, layers(h)),
 }
 

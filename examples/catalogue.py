@@ -330,6 +330,7 @@ SECTIONS = {
     "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
     "Optimizers": ["optimizers", "adaptive_optimizers", "plain_optimizers", "proximal", "stochastic"],
+    "Low precision": ["precision"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
@@ -341,7 +342,7 @@ SECTIONS = {
     "Getting zeros out": ["deployment"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
-    "Trees and masks": ["tree"],
+    "Trees and masks": ["tree", "selection", "trees", "arithmetic"],
 }
 
 

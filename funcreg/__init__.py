@@ -197,6 +197,7 @@ from funcreg.scaling import (
 from funcreg.report import (
     Report as Report,
     compare as compare,
+    explain as explain,
     penalties as penalties,
     report as report,
 )
@@ -272,7 +273,6 @@ from funcreg.tree import (
     apply_updates as apply_updates,
     global_norm as global_norm,
     matrices as matrices,
-    select as select,
     tree_leaves as tree_leaves,
     tree_map as tree_map,
     tree_paths as tree_paths,
@@ -362,6 +362,48 @@ from funcreg.plain_optimizers import (
     rprop as rprop,
     sign_sgd as sign_sgd,
     signum as signum,
+)
+from funcreg.per_leaf import (
+    per_leaf as per_leaf,
+)
+from funcreg.precision import (
+    MasterWeightsState as MasterWeightsState,
+    StochasticRoundingState as StochasticRoundingState,
+    with_master_weights as with_master_weights,
+    with_stochastic_rounding as with_stochastic_rounding,
+)
+from funcreg.selection import (
+    no_bias_norm_embed as no_bias_norm_embed,
+    select as select,
+)
+from funcreg.trees import (
+    incremental_update as incremental_update,
+    periodic_update as periodic_update,
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_map_params as tree_map_params,
+    tree_set as tree_set,
+)
+from funcreg.arithmetic import (
+    tree_add as tree_add,
+    tree_add_scale as tree_add_scale,
+    tree_cast as tree_cast,
+    tree_cast_like as tree_cast_like,
+    tree_clip as tree_clip,
+    tree_div as tree_div,
+    tree_full_like as tree_full_like,
+    tree_max as tree_max,
+    tree_min as tree_min,
+    tree_mul as tree_mul,
+    tree_norm as tree_norm,
+    tree_ones_like as tree_ones_like,
+    tree_scale as tree_scale,
+    tree_size as tree_size,
+    tree_sub as tree_sub,
+    tree_sum as tree_sum,
+    tree_vdot as tree_vdot,
+    tree_where as tree_where,
+    tree_zeros_like as tree_zeros_like,
 )
 
 __version__ = "0.1.0"

@@ -69,8 +69,8 @@ class Transform(Remembering):
             gradients and make no step, and `"shrinks"` if it moves parameters where updates are zero.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
-        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none
-            itself; so a name that none of them takes is refused.
+        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra`; so a name that
+            neither it nor one of them takes is refused.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -152,7 +152,9 @@ class Transform(Remembering):
     def accepts(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
         if self._forwards_to is not None:
-            return any([tx.accepts(name) for tx in self._forwards_to])
+            own = inspect.signature(self._update).parameters.get(name)
+            named = own is not None and own.kind is not inspect.Parameter.VAR_KEYWORD
+            return named or any([tx.accepts(name) for tx in self._forwards_to])
         return name in _accepted(self._update, {name: None})
 
     @without_autocast

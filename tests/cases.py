@@ -210,6 +210,11 @@ class TransformCase:
     differentiable: bool = True  # Its updates have a useful derivative in the gradients.
     drops: str = ""  # Why an extra argument that nobody takes is no error.
     shared: str = ""  # Why a tensor of its state, besides counters, belongs to several leaves.
+    wide: str = ""  # Why its updates of sixteen-bit leaves are float32.
+
+    def updates_like(self, params: Any) -> Any:
+        """A tree that its updates have the dtypes of."""
+        return fr.tree_map(lambda w: w.float() if w.dtype == torch.bfloat16 and self.wide else w, params)
 
 
 def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
@@ -1217,6 +1222,8 @@ def _schedule_free(s: Seen, move: Callable[[int, Tensor], Tensor], weights: list
 def _warmed_rms(s: Seen, h: float) -> Callable[[int, Tensor], Tensor]:
     seen = lambda i: s.gs[: i + 1]
     return lambda i, y: -0.1 * h * min(i / 2, 1) * s.gs[i] / (_hat(seen(i), 0.999, 2).sqrt() + 0.1)
+
+
 # Other preconditioners and optimizers
 
 
@@ -1489,6 +1496,59 @@ TRANSFORMS.update(
         "proximal_step of SM3": TransformCase(
             lambda h=1.0: fr.proximal_step(fr.scale_by_sm3(eps=0.1, keep_metric=True), 0.1, fr.l1, strength=h),
             lambda s, h: _proximal_step(s, *_sm3(s, 1.0, 0.1), h),
+        ),
+    }
+)
+
+
+# A penalty for each kind of leaf
+
+
+PENALTIES.update(
+    {
+        "per_leaf": PenaltyCase(
+            fr.per_leaf({"*": 0.3 * fr.half_l2 + 0.8 * fr.l1}),
+            lambda w: 0.15 * (w * w.conj()).real.sum() + 0.8 * w.abs().sum(),
+        ),
+    }
+)
+
+TRANSFORMS.update(
+    {
+        "prox_adam of a penalty for each kind of leaf": TransformCase(
+            lambda h=1.0: fr.prox_adam(0.1, fr.per_leaf({"*": h * fr.l1}), eps=0.1, mask=fr.matrices),
+            lambda s, h: (
+                _soft(
+                    s.w - 0.1 * _adam(s, eps=0.1),
+                    0.1 * h / (_hat(s.gs, 0.999, 2).sqrt() + 0.1) if s.w.ndim > 1 else 0.0,
+                )
+                - s.w
+            ),
+        ),
+    }
+)
+
+
+# Sixteen bits
+
+
+_ONE_ROUNDING = "what is rounded before it is added is rounded twice"
+
+TRANSFORMS.update(
+    {
+        "scale_by_adam with moments in float64": TransformCase(
+            lambda h=1.0: fr.scale_by_adam(eps=0.1 * h, mu_dtype=torch.float64, nu_dtype=torch.float64),
+            lambda s, h: _adam(s, eps=0.1 * h),
+        ),
+        "with_master_weights": TransformCase(
+            lambda h=1.0: fr.with_master_weights(fr.prox_sgd(0.1, fr.l1, strength=h, momentum=0.5)),
+            lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
+            wide=_ONE_ROUNDING,
+        ),
+        "with_stochastic_rounding": TransformCase(
+            lambda h=1.0: fr.with_stochastic_rounding(fr.sgd(0.1 * h, 0.5), torch.tensor(5, device=DEVICE)),
+            lambda s, h: -0.1 * h * _trace(s.gs, 0.5),
+            wide=_ONE_ROUNDING,
         ),
     }
 )

@@ -30,6 +30,14 @@ MORE = {
     ("named_chain", "transforms"): "optax's args",
     ("global_norm", "tree"): "optax's updates",
     ("scale_by_sm3", "keep_metric"): "keeps what a proximal step needs",
+    **{
+        (name, "nu_dtype"): "a second moment of sixteen bits, rounded so that it keeps moving"
+        for name in (
+            *("scale_by_adam", "scale_by_amsgrad", "scale_by_rms", "scale_by_stddev"),
+            *("adam", "adamw", "amsgrad", "rmsprop", "lamb", "nadam", "nadamw"),
+        )
+    },
+    ("lamb", "mu_dtype"): "beside nu_dtype",
     ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
 }
 # Defaults of optax that funcreg has not.
@@ -49,6 +57,7 @@ OTHER = {
     ),
     "init_empty_state": "what a transform is made of",
     "LookaheadParams": "a pair of parameters, with which the rows of lookahead begin",
+    **dict.fromkeys(("incremental_update", "periodic_update", "tree_map_params"), "beside optax in test_trees"),
     "add_noise": "the noise is another; its law is that of test_noise",
     "noisy_sgd": "the noise is another; its law is that of test_preconditioners",
 }

@@ -329,6 +329,7 @@ FLAGGED = {
     "Transform": lambda **o: fr.Transform(fr.init_empty_state, lambda u, s, p: (u, s), **o),
     "Along": lambda **o: fr.coupled(fr.group_lasso, {"a": fr.Along(0, **o)}),
     "constraint": fr.constraint,
+    "tree_norm": lambda **o: fr.tree_norm(torch.ones(2), **o),
     "penalty": lambda **o: fr.penalty(gradient=abs, proximal=abs, **o),
     "adam": lambda **o: fr.adam(0.1, **o),
     "adamw": lambda **o: fr.adamw(0.1, **o),

@@ -61,10 +61,8 @@ from funcreg.conventions import (
     elastic_from_torch as elastic_from_torch,
 )
 from funcreg.coupled import (
-    Along as Along,
     channel_groups as channel_groups,
     coupled as coupled,
-    remove_dead as remove_dead,
     resized as resized,
 )
 from funcreg.deployment import (
@@ -81,6 +79,9 @@ from funcreg.ensemble import (
     stack as stack,
     stacked as stacked,
     unstack as unstack,
+)
+from funcreg.families import (
+    Along as Along,
 )
 from funcreg.fused import (
     fuse as fuse,
@@ -193,6 +194,10 @@ from funcreg.scaling import (
     scale_by_stddev as scale_by_stddev,
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
+)
+from funcreg.removal import (
+    remove_dead as remove_dead,
+    with_buffers as with_buffers,
 )
 from funcreg.report import (
     Report as Report,

@@ -9,71 +9,29 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Params
 from funcreg.construction import remembered
+from funcreg.families import (
+    Along,
+    Family,
+    Groups,
+    Place,
+    families_of,
+    gather,
+    overlapping,
+    places_of,
+    scatter,
+    width_of,
+)
 from funcreg.penalty import Penalty
-from funcreg.ranges import flags
 from funcreg.sharding import like, whole
-from funcreg.tree import chosen_by, flatten, gathered, hidden, leaves_like, listed, total, tree_leaves, tree_paths
-
-
-class Along(NamedTuple):
-    """How the groups of a family lie in a leaf, where a dimension alone does not say it.
-
-    The dimension counts `packed` blocks, in each of them every group, and of each group `size` entries.
-
-    Args:
-        dim: Dimension of the leaf along which the groups run.
-        size: Number of consecutive entries that belong to one group: the pixels of a channel in a linear layer that
-            comes after `Flatten`, the features of an attention head.
-        packed: Number of blocks laid end to end, 3 where queries, keys and values share a matrix.
-        penalized: Whether these entries are in the norm of their group. False for entries that a dead group leaves
-            without use and that `remove_dead` takes with it, such as the inputs of a layer whose own outputs form
-            groups.
-
-    Example:
-        The heads of `torch.nn.MultiheadAttention`, four of eight features:
-
-        >>> attention = torch.nn.MultiheadAttention(32, 4)
-        >>> heads = {"in_proj_weight": Along(0, size=8, packed=3), "in_proj_bias": Along(0, size=8, packed=3)}
-        >>> heads["out_proj.weight"] = Along(1, size=8)
-        >>> params = {name: torch.ones_like(w) for name, w in attention.named_parameters()}
-        >>> coupled(group_lasso, heads)(params)  # Of 3 * 8 * 32 + 3 * 8 + 32 * 8 entries each.
-        tensor(129.4913)
-    """
-
-    dim: int
-    size: int = 1
-    packed: int = 1
-    penalized: bool = True
-
-    def __repr__(self) -> str:
-        others = [("size", 1), ("packed", 1), ("penalized", True)]
-        given = [f", {name}={getattr(self, name)!r}" for name, default in others if getattr(self, name) != default]
-        return f"Along({self.dim!r}{''.join(given)})"
-
-
-torch.serialization.add_safe_globals([Along])  # A family may be saved beside the parameters that it is for.
-
-
-#: From the dotted names of the leaves of a family to the dimension along which its groups run.
-Family: TypeAlias = dict[str, int | Along]
-#: Families of groups, or a function that makes them from parameters.
-Groups: TypeAlias = Family | Sequence[Family] | Callable[[Params], Family | Sequence[Family]]
-
-
-class _Place(NamedTuple):
-    """Where the groups of a family lie in one leaf."""
-
-    leaf: int  # Its number among the leaves.
-    along: Along
+from funcreg.tree import flatten, leaves_like, listed, total, tree_leaves, tree_paths
 
 
 @remembered
@@ -121,29 +79,32 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty is {penalty!r}; expected a Penalty of rows such as group_lasso")
     if not callable(groups):
-        _families(groups)
+        families_of(groups)
     signature = inspect.signature(penalty)
     in_rows = {"dim": ...} if "dim" in signature.parameters else {}
 
-    def families(params: Params) -> list[list[_Place]]:
-        return [[place for place in family if place.along.penalized] for family in _places(groups, params)]
+    def families(params: Params) -> list[list[Place]]:
+        return [[place for place in family if place.along.penalized] for family in places_of(groups, params)]
 
-    def apart(params: Params) -> list[list[_Place]]:
-        """The families, if no leaf is in two of them."""
-        found = families(params)
-        used = [place.leaf for family in found for place in family]
-        for leaf in used:
-            if used.count(leaf) > 1:
+    def apart(params: Params) -> list[list[Place]]:
+        """The families, if no entry is in two of them."""
+        found, leaves = families(params), tree_leaves(params)
+        used: dict[int, list[Along]] = {}
+        for family in found:
+            for leaf, along in family:
+                used.setdefault(leaf, []).append(along)
+        for leaf, alongs in used.items():
+            if overlapping(leaves[leaf], alongs):
                 raise ValueError(
-                    f"leaf '{tree_paths(params)[leaf]}' is in {used.count(leaf)} families of groups: where groups "
+                    f"leaf '{tree_paths(params)[leaf]}' is in {len(alongs)} families of groups: where groups "
                     f"overlap, {penalty.__name__} has a value and a gradient, but no proximal operator. Leave the "
                     "leaf to one family, and write Along(dim, penalized=False) in the others."
                 )
         return found
 
-    def rows(leaves: Sequence[Tensor], family: Sequence[_Place]) -> Tensor:
+    def rows(leaves: Sequence[Tensor], family: Sequence[Place]) -> Tensor:
         """The leaves of a family as one matrix, a group in each row."""
-        parts = [_gather(whole(leaves[leaf]), along) for leaf, along in family]
+        parts = [gather(whole(leaves[leaf]), along) for leaf, along in family]
         return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
 
     def each(family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -156,21 +117,30 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         return {**options, **in_rows, "weights": weights[family]}
 
     def mapped(
-        f: Callable[..., Tensor], found: list[list[_Place]], params: Params, *trees: Params, options: dict[str, Any]
+        f: Callable[..., Tensor], found: list[list[Place]], *trees: Params, onto: Params | None, options: dict[str, Any]
     ) -> list[Tensor | None]:
-        """For each leaf the sum of what `f` makes of the rows of its families, None if it has none."""
-        leaves = tree_leaves(params)
-        columns = [leaves, *[leaves_like(params, tree) for tree in trees]]
+        """For each leaf what `f` makes of the rows of its families, None if it has none.
+
+        Entries without a family are those of `onto`; without it they are zero, and families that overlap add up.
+        """
+        leaves = tree_leaves(trees[0])
+        columns = [leaves, *[leaves_like(trees[0], tree) for tree in trees[1:]]]
+        bases = leaves if onto is None else tree_leaves(onto)
         results: list[Tensor | None] = [None] * len(leaves)
         for i, family in enumerate(found):
             if not family:
                 continue
             made = f(*[rows(column, family) for column in columns], **each(i, len(found), options))
-            widths = [_width(leaves[leaf], along) for leaf, along in family]
+            widths = [width_of(leaves[leaf], along) for leaf, along in family]
             for (leaf, along), part in zip(family, made.split(widths, 1), strict=True):
-                own = like(_scatter(_like(part, leaves[leaf]), leaves[leaf], along), leaves[leaf])
                 earlier = results[leaf]
-                results[leaf] = own if earlier is None else earlier + own
+                base = whole(bases[leaf] if earlier is None else earlier)
+                own = _like(part, leaves[leaf])
+                if onto is None:
+                    own = scatter(own, torch.zeros_like(base), along)
+                    results[leaf] = like(own, leaves[leaf]) if earlier is None else earlier + like(own, leaves[leaf])
+                else:
+                    results[leaf] = like(scatter(own, base, along), leaves[leaf])
         return results
 
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
@@ -186,7 +156,8 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
     def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
         _shared(hyper)
-        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), families(params), params, options=options)
+        found = families(params)
+        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), found, params, onto=None, options=options)
         leaves, rebuild = flatten(params)
         return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
 
@@ -198,6 +169,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             apart(params),
             params,
             *trees,
+            onto=params,
             options=options,
         )
         leaves, rebuild = flatten(params)
@@ -220,6 +192,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             apart(params),
             params,
             grads,
+            onto=grads,
             options=options,
         )
         leaves, rebuild = flatten(grads)
@@ -253,153 +226,9 @@ def _shared(hyper: Sequence[Hyper]) -> None:
             )
 
 
-# Groups in leaves
-
-
-def _families(found: Any) -> list[dict[str, Along]]:
-    """Families as a list, each dimension an `Along`, or an error if there is none, or one that penalizes nothing."""
-    families = [found] if isinstance(found, dict) else found
-    if not isinstance(families, (list, tuple)) or not all([isinstance(family, dict) for family in families]):
-        raise TypeError(f"groups is {found!r}; expected a dict from names of leaves to dimensions, or a list of them")
-    found = [{name: _along(name, where) for name, where in family.items()} for family in families]
-    if not found:
-        raise ValueError("groups has no family, so that nothing would be penalized; expected at least one")
-    for i, family in enumerate(found):
-        if not any([along.penalized for along in family.values()]):
-            what = f"names only leaves that are not penalized: {', '.join(family)}" if family else "names no leaf"
-            raise ValueError(f"family {i} of groups {what}; expected one that is penalized, or the family left out")
-    return found
-
-
-def _along(name: Any, where: Any) -> Along:
-    along = Along(where) if isinstance(where, int) and not isinstance(where, bool) else where
-    if not isinstance(name, str) or not isinstance(along, Along):
-        raise TypeError(f"groups maps {name!r} to {where!r}; expected the name of a leaf, and an int or an Along")
-    flags(penalized=along.penalized)
-    if along.size < 1 or along.packed < 1:
-        raise ValueError(f"at leaf '{name}': groups has {along}; expected a size and packed blocks of at least 1")
-    return along
-
-
-def _places(groups: Groups, params: Params) -> list[list[_Place]]:
-    """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
-    names, leaves = tree_paths(params), tree_leaves(params)
-    numbers = {name: i for i, name in enumerate(names)}
-    if not leaves:
-        return []
-    masked = hidden(params)
-    places: list[list[_Place]] = []
-    for family in _families(chosen_by(groups, params, "groups")[0]):
-        found: list[_Place] = []
-        for name, along in family.items():
-            if name in numbers:
-                found.append(_Place(numbers[name], along))
-            elif along.penalized and not masked:
-                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {listed(names)}")
-        counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]
-        for (leaf, along), count in zip(found, counts, strict=True):
-            if count != counts[0]:
-                raise ValueError(
-                    f"leaf '{names[leaf]}' of shape {tuple(leaves[leaf].shape)} has {count} groups by {along}, and "
-                    f"'{names[found[0].leaf]}' has {counts[0]}; the leaves of a family have the same groups"
-                )
-        places.append(found)
-    if masked and not any([place.along.penalized for found in places for place in found]):
-        raise ValueError(
-            f"groups names no leaf that a mask or freeze has left: those are {listed(names)}. The penalty would "
-            "have no effect. Is the mask the wrong way round?"
-        )
-    return places
-
-
-def _count(name: str, leaf: Tensor, along: Along) -> int:
-    """The number of groups in a leaf."""
-    if not -leaf.ndim <= along.dim < leaf.ndim:
-        raise ValueError(f"at leaf '{name}': its shape {tuple(leaf.shape)} has no dimension {along.dim}")
-    entries, share = leaf.shape[along.dim], along.size * along.packed
-    if entries % share:
-        raise ValueError(
-            f"at leaf '{name}': dimension {along.dim} of shape {tuple(leaf.shape)} is no multiple of {share}, as "
-            f"{along} needs it to be"
-        )
-    return entries // share
-
-
-def _gather(leaf: Tensor, along: Along) -> Tensor:
-    """A leaf as a matrix, the entries of a group in each row."""
-    dim, size, packed, _ = along
-    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
-    return leaf.movedim(dim, 0).reshape(packed, count, width // packed).movedim(1, 0).reshape(count, width)
-
-
-def _scatter(rows: Tensor, leaf: Tensor, along: Along) -> Tensor:
-    """What `_gather` made a matrix of, in the shape of the leaf again."""
-    dim, size, packed, _ = along
-    front = leaf.movedim(dim, 0).shape
-    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
-    return rows.reshape(count, packed, width // packed).movedim(1, 0).reshape(front).movedim(0, dim)
-
-
-def grouped_matrices(groups: Groups, params: Params) -> list[tuple[list[str], list[Tensor]]]:
-    """For each family the names of its penalized leaves, and these as matrices with a group in each row."""
-    names, leaves = tree_paths(params), tree_leaves(params)
-    found = [[place for place in family if place.along.penalized] for family in _places(groups, params)]
-    return [
-        ([names[leaf] for leaf, _ in family], [_gather(leaves[leaf], along) for leaf, along in family])
-        for family in found
-    ]
-
-
-def _width(leaf: Tensor, along: Along) -> int:
-    """The number of entries of a group in a leaf."""
-    dims = leaf.movedim(along.dim, 0).shape
-    return along.size * along.packed * math.prod(dims[1:])
-
-
 def _like(x: Tensor, leaf: Tensor) -> Tensor:
     """A result with the dtype and the device of a leaf: a family may mix them."""
     return (x.real if x.is_complex() and not leaf.is_complex() else x).to(leaf.device, leaf.dtype)
-
-
-# Removal
-
-
-def remove_dead(params: Params, groups: Groups) -> Params:
-    """A smaller tree, without the groups all of whose penalized entries are zero.
-
-    Leaves that no family names stay as they are; buffers may be among the leaves, and are sliced if a family names
-    them. One group of a family always stays, so that no layer is left without entries. Sharded leaves come back whole.
-    The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or mapped over.
-
-    Args:
-        params: Tree of parameters, also with the buffers of their module.
-        groups: The families that the penalty had; see `coupled`.
-
-    Raises:
-        ValueError: A leaf has not the groups that its family has.
-
-    Example:
-        >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
-        >>> remove_dead(params, {"0.weight": 0, "2.weight": Along(1, penalized=False)})
-        {'0.weight': tensor([[3.]]), '2.weight': tensor([[2.]])}
-    """
-    leaves, rebuild = flatten(gathered(params))
-    slices: dict[tuple[int, int], Tensor] = {}
-    for family in _places(groups, params):
-        marks = [(_gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
-        if not marks:
-            continue
-        alive = torch.stack(marks).any(0)
-        if not alive.any():
-            alive[:1] = True
-        for leaf, (dim, size, packed, _) in family:
-            here = alive[None, :, None].expand(packed, -1, size).reshape(-1)
-            place = leaf, dim % leaves[leaf].ndim
-            slices[place] = slices[place] & here if place in slices else here
-    smaller = list(leaves)
-    for (leaf, dim), kept in slices.items():
-        smaller[leaf] = smaller[leaf].index_select(dim, kept.nonzero()[:, 0].to(smaller[leaf].device))
-    return rebuild(smaller)
 
 
 # Networks

@@ -167,8 +167,9 @@ def _cut_torch_state(state: dict[str, Any], cuts: dict[str, _Cut], shapes: dict[
             f"{listed(shapes)}; expected it of the same ones. Make the optimizer from module.named_parameters()."
         )
     names = dict(zip(numbers, named, strict=True))
+    own = lambda x: x.clone() if isinstance(x, Tensor) else x  # torch's optimizers write into what they are given.
     made = {
-        number: {key: _cut_like(x, f"{number}.{key}", names[number], cuts, shapes) for key, x in entries.items()}
+        number: {key: own(_cut_like(x, f"{number}.{key}", names[number], cuts, shapes)) for key, x in entries.items()}
         for number, entries in state["state"].items()
     }
     return {**state, "state": made}

@@ -60,8 +60,11 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.coupled import (
+from funcreg.channels import (
+    ChannelGroups as ChannelGroups,
     channel_groups as channel_groups,
+)
+from funcreg.coupled import (
     coupled as coupled,
     resized as resized,
 )

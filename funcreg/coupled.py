@@ -251,43 +251,16 @@ _PIXELWISE = {
 }
 
 
-def channel_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
-    """The channels of a network of layers in sequence, one family for each layer but the last.
-
-    A channel has its filter and bias, and the scale and shift of a `BatchNorm` after it: once all of these are zero
-    the channel is zero at every input, whatever the layer that reads it. The slice of the next layer that reads it
-    has a part in its norm, too, if the outputs of that layer do not form groups, as those of the last one do not.
-    Where they do, the slice is not penalized a second time, because groups that overlap have no exact proximal
-    operator; it goes when the channel does (`remove_dead`), with the running statistics.
-
-    Args:
-        module: `torch.nn.Sequential`, also nested, of linear layers, convolutions (also transposed and depthwise),
-            `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
-        prefix: Name of the module inside the one whose parameters are penalized, such as `"features"`.
-        layers: Names of the layers whose outputs form groups; by default all but the last. With every second layer
-            each norm is of all that belongs to a channel.
-
-    Raises:
-        ValueError: Channels cannot be followed through a layer, a dead one would not be zero after it, or `layers`
-            names what is no layer with channels that another one reads.
-
-    Example:
-        >>> net = torch.nn.Sequential(
-        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
-        ... )
-        >>> channel_groups(net)
-        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(1, size=36)}]
-        >>> deep = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
-        >>> channel_groups(deep, layers=["0"])
-        [{'0.weight': 0, '0.bias': 0, '1.weight': 1}]
-    """
+def sequence_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
+    """The channels of a network of layers in sequence, one family for each layer but the last; see `channel_groups`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential")
     if type(module).forward is not nn.Sequential.forward:
         raise ValueError(
-            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because channels are "
-            "followed through layers in sequence, not through a forward of its own. Give it the parts that are "
-            'sequences, as in channel_groups(net.features, prefix="features"), or write the families by hand.'
+            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because without example "
+            "inputs channels are followed through layers in sequence, not through a forward of its own. Give it the "
+            "inputs, as in channel_groups(net, (x,)), or the parts that are sequences, as in "
+            'channel_groups(net.features, prefix="features").'
         )
     families: list[Family] = []
     names: list[str] = []  # Of the layers whose outputs these are.

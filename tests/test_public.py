@@ -76,7 +76,7 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording", "locality"],
+    ["ranges", "recording", "locality", "tracing", "atoms"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering", "grids"],
     ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],

@@ -148,6 +148,8 @@ def channel_groups(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential, or any torch.nn.Module")
+    if isinstance(example_inputs, str):  # The name of the part, where the inputs stand now.
+        example_inputs, prefix = None, example_inputs
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
     if example_inputs is None:

@@ -65,7 +65,6 @@ from funcreg.coupled import (
     channel_groups as channel_groups,
     coupled as coupled,
     remove_dead as remove_dead,
-    resized as resized,
 )
 from funcreg.deployment import (
     Pruned as Pruned,
@@ -199,6 +198,9 @@ from funcreg.report import (
     compare as compare,
     penalties as penalties,
     report as report,
+)
+from funcreg.resizing import (
+    resized as resized,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,

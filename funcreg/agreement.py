@@ -21,6 +21,8 @@ class Agreement:
         self.expected = self._outputs(module)
         if isinstance(self.expected, str):
             raise ValueError(f"the module itself fails on example_inputs: {self.expected}")
+        if not self.expected:
+            raise ValueError(f"{type(module).__name__} gives no tensors on example_inputs that could be compared")
 
     def problem(self, other: nn.Module) -> str | None:
         """What is wrong with another network, None if its outputs are those of the first."""
@@ -28,6 +30,8 @@ class Agreement:
         if isinstance(found, str):
             return f"it fails on example_inputs: {found}"
         assert not isinstance(self.expected, str)  # Checked when it was made.
+        if len(found) != len(self.expected):
+            return f"it gives {len(found)} tensors, and the module {len(self.expected)}"
         for i, (a, b) in enumerate(zip(self.expected, found, strict=True)):
             if a.shape != b.shape:
                 return f"output {i} of it has shape {tuple(b.shape)}, and that of the module {tuple(a.shape)}"
@@ -49,7 +53,7 @@ class Agreement:
                 return list(_tensors(functional_call(network, buffers, self.args, self.kwargs)))
             except Exception as error:
                 where = f"'{running[-1]}', a {type(network.get_submodule(running[-1])).__name__}" if running else "it"
-                return f"in {where}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                return f"in {where}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -73,10 +77,14 @@ def _evaluated(network: nn.Module) -> Iterator[None]:
 @contextmanager
 def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
     """Keep a list of the names of the modules that are running."""
+
+    def left(*_: Any) -> None:  # What a hook returns would be the output.
+        running.pop()
+
     handles = []
     for name, layer in network.named_modules():
         handles.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(layer.register_forward_hook(lambda *_: running.pop() and None))
+        handles.append(layer.register_forward_hook(left))
     try:
         yield
     finally:

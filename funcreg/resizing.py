@@ -101,19 +101,29 @@ def _given(module: nn.Module, params: Params) -> dict[str, Tensor]:
                 f"'{name}' and '{other}' are one tensor in the module, and are given two; expected the same one. "
                 "Does a family name one of them, and not the other?"
             )
-        path = name.rpartition(".")[0]
-        if leaf.shape != old.shape and isinstance(module.get_submodule(path), parametrize.ParametrizationList):
+        if leaf.shape != old.shape and _is_part(module, name):
             raise ValueError(
-                f"'{name}' has another shape than in the module, and is inside a parametrization; expected a plain "
-                "parameter. Call torch.nn.utils.parametrize.remove_parametrizations first."
+                f"'{name}' has another shape than in the module, and a weight is computed from it; expected a plain "
+                "parameter. Call torch.nn.utils.parametrize.remove_parametrizations or prune.remove first."
             )
     return given
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Whether a parametrization, or a hook as of `torch.nn.utils.prune`, computes a weight from a parameter."""
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    computed = vars(layer).get(own.rpartition("_")[0])
+    return isinstance(layer, parametrize.ParametrizationList) or isinstance(computed, Tensor)
 
 
 def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
     """A copy of a module with other parameters and buffers; what shares a tensor shares the new one."""
     known = tensors(module)
     memo: dict[int, Any] = {}
+    for layer in module.modules():  # What hooks have computed is computed anew, and cannot be copied.
+        made = [x for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
+        memo.update({id(x): x.detach().clone() for x in made})
     for name, leaf in given.items():
         old, new = known[name], leaf.detach().clone()
         memo.setdefault(id(old), nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcreg.widths import changes, tensors
+from funcreg.widths import SIZES, changes, tensors
 
 
 class Stored(NamedTuple):
@@ -40,6 +40,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
 ) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+#: Names of numbers that count what goes in and out of a network.
+_OUTSIDE = frozenset({"vocab_size", "num_labels", "num_classes", "num_channels", "pad_token_id"})
 
 
 def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
@@ -49,18 +51,22 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     """
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves: dict[int, set[int]] = {}
-    for _, old, new in changes(layer, before):
+    near = False  # Whether a layer that this module holds itself has changed.
+    for own, old, new in changes(layer, before):
+        near = near or own.count(".") < 2
         for a, b in zip(old.shape, new.shape, strict=True):
             if a != b:
                 moves.setdefault(a, set()).add(b)
     named = mentioned(smaller, path)
     for name, value in list(vars(layer).items()):
-        if name in _INTERNAL or name in known or (named is not None and name not in named and not _is_count(name)):
-            if name in _LABELS and name not in known and _only(layer, before, value) is not None:
-                setattr(layer, name, _only(layer, before, value))
+        if name in _INTERNAL or name in known:
             continue
-        if _is_config(value):
-            for own in sorted(named or vars(value)):
+        if named is not None and name not in named and not (near and _is_count(name)):
+            now = _only(layer, before, value) if name in _LABELS else None
+            if now is not None:
+                setattr(layer, name, now)
+        elif _is_config(value):
+            for own in sorted(_mentioned(layer) or vars(value)):
                 number = getattr(value, own, None)
                 if others := _others(own, number, moves):
                     yield Stored(path, f"{name}.{own}", number, others)
@@ -70,7 +76,7 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
 
 def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
     """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or name in _OUTSIDE:
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
@@ -89,7 +95,7 @@ def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...
 
 def _is_count(name: str) -> bool:
     """Whether a number has the name of one that divides a width."""
-    return "head" in name.lower() or "group" in name.lower()
+    return ("head" in name.lower() or "group" in name.lower()) and name not in SIZES
 
 
 def _is_config(value: Any) -> bool:

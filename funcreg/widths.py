@@ -149,7 +149,7 @@ def _groups(place: Place, first: int, second: int) -> int:
     if isinstance(place.layer, TRANSPOSED):
         return next((n for n in found if bias is not None and n * second == len(bias)), found[0])
     # Both may fit the shape. What comes in tells them apart, and a wrong number is an error once the layer runs.
-    width = next((new for old, new in reversed(place.came) if old == before.in_channels), 0)
+    width = next((new for old, new in reversed(place.came) if old == before.in_channels), before.in_channels)
     return next((n for n in found if n * second == width), found[0])
 
 
@@ -239,10 +239,9 @@ def _like(layer: Any) -> dict[str, Tensor]:
     if isinstance(layer, nn.RNNCellBase):
         made = _base(type(layer))(*sizes, bias=layer.bias, device="meta")
     else:
-        options = {"proj_size": layer.proj_size} if layer.proj_size else {}
-        made = _base(type(layer))(
-            *sizes, layer.num_layers, layer.bias, bidirectional=layer.bidirectional, device="meta", **options
-        )
+        options: dict[str, Any] = {"proj_size": layer.proj_size} if layer.proj_size else {}
+        options |= {"num_layers": layer.num_layers, "bias": layer.bias, "bidirectional": layer.bidirectional}
+        made = _base(type(layer))(*sizes, device="meta", **options)
     return dict(made.named_parameters())
 
 
@@ -279,6 +278,11 @@ def _encoder(place: Place) -> None:
         place.layer.use_nested_tensor = False  # Its test for the fused path sees the first layer alone.
 
 
+def _transformer(place: Place) -> None:
+    attention = next((x for x in place.layer.modules() if isinstance(x, nn.MultiheadAttention)), None)
+    place.layer.d_model = place.layer.d_model if attention is None else attention.embed_dim
+
+
 _RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
     ((nn.Linear,), _linear),
     (CONVOLUTIONS, _convolution),
@@ -291,6 +295,7 @@ _RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), _recurrent),
     ((nn.MultiheadAttention,), _multihead),
     ((nn.TransformerEncoder,), _encoder),
+    ((nn.Transformer,), _transformer),
 )
 
 
@@ -321,7 +326,7 @@ def _number(x: Any) -> Any:
     return x[0] if isinstance(x, tuple) and len(x) == 1 else x
 
 
-_SIZES = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "key_value_proj_dim")
+SIZES = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "key_value_proj_dim")
 _QUERIES = ("q_proj", "query", "q_lin", "q_attn", "q", "wq", "to_q")
 _KEYS = ("k_proj", "key", "k_lin", "k", "wk", "to_k")
 _VALUES = ("v_proj", "value", "v_lin", "v", "wv", "to_v")
@@ -343,7 +348,7 @@ class Heads(NamedTuple):
 def heads(layer: Any, size: int = 0) -> Heads | None:
     """The heads of a module of attention; None if it is none that is known, no heads if they are not whole."""
     children = layer._modules
-    size = next((vars(layer)[name] for name in _SIZES if isinstance(vars(layer).get(name), int)), size)
+    size = next((vars(layer)[name] for name in SIZES if isinstance(vars(layer).get(name), int)), size)
     q, k, v, packed = (
         next((gives(children[name]) for name in names if children.get(name) is not None), 0)
         for names in (_QUERIES, _KEYS, _VALUES, _PACKED)
@@ -358,13 +363,13 @@ def heads(layer: Any, size: int = 0) -> Heads | None:
 
 
 def _heads_before(layer: Any) -> Heads | None:
-    """The heads of a module of attention that says how many there are, or how wide each is."""
-    count = next((vars(layer)[name] for name in _HEADS if isinstance(vars(layer).get(name), int)), 0)
+    """The heads of a module of attention that says how wide each is.
+
+    Of one that says only how many there are, a smaller width may be of fewer heads, or of narrower ones.
+    """
     found = heads(layer)
-    if found is None and count:
-        one = heads(layer, 1)
-        found = heads(layer, one.queries // count) if one is not None and one.queries % count == 0 else None
-    return None if found is None or (count and found.queries != count) else found
+    counts = [vars(layer)[name] for name in _HEADS if isinstance(vars(layer).get(name), int)]
+    return found if found is not None and all(n == found.queries for n in counts) else None
 
 
 def _of_attention(place: Place) -> Iterable[str]:
@@ -382,7 +387,7 @@ def _of_attention(place: Place) -> Iterable[str]:
             f"projections, with size={had.size}?"
         )
     for names, old, new in (
-        (_SIZES, had.size, had.size),
+        (SIZES, had.size, had.size),
         (_HEADS, had.queries, has.queries),
         (_KEY_HEADS, had.keys, has.keys),
         (_REPEATS, had.queries // had.keys, has.queries // has.keys),

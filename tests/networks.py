@@ -34,14 +34,18 @@ def labels(leaf: Tensor, where: int | fr.Along) -> tuple[Tensor, int]:
 def halve(module: nn.Module, families: Families, seed: int = 0) -> nn.Module:
     """Draw all parameters and statistics, and zero what is penalized in a random half of each family's groups.
 
+    Weights keep the size of what goes through them, so that outputs tell inputs apart.
+
     Families take turns in losing a group more than half, so that layers come to differ in width.
     """
     generator = torch.Generator().manual_seed(seed)
     known = tensors(module)
     for name, x in known.items():
         if x.is_floating_point() and "inv_freq" not in name:
-            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * 0.3
-            x.data = (drawn.abs() + 0.5 if "running" in name else drawn).to(x)
+            size = (2 / (x.numel() / len(x))) ** 0.5 if x.ndim > 1 else 0.3
+            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * size
+            positive = "running" in name or (x.ndim == 1 and name.endswith("weight"))
+            x.data = (drawn.abs() + 0.5 if positive else drawn).to(x)
     for i, family in enumerate(families):
         first, where = next(iter(family.items()))
         count = labels(known[first], where)[1]

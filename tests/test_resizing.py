@@ -422,9 +422,7 @@ class Config:
 
 def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
     net, x = built(Stored, [UNITS]), draw(5, 3)
-    with pytest.raises(
-        ValueError, match=r"a Stored, stores width=8, .*Give example_inputs, .*rules=\{type: function\}"
-    ):
+    with pytest.raises(ValueError, match=r"a Stored, stores width=8, .*Give example_inputs, .*rules=\{type:"):
         smaller(net, [UNITS])
     made = smaller(net, [UNITS], x)
     assert (made.width, made.hidden_dim, made.times, made.out_features) == (4, 4, 8, 2)  # By name where unused.
@@ -458,18 +456,14 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
             return self.layers["part"](x.reshape(-1, 3))
 
     net, x = built(Wrong, [UNITS]), draw(5, 3)
-    with pytest.raises(
-        ValueError, match=r"is not the module: .*output 0 of it differs .* by \d.*a Wrong, stores width"
-    ):
+    with pytest.raises(ValueError, match=r"is not the module: output 0 of it differs .* by \d.*a Wrong, stores"):
         smaller(net, [UNITS], x)
     net = built(Fixed, [])
     part = {f"layers.part.{name}": dim for name, dim in UNITS.items()}
     halve(net, [part])
     with pytest.raises(ValueError, match=r"fails on example_inputs: in 'layers.part', a Stored: RuntimeError"):
         smaller(net, [part], x, rules={Stored: lambda layer, before: None})
-    with pytest.raises(
-        ValueError, match=r"the module itself fails on example_inputs: in 'layers.part.first', a Linear"
-    ):
+    with pytest.raises(ValueError, match=r"module itself fails on example_inputs: in 'layers.part.first', a Linear"):
         smaller(net, [part], (x.float(),))
     unread = built(around(lambda: nn.Linear(3, 4), lambda: nn.Linear(4, 2)), [])
     cut = {name: w.detach()[..., :2] if name == "1.weight" else w.detach()[:2] for name, w in unread.named_parameters()}

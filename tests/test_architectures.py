@@ -181,7 +181,7 @@ def resnet(kind):
     import transformers as hf
 
     config = hf.ResNetConfig(
-        embedding_size=16, hidden_sizes=[24, 32, 64], depths=[2, 2, 1], layer_type=kind, num_labels=5
+        embedding_size=16, hidden_sizes=[48, 64, 96], depths=[2, 2, 1], layer_type=kind, num_labels=5
     )
     return hf.ResNetForImageClassification(config)
 

@@ -81,6 +81,9 @@ from funcreg.ensemble import (
     stacked as stacked,
     unstack as unstack,
 )
+from funcreg.factorizing import (
+    factorized as factorized,
+)
 from funcreg.fused import (
     fuse as fuse,
     value_and_grad as value_and_grad,

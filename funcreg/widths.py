@@ -82,7 +82,7 @@ def gives(layer: Any) -> int:
         return layer.out_channels
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim
-    return layer.nf if _is_conv1d(layer) else 0
+    return layer.nf if is_conv1d(layer) else 0
 
 
 def _known(kind: type) -> frozenset[str]:
@@ -302,7 +302,7 @@ _RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
 # Layers of others
 
 
-def _is_conv1d(layer: Any) -> bool:
+def is_conv1d(layer: Any) -> bool:
     """Whether a layer is a linear one whose weight is transposed, as GPT-2 has it."""
     return {"nf", "nx"} <= vars(layer).keys() and "weight" in layer._parameters
 

@@ -75,11 +75,11 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "undocumented", "memory"],
-    ["ranges", "recording", "locality"],
-    ["construction", "grouping", "sharding"],
+    ["_typing", "undocumented", "memory", "attention", "agreement"],
+    ["ranges", "recording", "locality", "widths"],
+    ["construction", "grouping", "sharding", "stored"],
     ["tree", "schedules", "lowering", "grids"],
-    ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
+    ["composition", "denominators", "descent", "plan", "checkpoint", "shards", "resizing", "factorizing"],
     ["transform", "penalty"],
     ["penalties", "coupled", "deployment", "scaling", "clipping", "combine", "conventions"],
     ["constraints", "separable"],

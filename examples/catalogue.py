@@ -337,7 +337,7 @@ SECTIONS = {
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
     "Groups that span leaves": ["coupled"],
-    "Getting zeros out": ["deployment"],
+    "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
     "Trees and masks": ["tree"],

@@ -66,7 +66,6 @@ from funcreg.channels import (
 )
 from funcreg.coupled import (
     coupled as coupled,
-    resized as resized,
 )
 from funcreg.deployment import (
     Pruned as Pruned,
@@ -82,6 +81,9 @@ from funcreg.ensemble import (
     stack as stack,
     stacked as stacked,
     unstack as unstack,
+)
+from funcreg.factorizing import (
+    factorized as factorized,
 )
 from funcreg.families import (
     Along as Along,
@@ -207,6 +209,9 @@ from funcreg.report import (
     compare as compare,
     penalties as penalties,
     report as report,
+)
+from funcreg.resizing import (
+    resized as resized,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,

@@ -595,10 +595,10 @@ def test_places_of_groups_print_as_written_and_come_back_from_a_pickle():
 
 
 def test_what_is_resized_must_be_known():
-    net = nn.Sequential(nn.Linear(2, 3), nn.PReLU(3))
+    net = nn.Sequential(nn.Linear(2, 3), nn.NLLLoss(torch.ones(3)))
     with pytest.raises(ValueError, match=r"resized got '0.scale', which the module has not"):
         fr.resized(net, {"0.scale": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"'1.weight' has another shape .* change a PReLU"):
+    with pytest.raises(ValueError, match=r"'1.weight' has another shape .* change a NLLLoss"):
         fr.resized(net, {"1.weight": torch.ones(2)})
     normal = block(1, 3)
     with pytest.raises(ValueError, match=r"of '1'. Are its running statistics missing"):

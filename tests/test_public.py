@@ -75,13 +75,14 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "undocumented", "memory"],
-    ["ranges", "recording", "locality", "tracing", "atoms"],
-    ["construction", "grouping", "sharding"],
+    ["_typing", "undocumented", "memory", "attention", "agreement"],
+    ["ranges", "recording", "locality", "widths", "tracing", "atoms"],
+    ["construction", "grouping", "sharding", "stored", "rules"],
     ["tree", "schedules", "lowering", "grids"],
-    ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
+    ["composition", "denominators", "descent", "plan", "checkpoint", "shards", "resizing", "factorizing"],
     ["transform", "penalty", "families"],
     ["penalties", "coupled", "removal", "deployment", "scaling", "clipping", "combine", "conventions"],
+    ["channels"],
     ["constraints", "separable"],
     ["groups"],
     ["structured"],

@@ -165,13 +165,23 @@ class Atoms:
             for other in operands[i + 1 :]:
                 for a in one:
                     for b in other:
-                        shared = a.dims & b.dims
-                        if shared:
-                            (x,) = self.rigid([a], a.dims - shared, reason) or [None]
-                            (y,) = self.rigid([b], b.dims - shared, reason) or [None]
-                            if x is not None and y is not None:
-                                self.join(x.ids, y.ids, reason)
+                        if a.dims & b.dims:
+                            self._join_components(a, b, reason)
         return [self.settle(operand) for operand in operands]
+
+    def _join_components(self, a: Component, b: Component, reason: str) -> None:
+        """Join atoms of entries that meet; where one has more dimensions, what goes goes by those that both have."""
+        shared = a.dims & b.dims
+        for one, other in ((a, b), (b, a)):
+            more = one.dims - other.dims
+            if more and shared == other.dims and min(more) < min(shared):
+                # Whole heads, not the same feature of each of them.
+                self.rigid([one], shared, reason)
+                self.close(other.ids, reason)
+                return
+        kept = [self.rigid([each], each.dims - shared, reason) for each in (a, b)]
+        if all(kept):
+            self.join(kept[0][0].ids, kept[1][0].ids, reason)
 
 
 def grouped_by_dims(operands: Sequence[list[Component]]) -> list[dict[int, Component]]:

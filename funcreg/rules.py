@@ -42,6 +42,7 @@ class Flow:
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
         self.used: set[Ref] = set()
         self.operation: Operation | None = None
+        self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
@@ -91,7 +92,10 @@ class Flow:
         self.operation = operation
         given = [ref for value in (operation.args, operation.kwargs) for ref in _refs(value)]
         self.used.update(given)
+        self.summed = []
+        before = [c.ids.reshape(-1) for ref in given for c in self.of(ref)]
         found = _rule_of(operation)(self, operation)
+        self._close_dropped(before, [c.ids for components in found for c in components])
         if given and all([ref in self.weights for ref in given]):
             self.weights.update(operation.results)
         for i, ref in enumerate(operation.results):
@@ -99,6 +103,17 @@ class Flow:
             if ref in operation.written or any([ref.storage == into.storage for into in operation.written]):
                 self._overwrite(ref, components)
             self._note(ref, components)
+
+    def _close_dropped(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Close what has reached an operation, did not come out of it, and did not end in a sum."""
+        if before:
+            seen = [
+                self.atoms.find(ids.reshape(-1)) for ids in (*after, *self.summed, torch.zeros(1, dtype=torch.int64))
+            ]
+            given = self.atoms.find(torch.cat(list(before)))
+            dropped = given[~torch.isin(given, torch.cat(seen))]
+            if len(dropped):
+                self.atoms.close(dropped.unique(), self.reason("they do not come out of an operation"))
 
     def _note(self, ref: Ref, components: Components) -> None:
         self.known[ref] = components
@@ -505,7 +520,8 @@ def _reduced(flow: Flow, operation: Operation) -> list[Components]:
     made: Components = []
     for component in flow.of(x):
         if name == "sum" and component.dead == 0 and component.dims <= dims:
-            continue  # Zeros add nothing.
+            flow.summed.append(component.ids)  # Zeros add nothing.
+            continue
         made += flow.atoms.rigid([component], dims, flow.reason("they are reduced over channels"))
     if not _argument(operation, "keepdim", False):
         kept = [dim for dim in range(len(x.shape)) if dim not in dims]
@@ -568,6 +584,7 @@ def _summed(flow: Flow, components: Components, dim: int) -> Components:
 def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
     """End the way of channels in a sum, which they must add nothing to."""
     ids = next(iter(group.values())).ids
+    flow.summed.append(ids)
     if read is None:
         flow.atoms.close(ids, flow.reason("a product of two tensors of channels, whose scale may go by their number"))
         return
@@ -737,8 +754,12 @@ def _grouped_convolution(
 )
 def _batch_norm(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
-    names = ("weight", "bias", "running_mean", "running_var")
-    return [_scaled(flow, x, [_argument(operation, name) for name in names], lambda x, w, b, m, v: (x - m) * w * v + b)]
+    vectors = [_argument(operation, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if isinstance(vectors[2], Ref) and not _argument(operation, "training", False):
+        return [_scaled(flow, x, vectors, lambda x, w, b, m, v: (x - m) * w * v + b)]
+    # By the mean and variance of the entries themselves, so that none of them may be missing.
+    _rigid(flow, x, [dim for dim in range(len(x.shape)) if dim != 1], "normalized over them")
+    return [_scaled(flow, x, vectors, lambda x, w, b, m, v: x * w * v + b)]
 
 
 @rule("native_group_norm", "group_norm")

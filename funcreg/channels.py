@@ -82,6 +82,7 @@ class _Slot(NamedTuple):
     dim: int
     rows: Tensor  # The entries of each group.
     writes: bool  # Whether what is computed has the channel because of them.
+    reads: bool  # Whether sums run over them.
 
 
 def channel_groups(
@@ -183,33 +184,66 @@ def channel_groups(
 
 def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
     """The slots of each family of sets of atoms that may go, alike in which leaves they are."""
-    roots, closed = flow.atoms.find(flow.atoms.parents), flow.atoms.closed()
+    roots = flow.atoms.find(flow.atoms.parents)
+    free = flow.atoms.closed()[roots] < 0
     read, written = flow.atoms.marked()
     members: dict[int, dict[tuple[str, int], list[int]]] = {}
     uses: dict[tuple[str, int, int], tuple[bool, bool]] = {}
     for name, places in flow.starts.items():
         for dim, first, count in places:
-            for entry, root in enumerate(roots[first : first + count].tolist()):
+            entries = free[first : first + count].nonzero()[:, 0]
+            atoms = entries + first
+            columns = (x.tolist() for x in (entries, roots[atoms], read[atoms], written[atoms]))
+            for entry, root, is_read, is_written in zip(*columns, strict=True):
                 members.setdefault(root, {}).setdefault((name, dim), []).append(entry)
                 before = uses.get((name, dim, root), (False, False))
-                uses[name, dim, root] = (
-                    before[0] or bool(read[first + entry]),
-                    before[1] or bool(written[first + entry]),
-                )
+                uses[name, dim, root] = before[0] or is_read, before[1] or is_written
     # Layers that only read a channel do not make it.
     writes = {place for place, use in uses.items() if place[0] in parameters and use != (True, False)}
+    demands: dict[int, str] = {}
+    for ids, reason in flow.demands:
+        demands.update(dict.fromkeys(flow.atoms.find(ids).tolist(), reason))
     alike: dict[tuple[Any, ...], list[int]] = {}
     for root, slots in members.items():
-        written = [slot for slot in slots if (*slot, root) in writes]
-        if closed[root] < 0 and written:
-            kind = tuple((slot, len(entries), (*slot, root) in writes) for slot, entries in slots.items())
-            alike.setdefault(kind, []).append(root)
-    found = [
-        [_Slot(name, dim, torch.tensor([members[root][name, dim] for root in sets]), w) for (name, dim), _, w in kind]
-        for kind, sets in alike.items()
-        if len(sets) > 1
-    ]
-    return [slots for slots in found if _is_free(slots, found)]
+        kind = tuple(
+            (slot, len(entries), (*slot, root) in writes, uses[(*slot, root)][0]) for slot, entries in slots.items()
+        )
+        alike.setdefault((demands.get(root), kind), []).append(root)
+    found: list[tuple[list[_Slot], str | None]] = []
+    for (reason, kind), sets in alike.items():
+        if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
+            flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
+            continue
+        rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
+        slots = [_Slot(*slot, entries, *use) for (slot, _, *use), entries in zip(kind, rows, strict=True)]
+        found.append((slots, reason))
+    return _exact(flow, found, parameters)
+
+
+def _exact(flow: Flow, found: list[tuple[list[_Slot], str | None]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+    """The families that are exact with families that do not overlap; the others are closed."""
+    while True:
+        families = [slots for slots, _ in found]
+        written = {slot.name for slots in families for slot in slots if slot.writes}
+        for slots, reason in found:
+            # Weights that read a channel that is never zero are zero themselves, if they are penalized.
+            lacking = [
+                slot
+                for slot in slots
+                if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
+            ]
+            overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
+            refused = overlap or (reason if reason is not None and lacking else None)
+            if refused is not None:
+                places = [
+                    (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
+                ]
+                for first, slot in places:
+                    flow.atoms.close(slot.rows.reshape(-1) + first, refused)
+                found = [each for each in found if each[0] is not slots]
+                break
+        else:
+            return families
 
 
 def _is_free(slots: list[_Slot], found: list[list[_Slot]]) -> bool:

@@ -30,7 +30,7 @@ from funcreg.families import (
 )
 from funcreg.penalty import Penalty
 from funcreg.sharding import like, whole
-from funcreg.tree import flatten, leaves_like, listed, total, tree_leaves, tree_paths
+from funcreg.tree import flatten, leaves_like, total, tree_leaves, tree_paths
 
 
 @remembered

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg.atoms import UNKNOWN, Atoms, Component, grouped_by_dims, regrouped
-from funcreg.tracing import Operation, Recording, Ref
+from funcreg.tracing import Operation, Recording, Ref, refs_in
 
 Components = list[Component]
 Rule = Callable[["Flow", Operation], Sequence[Components]]
@@ -42,6 +42,7 @@ class Flow:
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
         self.used: set[Ref] = set()
         self.operation: Operation | None = None
+        self.demands: list[tuple[Tensor, str]] = []  # Atoms that go only if the weights that read them are penalized.
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
@@ -90,7 +91,7 @@ class Flow:
 
     def _follow(self, operation: Operation) -> None:
         self.operation = operation
-        given = [ref for value in (operation.args, operation.kwargs) for ref in _refs(value)]
+        given = [ref for value in (operation.args, operation.kwargs) for ref in refs_in(value)]
         self.used.update(given)
         self.summed = []
         before = [c.ids.reshape(-1) for ref in given for c in self.of(ref)]
@@ -146,14 +147,6 @@ class Flow:
                         changed = True
 
 
-def _refs(value: Any) -> list[Ref]:
-    if isinstance(value, Ref):
-        return [value]
-    if isinstance(value, dict):
-        return [ref for each in value.values() for ref in _refs(each)]
-    return [ref for each in value for ref in _refs(each)] if isinstance(value, (tuple, list)) else []
-
-
 def _rule_of(operation: Operation) -> Rule:
     name = operation.name
     known = RULES.get(name) or RULES.get(name.removesuffix("_")) or RULES.get(name.removesuffix("_copy"))
@@ -167,7 +160,7 @@ def _rule_of(operation: Operation) -> Rule:
 
 
 def _unknown(flow: Flow, operation: Operation) -> list[Components]:
-    for ref in _refs([operation.args, operation.kwargs]):
+    for ref in refs_in([operation.args, operation.kwargs]):
         flow.atoms.close_all(flow.of(ref), flow.reason("an operation that is not followed"))
     return []
 
@@ -192,7 +185,7 @@ _SAMPLES = ((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3))
 
 @rule(*_ENTRYWISE)
 def _pointwise(flow: Flow, operation: Operation) -> list[Components]:
-    refs = _refs([operation.args, operation.kwargs])
+    refs = refs_in([operation.args, operation.kwargs])
     reason = flow.reason("they meet entries that are not channels")
     met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], reason)
     _write(flow, refs, met)
@@ -328,7 +321,7 @@ def _piece(flow: Flow, components: Components, dim: int, start: int, length: int
     for component in components:
         if dim not in component.dims or length == size:
             made.append(component)
-        elif length and size % length == 0 and start % length == 0:
+        elif length > 1 and size % length == 0 and start % length == 0:
             first = component.ids.narrow(dim, 0, length)
             for other in range(length, size, length):
                 flow.atoms.join(first, component.ids.narrow(dim, other, length), flow.reason("parts are taken"))
@@ -434,7 +427,7 @@ def _ordered(flow: Flow, operation: Operation) -> list[Components]:
     dims = [where] if isinstance(where, int) else list(where) or range(len(x.shape))
     kept = _rigid(flow, x, list(dims), "their order is written in the code")
     dead = kept if operation.name in ("index_select", "flip", "roll") else [Component(c.ids, UNKNOWN) for c in kept]
-    for ref in _refs([operation.args[1:], operation.kwargs]):
+    for ref in refs_in([operation.args[1:], operation.kwargs]):
         flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
     return [dead for _ in operation.results]
 
@@ -443,7 +436,7 @@ def _ordered(flow: Flow, operation: Operation) -> list[Components]:
 def _indexed(flow: Flow, operation: Operation) -> list[Components]:
     x, indices = operation.args[:2]
     taken = [dim for dim, each in enumerate(indices) if each is not None]
-    for ref in _refs(indices):
+    for ref in refs_in(indices):
         flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
     kept = _rigid(flow, x, taken, "they are looked up by an index")
     (result,) = operation.results
@@ -512,15 +505,16 @@ def _shuffled(flow: Flow, operation: Operation) -> list[Components]:
 )
 def _reduced(flow: Flow, operation: Operation) -> list[Components]:
     x, name = operation.args[0], operation.name
-    if name in ("max", "min") and len(_refs(operation.args)) > 1:
+    if name in ("max", "min") and len(refs_in(operation.args)) > 1:
         return _pointwise(flow, operation)
     where = _argument(operation, "dim")
     dims = range(len(x.shape)) if where is None or where == [] else [where] if isinstance(where, int) else where
     dims = {dim % len(x.shape) for dim in dims}
     made: Components = []
     for component in flow.of(x):
-        if name == "sum" and component.dead == 0 and component.dims <= dims:
-            flow.summed.append(component.ids)  # Zeros add nothing.
+        # Zeros add nothing; and averages that nobody asks for, such as those of attention, may be others.
+        if component.dims <= dims and (not operation.needed or (name == "sum" and component.dead == 0)):
+            flow.summed.append(component.ids)
             continue
         made += flow.atoms.rigid([component], dims, flow.reason("they are reduced over channels"))
     if not _argument(operation, "keepdim", False):
@@ -591,7 +585,9 @@ def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
     if read in group:
         flow.atoms.read(group[read].ids)
     dead = next((c.dead for i, c in group.items() if i != read), UNKNOWN)
-    if dead != 0:
+    if dead != 0 and read in group:  # Whatever it is then, the weights that read it have to be zero.
+        flow.demands.append((ids.reshape(-1), flow.reason(_not_zero(dead))))
+    elif dead != 0:
         flow.atoms.close(ids, flow.reason(_not_zero(dead)))
 
 

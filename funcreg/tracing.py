@@ -31,6 +31,7 @@ class Operation(NamedTuple):
     results: list[Ref]
     written: list[Ref]  # Arguments that it writes into.
     module: str  # Name of the module whose forward ran it.
+    needed: bool = True  # Whether outputs depend on it.
 
     @property
     def name(self) -> str:
@@ -65,7 +66,28 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     finally:
         for layer, mode in modes.items():
             layer.training = mode
-    return Recording(recorder.operations, parameters, buffers, [_ref(x) for x in tensors_in(made)])
+    outputs = [_ref(x) for x in tensors_in(made)]
+    return Recording(_needed(recorder.operations, outputs), parameters, buffers, outputs)
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """What stands for tensors in the arguments of an operation."""
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, dict):
+        return [ref for each in value.values() for ref in refs_in(each)]
+    return [ref for each in value for ref in refs_in(each)] if isinstance(value, (tuple, list)) else []
+
+
+def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
+    """The operations, marked by whether outputs depend on them."""
+    storages, marked = {ref.storage for ref in outputs}, []
+    for operation in reversed(operations):
+        needed = any([ref.storage in storages for ref in (*operation.results, *operation.written)])
+        if needed:
+            storages.update([ref.storage for ref in refs_in([operation.args, operation.kwargs])])
+        marked.append(operation._replace(needed=needed))
+    return marked[::-1]
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -215,7 +215,7 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
             flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
-        slots = [_Slot(*slot, entries, *use) for (slot, _, *use), entries in zip(kind, rows, strict=True)]
+        slots = [_Slot(*slot, entries, w, r) for (slot, _, w, r), entries in zip(kind, rows, strict=True)]
         found.append((slots, reason))
     return _exact(flow, found, parameters)
 
@@ -338,7 +338,7 @@ def along(dim: int, rows: Tensor, length: int, penalized: bool = True) -> Along:
         if torch.equal(rows, expected.reshape(count, entries)):
             stop = first + count * entries
             return Along(dim, size, packed, penalized, first, None if stop == length else stop)
-    return Along(dim, penalized=penalized, index=tuple(map(tuple, rows.tolist())))
+    return Along(dim, penalized=penalized, entries=tuple(map(tuple, rows.tolist())))
 
 
 def _size(slots: list[_Slot], parameters: dict[str, Any]) -> int:

@@ -31,8 +31,8 @@ class Along(NamedTuple):
         start: First entry of the dimension that the groups count, where they are a part of it: the channels of one of
             several layers whose outputs are laid side by side.
         stop: The entry after the last one; None for the end of the dimension.
-        index: The entries of each group, a tuple of them for each, where they follow no such order. It stands instead
-            of `size`, `packed`, `start` and `stop`.
+        entries: The entries of each group, a tuple of them for each, where they follow no such order. They stand
+            instead of `size`, `packed`, `start` and `stop`.
 
     Example:
         The heads of `torch.nn.MultiheadAttention`, four of eight features:
@@ -48,7 +48,7 @@ class Along(NamedTuple):
 
         >>> coupled(group_lasso, {"w": Along(1, start=1)})({"w": torch.tensor([[9.0, 3.0, 1.0], [9.0, 4.0, 0.0]])})
         tensor(6.)
-        >>> coupled(group_lasso, {"w": Along(0, index=((0, 2), (1, 3)))})({"w": torch.tensor([3.0, 1.0, 4.0, 0.0])})
+        >>> coupled(group_lasso, {"w": Along(0, entries=((0, 2), (1, 3)))})({"w": torch.tensor([3.0, 1.0, 4.0, 0.0])})
         tensor(6.)
     """
 
@@ -58,7 +58,7 @@ class Along(NamedTuple):
     penalized: bool = True
     start: int = 0
     stop: int | None = None
-    index: tuple[tuple[int, ...], ...] | None = None
+    entries: tuple[tuple[int, ...], ...] | None = None
 
     def __repr__(self) -> str:
         given = [
@@ -88,7 +88,7 @@ class Place(NamedTuple):
 
 def parts(where: Where) -> list[Along]:
     """What a family says of a leaf, as a list of `Along`."""
-    several = where if isinstance(where, tuple) and not isinstance(where, Along) else (where,)
+    several: Any = where if isinstance(where, tuple) and not isinstance(where, Along) else (where,)
     return [Along(each) if isinstance(each, int) and not isinstance(each, bool) else each for each in several]
 
 
@@ -118,25 +118,25 @@ def _checked(name: Any, where: Any) -> list[Along]:
             raise ValueError(f"at leaf '{name}': groups has {along}; expected a size and packed blocks of at least 1")
         if along.start < 0 or (along.stop is not None and along.stop <= along.start):
             raise ValueError(f"at leaf '{name}': groups has {along}; expected a start of at least 0 and a later stop")
-        if along.index is not None:
-            _check_index(name, along)
+        if along.entries is not None:
+            _check_entries(name, along, along.entries)
     return found
 
 
-def _check_index(name: str, along: Along) -> None:
-    index = along.index or ()
-    if not along == Along(along.dim, penalized=along.penalized, index=along.index):
-        raise ValueError(f"at leaf '{name}': groups has {along}; expected an index, or what says it without one")
-    if len({len(group) for group in index}) != 1 or not index[0]:
-        raise ValueError(f"at leaf '{name}': groups has {along}; expected as many entries in each group, at least one")
-    if len(set(_entries(along, 0))) < len(index) * len(index[0]):
-        raise ValueError(f"at leaf '{name}': groups has {along}; expected no entry twice")
+def _check_entries(name: str, along: Along, groups: tuple[tuple[int, ...], ...]) -> None:
+    said = f"at leaf '{name}': groups has {along}; expected"
+    if along != Along(along.dim, penalized=along.penalized, entries=groups):
+        raise ValueError(f"{said} entries, or what says them by their order, and not both")
+    if len({len(group) for group in groups}) != 1 or not all(groups):
+        raise ValueError(f"{said} as many entries in each group, at least one")
+    if len({entry for group in groups for entry in group}) < len(groups) * len(groups[0]):
+        raise ValueError(f"{said} no entry twice")
 
 
 def _entries(along: Along, length: int) -> Sequence[int]:
     """The entries of a dimension of some length that belong to groups."""
-    if along.index is not None:
-        return [entry for group in along.index for entry in group]
+    if along.entries is not None:
+        return [entry for group in along.entries for entry in group]
     return range(along.start, length if along.stop is None else along.stop)
 
 
@@ -176,12 +176,12 @@ def _count(name: str, leaf: Tensor, along: Along) -> int:
     if not -leaf.ndim <= along.dim < leaf.ndim:
         raise ValueError(f"at leaf '{name}': its shape {tuple(leaf.shape)} has no dimension {along.dim}")
     length, share = leaf.shape[along.dim], along.size * along.packed
-    if along.index is not None:
+    if along.entries is not None:
         if not all([0 <= entry < length for entry in _entries(along, length)]):
             raise ValueError(
                 f"at leaf '{name}': dimension {along.dim} of shape {tuple(leaf.shape)} has no such entries as {along}"
             )
-        return len(along.index)
+        return len(along.entries)
     if along.start >= length or (along.stop or 0) > length:
         raise ValueError(f"at leaf '{name}': dimension {along.dim} of shape {tuple(leaf.shape)} ends before {along}")
     if len(_entries(along, length)) % share:
@@ -210,7 +210,7 @@ def overlapping(leaf: Tensor, places: Sequence[Along]) -> bool:
 
 def _covers(leaf: Tensor, along: Along) -> bool:
     """Whether the groups are all of the leaf, in their order."""
-    return along.index is None and along.start == 0 and along.stop in (None, leaf.shape[along.dim])
+    return along.entries is None and along.start == 0 and along.stop in (None, leaf.shape[along.dim])
 
 
 def _chosen(along: Along, device: torch.device) -> Tensor:
@@ -220,15 +220,15 @@ def _chosen(along: Along, device: torch.device) -> Tensor:
 def _front(leaf: Tensor, along: Along) -> Tensor:
     """The part of a leaf that groups are in, their dimension in front."""
     front = leaf.movedim(along.dim, 0)
-    if along.index is not None:
+    if along.entries is not None:
         return front.index_select(0, _chosen(along, leaf.device))
     return front if _covers(leaf, along) else front[along.start : along.stop]
 
 
 def _blocks(leaf: Tensor, along: Along) -> tuple[int, int]:
     """The number of blocks, and of groups in each of them."""
-    if along.index is not None:
-        return 1, len(along.index)
+    if along.entries is not None:
+        return 1, len(along.entries)
     return along.packed, len(_entries(along, leaf.shape[along.dim])) // (along.size * along.packed)
 
 
@@ -247,7 +247,7 @@ def scatter(rows: Tensor, base: Tensor, along: Along) -> Tensor:
     if _covers(base, along):
         return front.movedim(0, along.dim)
     whole = base.movedim(along.dim, 0)
-    if along.index is not None:
+    if along.entries is not None:
         made = whole.index_copy(0, _chosen(along, base.device), front)
     else:
         made = torch.cat([whole[: along.start], front, whole[along.start + shape[0] :]])
@@ -257,14 +257,14 @@ def scatter(rows: Tensor, base: Tensor, along: Along) -> Tensor:
 def width_of(leaf: Tensor, along: Along) -> int:
     """The number of entries of a group in a leaf."""
     dims = leaf.movedim(along.dim, 0).shape
-    each = along.size * along.packed if along.index is None else len(along.index[0])
+    each = along.size * along.packed if along.entries is None else len(along.entries[0])
     return each * math.prod(dims[1:])
 
 
 def within(alive: Tensor, leaf: Tensor, along: Along) -> Tensor:
     """For each entry of the dimension whether it stays, once only these groups do; what is in no group stays."""
     length = leaf.shape[along.dim]
-    size = len(along.index[0]) if along.index is not None else along.size
+    size = len(along.entries[0]) if along.entries is not None else along.size
     here = alive[None, :, None].expand(along.packed, -1, size).reshape(-1)
     stays = torch.ones(length, dtype=torch.bool)
     stays[torch.tensor(_entries(along, length))] = here

@@ -84,7 +84,9 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     cuts: dict[int, _Cut] = {}
     for family in places_of(groups, params):
         alive = _alive(leaves, family, multiple)
-        for leaf, along in [] if alive is None else family:
+        if alive is None:
+            continue
+        for leaf, along in family:
             kept = cuts.setdefault(leaf, _Cut(leaves[leaf].shape, {})).kept
             dim = along.dim % leaves[leaf].ndim
             stays = within(alive, leaves[leaf], along)
@@ -106,7 +108,7 @@ def _alive(leaves: list[Tensor], family: list[Place], multiple: int) -> Tensor |
         return None
     alive = torch.stack(marks).any(0)
     first = next(along for _, along in family if along.penalized)
-    share = multiple // gcd(multiple, first.size if first.index is None else len(first.index[0]))
+    share = multiple // gcd(multiple, first.size if first.entries is None else len(first.entries[0]))
     wanted = min(len(alive), max(1, -(-int(alive.sum()) // share) * share))
     spare = (~alive).nonzero()[:, 0]
     alive[spare[: wanted - int(alive.sum())]] = True

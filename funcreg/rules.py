@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from funcreg.tracing import Operation, Recording, Ref, refs_in
 
 Components = list[Component]
 Rule = Callable[["Flow", Operation], Sequence[Components]]
+R = TypeVar("R", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[R], R]:
     """Let a function be the rule of these operations."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         RULES.update(dict.fromkeys(names, function))
         return function
 
@@ -267,8 +268,8 @@ def _moved(flow: Flow, operation: Operation) -> list[Components]:
             front = ids.reshape([1] * (len(shape) - ids.ndim) + list(ids.shape))
             made.append(Component(front, dead))
         elif name == "squeeze":
-            dims = range(len(x.shape)) if not args else [args[0]] if isinstance(args[0], int) else args[0]
-            dims = {dim % len(x.shape) for dim in dims if x.shape[dim] == 1}
+            given: Any = range(len(x.shape)) if not args else [args[0]] if isinstance(args[0], int) else args[0]
+            dims = {dim % len(x.shape) for dim in given if x.shape[dim] == 1}
             made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in dims]), dead))
         else:
             made.append(Component(getattr(torch.ops.aten, name)(ids, *args), dead))
@@ -424,8 +425,8 @@ def _padded(flow: Flow, operation: Operation) -> list[Components]:
 @rule("index_select", "flip", "roll", "gather", "cumsum", "cumprod", "sort", "topk")
 def _ordered(flow: Flow, operation: Operation) -> list[Components]:
     x, where = operation.args[0], _argument(operation, "dim", _argument(operation, "dims", -1))
-    dims = [where] if isinstance(where, int) else list(where) or range(len(x.shape))
-    kept = _rigid(flow, x, list(dims), "their order is written in the code")
+    dims: list[int] = [where] if isinstance(where, int) else list(where or range(len(x.shape)))
+    kept = _rigid(flow, x, dims, "their order is written in the code")
     dead = kept if operation.name in ("index_select", "flip", "roll") else [Component(c.ids, UNKNOWN) for c in kept]
     for ref in refs_in([operation.args[1:], operation.kwargs]):
         flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
@@ -483,26 +484,10 @@ def _shuffled(flow: Flow, operation: Operation) -> list[Components]:
 # Reductions
 
 
-@rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "var",
-    "std",
-    "var_mean",
-    "linalg_vector_norm",
-    "norm",
-    "logsumexp",
-    "prod",
-    "any",
-    "all",
-    "argmax",
-    "argmin",
-    "median",
-)
+_REDUCTIONS = "sum mean amax amin max min var std var_mean linalg_vector_norm norm logsumexp prod any all argmax argmin"
+
+
+@rule(*_REDUCTIONS.split())
 def _reduced(flow: Flow, operation: Operation) -> list[Components]:
     x, name = operation.args[0], operation.name
     if name in ("max", "min") and len(refs_in(operation.args)) > 1:
@@ -738,16 +723,13 @@ def _grouped_convolution(
     return blocks[:, :1].expand(groups, 1 if inside is None else inside.ids.numel()).reshape(-1)
 
 
-@rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "batch_norm",
+_BATCH_NORMS = (
+    "batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update"
 )
+
+
+@rule(*_BATCH_NORMS.split())
 def _batch_norm(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
     vectors = [_argument(operation, name) for name in ("weight", "bias", "running_mean", "running_var")]

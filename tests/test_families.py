@@ -46,7 +46,7 @@ PARTS = {
     ),
     "an order of their own": (
         {"w": (6, 2), "b": (2,)},
-        [{"w": fr.Along(0, index=((5, 1), (0, 2))), "b": 0}],
+        [{"w": fr.Along(0, entries=((5, 1), (0, 2))), "b": 0}],
         {"w": (0, [[5, 1, 0, 2]]), "b": (0, [[0, 1]])},
         [{"w/0": fr.Along(0, size=2), "b/0": 0}],
     ),
@@ -123,7 +123,7 @@ def test_what_is_dead_in_a_part_goes_and_the_rest_stays(shapes, groups, cut, sam
         for name, where in family.items():
             for a in several(where):
                 place = name, a.dim % params[name].ndim
-                gone[place] = gone.get(place, 0) + (a.size * a.packed if a.index is None else len(a.index[0]))
+                gone[place] = gone.get(place, 0) + (a.size * a.packed if a.entries is None else len(a.entries[0]))
     for (name, dim), less in gone.items():
         assert smaller[name].shape[dim] == params[name].shape[dim] - less
     # What stays is what it was, but for columns that only dead groups are read by.
@@ -143,7 +143,7 @@ def counts(groups, params):
         name, where = next(iter(family.items()))
         a = several(where)[0]
         stop = params[name].shape[a.dim] if a.stop is None else a.stop
-        found.append((stop - a.start) // (a.size * a.packed) if a.index is None else len(a.index))
+        found.append((stop - a.start) // (a.size * a.packed) if a.entries is None else len(a.entries))
     return found
 
 
@@ -156,7 +156,7 @@ def read_by_living(params, groups):
                 stop = made[name].shape[a.dim] if a.stop is None else a.stop
                 block = (stop - a.start) // a.packed
                 places = [a.start + k * block + s for k in range(a.packed) for s in range(a.size)]
-                made[name].movedim(a.dim, 0)[list(a.index[0]) if a.index else places] = 0
+                made[name].movedim(a.dim, 0)[list(a.entries[0]) if a.entries else places] = 0
     return made
 
 
@@ -164,14 +164,14 @@ def test_entries_in_two_families_have_no_prox_and_entries_side_by_side_have_one(
     params = tensors({"w": (4, 4)})
     for groups in (
         [{"w": fr.Along(0, stop=2)}, {"w": fr.Along(0, start=1)}],
-        [{"w": fr.Along(0, stop=2)}, {"w": fr.Along(0, index=((1,), (3,)))}],
+        [{"w": fr.Along(0, stop=2)}, {"w": fr.Along(0, entries=((1,), (3,)))}],
         [{"w": (fr.Along(0, stop=2), fr.Along(1, stop=2))}],
     ):
         p = fr.coupled(fr.group_lasso, groups)
         assert_equal(p.grad(params), grad(p)(params), rtol=1e-12, atol=1e-14)
         with pytest.raises(ValueError, match="leaf 'w' is in 2 families of groups: where groups overlap"):
             p.prox(params, 1.0)
-    fr.coupled(fr.group_lasso, [{"w": fr.Along(0, index=((0,), (3,)))}, {"w": fr.Along(-2, start=1, stop=3)}]).prox(
+    fr.coupled(fr.group_lasso, [{"w": fr.Along(0, entries=((0,), (3,)))}, {"w": fr.Along(-2, start=1, stop=3)}]).prox(
         params, 1.0
     )
 
@@ -184,12 +184,12 @@ def test_entries_in_two_families_have_no_prox_and_entries_side_by_side_have_one(
         (fr.Along(0, start=4), r"dimension 0 of shape \(4, 3\) ends before Along\(0, start=4\)"),
         (fr.Along(0, stop=5), r"dimension 0 of shape \(4, 3\) ends before Along\(0, stop=5\)"),
         (fr.Along(0, size=2, start=1), r"\(4, 3\) from 1 to 4 is no multiple of 2"),
-        (fr.Along(0, size=2, index=((1,),)), "expected an index, or what says it without one"),
-        (fr.Along(0, index=()), "expected as many entries in each group, at least one"),
-        (fr.Along(0, index=((0, 1), (2,))), "expected as many entries in each group, at least one"),
-        (fr.Along(0, index=((0, 1), (1, 2))), "expected no entry twice"),
-        (fr.Along(0, index=((0, 4),)), "has no such entries as"),
-        (fr.Along(0, index=((-1,),)), "has no such entries as"),
+        (fr.Along(0, size=2, entries=((1,),)), "expected entries, or what says them by their order"),
+        (fr.Along(0, entries=()), "expected as many entries in each group, at least one"),
+        (fr.Along(0, entries=((0, 1), (2,))), "expected as many entries in each group, at least one"),
+        (fr.Along(0, entries=((0, 1), (1, 2))), "expected no entry twice"),
+        (fr.Along(0, entries=((0, 4),)), "has no such entries as"),
+        (fr.Along(0, entries=((-1,),)), "has no such entries as"),
     ],
 )
 def test_parts_that_a_leaf_has_not_are_errors(along, message):
@@ -202,7 +202,7 @@ def test_parts_that_a_leaf_has_not_are_errors(along, message):
 def test_parts_print_as_written_and_come_back_from_a_pickle():
     for along, text in (
         (fr.Along(0, start=2, stop=4, penalized=False), "Along(0, penalized=False, start=2, stop=4)"),
-        (fr.Along(1, index=((0, 2), (1, 3))), "Along(1, index=((0, 2), (1, 3)))"),
+        (fr.Along(1, entries=((0, 2), (1, 3))), "Along(1, entries=((0, 2), (1, 3)))"),
     ):
         assert repr(along) == text
         assert eval(text, {"Along": fr.Along}) == pickle.loads(pickle.dumps(along)) == copy.copy(along) == along

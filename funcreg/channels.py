@@ -19,12 +19,30 @@ from funcreg.tree import listed
 class ChannelGroups(list[Family]):
     """Families of groups, with what is known of them: a list that prints as a table, and explains itself.
 
-    Attributes:
+    `channel_groups` makes it of a network. The table says for each family which layers give its channels, how many
+    groups there are, and how many parameters go with each of them.
+
+    Args:
+        families: The families, dicts from names of leaves to where groups lie in them.
         counts: The number of groups of each family.
-        sizes: The number of parameters that a group carries, those of its entries that are not penalized too.
+        sizes: The number of parameters that a group carries, also those that are not penalized.
         layers: The layers whose outputs they are, for each family.
-        kept: Why the other dimensions of parameters are kept, by the reason their places.
-        round_to: What numbers of groups stay multiples of in `remove_dead`.
+        kept: Why other dimensions of parameters are kept: their places by the reason.
+        round_to: What numbers of channels stay multiples of in `remove_dead`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 6))
+        >>> net = torch.nn.Sequential(*net, torch.nn.ReLU(), torch.nn.Linear(6, 1))
+        >>> groups = channel_groups(net, (torch.ones(1, 2),))
+        >>> groups
+        channels of  groups  parameters each
+        2                 6                6
+        >>> print(groups.explain())  # doctest: +ELLIPSIS
+        6 groups in 1 families:
+        ...
+        - normalized over channels (native_layer_norm, '1'):
+            0.weight, dimension 0 of 4
+        ...
     """
 
     def __init__(
@@ -57,11 +75,10 @@ class ChannelGroups(list[Family]):
 
     def explain(self) -> str:
         """Which channels there are, and why the others are kept."""
-        lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self), ""]
-        lines.append("Kept:" if self.kept else "Nothing else is kept.")
+        lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self)]
         for reason, places in self.kept.items():
             lines += [f"- {reason}:", *[f"    {place}" for place in places]]
-        return _Text("\n".join(lines))
+        return _Text("\n".join([*lines[:2], "", "Kept:", *lines[2:]]) if self.kept else "\n".join(lines))
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -138,9 +155,9 @@ def channel_groups(
         >>> block = torch.nn.TransformerEncoderLayer(16, nhead=4, dim_feedforward=32)
         >>> groups = channel_groups(block, (torch.ones(3, 1, 16),))
         >>> groups
-        channels of        groups  parameters each
-        self_attn               4              268
-        linear1                32               33
+        channels of  groups  parameters each
+        self_attn         4              268
+        linear1          32               33
         >>> groups[0]["self_attn.in_proj_weight"]
         Along(0, size=4, packed=3)
 
@@ -215,7 +232,7 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
             flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
-        slots = [_Slot(*slot, entries, w, r) for (slot, _, w, r), entries in zip(kind, rows, strict=True)]
+        slots = [_Slot(name, dim, own, w, r) for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)]
         found.append((slots, reason))
     return _exact(flow, found, parameters)
 

@@ -89,7 +89,10 @@ class Place(NamedTuple):
 def parts(where: Where) -> list[Along]:
     """What a family says of a leaf, as a list of `Along`."""
     several: Any = where if isinstance(where, tuple) and not isinstance(where, Along) else (where,)
-    return [Along(each) if isinstance(each, int) and not isinstance(each, bool) else each for each in several]
+    made: list[Any] = [
+        Along(each) if isinstance(each, int) and not isinstance(each, bool) else each for each in several
+    ]
+    return made
 
 
 def families_of(found: Any) -> list[list[tuple[str, Along]]]:

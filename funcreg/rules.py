@@ -268,7 +268,8 @@ def _moved(flow: Flow, operation: Operation) -> list[Components]:
             front = ids.reshape([1] * (len(shape) - ids.ndim) + list(ids.shape))
             made.append(Component(front, dead))
         elif name == "squeeze":
-            given: Any = range(len(x.shape)) if not args else [args[0]] if isinstance(args[0], int) else args[0]
+            given: Any = args[0] if args else range(len(x.shape))
+            given = [given] if isinstance(given, int) else given
             dims = {dim % len(x.shape) for dim in given if x.shape[dim] == 1}
             made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in dims]), dead))
         else:
@@ -424,7 +425,8 @@ def _padded(flow: Flow, operation: Operation) -> list[Components]:
 
 @rule("index_select", "flip", "roll", "gather", "cumsum", "cumprod", "sort", "topk")
 def _ordered(flow: Flow, operation: Operation) -> list[Components]:
-    x, where = operation.args[0], _argument(operation, "dim", _argument(operation, "dims", -1))
+    x = operation.args[0]
+    where: Any = _argument(operation, "dim", _argument(operation, "dims", -1))
     dims: list[int] = [where] if isinstance(where, int) else list(where or range(len(x.shape)))
     kept = _rigid(flow, x, dims, "their order is written in the code")
     dead = kept if operation.name in ("index_select", "flip", "roll") else [Component(c.ids, UNKNOWN) for c in kept]

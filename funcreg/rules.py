@@ -499,8 +499,9 @@ def _reduced(flow: Flow, operation: Operation) -> list[Components]:
     dims = {dim % len(x.shape) for dim in dims}
     made: Components = []
     for component in flow.of(x):
-        # Zeros add nothing; and averages that nobody asks for, such as those of attention, may be others.
-        if component.dims <= dims and (not operation.needed or (name == "sum" and component.dead == 0)):
+        # Averages that nobody asks for, such as those of attention, may be others. No sum may: code that divides by
+        # the number of channels takes it from the shape.
+        if component.dims <= dims and not operation.needed:
             flow.summed.append(component.ids)
             continue
         made += flow.atoms.rigid([component], dims, flow.reason("they are reduced over channels"))

@@ -543,10 +543,12 @@ KEPT = {
     ),
     "cumulative sums": (lambda: between(lambda net, y: y.cumsum(-1)), r"\(cumsum\)"),
     "an operation nobody knows": (lambda: between(lambda net, y: torch.fft.fft(y).real), r"is not followed"),
+    "a sum, which may be a mean": (
+        lambda: between(lambda net, y: y - y.sum(-1, keepdim=True) / y.shape[-1]),
+        r"reduced over channels \(sum\)",
+    ),
     "an inner product": (
-        lambda: Net(
-            lambda net, x: (net.a(x) * net.b(x)).sum(-1) + net.a(x) @ net.b(x).T, a=nn.Linear(5, 6), b=nn.Linear(5, 6)
-        ),
+        lambda: Net(lambda net, x: net.a(x) @ net.b(x).T, a=nn.Linear(5, 6), b=nn.Linear(5, 6)),
         r"a product of two tensors of channels, whose scale may go by their number",
     ),
     "pixels": (
@@ -651,6 +653,8 @@ def test_it_is_called_as_the_module_is():
         fr.channel_groups(single, 3)
     with pytest.raises(TypeError, match=r"module is a dict; expected torch\.nn\.Sequential, or any torch\.nn\.Module"):
         fr.channel_groups({}, (x,))  # pyright: ignore[reportArgumentType]
+    with torch.device("meta"), pytest.raises(ValueError, match=r"on the meta device has no memory, by which tensors"):
+        fr.channel_groups(nn.Linear(2, 3), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"round_to is 0; expected a whole number of at least 1"):
         fr.channel_groups(single, (x,), round_to=0)
 

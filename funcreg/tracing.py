@@ -108,8 +108,8 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _ref(x: Tensor) -> Ref:
     if x.numel() and not x.data_ptr():
         raise ValueError(
-            f"a tensor of shape {tuple(x.shape)} on the {x.device.type} device has no memory, by which tensors are told "
-            "apart here; expected a module and example inputs with numbers in them, as to_empty(device='cpu') gives"
+            f"a tensor of shape {tuple(x.shape)} on the {x.device.type} device has no memory, by which tensors are "
+            "told apart here; expected a module and inputs with numbers in them, as to_empty(device='cpu') gives"
         )
     layout = tuple(stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True))
     return Ref((x.device, x.data_ptr(), layout), tuple(x.shape), x.dtype, (x.device, x.untyped_storage().data_ptr()))

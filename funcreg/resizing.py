@@ -15,7 +15,18 @@ from funcreg._typing import Params
 from funcreg.agreement import Agreement
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_paths
-from funcreg.widths import CONVOLUTIONS, NORMS, Place, Rule, changes, follow, follow_configs, gives, tensors
+from funcreg.widths import (
+    CONVOLUTIONS,
+    NORMS,
+    Place,
+    Rule,
+    changes,
+    follow,
+    follow_bare,
+    follow_configs,
+    gives,
+    tensors,
+)
 
 
 def resized(
@@ -145,6 +156,8 @@ def _follow(module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module
                 rule(layer, old)
             elif (found := follow(Place(name, layer, old, came))) is not None:
                 known[name] = found
+        elif not layer._modules and not tensors(layer):
+            follow_bare(layer, came)
         if gives(layer):
             came.append((gives(old), gives(layer)))
     return [each for name, found in known.items() for each in stored_widths(module, smaller, name, found)]

@@ -40,6 +40,12 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
 ) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+#: Layers without parameters that hold widths, or counts of what these are divided into.
+_BARE: dict[type, tuple[str, ...]] = {
+    nn.GroupNorm: ("num_groups", "num_channels"),
+    nn.ChannelShuffle: ("groups",),
+    nn.Unflatten: ("unflattened_size",),
+}
 #: Names of numbers that count what goes in and out of a network.
 _OUTSIDE = frozenset({"vocab_size", "num_labels", "num_classes", "num_channels", "pad_token_id"})
 
@@ -72,6 +78,10 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
                     yield Stored(path, f"{name}.{own}", number, others)
         elif others := _others(name, value, moves):
             yield Stored(path, name, value, others)
+    for child, inner in layer._modules.items():
+        for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
+            if others := _others(name, getattr(inner, name), moves):
+                yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others)
 
 
 def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:

@@ -164,6 +164,11 @@ LAYERS = {
         (3, 5, 5),
         [{**chain("0", "3", middle=norm("1", "running_mean", "running_var")), "2.weight": kept(0)}],
     ),
+    "channels normalized for themselves, without scales": (
+        around(conv(3, 8, 1, bias=False), lambda: nn.InstanceNorm2d(8), nn.ReLU, conv(8, 3, 1)),
+        (3, 5, 5),
+        [{"0.weight": 0, "3.weight": kept(1)}],
+    ),
     "an embedding": (
         around(lambda: nn.Embedding(9, 6, padding_idx=0), lambda: nn.Linear(6, 3)),
         (),
@@ -471,6 +476,46 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
         fr.resized(unread, cut, x)
 
 
+@pytest.mark.parametrize(
+    ("bare", "size", "message"),
+    [
+        (lambda: nn.GroupNorm(4, 8, affine=False), 2, r"'1', a GroupNorm, stores num_groups=4"),
+        (lambda: nn.ChannelShuffle(2), 4, r"'1', a ChannelShuffle, stores groups=2"),
+    ],
+)
+def test_layers_without_parameters_that_divide_channels_are_numbers_too(bare, size, message):
+    channels = {"0.weight": fr.Along(0, size), "2.weight": kept(1, size)}
+    if size == 4:  # A channel of each half goes, and those between which it is shuffled.
+        channels = {"0.weight": fr.Along(0, packed=2), "2.weight": kept(1, size=2)}
+    net = built(lambda: Alone(nn.Conv1d(3, 8, 1, bias=False), bare(), nn.Conv1d(8, 2, 1)), [channels])
+    with pytest.raises(ValueError, match=message):
+        smaller(net, [channels])
+    made, x = smaller(net, [channels], draw(2, 3, 5)), draw(2, 3, 5)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Alone(nn.ModuleList):
+    """Layers in sequence with a forward of their own."""
+
+    def __init__(self, *layers):
+        super().__init__(layers)
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def test_an_unflattening_is_a_number_too():
+    channels = {"0.weight": fr.Along(0, 4), "0.bias": fr.Along(0, 4), "2.weight": kept(1)}
+    net = built(lambda: Alone(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 2, 1)), [channels])
+    with pytest.raises(ValueError, match=r"'1', a Unflatten, stores unflattened_size=\(8, 2, 2\)"):
+        smaller(net, [channels])
+    made, x = smaller(net, [channels], draw(2, 3)), draw(2, 3)
+    assert made[1].unflattened_size == (4, 2, 2)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 def test_tensors_beside_the_parameters_are_numbers_too():
     class Masked(nn.Module):
         def __init__(self):
@@ -525,6 +570,24 @@ def test_ties_hooks_modes_and_gradients_stay():
     assert read.head.weight is read.embedding.weight
     with pytest.raises(ValueError, match=r"'head.weight' and 'embedding.weight' are one tensor .* given two"):
         fr.resized(net, {"embedding.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)})
+
+
+def test_a_tied_weight_becomes_narrower_under_both_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    features = {"embedding.weight": 1}
+    net = built(Tied, [features])
+    made, x = smaller(net, [features]), torch.arange(7, device=DEVICE)
+    assert made.head.weight is made.embedding.weight
+    assert (made.head.in_features, made.embedding.embedding_dim) == (3, 3)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
 
 
 def test_dtypes_are_those_of_the_tree():

@@ -58,24 +58,25 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves: dict[int, set[int]] = {}
     near = False  # Whether a layer that this module holds itself has changed.
-    for own, old, new in changes(layer, before):
-        near = near or own.count(".") < 2
+    for leaf, old, new in changes(layer, before):
+        near = near or leaf.count(".") < 2
         for a, b in zip(old.shape, new.shape, strict=True):
             if a != b:
                 moves.setdefault(a, set()).add(b)
-    named = mentioned(smaller, path)
+    own, named = _mentioned(layer), mentioned(smaller, path)
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known:
             continue
-        if named is not None and name not in named and not (near and _is_count(name)):
+        read = near or own is None or name in own if _is_count(name) else named is None or name in named
+        if not read:
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
                 setattr(layer, name, now)
         elif _is_config(value):
-            for own in sorted(_mentioned(layer) or vars(value)):
-                number = getattr(value, own, None)
-                if others := _others(own, number, moves):
-                    yield Stored(path, f"{name}.{own}", number, others)
+            for key in sorted(own or vars(value)):
+                number = getattr(value, key, None)
+                if others := _others(key, number, moves):
+                    yield Stored(path, f"{name}.{key}", number, others)
         elif others := _others(name, value, moves):
             yield Stored(path, name, value, others)
     for child, inner in layer._modules.items():

@@ -332,9 +332,9 @@ def _number(x: Any) -> Any:
 
 
 SIZES = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "key_value_proj_dim")
-_QUERIES = ("q_proj", "query", "q_lin", "q_attn", "q", "wq", "to_q")
-_KEYS = ("k_proj", "key", "k_lin", "k", "wk", "to_k")
-_VALUES = ("v_proj", "value", "v_lin", "v", "wv", "to_v")
+_QUERIES = ("q_proj", "query", "q_lin", "query_proj", "q_attn", "q", "wq", "to_q")
+_KEYS = ("k_proj", "key", "k_lin", "key_proj", "k", "wk", "to_k")
+_VALUES = ("v_proj", "value", "v_lin", "value_proj", "v", "wv", "to_v")
 _PACKED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "to_qkv")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")

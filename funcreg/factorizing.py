@@ -99,6 +99,8 @@ def factorized(
     for name in named if layers is None else layers:
         layer = named[name]
         if name not in refused and (layers is not None or not isinstance(layer, nn.Embedding)):
+            if not layer.get_parameter("weight").isfinite().all():
+                raise ValueError(f"the weight of '{name}' has entries that are not finite, and so no singular values")
             plan = _plan(layer, tolerance)
             if plan.parameters < plan.dense:
                 made[id(layer)] = _split(layer, plan)

@@ -81,6 +81,8 @@ def resized(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
     given = _given(module, params)
     smaller = _copied(module, given)
     unknown = _follow(module, smaller, {} if rules is None else rules)

@@ -417,6 +417,13 @@ class Stored(nn.Module):
         return self.second(h)
 
 
+class Masking(Stored):
+    """One whose outputs are not all finite."""
+
+    def forward(self, x):
+        return super().forward(x).masked_fill(x[:, :2] > 0, -torch.inf)
+
+
 UNITS = {"first.weight": 0, "first.bias": 0, "second.weight": 1}
 
 
@@ -470,6 +477,12 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
         smaller(net, [part], x, rules={Stored: lambda layer, before: None})
     with pytest.raises(ValueError, match=r"module itself fails on example_inputs: in 'layers.part.first', a Linear"):
         smaller(net, [part], (x.float(),))
+    with pytest.raises(
+        ValueError, match=r"module itself fails on example_inputs: in its own forward: TypeError: .*forw"
+    ):
+        smaller(net, [part], ())
+    masked = built(Masking, [UNITS])
+    torch.testing.assert_close(smaller(masked, [UNITS], x)(x), masked(x), rtol=1e-12, atol=1e-12)
     unread = built(around(lambda: nn.Linear(3, 4), lambda: nn.Linear(4, 2)), [])
     cut = {name: w.detach()[..., :2] if name == "1.weight" else w.detach()[:2] for name, w in unread.named_parameters()}
     with pytest.raises(ValueError, match=r"is not the module: output 0 of it differs .*Does the module hold the zeros"):
@@ -612,6 +625,12 @@ def test_a_smaller_network_trains_and_is_saved(make, shape, families):
 
 
 # Refusals
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_module_compiled_by_torch_jit_is_refused():
+    with pytest.raises(TypeError, match="module is compiled by torch.jit; expected the module that it was made of"):
+        fr.resized(torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)), {"weight": torch.ones(2, 2)})
 
 
 def test_parametrized_and_pruned_weights_do_not_change_their_shape():

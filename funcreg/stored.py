@@ -46,8 +46,12 @@ _BARE: dict[type, tuple[str, ...]] = {
     nn.ChannelShuffle: ("groups",),
     nn.Unflatten: ("unflattened_size",),
 }
-#: Names of numbers that count what goes in and out of a network.
-_OUTSIDE = frozenset({"vocab_size", "num_labels", "num_classes", "num_channels", "pad_token_id"})
+#: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
+_OTHER_COUNTS = (
+    *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
+    *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
+    *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
+)
 
 
 def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
@@ -56,18 +60,15 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     Numbers with the name of a width that nothing mentions are set to what it is.
     """
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
-    moves: dict[int, set[int]] = {}
-    near = False  # Whether a layer that this module holds itself has changed.
-    for leaf, old, new in changes(layer, before):
-        near = near or leaf.count(".") < 2
-        for a, b in zip(old.shape, new.shape, strict=True):
-            if a != b:
-                moves.setdefault(a, set()).add(b)
+    moves, near = _moves(layer, before)
     own, named = _mentioned(layer), mentioned(smaller, path)
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known:
             continue
-        read = near or own is None or name in own if _is_count(name) else named is None or name in named
+        if _is_count(name):  # Functions outside of the module read these from it, as those of attention do.
+            read = near or own is None or name in own
+        else:
+            read = named is None or name in named
         if not read:
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
@@ -85,9 +86,21 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
                 yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others)
 
 
+def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bool]:
+    """For each width that changed what it became, and whether one of a layer that the module holds itself did."""
+    moves: dict[int, set[int]] = {}
+    near = False
+    for leaf, old, new in changes(layer, before):
+        near = near or leaf.count(".") < 2
+        for a, b in zip(old.shape, new.shape, strict=True):
+            if a != b:
+                moves.setdefault(a, set()).add(b)
+    return moves, near
+
+
 def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
     """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
-    if isinstance(value, bool) or name in _OUTSIDE:
+    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()

@@ -444,6 +444,17 @@ def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
     assert made[1].width == 4
 
 
+def test_a_number_that_scales_and_is_no_width_stays_as_outputs_show():
+    class Scaled(Stored):
+        def forward(self, x):
+            return self.second(self.first(x).relu() * self.width**-0.5)
+
+    net, x = built(Scaled, [UNITS]), draw(5, 3)
+    made = smaller(net, [UNITS], x)
+    assert made.width == 8
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_width_in_a_configuration_is_changed_in_a_copy_of_it():
     config = Config()
     net = nn.Sequential(*[built(lambda: Stored(config), [UNITS]) for _ in range(2)])[:1]
@@ -477,9 +488,7 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
         smaller(net, [part], x, rules={Stored: lambda layer, before: None})
     with pytest.raises(ValueError, match=r"module itself fails on example_inputs: in 'layers.part.first', a Linear"):
         smaller(net, [part], (x.float(),))
-    with pytest.raises(
-        ValueError, match=r"module itself fails on example_inputs: in its own forward: TypeError: .*forw"
-    ):
+    with pytest.raises(ValueError, match=r"itself fails on example_inputs: in its own forward: TypeError: .*forw"):
         smaller(net, [part], ())
     masked = built(Masking, [UNITS])
     torch.testing.assert_close(smaller(masked, [UNITS], x)(x), masked(x), rtol=1e-12, atol=1e-12)
@@ -629,7 +638,7 @@ def test_a_smaller_network_trains_and_is_saved(make, shape, families):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_module_compiled_by_torch_jit_is_refused():
-    with pytest.raises(TypeError, match="module is compiled by torch.jit; expected the module that it was made of"):
+    with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was"):
         fr.resized(torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)), {"weight": torch.ones(2, 2)})
 
 

@@ -65,11 +65,9 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known:
             continue
-        if _is_count(name):  # Functions outside of the module read these from it, as those of attention do.
-            read = near or own is None or name in own
-        else:
-            read = named is None or name in named
-        if not read:
+        readers = own if _is_count(name) else named
+        # Functions outside of the module read counts from it, too, as those of attention do.
+        if readers is not None and name not in readers and not (near and _is_count(name)):
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
                 setattr(layer, name, now)

@@ -268,6 +268,12 @@ def _multihead(place: Place) -> None:
         )
     layer.num_heads = width // size
     if width != layer.embed_dim:
+        if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
+            raise ValueError(
+                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are fewer than its "
+                f"{layer.embed_dim} inputs, which the code of torch.nn.MultiheadAttention does not take; resized knows "
+                "how to go on with that class alone, and not with one of your own"
+            )
         # Encoder layers choose their fused path by this name; attention itself goes by in_proj_weight.
         layer._qkv_same_embed_dim = False
         layer.__class__ = NarrowAttention

@@ -344,6 +344,17 @@ def test_attention_stays_plain_where_its_embedding_becomes_narrower_with_its_hea
         fr.resized(attention, {**tree, "in_proj_weight": torch.ones(9, 4)})
 
 
+def test_attention_of_ones_own_is_not_exchanged():
+    class Mine(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)
+
+    family = attention_heads("attention", 2)
+    net = nn.ModuleDict({"attention": Mine(8, 4)}).double().to(DEVICE)
+    with pytest.raises(ValueError, match=r"'attention' is a Mine, whose 4 features of heads are fewer than its 8"):
+        smaller(halve(net, [family]), [family])
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
@@ -363,6 +374,8 @@ def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
     for more in ({}, {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}):
         with torch.no_grad():  # The fused path of encoders is for inference.
             torch.testing.assert_close(made(**given, **more), net(**given, **more), rtol=1e-12, atol=1e-12)
+    for other in (fr.resized(net, made.state_dict()), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(other(**given), made(**given))
     made.train()(**given).sum().backward()
     assert all(w.grad is not None for w in made.parameters())
 

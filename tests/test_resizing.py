@@ -541,6 +541,15 @@ class Alone(nn.ModuleList):
         return x
 
 
+def test_rules_are_functions_for_types_that_the_module_has():
+    net, tree = nn.Sequential(nn.Linear(2, 3)), {"0.weight": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match="rules has one for Conv2d, and the module has no such layer"):
+        fr.resized(net, tree, rules={nn.Conv2d: lambda layer, before: None})
+    for wrong in ({"Linear": print}, {nn.Linear: 3}):
+        with pytest.raises(TypeError, match="expected a type of module and a function"):
+            fr.resized(net, tree, rules=wrong)
+
+
 def test_an_unflattening_is_a_number_too():
     channels = {"0.weight": fr.Along(0, 4), "0.bias": fr.Along(0, 4), "2.weight": kept(1)}
     net = built(lambda: Alone(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 2, 1)), [channels])

@@ -60,11 +60,11 @@ def resized(
 
     Raises:
         TypeError: What is given is no module, no tree of tensors, or no rules for types.
-        ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of another kind changes its width,
-            some parameters or buffers of a layer are of another width than others, as without the running statistics
-            of a normalization, a parametrized or pruned weight changes its shape, parameters that are tied are given
-            different values, a module stores a width that nobody knows of, a layer of a `torch.nn.Sequential` gives
-            other channels than the next one takes, or outputs are others.
+        ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
+            another kind changes its width, some parameters or buffers of a layer are of another width than others, as
+            without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
+            parameters that are tied are given different values, a module stores a width that nobody knows of, a layer
+            of a `torch.nn.Sequential` gives other channels than the next one takes, or outputs are others.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

@@ -35,11 +35,12 @@ class Agreement:
         for i, (a, b) in enumerate(zip(self.expected, found, strict=True)):
             if a.shape != b.shape:
                 return f"output {i} of it has shape {tuple(b.shape)}, and that of the module {tuple(a.shape)}"
-            if a.is_floating_point() and a.numel():
-                size = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
-                gap = float((a - b).abs().max() / size)
-                if not gap <= torch.finfo(a.dtype).eps ** 0.5:  # Not a number is no agreement.
-                    return f"output {i} of it differs from that of the module by {gap:.1e} of the largest entry"
+            if (a.is_floating_point() or a.is_complex()) and a.numel():
+                gap = torch.where(a == b, 0, (a - b).abs()).max()  # Infinities that mask something out are equal.
+                size = a.abs().masked_fill(~a.isfinite(), 0).max()
+                if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
+                    share = gap / size
+                    return f"output {i} of it differs from that of the module by {share:.1e} of the largest entry"
             elif not torch.equal(a, b):
                 return f"output {i} of it differs from that of the module"
         return None
@@ -52,7 +53,8 @@ class Agreement:
             try:
                 return list(_tensors(functional_call(network, buffers, self.args, self.kwargs)))
             except Exception as error:
-                where = f"'{running[-1]}', a {type(network.get_submodule(running[-1])).__name__}" if running else "it"
+                where = running[-1] if running else ""
+                where = f"'{where}', a {type(network.get_submodule(where)).__name__}" if where else "its own forward"
                 return f"in {where}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

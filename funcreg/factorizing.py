@@ -28,7 +28,7 @@ class Factors(nn.Sequential):
         raise AttributeError(f"weight of {type(first).__name__} and {type(second).__name__}")
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         return self[-1].bias
 
     def extra_repr(self) -> str:
@@ -99,6 +99,8 @@ def factorized(
     for name in named if layers is None else layers:
         layer = named[name]
         if name not in refused and (layers is not None or not isinstance(layer, nn.Embedding)):
+            if not layer.get_parameter("weight").isfinite().all():
+                raise ValueError(f"the weight of '{name}' has entries that are not finite, and so no singular values")
             plan = _plan(layer, tolerance)
             if plan.parameters < plan.dense:
                 made[id(layer)] = _split(layer, plan)
@@ -238,8 +240,9 @@ def _read(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         if name not in refused and first is not None and second is not None:
             early = not isinstance(layer, CONVOLUTIONS) or first[0, 0].numel() > 1 or second[0, 0].numel() == 1
             rank = first.shape[1] if isinstance(layer, (nn.Embedding, *TRANSPOSED)) and early else first.shape[0]
-            thin = _thin_layers(layer, rank, early).to_empty(device=layer.weight.device)
-            made[id(layer)] = thin.requires_grad_(layer.weight.requires_grad).train(layer.training)
+            w = layer.get_parameter("weight")
+            thin = _thin_layers(layer, rank, early).to_empty(device=w.device)
+            made[id(layer)] = thin.requires_grad_(w.requires_grad).train(layer.training)
     if not made:
         raise ValueError(
             f"state has no thin layers of this {type(module).__name__}; expected the state_dict of what factorized gave"

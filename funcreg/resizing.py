@@ -15,7 +15,18 @@ from funcreg._typing import Params
 from funcreg.agreement import Agreement
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_paths
-from funcreg.widths import CONVOLUTIONS, NORMS, Place, Rule, changes, follow, follow_configs, gives, tensors
+from funcreg.widths import (
+    CONVOLUTIONS,
+    NORMS,
+    Place,
+    Rule,
+    changes,
+    follow,
+    follow_bare,
+    follow_configs,
+    gives,
+    tensors,
+)
 
 
 def resized(
@@ -48,12 +59,12 @@ def resized(
             layer that has its new parameters, its children done, and the layer as it was.
 
     Raises:
-        TypeError: What is given is no module, or no tree of tensors.
-        ValueError: There is no leaf, or the module has no such parameter, a layer of another kind changes its width,
-            some parameters or buffers of a layer are of another width than others, as without the running statistics
-            of a normalization, a parametrized or pruned weight changes its shape, parameters that are tied are given
-            different values, a module stores a width that nobody knows of, a layer of a `torch.nn.Sequential` gives
-            other channels than the next one takes, or outputs are others.
+        TypeError: What is given is no module, no tree of tensors, or no rules for types.
+        ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
+            another kind changes its width, some parameters or buffers of a layer are of another width than others, as
+            without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
+            parameters that are tied are given different values, a module stores a width that nobody knows of, a layer
+            of a `torch.nn.Sequential` gives other channels than the next one takes, or outputs are others.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -67,9 +78,31 @@ def resized(
           (1): ReLU()
           (2): Linear(in_features=5, out_features=2, bias=True)
         )
+
+        A module whose forward uses a width that it stores, and a rule that sets it:
+
+        >>> class Rows(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.width, self.first, self.last = 8, torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
+        ...
+        ...     def forward(self, x):
+        ...         return self.last(self.first(x).reshape(-1, self.width))
+        >>> def follow(layer, before):
+        ...     layer.width = layer.first.out_features
+        >>> tree = {"first.weight": torch.ones(5, 3), "first.bias": torch.ones(5), "last.weight": torch.ones(2, 5)}
+        >>> resized(Rows(), tree, rules={Rows: follow}).width
+        5
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
+    for kind, rule in (rules or {}).items():
+        if not isinstance(kind, type) or not callable(rule):
+            raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
+        if not any(isinstance(layer, kind) for layer in module.modules()):
+            raise ValueError(f"rules has one for {kind.__name__}, and the module has no such layer")
     given = _given(module, params)
     smaller = _copied(module, given)
     unknown = _follow(module, smaller, {} if rules is None else rules)
@@ -145,6 +178,8 @@ def _follow(module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module
                 rule(layer, old)
             elif (found := follow(Place(name, layer, old, came))) is not None:
                 known[name] = found
+        elif not layer._modules and not tensors(layer):
+            follow_bare(layer, came)
         if gives(layer):
             came.append((gives(old), gives(layer)))
     return [each for name, found in known.items() for each in stored_widths(module, smaller, name, found)]

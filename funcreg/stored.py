@@ -40,8 +40,18 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
 ) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
-#: Names of numbers that count what goes in and out of a network.
-_OUTSIDE = frozenset({"vocab_size", "num_labels", "num_classes", "num_channels", "pad_token_id"})
+#: Layers without parameters that hold widths, or counts of what these are divided into.
+_BARE: dict[type, tuple[str, ...]] = {
+    nn.GroupNorm: ("num_groups", "num_channels"),
+    nn.ChannelShuffle: ("groups",),
+    nn.Unflatten: ("unflattened_size",),
+}
+#: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
+_OTHER_COUNTS = (
+    *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
+    *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
+    *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
+)
 
 
 def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
@@ -50,33 +60,45 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     Numbers with the name of a width that nothing mentions are set to what it is.
     """
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
-    moves: dict[int, set[int]] = {}
-    near = False  # Whether a layer that this module holds itself has changed.
-    for own, old, new in changes(layer, before):
-        near = near or own.count(".") < 2
-        for a, b in zip(old.shape, new.shape, strict=True):
-            if a != b:
-                moves.setdefault(a, set()).add(b)
-    named = mentioned(smaller, path)
+    moves, near = _moves(layer, before)
+    own, named = _mentioned(layer), mentioned(smaller, path)
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known:
             continue
-        if named is not None and name not in named and not (near and _is_count(name)):
+        readers = own if _is_count(name) else named
+        # Functions outside of the module read counts from it, too, as those of attention do.
+        if readers is not None and name not in readers and not (near and _is_count(name)):
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
                 setattr(layer, name, now)
         elif _is_config(value):
-            for own in sorted(_mentioned(layer) or vars(value)):
-                number = getattr(value, own, None)
-                if others := _others(own, number, moves):
-                    yield Stored(path, f"{name}.{own}", number, others)
+            for key in sorted(own or vars(value)):
+                number = getattr(value, key, None)
+                if others := _others(key, number, moves):
+                    yield Stored(path, f"{name}.{key}", number, others)
         elif others := _others(name, value, moves):
             yield Stored(path, name, value, others)
+    for child, inner in layer._modules.items():
+        for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
+            if others := _others(name, getattr(inner, name), moves):
+                yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others)
+
+
+def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bool]:
+    """For each width that changed what it became, and whether one of a layer that the module holds itself did."""
+    moves: dict[int, set[int]] = {}
+    near = False
+    for leaf, old, new in changes(layer, before):
+        near = near or leaf.count(".") < 2
+        for a, b in zip(old.shape, new.shape, strict=True):
+            if a != b:
+                moves.setdefault(a, set()).add(b)
+    return moves, near
 
 
 def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
     """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
-    if isinstance(value, bool) or name in _OUTSIDE:
+    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()

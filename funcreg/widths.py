@@ -149,7 +149,7 @@ def _groups(place: Place, first: int, second: int) -> int:
     if isinstance(place.layer, TRANSPOSED):
         return next((n for n in found if bias is not None and n * second == len(bias)), found[0])
     # Both may fit the shape. What comes in tells them apart, and a wrong number is an error once the layer runs.
-    width = next((new for old, new in reversed(place.came) if old == before.in_channels), before.in_channels)
+    width = _after(before.in_channels, place.came)
     return next((n for n in found if n * second == width), found[0])
 
 
@@ -268,6 +268,12 @@ def _multihead(place: Place) -> None:
         )
     layer.num_heads = width // size
     if width != layer.embed_dim:
+        if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
+            raise ValueError(
+                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are fewer than its "
+                f"{layer.embed_dim} inputs, which the code of torch.nn.MultiheadAttention does not take; resized knows "
+                "how to go on with that class alone, and not with one of your own"
+            )
         # Encoder layers choose their fused path by this name; attention itself goes by in_proj_weight.
         layer._qkv_same_embed_dim = False
         layer.__class__ = NarrowAttention
@@ -307,15 +313,20 @@ def is_conv1d(layer: Any) -> bool:
     return {"nf", "nx"} <= vars(layer).keys() and "weight" in layer._parameters
 
 
+#: What the dimensions of a weight are called, by how many there are.
+_DIMENSIONS: dict[int, Sequence[tuple[str, ...]]] = {
+    1: [("num_features",), ("normalized_shape",), ("hidden_size",), ("num_channels",)],
+    2: [("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")],
+}
+
+
 def _by_name(place: Place) -> Iterable[str]:
     """Attributes that have the names PyTorch gives to the dimensions of a weight, if they were these."""
     layer, before = place.layer, place.before
     w, old = tensors(layer, recurse=False).get("weight"), tensors(before, recurse=False).get("weight")
     if w is None or old is None:
         return
-    labels = {2: [("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")]}
-    labels[1] = [("num_features",), ("normalized_shape",), ("hidden_size",), ("num_channels",)]
-    for names in labels.get(old.ndim, []):
+    for names in _DIMENSIONS.get(old.ndim, ()):
         if tuple(_number(getattr(before, name, None)) for name in names) == tuple(old.shape):
             for name, width in zip(names, w.shape, strict=True):
                 setattr(layer, name, (width,) if isinstance(getattr(before, name), tuple) else width)
@@ -327,9 +338,9 @@ def _number(x: Any) -> Any:
 
 
 SIZES = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "key_value_proj_dim")
-_QUERIES = ("q_proj", "query", "q_lin", "q_attn", "q", "wq", "to_q")
-_KEYS = ("k_proj", "key", "k_lin", "k", "wk", "to_k")
-_VALUES = ("v_proj", "value", "v_lin", "v", "wv", "to_v")
+_QUERIES = ("q_proj", "query", "q_lin", "query_proj", "q_attn", "q", "wq", "to_q")
+_KEYS = ("k_proj", "key", "k_lin", "key_proj", "k", "wk", "to_k")
+_VALUES = ("v_proj", "value", "v_lin", "value_proj", "v", "wv", "to_v")
 _PACKED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "to_qkv")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
@@ -399,18 +410,42 @@ def _of_attention(place: Place) -> Iterable[str]:
                 yield name
 
 
+def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:
+    """Let a normalization without parameters follow the last layer before it that was as wide.
+
+    It computes the same whatever it says, or raises once it runs; not so a `GroupNorm`.
+    """
+    if isinstance(layer, NORMS):
+        layer.num_features = _after(layer.num_features, came)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1:
+        layer.normalized_shape = (_after(layer.normalized_shape[0], came),)
+
+
+def _after(width: int, came: Sequence[tuple[int, int]]) -> int:
+    return next((new for old, new in reversed(came) if old == width), width)
+
+
 def follow_configs(module: nn.Module, smaller: nn.Module) -> None:
-    """Write counts of heads into the configurations that modules of attention share, where all of them agree."""
+    """Write widths into the configurations that modules share, where all of these agree.
+
+    Counts of heads only where the configuration says their width, too, which would be computed from them else.
+    """
     found: dict[tuple[int, str], tuple[Any, set[int]]] = {}
     for before, layer in zip(module.modules(), smaller.modules(), strict=True):
-        config, had = vars(layer).get("config"), _heads_before(before)
-        if config is None or had is None or not had.queries:
+        config = vars(layer).get("config")
+        if config is None:
             continue
-        has = heads(layer, had.size)
-        for names, old, new in ((_HEADS, had.queries, has and has.queries), (_KEY_HEADS, had.keys, has and has.keys)):
+        had = _heads_before(before)
+        has = heads(layer, had.size) if had is not None and getattr(config, "head_dim", None) == had.size else None
+        news: list[tuple[Sequence[str], Any, Any]] = []
+        if had is not None and has is not None and has.queries:
+            news += [(_HEADS, had.queries, has.queries), (_KEY_HEADS, had.keys, has.keys)]
+        hidden = "intermediate_size"
+        news.append(((hidden,), vars(before).get(hidden), vars(layer).get(hidden)))
+        for names, old, new in news:
             for name in names:
                 if new and getattr(config, name, None) == old:
                     found.setdefault((id(config), name), (config, set()))[1].add(new)
-    for (_, name), (config, counts) in found.items():
-        if len(counts) == 1:
-            setattr(config, name, counts.pop())
+    for (_, name), (config, widths) in found.items():
+        if len(widths) == 1:
+            setattr(config, name, widths.pop())

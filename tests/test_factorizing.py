@@ -257,6 +257,9 @@ def test_a_state_without_thin_layers_is_an_error():
         fr.factorized(net, state=net.state_dict())
     with pytest.raises(TypeError, match=r"module is a dict; expected a torch\.nn"):
         fr.factorized({})
+    net[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the weight of '0' has entries that are not finite"):
+        fr.factorized(net)
     with pytest.raises(ValueError, match=r"tolerance is 1\.0; expected a number of at least 0 and below 1"):
         fr.factorized(net, 1.0)
 

@@ -164,6 +164,11 @@ LAYERS = {
         (3, 5, 5),
         [{**chain("0", "3", middle=norm("1", "running_mean", "running_var")), "2.weight": kept(0)}],
     ),
+    "channels normalized for themselves, without scales": (
+        around(conv(3, 8, 1, bias=False), lambda: nn.InstanceNorm2d(8), nn.ReLU, conv(8, 3, 1)),
+        (3, 5, 5),
+        [{"0.weight": 0, "3.weight": kept(1)}],
+    ),
     "an embedding": (
         around(lambda: nn.Embedding(9, 6, padding_idx=0), lambda: nn.Linear(6, 3)),
         (),
@@ -339,6 +344,17 @@ def test_attention_stays_plain_where_its_embedding_becomes_narrower_with_its_hea
         fr.resized(attention, {**tree, "in_proj_weight": torch.ones(9, 4)})
 
 
+def test_attention_of_ones_own_is_not_exchanged():
+    class Mine(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)
+
+    family = attention_heads("attention", 2)
+    net = nn.ModuleDict({"attention": Mine(8, 4)}).double().to(DEVICE)
+    with pytest.raises(ValueError, match=r"'attention' is a Mine, whose 4 features of heads are fewer than its 8"):
+        smaller(halve(net, [family]), [family])
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
@@ -358,6 +374,8 @@ def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
     for more in ({}, {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}):
         with torch.no_grad():  # The fused path of encoders is for inference.
             torch.testing.assert_close(made(**given, **more), net(**given, **more), rtol=1e-12, atol=1e-12)
+    for other in (fr.resized(net, made.state_dict()), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(other(**given), made(**given))
     made.train()(**given).sum().backward()
     assert all(w.grad is not None for w in made.parameters())
 
@@ -412,6 +430,13 @@ class Stored(nn.Module):
         return self.second(h)
 
 
+class Masking(Stored):
+    """One whose outputs are not all finite."""
+
+    def forward(self, x):
+        return super().forward(x).masked_fill(x[:, :2] > 0, -torch.inf)
+
+
 UNITS = {"first.weight": 0, "first.bias": 0, "second.weight": 1}
 
 
@@ -430,6 +455,17 @@ def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
     around = nn.Sequential(nn.Identity(), net)
     made = smaller(around, [{f"1.{name}": dim for name, dim in UNITS.items()}], (x,))
     assert made[1].width == 4
+
+
+def test_a_number_that_scales_and_is_no_width_stays_as_outputs_show():
+    class Scaled(Stored):
+        def forward(self, x):
+            return self.second(self.first(x).relu() * self.width**-0.5)
+
+    net, x = built(Scaled, [UNITS]), draw(5, 3)
+    made = smaller(net, [UNITS], x)
+    assert made.width == 8
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_width_in_a_configuration_is_changed_in_a_copy_of_it():
@@ -465,10 +501,63 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
         smaller(net, [part], x, rules={Stored: lambda layer, before: None})
     with pytest.raises(ValueError, match=r"module itself fails on example_inputs: in 'layers.part.first', a Linear"):
         smaller(net, [part], (x.float(),))
+    with pytest.raises(ValueError, match=r"itself fails on example_inputs: in its own forward: TypeError: .*forw"):
+        smaller(net, [part], ())
+    masked = built(Masking, [UNITS])
+    torch.testing.assert_close(smaller(masked, [UNITS], x)(x), masked(x), rtol=1e-12, atol=1e-12)
     unread = built(around(lambda: nn.Linear(3, 4), lambda: nn.Linear(4, 2)), [])
     cut = {name: w.detach()[..., :2] if name == "1.weight" else w.detach()[:2] for name, w in unread.named_parameters()}
     with pytest.raises(ValueError, match=r"is not the module: output 0 of it differs .*Does the module hold the zeros"):
         fr.resized(unread, cut, x)
+
+
+@pytest.mark.parametrize(
+    ("bare", "size", "message"),
+    [
+        (lambda: nn.GroupNorm(4, 8, affine=False), 2, r"'1', a GroupNorm, stores num_groups=4"),
+        (lambda: nn.ChannelShuffle(2), 4, r"'1', a ChannelShuffle, stores groups=2"),
+    ],
+)
+def test_layers_without_parameters_that_divide_channels_are_numbers_too(bare, size, message):
+    channels = {"0.weight": fr.Along(0, size), "2.weight": kept(1, size)}
+    if size == 4:  # A channel of each half goes, and those between which it is shuffled.
+        channels = {"0.weight": fr.Along(0, packed=2), "2.weight": kept(1, size=2)}
+    net = built(lambda: Alone(nn.Conv1d(3, 8, 1, bias=False), bare(), nn.Conv1d(8, 2, 1)), [channels])
+    with pytest.raises(ValueError, match=message):
+        smaller(net, [channels])
+    made, x = smaller(net, [channels], draw(2, 3, 5)), draw(2, 3, 5)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+class Alone(nn.ModuleList):
+    """Layers in sequence with a forward of their own."""
+
+    def __init__(self, *layers):
+        super().__init__(layers)
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def test_rules_are_functions_for_types_that_the_module_has():
+    net, tree = nn.Sequential(nn.Linear(2, 3)), {"0.weight": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match="rules has one for Conv2d, and the module has no such layer"):
+        fr.resized(net, tree, rules={nn.Conv2d: lambda layer, before: None})
+    for wrong in ({"Linear": print}, {nn.Linear: 3}):
+        with pytest.raises(TypeError, match="expected a type of module and a function"):
+            fr.resized(net, tree, rules=wrong)
+
+
+def test_an_unflattening_is_a_number_too():
+    channels = {"0.weight": fr.Along(0, 4), "0.bias": fr.Along(0, 4), "2.weight": kept(1)}
+    net = built(lambda: Alone(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 2, 1)), [channels])
+    with pytest.raises(ValueError, match=r"'1', a Unflatten, stores unflattened_size=\(8, 2, 2\)"):
+        smaller(net, [channels])
+    made, x = smaller(net, [channels], draw(2, 3)), draw(2, 3)
+    assert made[1].unflattened_size == (4, 2, 2)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
 
 
 def test_tensors_beside_the_parameters_are_numbers_too():
@@ -527,6 +616,24 @@ def test_ties_hooks_modes_and_gradients_stay():
         fr.resized(net, {"embedding.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)})
 
 
+def test_a_tied_weight_becomes_narrower_under_both_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    features = {"embedding.weight": 1}
+    net = built(Tied, [features])
+    made, x = smaller(net, [features]), torch.arange(7, device=DEVICE)
+    assert made.head.weight is made.embedding.weight
+    assert (made.head.in_features, made.embedding.embedding_dim) == (3, 3)
+    torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+
+
 def test_dtypes_are_those_of_the_tree():
     net = halve(nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2)).bfloat16(), [])
     tree = {"0.weight": torch.ones(4, 3, dtype=torch.bfloat16), "0.bias": torch.ones(4, dtype=torch.bfloat16)}
@@ -549,6 +656,12 @@ def test_a_smaller_network_trains_and_is_saved(make, shape, families):
 
 
 # Refusals
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_module_compiled_by_torch_jit_is_refused():
+    with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was"):
+        fr.resized(torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)), {"weight": torch.ones(2, 2)})
 
 
 def test_parametrized_and_pruned_weights_do_not_change_their_shape():

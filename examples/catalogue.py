@@ -336,7 +336,7 @@ SECTIONS = {
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
-    "Groups that span leaves": ["coupled"],
+    "Groups that span leaves": ["families", "channels", "coupled", "removal"],
     "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],

@@ -60,12 +60,12 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.coupled import (
-    Along as Along,
+from funcreg.channels import (
+    ChannelGroups as ChannelGroups,
     channel_groups as channel_groups,
+)
+from funcreg.coupled import (
     coupled as coupled,
-    remove_dead as remove_dead,
-    resized as resized,
 )
 from funcreg.deployment import (
     Pruned as Pruned,
@@ -81,6 +81,12 @@ from funcreg.ensemble import (
     stack as stack,
     stacked as stacked,
     unstack as unstack,
+)
+from funcreg.factorizing import (
+    factorized as factorized,
+)
+from funcreg.families import (
+    Along as Along,
 )
 from funcreg.fused import (
     fuse as fuse,
@@ -194,12 +200,19 @@ from funcreg.scaling import (
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
 )
+from funcreg.removal import (
+    remove_dead as remove_dead,
+    with_buffers as with_buffers,
+)
 from funcreg.report import (
     Report as Report,
     compare as compare,
     explain as explain,
     penalties as penalties,
     report as report,
+)
+from funcreg.resizing import (
+    resized as resized,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,

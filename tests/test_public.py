@@ -75,9 +75,9 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "memory", "undocumented"],
-    ["locality", "ranges", "recording"],
-    ["construction", "grouping", "sharding"],
+    ["_typing", "agreement", "atoms", "attention", "memory", "tracing", "undocumented"],
+    ["locality", "ranges", "recording", "rules", "widths"],
+    ["construction", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "tree"],
     [
         "checkpoint",
@@ -85,7 +85,10 @@ LAYERS = [
         "denominators",
         "deployment",
         "descent",
+        "factorizing",
+        "families",
         "plan",
+        "resizing",
         "rounding",
         "selection",
         "shards",
@@ -102,11 +105,12 @@ LAYERS = [
         "noise",
         "penalty",
         "precision",
+        "removal",
         "scaling",
         "trees",
     ],
     ["coupled", "penalties", "per_leaf", "preconditioners", "trained", "wrappers"],
-    ["constraints", "monitoring", "runs", "separable"],
+    ["channels", "constraints", "monitoring", "runs", "separable"],
     ["groups", "projections", "regularizing", "spectral", "sweep"],
     ["averaging", "certificates", "fused", "optimizers", "plain_optimizers", "proximal", "report", "structured"],
     ["adaptive_optimizers", "minimize", "optimizer", "plot", "regularize", "stochastic"],

@@ -324,21 +324,16 @@ def catalogue() -> str:
 
 SECTIONS = {
     "Regularize": ["regularizing", "noise"],
-    "Scale": ["scaling", "plateau"],
+    "Scale": ["scaling", "preconditioners", "directions", "plateau"],
     "Clip and clean": ["clipping", "per_example"],
     "Combine": ["transform", "combine"],
+    "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
     "Optimizers": [
-        "optimizers",
-        "factored",
-        "muon",
-        "mixing",
-        "polyak",
-        "lbfgs",
-        "linesearch",
-        "proximal",
-        "stochastic",
+        *("optimizers", "adaptive_optimizers", "plain_optimizers", "factored", "muon", "mixing", "polyak", "lbfgs"),
+        *("linesearch", "proximal", "stochastic"),
     ],
+    "Low precision": ["precision"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules", "annealing"],
     "Certificates": ["certificates"],
@@ -346,11 +341,11 @@ SECTIONS = {
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
-    "Groups that span leaves": ["coupled"],
-    "Getting zeros out": ["deployment"],
+    "Groups that span leaves": ["families", "channels", "coupled", "removal"],
+    "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
-    "Trees and masks": ["tree"],
+    "Trees and masks": ["tree", "selection", "trees", "arithmetic"],
 }
 
 

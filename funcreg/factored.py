@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,12 +12,13 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.clipping import clip_by_block_rms
 from funcreg.combine import chain
 from funcreg.construction import remembered
+from funcreg.directions import scale_by_param_block_rms
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate, stored
 from funcreg.sharding import any_sharded, apply
-from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, public_state
-from funcreg.tree import compute, compute_wide, euclidean, flatten, safe_sqrt, squared, tree_leaves, tree_map, wide
+from funcreg.transform import Transform, counter, finite_nonnegative, public_state
+from funcreg.tree import compute_wide, flatten, safe_sqrt, squared, tree_leaves, tree_map, wide
 
 #: The second longest and the longest dimension of a leaf that is factored, None for any other.
 Pair: TypeAlias = tuple[int, int] | None
@@ -245,7 +245,7 @@ def adafactor(
     if learning_rate is not None:
         links.append(scale_by_learning_rate(learning_rate, flip_sign=False))
     if multiply_by_parameter_scale:
-        links.append(_times_size())
+        links.append(scale_by_param_block_rms())
     if momentum is not None:
         links.append(ema(momentum, debias=False, accumulator_dtype=dtype_momentum))
     if weight_decay_rate is not None:
@@ -253,12 +253,3 @@ def adafactor(
     elif weight_decay_mask is not None:
         raise ValueError("weight_decay_mask has no effect without weight_decay_rate. Give weight_decay_rate=.")
     return chain(*links, scale(-1.0))
-
-
-def _times_size(least: float = 1e-3) -> Transform:
-    """The update of each leaf times the leaf's root mean square."""
-
-    def sized(u: Tensor, w: Tensor) -> Tensor:
-        return u * (euclidean(w) / math.sqrt(max(w.numel(), 1))).clamp(min=least)
-
-    return memoryless(lambda updates, params: compute(sized, updates, params), stages=["scales"])

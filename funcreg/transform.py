@@ -39,7 +39,7 @@ T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
 #: What a transform does in a descent; see `Transform`.
-Stage = Literal["adds", "steps", "lands", "scales", "flips"]
+Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks"]
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
@@ -66,11 +66,12 @@ class Transform(Remembering):
             Frozen leaves are among them anyway.
         stages: What it does in a descent, from which a chain knows whether its links are in order: `"adds"` a gradient
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
-            exact zeros or in a set, `"scales"` updates, `"flips"` their sign.
+            exact zeros or in a set, `"scales"` updates, `"flips"` their sign; it `"waits"` if some calls gather
+            gradients and make no step, and `"shrinks"` if it moves parameters where updates are zero.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
-        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none
-            itself; so a name that none of them takes is refused.
+        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra`; so a name that
+            neither it nor one of them takes is refused.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -152,7 +153,9 @@ class Transform(Remembering):
     def accepts(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
         if self._forwards_to is not None:
-            return any([tx.accepts(name) for tx in self._forwards_to])
+            own = inspect.signature(self._update).parameters.get(name)
+            named = own is not None and own.kind is not inspect.Parameter.VAR_KEYWORD
+            return named or any([tx.accepts(name) for tx in self._forwards_to])
         return name in _accepted(self._update, {name: None})
 
     @without_autocast

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcreg.undocumented import tracing_tools
 
 
 class Ref(NamedTuple):
@@ -61,7 +62,7 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     recorder = _Recorder()
     try:
         module.eval()
-        with torch.no_grad(), _named(module, recorder), _Plain(), recorder:
+        with torch.no_grad(), _named(module, recorder), _Plain(), _mode(recorder):
             made = module(*args, **kwargs)
     finally:
         for layer, mode in modes.items():
@@ -156,15 +157,16 @@ class _Plain(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder:
+    """Writes operations down as they happen."""
+
     def __init__(self) -> None:
-        super().__init__()
         self.operations: list[Operation] = []
         self.running: list[str] = []
         self._alive: list[Any] = []  # No address is used twice.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The results of an operation, which is written down."""
         arguments = func._schema.arguments
         given = [*zip([each.name for each in arguments], args, strict=False), *kwargs.items()]
         writes = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
@@ -177,6 +179,17 @@ class _Recorder(TorchDispatchMode):
         operation = Operation(func, _refs(args), _refs(kwargs), [_ref(x) for x in results], refs, here)
         self.operations.append(operation)
         return made
+
+
+def _mode(recorder: _Recorder) -> Any:
+    """A mode in which a recorder sees each operation."""
+    dispatch_mode, _ = tracing_tools()
+
+    class Dispatched(dispatch_mode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return recorder.dispatch(func, args, kwargs or {})
+
+    return Dispatched()
 
 
 def _tensors(value: Any) -> list[Tensor]:

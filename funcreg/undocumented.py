@@ -27,7 +27,8 @@ Compiled = Callable[..., Any]
 def tracing_tools() -> tuple[Any, Any]:
     """`TorchDispatchMode` sees every operation of a chain, `FakeTensorMode` tells the shapes that it makes.
 
-    Without them a chain is not recorded: `torch.compile` compiles its plain functions leaf by leaf.
+    Without them a chain is not recorded, and `torch.compile` compiles its plain functions leaf by leaf; and no channels
+    are found in a forward pass.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode

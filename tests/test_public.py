@@ -75,9 +75,9 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "memory", "tracing", "undocumented"],
-    ["locality", "ranges", "recording", "rules", "widths"],
-    ["construction", "grouping", "sharding", "stored"],
+    ["_typing", "agreement", "atoms", "attention", "memory", "undocumented"],
+    ["locality", "ranges", "recording", "tracing", "widths"],
+    ["construction", "grouping", "rules", "sharding", "stored"],
     ["grids", "lowering", "schedules", "tree"],
     [
         "annealing",

@@ -153,9 +153,7 @@ class Transform(Remembering):
     def accepts(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
         if self._forwards_to is not None:
-            own = inspect.signature(self._update).parameters.get(name)
-            named = own is not None and own.kind is not inspect.Parameter.VAR_KEYWORD
-            return named or any([tx.accepts(name) for tx in self._forwards_to])
+            return name in _extra_names(self._update)[0] or any([tx.accepts(name) for tx in self._forwards_to])
         return name in _accepted(self._update, {name: None})
 
     @without_autocast
@@ -282,17 +280,23 @@ def _notes(node: Any) -> dict[str, Any]:
 
 def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
     """Those of some extra arguments that a function names or, with `**extra`, all."""
+    names, takes_all = _extra_names(update)
+    return extra if takes_all else {name: extra[name] for name in names if name in extra}
+
+
+def _extra_names(update: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of extra arguments of a function, and whether it takes all."""
     if torch.compiler.is_dynamo_compiling() and isinstance(update, types.FunctionType):
         # It knows no signature of a function that is made in what it traces.
         code = update.__code__
-        if code.co_flags & inspect.CO_VARKEYWORDS:
-            return extra
         names = code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]
-        return {name: extra[name] for name in names if name in extra}
+        return list(names), bool(code.co_flags & inspect.CO_VARKEYWORDS)
     parameters = inspect.signature(update).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return extra
-    return {parameter.name: extra[parameter.name] for parameter in list(parameters)[3:] if parameter.name in extra}
+    kinds = [parameter.kind for parameter in parameters]
+    names = [
+        parameter.name for parameter in list(parameters)[3:] if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    return names, inspect.Parameter.VAR_KEYWORD in kinds
 
 
 # States

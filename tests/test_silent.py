@@ -372,6 +372,15 @@ FLAGGED = {
     "measure_with_ema": lambda **o: fr.measure_with_ema(fr.global_norm, 0.5, **o),
     "multi_transform": lambda **o: fr.multi_transform({0: fr.identity()}, 0, **o),
     "sam": lambda **o: fr.sam(fr.identity(), fr.identity(), **o),
+    "scale_by_belief": fr.scale_by_belief,
+    "scale_by_radam": fr.scale_by_radam,
+    "scale_by_sm3": fr.scale_by_sm3,
+    "adabelief": lambda **o: fr.adabelief(0.1, **o),
+    "nadam": lambda **o: fr.adam(0.1, **o),
+    "optimistic_adam": lambda **o: fr.optimistic_adam(0.1, **o),
+    "optimistic_adam_v2": lambda **o: fr.optimistic_adam_v2(0.1, **o),
+    "radam": lambda **o: fr.radam(0.1, **o),
+    "lars": lambda **o: fr.lars(0.1, **o),
 }
 
 

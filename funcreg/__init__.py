@@ -67,6 +67,18 @@ from funcreg.coupled import (
     remove_dead as remove_dead,
     resized as resized,
 )
+from funcreg.decay import (
+    AnchorState as AnchorState,
+    add_cautious_weight_decay as add_cautious_weight_decay,
+    add_corrected_weight_decay as add_corrected_weight_decay,
+    add_independent_weight_decay as add_independent_weight_decay,
+    add_l1_weight_decay_to_anchor as add_l1_weight_decay_to_anchor,
+    add_l1_weight_decay_to_ema as add_l1_weight_decay_to_ema,
+    add_proximal_weight_decay as add_proximal_weight_decay,
+    add_weight_decay_to_anchor as add_weight_decay_to_anchor,
+    add_weight_decay_to_ema as add_weight_decay_to_ema,
+    with_weight_decay as with_weight_decay,
+)
 from funcreg.deployment import (
     Pruned as Pruned,
     from_prune as from_prune,

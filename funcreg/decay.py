@@ -6,6 +6,7 @@ rate: w' = w - eta u. Kinds of decay differ in what they add, and in whether the
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -235,26 +236,29 @@ def _greatest(learning_rate: Hyper | Schedule, max_rate: Hyper | None) -> Hyper:
         positive(max_rate=max_rate)
         return number(max_rate)
     most = _peak(learning_rate) if callable(learning_rate) else number(learning_rate)
-    if not isinstance(most, (int, float)) or not 0 < most < math.inf:
-        came = f"is {most}" if isinstance(most, (int, float)) else "is not known"
-        raise ValueError(
-            f"the greatest value of learning_rate, {written(learning_rate)}, {came}; expected a schedule of funcreg that "
-            "rises above 0, or give max_rate="
-        )
-    return most
+    known = most if isinstance(most, (int, float)) else None
+    if known is not None and 0 < known < math.inf or isinstance(most, Tensor) and callable(learning_rate):
+        return most
+    came = "is not known" if known is None else f"is {known}"
+    raise ValueError(
+        f"the greatest value of learning_rate, {written(learning_rate)}, {came}; expected a schedule of funcreg that "
+        "rises above 0, or give max_rate="
+    )
 
 
 #: Later than the last step of any training.
 _LATE = 2**31 - 1
 
 
-def _peak(schedule: Any) -> float | None:
-    """The greatest value of a schedule, which it takes at a turn or an end; None if that is not known."""
+def _peak(schedule: Any) -> Scalar | None:
+    """The greatest value of a schedule, which it takes at a turn or an end; None if those are not known."""
     if not isinstance(schedule, KnownSchedule) or not all(map(_is_known, _called_with(schedule))):
         return None
-    counts = [0, *schedule.turns, _LATE]
-    values = [concrete(schedule(torch.tensor(count, dtype=torch.int32, device="cpu"))) for count in counts]
-    return None if any([value is None for value in values]) else max(map(float, values))  # pyright: ignore[reportArgumentType]  # None is ruled out.
+    counts = [torch.tensor(count, dtype=torch.int32, device="cpu") for count in (0, *schedule.turns, _LATE)]
+    values = [torch.as_tensor(schedule(count), device="cpu").to(torch.float64) for count in counts]
+    most = functools.reduce(torch.maximum, values)
+    known = concrete(most)  # Not while it is traced or batched.
+    return most if known is None else float(known)
 
 
 def _called_with(schedule: KnownSchedule) -> Sequence[Any]:
@@ -306,7 +310,8 @@ def _toward(
     def update(updates: Updates, state: AnchorState, params: Params) -> tuple[Updates, AnchorState]:
         anchor = state.anchor
         if ema is not None:
-            anchor = compute(lambda m, w, b: b * m + (1 - b) * w, anchor, params, hyper=(ema,))
+            # In this form an average of what does not move is exactly that, and its sign 0.
+            anchor = compute(lambda m, w, b: m + (1 - b) * (w - m), anchor, params, hyper=(ema,))
         new = add(updates, params, at_step(weight_decay, state.steps), anchor)
         return new, AnchorState(state.steps + 1, anchor)
 

@@ -276,6 +276,20 @@ def falling(count: Any) -> Any:
 HEAD = {"head": True, "body": False}
 
 
+def _cautious(u: Tensor, w: Tensor, decay: float) -> Tensor:
+    return u + decay * w * (u * w >= 0)
+
+
+def _average(s: Seen, b: float) -> Tensor:
+    m = s.ws[0]
+    for w in s.ws:
+        m = b * m + (1 - b) * w
+    return m
+
+
+DOWN = fr.linear_schedule(0.5, 0.1, 4)
+
+
 def _clipped_descent(h: float = 1.0) -> fr.Transform:
     return fr.chain(fr.clip_by_global_norm(1.0), fr.trace(0.5), fr.add_decayed_weights(0.1 * h), fr.scale(-0.1))
 
@@ -378,6 +392,57 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "soft_threshold on a schedule": TransformCase(
         lambda h=1.0: fr.soft_threshold(lambda count: h * falling(count)), lambda s, h: _soft(s.w + s.g, h / s.n) - s.w
+    ),
+    "add_cautious_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_cautious_weight_decay(0.1 * h),
+        lambda s, h: _cautious(s.g, s.w, 0.1 * h),
+        differentiable=False,  # It jumps where a gradient is 0.
+    ),
+    "add_independent_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_independent_weight_decay(0.1 * h), lambda s, h: s.g - 0.1 * h * s.w
+    ),
+    "add_independent_weight_decay along a schedule": TransformCase(
+        lambda h=1.0: fr.add_independent_weight_decay(0.1 * h, DOWN, mask=fr.matrices),
+        lambda s, h: s.g - 0.1 * h * (1 - 0.2 * (s.n - 1)) * s.w if s.w.ndim > 1 else s.g,
+    ),
+    "add_corrected_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_corrected_weight_decay(0.1 * h, DOWN),
+        lambda s, h: s.g + 0.1 * h * (1 - 0.2 * (s.n - 1)) * s.w,
+    ),
+    "add_corrected_weight_decay of a schedule whose maximum is given": TransformCase(
+        lambda h=1.0: fr.add_corrected_weight_decay(0.1 * h, falling, max_rate=2.0),
+        lambda s, h: s.g + 0.1 * h / (2 * s.n) * s.w,
+    ),
+    "add_proximal_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_proximal_weight_decay(3.0 * h, falling),
+        lambda s, h: (s.w + s.g) / (1 + 3 * h / s.n) - s.w,
+    ),
+    "add_weight_decay_to_anchor": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_anchor(0.1 * h), lambda s, h: s.g + 0.1 * h * (s.w - s.ws[0])
+    ),
+    "add_weight_decay_to_anchor that is given": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_anchor(lambda count: h * falling(count), anchor=0.25),
+        lambda s, h: s.g + h / s.n * (s.w - 0.25),
+    ),
+    "add_weight_decay_to_ema": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_ema(0.1 * h, ema_decay=0.5),
+        lambda s, h: s.g + 0.1 * h * (s.w - _average(s, 0.5)),
+    ),
+    "add_l1_weight_decay_to_anchor": TransformCase(
+        lambda h=1.0: fr.add_l1_weight_decay_to_anchor(0.1 * h), lambda s, h: s.g + 0.1 * h * (s.w - s.ws[0]).sign()
+    ),
+    "add_l1_weight_decay_to_ema": TransformCase(
+        lambda h=1.0: fr.add_l1_weight_decay_to_ema(0.1 * h, ema_decay=0.5),
+        lambda s, h: s.g + 0.1 * h * (s.w - _average(s, 0.5)).sign(),
+    ),
+    "with_weight_decay": TransformCase(
+        lambda h=1.0: fr.with_weight_decay(fr.adam(0.1, eps=0.1), "cautious", 0.5 * h, mask=fr.matrices),
+        lambda s, h: -0.1 * (_cautious(_adam(s, eps=0.1), s.w, 0.5 * h) if s.w.ndim > 1 else _adam(s, eps=0.1)),
+        differentiable=False,
+    ),
+    "with_weight_decay on a schedule": TransformCase(
+        lambda h=1.0: fr.with_weight_decay(fr.sgd(DOWN, momentum=0.5), "corrected", h),
+        lambda s, h: -0.1 * (6 - s.n) * (_trace(s.gs, 0.5) + h * (1 - 0.2 * (s.n - 1)) * s.w),
     ),
     "chain": TransformCase(_clipped_descent, _clipped_descent_equation),
     "named_chain": TransformCase(

@@ -564,7 +564,7 @@ def test_a_transform_of_a_users_own_prints_its_functions():
 
 #: The types of the states of all transforms, each with an example of its own.
 STATES = """
-    fr.AdamState fr.AddNoiseState fr.AmsgradState fr.ApplyIfFiniteState fr.DualAveragingState fr.EmaState
+    fr.AdamState fr.AddNoiseState fr.AmsgradState fr.AnchorState fr.ApplyIfFiniteState fr.DualAveragingState fr.EmaState
     fr.EmptyState fr.FistaState
     fr.FtrlState fr.LionState fr.MaskedState fr.PartitionState fr.ProximalState fr.RmsState fr.RssState fr.ScheduleState
     fr.StddevState fr.TraceState fr.ZeroNansState

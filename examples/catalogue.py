@@ -323,7 +323,7 @@ def catalogue() -> str:
 
 
 SECTIONS = {
-    "Regularize": ["regularizing", "noise"],
+    "Regularize": ["regularizing", "decay", "noise"],
     "Scale": ["scaling"],
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine"],
@@ -332,7 +332,7 @@ SECTIONS = {
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
-    "See": ["report"],
+    "See": ["report", "describe"],
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],

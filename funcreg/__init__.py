@@ -85,6 +85,10 @@ from funcreg.deployment import (
     to_prune as to_prune,
     to_sparse as to_sparse,
 )
+from funcreg.describe import (
+    Description as Description,
+    describe as describe,
+)
 from funcreg.ensemble import (
     Members as Members,
     ensemble as ensemble,

@@ -151,7 +151,7 @@ def add_corrected_weight_decay(
     max_rate: Hyper | None = None,
     mask: Mask | None = None,
 ) -> Transform:
-    r"""Add :math:`\lambda w` times the share of the greatest learning rate, :math:`u' = u + \lambda \frac{\eta_t}{\eta_{\max}} w`.
+    r"""Add decay that falls with the learning rate, :math:`u' = u + \lambda \frac{\eta_t}{\eta_{\max}} w` (AdamC).
 
     It stands where the decay of AdamW does, before `scale_by_learning_rate` with the same schedule, so that the decay
     falls with the square of the rate (AdamC). The ratio of gradient to weight of a normalized layer then stays the
@@ -237,7 +237,7 @@ def _greatest(learning_rate: Hyper | Schedule, max_rate: Hyper | None) -> Hyper:
         return number(max_rate)
     most = _peak(learning_rate) if callable(learning_rate) else number(learning_rate)
     known = most if isinstance(most, (int, float)) else None
-    if known is not None and 0 < known < math.inf or isinstance(most, Tensor) and callable(learning_rate):
+    if (known is not None and 0 < known < math.inf) or (isinstance(most, Tensor) and callable(learning_rate)):
         return most
     came = "is not known" if known is None else f"is {known}"
     raise ValueError(
@@ -409,7 +409,7 @@ def add_weight_decay_to_ema(
 def add_l1_weight_decay_to_ema(
     weight_decay: Hyper | Schedule = 0.0, ema_decay: Scalar = 0.999, mask: Mask | None = None
 ) -> Transform:
-    r"""Add :math:`\lambda \operatorname{sign}(w - m)`: decay in L1 toward the moving average of `add_weight_decay_to_ema`.
+    r"""Add :math:`\lambda \operatorname{sign}(w - m)`: the decay of `add_weight_decay_to_ema`, in L1.
 
     Args:
         weight_decay: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
@@ -481,8 +481,8 @@ def with_weight_decay(
         anchor: :math:`a` of `"anchor"` and `"l1_anchor"`: a tree like the parameters, or a number; None for those that
             `init` gets.
         ema_decay: :math:`\beta` of the average of `"ema"` and `"l1_ema"`; 0.999 by default.
-        max_rate: :math:`\eta_{\max}` of `"independent"` and `"corrected"`; by default the greatest value of the schedule
-            of the learning rate, if it is one of funcreg. A constant rate is its own.
+        max_rate: :math:`\eta_{\max}` of `"independent"` and `"corrected"`; by default the greatest learning rate, if
+            its schedule is one of funcreg. A constant rate is its own.
 
     Raises:
         ValueError: It is not known where in the chain the learning rate is, or what its greatest value is; the message
@@ -615,8 +615,8 @@ def _run(links: list[Transform], at: int) -> tuple[int, int]:
     unclear = [link for link in links[:at] if "scales" in link.stages and not callable(link.rate)]
     if not first and unclear:
         raise ValueError(
-            f"{unclear[0]!r} may scale gradients, or be a part of the learning rate of {links[at]!r}: write the first as "
-            "a transform before the optimizer, chain(scale(...), with_weight_decay(...)), or the second as one number"
+            f"{unclear[0]!r} may scale gradients, or be a part of the learning rate of {links[at]!r}: write the first "
+            "before the optimizer, chain(scale(...), with_weight_decay(...)), or the second as one number"
         )
     return first, last
 
@@ -638,7 +638,9 @@ def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
     call = tx.made_by
     if "lands" in tx.stages and not list(parts_of(tx)):
         known = call is not None and "weight_decay" in arguments_of(call)
-        hint = "it has an argument weight_decay" if known else "put elastic, or a sum of half_l2 and its penalty, into it"
+        hint = (
+            "it has an argument weight_decay" if known else "put elastic, or a sum of half_l2 and its penalty, into it"
+        )
         raise ValueError(
             f"{tx!r} makes a step and lands in one, so that {kind} decay has no place between; {hint}, or take "
             "'coupled'"

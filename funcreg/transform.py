@@ -117,12 +117,17 @@ class Transform(Remembering):
         self.stages = tuple(stages)
         goes = "steps" in self.stages or "flips" in self.stages
         self.covers = everywhere if covers is None and goes else covers
-        self._forwards_to = forwards_to
+        self._forwards_to = None if forwards_to is None else tuple(forwards_to)
         self.links = tuple(links)
         self.rate = rate
         self._state = state
 
     kind = "transform"
+
+    @property
+    def forwards_to(self) -> tuple[Transform, ...]:
+        """The transforms to which it hands extra arguments, which are those that it is made of."""
+        return self._forwards_to or ()
 
     def __bool__(self) -> bool:
         if dynamo_asks():

@@ -76,7 +76,7 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     ["_typing", "undocumented", "memory"],
-    ["ranges", "recording", "locality"],
+    ["ranges", "recording", "locality", "notation"],
     ["construction", "grouping", "sharding"],
     ["tree", "schedules", "lowering", "grids"],
     ["composition", "denominators", "descent", "plan", "checkpoint", "shards"],
@@ -88,7 +88,7 @@ LAYERS = [
     ["projections", "regularizing", "spectral"],
     ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise", "decay"],
     ["stochastic", "minimize", "optimizer", "trained", "report"],
-    ["regularize", "path", "runs", "plot"],
+    ["regularize", "path", "runs", "plot", "describe"],
     ["sweep"],
 ]
 

@@ -44,8 +44,9 @@ class Description:
         warnings: What is likely to be a mistake, a sentence each.
 
     Example:
-        >>> describe(chain(add_decayed_weights(0.1), adam(1e-3))).warnings[0][:66]
-        'add_decayed_weights(0.1) stands before scale_by_adam(0.9, 0.999, 1'
+        >>> found = describe(prox_sgd(0.1, l1))
+        >>> found.rows[0].link, found.warnings
+        ('prox_sgd(0.1, l1)', [])
     """
 
     rows: list[Row]

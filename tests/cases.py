@@ -870,6 +870,62 @@ PENALTIES.update(
 )
 
 
+def _envelope(sizes: Tensor, gamma: float) -> Tensor:
+    return (1 - gamma / 2 * ((2 / gamma) ** 0.5 - sizes).clamp(min=0) ** 2).sum()
+
+
+PENALTIES.update(
+    {
+        "etp": PenaltyCase(
+            fr.etp,
+            lambda w: (1 - (-1.5 * w.abs()).exp()).sum() / (1 - math.exp(-1.5)),
+            hyper=(1.5,),
+            nonconvex="levels off",
+        ),
+        "geman": PenaltyCase(
+            fr.geman, lambda w: (w.abs() / (w.abs() + 0.7)).sum(), hyper=(0.7,), nonconvex="levels off"
+        ),
+        "relaxed_mumford_shah": PenaltyCase(
+            fr.relaxed_mumford_shah,
+            lambda w: torch.where(w.abs() < (0.8 / 0.6) ** 0.5, 0.6 * w.abs().square(), 0.8).sum(),
+            hyper=(0.6, 0.8),
+            smooth=True,
+            nonconvex="levels off",
+        ),
+        "l0_envelope": PenaltyCase(
+            fr.l0_envelope, lambda w: _envelope(w.abs(), 0.6), hyper=(0.6,), nonconvex="levels off"
+        ),
+        "rank_envelope": PenaltyCase(
+            fr.rank_envelope,
+            lambda w: _envelope(_values(w), 0.6),
+            hyper=(0.6,),
+            metric=False,
+            ruleless="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="levels off",
+        ),
+        "group_l_half": PenaltyCase(
+            fr.group_l_half,
+            lambda w: _size(w, _rows(w)).sqrt().sum(),
+            metric=False,
+            nonconvex="concave away from zero",
+        ),
+    }
+)
+
+CONSTRAINTS.update(
+    {
+        "group_top_k": ConstraintCase(
+            fr.group_top_k,
+            lambda w: _beyond((_size(w, _rows(w)) != 0).sum().double(), 2.0),
+            lambda w: torch.cat([w[:2], 0 * w[2:]]) if w.ndim else w,
+            hyper=(2.0,),
+            nonconvex="a union of planes",
+            batch=lambda k: [k, k - 1, 0.0],
+        ),
+    }
+)
+
+
 # Penalties of groups that span leaves
 
 

@@ -30,7 +30,8 @@ def test_every_transform_is_described_by_its_documentation(case):
         found = described(tx, params)
         assert found.rows[0].link == repr(tx)
         assert all(row.what for row in found.rows)
-        assert isinstance(found, fr.Description) and str(found) == repr(found)
+        assert isinstance(found, fr.Description)
+        assert str(found) == repr(found)
         assert len({row.depth for row in found.rows}) == 1 + max(row.depth for row in found.rows)
         for row in found.rows:
             assert row.link in str(found)

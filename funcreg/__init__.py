@@ -156,6 +156,13 @@ from funcreg.penalty import (
     Penalty as Penalty,
     penalty as penalty,
 )
+from funcreg.polytopes import (
+    affine_set as affine_set,
+    birkhoff as birkhoff,
+    box_section as box_section,
+    polyhedron as polyhedron,
+    transport as transport,
+)
 from funcreg.projections import (
     projection_box as projection_box,
     projection_halfspace as projection_halfspace,

@@ -275,7 +275,8 @@ def _group_l_half_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None
 def _group_l_half_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, l_half_landing(norms, step * group_sizes(w, dims, weights)))
+    step = torch.zeros_like(norms) + step * group_sizes(w, dims, weights)  # Powers of tensors, as where it is one.
+    return _rescale(w, norms, l_half_landing(norms, step))
 
 
 def _group_l_half_residual(
@@ -299,7 +300,7 @@ def group_l_half(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tenso
     r"""Sum of the square roots of norms of groups, :math:`\sum_g c_g \|w_g\|_2^{1/2}`.
 
     Sparser than `group_lasso`, and less of a pull on large groups: the proximal operator makes a group 0 up to a norm
-    of :math:`\frac{3}{2} (c_g \, \text{step})^{2/3}`, where it jumps, and is a global minimum for every step. Nonconvex.
+    of :math:`\frac{3}{2} (c_g \, \text{step})^{2/3}`, where it jumps; a global minimum for every step. Nonconvex.
 
     Args:
         dim: Dimensions that lie inside a group; see `group_lasso`.

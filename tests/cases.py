@@ -926,6 +926,110 @@ CONSTRAINTS.update(
 )
 
 
+# Polytopes
+
+
+def _even(w: Tensor, total: float) -> Tensor:
+    """A matrix of even sums of rows and columns, with something of the leaf in it."""
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    if not m.numel():
+        return w
+    m = m - m.mean(0) - m.mean(1, keepdim=True) + m.mean()
+    return (total / m.numel() * (1 + m / (1 + m.abs().amax()))).reshape(w.shape)
+
+
+def _uneven(w: Tensor, total: float | None) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    if not m.numel():
+        return w.sum()
+    whole = m.shape[0] if total is None else total
+    off = [m.sum(1) - whole / m.shape[0], m.sum(0) - whole / m.shape[1]]
+    return torch.cat(off).abs().amax() + _beyond(-m, 0.0)
+
+
+EQUATIONS = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 2.0, 0.5]]
+INEQUALITIES = [[1.0, 1.0, 0.0, 0.0], [0.0, -1.0, 1.0, 1.0], [-1.0, 0.0, 0.0, -1.0]]
+
+
+def _left_side(w: Tensor, rows: list[list[float]], offset: list[float]) -> Tensor:
+    return w @ torch.tensor(rows, dtype=w.dtype).T - torch.tensor(offset, dtype=w.dtype)
+
+
+def _solved(w: Tensor) -> Tensor:
+    """The first two entries of four are those that solve both equations."""
+    if not w.numel():
+        return w
+    c, d = w[..., 2], w[..., 3]
+    both, apart = 0.6 - c - d, -0.2 - 2 * c - 0.5 * d
+    return torch.stack([(both + apart) / 2, (both - apart) / 2, c, d], -1)
+
+
+CONSTRAINTS.update(
+    {
+        "box_section": ConstraintCase(
+            fr.box_section,
+            lambda w: (2 * w.sum() - 0.6).abs() + _beyond(-0.3 - w, 0.0) + _beyond(w, 0.7) if w.numel() else w.sum(),
+            lambda w: 0.3 / w.numel() + 0.25 * (w - w.mean()) / (1 + (w - w.mean()).abs().amax()) if w.numel() else w,
+            hyper=(-0.3, 0.7, 2.0, 0.6),
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "affine_set": ConstraintCase(
+            fr.affine_set,
+            lambda w: _left_side(w, EQUATIONS, [0.6, -0.2]).abs().amax() if w.numel() else w.sum(),
+            _solved,
+            options={"matrix": EQUATIONS, "offset": [0.6, -0.2], "dim": -1},
+            least_ndim=1,
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "polyhedron": ConstraintCase(
+            fr.polyhedron,
+            lambda w: _left_side(w, INEQUALITIES, [0.5, 0.3, 0.4]).amax().clamp(min=0) if w.numel() else w.sum(),
+            lambda w: 0.15 * w / (1 + w.abs()),
+            options={"matrix": INEQUALITIES, "offset": [0.5, 0.3, 0.4], "dim": -1},
+            least_ndim=1,
+            uncompiled="its many steps are traced for long",
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "polyhedron with equations": ConstraintCase(
+            fr.polyhedron,
+            lambda w: (w.sum(-1) - 1).abs().amax() + _beyond(-w, 0.0) if w.numel() else w.sum(),
+            lambda w: w.softmax(-1) if w.numel() else w,
+            options={
+                "matrix": [[-1.0 if i == j else 0.0 for j in range(4)] for i in range(4)],
+                "equations": ([[1.0, 1.0, 1.0, 1.0]], 1.0),
+                "dim": -1,
+            },
+            uncompiled="its rules are in the graph of another row",
+            least_ndim=1,
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "transport": ConstraintCase(
+            fr.transport,
+            lambda w: _uneven(w, 1.5),
+            lambda w: _even(w, 1.5),
+            hyper=(1.5,),
+            complex=False,
+            metric=False,
+            uncompiled="its many steps are traced for long",
+            finite="an infinite entry is beyond what its row and column may hold",
+        ),
+        "birkhoff": ConstraintCase(
+            fr.birkhoff,
+            lambda w: _uneven(w, None),
+            lambda w: _even(w, w.shape[0] if w.ndim else 1.0),
+            complex=False,
+            metric=False,
+            uncompiled="its many steps are traced for long",
+            finite="an infinite entry is beyond what its row and column may hold",
+        ),
+    }
+)
+
+
 # Penalties of groups that span leaves
 
 

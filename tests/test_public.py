@@ -86,7 +86,7 @@ LAYERS = [
     ["groups"],
     ["structured"],
     ["projections", "regularizing", "spectral"],
-    ["certificates", "proximal", "ensemble", "fused", "optimizers", "noise", "decay"],
+    ["polytopes", "certificates", "proximal", "ensemble", "fused", "optimizers", "noise", "decay"],
     ["stochastic", "minimize", "optimizer", "trained", "report"],
     ["regularize", "path", "runs", "plot", "describe"],
     ["sweep"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -662,7 +663,8 @@ def _times(*rates: Hyper | Schedule) -> Hyper | Schedule:
         return factors[0] if factors else 1.0
     if any([isinstance(factor, (dict, list, tuple)) for factor in factors]):
         raise ValueError("a learning rate for each leaf is multiplied by another one; expected one for all leaves")
-    value = lambda count: math.prod([factor(count) if callable(factor) else factor for factor in factors])
+    at = lambda count: [factor(count) if callable(factor) else factor for factor in factors]
+    value = lambda count: functools.reduce(operator.mul, at(count))
     schedules = [factor for factor in factors if callable(factor)]
     if len(schedules) == 1 and isinstance(schedules[0], KnownSchedule):
         return KnownSchedule(value, schedules[0].turns)

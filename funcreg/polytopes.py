@@ -83,8 +83,8 @@ def _sectioned(
     dims = group_dims(w, dim)
     x = grouped(w, dims)
     weights = torch.ones_like(x) if h is None else grouped(h, dims)
-    bounds = [_beside(value, w, dims) for value in (lower, upper, normal)]
-    return ungrouped(_section(x, weights, *bounds, _one_a_group(offset, w, dims)), w, dims)
+    low, high, normals = (_beside(value, w, dims) for value in (lower, upper, normal))
+    return ungrouped(_section(x, weights, low, high, normals, _one_a_group(offset, w, dims)), w, dims)
 
 
 def _box_section_metric(
@@ -120,7 +120,7 @@ def _check_box_section(lower: Hyper, upper: Hyper, normal: Hyper, offset: Hyper)
 def box_section(
     w: Tensor, lower: Scalar, upper: Scalar, normal: Scalar = 1.0, offset: Scalar = 0.0, *, dim: Dim = None
 ) -> Tensor:
-    r"""Entries in intervals that obey one linear equation, :math:`l_i \le w_i \le u_i` and :math:`\langle a, w_g \rangle = b`.
+    r"""Intervals and one equation, :math:`l_i \le w_i \le u_i` and :math:`\langle a, w_g \rangle = b`.
 
     The simplex with bounds: portfolios whose shares have limits, dual variables of support vector machines. The
     projection is exact.
@@ -165,10 +165,6 @@ def _system(w: Tensor, matrix: Any, offset: Any, size: int, name: str) -> tuple[
     return a, b.expand(a.shape[0])
 
 
-def _pseudo_inverse(gram: Tensor) -> Tensor:
-    return torch.linalg.pinv(gram, hermitian=True)
-
-
 def _times(rows: Tensor, x: Tensor) -> Tensor:
     """Inner products of a vector with each of some rows."""
     return (rows * x.unsqueeze(-2)).sum(-1)
@@ -178,22 +174,15 @@ def _combined(rows: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights.unsqueeze(-1)).sum(-2)  # No product of matrices, whose derivative autocast would round.
 
 
-def _on_plane(x: Tensor, a: Tensor, b: Tensor, h: Tensor | None = None) -> Tensor:
-    """The nearest point where all equations hold; twice, so that rounding is that of the last step alone."""
-    steps = a if h is None else a / h.unsqueeze(-2)
-    inverse = _pseudo_inverse(steps @ a.mT)
-    for _ in range(2):
-        x = x - _combined(steps, _times(inverse, _times(a, x) - b))
-    return x
-
-
 def _affine(w: Tensor, h: Tensor | None, matrix: Any, offset: Any, dim: Dim) -> Tensor:
     if not w.numel():
         return w.clone()
     dims = group_dims(w, dim)
     x = grouped(w, dims)
-    a, b = _system(w, matrix, offset, x.shape[-1], "matrix")
-    return ungrouped(_on_plane(x, a, b, None if h is None else grouped(h, dims)), w, dims)
+    rows, offsets = _system(w, matrix, offset, x.shape[-1], "matrix")
+    root = torch.ones_like(x[..., :1]) if h is None else grouped(h, dims).sqrt()
+    z = _held(x * root, *_of_length_1(rows / root.unsqueeze(-2), offsets), torch.ones_like(offsets, dtype=torch.bool))
+    return ungrouped(z / root, w, dims)
 
 
 def _affine_metric(w: Tensor, h: Tensor, *, matrix: Any, offset: Any = 0.0, dim: Dim = None) -> Tensor:
@@ -220,8 +209,8 @@ def _no_affine_set(w: Tensor, *, matrix: Any, offset: Any = 0.0, dim: Dim = None
 def affine_set(w: Tensor, *, matrix: Any, offset: Any = 0.0, dim: Dim = None) -> Tensor:
     r"""Several linear equations, :math:`A w_g = b`: `hyperplane` of more than one.
 
-    Rows of the matrix may depend on each other. If equations contradict each other, the projection is the point that
-    breaks them least, and the value infinite.
+    Rows of the matrix may depend on each other. If equations contradict each other, the set is empty: there is no
+    projection, and the value of what comes back is infinite.
 
     Args:
         matrix: :math:`A`: a matrix with one row for each equation and one column for each entry of a group.
@@ -233,7 +222,7 @@ def affine_set(w: Tensor, *, matrix: Any, offset: Any = 0.0, dim: Dim = None) ->
 
     Example:
         >>> matrix = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]])
-        >>> affine_set.project({"weight": torch.tensor([1.0, 2.0, 6.0])}, matrix=matrix, offset=torch.tensor([3.0, 0.0]))
+        >>> affine_set.project({"weight": torch.tensor([1.0, 2.0, 6.0])}, matrix=matrix, offset=[3.0, 0.0])
         {'weight': tensor([-0.5000, -0.5000,  4.0000])}
 
     References:
@@ -246,15 +235,13 @@ def affine_set(w: Tensor, *, matrix: Any, offset: Any = 0.0, dim: Dim = None) ->
 
 
 def _nearest(x: Tensor, rows: Tensor, offsets: Tensor, equal: Tensor) -> Tensor:
-    r"""The point :math:`x - C^\top \lambda` nearest to :math:`x` with :math:`C z \le d`, and equality where it is asked.
+    r"""The point :math:`x - C^\top \lambda` nearest to :math:`x` with :math:`C z \le d`, and equality where asked for.
 
     The dual problem has multipliers of at least 0, and is solved by the active set method of Lawson and Hanson. Each
     step solves for the active ones; then either adds the condition that is broken most, or, where a multiplier would
     be negative, goes as far as none is and drops that one. All problems of a batch take equally many steps.
     """
-    lengths = (rows * rows).sum(-1).sqrt()
-    unit = torch.where(lengths == 0, torch.ones_like(lengths), lengths)
-    rows, offsets = rows / unit.unsqueeze(-1), offsets / unit
+    rows, offsets = _of_length_1(rows, offsets)
     gram = rows @ rows.mT
     pull, rounding = _off(x, rows, offsets)
     active = equal.expand(pull.shape)
@@ -275,11 +262,22 @@ def _nearest(x: Tensor, rows: Tensor, offsets: Tensor, equal: Tensor) -> Tensor:
         worst = (places == broken.argmax(-1, keepdim=True)) & (broken > 0)
         active = torch.where(stuck, active & ~dropped, active | worst)
     # In closed form once more, for the derivative, and for the last digits.
-    active = active & (equal | (_tied(gram, pull, active) > 0))
-    z = x
-    for _ in range(3):
-        z = z - _combined(rows, _tied(gram, _times(rows, z) - offsets, active))
+    z = _held(x, rows, offsets, active & (equal | (_tied(gram, pull, active) > 0)))
     return torch.where(x.isnan().any(-1, keepdim=True), torch.full_like(z, math.nan), z) + 0.0
+
+
+def _of_length_1(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = (rows * rows).sum(-1).sqrt()
+    unit = torch.where(lengths == 0, torch.ones_like(lengths), lengths)
+    return rows / unit.unsqueeze(-1), offsets / unit
+
+
+def _held(x: Tensor, rows: Tensor, offsets: Tensor, active: Tensor) -> Tensor:
+    """The nearest point where the active conditions hold with equality; thrice, against rounding."""
+    gram = rows @ rows.mT
+    for _ in range(3):
+        x = x - _combined(rows, _tied(gram, _times(rows, x) - offsets, active))
+    return x
 
 
 def _tied(gram: Tensor, pull: Tensor, active: Tensor) -> Tensor:
@@ -288,7 +286,7 @@ def _tied(gram: Tensor, pull: Tensor, active: Tensor) -> Tensor:
     # Conditions may depend on each other: a little is added.
     little = torch.where(active, 64 * torch.finfo(gram.dtype).eps, 1.0).to(gram.dtype)
     stiff = torch.where(both, gram, torch.zeros_like(gram)) + torch.diag_embed(little)
-    found = torch.linalg.solve(stiff, torch.where(active, pull, torch.zeros_like(pull)))
+    found = torch.linalg.solve_ex(stiff, torch.where(active, pull, torch.zeros_like(pull)))[0]  # It reads no error.
     return torch.where(active, found, torch.zeros_like(pull))
 
 
@@ -300,7 +298,7 @@ def _conditions(w: Tensor, size: int, matrix: Any, offset: Any, equations: Any) 
         return rows, bounds, equal
     if not isinstance(equations, (tuple, list)) or len(equations) != 2:
         raise ValueError("equations is no pair; expected a matrix and an offset, as in equations=(A, b)")
-    a, b = _system(w, *equations, size, "the matrix of equations")
+    a, b = _system(w, equations[0], equations[1], size, "the matrix of equations")
     return torch.cat([a, rows]), torch.cat([b, bounds]), torch.cat([torch.ones_like(b, dtype=torch.bool), equal])
 
 
@@ -418,7 +416,7 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     alpha, beta = torch.zeros_like(fixed[:, 0]), torch.zeros_like(fixed[0])
     lengths = torch.cat([4.0 ** -torch.arange(15, dtype=m.dtype, device=m.device), torch.zeros_like(beta[:1])])
     best, least = (alpha, beta), torch.full_like(rows.sum(), math.inf)
-    for _ in range(min(100, 10 + sum(m.shape))):
+    for _ in range(min(100, 5 + 2 * sum(m.shape))):
         alpha = _thresholds(fixed - beta, rows.unsqueeze(-1)).squeeze(-1)
         beta = _thresholds((fixed - alpha.unsqueeze(-1)).mT, columns.unsqueeze(-1)).squeeze(-1)
         x = (fixed - alpha.unsqueeze(-1) - beta).relu()
@@ -455,7 +453,7 @@ def _solved(positive: Tensor, off: Tensor, little: Tensor) -> tuple[Tensor, Tens
     there = positive.to(off.dtype)
     upper = torch.cat([torch.diag_embed(there.sum(-1)), there], -1)
     gram = torch.cat([upper, torch.cat([there.mT, torch.diag_embed(there.sum(-2))], -1)], -2)
-    found = torch.linalg.solve(gram + torch.diag_embed(torch.zeros_like(off) + little), off)
+    found = torch.linalg.solve_ex(gram + torch.diag_embed(torch.zeros_like(off) + little), off)[0]
     return found[: there.shape[0]], found[there.shape[0] :]
 
 
@@ -528,8 +526,8 @@ def transport(w: Tensor, total: Scalar = 1.0, *, rows: Any = None, columns: Any 
 def birkhoff(w: Tensor) -> Tensor:
     r"""Doubly stochastic matrices, :math:`W_{ij} \ge 0` with rows and columns that sum to 1: soft permutations.
 
-    The corners of this polytope are the permutations. A leaf with more columns than rows, or fewer, has rows that sum to
-    1 and columns that are equal in sum. See `transport`.
+    The corners of this polytope are the permutations. A leaf with more columns than rows, or fewer, has rows that sum
+    to 1 and columns that are equal in sum. See `transport`.
 
     Example:
         >>> birkhoff.project(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))

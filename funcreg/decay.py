@@ -658,12 +658,12 @@ def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
 @remembered
 def _times(*rates: Hyper | Schedule) -> Hyper | Schedule:
     """The product of learning rates; its greatest value is known if that of the only schedule is."""
-    factors = [rate for rate in rates if isinstance(rate, Tensor) or rate != 1.0]
+    factors: list[Any] = [rate for rate in rates if isinstance(rate, Tensor) or rate != 1.0]
     if len(factors) < 2:
         return factors[0] if factors else 1.0
     if any([isinstance(factor, (dict, list, tuple)) for factor in factors]):
         raise ValueError("a learning rate for each leaf is multiplied by another one; expected one for all leaves")
-    at = lambda count: [factor(count) if callable(factor) else factor for factor in factors]
+    at: Callable[[Any], list[Any]] = lambda count: [f(count) if callable(f) else f for f in factors]
     value = lambda count: functools.reduce(operator.mul, at(count))
     schedules = [factor for factor in factors if callable(factor)]
     if len(schedules) == 1 and isinstance(schedules[0], KnownSchedule):

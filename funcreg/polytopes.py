@@ -530,7 +530,7 @@ def birkhoff(w: Tensor) -> Tensor:
     to 1 and columns that are equal in sum. See `transport`.
 
     Example:
-        >>> birkhoff.project(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        >>> birkhoff.project(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
         tensor([[1., 0.],
                 [0., 1.]])
 

@@ -47,7 +47,8 @@ def scale(step_size: Hyper) -> Transform:
     finite(step_size=step_size)
     negative = _negative(step_size)
     stages: list[Stage] = ["scales", "flips"] if negative else ["scales"]
-    return scheduled(_scale, step_size, descends=negative, stages=stages, rate=tree_map(abs, step_size))
+    sizes = tree_map(lambda s: s if callable(s) else abs(s), step_size)
+    return scheduled(_scale, step_size, descends=negative, stages=stages, rate=sizes)
 
 
 def _negative(step_size: Hyper) -> bool:

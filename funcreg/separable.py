@@ -271,7 +271,7 @@ def etp(w: Tensor, gamma: Scalar) -> Tensor:
     Example:
         >>> params = {"weight": torch.tensor([3.0, -0.5])}
         >>> etp(params, 1.0), etp.prox(params, 1.0, 1.0)
-        (tensor(2.1257), {'weight': tensor([2.9146, 0.0000])})
+        (tensor(2.1257), {'weight': tensor([2.9142, 0.0000])})
 
     References:
         Gao, Wang, Yu & Zhang, *A feasible nonconvex relaxation approach to feature selection*, 2011.

@@ -31,6 +31,7 @@ from funcreg.transform import (
     check_selection,
     check_transforms,
     counter,
+    finite,
     finite_nonnegative,
     positive,
     public_state,
@@ -295,6 +296,8 @@ def _toward(
 ) -> Transform:
     """Add a multiple of a function of the distance to an anchor: given, the first parameters, or their average."""
     finite_nonnegative(weight_decay=weight_decay)
+    if anchor is not None:
+        finite(anchor=anchor)
     check_selection(mask)
 
     def add(updates: Updates, params: Params, decay: Hyper, anchor: Params) -> Updates:
@@ -500,7 +503,8 @@ def with_weight_decay(
     """
     check_transforms("with_weight_decay", [tx])
     if kind not in get_args(Kind):
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}")
+        swapped = "" if isinstance(kind, str) else ". Are kind and weight_decay swapped?"
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}{swapped}")
     given = {"anchor": anchor, "ema_decay": ema_decay, "max_rate": max_rate}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():

@@ -260,6 +260,9 @@ REFUSED = [
     (lambda: fr.add_independent_weight_decay(0.1, max_rate=1.0), r"max_rate is 1.0; it has no effect without"),
     (lambda: fr.add_weight_decay_to_ema(0.1, ema_decay=1.0), r"ema_decay is 1.0; expected .* below 1"),
     (lambda: fr.add_proximal_weight_decay(0.1, -1.0), r"learning_rate is -1.0"),
+    (lambda: fr.add_weight_decay_to_anchor(0.1, anchor="w"), r"anchor is 'w'; expected a number, a tensor"),
+    (lambda: fr.add_weight_decay_to_anchor(0.1, anchor=torch.nn.Linear(2, 2)), r"anchor is the module Linear"),
+    (lambda: fr.with_weight_decay(fr.adam(0.1), 0.1, "decoupled"), r"Are kind and weight_decay swapped\?"),
 ]
 
 

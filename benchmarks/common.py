@@ -11,6 +11,7 @@ import pathlib
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -97,7 +98,8 @@ class Row:
 def fused_row(
     tx: fr.Transform, params: Leaves, grads: Leaves, donate: bool = True, packed: bool = False, **options: Any
 ) -> Row:
-    """A chain through `fuse`; packed gradients lie where the step reads them."""
+    """A chain through `fuse`; packed gradients lie where the step reads them, and stay what they are."""
+    warnings.filterwarnings("ignore", "nothing was written into the gradients")
     step = fr.fuse(tx, donate=donate, **options)
     params, state = step.init(params)
     if packed:

@@ -67,6 +67,14 @@ def sweep(found: Numbers) -> Rows:
     return rows
 
 
+def paths(found: Numbers) -> Rows:
+    ways = list(dict.fromkeys(way for times in found["rows"].values() for way in times))
+    rows = [["seconds of a path", *ways]]
+    for name, times in found["rows"].items():
+        rows.append([name, *(f"{times[way]:.3g}" if way in times else "not there" for way in ways)])
+    return rows
+
+
 def chains(found: Numbers) -> Rows:
     rows = [[name, each["twin"], f"{each['ratio']:.2f}"] for name, each in found["rows"].items()]
     return [["chain, donating", "against", "ratio"], *rows]
@@ -172,7 +180,7 @@ def speed(found: Numbers) -> Rows:
 #: From the name of a table to what makes it and the file of its numbers.
 TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
-    **{f.__name__: (f, f.__name__) for f in (sweep, which_l1, support, gpu)},
+    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, gpu)},
     "speed": (speed, "step"),
 }
 

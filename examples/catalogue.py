@@ -325,11 +325,13 @@ def catalogue() -> str:
 
 SECTIONS = {
     "Regularize": ["regularizing", "decay", "noise"],
-    "Scale": ["scaling"],
+    "Scale": ["scaling", "preconditioners", "directions"],
     "Clip and clean": ["clipping"],
     "Combine": ["transform", "combine"],
+    "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
     "Ensembles and sweeps": ["ensemble", "sweep", "grids"],
-    "Optimizers": ["optimizers", "proximal", "stochastic"],
+    "Optimizers": ["optimizers", "adaptive_optimizers", "plain_optimizers", "proximal", "stochastic"],
+    "Low precision": ["precision"],
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules"],
     "Certificates": ["certificates"],
@@ -337,11 +339,11 @@ SECTIONS = {
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
-    "Groups that span leaves": ["coupled"],
-    "Getting zeros out": ["deployment"],
+    "Groups that span leaves": ["families", "channels", "coupled", "removal"],
+    "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
-    "Trees and masks": ["tree"],
+    "Trees and masks": ["tree", "selection", "trees", "arithmetic"],
 }
 
 

@@ -61,12 +61,12 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.coupled import (
-    Along as Along,
+from funcreg.channels import (
+    ChannelGroups as ChannelGroups,
     channel_groups as channel_groups,
+)
+from funcreg.coupled import (
     coupled as coupled,
-    remove_dead as remove_dead,
-    resized as resized,
 )
 from funcreg.decay import (
     AnchorState as AnchorState,
@@ -98,6 +98,12 @@ from funcreg.ensemble import (
     stack as stack,
     stacked as stacked,
     unstack as unstack,
+)
+from funcreg.factorizing import (
+    factorized as factorized,
+)
+from funcreg.families import (
+    Along as Along,
 )
 from funcreg.fused import (
     fuse as fuse,
@@ -219,11 +225,19 @@ from funcreg.scaling import (
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
 )
+from funcreg.removal import (
+    remove_dead as remove_dead,
+    with_buffers as with_buffers,
+)
 from funcreg.report import (
     Report as Report,
     compare as compare,
+    explain as explain,
     penalties as penalties,
     report as report,
+)
+from funcreg.resizing import (
+    resized as resized,
 )
 from funcreg.schedules import (
     constant_schedule as constant_schedule,
@@ -302,10 +316,137 @@ from funcreg.tree import (
     apply_updates as apply_updates,
     global_norm as global_norm,
     matrices as matrices,
-    select as select,
     tree_leaves as tree_leaves,
     tree_map as tree_map,
     tree_paths as tree_paths,
+)
+from funcreg.averaging import (
+    LookaheadParams as LookaheadParams,
+    LookaheadState as LookaheadState,
+    SAMState as SAMState,
+    ScheduleFreeState as ScheduleFreeState,
+    lookahead as lookahead,
+    sam as sam,
+    schedule_free as schedule_free,
+    schedule_free_adamw as schedule_free_adamw,
+    schedule_free_eval_params as schedule_free_eval_params,
+    schedule_free_sgd as schedule_free_sgd,
+)
+from funcreg.hyperparams import (
+    InjectHyperparamsState as InjectHyperparamsState,
+    inject_hyperparams as inject_hyperparams,
+)
+from funcreg.monitoring import (
+    MonitorState as MonitorState,
+    SnapshotState as SnapshotState,
+    measure_with_ema as measure_with_ema,
+    monitor as monitor,
+    snapshot as snapshot,
+)
+from funcreg.wrappers import (
+    ApplyEveryState as ApplyEveryState,
+    ConditionallyMaskState as ConditionallyMaskState,
+    ConditionallyTransformState as ConditionallyTransformState,
+    MultiSteps as MultiSteps,
+    MultiStepsState as MultiStepsState,
+    apply_every as apply_every,
+    conditionally_mask as conditionally_mask,
+    conditionally_transform as conditionally_transform,
+    flatten as flatten,
+    multi_transform as multi_transform,
+    selective_transform as selective_transform,
+    skip_large_updates as skip_large_updates,
+    skip_not_finite as skip_not_finite,
+    with_extra_args as with_extra_args,
+    with_extra_args_support as with_extra_args_support,
+)
+from funcreg.preconditioners import (
+    AdadeltaState as AdadeltaState,
+    AdanState as AdanState,
+    BeliefState as BeliefState,
+    NovogradState as NovogradState,
+    SM3State as SM3State,
+    scale_by_adadelta as scale_by_adadelta,
+    scale_by_adamax as scale_by_adamax,
+    scale_by_adan as scale_by_adan,
+    scale_by_belief as scale_by_belief,
+    scale_by_novograd as scale_by_novograd,
+    scale_by_radam as scale_by_radam,
+    scale_by_sm3 as scale_by_sm3,
+    scale_by_yogi as scale_by_yogi,
+)
+from funcreg.directions import (
+    OptimisticGradientState as OptimisticGradientState,
+    RpropState as RpropState,
+    scale_by_optimistic_gradient as scale_by_optimistic_gradient,
+    scale_by_param_block_norm as scale_by_param_block_norm,
+    scale_by_param_block_rms as scale_by_param_block_rms,
+    scale_by_rprop as scale_by_rprop,
+)
+from funcreg.adaptive_optimizers import (
+    adabelief as adabelief,
+    adadelta as adadelta,
+    adamax as adamax,
+    adamaxw as adamaxw,
+    adan as adan,
+    nadam as nadam,
+    novograd as novograd,
+    optimistic_adam as optimistic_adam,
+    optimistic_adam_v2 as optimistic_adam_v2,
+    radam as radam,
+    sm3 as sm3,
+    yogi as yogi,
+)
+from funcreg.plain_optimizers import (
+    fromage as fromage,
+    lars as lars,
+    noisy_sgd as noisy_sgd,
+    optimistic_gradient_descent as optimistic_gradient_descent,
+    rprop as rprop,
+    sign_sgd as sign_sgd,
+    signum as signum,
+)
+from funcreg.per_leaf import (
+    per_leaf as per_leaf,
+)
+from funcreg.precision import (
+    MasterWeightsState as MasterWeightsState,
+    StochasticRoundingState as StochasticRoundingState,
+    with_master_weights as with_master_weights,
+    with_stochastic_rounding as with_stochastic_rounding,
+)
+from funcreg.selection import (
+    no_bias_norm_embed as no_bias_norm_embed,
+    select as select,
+)
+from funcreg.trees import (
+    incremental_update as incremental_update,
+    periodic_update as periodic_update,
+    tree_get as tree_get,
+    tree_get_all_with_path as tree_get_all_with_path,
+    tree_map_params as tree_map_params,
+    tree_set as tree_set,
+)
+from funcreg.arithmetic import (
+    tree_add as tree_add,
+    tree_add_scale as tree_add_scale,
+    tree_cast as tree_cast,
+    tree_cast_like as tree_cast_like,
+    tree_clip as tree_clip,
+    tree_div as tree_div,
+    tree_full_like as tree_full_like,
+    tree_max as tree_max,
+    tree_min as tree_min,
+    tree_mul as tree_mul,
+    tree_norm as tree_norm,
+    tree_ones_like as tree_ones_like,
+    tree_scale as tree_scale,
+    tree_size as tree_size,
+    tree_sub as tree_sub,
+    tree_sum as tree_sum,
+    tree_vdot as tree_vdot,
+    tree_where as tree_where,
+    tree_zeros_like as tree_zeros_like,
 )
 
 __version__ = "0.1.0"

@@ -92,7 +92,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
             which `null_model` does.
         penalty: A convex penalty such as `l1`.
         hyper: Its hyperparameters.
-        mask: Leaves on which the penalty acts; the others are not looked at.
+        mask: Leaves on which the penalty acts; the others are not looked at, nor those on which no term of a sum acts.
         options: Static options of the penalty, such as `dim`.
 
     Shape:
@@ -107,6 +107,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     check_penalty(penalty, hyper, options)
     check_params(grads, "grads")
     chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
+    values, own = penalty.bind(*hyper, **options)
+    chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))
     downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
 
     def vanish(strength: Tensor) -> Tensor:

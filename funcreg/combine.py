@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg._typing import Mask, Params, State, Updates
+from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import flags
 from funcreg.transform import (
@@ -22,6 +22,7 @@ from funcreg.transform import (
     either,
     everywhere,
     memoryless,
+    positive,
     public_state,
     warn,
 )
@@ -40,6 +41,7 @@ from funcreg.tree import (
     total,
     tree_map,
     tree_paths,
+    widen,
 )
 
 
@@ -99,7 +101,7 @@ def chain(*transforms: Transform) -> Transform:
         forwards_to=transforms,
         links=transforms,
     )
-    return _hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
 def _spared_by(transforms: Sequence[Transform]) -> Choice:
@@ -128,6 +130,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
         takes_gradients = "adds" in tx.stages or "steps" in tx.stages
         stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
         landed = next((each for each in before if _meet("lands", each, tx)), None)
+        waiting = next((each for each in before if _meet("waits", each, tx)), None)
         early = next((each for each in before if "steps" in tx.stages and _meet("follows", each, tx)), None)
         if stepped is not None and takes_gradients:
             adds = "adds" in tx.stages and "steps" not in tx.stages
@@ -136,6 +139,11 @@ def _check_order(transforms: Sequence[Transform]) -> None:
                 f"in this chain, {tx!r} stands after {stepped!r}, which makes a step downhill of its updates: it takes "
                 f"that step for a gradient, {goes}. Put it before the learning rate, as adamw does, "
                 + ("or take proximal for what comes after the step." if adds else "or take one of them out.")
+            )
+        elif waiting is not None and "shrinks" in tx.stages:
+            warn(
+                f"in this chain, {tx!r} stands after {waiting!r}, whose steps come at some calls alone: it acts at "
+                "every call, between these steps too. Put it inside, after the step, to count once a step."
             )
         elif landed is not None and (takes_gradients or "scales" in tx.stages):
             warn(
@@ -321,7 +329,7 @@ def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
     return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
 
 
-def _hold(inner: Transform, frozen: list[Choice]) -> Transform:
+def hold(inner: Transform, frozen: list[Choice]) -> Transform:
     """A transform that sees no frozen leaf, and returns zeros for it."""
     if not frozen:
         return inner
@@ -499,6 +507,10 @@ class ApplyIfFiniteState(NamedTuple):
 def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
     r"""Skip an update that has an infinity or a NaN: updates become 0 and the inner state stays.
 
+    Gradients of a loss that was multiplied by a scale, so that small ones are not lost in float16, are divided by it
+    if `update` gets it, `loss_scale=scale`, in float32 and before anything else: an infinity that the scale made is
+    seen, and `state.last_finite` says whether to lower it.
+
     Args:
         inner: Transform of the updates that are finite.
         max_consecutive_errors: Number of updates in a row that are skipped; one more is let through, so that a
@@ -509,6 +521,8 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         >>> updates, state = tx.update({"weight": torch.tensor([float("inf")])}, tx.init(params), params)
         >>> updates, state.total_notfinite
         ({'weight': tensor([0.])}, tensor(1, dtype=torch.int32))
+        >>> tx.update({"weight": torch.tensor([512.0])}, tx.init(params), params, loss_scale=256.0)[0]
+        {'weight': tensor([2.])}
     """
     check_transforms("apply_if_finite", [inner])
     if type(max_consecutive_errors) is not int:
@@ -521,9 +535,16 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         return ApplyIfFiniteState(counter(params), good, counter(params), inner.begin(params))
 
     def update(
-        updates: Updates, state: ApplyIfFiniteState, params: Params, **extra: Any
+        updates: Updates,
+        state: ApplyIfFiniteState,
+        params: Params,
+        *,
+        loss_scale: Scalar | None = None,
+        **extra: Any,
     ) -> tuple[Updates, ApplyIfFiniteState]:
-
+        if loss_scale is not None:
+            positive(loss_scale=loss_scale)
+            updates = compute(lambda u, s: u / s, tree_map(widen, updates), hyper=(loss_scale,))
         wrong = total(reduce_leaves(lambda u: ~u.isfinite(), updates)).to(state.last_finite.device)
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)

@@ -139,6 +139,10 @@ class Term(NamedTuple):
         """On which leaves this term acts."""
         return [True] * len(tree_leaves(params)) if self.mask is None else mask_leaves(self.mask, params)
 
+    def acts(self, params: Params) -> list[bool]:
+        """On which leaves one of its parts acts."""
+        return [any(row) for row in zip(*[part.places(params) for part in self.parts()], strict=True)]
+
     def title(self) -> str:
         """The term as it is written in code."""
         factors = [f"{factor:g}" if isinstance(factor, (int, float)) else written(factor) for factor in self.factors]

@@ -7,73 +7,30 @@ is. The same families tell which slices of which leaves a dead group takes with 
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Params
 from funcreg.construction import remembered
+from funcreg.families import (
+    Along,
+    Family,
+    Groups,
+    Place,
+    families_of,
+    gather,
+    overlapping,
+    places_of,
+    scatter,
+    width_of,
+)
 from funcreg.penalty import Penalty
-from funcreg.ranges import flags
 from funcreg.sharding import like, whole
-from funcreg.tree import chosen_by, flatten, gathered, hidden, leaves_like, listed, total, tree_leaves, tree_paths
-
-
-class Along(NamedTuple):
-    """How the groups of a family lie in a leaf, where a dimension alone does not say it.
-
-    The dimension counts `packed` blocks, in each of them every group, and of each group `size` entries.
-
-    Args:
-        dim: Dimension of the leaf along which the groups run.
-        size: Number of consecutive entries that belong to one group: the pixels of a channel in a linear layer that
-            comes after `Flatten`, the features of an attention head.
-        packed: Number of blocks laid end to end, 3 where queries, keys and values share a matrix.
-        penalized: Whether these entries are in the norm of their group. False for entries that a dead group leaves
-            without use and that `remove_dead` takes with it, such as the inputs of a layer whose own outputs form
-            groups.
-
-    Example:
-        The heads of `torch.nn.MultiheadAttention`, four of eight features:
-
-        >>> attention = torch.nn.MultiheadAttention(32, 4)
-        >>> heads = {"in_proj_weight": Along(0, size=8, packed=3), "in_proj_bias": Along(0, size=8, packed=3)}
-        >>> heads["out_proj.weight"] = Along(1, size=8)
-        >>> params = {name: torch.ones_like(w) for name, w in attention.named_parameters()}
-        >>> coupled(group_lasso, heads)(params)  # Of 3 * 8 * 32 + 3 * 8 + 32 * 8 entries each.
-        tensor(129.4913)
-    """
-
-    dim: int
-    size: int = 1
-    packed: int = 1
-    penalized: bool = True
-
-    def __repr__(self) -> str:
-        others = [("size", 1), ("packed", 1), ("penalized", True)]
-        given = [f", {name}={getattr(self, name)!r}" for name, default in others if getattr(self, name) != default]
-        return f"Along({self.dim!r}{''.join(given)})"
-
-
-torch.serialization.add_safe_globals([Along])  # A family may be saved beside the parameters that it is for.
-
-
-#: From the dotted names of the leaves of a family to the dimension along which its groups run.
-Family: TypeAlias = dict[str, int | Along]
-#: Families of groups, or a function that makes them from parameters.
-Groups: TypeAlias = Family | Sequence[Family] | Callable[[Params], Family | Sequence[Family]]
-
-
-class _Place(NamedTuple):
-    """Where the groups of a family lie in one leaf."""
-
-    leaf: int  # Its number among the leaves.
-    along: Along
+from funcreg.tree import flatten, leaves_like, total, tree_leaves, tree_paths
 
 
 @remembered
@@ -121,29 +78,32 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty is {penalty!r}; expected a Penalty of rows such as group_lasso")
     if not callable(groups):
-        _families(groups)
+        families_of(groups)
     signature = inspect.signature(penalty)
     in_rows = {"dim": ...} if "dim" in signature.parameters else {}
 
-    def families(params: Params) -> list[list[_Place]]:
-        return [[place for place in family if place.along.penalized] for family in _places(groups, params)]
+    def families(params: Params) -> list[list[Place]]:
+        return [[place for place in family if place.along.penalized] for family in places_of(groups, params)]
 
-    def apart(params: Params) -> list[list[_Place]]:
-        """The families, if no leaf is in two of them."""
-        found = families(params)
-        used = [place.leaf for family in found for place in family]
-        for leaf in used:
-            if used.count(leaf) > 1:
+    def apart(params: Params) -> list[list[Place]]:
+        """The families, if no entry is in two of them."""
+        found, leaves = families(params), tree_leaves(params)
+        used: dict[int, list[Along]] = {}
+        for family in found:
+            for leaf, along in family:
+                used.setdefault(leaf, []).append(along)
+        for leaf, alongs in used.items():
+            if overlapping(leaves[leaf], alongs):
                 raise ValueError(
-                    f"leaf '{tree_paths(params)[leaf]}' is in {used.count(leaf)} families of groups: where groups "
+                    f"leaf '{tree_paths(params)[leaf]}' is in {len(alongs)} families of groups: where groups "
                     f"overlap, {penalty.__name__} has a value and a gradient, but no proximal operator. Leave the "
                     "leaf to one family, and write Along(dim, penalized=False) in the others."
                 )
         return found
 
-    def rows(leaves: Sequence[Tensor], family: Sequence[_Place]) -> Tensor:
+    def rows(leaves: Sequence[Tensor], family: Sequence[Place]) -> Tensor:
         """The leaves of a family as one matrix, a group in each row."""
-        parts = [_gather(whole(leaves[leaf]), along) for leaf, along in family]
+        parts = [gather(whole(leaves[leaf]), along) for leaf, along in family]
         return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
 
     def each(family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -156,21 +116,30 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         return {**options, **in_rows, "weights": weights[family]}
 
     def mapped(
-        f: Callable[..., Tensor], found: list[list[_Place]], params: Params, *trees: Params, options: dict[str, Any]
+        f: Callable[..., Tensor], found: list[list[Place]], *trees: Params, onto: Params | None, options: dict[str, Any]
     ) -> list[Tensor | None]:
-        """For each leaf the sum of what `f` makes of the rows of its families, None if it has none."""
-        leaves = tree_leaves(params)
-        columns = [leaves, *[leaves_like(params, tree) for tree in trees]]
+        """For each leaf what `f` makes of the rows of its families, None if it has none.
+
+        Entries without a family are those of `onto`; without it they are zero, and families that overlap add up.
+        """
+        leaves = tree_leaves(trees[0])
+        columns = [leaves, *[leaves_like(trees[0], tree) for tree in trees[1:]]]
+        bases = leaves if onto is None else tree_leaves(onto)
         results: list[Tensor | None] = [None] * len(leaves)
         for i, family in enumerate(found):
             if not family:
                 continue
             made = f(*[rows(column, family) for column in columns], **each(i, len(found), options))
-            widths = [_width(leaves[leaf], along) for leaf, along in family]
+            widths = [width_of(leaves[leaf], along) for leaf, along in family]
             for (leaf, along), part in zip(family, made.split(widths, 1), strict=True):
-                own = like(_scatter(_like(part, leaves[leaf]), leaves[leaf], along), leaves[leaf])
                 earlier = results[leaf]
-                results[leaf] = own if earlier is None else earlier + own
+                base = whole(bases[leaf] if earlier is None else earlier)
+                own = _like(part, leaves[leaf])
+                if onto is None:
+                    own = scatter(own, torch.zeros_like(base), along)
+                    results[leaf] = like(own, leaves[leaf]) if earlier is None else earlier + like(own, leaves[leaf])
+                else:
+                    results[leaf] = like(scatter(own, base, along), leaves[leaf])
         return results
 
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
@@ -186,7 +155,8 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
     def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
         _shared(hyper)
-        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), families(params), params, options=options)
+        found = families(params)
+        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), found, params, onto=None, options=options)
         leaves, rebuild = flatten(params)
         return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
 
@@ -198,6 +168,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             apart(params),
             params,
             *trees,
+            onto=params,
             options=options,
         )
         leaves, rebuild = flatten(params)
@@ -220,6 +191,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
             apart(params),
             params,
             grads,
+            onto=grads,
             options=options,
         )
         leaves, rebuild = flatten(grads)
@@ -253,153 +225,9 @@ def _shared(hyper: Sequence[Hyper]) -> None:
             )
 
 
-# Groups in leaves
-
-
-def _families(found: Any) -> list[dict[str, Along]]:
-    """Families as a list, each dimension an `Along`, or an error if there is none, or one that penalizes nothing."""
-    families = [found] if isinstance(found, dict) else found
-    if not isinstance(families, (list, tuple)) or not all([isinstance(family, dict) for family in families]):
-        raise TypeError(f"groups is {found!r}; expected a dict from names of leaves to dimensions, or a list of them")
-    found = [{name: _along(name, where) for name, where in family.items()} for family in families]
-    if not found:
-        raise ValueError("groups has no family, so that nothing would be penalized; expected at least one")
-    for i, family in enumerate(found):
-        if not any([along.penalized for along in family.values()]):
-            what = f"names only leaves that are not penalized: {', '.join(family)}" if family else "names no leaf"
-            raise ValueError(f"family {i} of groups {what}; expected one that is penalized, or the family left out")
-    return found
-
-
-def _along(name: Any, where: Any) -> Along:
-    along = Along(where) if isinstance(where, int) and not isinstance(where, bool) else where
-    if not isinstance(name, str) or not isinstance(along, Along):
-        raise TypeError(f"groups maps {name!r} to {where!r}; expected the name of a leaf, and an int or an Along")
-    flags(penalized=along.penalized)
-    if along.size < 1 or along.packed < 1:
-        raise ValueError(f"at leaf '{name}': groups has {along}; expected a size and packed blocks of at least 1")
-    return along
-
-
-def _places(groups: Groups, params: Params) -> list[list[_Place]]:
-    """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
-    names, leaves = tree_paths(params), tree_leaves(params)
-    numbers = {name: i for i, name in enumerate(names)}
-    if not leaves:
-        return []
-    masked = hidden(params)
-    places: list[list[_Place]] = []
-    for family in _families(chosen_by(groups, params, "groups")[0]):
-        found: list[_Place] = []
-        for name, along in family.items():
-            if name in numbers:
-                found.append(_Place(numbers[name], along))
-            elif along.penalized and not masked:
-                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {listed(names)}")
-        counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]
-        for (leaf, along), count in zip(found, counts, strict=True):
-            if count != counts[0]:
-                raise ValueError(
-                    f"leaf '{names[leaf]}' of shape {tuple(leaves[leaf].shape)} has {count} groups by {along}, and "
-                    f"'{names[found[0].leaf]}' has {counts[0]}; the leaves of a family have the same groups"
-                )
-        places.append(found)
-    if masked and not any([place.along.penalized for found in places for place in found]):
-        raise ValueError(
-            f"groups names no leaf that a mask or freeze has left: those are {listed(names)}. The penalty would "
-            "have no effect. Is the mask the wrong way round?"
-        )
-    return places
-
-
-def _count(name: str, leaf: Tensor, along: Along) -> int:
-    """The number of groups in a leaf."""
-    if not -leaf.ndim <= along.dim < leaf.ndim:
-        raise ValueError(f"at leaf '{name}': its shape {tuple(leaf.shape)} has no dimension {along.dim}")
-    entries, share = leaf.shape[along.dim], along.size * along.packed
-    if entries % share:
-        raise ValueError(
-            f"at leaf '{name}': dimension {along.dim} of shape {tuple(leaf.shape)} is no multiple of {share}, as "
-            f"{along} needs it to be"
-        )
-    return entries // share
-
-
-def _gather(leaf: Tensor, along: Along) -> Tensor:
-    """A leaf as a matrix, the entries of a group in each row."""
-    dim, size, packed, _ = along
-    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
-    return leaf.movedim(dim, 0).reshape(packed, count, width // packed).movedim(1, 0).reshape(count, width)
-
-
-def _scatter(rows: Tensor, leaf: Tensor, along: Along) -> Tensor:
-    """What `_gather` made a matrix of, in the shape of the leaf again."""
-    dim, size, packed, _ = along
-    front = leaf.movedim(dim, 0).shape
-    count, width = leaf.shape[dim] // (size * packed), _width(leaf, along)
-    return rows.reshape(count, packed, width // packed).movedim(1, 0).reshape(front).movedim(0, dim)
-
-
-def grouped_matrices(groups: Groups, params: Params) -> list[tuple[list[str], list[Tensor]]]:
-    """For each family the names of its penalized leaves, and these as matrices with a group in each row."""
-    names, leaves = tree_paths(params), tree_leaves(params)
-    found = [[place for place in family if place.along.penalized] for family in _places(groups, params)]
-    return [
-        ([names[leaf] for leaf, _ in family], [_gather(leaves[leaf], along) for leaf, along in family])
-        for family in found
-    ]
-
-
-def _width(leaf: Tensor, along: Along) -> int:
-    """The number of entries of a group in a leaf."""
-    dims = leaf.movedim(along.dim, 0).shape
-    return along.size * along.packed * math.prod(dims[1:])
-
-
 def _like(x: Tensor, leaf: Tensor) -> Tensor:
     """A result with the dtype and the device of a leaf: a family may mix them."""
     return (x.real if x.is_complex() and not leaf.is_complex() else x).to(leaf.device, leaf.dtype)
-
-
-# Removal
-
-
-def remove_dead(params: Params, groups: Groups) -> Params:
-    """A smaller tree, without the groups all of whose penalized entries are zero.
-
-    Leaves that no family names stay as they are; buffers may be among the leaves, and are sliced if a family names
-    them. One group of a family always stays, so that no layer is left without entries. Sharded leaves come back whole.
-    The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or mapped over.
-
-    Args:
-        params: Tree of parameters, also with the buffers of their module.
-        groups: The families that the penalty had; see `coupled`.
-
-    Raises:
-        ValueError: A leaf has not the groups that its family has.
-
-    Example:
-        >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
-        >>> remove_dead(params, {"0.weight": 0, "2.weight": Along(1, penalized=False)})
-        {'0.weight': tensor([[3.]]), '2.weight': tensor([[2.]])}
-    """
-    leaves, rebuild = flatten(gathered(params))
-    slices: dict[tuple[int, int], Tensor] = {}
-    for family in _places(groups, params):
-        marks = [(_gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
-        if not marks:
-            continue
-        alive = torch.stack(marks).any(0)
-        if not alive.any():
-            alive[:1] = True
-        for leaf, (dim, size, packed, _) in family:
-            here = alive[None, :, None].expand(packed, -1, size).reshape(-1)
-            place = leaf, dim % leaves[leaf].ndim
-            slices[place] = slices[place] & here if place in slices else here
-    smaller = list(leaves)
-    for (leaf, dim), kept in slices.items():
-        smaller[leaf] = smaller[leaf].index_select(dim, kept.nonzero()[:, 0].to(smaller[leaf].device))
-    return rebuild(smaller)
 
 
 # Networks
@@ -422,43 +250,16 @@ _PIXELWISE = {
 }
 
 
-def channel_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
-    """The channels of a network of layers in sequence, one family for each layer but the last.
-
-    A channel has its filter and bias, and the scale and shift of a `BatchNorm` after it: once all of these are zero
-    the channel is zero at every input, whatever the layer that reads it. The slice of the next layer that reads it
-    has a part in its norm, too, if the outputs of that layer do not form groups, as those of the last one do not.
-    Where they do, the slice is not penalized a second time, because groups that overlap have no exact proximal
-    operator; it goes when the channel does (`remove_dead`), with the running statistics.
-
-    Args:
-        module: `torch.nn.Sequential`, also nested, of linear layers, convolutions (also transposed and depthwise),
-            `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
-        prefix: Name of the module inside the one whose parameters are penalized, such as `"features"`.
-        layers: Names of the layers whose outputs form groups; by default all but the last. With every second layer
-            each norm is of all that belongs to a channel.
-
-    Raises:
-        ValueError: Channels cannot be followed through a layer, a dead one would not be zero after it, or `layers`
-            names what is no layer with channels that another one reads.
-
-    Example:
-        >>> net = torch.nn.Sequential(
-        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
-        ... )
-        >>> channel_groups(net)
-        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(1, size=36)}]
-        >>> deep = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
-        >>> channel_groups(deep, layers=["0"])
-        [{'0.weight': 0, '0.bias': 0, '1.weight': 1}]
-    """
+def sequence_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
+    """The channels of a network of layers in sequence, one family for each layer but the last; see `channel_groups`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential")
     if type(module).forward is not nn.Sequential.forward:
         raise ValueError(
-            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because channels are "
-            "followed through layers in sequence, not through a forward of its own. Give it the parts that are "
-            'sequences, as in channel_groups(net.features, prefix="features"), or write the families by hand.'
+            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because without example "
+            "inputs channels are followed through layers in sequence, not through a forward of its own. Give it the "
+            "inputs, as in channel_groups(net, (x,)), or the parts that are sequences, as in "
+            'channel_groups(net.features, prefix="features").'
         )
     families: list[Family] = []
     names: list[str] = []  # Of the layers whose outputs these are.
@@ -553,154 +354,3 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
             yield from _layers(child, f"{prefix}.{name}" if prefix else name)
-
-
-def resized(module: nn.Module, params: Params) -> nn.Module:
-    """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
-
-    That layers still meet is checked inside each `torch.nn.Sequential`; a forward of its own shows it once it runs.
-
-    Args:
-        module: A module whose linear layers, convolutions and `BatchNorm` layers may change their width.
-        params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives.
-
-    Raises:
-        TypeError: What is given is no module, or no tree of tensors.
-        ValueError: There is no leaf, or the module has no such parameter, a layer of another kind changes its width,
-            some parameters or buffers of a layer are of another width than others, as without the running statistics
-            of a normalization, or a layer of a `torch.nn.Sequential` gives other channels than the next one takes.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> with torch.no_grad():
-        ...     for w in (net[0].weight, net[0].bias, net[2].weight.T):
-        ...         w[5:] = 0
-        >>> resized(net, remove_dead(dict(net.named_parameters()), channel_groups(net)))
-        Sequential(
-          (0): Linear(in_features=3, out_features=5, bias=True)
-          (1): ReLU()
-          (2): Linear(in_features=5, out_features=2, bias=True)
-        )
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
-    smaller = copy.deepcopy(module)
-    known = {
-        **dict(smaller.named_parameters(remove_duplicate=False)),
-        **dict(smaller.named_buffers(remove_duplicate=False)),
-    }
-    given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
-    if not given:
-        raise ValueError("resized got a tree without leaves; expected parameters and buffers by their names")
-    for name, leaf in given.items():
-        if name not in known:
-            raise ValueError(f"resized got '{name}', which the module has not; it has {listed(known)}")
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"resized got a {type(leaf).__name__} for '{name}'; expected a tensor")
-        old, new = known[name], leaf.detach().clone()
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
-        # Layers that share a tensor share it still.
-        for place in [name, *[other for other, x in known.items() if x is old and other not in given]]:
-            path, _, own = place.rpartition(".")
-            layer = smaller.get_submodule(path)
-            setattr(layer, own, new)
-            if new.shape != old.shape:
-                _resize(place, layer, new)
-    for name, layer in smaller.named_modules():
-        if isinstance(layer, _NORMS) and len({x.shape for x in (*layer.parameters(), *layer.buffers()) if x.ndim}) > 1:
-            raise ValueError(
-                f"resized got another width for some of the parameters and buffers of '{name}'. Are its running "
-                "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
-            )
-        if isinstance(layer, (nn.Linear, _CONVOLUTIONS)) and layer.bias is not None:
-            gives = _gives(layer)
-            if len(layer.bias) != gives:
-                raise ValueError(
-                    f"the bias of '{name}' has {len(layer.bias)} entries, and its weight gives {gives} channels; "
-                    "expected as many. Does the family that names one of them name the other?"
-                )
-    for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
-        if type(old).forward is nn.Sequential.forward:
-            _check_meeting(_layers(old, name), _layers(new, name))
-    return smaller
-
-
-#: Layers of entries side by side. After a convolution they act on pixels of a row, unless a Flatten is between.
-_ROWS = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
-#: What goes from layer to layer without another number of channels.
-_BETWEEN = (*_CHANNELWISE, *[kind for kinds in _PIXELWISE.values() for kind in kinds])
-_ENTRYWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-
-
-def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tuple[str, nn.Module]]) -> None:
-    """Raise a ValueError for the first two layers in sequence that met before and do not meet after."""
-    producer: tuple[str, int, int] | None = None  # Its name, and how many channels it gave and gives.
-    pixels = flattened = False
-    for (name, old), (_, new) in zip(before, after, strict=True):
-        had, has = _takes(old), _takes(new)
-        if producer is not None and had and has and not (pixels and not flattened and isinstance(old, _ROWS)):
-            giver, gave, gives = producer
-            # As many, or after a Flatten as many pixels of each channel.
-            if (had == gave or (flattened and gave and had % gave == 0)) and has * gave != gives * had:
-                raise ValueError(
-                    f"'{giver}' gives {gives} channels and '{name}' takes {has}, where they were {gave} and {had}: "
-                    "these layers do not meet. Do the families given to remove_dead name both layers, and are the "
-                    "parameters of both given?"
-                )
-        if isinstance(old, (nn.Linear, _CONVOLUTIONS, nn.Embedding)):
-            producer = name, _gives(old), _gives(new)
-            pixels, flattened = isinstance(old, _CONVOLUTIONS), False
-        elif isinstance(old, nn.Flatten):
-            flattened = True
-        elif not (had or isinstance(old, _BETWEEN) or type(old).__module__ in _ENTRYWISE) or isinstance(old, nn.GLU):
-            producer = None  # Whatever it makes of the channels.
-
-
-def _gives(layer: Any) -> int:
-    """The number of channels, features or units that a layer gives."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    return layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.out_channels
-
-
-def _takes(layer: Any) -> int:
-    """The number of channels, features or units that a layer takes, 0 if it takes any or is unknown."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    if isinstance(layer, _CONVOLUTIONS):
-        return layer.in_channels
-    if isinstance(layer, _NORMED):
-        return layer.num_features
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else 0
-    return layer.num_parameters if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else 0
-
-
-def _resize(name: str, layer: nn.Module, leaf: Tensor) -> None:
-    """Make what a layer says of its width what its parameters are."""
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, _NORMS):
-        layer.num_features = leaf.shape[0]
-    elif isinstance(layer, _CONVOLUTIONS):
-        transposed = isinstance(layer, _TRANSPOSED)
-        first, second = layer.weight.shape[:2]
-        if layer.groups > 1:
-            each = layer.out_channels // layer.groups
-            if layer.in_channels != layer.groups or second != (each if transposed else 1):
-                raise ValueError(
-                    f"'{name}' has another shape than in the module, and belongs to a convolution of {layer.groups} "
-                    "groups; resized knows those of one group, and of one for each channel"
-                )
-            layer.groups = layer.in_channels = first if transposed else first // each
-            layer.out_channels = layer.groups * each
-        else:
-            layer.out_channels, layer.in_channels = (second, first) if transposed else (first, second)
-    else:
-        raise ValueError(
-            f"'{name}' has another shape than in the module, and resized knows no way to change a "
-            f"{type(layer).__name__}; it knows linear layers, convolutions and BatchNorm"
-        )

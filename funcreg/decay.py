@@ -143,7 +143,7 @@ def add_independent_weight_decay(
         return u - decay * (rate / most) * w
 
     rule = lambda updates, params, *values: compute(subtract, updates, params, hyper=values)
-    return _where(mask, scheduled(rule, weight_decay, learning_rate, max_rate, stages=["follows"]))
+    return _where(mask, scheduled(rule, weight_decay, learning_rate, max_rate, stages=["follows", "shrinks"]))
 
 
 @remembered
@@ -228,7 +228,7 @@ def add_proximal_weight_decay(
         # In the dtype of the parameters, as every step that lands.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, weight_decay, learning_rate, stages=["lands"]))
+    return _where(mask, scheduled(rule, weight_decay, learning_rate, stages=["lands", "shrinks"]))
 
 
 def _greatest(learning_rate: Hyper | Schedule, max_rate: Hyper | None) -> Hyper:

@@ -77,16 +77,16 @@ def describe(tx: Transform, params: Params | nn.Module | None = None) -> Descrip
 
     Example:
         >>> params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
-        >>> describe(adamw(1e-3, weight_decay=0.1, mask=matrices), params)
-        adamw(0.001, weight_decay=0.1, mask=matrices)
-            Adam with decoupled weight decay, w' = w - η (m̂ / (√v̂ + ε) + λ w).
-            1. scale_by_adam(0.9, 0.999, 1e-08, 0.0, None, nesterov=False)
-                Divide the mean of updates by the root of their mean square, m̂ / (√v̂ + ε).
+        >>> describe(chain(trace(0.9), add_decayed_weights(0.1, mask=matrices), scale_by_learning_rate(0.1)), params)
+        chain(trace(0.9), add_decayed_weights(0.1, mask=matrices), scale_by_learning_rate(0.1))
+            Apply transforms one after another; each gets the updates of the one before.
+            1. trace(0.9)
+                Replace updates by their decayed sum, mₜ = uₜ + β mₜ₋₁: the momentum of torch.optim.SGD.
                 all 2 leaves, 8 numbers
-            2. add_decayed_weights(0.1, matrices)
+            2. add_decayed_weights(0.1, mask=matrices)
                 Add λ w to updates, the gradient of λ/2 ‖w‖₂².
                 1 of 2 leaves, 6 of 8 numbers: weight; not bias
-            3. scale_by_learning_rate(0.001)
+            3. scale_by_learning_rate(0.1)
                 Multiply updates by minus the learning rate, u' = -ηₜ u: the last step of a descent.
                 all 2 leaves, 8 numbers
         >>> describe(sgd(0.1)).warnings

@@ -224,6 +224,7 @@ class FusedStep(_Planned):
         self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
+        self._has_said_stale = False
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -349,7 +350,7 @@ class FusedStep(_Planned):
                 for column in columns[3:]
             ]
             checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
-        if call.gradients is not None:
+        if call.gradients is not None and not self._has_said_stale:
             self._check_gradients_are_new(call, checked.plan, params)
         results = checked.plan.run(call)
         if not self._donate:
@@ -408,11 +409,11 @@ class FusedStep(_Planned):
             return
         first = plan.read[0] - plan.gradients.layout.positions[0]
         stale = [i - first for i, old, new in zip(plan.read, before[1:], versions[1:], strict=True) if old == new]
-        if not stale:
-            return
-        spared = [False] * first if self._tx.spares is None else self._tx.spares(params)
-        names = [name for i, name in enumerate(tree_paths(params)) if i in stale and not spared[i]]
-        if names:
+        spared = [False] * first if self._tx.spares is None or not stale else self._tx.spares(params)
+        stale = [i for i in stale if not spared[i]]
+        if stale:
+            self._has_said_stale = True
+            names = [name for i, name in enumerate(tree_paths(params)) if i in stale]
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
                 "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "

@@ -21,6 +21,7 @@ from torch import Tensor
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
 from funcreg.fused import fuse
+from funcreg.hyperparams import Injected
 from funcreg.ranges import number
 from funcreg.transform import Transform
 from funcreg.tree import (
@@ -566,6 +567,11 @@ def _hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
         raise TypeError(
             f"factory is {written(factory)}; expected a function from hyperparameters to a Transform, such as "
             f"lambda lr: fr.adamw(lr).{made}"
+        )
+    if isinstance(factory, Injected):
+        raise TypeError(
+            f"factory is {written(factory)}, whose hyperparameters stand in the state, where neither schedulers nor "
+            "groups would change them; expected the factory itself: an Optimizer keeps its numbers in tensors anyway"
         )
     if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):
         raise TypeError(

@@ -68,6 +68,7 @@ def adam(
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = False,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Adam, :math:`w' = w - \eta \hat m / (\sqrt{\hat v} + \epsilon)`: `torch.optim.Adam` without decay.
 
@@ -79,6 +80,7 @@ def adam(
         eps_root: Added below the root.
         mu_dtype: Dtype in which the mean is kept.
         nesterov: Whether the mean looks one step ahead (NAdam).
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = adam(0.1), {"weight": torch.zeros(2)}
@@ -88,7 +90,7 @@ def adam(
     References:
         Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
     """
-    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype)
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
@@ -104,6 +106,7 @@ def adamw(
     mask: Mask | None = None,
     *,
     nesterov: bool = False,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Adam with decoupled weight decay, :math:`w' = w - \eta (\hat m / (\sqrt{\hat v} + \epsilon) + \lambda w)`.
 
@@ -119,6 +122,7 @@ def adamw(
         weight_decay: :math:`\lambda`: number, tensor, schedule, or a tree of them like the parameters.
         mask: Leaves that decay; True means apply.
         nesterov: Whether the mean looks one step ahead (NAdamW).
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = adamw(0.1, weight_decay=0.5), {"weight": torch.tensor([1.0, 1.0])}
@@ -128,7 +132,7 @@ def adamw(
     References:
         Loshchilov & Hutter, *Decoupled weight decay regularization*, 2019.
     """
-    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype)
     return chain(direction, add_decayed_weights(weight_decay, mask), scale_by_learning_rate(learning_rate))
 
 
@@ -157,6 +161,8 @@ def amsgrad(
     mu_dtype: torch.dtype | None = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Adam with the greatest mean square so far, :math:`w' = w - \eta \hat m / (\sqrt{\max_s \hat v_s} + \epsilon)`.
 
@@ -169,6 +175,7 @@ def amsgrad(
         mu_dtype: Dtype in which the mean is kept.
         bias_correction_mu: Whether the mean is corrected.
         bias_correction_nu: Whether the mean square is corrected.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = amsgrad(0.1), {"weight": torch.zeros(2)}
@@ -178,7 +185,9 @@ def amsgrad(
     References:
         Reddi, Kale & Kumar, *On the convergence of Adam and beyond*, 2018.
     """
-    direction = scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu)
+    direction = scale_by_amsgrad(
+        b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, nu_dtype=nu_dtype
+    )
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
@@ -224,6 +233,8 @@ def rmsprop(
     momentum: Scalar | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""RMSprop, :math:`w' = w - \eta g / \sqrt{v + \epsilon}`, with momentum after the learning rate.
 
@@ -239,6 +250,7 @@ def rmsprop(
         momentum: Decay of a momentum; None for none.
         nesterov: Whether that momentum is Nesterov's.
         bias_correction: Whether the mean square is corrected.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = rmsprop(0.1, decay=0.75), {"weight": torch.zeros(2)}
@@ -252,7 +264,7 @@ def rmsprop(
     without_momentum(momentum, nesterov=nesterov)
     preconditioner = scale_by_stddev if centered else scale_by_rms
     return chain(
-        preconditioner(decay, eps, initial_scale, eps_in_sqrt, bias_correction),
+        preconditioner(decay, eps, initial_scale, eps_in_sqrt, bias_correction, nu_dtype=nu_dtype),
         scale_by_learning_rate(learning_rate),
         identity() if momentum is None else trace(momentum, nesterov),
     )
@@ -289,6 +301,9 @@ def lamb(
     eps_root: Scalar = 0.0,
     weight_decay: Hyper | Schedule = 0.0,
     mask: Mask | None = None,
+    *,
+    mu_dtype: torch.dtype | None = None,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""LAMB: AdamW whose step in each leaf has the size of the leaf, :math:`w' = w - \eta \frac{\|w\|}{\|u\|} u`.
 
@@ -300,6 +315,8 @@ def lamb(
         eps_root: Added below the root.
         weight_decay: :math:`\lambda`: number, tensor, schedule, or a tree of them like the parameters.
         mask: Leaves that decay; True means apply.
+        mu_dtype: Dtype in which the mean is kept.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = lamb(0.1), {"weight": torch.tensor([3.0, 4.0])}
@@ -310,7 +327,7 @@ def lamb(
         You et al., *Large batch optimization for deep learning: training BERT in 76 minutes*, 2020.
     """
     return chain(
-        scale_by_adam(b1, b2, eps, eps_root),
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype),
         add_decayed_weights(weight_decay, mask),
         scale_by_trust_ratio(),
         scale_by_learning_rate(learning_rate),

@@ -13,11 +13,12 @@ from torch.func import grad, vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
+from funcreg.composition import Term
 from funcreg.minimize import Problem, Solution
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.transform import public_state
-from funcreg.tree import tree_leaves, tree_map
+from funcreg.tree import flatten, tree_leaves, tree_map
 
 #: Strengths that are solved at once, from the solution of the one before them.
 _TOGETHER = 5
@@ -100,7 +101,7 @@ def regularization_path(
     problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
     problem.check(params, 1.0, args)
     objective = lambda point: loss(point, *args)
-    start = _null(objective, params, mask)
+    start = _null(objective, params, problem)
     falling, order = _strengths(strengths, count, ratio, problem, objective, start)
     found: list[Solution] = []
     before = falling[0]
@@ -114,11 +115,13 @@ def regularization_path(
     return Path(strengths, whole.params, losses, whole.residual, zeros, whole.steps, whole.converged)
 
 
-def _null(objective: Callable[[Params], Tensor], params: Params, mask: Mask | None) -> Params:
+def _null(objective: Callable[[Params], Tensor], params: Params, problem: Problem) -> Params:
     """Zeros, and what carries no penalty at the minimum."""
-    if mask is None:
+    values, options = problem.penalty.bind(*problem.hyper, **problem.options)
+    penalized = Term(problem.penalty, (), values, tuple(options.items()), problem.mask).acts(params)
+    if all(penalized):
         return tree_map(torch.zeros_like, params)
-    return null_model(objective, params, mask)
+    return null_model(objective, params, flatten(params)[1](penalized))
 
 
 def _strengths(
@@ -264,7 +267,7 @@ def cross_validate(
         raise ValueError(f"data have {sorted(samples)} samples; expected tensors with one entry a sample")
     held_out = _folds(folds, samples.pop(), tree_leaves(data)[0].device)
     objective = lambda point: loss(point, *data)
-    start = _null(objective, params, mask)
+    start = _null(objective, params, problem)
     falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged = torch.empty_like(scores, dtype=torch.bool)

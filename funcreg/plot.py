@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Mask, Params
-from funcreg.coupled import Groups, grouped_matrices
+from funcreg.families import Groups, grouped_matrices
 from funcreg.report import readable
 from funcreg.tree import keep, mask_leaves, tree_leaves, tree_map, tree_paths
 
@@ -131,10 +131,10 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
         >>> axes[0].get_title(loc="left")
         'w: 2 of 3 alive'
     """
-    norms = {
-        names[0]: torch.cat([w.to("cpu", torch.float64) for w in rows], 1).abs().square().sum(1).sqrt()
+    norms = [
+        (names[0], torch.cat([w.to("cpu", torch.float64) for w in rows], 1).abs().square().sum(1).sqrt())
         for names, rows in grouped_matrices(groups, readable("channels", params))
-    }
+    ]
     if axes is None:
         columns = min(len(norms), 4)
         lines = math.ceil(len(norms) / columns)
@@ -143,7 +143,7 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
     flat = _each(axes)
     if len(flat) < len(norms):
         raise ValueError(f"axes has {len(flat)} axes; expected {len(norms)}, one for each family of groups")
-    for each, (name, values) in zip(_axes(flat), norms.items(), strict=False):
+    for each, (name, values) in zip(_axes(flat), norms, strict=False):
         alive, count = int((values > 0).sum()), len(values)
         heights = values.sort(descending=True).values.tolist()
         if count <= 20:

@@ -258,9 +258,10 @@ def proximal_step(
     .. math:: w' = \arg\min_z \frac{1}{2} \sum_i h_i (z_i - w_i + \eta d_i)^2 + \eta \lambda g(z)
 
     Its fixed point minimizes :math:`f + \lambda g` whatever the metric, if the direction :math:`d` comes to be the
-    gradient over :math:`h`, as it does for `scale_by_adam`, `scale_by_amsgrad`, `scale_by_rms`, `scale_by_stddev`
-    and `scale_by_rss`. Momentum stands before these as `ema`; `trace` exceeds the gradient, and would weaken the
-    penalty.
+    gradient over :math:`h`, as it does for `scale_by_adam`, `scale_by_amsgrad`, `scale_by_rms`, `scale_by_stddev`,
+    `scale_by_rss`, `scale_by_adamax`, `scale_by_belief`, `scale_by_yogi`, `scale_by_radam`, `scale_by_adan`,
+    `scale_by_adadelta`, `scale_by_novograd` and `scale_by_sm3(keep_metric=True)`. Momentum stands before these as
+    `ema`; `trace` exceeds the gradient, and would weaken the penalty.
 
     An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
     :math:`\epsilon`, and the step :math:`\eta / \epsilon` takes it to zero at once. That is the minimum, but may
@@ -316,7 +317,8 @@ def proximal_step(
     if preconditioner.metric is None:
         raise ValueError(
             "preconditioner tells no metric; expected a transform such as scale_by_adam, or a chain with one such "
-            "link. Is it a wrapper, which may stand around proximal_step instead? For momentum alone, take prox_sgd."
+            "link; scale_by_sm3 keeps one with keep_metric=True. Is it a wrapper, which may stand around proximal_step "
+            "instead? For momentum alone, take prox_sgd."
         )
     if max_step is not None:
         positive(max_step=max_step)

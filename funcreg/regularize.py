@@ -25,6 +25,7 @@ from funcreg.fused import FusedStep, fuse
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.regularizing import check_penalty
+from funcreg.selection import plain_names
 from funcreg.transform import (
     Transform,
     at_step,
@@ -41,7 +42,6 @@ from funcreg.tree import (
     compute,
     compute_wide,
     mask_leaves,
-    plain_names,
     product,
     scalar_device,
     tree_leaves,

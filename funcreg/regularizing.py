@@ -12,7 +12,15 @@ from funcreg.constraints import Constraint
 from funcreg.construction import remembered
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
-from funcreg.transform import Transform, check_selection, finite_nonnegative, memoryless, nonnegative, scheduled
+from funcreg.transform import (
+    Stage,
+    Transform,
+    check_selection,
+    finite_nonnegative,
+    memoryless,
+    nonnegative,
+    scheduled,
+)
 from funcreg.tree import compute, compute_wide
 
 
@@ -140,7 +148,9 @@ def proximal(
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, step, *hyper, stages=["lands"]))
+    # A projection has nothing to do where it was.
+    stages: list[Stage] = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
+    return _where(mask, scheduled(rule, step, *hyper, stages=stages))
 
 
 @remembered

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Term
+from funcreg.construction import written
 from funcreg.penalty import Penalty
+from funcreg.per_leaf import PerLeaf
 from funcreg.ranges import flags
 from funcreg.regularizing import check_penalty
-from funcreg.tree import check_params, flatten, global_norm, keep, listed, tree_leaves, tree_paths
+from funcreg.selection import reasons
+from funcreg.tree import check_params, flatten, global_norm, keep, listed, mask_bools, tree_leaves, tree_paths
 from funcreg.undocumented import is_traced, is_transformed
 
 #: Numbers of one leaf by name.
@@ -272,14 +275,17 @@ def _ratio(part: float, whole: float) -> float | None:
 # Terms of a loss
 
 
-def penalties(params: Params | nn.Module, components: Mapping[str, Any], *, mask: Mask | None = None) -> dict[str, Any]:
+def penalties(
+    params: Params | nn.Module, components: Mapping[str, Any] | Penalty, *, mask: Mask | None = None
+) -> dict[str, Any]:
     r"""The values of several penalties by name, :math:`\{n: g_n(w)\}`, for a loss and for what is logged beside it.
 
     It works inside `grad` (with `has_aux=True`, say), `vmap` and compiled code.
 
     Args:
         params: Tree of tensors, or a module, whose parameters are taken with their history.
-        components: From names to penalties, scaled or not, with hyperparameters given.
+        components: From names to penalties, scaled or not, with hyperparameters given; or a penalty that `per_leaf`
+            made, whose names are its patterns.
         mask: Leaves on which all of them act; by default each acts on its own.
 
     Raises:
@@ -294,6 +300,8 @@ def penalties(params: Params | nn.Module, components: Mapping[str, Any], *, mask
         >>> sum(parts.values())  # What a loss adds.
         tensor(6.6750)
     """
+    if isinstance(components, PerLeaf):
+        return components.parts(_parameters(params), mask)
     if not isinstance(components, Mapping):
         raise TypeError(f"components is {components!r}; expected a dict from names to penalties, such as {{'l1': l1}}")
     if not components:
@@ -308,6 +316,68 @@ def penalties(params: Params | nn.Module, components: Mapping[str, Any], *, mask
         except (TypeError, ValueError) as error:
             raise type(error)(f"at component '{name}': {error}") from error
     return values
+
+
+# Masks
+
+
+def explain(what: Any, params: Params | nn.Module | None = None) -> Any:
+    r"""Which leaves a mask chooses, or which part of `per_leaf` each belongs to, leaf by leaf, and why.
+
+    Masks that `select`, `matrices` and `no_bias_norm_embed` make, and those made of them with `&`, `|` and `~`, say
+    what decided: the pattern that matched, the dimensions or the layer. A tree of bools or a function of your own has
+    no reasons. Any object with a method `explain` is asked itself. Rows are plain dicts, as `.rows`.
+
+    Args:
+        what: A mask, a penalty that `per_leaf` made, or an object with a method `explain`.
+        params: Tree of tensors, or a module, whose parameters are taken.
+
+    Example:
+        >>> params = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
+        >>> explain(select("fc.*") & ~select("*.bias"), params)
+                   shape  entries  chosen                                      why
+        fc.weight  2 x 3        6     yes  matches 'fc.*', does not match '*.bias'
+        fc.bias        2        2      no                         matches '*.bias'
+        total                   8       6       1 of 2 leaves, 75 % of the entries
+    """
+    own = getattr(what, "explain", None)
+    if callable(own) and not isinstance(what, type):
+        return own() if params is None else own(params)
+    if params is None:
+        raise TypeError(
+            f"explain got {written(what)} and no parameters; expected explain(mask, params), because a mask chooses "
+            "once it gets parameters"
+        )
+    params = _parameters(params)
+    check_params(params)
+    leaves, names = tree_leaves(params), tree_paths(params)
+    if isinstance(what, PerLeaf):
+        owners = what.owners(params)
+        chosen = [owner is not None for owner in owners]
+        why = ["" if owner is None else what.described(owner) for owner in owners]
+    elif isinstance(what, Penalty):
+        raise TypeError(f"explain got the {what.kind} {what!r}; expected a mask, or a penalty that per_leaf made")
+    else:
+        chosen, why = mask_bools(what, params), reasons(what, params)
+    rows: list[Row] = [
+        {"name": name, "shape": tuple(w.shape), "numel": w.numel(), "chosen": yes, "why": text}
+        for name, w, yes, text in zip(names, leaves, chosen, why, strict=True)
+    ]
+    entries = sum([row["numel"] for row in rows])
+    kept = sum([row["numel"] for row in rows if row["chosen"]])
+    share = _percent(kept, entries, digits=0)
+    total = {"name": "total", "shape": None, "numel": entries, "chosen": kept, "why": ""}
+    total["why"] = f"{sum(chosen)} of {len(rows)} leaves{f', {share} of the entries' if share else ''}"
+    return Report(_as_written(rows, params), total, _EXPLAINED)
+
+
+_EXPLAINED: tuple[_Column, ...] = (
+    ("", lambda row: row["name"]),
+    ("shape", lambda row: _shape(row["shape"])),
+    ("entries", lambda row: str(row["numel"])),
+    ("chosen", lambda row: ("yes" if row["chosen"] else "no") if row["shape"] is not None else str(row["chosen"])),
+    ("why", lambda row: row["why"]),
+)
 
 
 # Tables

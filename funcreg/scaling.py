@@ -1,7 +1,8 @@
 """Transforms that scale: learning rates, momentum and preconditioners, with optax's names and numbers.
 
-Moments of 16-bit parameters are kept in float32, because a second moment in bfloat16 stops moving; pass a dtype to
-keep the first one smaller. Bias corrections are float64 scalars: in float32, `1 - b**t` loses six digits.
+Moments of 16-bit parameters are kept in float32; pass a dtype to keep them smaller. A second moment of sixteen bits is
+rounded up or down at random, because rounded to the nearest it would stop moving. Bias corrections are float64 scalars:
+in float32, `1 - b**t` loses six digits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import concrete, flags, scalars
+from funcreg.rounding import is_narrow, rounded, words
 from funcreg.transform import (
     Stage,
     Transform,
@@ -28,7 +30,20 @@ from funcreg.transform import (
     scheduled,
     share,
 )
-from funcreg.tree import compute, compute_wide, euclidean, safe_sqrt, sign, squared, tree_leaves, tree_map, wide, zeros
+from funcreg.tree import (
+    compute,
+    compute_wide,
+    euclidean,
+    flatten,
+    safe_sqrt,
+    sign,
+    squared,
+    tree_leaves,
+    tree_map,
+    wide,
+    widen,
+    zeros,
+)
 
 
 @remembered
@@ -114,23 +129,44 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
 # Moments
 
 
-def _mean(moments: Params, values: Params, decay: Scalar) -> Params:
+def average(moments: Params, values: Params, decay: Scalar) -> Params:
     """Exponential moving average, in working precision."""
     return compute_wide(lambda m, x, b: b * m + (1 - b) * x, moments, values, hyper=(decay,))
 
 
-def _mean_square(moments: Params, values: Params, decay: Scalar) -> Params:
+def average_square(moments: Params, values: Params, decay: Scalar) -> Params:
+    """Exponential moving average of squared magnitudes, in working precision."""
     return compute_wide(lambda m, x, b: b * m + (1 - b) * squared(x), moments, values, hyper=(decay,))
 
 
-def _stored(moments: Params, like: Params) -> Params:
+def stored(moments: Params, like: Params) -> Params:
     """Moments in the dtype in which the state keeps them."""
     return tree_map(lambda m, kept: m.to(kept.dtype), moments, like)
 
 
-def _real_zeros(params: Params, value: Scalar = 0.0) -> Params:
+#: The key of the bits with which second moments are rounded.
+_KEY = 0x243F6A8885A308D3
+
+
+def _stored_square(moments: Params, like: Params, steps: Tensor) -> Params:
+    """Second moments in the dtype in which the state keeps them: those of sixteen bits right on average."""
+    if not any([is_narrow(kept.dtype) for kept in tree_leaves(like)]):
+        return stored(moments, like)
+    leaves, rebuild = flatten(moments)
+    bits = words(torch.full_like(steps, _KEY, dtype=torch.int64), steps, moments)
+    rows = zip(leaves, tree_leaves(like), bits, strict=True)
+    return rebuild([(rounded(v, b, v0.dtype) if is_narrow(v0.dtype) else v).to(v0.dtype) for v, v0, b in rows])
+
+
+def real_zeros(params: Params, value: Scalar = 0.0, dtype: torch.dtype | None = None) -> Params:
     """Accumulators of squared magnitudes, which are real."""
-    return tree_map(lambda w: torch.zeros_like(w.real, dtype=wide(w.real.dtype)) + value, params)
+
+    def made(w: Tensor) -> Tensor:
+        kept = dtype or wide(w.real.dtype)
+        # In its dtype also where the leaf has no dimensions, and so no say beside a tensor of a wider one.
+        return (torch.zeros_like(w.real, dtype=kept) + value).to(kept)
+
+    return tree_map(made, params)
 
 
 def bias_correction(decay: Scalar, steps: Tensor) -> Tensor:
@@ -168,7 +204,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: torch.dtype 
         m = compute_wide(lambda m, u, b: u + b * m, state.trace, updates, hyper=(decay,))
         # Cloned, because leaves of updates and state never share memory.
         direction = compute(lambda u, m, b: u + b * m if nesterov else m.clone(), updates, m, hyper=(decay,))
-        return direction, TraceState(_stored(m, state.trace))
+        return direction, TraceState(stored(m, state.trace))
 
     return Transform(init, update, state=TraceState)
 
@@ -210,10 +246,10 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
 
     def update(updates: Updates, state: EmaState, params: Params) -> tuple[Updates, EmaState]:
         steps = state.steps + 1
-        m = _mean(state.ema, updates, decay)
+        m = average(state.ema, updates, decay)
         missing = bias_correction(decay, steps) if debias else 1.0
         averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
-        return averages, EmaState(steps, _stored(m, state.ema))
+        return averages, EmaState(steps, stored(m, state.ema))
 
     return Transform(init, update, state=EmaState)
 
@@ -235,14 +271,27 @@ class EmaState(NamedTuple):
 
 
 def _moments(
-    b1: Scalar, b2: Scalar, eps: Scalar, eps_root: Scalar, mu_dtype: torch.dtype | None
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    mu_dtype: torch.dtype | None,
+    nu_dtype: torch.dtype | None,
 ) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """The hyperparameters of Adam, checked."""
     below_one(b1=b1, b2=b2)
     finite_nonnegative(eps=eps, eps_root=eps_root)
     dtypes(mu_dtype=mu_dtype)
+    _check_real(nu_dtype)
     b1, b2, eps, eps_root = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     return b1, b2, eps, eps_root
+
+
+def _check_real(nu_dtype: torch.dtype | None) -> None:
+    """Raise a TypeError for what is no dtype of real numbers, which squared magnitudes are."""
+    dtypes(nu_dtype=nu_dtype)
+    if nu_dtype is not None and nu_dtype.is_complex:
+        raise TypeError(f"nu_dtype is {nu_dtype}; expected a dtype of real numbers, which squared magnitudes are")
 
 
 @public_state
@@ -268,6 +317,7 @@ def scale_by_adam(
     mu_dtype: torch.dtype | None = None,
     *,
     nesterov: bool = False,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Divide the mean of updates by the root of their mean square, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
 
@@ -278,6 +328,9 @@ def scale_by_adam(
         eps_root: Added below the root.
         mu_dtype: Dtype in which the mean is kept; by default that of the parameter, float32 for 16-bit ones.
         nesterov: Whether the mean looks one step ahead, as in NAdam.
+        nu_dtype: Dtype in which the mean square is kept; by default that of the parameter, float32 for 16-bit ones.
+            One of 16 bits is rounded up or down at random, by bits that are a function of step and place: its mean is
+            right.
 
     Example:
         >>> tx, params = scale_by_adam(), {"weight": torch.zeros(2)}
@@ -289,30 +342,36 @@ def scale_by_adam(
         Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
         Dozat, *Incorporating Nesterov momentum into Adam*, 2016.
     """
-    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype)
+    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype, nu_dtype)
     flags(nesterov=nesterov)
 
     def init(params: Params) -> AdamState:
-        return AdamState(counter(params), zeros(params, mu_dtype), _real_zeros(params))
+        return AdamState(counter(params), zeros(params, mu_dtype), real_zeros(params, dtype=nu_dtype))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
-        new = AdamState(steps, _stored(mu, state.mu), nu)
-        if nesterov:
-            ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
-            mu = compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
-        else:
-            mu = compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
-        return compute(lambda u, m, h: m / h, updates, mu, metric(new)), new
+        mu, nu = average(state.mu, updates, b1), _stored_square(average_square(state.nu, updates, b2), state.nu, steps)
+        new = AdamState(steps, stored(mu, state.mu), nu)
+        mean = corrected_mean(mu, updates, b1, steps, nesterov)
+        return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
 
     def metric(state: AdamState) -> Params:
-        return _adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
+        return adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
 
     return Transform(init, update, metric, state=AdamState)
 
 
-def _adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+def corrected_mean(mu: Params, updates: Updates, b1: Scalar, steps: Tensor, nesterov: bool) -> Params:
+    """A moving average without the weight of the zero that it began with, one step ahead if `nesterov`."""
+    if not nesterov:
+        return compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
+    ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
+    return compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
+
+
+def adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
+    """What Adam divides by, the root of a mean square that lacks a share at its beginning."""
+    nu = tree_map(widen, nu)
     if isinstance(eps_root, (int, float)) and eps_root == 0:  # By default: nothing to add, in no pass.
         return compute(lambda v, c, e: safe_sqrt(v / c) + e, nu, hyper=(missing, eps))
     return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
@@ -342,6 +401,8 @@ def scale_by_amsgrad(
     mu_dtype: torch.dtype | None = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Adam with the greatest mean square so far, :math:`\hat m / (\sqrt{\max_s \hat v_s} + \epsilon)`.
 
@@ -355,6 +416,7 @@ def scale_by_amsgrad(
         mu_dtype: Dtype in which the mean is kept; by default that of the parameter, float32 for 16-bit ones.
         bias_correction_mu: Whether the mean is corrected.
         bias_correction_nu: Whether the mean square is corrected.
+        nu_dtype: Dtype in which the mean square and its greatest value are kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = scale_by_amsgrad(), {"weight": torch.zeros(2)}
@@ -365,23 +427,25 @@ def scale_by_amsgrad(
     References:
         Reddi, Kale & Kumar, *On the convergence of Adam and beyond*, 2018.
     """
-    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype)
+    b1, b2, eps, eps_root = _moments(b1, b2, eps, eps_root, mu_dtype, nu_dtype)
     flags(bias_correction_mu=bias_correction_mu, bias_correction_nu=bias_correction_nu)
 
     def init(params: Params) -> AmsgradState:
-        return AmsgradState(counter(params), zeros(params, mu_dtype), _real_zeros(params), _real_zeros(params))
+        # Two calls: leaves of a state never share memory.
+        squares = [real_zeros(params, dtype=nu_dtype) for _ in range(2)]
+        return AmsgradState(counter(params), zeros(params, mu_dtype), *squares)
 
     def update(updates: Updates, state: AmsgradState, params: Params) -> tuple[Updates, AmsgradState]:
         steps = state.steps + 1
-        mu, nu = _mean(state.mu, updates, b1), _stored(_mean_square(state.nu, updates, b2), state.nu)
+        mu, nu = average(state.mu, updates, b1), _stored_square(average_square(state.nu, updates, b2), state.nu, steps)
         missing = bias_correction(b2, steps) if bias_correction_nu else 1.0
         nu_max = compute(lambda top, v, c: torch.maximum(top, v / c), state.nu_max, nu, hyper=(missing,))
-        new = AmsgradState(steps, _stored(mu, state.mu), nu, nu_max)
+        new = AmsgradState(steps, stored(mu, state.mu), nu, nu_max)
         missing = bias_correction(b1, steps) if bias_correction_mu else 1.0
         return compute(lambda u, m, h, c: m / c / h, updates, mu, metric(new), hyper=(missing,)), new
 
     def metric(state: AmsgradState) -> Params:
-        return _adam_metric(state.nu_max, 1.0, eps, eps_root)
+        return adam_metric(state.nu_max, 1.0, eps, eps_root)
 
     return Transform(init, update, metric, state=AmsgradState)
 
@@ -410,6 +474,8 @@ def scale_by_rms(
     initial_scale: Scalar = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Divide updates by the root of their mean square, :math:`u / \sqrt{v + \epsilon}`.
 
@@ -419,6 +485,7 @@ def scale_by_rms(
         initial_scale: First mean square.
         eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
         bias_correction: Whether the mean square is corrected for its first value.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = scale_by_rms(decay=0.75), {"weight": torch.zeros(2)}
@@ -433,19 +500,21 @@ def scale_by_rms(
     finite_nonnegative(eps=eps, initial_scale=initial_scale)
     decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    _check_real(nu_dtype)
     corrected = bias_correction
 
     def init(params: Params) -> RmsState:
-        return RmsState(counter(params), _real_zeros(params, initial_scale))
+        return RmsState(counter(params), real_zeros(params, initial_scale, nu_dtype))
 
     def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
-        new = RmsState(state.steps + 1, _stored(_mean_square(state.nu, updates, decay), state.nu))
+        steps = state.steps + 1
+        new = RmsState(steps, _stored_square(average_square(state.nu, updates, decay), state.nu, steps))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: RmsState) -> Params:
         root = _root(eps_in_sqrt)
         missing = _missing(decay, state.steps, corrected)
-        return compute(lambda v, c, e: root(v / c, e), state.nu, hyper=(missing, eps))
+        return compute(lambda v, c, e: root(v / c, e), tree_map(widen, state.nu), hyper=(missing, eps))
 
     return Transform(init, update, metric, state=RmsState)
 
@@ -475,6 +544,8 @@ def scale_by_stddev(
     initial_scale: Scalar = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
     r"""Divide updates by their standard deviation, :math:`u / \sqrt{v - m^2 + \epsilon}`: centred RMSprop.
 
@@ -484,6 +555,7 @@ def scale_by_stddev(
         initial_scale: First mean square.
         eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
         bias_correction: Whether both means are corrected for their first value.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
         >>> tx, params = scale_by_stddev(decay=0.5), {"weight": torch.zeros(2)}
@@ -498,20 +570,23 @@ def scale_by_stddev(
     finite_nonnegative(eps=eps, initial_scale=initial_scale)
     decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    _check_real(nu_dtype)
     corrected = bias_correction
 
     def init(params: Params) -> StddevState:
-        return StddevState(counter(params), zeros(params), _real_zeros(params, initial_scale))
+        return StddevState(counter(params), zeros(params), real_zeros(params, initial_scale, nu_dtype))
 
     def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
-        mu, nu = _mean(state.mu, updates, decay), _mean_square(state.nu, updates, decay)
-        new = StddevState(state.steps + 1, _stored(mu, state.mu), _stored(nu, state.nu))
+        steps = state.steps + 1
+        mu, nu = average(state.mu, updates, decay), average_square(state.nu, updates, decay)
+        new = StddevState(steps, stored(mu, state.mu), _stored_square(nu, state.nu, steps))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
     def metric(state: StddevState) -> Params:
         root = _root(eps_in_sqrt)
         missing = _missing(decay, state.steps, corrected)
-        return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), state.nu, state.mu, hyper=(missing, eps))
+        nu = tree_map(widen, state.nu)
+        return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), nu, state.mu, hyper=(missing, eps))
 
     return Transform(init, update, metric, state=StddevState)
 
@@ -549,7 +624,7 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
     initial_accumulator_value, eps = scalars(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def init(params: Params) -> RssState:
-        return RssState(_real_zeros(params, initial_accumulator_value))
+        return RssState(real_zeros(params, initial_accumulator_value))
 
     def update(updates: Updates, state: RssState, params: Params) -> tuple[Updates, RssState]:
         new = RssState(compute(lambda v, u: v + squared(u), state.sum_of_squares, updates))
@@ -638,7 +713,7 @@ def scale_by_lion(
         direction = compute(
             lambda u, m, b, slope: _LION[mode](b * m + (1 - b) * u, slope), updates, state.mu, hyper=(b1, smooth_beta)
         )
-        return direction, LionState(_stored(_mean(state.mu, updates, b2), state.mu))
+        return direction, LionState(stored(average(state.mu, updates, b2), state.mu))
 
     return Transform(init, update, state=LionState)
 

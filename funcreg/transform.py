@@ -38,7 +38,7 @@ T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
 #: What a transform does in a descent; see `Transform`.
-Stage = Literal["adds", "steps", "lands", "scales", "flips", "follows"]
+Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks", "follows"]
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
@@ -65,11 +65,13 @@ class Transform(Remembering):
             Frozen leaves are among them anyway.
         stages: What it does in a descent, from which a chain knows whether its links are in order: `"adds"` a gradient
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
-            exact zeros or in a set, `"scales"` updates, `"flips"` their sign, `"follows"` a step, to which it adds.
+            exact zeros or in a set, `"scales"` updates, `"flips"` their sign; it `"waits"` if some calls gather
+            gradients and make no step, `"shrinks"` if it moves parameters where updates are zero, and
+            `"follows"` a step, to which it adds.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
-        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra` that takes none
-            itself; so a name that none of them takes is refused.
+        forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra`; so a name that
+            neither it nor one of them takes is refused.
         links: The links of a chain, in their order.
         rate: By what it multiplies updates, up to their sign, if it does nothing else: number, tensor, schedule, or a
             tree of them.
@@ -163,7 +165,9 @@ class Transform(Remembering):
     def accepts(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name, or hands it to a transform that does."""
         if self._forwards_to is not None:
-            return any([tx.accepts(name) for tx in self._forwards_to])
+            own = inspect.signature(self._update).parameters.get(name)
+            named = own is not None and own.kind is not inspect.Parameter.VAR_KEYWORD
+            return named or any([tx.accepts(name) for tx in self._forwards_to])
         return name in _accepted(self._update, {name: None})
 
     @without_autocast

@@ -7,7 +7,6 @@ Eager code flattens with optree. Traced code walks the tree in plain Python, whi
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import math
 import operator
@@ -68,6 +67,11 @@ def _open(node: Any) -> _Opened | None:
     if node is None:
         return [], [], lambda children: None
     return None if torch.compiler.is_dynamo_compiling() else _open_registered(node)
+
+
+def level(node: Any) -> _Opened | None:
+    """Keys and children of a node, and what builds such a node from new children; None for a leaf."""
+    return _open(node)
 
 
 def _open_registered(node: Any) -> _Opened | None:
@@ -253,10 +257,11 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
-    return f"{second} does not match {first}{where}: expected {_kind(node)}, got {_kind(other)}. {cause}"
+    return f"{second} does not match {first}{where}: expected {kind_of(node)}, got {kind_of(other)}. {cause}"
 
 
-def _kind(node: Any) -> str:
+def kind_of(node: Any) -> str:
+    """What a value is, for an error text."""
     if isinstance(node, Tensor):
         return f"a tensor of shape {tuple(node.shape)}"
     if isinstance(node, Absent):
@@ -365,7 +370,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
         _check_numbers(name, leaf, "is it a buffer?", _REMEDY)
         return
     raise TypeError(
-        f"{name} is {_kind(leaf)}; expected a tensor of floating point or complex numbers. {_leaf_hint(leaf)}"
+        f"{name} is {kind_of(leaf)}; expected a tensor of floating point or complex numbers. {_leaf_hint(leaf)}"
     )
 
 
@@ -486,7 +491,7 @@ def _refuse(leaf: Tensor, found: Any, names: tuple[str, str], path: str) -> None
             "chain(freeze(mask), ...), or give zeros for it, torch.zeros_like(parameter)."
         )
     if not isinstance(found, Tensor):
-        raise TypeError(f"{name} is {_kind(found)}; expected a tensor, as in {first}.")
+        raise TypeError(f"{name} is {kind_of(found)}; expected a tensor, as in {first}.")
     if leaf.shape != found.shape:
         raise ValueError(
             f"{name} has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in {first}. "
@@ -859,7 +864,7 @@ def mask_leaves(mask: Mask, params: Params) -> list[bool]:
     A mask that chooses no leaf would do nothing in silence, and is refused; but not the mask False, nor a selection
     that says that it may choose none, nor where an outer mask has left leaves out.
     """
-    values = _mask_bools(mask, params)
+    values = mask_bools(mask, params)
     if values and not any(values) and not _may_choose_none(mask) and not hidden(params):
         said = f"mask={written(mask)}" if callable(mask) else "mask"
         raise ValueError(
@@ -873,7 +878,8 @@ def _may_choose_none(mask: Mask) -> bool:
     return mask is False or (isinstance(mask, Selection) and mask.optional)
 
 
-def _mask_bools(mask: Mask, params: Params) -> list[bool]:
+def mask_bools(mask: Mask, params: Params) -> list[bool]:
+    """A mask as one bool for each leaf, which may all be False."""
     check_mask(mask)
     found, params = chosen_by(mask, params)
     if found is None:
@@ -883,7 +889,7 @@ def _mask_bools(mask: Mask, params: Params) -> list[bool]:
     for i, value in enumerate(values):
         if not isinstance(value, bool):
             name = _named("mask at", tree_paths(params)[i])
-            raise TypeError(f"{name} is {_kind(value)}; expected True (apply) or False{_mask_hint(value)}")
+            raise TypeError(f"{name} is {kind_of(value)}; expected True (apply) or False{_mask_hint(value)}")
     return values
 
 
@@ -911,6 +917,8 @@ def chosen_by(function: Any, params: Params, name: str = "mask") -> tuple[Any, P
     """
     if not callable(function):
         return function, params
+    if isinstance(params, Absent):  # There is nothing to choose from, nor a tree that a user's function knows.
+        return params, params
     if isinstance(function, Selection):
         return function.choose(params), params
     seen = _visible(params)
@@ -957,6 +965,7 @@ class Selection(Remembering):
         doc: Docstring of this selection.
         name: Name of this selection in its module, for one that every pickle refers to.
         optional: Whether it may rightly choose no leaf at all.
+        facts: From parameters to what decides about each leaf, in words.
     """
 
     def __init__(
@@ -965,9 +974,10 @@ class Selection(Remembering):
         doc: str | None = None,
         name: str | None = None,
         optional: bool = False,
+        facts: Callable[[Params], list[str]] | None = None,
     ) -> None:
         flags(optional=optional)
-        self._choose = choose
+        self._choose, self.facts = choose, facts
         self.__doc__ = doc or type(self).__doc__
         self._name = name
         self.optional = optional
@@ -996,7 +1006,7 @@ class Selection(Remembering):
     def _with(self, f: Callable[[Any, Any], Any], other: Mask) -> Selection:
         check_mask(other)
         made = Selection(
-            lambda params: [f(a, b) for a, b in zip(self._choose(params), _mask_bools(other, params), strict=True)]
+            lambda params: [f(a, b) for a, b in zip(self._choose(params), mask_bools(other, params), strict=True)]
         )
         return made if torch.compiler.is_compiling() else made._made_by(f, self, other)
 
@@ -1037,166 +1047,17 @@ _SIGNS: dict[Any, tuple[int, str]] = {operator.or_: (0, " | "), operator.and_: (
 _ATOM = (3, "")
 
 
-class _Layers(NamedTuple):
-    """What `select` keeps of a module: names, and no parameters."""
-
-    module: str  # The name of its class.
-    chosen: frozenset[str]  # The names of the parameters of the chosen layers, all names where one has several.
-    known: frozenset[str]  # The names of all parameters.
-
-    def __repr__(self) -> str:
-        return self.module
-
-
-def _layers(types: tuple[type[torch.nn.Module], ...], module: torch.nn.Module) -> _Layers:
-    """The parameters of the layers of some types in a module, or an error if there are none."""
-    names: dict[Tensor, list[str]] = {}
-    for name, w in module.named_parameters(remove_duplicate=False):
-        names.setdefault(w, []).append(name)
-    chosen: set[str] = set()
-    others: set[str] = set()
-    for layer in module.modules():
-        own = [*layer.parameters(recurse=False)]
-        for parametrization in getattr(layer, "parametrizations", {}).values():
-            own += parametrization.parameters(recurse=False)
-        if isinstance(layer, types):
-            chosen.update(name for w in own for name in names[w])
-        elif own:
-            others.add(type(layer).__name__)
-    if not chosen:
-        raise ValueError(
-            f"select got {listed(t.__name__ for t in types)}, and no such layer of this {type(module).__name__} has "
-            f"parameters of its own; those that have some are of the types {listed(sorted(others))}"
-        )
-    return _Layers(
-        type(module).__name__, frozenset(chosen), frozenset(name for each in names.values() for name in each)
-    )
-
-
-def _check_patterns(patterns: tuple[Any, ...], module: Any, min_ndim: Any) -> None:
-    expected = 'expected globs over dotted names, such as "*.weight", or module types, such as torch.nn.LayerNorm'
-    for pattern in patterns:
-        if isinstance(pattern, str) or (isinstance(pattern, type) and issubclass(pattern, torch.nn.Module)):
-            continue
-        hint = ""
-        if isinstance(pattern, torch.nn.Module):
-            hint = f". Do you mean its type, or the name of this {type(pattern).__name__}?"
-        elif isinstance(pattern, (list, tuple, set, frozenset)):
-            hint = ". Give them one by one, as in select(*patterns)."
-        came = f"the class {pattern.__name__}" if isinstance(pattern, type) else _kind(pattern)
-        raise TypeError(f"select got {came}; {expected}{hint}")
-    if module is not None and not isinstance(module, (torch.nn.Module, _Layers)):
-        raise TypeError(f"module is {_kind(module)}; expected the torch.nn.Module whose parameters these are")
-    if not isinstance(min_ndim, int) or isinstance(min_ndim, bool):
-        raise TypeError(f"min_ndim is {_kind(min_ndim)}; expected a number of dimensions, such as 2")
-    if min_ndim < 0:
-        raise ValueError(f"min_ndim is {min_ndim}; expected a number of dimensions of at least 0")
-
-
-def select(
-    *patterns: str | type[torch.nn.Module], module: torch.nn.Module | None = None, min_ndim: int = 0
-) -> Selection:
-    """A mask that is True for the leaves that a name, a module type, or a number of dimensions chooses.
-
-    A leaf is chosen if it matches one of the patterns (or none is given) and has at least `min_ndim` dimensions.
-    Selections compose: `select("encoder.*") & ~select("*.bias")`.
-
-    Names are matched as they are and as they would be without `torch.compile`, data parallel wrappers and
-    parametrizations: `"fc.weight"` matches `_orig_mod.fc.weight`, `module.fc.weight` if all names begin with `module`,
-    and `fc.parametrizations.weight.original0`. A tied parameter belongs to each layer that has it.
-
-    Args:
-        patterns: Globs over dotted names (`"*.weight"`), or module types (`torch.nn.LayerNorm`).
-        module: The module whose parameters these are; needed for module types alone. Its names are read here, and
-            the module is not kept.
-        min_ndim: Least number of dimensions; 2 leaves out biases and the scales of normalization layers.
-
-    Raises:
-        ValueError: A glob, or the module types, match no leaf; the message lists the names there are.
-        TypeError: A pattern is neither, or a module type comes without `module`.
-
-    Example:
-        >>> params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
-        >>> select("*.weight")(params)
-        {'fc.weight': True, 'fc.bias': False}
-        >>> (~select(min_ndim=2))(params)
-        {'fc.weight': False, 'fc.bias': True}
-        >>> select("fc.*") & ~matrices
-        select('fc.*') & ~matrices
-    """
-    _check_patterns(patterns, module, min_ndim)
-    types = tuple(pattern for pattern in patterns if not isinstance(pattern, str))
-    globs = tuple(pattern for pattern in patterns if isinstance(pattern, str))
-    if types and module is None:
-        raise TypeError(f"select got the module type {types[0].__name__}; it also needs module=, to look its layers up")
-    found = None
-    if types and module is not None:
-        found = module if isinstance(module, _Layers) else _layers(types, module)
-    plain_typed = plain_names(tuple(sorted(found.chosen))) if found else ()
-
-    def in_layers(name: str, plain: str) -> bool:
-        return found is not None and (name in found.chosen or (name not in found.known and plain in plain_typed))
-
-    def choose(params: Params) -> list[bool]:
-        names = tree_paths(params)
-        plain = plain_names(tuple(names))
-        by_glob = [
-            [_matches(a, glob) or _matches(b, glob) for a, b in zip(names, plain, strict=True)] for glob in globs
-        ]
-        by_type = [in_layers(a, b) for a, b in zip(names, plain, strict=True)]
-        if not all([any(matches) for matches in by_glob]) and not hidden(params):
-            glob = next(glob for glob, matches in zip(globs, by_glob, strict=True) if not any(matches))
-            raise ValueError(f"select({glob!r}) matches no leaf; the leaves are {listed(names)}")
-        if found and not any(by_type) and not hidden(params):
-            raise ValueError(
-                f"select of {listed([t.__name__ for t in types])} matches no leaf. The {found.module} has "
-                f"{listed(sorted(found.chosen))} in such layers; the leaves are {listed(names)}. Are they named as "
-                "in this module?"
-            )
-        chosen = [not patterns or any(row) for row in zip(by_type, *by_glob, strict=True)]
-        return [a and ndim >= min_ndim for a, ndim in zip(chosen, _dimensions(params), strict=True)]
-
-    selection = Selection(choose)
-    if not torch.compiler.is_compiling():
-        kwargs = {"module": found, "min_ndim": min_ndim}
-        defaults = {"module": None, "min_ndim": 0}
-        selection.made_by = Call(select, patterns, {k: v for k, v in kwargs.items() if v != defaults[k]})
-    return selection
-
-
-def _dimensions(params: Params) -> list[int]:
+def dimensions(params: Params) -> list[int]:
+    """The number of dimensions of each leaf."""
     leaves = tree_leaves(params)
     if not all([isinstance(leaf, Tensor) for leaf in leaves]):
         check_params(params)
     return [leaf.ndim for leaf in leaves]
 
 
-def _matches(name: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(name, glob)
-
-
-#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing,
-#: Fabric, which has a name for it without its other wrappers, too.
-_WRAPPERS = (
-    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-    *("_forward_module", "_original_module"),
-)
-
-
-def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of parameters as they are without wrappers and parametrizations."""
-    rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
-    while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
-        rows = [row[1:] for row in rows]
-    for row in rows:
-        if len(row) > 2 and row[-3] == "parametrizations" and row[-1].startswith("original"):
-            row[-3:] = [row[-2]]
-    return tuple(".".join(row) for row in rows)
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (_matches, plain_names):
-    vars(_constant)["_dynamo_marked_constant"] = True
+def counted(ndim: int) -> str:
+    """A number of dimensions in words."""
+    return f"{ndim} dimension{'' if ndim == 1 else 's'}"
 
 
 def hidden(node: Any) -> bool:
@@ -1206,10 +1067,10 @@ def hidden(node: Any) -> bool:
 
 
 def _of_matrices(params: Params) -> list[bool]:
-    dimensions = _dimensions(params)
-    if len(dimensions) > 1 and min(dimensions) > 1:
+    found = dimensions(params)
+    if len(found) > 1 and min(found) > 1:
         _refuse_stacks(params)
-    return [ndim >= 2 for ndim in dimensions]
+    return [ndim >= 2 for ndim in found]
 
 
 def _refuse_stacks(params: Params) -> None:
@@ -1229,6 +1090,7 @@ def _refuse_stacks(params: Params) -> None:
 matrices = Selection(
     _of_matrices,
     name="matrices",
+    facts=lambda params: [counted(ndim) for ndim in dimensions(params)],
     doc="""A mask that is True for leaves of two or more dimensions.
 
     These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization

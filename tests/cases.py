@@ -208,6 +208,13 @@ class TransformCase:
     # a test of its own has the equation.
     equation: Callable[[Seen, float], Tensor] | None
     differentiable: bool = True  # Its updates have a useful derivative in the gradients.
+    drops: str = ""  # Why an extra argument that nobody takes is no error.
+    shared: str = ""  # Why a tensor of its state, besides counters, belongs to several leaves.
+    wide: str = ""  # Why its updates of sixteen-bit leaves are float32.
+
+    def updates_like(self, params: Any) -> Any:
+        """A tree that its updates have the dtypes of."""
+        return fr.tree_map(lambda w: w.float() if w.dtype == torch.bfloat16 and self.wide else w, params)
 
 
 def _mean(gs: list[Tensor], b: float, power: int = 1, first: float = 0.0) -> Tensor:
@@ -1400,6 +1407,373 @@ TRANSFORMS.update(
                 fr.scale_by_adam(eps=0.1), 0.1, joint, strength=h, inner_steps=3, mask=fr.matrices
             ),
             None,
+        ),
+    }
+)
+
+
+# Wrappers
+
+
+def every_other(step: Any) -> Any:
+    """A condition that holds at the second update, the fourth ..."""
+    return step % 2 == 1
+
+
+def _pairs(s: Seen, rate: float) -> Tensor:
+    return -rate * (s.gs[-1] + s.gs[-2]) / 2 if s.n % 2 == 0 else 0 * s.g
+
+
+def _lookahead(s: Seen, rate: float, share: float) -> Tensor:
+    slow, u = s.ws[0], s.g
+    for i, (w, g) in enumerate(zip(s.ws, s.gs, strict=True)):
+        u = -rate * g
+        if i % 2 == 1:
+            difference = w + u - slow
+            u, slow = u - (1 - share) * difference, slow + share * difference
+    return u
+
+
+def _schedule_free(s: Seen, move: Callable[[int, Tensor], Tensor], weights: list[float], b: float = 0.9) -> Tensor:
+    """As the paper writes it: z the points of the optimizer, x their average, y between them."""
+    z, new = s.ws[0], s.w
+    for i, y in enumerate(s.ws):
+        x, z = (y - (1 - b) * z) / b, z + move(i, y)
+        c = weights[i] / sum(weights[: i + 1])
+        new = b * ((1 - c) * x + c * z) + (1 - b) * z
+    return new - s.w
+
+
+def _warmed_rms(s: Seen, h: float) -> Callable[[int, Tensor], Tensor]:
+    seen = lambda i: s.gs[: i + 1]
+    return lambda i, y: -0.1 * h * min(i / 2, 1) * s.gs[i] / (_hat(seen(i), 0.999, 2).sqrt() + 0.1)
+
+
+# Other preconditioners and optimizers
+
+
+def _adamax(s: Seen, eps: float) -> Tensor:
+    fading = [0.999 ** (s.n - 1 - i) * (g.abs() + eps) for i, g in enumerate(s.gs)]
+    return _hat(s.gs, 0.9) / torch.stack(fading).amax(0)
+
+
+def _belief_metric(s: Seen, eps: float, root: float = 1e-16) -> Tensor:
+    squares = [(g - _mean(s.gs[: i + 1], 0.9)) ** 2 + root / 0.001 for i, g in enumerate(s.gs)]
+    return _hat(squares, 0.999).sqrt() + eps
+
+
+def _yogi(s: Seen, eps: float, first: float) -> Tensor:
+    v = torch.full_like(s.g, first)
+    for g in s.gs:
+        v = v - 0.001 * (v - g**2).sign() * g**2
+    return _mean(s.gs, 0.9, first=first) / (1 - 0.9**s.n) / ((v / (1 - 0.999**s.n)).sqrt() + eps)
+
+
+def _radam_metric(s: Seen, b2: float, eps: float) -> Tensor:
+    most = 2 / (1 - b2) - 1
+    length = most - 2 * s.n * b2**s.n / (1 - b2**s.n)
+    if length < 5:
+        return torch.ones_like(s.g)
+    r = math.sqrt((length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length))
+    return (_hat(s.gs, b2, 2).sqrt() + eps) / r
+
+
+def _adan(s: Seen, b1: float, b2: float, b3: float, eps: float) -> Tensor:
+    changes = [g - last for g, last in zip(s.gs, [s.gs[0], *s.gs[:-1]], strict=True)]
+    ahead = [g + (1 - b2) * d for g, d in zip(s.gs, changes, strict=True)]
+    return (_hat(s.gs, b1) + (1 - b2) * _hat(changes, b2)) / (_hat(ahead, b3, 2).sqrt() + eps)
+
+
+def _adadelta(s: Seen, rho: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The update and the metric."""
+    steps: list[Tensor] = []
+    h = torch.ones_like(s.g)
+    for i, g in enumerate(s.gs):
+        before = _mean(steps, rho, 2) if steps else 0.0
+        h = ((_mean(s.gs[: i + 1], rho, 2) + eps) / (before + eps)).sqrt()
+        steps.append(g / h)
+    return steps[-1], h
+
+
+def _novograd(s: Seen, decay: float, eps: float) -> Tensor:
+    m, v = torch.zeros_like(s.g), s.gs[0].square().sum()
+    for i, (g, w) in enumerate(zip(s.gs, s.ws, strict=True)):
+        v = 0.25 * v + 0.75 * g.square().sum() if i else v
+        m = 0.9 * m + g / (v.sqrt() + eps) + decay * w
+    return m
+
+
+def _sm3(s: Seen, b2: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The update and the metric, by slices of each dimension."""
+    bound, up, share = torch.zeros_like(s.g), torch.zeros_like(s.g), torch.zeros_like(s.g)
+    for g in s.gs:
+        sums = b2 * bound + (1 if b2 == 1 else 1 - b2) * g**2
+        up = 0.9 * up + 0.1 * g / (sums + eps).sqrt()
+        share = 0.9 * share + 0.1 / (sums + eps).sqrt()
+        slices = [
+            torch.stack([x.amax().expand(x.shape) for x in sums.unbind(d)], d)
+            for d in range(s.g.ndim if s.g.ndim > 1 else 0)
+        ]
+        bound = torch.stack(slices).amin(0) if slices else sums
+    return up, 1 / share
+
+
+def _ahead(s: Seen, alpha: float, beta: float, directions: list[Tensor]) -> Tensor:
+    last = directions[-2] if len(directions) > 1 else directions[-1]
+    return (alpha + beta) * directions[-1] - beta * last
+
+
+def _adam_directions(s: Seen, nesterov: bool, eps: float) -> list[Tensor]:
+    seen = [Seen(s.gs[: i + 1], s.ws[: i + 1], s.norms[: i + 1]) for i in range(s.n)]
+    mean = lambda s: (
+        0.9 * _mean(s.gs, 0.9) / (1 - 0.9 ** (s.n + 1)) + 0.1 * s.g / (1 - 0.9**s.n) if nesterov else _hat(s.gs, 0.9)
+    )
+    return [mean(s) / (_hat(s.gs, 0.999, 2).sqrt() + eps) for s in seen]
+
+
+def _rprop(s: Seen, rate: float) -> Tensor:
+    """As in optax: the step that the gradient before asked for, unless the sign has turned since."""
+    size, before = torch.full_like(s.g, rate), torch.zeros_like(s.g)
+    update = before
+    for g in s.gs:
+        turned = (g * before).sign()
+        size = torch.where(turned > 0, size * 1.2, torch.where(turned < 0, size * 0.5, size)).clamp(1e-6, 50)
+        update = torch.where(turned < 0, 0.0, before)
+        before = torch.where(turned < 0, 0.0, size * g.sign())
+    return update
+
+
+def _lars(s: Seen, rate: float) -> Tensor:
+    return _trace([-rate * 0.5 * _trust(g + 0.1 * w, w) for g, w in zip(s.gs, s.ws, strict=True)], 0.9)
+
+
+TRANSFORMS.update(
+    {
+        "selective_transform": TransformCase(
+            lambda h=1.0: fr.selective_transform(fr.sgd(0.1 * h), freeze_mask=fr.matrices),
+            lambda s, h: -0.1 * h * s.g * (s.w.ndim < 2),
+        ),
+        "flatten": TransformCase(
+            lambda h=1.0: fr.flatten(fr.chain(fr.clip_by_global_norm(1.0 * h), fr.trace(0.5))),
+            lambda s, h: _trace([g * min(1.0, h / float(norm)) for g, norm in zip(s.gs, s.norms, strict=True)], 0.5),
+            shared="one vector of all leaves",
+        ),
+        "inject_hyperparams": TransformCase(
+            lambda h=1.0: fr.inject_hyperparams(fr.adamw)(0.1 * h, weight_decay=falling),
+            lambda s, h: -0.1 * h * (_adam(s) + s.w / s.n),
+        ),
+        "MultiSteps": TransformCase(
+            lambda h=1.0: fr.MultiSteps(fr.sgd(0.1 * h), 2, should_skip_update_fn=fr.skip_not_finite),
+            lambda s, h: _pairs(s, 0.1 * h),
+        ),
+        "MultiSteps of a prox": TransformCase(
+            lambda h=1.0: fr.MultiSteps(fr.prox_sgd(0.1, fr.l1, strength=h), 2, use_grad_mean=False),
+            lambda s, h: 0 * s.g if s.n % 2 else _soft(s.w - 0.1 * (s.gs[-1] + s.gs[-2]), 0.1 * h) - s.w,
+        ),
+        "apply_every": TransformCase(
+            lambda h=1.0: fr.apply_every(2), lambda s, h: 0 * s.g if s.n % 2 else s.gs[-1] + s.gs[-2]
+        ),
+        "conditionally_transform": TransformCase(
+            lambda h=1.0: fr.conditionally_transform(fr.soft_threshold(0.5 * h), every_other),
+            lambda s, h: s.g if s.n % 2 else _soft(s.w + s.g, 0.5 * h) - s.w,
+        ),
+        "conditionally_mask": TransformCase(
+            lambda h=1.0: fr.conditionally_mask(fr.sgd(0.1 * h, 0.5), every_other),
+            lambda s, h: 0 * s.g if s.n % 2 else -0.1 * h * _trace(s.gs[1::2], 0.5),
+        ),
+        "lookahead": TransformCase(
+            lambda h=1.0: fr.lookahead(fr.sgd(0.1 * h), 2, 0.25, reset_state=True),
+            lambda s, h: _lookahead(s, 0.1 * h, 0.25),
+        ),
+        "schedule_free": TransformCase(
+            lambda h=1.0: fr.schedule_free(fr.sgd(0.1 * h), falling, 0.8),
+            lambda s, h: _schedule_free(s, lambda i, y: -0.1 * h * s.gs[i], [1.0] * s.n, 0.8),
+        ),
+        "schedule_free_sgd": TransformCase(
+            lambda h=1.0: fr.schedule_free_sgd(0.1 * h, weight_decay=0.3),
+            lambda s, h: _schedule_free(s, lambda i, y: -0.1 * h * (s.gs[i] + 0.3 * y), [1.0] * s.n),
+        ),
+        "schedule_free_adamw": TransformCase(
+            lambda h=1.0: fr.schedule_free_adamw(0.1 * h, 2, eps=0.1),
+            lambda s, h: _schedule_free(s, _warmed_rms(s, h), [0.25, *[1.0] * s.n]),
+        ),
+        "sam": TransformCase(
+            lambda h=1.0: fr.sam(fr.sgd(0.1 * h), fr.sgd(0.05)),
+            lambda s, h: 0.05 * s.g if s.n % 2 else s.ws[-2] - 0.1 * h * s.g - s.w,
+        ),
+        "with_extra_args": TransformCase(
+            lambda h=1.0: fr.with_extra_args(fr.scale(-0.5 * h)), lambda s, h: -0.5 * h * s.g, drops="it is for that"
+        ),
+        "with_extra_args_support": TransformCase(
+            lambda h=1.0: fr.with_extra_args_support(fr.scale(-0.5 * h)),
+            lambda s, h: -0.5 * h * s.g,
+            drops="it is for that",
+        ),
+        "monitor": TransformCase(
+            lambda h=1.0: fr.monitor({"norm": fr.global_norm, "mean": fr.measure_with_ema(fr.global_norm, 0.5)}),
+            lambda s, h: s.g,
+        ),
+        "snapshot": TransformCase(lambda h=1.0: fr.snapshot("norm", fr.global_norm), lambda s, h: s.g),
+        "multi_transform": TransformCase(
+            lambda h=1.0: fr.multi_transform({"all": fr.scale(-1.0 * h)}, "all"), lambda s, h: -h * s.g
+        ),
+        "scale_by_adamax": TransformCase(
+            lambda h=1.0: fr.scale_by_adamax(eps=0.1 * h), lambda s, h: _adamax(s, 0.1 * h)
+        ),
+        "scale_by_belief": TransformCase(
+            lambda h=1.0: fr.scale_by_belief(eps=0.1 * h, eps_root=0.2),
+            lambda s, h: _hat(s.gs, 0.9) / _belief_metric(s, 0.1 * h, 0.2),
+        ),
+        "scale_by_yogi": TransformCase(
+            lambda h=1.0: fr.scale_by_yogi(eps=0.1 * h, initial_accumulator_value=0.3),
+            lambda s, h: _yogi(s, 0.1 * h, 0.3),
+        ),
+        "scale_by_radam": TransformCase(
+            lambda h=1.0: fr.scale_by_radam(b2=0.9, eps=0.1 * h),
+            lambda s, h: _hat(s.gs, 0.9) / _radam_metric(s, 0.9, 0.1 * h),
+        ),
+        "scale_by_adan": TransformCase(
+            lambda h=1.0: fr.scale_by_adan(eps=0.1 * h), lambda s, h: _adan(s, 0.98, 0.92, 0.99, 0.1 * h)
+        ),
+        "scale_by_adadelta": TransformCase(
+            lambda h=1.0: fr.scale_by_adadelta(eps=0.1 * h), lambda s, h: _adadelta(s, 0.9, 0.1 * h)[0]
+        ),
+        "scale_by_novograd": TransformCase(
+            lambda h=1.0: fr.scale_by_novograd(eps=0.1, weight_decay=0.1 * h),
+            lambda s, h: _novograd(s, 0.1 * h, 0.1),
+        ),
+        "scale_by_sm3": TransformCase(
+            lambda h=1.0: fr.scale_by_sm3(eps=0.1 * h), lambda s, h: _sm3(s, 1.0, 0.1 * h)[0]
+        ),
+        "scale_by_sm3 of means": TransformCase(
+            lambda h=1.0: fr.scale_by_sm3(b2=0.5 * h, eps=0.1, keep_metric=True),
+            lambda s, h: _sm3(s, 0.5 * h, 0.1)[0],
+        ),
+        "scale_by_param_block_norm": TransformCase(
+            lambda h=1.0: fr.scale_by_param_block_norm(2.0 * h),
+            lambda s, h: s.g * s.w.square().sum().sqrt().clamp(min=2.0 * h),
+        ),
+        "scale_by_param_block_rms": TransformCase(
+            lambda h=1.0: fr.scale_by_param_block_rms(h),
+            lambda s, h: s.g * s.w.square().mean().sqrt().clamp(min=h),
+        ),
+        "scale_by_optimistic_gradient": TransformCase(
+            lambda h=1.0: fr.scale_by_optimistic_gradient(beta=0.5 * h), lambda s, h: _ahead(s, 1.0, 0.5 * h, s.gs)
+        ),
+        "scale_by_rprop": TransformCase(
+            lambda h=1.0: fr.scale_by_rprop(0.1 * h), lambda s, h: _rprop(s, 0.1 * h), differentiable=False
+        ),
+        "adamax": TransformCase(lambda h=1.0: fr.adamax(0.1 * h, eps=0.1), lambda s, h: -0.1 * h * _adamax(s, 0.1)),
+        "adamaxw": TransformCase(
+            lambda h=1.0: fr.adamaxw(0.1, weight_decay=0.5 * h, mask=fr.matrices, eps=0.1),
+            lambda s, h: -0.1 * (_adamax(s, 0.1) + (0.5 * h * s.w if s.w.ndim > 1 else 0)),
+        ),
+        "adabelief": TransformCase(
+            lambda h=1.0: fr.adabelief(0.1 * h, eps=0.1),
+            lambda s, h: -0.1 * h * _hat(s.gs, 0.9) / _belief_metric(s, 0.1),
+        ),
+        "yogi": TransformCase(lambda h=1.0: fr.yogi(0.1 * h, eps=0.1), lambda s, h: -0.1 * h * _yogi(s, 0.1, 1e-6)),
+        "radam": TransformCase(lambda h=1.0: fr.radam(0.1 * h), lambda s, h: -0.1 * h * _hat(s.gs, 0.9)),
+        "novograd": TransformCase(
+            lambda h=1.0: fr.novograd(0.1 * h, weight_decay=0.1), lambda s, h: -0.1 * h * _novograd(s, 0.1, 1e-6)
+        ),
+        "adan": TransformCase(
+            lambda h=1.0: fr.adan(0.1, eps=0.1, eps_root=0.0, weight_decay=0.5 * h),
+            lambda s, h: -0.1 * (_adan(s, 0.98, 0.92, 0.99, 0.1) + 0.5 * h * s.w),
+        ),
+        "adadelta": TransformCase(lambda h=1.0: fr.adadelta(h, eps=0.1), lambda s, h: -h * _adadelta(s, 0.9, 0.1)[0]),
+        "sm3": TransformCase(lambda h=1.0: fr.sm3(0.1 * h), lambda s, h: -0.1 * h * _sm3(s, 1.0, 1e-8)[0]),
+        "optimistic_adam": TransformCase(
+            lambda h=1.0: fr.optimistic_adam(0.1 * h, 0.05, eps=0.1),
+            lambda s, h: -_ahead(s, 0.1 * h, 0.05, _adam_directions(s, True, 0.1)),
+        ),
+        "optimistic_adam_v2": TransformCase(
+            lambda h=1.0: fr.optimistic_adam_v2(0.1 * h, beta=0.5, eps=0.1, nesterov=False),
+            lambda s, h: -0.1 * h * _ahead(s, 1.0, 0.5, _adam_directions(s, False, 0.1)),
+        ),
+        "sign_sgd": TransformCase(
+            lambda h=1.0: fr.sign_sgd(0.1 * h), lambda s, h: -0.1 * h * s.g.sign(), differentiable=False
+        ),
+        "signum": TransformCase(
+            lambda h=1.0: fr.signum(0.1 * h), lambda s, h: -0.1 * h * _mean(s.gs, 0.9).sign(), differentiable=False
+        ),
+        "rprop": TransformCase(lambda h=1.0: fr.rprop(0.1 * h), lambda s, h: -_rprop(s, 0.1 * h), differentiable=False),
+        "lars": TransformCase(
+            lambda h=1.0: fr.lars(0.1 * h, weight_decay=0.1, trust_coefficient=0.5), lambda s, h: _lars(s, 0.1 * h)
+        ),
+        "fromage": TransformCase(
+            lambda h=1.0: fr.fromage(0.5 * h),
+            lambda s, h: (s.w - 0.5 * h * _trust(s.g, s.w)) / math.sqrt(1 + 0.25 * h * h) - s.w,
+        ),
+        "noisy_sgd": TransformCase(lambda h=1.0: fr.noisy_sgd(0.1 * h, key=torch.tensor(5, device=DEVICE)), None),
+        "optimistic_gradient_descent": TransformCase(
+            lambda h=1.0: fr.optimistic_gradient_descent(0.1 * h, 0.8, 0.5),
+            lambda s, h: -0.1 * h * _ahead(s, 0.8, 0.5, s.gs),
+        ),
+        "proximal_step of AdaBelief": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_belief(eps=0.3), 0.1, fr.l1, strength=h),
+            lambda s, h: _proximal_step(s, _hat(s.gs, 0.9) / (v := _belief_metric(s, 0.3)), v, h),
+        ),
+        "proximal_step of Adadelta": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_adadelta(eps=0.1), 0.1, fr.l1, strength=h),
+            lambda s, h: _proximal_step(s, *_adadelta(s, 0.9, 0.1), h),
+        ),
+        "proximal_step of SM3": TransformCase(
+            lambda h=1.0: fr.proximal_step(fr.scale_by_sm3(eps=0.1, keep_metric=True), 0.1, fr.l1, strength=h),
+            lambda s, h: _proximal_step(s, *_sm3(s, 1.0, 0.1), h),
+        ),
+    }
+)
+
+
+# A penalty for each kind of leaf
+
+
+PENALTIES.update(
+    {
+        "per_leaf": PenaltyCase(
+            fr.per_leaf({"*": 0.3 * fr.half_l2 + 0.8 * fr.l1}),
+            lambda w: 0.15 * (w * w.conj()).real.sum() + 0.8 * w.abs().sum(),
+        ),
+    }
+)
+
+TRANSFORMS.update(
+    {
+        "prox_adam of a penalty for each kind of leaf": TransformCase(
+            lambda h=1.0: fr.prox_adam(0.1, fr.per_leaf({"*": h * fr.l1}), eps=0.1, mask=fr.matrices),
+            lambda s, h: (
+                _soft(
+                    s.w - 0.1 * _adam(s, eps=0.1),
+                    0.1 * h / (_hat(s.gs, 0.999, 2).sqrt() + 0.1) if s.w.ndim > 1 else 0.0,
+                )
+                - s.w
+            ),
+        ),
+    }
+)
+
+
+# Sixteen bits
+
+
+_ONE_ROUNDING = "what is rounded before it is added is rounded twice"
+
+TRANSFORMS.update(
+    {
+        "scale_by_adam with moments in float64": TransformCase(
+            lambda h=1.0: fr.scale_by_adam(eps=0.1 * h, mu_dtype=torch.float64, nu_dtype=torch.float64),
+            lambda s, h: _adam(s, eps=0.1 * h),
+        ),
+        "with_master_weights": TransformCase(
+            lambda h=1.0: fr.with_master_weights(fr.prox_sgd(0.1, fr.l1, strength=h, momentum=0.5)),
+            lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
+            wide=_ONE_ROUNDING,
+        ),
+        "with_stochastic_rounding": TransformCase(
+            lambda h=1.0: fr.with_stochastic_rounding(fr.sgd(0.1 * h, 0.5), torch.tensor(5, device=DEVICE)),
+            lambda s, h: -0.1 * h * _trace(s.gs, 0.5),
+            wide=_ONE_ROUNDING,
         ),
     }
 )

@@ -595,10 +595,10 @@ def test_places_of_groups_print_as_written_and_come_back_from_a_pickle():
 
 
 def test_what_is_resized_must_be_known():
-    net = nn.Sequential(nn.Linear(2, 3), nn.PReLU(3))
+    net = nn.Sequential(nn.Linear(2, 3), nn.NLLLoss(torch.ones(3)))
     with pytest.raises(ValueError, match=r"resized got '0.scale', which the module has not"):
         fr.resized(net, {"0.scale": torch.ones(3)})
-    with pytest.raises(ValueError, match=r"'1.weight' has another shape .* change a PReLU"):
+    with pytest.raises(ValueError, match=r"'1.weight' has another shape .* change a NLLLoss"):
         fr.resized(net, {"1.weight": torch.ones(2)})
     normal = block(1, 3)
     with pytest.raises(ValueError, match=r"of '1'. Are its running statistics missing"):
@@ -634,7 +634,7 @@ def test_what_is_resized_must_be_known():
         ),
         ([nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 2)], {"0.weight": 0, "0.bias": 0, "2.weight": 1}, "'1' takes"),
         ([nn.Conv1d(2, 8, 1), nn.GroupNorm(4, 8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
-        ([nn.Conv1d(2, 8, 1), nn.InstanceNorm1d(8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
+        ([nn.Conv1d(2, 8, 1), nn.InstanceNorm1d(8, affine=True)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
         ([nn.Linear(2, 8), nn.PReLU(8)], {"0.weight": 0, "0.bias": 0}, "'1' takes 8"),
         ([nn.Linear(2, 8), nn.Sigmoid(), nn.Linear(8, 2)], {"0.weight": 0, "0.bias": 0}, "'2' takes 8"),
         ([nn.Embedding(5, 8), nn.Linear(8, 2)], {"1.weight": 1}, "'0' gives 8 channels and '1' takes 3"),

@@ -29,7 +29,7 @@ def test_every_transform_is_described_by_its_documentation(case):
     for params in (None, draw()):
         found = described(tx, params)
         assert found.rows[0].link == repr(tx)
-        assert all(row.what for row in found.rows)
+        assert all(row.what for row in found.rows if not row.link.startswith("Transform("))
         assert isinstance(found, fr.Description)
         assert str(found) == repr(found)
         assert len({row.depth for row in found.rows}) == 1 + max(row.depth for row in found.rows)

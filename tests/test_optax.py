@@ -9,26 +9,40 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference.twins import PROJECTIONS, TRANSFORMS, run, tree_map
+from reference.twins import PROJECTIONS, ROUNDED, TRANSFORMS, run, tree_map
 
 import funcreg as fr
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "optax.json").read_text())
 
-LIB = SimpleNamespace(**vars(fr), float32=torch.float32)
+LIB = SimpleNamespace(**vars(fr), float32=torch.float32, float64=torch.float64)
 
 # Parameters of optax that funcreg has under another name or not at all.
 DIFFERENT = {
     ("chain", "args"): "called transforms, as what they are",
     ("named_chain", "args"): "called transforms, as what they are",
     ("global_norm", "updates"): "called tree, because it measures parameters too",
+    ("sam", "batch_axis_name"): "an axis of jax's pmap, which torch has not",
 }
 # What funcreg takes beyond optax.
 MORE = {
     ("chain", "transforms"): "optax's args",
     ("named_chain", "transforms"): "optax's args",
     ("global_norm", "tree"): "optax's updates",
+    ("scale_by_sm3", "keep_metric"): "keeps what a proximal step needs",
+    **{
+        (name, "nu_dtype"): "a second moment of sixteen bits, rounded so that it keeps moving"
+        for name in (
+            *("scale_by_adam", "scale_by_amsgrad", "scale_by_rms", "scale_by_stddev"),
+            *("adam", "adamw", "amsgrad", "rmsprop", "lamb", "nadam", "nadamw"),
+        )
+    },
+    ("lamb", "mu_dtype"): "beside nu_dtype",
     ("clip_by_global_norm", "eps"): "gives the numbers of torch.nn.utils.clip_grad_norm_",
+}
+# Defaults of optax that funcreg has not.
+OTHERWISE = {
+    ("MultiSteps", "accumulator_dtype"): "float32 for all would round gradients of float64",
 }
 # Names of both that no row uses.
 OTHER = {
@@ -36,11 +50,16 @@ OTHER = {
         (
             *("AddNoiseState", "ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
             *("PartitionState", "TraceState", "ZeroNansState"),
+            *("ConditionallyMaskState", "ConditionallyTransformState", "InjectHyperparamsState", "LookaheadState"),
+            *("MonitorState", "MultiStepsState", "SAMState", "ScheduleFreeState", "SnapshotState"),
         ),
         "a state, not a transform",
     ),
     "init_empty_state": "what a transform is made of",
+    "LookaheadParams": "a pair of parameters, with which the rows of lookahead begin",
+    **dict.fromkeys(("incremental_update", "periodic_update", "tree_map_params"), "beside optax in test_trees"),
     "add_noise": "the noise is another; its law is that of test_noise",
+    "noisy_sgd": "the noise is another; its law is that of test_preconditioners",
 }
 
 
@@ -50,7 +69,7 @@ def tensors(tree):
 
 def parameters(name):
     return [
-        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        [p.name, p.kind.name, "required" if p.default is p.empty else json.loads(json.dumps(p.default))]
         for p in inspect.signature(getattr(fr, name)).parameters.values()
     ]
 
@@ -64,7 +83,8 @@ def test_every_row_has_reference_numbers():
 def test_twelve_steps_lead_where_optax_goes(name):
     expected = REFERENCE["transforms"][name]
     first, last = run(LIB, name, {key: tensors(tree) for key, tree in REFERENCE["inputs"].items()})
-    close = {"rtol": 1e-12, "atol": 1e-12, "equal_nan": True}
+    near = 1e-7 if name in ROUNDED else 1e-12
+    close = {"rtol": near, "atol": near, "equal_nan": True}
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), first, tensors(expected["first"]))
     tree_map(lambda a, b: torch.testing.assert_close(a, b, **close), last, tensors(expected["last"]))
 
@@ -83,8 +103,11 @@ def test_every_name_that_optax_has_too_is_in_a_row():
 
 @pytest.mark.parametrize("name", REFERENCE["signatures"])
 def test_parameters_have_the_names_the_order_and_the_defaults_of_optax(name):
-    ours, theirs = parameters(name), REFERENCE["signatures"][name]
-    assert [p for p in ours if (name, p[0]) not in MORE] == [p for p in theirs if (name, p[0]) not in DIFFERENT]
+    ours = [p for p in parameters(name) if (name, p[0]) not in MORE]
+    theirs = [p for p in REFERENCE["signatures"][name] if (name, p[0]) not in DIFFERENT]
+    for own, other in zip(ours, theirs, strict=True):
+        assert own[:2] == other[:2]
+        assert (own == other) != ((name, own[0]) in OTHERWISE)
 
 
 def test_every_difference_from_optax_is_still_one():

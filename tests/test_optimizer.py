@@ -93,6 +93,8 @@ def test_it_is_the_functional_chain_bit_for_bit(case):
         params = fr.apply_updates(params, updates)
         optimizer.step()
         assert_equal({name: p.detach() for name, p in model.named_parameters()}, params)
+    if case.shared:
+        return
     places = [x.data_ptr() for p in model.parameters() for x in [p, *optimizer.state[p].values()] if x.ndim]
     assert len(set(places)) == len(places)
 

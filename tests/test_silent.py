@@ -329,6 +329,7 @@ FLAGGED = {
     "Transform": lambda **o: fr.Transform(fr.init_empty_state, lambda u, s, p: (u, s), **o),
     "Along": lambda **o: fr.coupled(fr.group_lasso, {"a": fr.Along(0, **o)}),
     "constraint": fr.constraint,
+    "tree_norm": lambda **o: fr.tree_norm(torch.ones(2), **o),
     "penalty": lambda **o: fr.penalty(gradient=abs, proximal=abs, **o),
     "adam": lambda **o: fr.adam(0.1, **o),
     "adamw": lambda **o: fr.adamw(0.1, **o),
@@ -353,6 +354,13 @@ FLAGGED = {
     "regularize": lambda **o: fr.regularize(torch.optim.SGD([torch.ones(1)], 0.1), fr.l1, **o),
     "report": lambda **o: fr.report({}, **o),
     "compare": lambda **o: fr.compare({}, {}, **o),
+    "MultiSteps": lambda **o: fr.MultiSteps(fr.identity(), 2, **o),
+    "conditionally_mask": lambda **o: fr.conditionally_mask(fr.identity(), abs, **o),
+    "conditionally_transform": lambda **o: fr.conditionally_transform(fr.identity(), abs, **o),
+    "lookahead": lambda **o: fr.lookahead(fr.identity(), 2, 0.5, **o),
+    "measure_with_ema": lambda **o: fr.measure_with_ema(fr.global_norm, 0.5, **o),
+    "multi_transform": lambda **o: fr.multi_transform({0: fr.identity()}, 0, **o),
+    "sam": lambda **o: fr.sam(fr.identity(), fr.identity(), **o),
 }
 
 

@@ -1,7 +1,8 @@
 """What torch.optim has too: the same steps, beside the real optimizers.
 
-Not comparable, because they are other algorithms: `torch.optim.NAdam` decays its momentum (`momentum_decay`), and
-`torch.optim.Adam(amsgrad=True)` corrects the greatest mean square, not the mean square before it is compared.
+Not comparable, because they are other algorithms: `torch.optim.NAdam` decays its momentum (`momentum_decay`),
+`torch.optim.Adam(amsgrad=True)` corrects the greatest mean square, not the mean square before it is compared, and
+`torch.optim.Rprop` goes one step earlier.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from cases import DEVICE
 from torch.func import functional_call, grad
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop, lr_scheduler
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop, lr_scheduler
 
 import funcreg as fr
 
@@ -138,6 +139,28 @@ CASES = {
     "Adagrad not from zero": Case(
         lambda: fr.adagrad(0.1, eps=1e-10), lambda p: Adagrad(p, 0.1, initial_accumulator_value=0.1), close=1e-9
     ),
+    "Adamax": Case(lambda: fr.adamax(0.01), lambda p: Adamax(p, 0.01)),
+    "Adamax keywords, weight_decay": Case(
+        lambda: fr.chain(fr.add_decayed_weights(0.1), fr.adamax(0.01, 0.8, 0.9, 1e-2)),
+        lambda p: Adamax(p, 0.01, (0.8, 0.9), 1e-2, 0.1),
+    ),
+    # With such a decay its momentum is whole from the first step on. It keeps a power of it in float32.
+    "NAdam": Case(lambda: fr.nadam(0.01), lambda p: NAdam(p, 0.01, momentum_decay=1e6), close=1e-7),
+    "NAdam keywords, decoupled": Case(
+        lambda: fr.nadamw(0.01, 0.8, 0.95, 1e-2, weight_decay=0.3),
+        lambda p: NAdam(p, 0.01, (0.8, 0.95), 1e-2, 0.3, 1e6, decoupled_weight_decay=True),
+        close=1e-7,
+    ),
+    # Its eps stands beside a root that is not corrected yet.
+    "RAdam without eps": Case(lambda: fr.radam(0.01, eps=0.0), lambda p: RAdam(p, 0.01, eps=0.0)),
+    "RAdam keywords, without eps": Case(
+        lambda: fr.radam(0.01, 0.8, 0.95, eps=0.0), lambda p: RAdam(p, 0.01, (0.8, 0.95), eps=0.0)
+    ),
+    "RAdam": Case(lambda: fr.radam(0.01), lambda p: RAdam(p, 0.01), close=1e-5),
+    "Adadelta": Case(lambda: fr.adadelta(1.0), lambda p: Adadelta(p)),
+    "Adadelta keywords, weight_decay": Case(
+        lambda: fr.adadelta(0.5, 0.8, 1e-3, weight_decay=0.1), lambda p: Adadelta(p, 0.5, 0.8, 1e-3, 0.1)
+    ),
     "clip_grad_norm_": Case(
         lambda: fr.chain(fr.clip_by_global_norm(0.05, eps=1e-6), fr.sgd(0.1, 0.9)),
         lambda p: SGD(p, 0.1, 0.9),
@@ -206,10 +229,11 @@ def test_dampened_momentum_is_an_average_that_begins_at_the_first_gradient():
     ("tx", "optimizer"),
     [
         (lambda: fr.amsgrad(0.01, b2=0.9), lambda p: Adam(p, 0.01, (0.9, 0.9), amsgrad=True)),
-        (lambda: fr.nadamw(0.01, weight_decay=0.0), lambda p: torch.optim.NAdam(p, 0.01)),
+        (lambda: fr.nadamw(0.01, weight_decay=0.0), lambda p: NAdam(p, 0.01)),
+        (lambda: fr.rprop(0.01), lambda p: Rprop(p, 0.01)),
         (lambda: fr.chain(fr.ema(0.9, debias=False), fr.sgd(0.1)), lambda p: SGD(p, 0.1, 0.9, dampening=0.9)),
     ],
-    ids=["amsgrad", "NAdam", "dampening"],
+    ids=["amsgrad", "NAdam", "Rprop", "dampening"],
 )
 def test_what_is_another_algorithm_in_torch_differs(tx, optimizer):
     assert largest_difference(by_funcreg(tx()), by_torch(optimizer)) > 1e-3

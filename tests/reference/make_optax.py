@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from twins import COUNTS, PROJECTIONS, SCHEDULES, SHAPES, TRANSFORMS, run, tree_map
 
 jax.config.update("jax_enable_x64", True)
@@ -27,7 +28,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self.float32 = jnp.float32
+        self.float32, self.float64 = jnp.float32, jnp.float64
 
     def __getattr__(self, name: str) -> Any:
         self.asked.add(name)
@@ -48,7 +49,7 @@ def _in_float64(make: Any) -> Any:
 SCHEDULES_OF_OPTAX = {name for name in dir(optax.schedules) if name.endswith(("_schedule", "_schedules", "_decay"))}
 
 
-LIBRARIES = (optax, optax.transforms, optax.projections)
+LIBRARIES = (optax, optax.transforms, optax.projections, optax.contrib)
 
 
 def _find(name: str) -> Any:
@@ -77,9 +78,13 @@ def inputs() -> dict[str, Any]:
 def signature(name: str) -> list[list[Any]]:
     """Name, kind and default of each parameter; the default is None also where there is none, and then required."""
     return [
-        [p.name, p.kind.name, "required" if p.default is p.empty else p.default]
+        [p.name, p.kind.name, "required" if p.default is p.empty else _written(p.default)]
         for p in inspect.signature(_find(name)).parameters.values()
     ]
+
+
+def _written(default: Any) -> Any:
+    return default.__name__ if isinstance(default, type) or hasattr(default, "dtype") else default
 
 
 def _lines(rows: dict[str, Any]) -> str:

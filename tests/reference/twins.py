@@ -6,6 +6,7 @@ funcreg. A new row is written here; then the numbers are made again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,17 +30,22 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 def run(lib: Any, name: str, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """The first update, and the parameters after all steps on a quadratic that grows steeper."""
     tx, params = TRANSFORMS[name](lib), inputs["params"]
+    kind = name.split()[0]
+    params = BEGINS.get(kind, lambda lib, params: params)(lib, params)
     state, first = tx.init(params), None
     for n in range(STEPS):
         steepness = 1 + 0.1 * n
         grads = tree_map(
-            lambda a, w, goal, s=steepness: s * a * (w - goal), inputs["curvature"], params, inputs["target"]
+            lambda a, w, goal, s=steepness: s * a * (w - goal),
+            inputs["curvature"],
+            getattr(params, "fast", params),
+            inputs["target"],
         )
         grads["linear"]["bias"] = grads["linear"]["bias"] * SPOILT.get(name, {}).get(n, 1.0)
         updates, state = tx.update(grads, state, params)
         params = lib.apply_updates(params, updates)
         first = updates if first is None else first
-    return first, params
+    return getattr(first, "fast", first), ENDS.get(kind, lambda lib, params, state: params)(lib, params, state)
 
 
 def _descend(lib: Any, tx: Any) -> Any:
@@ -159,6 +165,92 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
         lib.chain(lib.zero_nans(), lib.clip(1.0), lib.adam(0.1)), max_consecutive_errors=1
     ),
     "apply_if_finite lets a NaN through": lambda lib: lib.apply_if_finite(lib.sgd(0.1, momentum=0.9), 2),
+    # Wrapping
+    "multi_transform": lambda lib: lib.multi_transform(
+        {"fast": lib.adam(0.2), "slow": lib.sgd(0.1), "held": lib.set_to_zero()}, LABELS
+    ),
+    "selective_transform": lambda lib: lib.selective_transform(lib.adamw(0.1, weight_decay=0.1), freeze_mask=MATRICES),
+    "selective_transform of all": lambda lib: lib.selective_transform(
+        lib.adam(0.1), freeze_mask={"linear": {"weight": False, "bias": False}, "heads": False, "filters": True}
+    ),
+    "flatten": lambda lib: lib.flatten(lib.adamw(0.1, weight_decay=0.2)),
+    "flatten, clipped by the size of the vector": lambda lib: _descend(lib, lib.flatten(lib.clip_by_block_rms(0.3))),
+    "with_extra_args_support": lambda lib: lib.with_extra_args_support(lib.adam(0.1)),
+    "inject_hyperparams": lambda lib: lib.inject_hyperparams(lib.adamw)(learning_rate=0.1, weight_decay=0.3),
+    "inject_hyperparams schedules": lambda lib: lib.inject_hyperparams(lib.adamw, static_args=("mask",))(
+        lib.cosine_decay_schedule(0.2, 9), b1=lib.linear_schedule(0.95, 0.5, 10), b2=0.9, mask=lambda params: MATRICES
+    ),
+    "inject_hyperparams float32": lambda lib: lib.inject_hyperparams(lib.sgd, "nesterov", lib.float32)(
+        0.25, momentum=0.75, nesterov=True
+    ),
+    "MultiSteps": lambda lib: lib.MultiSteps(
+        lib.adamw(0.2), 3, accumulator_dtype=lib.float64
+    ).gradient_transformation(),
+    "MultiSteps sum": lambda lib: lib.chain(
+        lib.clip(0.5),
+        lib.MultiSteps(
+            lib.sgd(0.05, momentum=0.9), 2, use_grad_mean=False, accumulator_dtype=lib.float64
+        ).gradient_transformation(),
+    ),
+    "MultiSteps float32": lambda lib: lib.MultiSteps(
+        lib.sgd(0.1), 4, accumulator_dtype=lib.float32
+    ).gradient_transformation(),
+    "MultiSteps on a schedule": lambda lib: lib.MultiSteps(
+        lib.sgd(lib.linear_schedule(0.3, 0.1, 4)), lambda count: 1 + count % 3, accumulator_dtype=lib.float64
+    ).gradient_transformation(),
+    "MultiSteps skips what is not finite": lambda lib: lib.MultiSteps(
+        lib.adam(0.1), 2, should_skip_update_fn=lib.skip_not_finite, accumulator_dtype=lib.float64
+    ).gradient_transformation(),
+    "MultiSteps skips what is large": lambda lib: lib.MultiSteps(
+        lib.sgd(0.2),
+        2,
+        should_skip_update_fn=functools.partial(lib.skip_large_updates, max_squared_norm=9.0),
+        accumulator_dtype=lib.float64,
+    ).gradient_transformation(),
+    "apply_every": lambda lib: lib.chain(lib.sgd(0.1, momentum=0.5), lib.apply_every(3)),
+    "apply_every of one": lambda lib: lib.chain(lib.sgd(0.1), lib.apply_every()),
+    "conditionally_transform": lambda lib: _descend(
+        lib, lib.conditionally_transform(lib.trace(0.9), lambda step: step % 3 != 1)
+    ),
+    "conditionally_transform, asking nothing more": lambda lib: _descend(
+        lib, lib.conditionally_transform(lib.ema(0.5), lambda step, **extra: step >= 5, forward_extra_args=True)
+    ),
+    "conditionally_mask": lambda lib: lib.conditionally_mask(lib.adam(0.2), lambda step: step % 2 == 0),
+    "lookahead": lambda lib: lib.lookahead(lib.sgd(0.2, momentum=0.9), 4, 0.5),
+    "lookahead reset": lambda lib: lib.lookahead(lib.adam(0.2), sync_period=3, slow_step_size=0.7, reset_state=True),
+    "schedule_free": lambda lib: lib.schedule_free(
+        lib.sgd(lib.warmup_constant_schedule(0.0, 0.3, 4)),
+        lib.warmup_constant_schedule(0.0, 0.3, 4),
+        b1=0.8,
+        weight_lr_power=1.0,
+    ),
+    "schedule_free float32": lambda lib: lib.schedule_free(lib.sgd(0.3), 0.3, state_dtype=lib.float32),
+    "schedule_free_sgd": lambda lib: lib.schedule_free_sgd(0.3),
+    "schedule_free_sgd keywords": lambda lib: lib.schedule_free_sgd(
+        0.3, warmup_steps=3, b1=0.95, weight_decay=0.2, weight_lr_power=1.5
+    ),
+    "schedule_free_adamw": lambda lib: lib.schedule_free_adamw(),
+    "schedule_free_adamw keywords": lambda lib: lib.schedule_free_adamw(
+        0.1, warmup_steps=5, b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.1, weight_lr_power=3.0
+    ),
+    "sam": lambda lib: lib.sam(lib.sgd(0.2, momentum=0.5), lib.sgd(0.05)),
+    "sam of three": lambda lib: lib.sam(lib.adam(0.2), lib.adam(0.02), sync_period=3),
+    "sam without reset": lambda lib: lib.sam(
+        lib.sgd(0.2), lib.sgd(0.03, momentum=0.9), sync_period=4, reset_state=False
+    ),
+    "monitor": lambda lib: lib.chain(
+        lib.sgd(0.1),
+        lib.monitor(
+            {
+                "norm": lib.global_norm,
+                "mean": lib.measure_with_ema(lib.global_norm, 0.9),
+                "raw": lib.measure_with_ema(lib.global_norm, decay=0.5, debias=False),
+            }
+        ),
+    ),
+    "snapshot": lambda lib: lib.chain(
+        lib.sgd(0.1), lib.snapshot("norm", lib.global_norm), lib.clip_by_global_norm(0.1)
+    ),
     # Optimizers
     "sgd": lambda lib: lib.sgd(0.3),
     "sgd momentum": lambda lib: lib.sgd(learning_rate=0.1, momentum=0.9),
@@ -215,6 +307,130 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
             lib.join_schedules([lib.linear_schedule(0.0, 0.2, 4), lib.exponential_decay(0.2, 3, 0.5)], [4])
         ),
     ),
+    # Other preconditioners
+    "scale_by_adamax": lambda lib: _descend(lib, lib.scale_by_adamax()),
+    "scale_by_adamax keywords": lambda lib: _descend(lib, lib.scale_by_adamax(b1=0.8, b2=0.7, eps=1e-2)),
+    "scale_by_belief": lambda lib: _descend(lib, lib.scale_by_belief()),
+    "scale_by_belief keywords": lambda lib: _descend(lib, lib.scale_by_belief(b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-2)),
+    "scale_by_belief nesterov": lambda lib: _descend(lib, lib.scale_by_belief(0.8, 0.95, 1e-2, 1e-3, nesterov=True)),
+    "scale_by_yogi": lambda lib: _descend(lib, lib.scale_by_yogi()),
+    "scale_by_yogi keywords": lambda lib: _descend(
+        lib, lib.scale_by_yogi(b1=0.8, b2=0.9, eps=1e-2, eps_root=1e-2, initial_accumulator_value=0.3)
+    ),
+    "scale_by_radam": lambda lib: _descend(lib, lib.scale_by_radam()),
+    "scale_by_radam keywords": lambda lib: _descend(
+        lib, lib.scale_by_radam(b1=0.8, b2=0.95, eps=1e-2, eps_root=1e-2, threshold=4.0)
+    ),
+    "scale_by_radam nesterov": lambda lib: _descend(lib, lib.scale_by_radam(0.8, 0.99, threshold=8.0, nesterov=True)),
+    "scale_by_radam that never divides": lambda lib: _descend(lib, lib.scale_by_radam(b2=0.5)),
+    "scale_by_adan": lambda lib: _descend(lib, lib.scale_by_adan()),
+    "scale_by_adan keywords": lambda lib: _descend(
+        lib, lib.scale_by_adan(b1=0.8, b2=0.6, b3=0.9, eps=1e-2, eps_root=1e-3)
+    ),
+    "scale_by_adadelta": lambda lib: lib.chain(lib.scale_by_adadelta(), lib.scale(-1.0)),
+    "scale_by_adadelta keywords": lambda lib: lib.chain(lib.scale_by_adadelta(rho=0.7, eps=1e-2), lib.scale(-1.0)),
+    "scale_by_novograd": lambda lib: _descend(lib, lib.scale_by_novograd()),
+    "scale_by_novograd keywords": lambda lib: _descend(
+        lib, lib.scale_by_novograd(b1=0.8, b2=0.5, eps=1e-2, eps_root=1e-2, weight_decay=0.1)
+    ),
+    # A factor that rounds nothing: the updates of optax are in float32 here, and so are steps along them.
+    "scale_by_novograd float32": lambda lib: lib.chain(lib.scale_by_novograd(mu_dtype=lib.float32), lib.scale(-0.125)),
+    "scale_by_sm3": lambda lib: _descend(lib, lib.scale_by_sm3()),
+    "scale_by_sm3 keywords": lambda lib: _descend(lib, lib.scale_by_sm3(b1=0.7, b2=0.9, eps=1e-2)),
+    "scale_by_param_block_norm": lambda lib: _descend(lib, lib.scale_by_param_block_norm()),
+    "scale_by_param_block_norm keywords": lambda lib: _descend(lib, lib.scale_by_param_block_norm(min_scale=1.5)),
+    "scale_by_param_block_rms": lambda lib: _descend(lib, lib.scale_by_param_block_rms()),
+    "scale_by_param_block_rms keywords": lambda lib: _descend(lib, lib.scale_by_param_block_rms(min_scale=0.6)),
+    "scale_by_optimistic_gradient": lambda lib: _descend(lib, lib.scale_by_optimistic_gradient()),
+    "scale_by_optimistic_gradient keywords": lambda lib: _descend(
+        lib, lib.scale_by_optimistic_gradient(alpha=0.7, beta=0.4)
+    ),
+    "scale_by_rprop": lambda lib: lib.chain(lib.scale_by_rprop(0.1), lib.scale(-1.0)),
+    "scale_by_rprop keywords": lambda lib: lib.chain(
+        lib.scale_by_rprop(learning_rate=0.2, eta_minus=0.3, eta_plus=1.7, min_step_size=0.05, max_step_size=0.4),
+        lib.scale(-1.0),
+    ),
+    # Their optimizers
+    "nadam": lambda lib: lib.nadam(0.1),
+    "nadam keywords": lambda lib: lib.nadam(0.1, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3),
+    "adamax": lambda lib: lib.adamax(0.1),
+    "adamax keywords": lambda lib: lib.adamax(lib.linear_schedule(0.2, 0.05, 9), b1=0.8, b2=0.7, eps=1e-2),
+    "adamaxw": lambda lib: lib.adamaxw(0.1),
+    "adamaxw keywords": lambda lib: lib.adamaxw(0.1, b1=0.8, b2=0.7, eps=1e-2, weight_decay=0.3, mask=MATRICES),
+    "adabelief": lambda lib: lib.adabelief(0.1),
+    "adabelief keywords": lambda lib: lib.adabelief(0.1, b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-2, nesterov=True),
+    "yogi": lambda lib: lib.yogi(0.1),
+    "yogi keywords": lambda lib: lib.yogi(0.1, b1=0.8, b2=0.9, eps=1e-2),
+    "radam": lambda lib: lib.radam(0.1),
+    "radam keywords": lambda lib: lib.radam(
+        0.1, b1=0.8, b2=0.95, eps=1e-2, eps_root=1e-2, threshold=4.0, nesterov=True
+    ),
+    "novograd": lambda lib: lib.novograd(0.1),
+    "novograd keywords": lambda lib: lib.novograd(0.1, b1=0.8, b2=0.5, eps=1e-2, eps_root=1e-2, weight_decay=0.1),
+    "adan": lambda lib: lib.adan(0.1),
+    "adan keywords": lambda lib: lib.adan(
+        0.1, b1=0.8, b2=0.6, b3=0.9, eps=1e-2, eps_root=1e-3, weight_decay=0.2, mask=MATRICES
+    ),
+    "adadelta": lambda lib: lib.adadelta(1.0),
+    "adadelta keywords": lambda lib: lib.adadelta(
+        lib.linear_schedule(1.0, 0.2, 9), rho=0.7, eps=1e-2, weight_decay=0.2, weight_decay_mask=MATRICES
+    ),
+    "sm3": lambda lib: lib.sm3(0.3),
+    "sm3 keywords": lambda lib: lib.sm3(0.3, momentum=0.5),
+    "optimistic_adam": lambda lib: lib.optimistic_adam(0.1),
+    "optimistic_adam keywords": lambda lib: lib.optimistic_adam(
+        0.1, 0.05, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, mu_dtype=lib.float32, nesterov=False
+    ),
+    "optimistic_adam_v2": lambda lib: lib.optimistic_adam_v2(0.1),
+    "optimistic_adam_v2 keywords": lambda lib: lib.optimistic_adam_v2(
+        lib.linear_schedule(0.1, 0.02, 9), alpha=0.7, beta=0.4, b1=0.8, b2=0.95, eps=1e-3, eps_root=1e-3, nesterov=False
+    ),
+    "sign_sgd": lambda lib: lib.sign_sgd(0.1),
+    "signum": lambda lib: lib.signum(0.1),
+    "signum keywords": lambda lib: lib.signum(lib.linear_schedule(0.1, 0.02, 9), 0.6, lib.float32),
+    "rprop": lambda lib: lib.rprop(0.1),
+    "rprop keywords": lambda lib: lib.rprop(0.2, eta_minus=0.3, eta_plus=1.7, min_step_size=0.05, max_step_size=0.4),
+    "lars": lambda lib: lib.lars(0.1),
+    "lars keywords": lambda lib: lib.lars(
+        0.1,
+        weight_decay=0.2,
+        weight_decay_mask=MATRICES,
+        trust_coefficient=0.1,
+        eps=0.05,
+        trust_ratio_mask=lambda params: MATRICES,
+        momentum=0.7,
+        nesterov=True,
+    ),
+    "fromage": lambda lib: lib.fromage(0.1),
+    "fromage schedule": lambda lib: lib.fromage(lib.linear_schedule(0.3, 0.05, 9), min_norm=0.4),
+    "optimistic_gradient_descent": lambda lib: lib.optimistic_gradient_descent(0.1),
+    "optimistic_gradient_descent keywords": lambda lib: lib.optimistic_gradient_descent(0.1, alpha=0.7, beta=0.4),
+}
+
+#: What parameters a row begins with, by the first word of its name.
+BEGINS: dict[str, Callable[[Any, Any], Any]] = {
+    "lookahead": lambda lib, params: lib.LookaheadParams.init_synced(params),
+}
+#: What is compared at the end of a row, from library, parameters and state, by the first word of its name.
+ENDS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "lookahead": lambda lib, params, state: params._asdict(),
+    **{
+        name: lambda lib, params, state: {"at": params, "mean": lib.schedule_free_eval_params(state, params)}
+        for name in ("schedule_free", "schedule_free_sgd", "schedule_free_adamw")
+    },
+    "inject_hyperparams": lambda lib, params, state: {
+        "params": params,
+        "rate": state.hyperparams["learning_rate"] + 0 * params["linear"]["bias"][0],  # In float64.
+    },
+    "monitor": lambda lib, params, state: {"params": params, "measured": state[1].measurements},
+    "snapshot": lambda lib, params, state: {"params": params, "measured": state[1].measurement},
+}
+
+#: Rows in which optax computes in float32, in part.
+ROUNDED = {
+    "schedule_free float32": "the average of points in float32",
+    "schedule_free_sgd keywords": "the warm-up, at a count in int32",
+    "schedule_free_adamw keywords": "the warm-up, at a count in int32",
 }
 
 #: Factors on the gradient of the bias, by row and step.
@@ -223,6 +439,8 @@ SPOILT: dict[str, dict[int, float]] = {
     "apply_if_finite": {2: INF, 3: NAN, 4: NAN, 9: -INF},
     "apply_if_finite until it gives up": {2: NAN, 3: INF, 4: NAN, 5: NAN, 9: NAN},
     "apply_if_finite lets a NaN through": {7: NAN, 8: NAN, 9: NAN},
+    "MultiSteps skips what is not finite": {0: NAN, 4: INF, 5: -INF, 9: NAN},
+    "MultiSteps skips what is large": {2: 100.0, 3: NAN, 8: 50.0},
 }
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {

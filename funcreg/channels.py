@@ -1,0 +1,368 @@
+"""The channels of any network: traced on example inputs, and offered as families where they can go without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcreg.coupled import sequence_groups
+from funcreg.families import Along, Family, Where
+from funcreg.rules import Flow
+from funcreg.tracing import record
+from funcreg.tree import listed
+
+
+class ChannelGroups(list[Family]):
+    """Families of groups, with what is known of them: a list that prints as a table, and explains itself.
+
+    `channel_groups` makes it of a network. The table says for each family which layers give its channels, how many
+    groups there are, and how many parameters go with each of them.
+
+    Args:
+        families: The families, dicts from names of leaves to where groups lie in them.
+        counts: The number of groups of each family.
+        sizes: The number of parameters that a group carries, also those that are not penalized.
+        layers: The layers whose outputs they are, for each family.
+        kept: Why other dimensions of parameters are kept: their places by the reason.
+        round_to: What numbers of channels stay multiples of in `remove_dead`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 6))
+        >>> net = torch.nn.Sequential(*net, torch.nn.ReLU(), torch.nn.Linear(6, 1))
+        >>> groups = channel_groups(net, (torch.ones(1, 2),))
+        >>> groups
+        channels of  groups  parameters each
+        2                 6                6
+        >>> print(groups.explain())  # doctest: +ELLIPSIS
+        6 groups in 1 families:
+        ...
+        - normalized over channels (native_layer_norm, '1'):
+            0.weight, dimension 0 of 4
+        ...
+    """
+
+    def __init__(
+        self,
+        families: Iterable[Family] = (),
+        counts: Sequence[int] = (),
+        sizes: Sequence[int] = (),
+        layers: Sequence[tuple[str, ...]] = (),
+        kept: dict[str, list[str]] | None = None,
+        round_to: int = 1,
+    ) -> None:
+        super().__init__(families)
+        self.counts, self.sizes, self.layers = list(counts), list(sizes), list(layers)
+        self.kept = dict(kept or {})
+        self.round_to = round_to
+
+    def __repr__(self) -> str:
+        if len(self.counts) != len(self):
+            return super().__repr__()
+        rows = [
+            (_shortened(layers), f"{count}", f"{size:,}")
+            for layers, count, size in zip(self.layers, self.counts, self.sizes, strict=True)
+        ]
+        head = ("channels of", "groups", "parameters each")
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            f"{name:<{widths[0]}}  {count:>{widths[1]}}  {size:>{widths[2]}}" for name, count, size in (head, *rows)
+        ]
+        return "\n".join(lines)
+
+    def explain(self) -> str:
+        """Which channels there are, and why the others are kept."""
+        lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self)]
+        for reason, places in self.kept.items():
+            lines += [f"- {reason}:", *[f"    {place}" for place in places]]
+        return _Text("\n".join([*lines[:2], "", "Kept:", *lines[2:]]) if self.kept else "\n".join(lines))
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+class _Text(str):
+    """Text that shows itself as it reads."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+class _Slot(NamedTuple):
+    """The entries of a dimension of a leaf that belong to the groups of a family."""
+
+    name: str
+    dim: int
+    rows: Tensor  # The entries of each group.
+    writes: bool  # Whether what is computed has the channel because of them.
+    reads: bool  # Whether sums run over them.
+
+
+def channel_groups(
+    module: nn.Module,
+    example_inputs: Any = None,
+    *,
+    prefix: str = "",
+    layers: Sequence[str] | None = None,
+    types: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
+    round_to: int = 1,
+) -> list[Family]:
+    """The channels of a network that can go without another output, as families of groups for `coupled`.
+
+    The module runs once on the example inputs, and channels are followed through all that it does: layers of any
+    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole. A channel has its
+    filter and bias, in all layers whose outputs are summed, and the scale and shift of a normalization after them:
+    once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
+    out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
+    these do not form groups. Where they do, the slice is not penalized a second time, because groups that overlap
+    have no exact proximal operator; it goes when the channel does, with the running statistics.
+
+    Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
+    another number than 0 where they are dead, or that reach an operation that cannot be followed are kept;
+    `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
+
+    Args:
+        module: A module. Without example inputs it has to be `torch.nn.Sequential`, also nested, of linear layers,
+            convolutions, `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
+        example_inputs: What the module is called with: a tensor, a tuple of arguments, a dict of keyword arguments, or
+            a tuple of such a tuple and such a dict. A small batch will do.
+        prefix: Name of the module inside the one whose parameters are penalized, such as `"features"`.
+        layers: Names of the layers whose outputs form groups, with example inputs also patterns such as
+            `"*.mlp.*"`; by default all. With every second layer each norm is of all that belongs to a channel.
+        types: Types of layers whose outputs form groups, such as `torch.nn.Conv2d`; by default all.
+        round_to: Numbers of channels stay multiples of this one in `remove_dead`.
+
+    Raises:
+        ValueError: No channels can go; without example inputs, channels cannot be followed through a layer; or
+            `layers` or `types` names what has no channels that could go.
+
+    Example:
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
+        ... )
+        >>> channel_groups(net)
+        [{'0.weight': 0, '0.bias': 0, '3.weight': Along(1, size=36)}]
+        >>> deep = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        >>> channel_groups(deep, layers=["0"])
+        [{'0.weight': 0, '0.bias': 0, '1.weight': 1}]
+
+        Of any module, on example inputs:
+
+        >>> block = torch.nn.TransformerEncoderLayer(16, nhead=4, dim_feedforward=32)
+        >>> groups = channel_groups(block, (torch.ones(3, 1, 16),))
+        >>> groups
+        channels of  groups  parameters each
+        self_attn         4              268
+        linear1          32               33
+        >>> groups[0]["self_attn.in_proj_weight"]
+        Along(0, size=4, packed=3)
+
+    References:
+        Fang, Ma, Song, Mi & Wang, *DepGraph: towards any structural pruning*, 2023.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential, or any torch.nn.Module")
+    if isinstance(example_inputs, str):  # The name of the part, where the inputs stand now.
+        example_inputs, prefix = None, example_inputs
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
+    if example_inputs is None:
+        families = sequence_groups(module, prefix, layers)
+        if types is None and round_to == 1:
+            return families
+        return _chosen_in_sequence(module, families, prefix, types, round_to)
+    flow = Flow(record(module, example_inputs))
+    found = _families(flow, dict(module.named_parameters()))
+    owners = [tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes])) for slots in found]
+    kept = _kept(flow, {slot.name for slots in found for slot in slots})
+    if not found:
+        raise ValueError(
+            f"channel_groups found no channels in {type(module).__name__} that could go. Kept are\n{_reasons(kept)}"
+        )
+    chosen = _chosen(module, owners, layers, types)
+    found = [slots for slots, here in zip(found, chosen, strict=True) if here]
+    owners = [names for names, here in zip(owners, chosen, strict=True) if here]
+    shapes = {name: tuple(x.shape) for name, x in (*module.named_parameters(), *module.named_buffers())}
+    inside = lambda name: f"{prefix}.{name}" if prefix else name
+    parameters = dict(module.named_parameters())
+    return ChannelGroups(
+        [{inside(name): where for name, where in _family(slots, found, parameters, shapes).items()} for slots in found],
+        [len(slots[0].rows) for slots in found],
+        [_size(slots, parameters) for slots in found],
+        [tuple(map(inside, names)) for names in owners],
+        {reason: list(map(inside, places)) for reason, places in kept.items()},
+        round_to,
+    )
+
+
+def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
+    """The slots of each family of sets of atoms that may go, alike in which leaves they are."""
+    roots = flow.atoms.find(flow.atoms.parents)
+    free = flow.atoms.closed()[roots] < 0
+    read, written = flow.atoms.marked()
+    members: dict[int, dict[tuple[str, int], list[int]]] = {}
+    uses: dict[tuple[str, int, int], tuple[bool, bool]] = {}
+    for name, places in flow.starts.items():
+        for dim, first, count in places:
+            entries = free[first : first + count].nonzero()[:, 0]
+            atoms = entries + first
+            columns = (x.tolist() for x in (entries, roots[atoms], read[atoms], written[atoms]))
+            for entry, root, is_read, is_written in zip(*columns, strict=True):
+                members.setdefault(root, {}).setdefault((name, dim), []).append(entry)
+                before = uses.get((name, dim, root), (False, False))
+                uses[name, dim, root] = before[0] or is_read, before[1] or is_written
+    # Layers that only read a channel do not make it.
+    writes = {place for place, use in uses.items() if place[0] in parameters and use != (True, False)}
+    demands: dict[int, str] = {}
+    for ids, reason in flow.demands:
+        demands.update(dict.fromkeys(flow.atoms.find(ids).tolist(), reason))
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for root, slots in members.items():
+        kind = tuple(
+            (slot, len(entries), (*slot, root) in writes, uses[(*slot, root)][0]) for slot, entries in slots.items()
+        )
+        alike.setdefault((demands.get(root), kind), []).append(root)
+    found: list[tuple[list[_Slot], str | None]] = []
+    for (reason, kind), sets in alike.items():
+        if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
+            flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
+            continue
+        rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
+        slots = [_Slot(name, dim, own, w, r) for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)]
+        found.append((slots, reason))
+    return _exact(flow, found, parameters)
+
+
+def _exact(flow: Flow, found: list[tuple[list[_Slot], str | None]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+    """The families that are exact with families that do not overlap; the others are closed."""
+    while True:
+        families = [slots for slots, _ in found]
+        written = {slot.name for slots in families for slot in slots if slot.writes}
+        for slots, reason in found:
+            # Weights that read a channel that is never zero are zero themselves, if they are penalized.
+            lacking = [
+                slot
+                for slot in slots
+                if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
+            ]
+            overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
+            refused = overlap or (reason if reason is not None and lacking else None)
+            if refused is not None:
+                places = [
+                    (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
+                ]
+                for first, slot in places:
+                    flow.atoms.close(slot.rows.reshape(-1) + first, refused)
+                found = [each for each in found if each[0] is not slots]
+                break
+        else:
+            return families
+
+
+def _is_free(slots: list[_Slot], found: list[list[_Slot]]) -> bool:
+    """Whether no leaf that these write is written along another dimension by a family before, or by this one."""
+    for slot in slots:
+        if slot.writes:
+            for others in found:
+                dims = [other.dim for other in others if other.writes and other.name == slot.name]
+                if any([dim < slot.dim for dim in dims]):
+                    return False
+    return True
+
+
+def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
+    """The dimensions of parameters that are kept, by the reason."""
+    closed, found = flow.atoms.closed(), {}
+    for name, places in flow.starts.items():
+        for dim, first, count in places:
+            reasons = closed[flow.atoms.find(torch.arange(first, first + count))]
+            for reason in reasons.unique().tolist():
+                if reason >= 0:
+                    part = (
+                        "" if int((reasons == reason).sum()) == count else f" of them {int((reasons == reason).sum())}"
+                    )
+                    place = f"{name}, dimension {dim} of {count}{part}"
+                    found.setdefault(flow.atoms.reasons[reason], []).append(place)
+    return found
+
+
+def _reasons(kept: dict[str, list[str]]) -> str:
+    return "\n".join([f"- {reason}: {listed(places)}" for reason, places in kept.items()])
+
+
+def _chosen(module: nn.Module, owners: Sequence[Sequence[str]], layers: Any, types: Any) -> list[bool]:
+    """Which families are of layers that `layers` and `types` choose."""
+    known = [name for names in owners for name in names]
+    if layers is not None:
+        missing = [glob for glob in layers if not any([fnmatchcase(name, glob) for name in known])]
+        if isinstance(layers, str) or missing:
+            raise ValueError(
+                f"layers is {layers!r}; expected names among {listed(map(repr, dict.fromkeys(known)))}, or patterns "
+                "that match some. groups.explain() says why others are kept."
+            )
+    of_type = lambda name: types is None or isinstance(module.get_submodule(name), types)
+    named = lambda name: layers is None or any([fnmatchcase(name, glob) for glob in layers])
+    chosen = [any([of_type(name) and named(name) for name in names]) for names in owners]
+    if types is not None and not any(chosen):
+        raise ValueError(
+            f"types is {types!r}; expected types among those of {listed(map(repr, dict.fromkeys(known)))}, which are "
+            f"{listed(sorted({type(module.get_submodule(name)).__name__ for name in known}))}"
+        )
+    return chosen
+
+
+def _chosen_in_sequence(
+    module: nn.Module, families: list[Family], prefix: str, types: Any, round_to: int
+) -> list[Family]:
+    owners = [next(iter(family)).rpartition(".")[0] for family in families]
+    inside = [name.removeprefix(f"{prefix}.") if prefix else name for name in owners]
+    here = _chosen(module, [[name] for name in inside], None, types)
+    return ChannelGroups([family for family, chosen in zip(families, here, strict=True) if chosen], round_to=round_to)
+
+
+# Families as they are written
+
+
+def _family(
+    slots: list[_Slot], found: list[list[_Slot]], parameters: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> Family:
+    written = {slot.name for others in found for slot in others if slot.writes}
+    family: dict[str, list[Along]] = {}
+    for slot in sorted(slots, key=lambda slot: not slot.writes):
+        penalized = slot.name in parameters and (slot.writes or slot.name not in written)
+        family.setdefault(slot.name, []).append(along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized))
+    order = {name: i for i, name in enumerate(shapes)}
+    ordered = sorted(family, key=lambda name: (name not in written, order[name]))
+    return {name: _plain(family[name]) for name in ordered}
+
+
+def _plain(alongs: list[Along]) -> Where:
+    made = [each.dim if each == Along(each.dim) else each for each in alongs]
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def along(dim: int, rows: Tensor, length: int, penalized: bool = True) -> Along:
+    """What says where groups lie, from the entries of each of them."""
+    count, entries = rows.shape
+    first = int(rows.min())
+    for packed in [n for n in range(1, entries + 1) if entries % n == 0]:
+        size = entries // packed
+        expected = torch.arange(first, first + count * entries).reshape(packed, count, size).movedim(1, 0)
+        if torch.equal(rows, expected.reshape(count, entries)):
+            stop = first + count * entries
+            return Along(dim, size, packed, penalized, first, None if stop == length else stop)
+    return Along(dim, penalized=penalized, entries=tuple(map(tuple, rows.tolist())))
+
+
+def _size(slots: list[_Slot], parameters: dict[str, Any]) -> int:
+    """The number of parameters that a group carries."""
+    total = 0
+    for slot in slots:
+        if slot.name in parameters:
+            w = parameters[slot.name]
+            total += w.numel() // w.shape[slot.dim] * slot.rows.shape[1]
+    return total

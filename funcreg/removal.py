@@ -1,0 +1,177 @@
+"""Dead groups taken out: of parameters, of the buffers beside them, and of states that are shaped like them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcreg._typing import Params
+from funcreg.families import Groups, Place, gather, places_of, within
+from funcreg.sharding import whole
+from funcreg.tree import flatten, gathered, listed, tree_paths
+
+
+def with_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module in one tree, by their names, to be read and sliced.
+
+    The tensors are those of the module, detached: they share its memory. Buffers that a checkpoint leaves out are
+    among them. A tensor that several layers share comes once, under its first name.
+
+    Args:
+        module: A module.
+
+    Raises:
+        TypeError: What is given is no module.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.BatchNorm1d(3))
+        >>> list(with_buffers(net))
+        ['0.weight', '1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach() for name, tensor in named}
+
+
+class _Cut(NamedTuple):
+    """What stays of a leaf."""
+
+    shape: torch.Size  # Of the leaf before.
+    kept: dict[int, Tensor]  # By dimension the entries that stay.
+
+
+def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | None = None) -> Any:
+    """A smaller tree, without the groups all of whose penalized entries are zero.
+
+    Leaves that no family names stay as they are; buffers may be among the leaves (`with_buffers`), and are sliced if
+    a family names them. One group of a family always stays, so that no layer is left without entries. Sharded leaves
+    come back whole. The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or
+    mapped over.
+
+    Args:
+        params: Tree of parameters, also with the buffers of their module.
+        groups: The families that the penalty had; see `coupled`.
+        states: Trees that hold others like the parameters, to be sliced as these are: the state of an optimizer, an
+            average of weights, `optimizer.state_dict()` of a torch optimizer that has the parameters in their order
+            or by their names. With them a tuple comes back.
+        round_to: Numbers of channels stay multiples of this one, for hardware that likes them; dead channels fill
+            them up. By default what `channel_groups` was told, else 1.
+
+    Raises:
+        ValueError: A leaf has not the groups that its family has, or a state has a leaf of another shape than its
+            parameter.
+
+    Example:
+        >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
+        >>> families = {"0.weight": 0, "2.weight": Along(1, penalized=False)}
+        >>> remove_dead(params, families)
+        {'0.weight': tensor([[3.]]), '2.weight': tensor([[2.]])}
+        >>> state = trace(0.9).init(params)
+        >>> params, state = remove_dead(params, families, state)
+        >>> state
+        TraceState(trace={'0.weight': tensor([[0.]]), '2.weight': tensor([[0.]])})
+    """
+    multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise ValueError(f"round_to is {multiple!r}; expected a whole number of at least 1")
+    names = tree_paths(params)
+    leaves, rebuild = flatten(gathered(params))
+    cuts: dict[int, _Cut] = {}
+    for family in places_of(groups, params):
+        alive = _alive(leaves, family, multiple)
+        if alive is None:
+            continue
+        for leaf, along in family:
+            kept = cuts.setdefault(leaf, _Cut(leaves[leaf].shape, {})).kept
+            dim = along.dim % leaves[leaf].ndim
+            stays = within(alive, leaves[leaf], along)
+            kept[dim] = kept[dim] & stays if dim in kept else stays
+    by_name = {names[leaf]: cut for leaf, cut in cuts.items()}
+    smaller = rebuild([_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(leaves)])
+    if not states:
+        return smaller
+    shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}
+    if isinstance(params, dict) and set(params) == set(shapes):  # In the order of the module, not of the alphabet.
+        shapes = {name: shapes[name] for name in params}
+    return smaller, *[_cut_state(state, by_name, shapes) for state in states]
+
+
+def _alive(leaves: list[Tensor], family: list[Place], multiple: int) -> Tensor | None:
+    """Which groups of a family stay; None if none of its penalized leaves is here."""
+    marks = [(gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
+    if not marks:
+        return None
+    alive = torch.stack(marks).any(0)
+    first = next(along for _, along in family if along.penalized)
+    share = multiple // gcd(multiple, first.size if first.entries is None else len(first.entries[0]))
+    wanted = min(len(alive), max(1, -(-int(alive.sum()) // share) * share))
+    spare = (~alive).nonzero()[:, 0]
+    alive[spare[: wanted - int(alive.sum())]] = True
+    return alive
+
+
+def _cut(leaf: Tensor, cut: _Cut) -> Tensor:
+    for dim, kept in cut.kept.items():
+        leaf = leaf.index_select(dim, kept.nonzero()[:, 0].to(leaf.device))
+    return leaf
+
+
+# States
+
+
+def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
+    """A state whose leaves that are like parameters are sliced as these are."""
+    if isinstance(state, dict) and set(state) == {"state", "param_groups"}:
+        return _cut_torch_state(state, cuts, shapes)
+    leaves, rebuild = flatten(state)
+    made = []
+    for path, leaf in zip(tree_paths(state), leaves, strict=True):
+        name = next((end for end in _ends(path) if end in shapes), None)
+        made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes))
+    return rebuild(made)
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A dotted path, and what is left of it without its first parts."""
+    yield path
+    while path:
+        _, _, path = path.partition(".")
+        yield path
+
+
+def _cut_like(leaf: Any, path: str, name: str, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
+    """A leaf of a state, sliced as its parameter is; a number that belongs to the whole parameter stays."""
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0 < len(shapes[name]):
+        return leaf
+    if leaf.shape != shapes[name]:
+        raise ValueError(
+            f"a state has the leaf '{path}' of shape {tuple(leaf.shape)}, and '{name}' is of shape "
+            f"{tuple(shapes[name])}; expected the same. Is it a state of these parameters, not yet made smaller?"
+        )
+    return _cut(whole(leaf), cuts[name]) if name in cuts else leaf
+
+
+def _cut_torch_state(state: dict[str, Any], cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> dict[str, Any]:
+    """The state dict of a torch optimizer, its parameters by number."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    named = [name for group in state["param_groups"] for name in group.get("param_names", ())]
+    if len(named) != len(numbers):
+        named = list(shapes)[: len(numbers)]
+    unknown = [name for name in named if name not in shapes]
+    if len(named) != len(numbers) or unknown:
+        raise ValueError(
+            f"the state of an optimizer is for {len(numbers)} parameters, {listed(named)}, and the tree has the leaves "
+            f"{listed(shapes)}; expected it of the same ones. Make the optimizer from module.named_parameters()."
+        )
+    names = dict(zip(numbers, named, strict=True))
+    own = lambda x: x.clone() if isinstance(x, Tensor) else x  # torch's optimizers write into what they are given.
+    made = {
+        number: {key: own(_cut_like(x, f"{number}.{key}", names[number], cuts, shapes)) for key, x in entries.items()}
+        for number, entries in state["state"].items()
+    }
+    return {**state, "state": made}

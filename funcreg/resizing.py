@@ -1,0 +1,291 @@
+"""Networks as wide as the parameters that they are given."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from funcreg._typing import Params
+from funcreg.agreement import Agreement
+from funcreg.stored import Stored, stored_widths
+from funcreg.tree import listed, tree_leaves, tree_paths
+from funcreg.widths import (
+    CONVOLUTIONS,
+    NORMS,
+    Place,
+    Rule,
+    changes,
+    follow,
+    follow_bare,
+    follow_configs,
+    gives,
+    tensors,
+)
+
+
+def resized(
+    module: nn.Module,
+    params: Params,
+    example_inputs: Any = None,
+    *,
+    rules: Mapping[type[nn.Module], Rule] | None = None,
+) -> nn.Module:
+    """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
+
+    What layers say about their widths follows: linear layers, convolutions (transposed, depthwise, of groups that go
+    whole or become narrower alike), normalizations, embeddings, `MultiheadAttention`, recurrent layers, `Bilinear` and
+    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads follow its
+    projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
+
+    A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or a
+    count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show that outputs are
+    equal, or there is a rule for it. That layers still meet is checked inside each `torch.nn.Sequential`; elsewhere
+    the example inputs show it, or the first call.
+
+    Args:
+        module: The network. It stays as it was.
+        params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives, or the
+            `state_dict` of a network that was resized before.
+        example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments. Both networks run on them in
+            evaluation, and their outputs have to agree up to rounding; the module holds the zeros itself then, as it
+            does after `regularize`.
+        rules: For types of modules with numbers of their own what sets these, called as `rule(layer, before)` with the
+            layer that has its new parameters, its children done, and the layer as it was.
+
+    Raises:
+        TypeError: What is given is no module, no tree of tensors, or no rules for types.
+        ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
+            another kind changes its width, some parameters or buffers of a layer are of another width than others, as
+            without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
+            parameters that are tied are given different values, a module stores a width that nobody knows of, a layer
+            of a `torch.nn.Sequential` gives other channels than the next one takes, or outputs are others.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     for w in (net[0].weight, net[0].bias, net[2].weight.T):
+        ...         w[5:] = 0
+        >>> units = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+        >>> resized(net, remove_dead(dict(net.named_parameters()), units), torch.ones(1, 3))
+        Sequential(
+          (0): Linear(in_features=3, out_features=5, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=5, out_features=2, bias=True)
+        )
+
+        A module whose forward uses a width that it stores, and a rule that sets it:
+
+        >>> class Rows(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.width, self.first, self.last = 8, torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)
+        ...
+        ...     def forward(self, x):
+        ...         return self.last(self.first(x).reshape(-1, self.width))
+        >>> def follow(layer, before):
+        ...     layer.width = layer.first.out_features
+        >>> tree = {"first.weight": torch.ones(5, 3), "first.bias": torch.ones(5), "last.weight": torch.ones(2, 5)}
+        >>> resized(Rows(), tree, rules={Rows: follow}).width
+        5
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
+    for kind, rule in (rules or {}).items():
+        if not isinstance(kind, type) or not callable(rule):
+            raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
+        if not any(isinstance(layer, kind) for layer in module.modules()):
+            raise ValueError(f"rules has one for {kind.__name__}, and the module has no such layer")
+    given = _given(module, params)
+    smaller = _copied(module, given)
+    unknown = _follow(module, smaller, {} if rules is None else rules)
+    follow_configs(module, smaller)
+    for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
+        if type(old).forward is nn.Sequential.forward:
+            _check_meeting(_layers(old, name), _layers(new, name))
+    _settle(module, smaller, unknown, example_inputs)
+    return smaller
+
+
+def _given(module: nn.Module, params: Params) -> dict[str, Tensor]:
+    """The tensors that are given, by their names, or an error if the module has not such ones."""
+    known = tensors(module)
+    given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
+    if not given:
+        raise ValueError("resized got a tree without leaves; expected parameters and buffers by their names")
+    first: dict[int, str] = {}  # The name under which each tensor of the module was given first.
+    for name, leaf in given.items():
+        if name not in known:
+            raise ValueError(f"resized got '{name}', which the module has not; it has {listed(known)}")
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"resized got a {type(leaf).__name__} for '{name}'; expected a tensor")
+        old, other = known[name], first.setdefault(id(known[name]), name)
+        if leaf.ndim != old.ndim:
+            raise ValueError(f"resized got {leaf.ndim} dimensions for '{name}'; the module has {old.ndim}")
+        if leaf is not given[other] and not (leaf.shape == given[other].shape and torch.equal(leaf, given[other])):
+            raise ValueError(
+                f"'{name}' and '{other}' are one tensor in the module, and are given two; expected the same one. "
+                "Does a family name one of them, and not the other?"
+            )
+        if leaf.shape != old.shape and _is_part(module, name):
+            raise ValueError(
+                f"'{name}' has another shape than in the module, and a weight is computed from it; expected a plain "
+                "parameter. Call torch.nn.utils.parametrize.remove_parametrizations or prune.remove first."
+            )
+    return given
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Whether a parametrization, or a hook as of `torch.nn.utils.prune`, computes a weight from a parameter."""
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    computed = vars(layer).get(own.rpartition("_")[0])
+    return isinstance(layer, parametrize.ParametrizationList) or isinstance(computed, Tensor)
+
+
+def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
+    """A copy of a module with other parameters and buffers; what shares a tensor shares the new one."""
+    known = tensors(module)
+    memo: dict[int, Any] = {}
+    for layer in module.modules():  # What hooks have computed is computed anew, and cannot be copied.
+        made = [x for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
+        memo.update({id(x): x.detach().clone() for x in made})
+    for name, leaf in given.items():
+        old, new = known[name], leaf.detach().clone()
+        memo.setdefault(id(old), nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    return copy.deepcopy(module, memo)
+
+
+def _follow(module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> list[Stored]:
+    """Make what the layers say of their widths what these are, and find the numbers that no rule knows."""
+    before, layers = dict(module.named_modules()), dict(smaller.named_modules())
+    alone = [name for name, layer in layers.items() if not layer._modules]
+    around = [name for name, layer in layers.items() if layer._modules]
+    came: list[tuple[int, int]] = []
+    known: dict[str, frozenset[str]] = {}
+    for name in (*alone, *reversed(around)):  # Children before what holds them, and these in their order.
+        layer, old = layers[name], before[name]
+        if changes(layer, old):
+            rule = next((rules[kind] for kind in type(layer).__mro__ if kind in rules), None)
+            if rule is not None:
+                rule(layer, old)
+            elif (found := follow(Place(name, layer, old, came))) is not None:
+                known[name] = found
+        elif not layer._modules and not tensors(layer):
+            follow_bare(layer, came)
+        if gives(layer):
+            came.append((gives(old), gives(layer)))
+    return [each for name, found in known.items() for each in stored_widths(module, smaller, name, found)]
+
+
+def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs: Any) -> None:
+    """Give numbers that nobody knows the values with which outputs are equal, or raise an error."""
+    if inputs is None:
+        if unknown:
+            raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
+        return
+    agreement = Agreement(module, inputs)
+    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))  # Decided for all layers of a type at once.
+    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
+    first = None
+    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), 64):
+        for each in unknown:
+            i = choice[kinds.index(_kind(smaller, each))]
+            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+        problem = agreement.problem(smaller)
+        if problem is None:
+            return
+        first = first or problem
+    if not unknown:
+        raise ValueError(
+            f"the smaller network is not the module: {first}. Does the module hold the zeros itself, and do the "
+            "families given to remove_dead name all that belongs to a channel?"
+        )
+    raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
+
+
+_HINT = (
+    "Give example_inputs, on which the outputs have to stay equal, or say what such a module stores by "
+    "rules={type: function}, called with the layer and the layer as it was; one that does nothing leaves it as it is"
+)
+
+
+def _kind(smaller: nn.Module, each: Stored) -> tuple[type, str]:
+    return type(smaller.get_submodule(each.path)), each.attribute
+
+
+def _said(smaller: nn.Module, unknown: list[Stored]) -> str:
+    each = unknown[0]
+    layer = smaller.get_submodule(each.path)
+    value = f"a tensor of shape {tuple(each.value.shape)}" if isinstance(each.value, Tensor) else f"{each.value!r}"
+    more = f"; there are {len(unknown) - 1} more like it" if len(unknown) > 1 else ""
+    return (
+        f"'{each.path}', a {type(layer).__name__}, stores {each.attribute}={value}, which its forward may use for a "
+        f"width that changed, and resized knows no rule for it{more}"
+    )
+
+
+# Layers in sequence
+
+#: Layers of entries side by side. After a convolution they act on pixels of a row, unless a Flatten is between.
+_ROWS = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+#: Where the layers are that give as many channels as they take.
+_BETWEEN = tuple(f"torch.nn.modules.{kind}" for kind in ("activation", "dropout", "padding", "pooling", "upsampling"))
+
+
+def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested sequences in their order, with their names."""
+    if type(module).forward is not nn.Sequential.forward:
+        yield prefix, module
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tuple[str, nn.Module]]) -> None:
+    """Raise a ValueError for the first two layers in sequence that met before and do not meet after."""
+    producer: tuple[str, int, int] | None = None  # Its name, and how many channels it gave and gives.
+    pixels = flattened = False
+    for (name, old), (_, new) in zip(before, after, strict=True):
+        had, has = _takes(old), _takes(new)
+        if producer is not None and had and has and not (pixels and not flattened and isinstance(old, _ROWS)):
+            giver, gave, gives_now = producer
+            # As many, or after a Flatten as many pixels of each channel.
+            if (had == gave or (flattened and gave and had % gave == 0)) and has * gave != gives_now * had:
+                raise ValueError(
+                    f"'{giver}' gives {gives_now} channels and '{name}' takes {has}, where they were {gave} and {had}: "
+                    "these layers do not meet. Do the families given to remove_dead name both layers, and are the "
+                    "parameters of both given?"
+                )
+        if isinstance(old, (nn.Linear, CONVOLUTIONS, nn.Embedding)):
+            producer = name, gives(old), gives(new)
+            pixels, flattened = isinstance(old, CONVOLUTIONS), False
+        elif isinstance(old, nn.Flatten):
+            flattened = True
+        elif isinstance(old, (nn.GLU, nn.MultiheadAttention)) or not (
+            had or isinstance(old, nn.Identity) or type(old).__module__ in _BETWEEN
+        ):
+            producer = None  # Whatever it makes of the channels.
+
+
+def _takes(layer: Any) -> int:
+    """The number of channels, features or units that a layer takes, 0 if it takes any or is unknown."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels
+    if isinstance(layer, NORMS):
+        return layer.num_features
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return layer.normalized_shape[0] if len(layer.normalized_shape) == 1 else 0
+    return layer.num_parameters if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else 0

@@ -1,0 +1,194 @@
+"""Numbers in modules that may be widths which changed, where no rule says what they are."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from funcreg.widths import SIZES, changes, tensors
+
+
+class Stored(NamedTuple):
+    """A number that a module with a forward of its own may use as a width."""
+
+    path: str
+    attribute: str  # Dotted where it is in a configuration.
+    value: Any
+    others: tuple[Any, ...]  # What it may have to be now.
+
+    def assign(self, root: nn.Module, value: Any) -> None:
+        """Set it. A configuration that other modules share is copied for this one."""
+        layer: Any = root.get_submodule(self.path)
+        owner, _, own = self.attribute.rpartition(".")
+        holder = getattr(layer, owner) if owner else layer
+        if getattr(holder, own) is value:
+            return
+        if owner:
+            holder = copy.copy(holder)
+            setattr(layer, owner, holder)
+        setattr(holder, own, value)
+
+
+#: What every module has.
+_INTERNAL = frozenset(vars(nn.Module()))
+#: Names of widths that are set even where nothing uses them, so that they say what is.
+_LABELS = frozenset(
+    f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
+) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+#: Layers without parameters that hold widths, or counts of what these are divided into.
+_BARE: dict[type, tuple[str, ...]] = {
+    nn.GroupNorm: ("num_groups", "num_channels"),
+    nn.ChannelShuffle: ("groups",),
+    nn.Unflatten: ("unflattened_size",),
+}
+#: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
+_OTHER_COUNTS = (
+    *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
+    *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
+    *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
+)
+
+
+def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
+    """The numbers in a module that may be widths which changed, and that a forward mentions.
+
+    Numbers with the name of a width that nothing mentions are set to what it is.
+    """
+    layer, before = smaller.get_submodule(path), module.get_submodule(path)
+    moves, near = _moves(layer, before)
+    own, named = _mentioned(layer), mentioned(smaller, path)
+    for name, value in list(vars(layer).items()):
+        if name in _INTERNAL or name in known:
+            continue
+        readers = own if _is_count(name) else named
+        # Functions outside of the module read counts from it, too, as those of attention do.
+        if readers is not None and name not in readers and not (near and _is_count(name)):
+            now = _only(layer, before, value) if name in _LABELS else None
+            if now is not None:
+                setattr(layer, name, now)
+        elif _is_config(value):
+            for key in sorted(own or vars(value)):
+                number = getattr(value, key, None)
+                if others := _others(key, number, moves):
+                    yield Stored(path, f"{name}.{key}", number, others)
+        elif others := _others(name, value, moves):
+            yield Stored(path, name, value, others)
+    for child, inner in layer._modules.items():
+        for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
+            if others := _others(name, getattr(inner, name), moves):
+                yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others)
+
+
+def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bool]:
+    """For each width that changed what it became, and whether one of a layer that the module holds itself did."""
+    moves: dict[int, set[int]] = {}
+    near = False
+    for leaf, old, new in changes(layer, before):
+        near = near or leaf.count(".") < 2
+        for a, b in zip(old.shape, new.shape, strict=True):
+            if a != b:
+                moves.setdefault(a, set()).add(b)
+    return moves, near
+
+
+def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
+    """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
+    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
+        return ()
+    if isinstance(value, int):
+        found = set(moves.get(value, ())) if value > 1 else set[int]()
+        if _is_count(name) and value > 1:  # As many fewer as what it divides is narrower.
+            found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
+        return tuple(sorted(found - {value}, reverse=True))
+    if isinstance(value, Tensor):
+        return (value,) if any(n in moves for n in value.shape) else ()
+    if isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):
+        if not any(n in moves and n > 1 for n in value):
+            return ()
+        made = [max(moves.get(n, {n})) if n > 1 else n for n in value]
+        return (type(value)(made),) if type(value) in (list, tuple) else (value,)
+    return ()
+
+
+def _is_count(name: str) -> bool:
+    """Whether a number has the name of one that divides a width."""
+    return ("head" in name.lower() or "group" in name.lower()) and name not in SIZES
+
+
+def _is_config(value: Any) -> bool:
+    plain = (nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
+    return hasattr(value, "__dict__") and not isinstance(value, plain)
+
+
+def _only(layer: nn.Module, before: nn.Module, value: Any) -> int | None:
+    """What every dimension of this size is now, None if there is none or they are not one."""
+    if type(value) is not int:
+        return None
+    new = tensors(layer)
+    found = {
+        b for name, x in tensors(before).items() for a, b in zip(x.shape, new[name].shape, strict=True) if a == value
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def mentioned(root: nn.Module, path: str) -> frozenset[str] | None:
+    """The names that the forward of a module, and those of the modules around it, mention; None if one is unknown."""
+    names: set[str] = set()
+    while True:
+        found = _mentioned(root.get_submodule(path))
+        if found is None:
+            return None
+        names |= found
+        if not path:
+            return frozenset(names)
+        path = path.rpartition(".")[0]
+
+
+def _mentioned(layer: nn.Module) -> set[str] | None:
+    """The names in the code of a forward, and in the methods and functions beside it that it calls."""
+    if "forward" in vars(layer):
+        return None  # Replaced in this instance alone, by whatever it is.
+    names: set[str] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [*_methods(type(layer), "forward"), *_methods(type(layer), "__call__")]
+    while todo:
+        function = inspect.unwrap(todo.pop())
+        if function in seen:
+            continue
+        seen.add(function)
+        if not isinstance(function, types.FunctionType):
+            return None
+        here = _names(function.__code__)
+        for name in here - names:
+            todo += _methods(type(layer), name)
+            other = function.__globals__.get(name)
+            if isinstance(other, types.FunctionType) and other.__module__ == function.__module__:
+                todo.append(other)
+        names |= here
+    return names
+
+
+def _methods(kind: type, name: str) -> Iterator[Any]:
+    """All definitions of a method or property in a class and its bases, but for those of every module."""
+    for base in kind.__mro__:
+        found = None if base in (nn.Module, object) else vars(base).get(name)
+        if isinstance(found, property):
+            found = found.fget
+        if isinstance(found, (staticmethod, classmethod)):
+            found = found.__func__
+        if isinstance(found, types.FunctionType):
+            yield found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names and strings in code, and in the code inside it."""
+    names = {*code.co_names, *[each for each in code.co_consts if isinstance(each, str)]}
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            names |= _names(inner)
+    return names

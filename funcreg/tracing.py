@@ -1,0 +1,193 @@
+"""The ATen operations of a forward pass, with the tensors that they take and give, in their order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Ref(NamedTuple):
+    """A tensor of a recording. Views with one memory and one layout are one tensor."""
+
+    place: tuple[Any, ...]  # Device, address, strides.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: tuple[Any, ...]  # What it shares with its views.
+
+
+class Operation(NamedTuple):
+    """An operation, its tensors replaced by what stands for them."""
+
+    function: Any  # An ATen overload.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Ref]
+    written: list[Ref]  # Arguments that it writes into.
+    module: str  # Name of the module whose forward ran it.
+    needed: bool = True  # Whether outputs depend on it.
+
+    @property
+    def name(self) -> str:
+        return self.function._schema.name.removeprefix("aten::")
+
+
+class Recording(NamedTuple):
+    """What a forward pass did."""
+
+    operations: list[Operation]
+    parameters: dict[str, Ref]
+    buffers: dict[str, Ref]
+    outputs: list[Ref]
+
+
+def record(module: nn.Module, example_inputs: Any) -> Recording:
+    """Run a module once, in evaluation and without gradients, and write down what it does.
+
+    Args:
+        module: A module; its modes of training are restored.
+        example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a tuple of both.
+    """
+    args, kwargs = _arguments(example_inputs)
+    parameters = {name: _ref(w) for name, w in module.named_parameters()}
+    buffers = {name: _ref(x) for name, x in module.named_buffers()}
+    modes = {layer: layer.training for layer in module.modules()}
+    recorder = _Recorder()
+    try:
+        module.eval()
+        with torch.no_grad(), _named(module, recorder), _Plain(), recorder:
+            made = module(*args, **kwargs)
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+    outputs = [_ref(x) for x in tensors_in(made)]
+    return Recording(_needed(recorder.operations, outputs), parameters, buffers, outputs)
+
+
+def refs_in(value: Any) -> list[Ref]:
+    """What stands for tensors in the arguments of an operation."""
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, dict):
+        return [ref for each in value.values() for ref in refs_in(each)]
+    return [ref for each in value for ref in refs_in(each)] if isinstance(value, (tuple, list)) else []
+
+
+def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
+    """The operations, marked by whether outputs depend on them."""
+    storages, marked = {ref.storage for ref in outputs}, []
+    for operation in reversed(operations):
+        needed = any([ref.storage in storages for ref in (*operation.results, *operation.written)])
+        if needed:
+            storages.update([ref.storage for ref in refs_in([operation.args, operation.kwargs])])
+        marked.append(operation._replace(needed=needed))
+    return marked[::-1]
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if not isinstance(example_inputs, (tuple, list)):
+        raise TypeError(
+            f"example_inputs is a {type(example_inputs).__name__}; expected a tuple of the arguments of the module, or "
+            "a dict of its keyword arguments"
+        )
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+        return example_inputs[0], example_inputs[1]
+    return tuple(example_inputs), {}
+
+
+def _ref(x: Tensor) -> Ref:
+    if x.numel() and not x.data_ptr():
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} on the {x.device.type} device has no memory, by which tensors are "
+            "told apart here; expected a module and inputs with numbers in them, as to_empty(device='cpu') gives"
+        )
+    layout = tuple(stride if n > 1 else 0 for n, stride in zip(x.shape, x.stride(), strict=True))
+    return Ref((x.device, x.data_ptr(), layout), tuple(x.shape), x.dtype, (x.device, x.untyped_storage().data_ptr()))
+
+
+def tensors_in(made: Any) -> Iterator[Tensor]:
+    """The tensors of what a module returns, however it is packed. A cache of keys and values is no output."""
+    if isinstance(made, Tensor):
+        yield made
+    elif isinstance(made, Mapping):
+        for each in made.values():
+            yield from tensors_in(each)
+    elif isinstance(made, (tuple, list, set)):
+        for each in made:
+            yield from tensors_in(each)
+    elif type(made).__name__.endswith("Cache"):
+        return
+    elif dataclasses.is_dataclass(made) or (hasattr(made, "__dict__") and not callable(made)):
+        yield from tensors_in(vars(made))
+
+
+@contextlib.contextmanager
+def _named(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Let a recorder know which module is running."""
+
+    def leave(*_: Any) -> None:
+        recorder.running.pop()
+
+    hooks = []
+    for name, layer in module.named_modules():
+        hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: recorder.running.append(name)))
+        hooks.append(layer.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Plain(TorchFunctionMode):
+    """Keeps modules of torch from fast paths that are one operation, as any mode of this kind does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.running: list[str] = []
+        self._alive: list[Any] = []  # No address is used twice.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = func._schema.arguments
+        given = [*zip([each.name for each in arguments], args, strict=False), *kwargs.items()]
+        writes = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
+        into = [x for name, value in given if name in writes for x in _tensors(value)]
+        made = func(*args, **kwargs)
+        results = _tensors(made)
+        self._alive += [x.untyped_storage() for x in (*results, *_tensors(args), *_tensors(list(kwargs.values())))]
+        refs = [_ref(x) for x in into]
+        here = self.running[-1] if self.running else ""
+        operation = Operation(func, _refs(args), _refs(kwargs), [_ref(x) for x in results], refs, here)
+        self.operations.append(operation)
+        return made
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.layout == torch.strided else []
+    return [x for each in value for x in _tensors(each)] if isinstance(value, (tuple, list)) else []
+
+
+def _refs(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _ref(value) if value.layout == torch.strided else value
+    if isinstance(value, dict):
+        return {key: _refs(each) for key, each in value.items()}
+    return type(value)(map(_refs, value)) if type(value) in (tuple, list) else value

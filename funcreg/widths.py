@@ -1,0 +1,451 @@
+"""What layers say about their widths, made what their parameters are.
+
+Each rule knows a kind of layer: PyTorch's own by their class, others by the attributes and children that make them
+what they are, because libraries write the same layer under many names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from funcreg.attention import NarrowAttention
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+#: Normalizations of channels, with statistics or without.
+NORMS = (nn.modules.batchnorm._NormBase,)
+
+#: Makes what a layer with new parameters says of its widths what these are; the second is the layer as it was.
+Rule: TypeAlias = Callable[[Any, Any], None]
+
+
+class Place(NamedTuple):
+    """A layer among the others."""
+
+    name: str
+    layer: Any  # With its new parameters.
+    before: Any  # As it was.
+    came: Sequence[tuple[int, int]]  # What each layer before it gave, and gives.
+
+
+def follow(place: Place) -> frozenset[str] | None:
+    """Make what a layer says of its widths what its parameters are.
+
+    Returns:
+        The attributes that are right now, None if these are all that there are.
+
+    Raises:
+        ValueError: The parameters are of no layer of this kind.
+    """
+    kind = type(place.layer)
+    for kinds, rule in _RULES:
+        if isinstance(place.layer, kinds):
+            rule(place)
+            base = next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
+            return None if kind is base else _known(base)
+    if not resized_itself(place):
+        return frozenset(_of_attention(place))
+    if kind.__module__.startswith("torch.nn.modules."):
+        raise ValueError(
+            f"{_shapes(place)} has another shape than in the module, and resized knows no way to change a "
+            f"{kind.__name__}; its rules are for linear layers, convolutions, normalizations, embeddings, attention, "
+            "recurrent layers and PReLU"
+        )
+    return frozenset([*_by_name(place), *_of_attention(place)])
+
+
+def resized_itself(place: Place) -> bool:
+    """Whether a parameter or buffer of the layer itself has another shape."""
+    return bool(changes(place.layer, place.before, recurse=False))
+
+
+def changes(layer: nn.Module, before: nn.Module, recurse: bool = True) -> list[tuple[str, Tensor, Tensor]]:
+    """The parameters and buffers with another shape: their names, what they were and what they are."""
+    new = tensors(layer, recurse)
+    return [(name, x, new[name]) for name, x in tensors(before, recurse).items() if x.shape != new[name].shape]
+
+
+def tensors(layer: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers by their names, tied ones under each of them."""
+    named = layer.named_parameters(recurse=recurse, remove_duplicate=False)
+    return {**dict(named), **dict(layer.named_buffers(recurse=recurse, remove_duplicate=False))}
+
+
+def gives(layer: Any) -> int:
+    """The number of channels, features or units that a layer gives, 0 if it is unknown."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.out_channels
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim
+    return layer.nf if is_conv1d(layer) else 0
+
+
+def _known(kind: type) -> frozenset[str]:
+    """The attributes of a class of PyTorch's own."""
+    return frozenset([*getattr(kind, "__constants__", ()), "embed_dim", "kdim", "vdim", "num_heads", "head_dim"])
+
+
+def _shapes(place: Place) -> str:
+    """The first parameter of a layer that changed, for an error text."""
+    own = changes(place.layer, place.before, recurse=False)[0][0]
+    return f"'{place.name}.{own}'" if place.name else f"'{own}'"
+
+
+def _of(place: Place, wanted: str = "weight") -> Tensor:
+    """A parameter of a layer, or an error if it is computed from others."""
+    w = place.layer._parameters.get(wanted)
+    if w is None:
+        raise ValueError(
+            f"'{place.name}', a {type(place.layer).__name__}, has no parameter {wanted} of its own; is it "
+            "parametrized or pruned? Call torch.nn.utils.parametrize.remove_parametrizations or prune.remove first."
+        )
+    return w
+
+
+def _bias(place: Place, count: int) -> None:
+    """Raise an error unless a layer that gives so many channels has as many biases."""
+    bias = place.layer.bias
+    if bias is not None and len(bias) != count:
+        raise ValueError(
+            f"the bias of '{place.name}' has {len(bias)} entries, and its weight gives {count} channels; expected as "
+            "many. Does the family that names one of them name the other?"
+        )
+
+
+# PyTorch's own layers
+
+
+def _linear(place: Place) -> None:
+    place.layer.out_features, place.layer.in_features = _of(place).shape
+    _bias(place, place.layer.out_features)
+
+
+def _convolution(place: Place) -> None:
+    layer, before = place.layer, place.before
+    transposed = isinstance(layer, TRANSPOSED)
+    first, second = _of(place).shape[:2]
+    layer.groups = groups = _groups(place, first, second) if before.groups > 1 else 1
+    counts = (second * groups, first) if transposed else (first, second * groups)
+    layer.out_channels, layer.in_channels = counts
+    _bias(place, layer.out_channels)
+
+
+def _groups(place: Place, first: int, second: int) -> int:
+    """The number of groups of a convolution with such a weight: fewer of them, or all, each of them narrower."""
+    before, bias = place.before, place.layer.bias
+    had, each = before.groups, before.weight.shape[0] // before.groups
+    found = [first // each] if second == before.weight.shape[1] and first % each == 0 else []
+    found += [had] if first % had == 0 and had not in found else []
+    if not found:
+        raise ValueError(
+            f"'{place.name}.weight' has {first} rows, and belongs to a convolution of {had} groups of {each}; expected "
+            f"whole groups, or as many rows in each. Along(0, size={each}) makes a group of a penalty of each group"
+        )
+    if isinstance(place.layer, TRANSPOSED):
+        return next((n for n in found if bias is not None and n * second == len(bias)), found[0])
+    # Both may fit the shape. What comes in tells them apart, and a wrong number is an error once the layer runs.
+    width = _after(before.in_channels, place.came)
+    return next((n for n in found if n * second == width), found[0])
+
+
+def _norm(place: Place) -> None:
+    widths = {x.shape for x in tensors(place.layer, recurse=False).values() if x.ndim}
+    if len(widths) > 1:
+        raise ValueError(
+            f"resized got another width for some of the parameters and buffers of '{place.name}'. Are its running "
+            "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
+        )
+    for (width,) in widths:
+        place.layer.num_features = width
+
+
+def _layer_norm(place: Place) -> None:
+    own = list(tensors(place.layer, recurse=False).values())
+    if any(x.shape != own[0].shape for x in own):
+        raise ValueError(
+            f"the weight and the bias of '{place.name}' have {own[0].numel()} and {own[1].numel()} entries; expected "
+            "as many. Does the family that names one of them name the other?"
+        )
+    if own:
+        place.layer.normalized_shape = tuple(own[0].shape)
+
+
+def _group_norm(place: Place) -> None:
+    layer, before = place.layer, place.before
+    if layer.weight is None or layer.weight.shape == before.weight.shape:
+        return
+    width, each = len(layer.weight), before.num_channels // before.num_groups
+    if before.num_groups > 1 and width % each:
+        raise ValueError(
+            f"'{place.name}.weight' has {width} entries, and belongs to a GroupNorm of {before.num_groups} groups of "
+            f"{each} channels; expected whole groups, because the statistics of a part of one are others"
+        )
+    layer.num_channels, layer.num_groups = width, width // each if before.num_groups > 1 else 1
+    _bias(place, width)
+
+
+def _embedding(place: Place) -> None:
+    layer = place.layer
+    layer.num_embeddings, layer.embedding_dim = _of(place).shape
+    if layer.padding_idx is not None and layer.padding_idx >= layer.num_embeddings:
+        raise ValueError(
+            f"'{place.name}' has padding_idx={layer.padding_idx} and {layer.num_embeddings} rows left; expected the "
+            "row of padding among them"
+        )
+
+
+def _prelu(place: Place) -> None:
+    place.layer.num_parameters = len(_of(place))
+
+
+def _bilinear(place: Place) -> None:
+    layer = place.layer
+    layer.out_features, layer.in1_features, layer.in2_features = _of(place).shape
+    _bias(place, layer.out_features)
+
+
+_GATES = {"LSTM": 4, "GRU": 3}
+
+
+def _recurrent(place: Place) -> None:
+    layer = place.layer
+    cell = isinstance(layer, nn.RNNCellBase)
+    kind = type(layer).__name__.removesuffix("Cell") if cell else layer.mode
+    ending = "" if cell else "_l0"
+    into, across = _of(place, f"weight_ih{ending}"), _of(place, f"weight_hh{ending}")
+    layer.input_size, layer.hidden_size = into.shape[1], across.shape[0] // _GATES.get(kind, 1)
+    if not cell and layer.proj_size:
+        layer.proj_size = across.shape[1]
+    expected = {name: tuple(x.shape) for name, x in _like(layer).items()}
+    for name, x in layer.named_parameters(recurse=False):
+        if tuple(x.shape) != expected[name]:
+            raise ValueError(
+                f"'{place.name}.{name}' has shape {tuple(x.shape)}; expected {expected[name]}, because the layers and "
+                f"directions of a {type(layer).__name__} have one width. A hidden unit has a row in each gate, "
+                f"Along(0, packed={_GATES.get(kind, 1)}), and what reads it"
+            )
+    if not cell:
+        layer.flatten_parameters()
+
+
+def _like(layer: Any) -> dict[str, Tensor]:
+    """The parameters of a recurrent layer made anew with the widths that it says, without memory."""
+    sizes = layer.input_size, layer.hidden_size
+    if isinstance(layer, nn.RNNCellBase):
+        made = _base(type(layer))(*sizes, bias=layer.bias, device="meta")
+    else:
+        options: dict[str, Any] = {"proj_size": layer.proj_size} if layer.proj_size else {}
+        options |= {"num_layers": layer.num_layers, "bias": layer.bias, "bidirectional": layer.bidirectional}
+        made = _base(type(layer))(*sizes, device="meta", **options)
+    return dict(made.named_parameters())
+
+
+def _base(kind: type) -> type:
+    return next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn"))
+
+
+def _multihead(place: Place) -> None:
+    layer, before = place.layer, place.before
+    packed = layer.in_proj_weight is not None
+    maps = layer.in_proj_weight.chunk(3) if packed else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    width, layer.embed_dim = maps[0].shape
+    layer.kdim, layer.vdim = maps[1].shape[1], maps[2].shape[1]
+    out, size = layer.out_proj, before.head_dim
+    biases = [x.shape[-1] for x in (layer.bias_k, layer.bias_v) if x is not None]
+    biases += [] if layer.in_proj_bias is None else [len(layer.in_proj_bias) / 3]
+    found = [*[len(w) for w in maps], out.weight.shape[1], *biases]
+    if any(x != width for x in found) or width % size or len(out.weight) != layer.embed_dim:
+        raise ValueError(
+            f"'{place.name}', a {type(layer).__name__}, has queries, keys, values, an output and biases of widths "
+            f"{', '.join(f'{x:g}' for x in found)}, and {len(out.weight)} outputs; expected whole heads of {size} in "
+            f"all of them, and {layer.embed_dim} outputs. Its heads are Along(0, size={size}, packed=3) in "
+            f"in_proj_weight and in_proj_bias, and Along(1, size={size}) in out_proj.weight"
+        )
+    layer.num_heads = width // size
+    if width != layer.embed_dim:
+        if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
+            raise ValueError(
+                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are fewer than its "
+                f"{layer.embed_dim} inputs, which the code of torch.nn.MultiheadAttention does not take; resized knows "
+                "how to go on with that class alone, and not with one of your own"
+            )
+        # Encoder layers choose their fused path by this name; attention itself goes by in_proj_weight.
+        layer._qkv_same_embed_dim = False
+        layer.__class__ = NarrowAttention
+
+
+def _encoder(place: Place) -> None:
+    if any(isinstance(layer, NarrowAttention) for layer in place.layer.modules()):
+        place.layer.use_nested_tensor = False  # Its test for the fused path sees the first layer alone.
+
+
+def _transformer(place: Place) -> None:
+    attention = next((x for x in place.layer.modules() if isinstance(x, nn.MultiheadAttention)), None)
+    place.layer.d_model = place.layer.d_model if attention is None else attention.embed_dim
+
+
+_RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
+    ((nn.Linear,), _linear),
+    (CONVOLUTIONS, _convolution),
+    (NORMS, _norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    ((nn.GroupNorm,), _group_norm),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
+    ((nn.PReLU,), _prelu),
+    ((nn.Bilinear,), _bilinear),
+    ((nn.RNNBase, nn.RNNCellBase), _recurrent),
+    ((nn.MultiheadAttention,), _multihead),
+    ((nn.TransformerEncoder,), _encoder),
+    ((nn.Transformer,), _transformer),
+)
+
+
+# Layers of others
+
+
+def is_conv1d(layer: Any) -> bool:
+    """Whether a layer is a linear one whose weight is transposed, as GPT-2 has it."""
+    return {"nf", "nx"} <= vars(layer).keys() and "weight" in layer._parameters
+
+
+#: What the dimensions of a weight are called, by how many there are.
+_DIMENSIONS: dict[int, Sequence[tuple[str, ...]]] = {
+    1: [("num_features",), ("normalized_shape",), ("hidden_size",), ("num_channels",)],
+    2: [("out_features", "in_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim")],
+}
+
+
+def _by_name(place: Place) -> Iterable[str]:
+    """Attributes that have the names PyTorch gives to the dimensions of a weight, if they were these."""
+    layer, before = place.layer, place.before
+    w, old = tensors(layer, recurse=False).get("weight"), tensors(before, recurse=False).get("weight")
+    if w is None or old is None:
+        return
+    for names in _DIMENSIONS.get(old.ndim, ()):
+        if tuple(_number(getattr(before, name, None)) for name in names) == tuple(old.shape):
+            for name, width in zip(names, w.shape, strict=True):
+                setattr(layer, name, (width,) if isinstance(getattr(before, name), tuple) else width)
+                yield name
+
+
+def _number(x: Any) -> Any:
+    return x[0] if isinstance(x, tuple) and len(x) == 1 else x
+
+
+SIZES = ("head_dim", "attention_head_size", "head_size", "dim_per_head", "key_value_proj_dim")
+_QUERIES = ("q_proj", "query", "q_lin", "query_proj", "q_attn", "q", "wq", "to_q")
+_KEYS = ("k_proj", "key", "k_lin", "key_proj", "k", "wk", "to_k")
+_VALUES = ("v_proj", "value", "v_lin", "value_proj", "v", "wv", "to_v")
+_PACKED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "to_qkv")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+_REPEATS = ("num_key_value_groups", "n_rep")
+_TOGETHER = ("all_head_size", "split_size", "inner_dim")
+
+
+class Heads(NamedTuple):
+    """The widths of attention."""
+
+    size: int
+    queries: int  # How many there are.
+    keys: int
+
+
+def heads(layer: Any, size: int = 0) -> Heads | None:
+    """The heads of a module of attention; None if it is none that is known, no heads if they are not whole."""
+    children = layer._modules
+    size = next((vars(layer)[name] for name in SIZES if isinstance(vars(layer).get(name), int)), size)
+    q, k, v, packed = (
+        next((gives(children[name]) for name in names if children.get(name) is not None), 0)
+        for names in (_QUERIES, _KEYS, _VALUES, _PACKED)
+    )
+    if packed and not (k or v):
+        q = q or packed // 3
+        k = v = q if packed == (2 if "q_attn" in children else 3) * q else 0
+    if not (size and q and k and v):
+        return None
+    whole = q % size == 0 and k % size == 0 and v == k and q % k == 0
+    return Heads(size, q // size, k // size) if whole else Heads(size, 0, 0)
+
+
+def _heads_before(layer: Any) -> Heads | None:
+    """The heads of a module of attention that says how wide each is.
+
+    Of one that says only how many there are, a smaller width may be of fewer heads, or of narrower ones.
+    """
+    found = heads(layer)
+    counts = [vars(layer)[name] for name in _HEADS if isinstance(vars(layer).get(name), int)]
+    return found if found is not None and all(n == found.queries for n in counts) else None
+
+
+def _of_attention(place: Place) -> Iterable[str]:
+    """Counts of heads and their width together, in modules of attention with projections of their own."""
+    layer, before = place.layer, place.before
+    had = _heads_before(before)
+    if had is None or not had.queries:
+        return
+    has = heads(layer, had.size)
+    if has is None or not has.queries:
+        raise ValueError(
+            f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
+            "features, as many of keys as of values, and as many of queries for each of these; they had "
+            f"{had.queries} heads of queries and {had.keys} of keys. Does the family of its heads name all of its "
+            f"projections, with size={had.size}?"
+        )
+    for names, old, new in (
+        (SIZES, had.size, had.size),
+        (_HEADS, had.queries, has.queries),
+        (_KEY_HEADS, had.keys, has.keys),
+        (_REPEATS, had.queries // had.keys, has.queries // has.keys),
+        (_TOGETHER, had.queries * had.size, has.queries * has.size),
+    ):
+        for name in names:
+            if vars(before).get(name) == old:
+                setattr(layer, name, new)
+                yield name
+
+
+def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:
+    """Let a normalization without parameters follow the last layer before it that was as wide.
+
+    It computes the same whatever it says, or raises once it runs; not so a `GroupNorm`.
+    """
+    if isinstance(layer, NORMS):
+        layer.num_features = _after(layer.num_features, came)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1:
+        layer.normalized_shape = (_after(layer.normalized_shape[0], came),)
+
+
+def _after(width: int, came: Sequence[tuple[int, int]]) -> int:
+    return next((new for old, new in reversed(came) if old == width), width)
+
+
+def follow_configs(module: nn.Module, smaller: nn.Module) -> None:
+    """Write widths into the configurations that modules share, where all of these agree.
+
+    Counts of heads only where the configuration says their width, too, which would be computed from them else.
+    """
+    found: dict[tuple[int, str], tuple[Any, set[int]]] = {}
+    for before, layer in zip(module.modules(), smaller.modules(), strict=True):
+        config = vars(layer).get("config")
+        if config is None:
+            continue
+        had = _heads_before(before)
+        has = heads(layer, had.size) if had is not None and getattr(config, "head_dim", None) == had.size else None
+        news: list[tuple[Sequence[str], Any, Any]] = []
+        if had is not None and has is not None and has.queries:
+            news += [(_HEADS, had.queries, has.queries), (_KEY_HEADS, had.keys, has.keys)]
+        hidden = "intermediate_size"
+        news.append(((hidden,), vars(before).get(hidden), vars(layer).get(hidden)))
+        for names, old, new in news:
+            for name in names:
+                if new and getattr(config, name, None) == old:
+                    found.setdefault((id(config), name), (config, set()))[1].add(new)
+    for (_, name), (config, widths) in found.items():
+        if len(widths) == 1:
+            setattr(config, name, widths.pop())

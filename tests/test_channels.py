@@ -1,0 +1,827 @@
+"""Channels of any network, followed through what its forward pass does: what is dead goes, and outputs stay."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DEVICE, assert_equal, normal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks import halve
+from torch import nn
+
+import funcreg as fr
+
+
+def drawn(*shape, seed=1):
+    return normal(torch.Generator().manual_seed(seed), *shape).double()
+
+
+def images(*shape):
+    return (drawn(2, *(shape or (3, 8, 8))),)
+
+
+def vectors(*shape):
+    return (drawn(4, *(shape or (5,))),)
+
+
+class Net(nn.Module):
+    """Named layers, and what is done with them."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
+
+
+def network(make, seed=0):
+    """A network with random weights, statistics too, in evaluation."""
+    torch.manual_seed(seed)
+    return halve(make().double().eval().to(DEVICE), [], seed)
+
+
+def without_half(net, groups, seed=0):
+    """The network once a random half of each family of groups is zero, penalized entries alone."""
+    generator, net = torch.Generator().manual_seed(seed), copy.deepcopy(net)
+    weights = []
+    for count in groups.counts:
+        gone = torch.zeros(count, dtype=torch.float64)
+        gone[torch.randperm(count, generator=generator)[: count // 2]] = 1e9
+        weights.append(gone.to(DEVICE))
+    dead = fr.coupled(fr.group_lasso, groups).prox(dict(net.named_parameters()), 1.0, weights=weights)
+    with torch.no_grad():
+        for name, w in net.named_parameters():
+            w.copy_(dead[name])
+    return net
+
+
+def entries(net):
+    return sum(w.numel() for w in net.parameters())
+
+
+def outputs(net, inputs):
+    with torch.no_grad():
+        return net(**inputs) if isinstance(inputs, dict) else net(*inputs)
+
+
+def linears(*widths):
+    return [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+
+
+def between(run, width=6, inner=None, **layers):
+    """Something between two linear layers."""
+    first, last = nn.Linear(5, width), nn.Linear(inner or width, 3)
+    return Net(lambda net, x: net.last(run(net, net.first(x))), first=first, last=last, **layers)
+
+
+def among(run, width=6, inner=None, out=nn.Conv2d, **layers):
+    """Something between two convolutions."""
+    first, last = nn.Conv2d(3, width, 3), out(inner or width, 4, 1)
+    return Net(lambda net, x: net.last(run(net, net.first(x))), first=first, last=last, **layers)
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.down = None
+        if stride > 1 or inputs != outputs:
+            self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = F.relu_(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x if self.down is None else self.down(x)
+        return F.relu(y, inplace=True)
+
+
+class Dense(nn.Module):
+    def __init__(self, inputs, growth, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(inputs + i * growth),
+                nn.ReLU(),
+                nn.Conv2d(inputs + i * growth, growth, 3, padding=1, bias=False),
+            )
+            for i in range(layers)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+class Unet(nn.Module):
+    def __init__(self, kind="transposed"):
+        super().__init__()
+        block = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+        self.down1, self.down2, self.middle = block(3, 6), block(6, 8), block(8, 10)
+        up = lambda a, b: nn.ConvTranspose2d(a, b, 2, 2)
+        if kind == "upsampled":
+            up = lambda a, b: nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(a, b, 1))
+        self.up2, self.merge2 = up(10, 8), block(16, 8)
+        self.up1, self.merge1 = up(8, 6), block(12, 6)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        a = self.down1(x)
+        b = self.down2(F.max_pool2d(a, 2))
+        y = self.up2(self.middle(F.avg_pool2d(b, 2)))
+        y = self.up1(self.merge2(torch.cat([y, b], dim=1)))
+        return self.head(self.merge1(torch.cat((a, y), dim=1)))
+
+
+class Attention(nn.Module):
+    """Heads counted from the width, as code that may be resized does."""
+
+    def __init__(self, width=12, size=3, kind="packed", groups=1):
+        super().__init__()
+        self.size, self.kind, self.groups = size, kind, groups
+        if kind == "packed":
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q, self.k, self.v = (
+                nn.Linear(width, width),
+                *linears(width, width // groups),
+                nn.Linear(width, width // groups),
+            )
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        if self.kind == "packed":
+            q, k, v = self.qkv(x).reshape(b, n, 3, -1, self.size).permute(2, 0, 3, 1, 4)
+        elif self.kind == "interleaved":
+            raise NotImplementedError
+        else:
+            q, k, v = (f(x).view(b, n, -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.groups > 1:
+            k, v = (y[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2) for y in (k, v))
+        if self.kind == "by hand":
+            y = torch.softmax(q @ k.transpose(-2, -1) / self.size**0.5, -1) @ v
+        elif self.kind == "einsum":
+            scores = torch.einsum("bhnd,bhmd->bhnm", q, k).mul(self.size**-0.5).softmax(-1)
+            y = torch.einsum("bhnm,bhmd->bhnd", scores, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal")
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class Transformer(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embed, self.places = nn.Embedding(11, 12), nn.Parameter(torch.zeros(7, 12))
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(12), Attention(**options), nn.RMSNorm(12)
+        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.places[: tokens.shape[1]]
+        x = x + self.attention(self.norm1(x))
+        y = self.norm2(x)
+        return self.head(x + self.down(F.silu(self.gate(y)) * self.up(y)))
+
+
+def words():
+    return (torch.arange(14, device=DEVICE).reshape(2, 7) % 11,)
+
+
+class Shuffled(nn.Module):
+    """A unit of ShuffleNet: half of the channels go through, and all are shuffled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.ReLU())
+        self.branch = nn.Sequential(
+            nn.Conv2d(6, 6, 1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 6, 1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+        )
+        self.tail = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x):
+        a, b = self.stem(x).chunk(2, dim=1)
+        x = torch.cat([a, self.branch(b)], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.tail(x)
+
+
+def excited(net, y):
+    return y * torch.sigmoid(net.grow(F.relu(net.squeeze(y.mean((2, 3))))))[:, :, None, None]
+
+
+CONV = nn.Conv2d
+# What makes a network, its inputs, and at least the share of parameters that goes with a random half of all groups.
+NETWORKS = {
+    "linear layers": (lambda: nn.Sequential(*linears(5, 7, 6, 3)), vectors, 0.5),
+    "convolutions": (
+        lambda: nn.Sequential(CONV(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(True), CONV(6, 4, 3), nn.ReLU(), CONV(4, 3, 1)),
+        images,
+        0.5,
+    ),
+    "a flattening": (
+        lambda: nn.Sequential(
+            CONV(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 8), nn.Linear(8, 3)
+        ),
+        images,
+        0.6,
+    ),
+    "one dimension": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 6, 3),
+            nn.BatchNorm1d(6),
+            nn.ELU(),
+            nn.ConvTranspose1d(6, 8, 2),
+            nn.AvgPool1d(2),
+            nn.Conv1d(8, 2, 1),
+        ),
+        lambda: images(3, 9),
+        0.5,
+    ),
+    "three dimensions": (
+        lambda: nn.Sequential(nn.Conv3d(1, 6, 2), nn.GELU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3)),
+        lambda: images(1, 4, 4, 4),
+        0.4,
+    ),
+    "a residual network": (
+        lambda: nn.Sequential(
+            nn.Sequential(CONV(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)),
+            Residual(8, 8),
+            Residual(8, 12, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(12, 5),
+        ),
+        images,
+        0.7,
+    ),
+    "a dense network": (
+        lambda: nn.Sequential(
+            CONV(3, 8, 3, padding=1),
+            Dense(8, 4, 3),
+            nn.BatchNorm2d(20),
+            nn.ReLU(),
+            CONV(20, 10, 1),
+            nn.AvgPool2d(2),
+            Dense(10, 4, 2),
+            nn.BatchNorm2d(18),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(18, 5),
+        ),
+        images,
+        0.6,
+    ),
+    "a U-Net": (Unet, images, 0.65),
+    "a U-Net that is upsampled": (lambda: Unet("upsampled"), images, 0.65),
+    "a unit of ShuffleNet": (Shuffled, images, 0.5),
+    "groups of a convolution": (
+        lambda: nn.Sequential(
+            CONV(3, 12, 1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            CONV(12, 24, 3, groups=4),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            CONV(24, 4, 1),
+        ),
+        images,
+        0.45,
+    ),
+    "depthwise": (
+        lambda: nn.Sequential(
+            CONV(3, 8, 1), nn.ReLU6(), CONV(8, 16, 3, groups=8), nn.Hardswish(), CONV(16, 4, 1), nn.Conv2d(4, 3, 1)
+        ),
+        images,
+        0.4,
+    ),
+    "depthwise, transposed": (
+        lambda: nn.Sequential(CONV(3, 8, 1), nn.ConvTranspose2d(8, 16, 2, groups=8), nn.SiLU(), CONV(16, 4, 1)),
+        images,
+        0.4,
+    ),
+    "squeeze and excitation": (
+        lambda: among(excited, squeeze=nn.Linear(6, 4), grow=nn.Linear(4, 6)),
+        images,
+        0.5,
+    ),
+    "group normalization": (
+        lambda: among(lambda net, y: F.relu(net.norm(y)), 12, norm=nn.GroupNorm(4, 12)),
+        images,
+        0.4,
+    ),
+    "instance normalization": (
+        lambda: among(lambda net, y: F.relu(net.norm(y)), norm=nn.InstanceNorm2d(6, affine=True)),
+        images,
+        0.4,
+    ),
+    "instance normalization without a scale": (
+        lambda: among(lambda net, y: F.relu(F.instance_norm(y))),
+        images,
+        0.4,
+    ),
+    "batch normalization without statistics": (
+        lambda: between(lambda net, y: F.relu(net.norm(y)), norm=nn.BatchNorm1d(6, track_running_stats=False)),
+        vectors,
+        0.4,
+    ),
+    "a scale and a bias by hand": (
+        lambda: among(
+            lambda net, y: F.relu(y * net.scale.view(1, -1, 1, 1) + net.bias[None, :, None, None]),
+            scale=nn.Parameter(torch.ones(6)),
+            bias=nn.Parameter(torch.ones(6)),
+        ),
+        images,
+        0.4,
+    ),
+    "PReLU": (lambda: among(lambda net, y: net.act(y), act=nn.PReLU(6)), images, 0.4),
+    "a constant that is read by the last layer": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Sigmoid(), nn.Linear(8, 3)),
+        vectors,
+        0.4,
+    ),
+    "several networks side by side": (
+        lambda: Net(
+            lambda net, x: net.last(torch.cat([net.a(x), F.max_pool2d(x, 3, 1, 1), net.b(x)], 1)),
+            a=CONV(3, 6, 1),
+            b=CONV(3, 4, 3, padding=1),
+            last=CONV(13, 3, 1),
+        ),
+        images,
+        0.3,
+    ),
+    "a stack that is summed": (
+        lambda: Net(
+            lambda net, x: net.last(torch.stack([net.a(x), net.b(x)]).sum(0)),
+            a=nn.Linear(5, 6),
+            b=nn.Linear(5, 6),
+            last=nn.Linear(6, 2),
+        ),
+        vectors,
+        0.4,
+    ),
+    "a gate in one matrix": (
+        lambda: Net(lambda net, x: net.down(F.glu(net.up(x))), up=nn.Linear(5, 16), down=nn.Linear(8, 3)),
+        vectors,
+        0.4,
+    ),
+    "a gate in one matrix, in chunks": (
+        lambda: Net(
+            lambda net, x: net.down((lambda a, b: a * F.gelu(b))(*net.up(x).chunk(2, -1))),
+            up=nn.Linear(5, 16),
+            down=nn.Linear(8, 3),
+        ),
+        vectors,
+        0.4,
+    ),
+    "pixels shuffled": (
+        lambda: Net(
+            lambda net, x: net.last(F.relu(F.pixel_shuffle(net.first(x), 2))), first=CONV(3, 24, 1), last=CONV(6, 2, 3)
+        ),
+        images,
+        0.4,
+    ),
+    "pixels as features": (
+        lambda: Net(
+            lambda net, x: net.last(F.pixel_unshuffle(F.relu(net.first(x)), 2)),
+            first=CONV(3, 6, 1),
+            last=CONV(24, 2, 3),
+        ),
+        images,
+        0.4,
+    ),
+    "padding": (lambda: among(lambda net, y: F.pad(F.pad(y, (1, 1, 2, 0)), (1, 1, 1, 1), "reflect")), images, 0.4),
+    "channels last": (
+        lambda: among(
+            lambda net, y: net.grow(y.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2), 6, 10, grow=nn.Linear(6, 10)
+        ),
+        images,
+        0.5,
+    ),
+    "one layer in two places": (
+        lambda: Net(
+            lambda net, x: net.last(net.mix(F.relu(net.mix(F.relu(net.first(x)))))),
+            first=nn.Linear(5, 6),
+            mix=nn.Linear(6, 6),
+            last=nn.Linear(6, 2),
+        ),
+        vectors,
+        0.4,
+    ),
+    "a sum of what a layer takes and gives": (
+        lambda: between(lambda net, y: F.relu(y + net.mix(F.relu(y))), mix=nn.Linear(6, 6)),
+        vectors,
+        0.4,
+    ),
+    "a low rank": (
+        lambda: Net(
+            lambda net, x: x @ net.a @ net.b, a=nn.Parameter(torch.ones(5, 6)), b=nn.Parameter(torch.ones(6, 3))
+        ),
+        vectors,
+        0.4,
+    ),
+    "a product of weights": (
+        lambda: Net(
+            lambda net, x: F.linear(x, net.w + net.b @ net.a),
+            w=nn.Parameter(torch.ones(3, 5)),
+            a=nn.Parameter(torch.ones(4, 5)),
+            b=nn.Parameter(torch.ones(3, 4)),
+        ),
+        vectors,
+        0.2,
+    ),
+    "MultiheadAttention": (
+        lambda: Net(lambda net, x: net.attend(x, x, x)[0], attend=nn.MultiheadAttention(12, 4, batch_first=True)),
+        lambda: (drawn(2, 5, 12),),
+        0.45,
+    ),
+    "TransformerEncoder": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(12, 4, 20, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        lambda: (drawn(2, 5, 12),),
+        0.4,
+    ),
+    "attention, packed": (Transformer, words, 0.35),
+    "attention, causal": (lambda: Transformer(kind="causal"), words, 0.35),
+    "attention by hand": (lambda: Transformer(kind="by hand"), words, 0.35),
+    "attention by einsum": (lambda: Transformer(kind="einsum"), words, 0.35),
+    "attention, two queries for a key": (lambda: Transformer(kind="by hand", groups=2), words, 0.3),
+}
+every_network = pytest.mark.parametrize(("make", "inputs", "share"), NETWORKS.values(), ids=NETWORKS)
+
+
+@every_network
+def test_a_network_without_dead_channels_gives_what_it_gave(make, inputs, share):
+    net, seen = network(make), inputs()
+    groups = fr.channel_groups(net, seen)
+    for seed in range(2):
+        dead = without_half(net, groups, seed)
+        smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+        expected = outputs(dead, seen)
+        torch.testing.assert_close(outputs(smaller, seen), expected, rtol=1e-10, atol=1e-10)
+        assert (expected[0] - expected[1]).abs().max() > 1e-6  # It still tells inputs apart.
+        assert 1 - entries(smaller) / entries(net) > share
+
+
+@every_network
+def test_families_do_not_overlap_and_tell_what_they_carry(make, inputs, share):
+    net, seen = network(make), inputs()
+    before = copy.deepcopy(net.train())
+    groups = fr.channel_groups(net, seen)
+    assert all(a.training for a in net.modules())
+    assert not any(a._forward_hooks or a._forward_pre_hooks for a in net.modules())
+    assert_equal(fr.with_buffers(net), fr.with_buffers(before))
+    params = {name: w.detach() for name, w in net.named_parameters()}
+    fr.coupled(fr.group_lasso, groups).prox(params, 1.0)  # Has no overlap.
+    for i, family in enumerate(groups):
+        one = fr.ChannelGroups([family])
+        smaller = fr.remove_dead(without_half(net, fr.ChannelGroups([family], [groups.counts[i]])).state_dict(), one)
+        carried = groups.counts[i] // 2 * groups.sizes[i]
+        lost = sum(w.numel() for w in params.values()) - sum(smaller[n].numel() for n in params)
+        twice = any(isinstance(where, tuple) and not isinstance(where, fr.Along) for where in family.values())
+        assert 0 < lost < carried if twice else lost == carried
+
+
+# What is kept
+
+KEPT = {
+    "LayerNorm": (
+        lambda: between(lambda net, y: net.norm(y), norm=nn.LayerNorm(6)),
+        r"normalized over channels .*'norm'",
+    ),
+    "RMSNorm": (lambda: between(lambda net, y: net.norm(y), norm=nn.RMSNorm(6)), r"'norm'"),
+    "softmax": (lambda: between(lambda net, y: y.softmax(-1)), r"a softmax over channels"),
+    "mean": (lambda: between(lambda net, y: y - y.mean(-1, keepdim=True)), r"reduced over channels \(mean\)"),
+    "max": (lambda: between(lambda net, y: y - y.amax(-1, keepdim=True)), r"reduced over channels \(amax\)"),
+    "a norm": (lambda: between(lambda net, y: F.normalize(y)), r"reduced over channels \(linalg_vector_norm\)"),
+    "sorting": (lambda: between(lambda net, y: y.sort(-1)[0]), r"their order is written in the code \(sort\)"),
+    "an index": (lambda: between(lambda net, y: y[:, [3, 1, 2, 0, 5, 4]]), r"looked up by an index \(index\)"),
+    "flipping": (lambda: between(lambda net, y: y.flip(-1)), r"their order is written in the code \(flip\)"),
+    "unequal parts": (
+        lambda: between(lambda net, y: torch.cat(y.split([2, 4], -1)[::-1], -1)),
+        r"unequal parts are taken \(split_with_sizes\)",
+    ),
+    "a slice": (lambda: between(lambda net, y: y[:, 1:], inner=5), r"unequal parts are taken \(slice\)"),
+    "every second": (lambda: between(lambda net, y: y[:, ::2], inner=3), r"every few entries are taken"),
+    "one of them": (lambda: between(lambda net, y: y * y[:, :1]), r"unequal parts are taken"),
+    "a sum with inputs": (
+        lambda: Net(lambda net, x: net.b(x + net.a(x)), a=nn.Linear(5, 5), b=nn.Linear(5, 3)),
+        r"\(add\)",
+    ),
+    "a constant": (lambda: between(lambda net, y: y + torch.ones(6, dtype=y.dtype, device=y.device)), r"\(add\)"),
+    "a constant shift that is not read at the end": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)),
+        None,
+    ),
+    "a shift between layers": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)),
+        None,
+    ),
+    "cumulative sums": (lambda: between(lambda net, y: y.cumsum(-1)), r"\(cumsum\)"),
+    "an operation nobody knows": (lambda: between(lambda net, y: torch.fft.fft(y).real), r"is not followed"),
+    "a sum, which may be a mean": (
+        lambda: between(lambda net, y: y - y.sum(-1, keepdim=True) / y.shape[-1]),
+        r"reduced over channels \(sum\)",
+    ),
+    "an inner product": (
+        lambda: Net(lambda net, x: net.a(x) @ net.b(x).T, a=nn.Linear(5, 6), b=nn.Linear(5, 6)),
+        r"a product of two tensors of channels, whose scale may go by their number",
+    ),
+    "pixels": (
+        lambda: Net(lambda net, x: net.b(net.a(x)), a=nn.Linear(8, 8), b=CONV(3, 2, 3)),
+        r"they are pixels \(convolution, 'b'\)",
+    ),
+    "a weight that is normalized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Linear(6, 3)),
+        r"weight_norm_interface.*parametrizations.weight.original1, dimension 0 of 6",
+    ),
+    "an output": (
+        lambda: Net(lambda net, x: {"hidden": (h := net.a(x)), "out": net.b(h)}, a=nn.Linear(5, 6), b=nn.Linear(6, 3)),
+        r"an output of the network",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [row for row in KEPT.values() if row[1]], ids=[n for n, r in KEPT.items() if r[1]]
+)
+def test_channels_that_cannot_go_without_a_trace_are_kept_and_the_reason_is_told(make, reason):
+    net = network(make)
+    seen = images() if any(isinstance(layer, nn.Conv2d) for layer in net.modules()) else vectors()
+    with pytest.raises(ValueError, match=rf"(?s)found no channels in .*{reason}"):
+        fr.channel_groups(net, seen)
+
+
+@pytest.mark.parametrize("name", [name for name, row in KEPT.items() if row[1] is None])
+def test_channels_that_would_be_a_number_are_kept_where_they_are_read_by_what_forms_groups(name):
+    net, seen = network(KEPT[name][0]), vectors()
+    if "not read at the end" in name:  # The reader does not form groups, so that its columns are in the norm.
+        assert list(fr.channel_groups(net, seen)) == [{"0.weight": 0, "0.bias": 0, "2.weight": 1}]
+        return
+    groups = fr.channel_groups(net, seen)
+    assert list(groups) == [{"2.weight": 0, "2.bias": 0, "4.weight": 1}]
+    assert "a dead one would be 0.693147, not 0" in groups.explain()
+
+
+def test_weights_that_are_standardized_keep_their_columns():
+    def standardized(net, y):
+        w = net.conv.weight
+        w = F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True).reshape(w.shape)
+        return F.relu(F.conv2d(y, w, net.conv.bias))
+
+    net, seen = network(lambda: among(standardized, 6, 8, conv=CONV(6, 8, 1))), images()
+    assert list(fr.channel_groups(net, seen)) == [{"conv.weight": 0, "conv.bias": 0, "last.weight": 1}]
+
+
+def test_views_of_what_is_written_into_are_not_taken_for_zero():
+    def run(net, y):
+        view = y.view(y.shape)
+        y.add_(1.0)
+        return net.mix(view).relu()
+
+    net = network(lambda: between(run, mix=nn.Linear(6, 6)))
+    assert "first.weight" not in [name for family in fr.channel_groups(net, vectors()) for name in family]
+
+
+# What is asked for
+
+
+def test_layers_and_types_choose():
+    net, seen = network(lambda: Transformer()), words()
+    every = fr.channel_groups(net, seen)
+    assert every.layers == [("attention.qkv",), ("gate", "up")]
+    assert list(fr.channel_groups(net, seen, layers=["gate"])) == [every[1]]
+    assert list(fr.channel_groups(net, seen, layers=["att*"])) == [every[0]]
+    assert list(fr.channel_groups(net, seen, types=nn.Linear)) == list(every)
+    inside = fr.channel_groups(net, seen, prefix="part")
+    assert [list(family) for family in inside] == [[f"part.{name}" for name in family] for family in every]
+    for wrong in (["nothing"], "gate", ["gate", "down"]):
+        with pytest.raises(ValueError, match=r"layers is .*; expected names among 'attention.qkv', 'gate', 'up', or"):
+            fr.channel_groups(net, seen, layers=wrong)
+    with pytest.raises(ValueError, match=r"types is .*Conv2d.*; expected types among those of .* which are Linear"):
+        fr.channel_groups(net, seen, types=nn.Conv2d)
+
+
+def test_every_second_layer_has_norms_of_all_that_belongs_to_a_channel():
+    net, seen = network(lambda: nn.Sequential(*linears(5, 7, 6, 4, 3))), vectors()
+    assert list(fr.channel_groups(net, seen, layers=["0", "2"])) == [
+        {"0.weight": 0, "0.bias": 0, "1.weight": 1},
+        {"2.weight": 0, "2.bias": 0, "3.weight": 1},
+    ]
+    assert list(fr.channel_groups(net, seen)) == fr.channel_groups(net)
+    assert list(fr.channel_groups(net, seen, layers=[])) == []
+
+
+def test_it_is_called_as_the_module_is():
+    def run(net, x, scale=None, *, more=None):
+        return net.b(net.a(x) * scale["by"]) if more is None else net.b(net.a(x))
+
+    net, (x,) = network(lambda: Net(run, a=nn.Linear(5, 6), b=nn.Linear(6, 3))), vectors()
+    scale = {"by": torch.tensor(2.0, device=DEVICE)}
+    every = [
+        fr.channel_groups(net, seen)
+        for seen in ((x, scale), [x, scale], ((x,), {"scale": scale}), {"x": x, "scale": scale}, {"x": x, "more": 1})
+    ]
+    assert all(groups == [{"a.weight": 0, "a.bias": 0, "b.weight": 1}] for groups in every)
+    single = network(lambda: nn.Sequential(*linears(5, 6, 3)))
+    assert fr.channel_groups(single, x) == fr.channel_groups(single, (x,))
+    with pytest.raises(TypeError, match=r"example_inputs is a int; expected a tuple of the arguments"):
+        fr.channel_groups(single, 3)
+    with pytest.raises(TypeError, match=r"module is a dict; expected torch\.nn\.Sequential, or any torch\.nn\.Module"):
+        fr.channel_groups({}, (x,))  # pyright: ignore[reportArgumentType]
+    with torch.device("meta"), pytest.raises(ValueError, match=r"on the meta device has no memory, by which"):
+        fr.channel_groups(nn.Linear(2, 3), torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"round_to is 0; expected a whole number of at least 1"):
+        fr.channel_groups(single, (x,), round_to=0)
+
+
+def test_numbers_of_channels_stay_multiples():
+    net, seen = network(lambda: nn.Sequential(*linears(5, 20, 3))), vectors()
+    groups = fr.channel_groups(net, seen, round_to=8)
+    dead = without_half(net, groups)
+    assert fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))[0].out_features == 16
+    assert fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups, round_to=1))[0].out_features == 10
+    same = fr.channel_groups(net, round_to=4)
+    assert fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), same))[0].out_features == 12
+    heads = network(lambda: Transformer())
+    groups = fr.channel_groups(heads, words(), layers=["attention.*"], round_to=6)  # Of three features each.
+    dead = without_half(heads, groups)
+    assert fr.remove_dead(fr.with_buffers(dead), groups)["attention.out.weight"].shape == (12, 6)
+
+
+def test_it_prints_as_a_table_explains_itself_and_comes_back_from_a_pickle():
+    net = network(lambda: Transformer())
+    groups = fr.channel_groups(net, words())
+    assert repr(groups).splitlines() == [
+        "channels of    groups  parameters each",
+        "attention.qkv       4              153",
+        "gate, up           20               38",
+    ]
+    said = groups.explain()
+    assert said == repr(said)
+    assert "- an output of the network" in said or "normalized over channels (native_layer_norm, 'norm1')" in said
+    assert "embed.weight, dimension 1 of 12" in said
+    stored = io.BytesIO()
+    torch.save(groups, stored)
+    stored.seek(0)
+    for other in (pickle.loads(pickle.dumps(groups)), copy.deepcopy(groups), torch.load(stored, weights_only=False)):
+        assert isinstance(other, fr.ChannelGroups)
+        assert other == groups
+        assert repr(other) == repr(groups)
+        assert other.explain() == said
+    p = fr.coupled(fr.group_lasso, groups)
+    again = pickle.loads(pickle.dumps(p))
+    params = fr.with_buffers(net)
+    torch.testing.assert_close(again(params), p(params))
+    assert repr(p) == repr(again)
+    assert "'gate.weight': 0" in repr(p)
+    assert repr(fr.ChannelGroups([{"w": 0}])) == "[{'w': 0}]"
+
+
+# From the penalty to the smaller network
+
+
+@pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net"])
+def test_a_network_is_regularized_made_smaller_and_trained_on(name):
+    make, inputs, _ = NETWORKS[name]
+    net, seen = network(make).float().train(), inputs()
+    seen = tuple(x.float() if x.is_floating_point() else x for x in seen)
+    groups = fr.channel_groups(net, seen)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    handle = fr.regularize(optimizer, fr.coupled(fr.group_lasso, groups), strength=0.1, module=net, weights="sqrt_size")
+    for _ in range(20):
+        optimizer.zero_grad()
+        net(*seen).square().mean().backward()
+        optimizer.step()
+    del handle
+    net.eval()
+    params, state = fr.remove_dead(fr.with_buffers(net), groups, optimizer.state_dict())
+    smaller = fr.resized(net, params)
+    assert entries(smaller) < entries(net)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(net, seen), rtol=1e-4, atol=1e-5)
+    going = torch.optim.Adam(smaller.parameters(), 0.02)
+    going.load_state_dict(state)
+    smaller.train()(*seen).square().mean().backward()
+    going.step()
+
+
+# Random networks
+
+
+class Graph(nn.Module):
+    """Layers of a kind each, applied to what is there already."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.layers = [], nn.ModuleList()
+        widths = [3]
+        for kind, source, other, size in steps:
+            i, j = source % len(widths), other % len(widths)
+            a, b = widths[i], widths[j]
+            if kind in ("add", "mul") and a != b:
+                kind = "match"
+            layer: nn.Module = nn.Identity()
+            width = a
+            if kind in ("conv", "match"):
+                width = b if kind == "match" else size
+                layer = CONV(a, width, 3, padding=1, bias=size % 2 == 0)
+            elif kind == "norm":
+                layer = nn.BatchNorm2d(a)
+            elif kind == "depthwise":
+                layer = CONV(a, a, 3, padding=1, groups=a)
+            elif kind == "gate":
+                layer = nn.Sequential(nn.AdaptiveAvgPool2d(1), CONV(a, a, 1), nn.Sigmoid())
+            elif kind == "group norm":
+                layer = nn.GroupNorm(2 if a % 2 == 0 else 1, a)
+            elif kind == "cat":
+                width = a + b
+            elif kind == "halves":
+                kind = "halves" if a % 2 == 0 else "relu"
+                width = a // 2 if kind == "halves" else a
+            elif kind == "linear":
+                layer, width = nn.Linear(a, size), size
+            self.steps.append((kind, i, j))
+            self.layers.append(layer)
+            widths.append(width)
+        self.head = CONV(widths[-1], 2, 1)
+
+    def forward(self, x):
+        made = [x]
+        for (kind, i, j), layer in zip(self.steps, self.layers, strict=True):
+            a, b = made[i], made[j]
+            if kind == "cat":
+                made.append(torch.cat([a, b], 1))
+            elif kind == "add":
+                made.append(a + b)
+            elif kind == "mul":
+                made.append(a * b)
+            elif kind == "match":
+                made.append(layer(a) + b)
+            elif kind == "gate":
+                made.append(a * layer(a))
+            elif kind == "halves":
+                made.append(torch.mul(*a.chunk(2, 1)))
+            elif kind == "linear":
+                made.append(layer(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+            elif kind == "relu":
+                made.append(F.relu(a))
+            elif kind == "sigmoid":
+                made.append(torch.sigmoid(a))
+            else:
+                made.append(layer(a))
+        return self.head(made[-1])
+
+
+KINDS = [
+    "conv",
+    "conv",
+    "norm",
+    "relu",
+    "add",
+    "mul",
+    "cat",
+    "depthwise",
+    "gate",
+    "halves",
+    "linear",
+    "group norm",
+    "sigmoid",
+]
+step = st.tuples(st.sampled_from(KINDS), st.integers(0, 7), st.integers(0, 7), st.integers(2, 6))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=st.lists(step, min_size=2, max_size=8))
+def test_random_networks_without_dead_channels_give_what_they_gave(steps):
+    net, inputs = network(lambda: Graph(steps)), images(3, 5, 5)
+    try:
+        groups = fr.channel_groups(net, inputs)
+    except ValueError:  # There are none that could go.
+        return
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    torch.testing.assert_close(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-9, atol=1e-9)

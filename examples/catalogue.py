@@ -27,7 +27,8 @@ PAGE = pathlib.Path(__file__).parent / "catalogue.md"
 GIVEN: dict[str, Any] = {
     "alpha": 1.0, "rho": 0.2, "beta": 0.1, "strength": 2.0, "gamma": 3.0, "a": 3.7, "epsilon": 0.1, "threshold": 1.0,
     "delta": 1.0, "anchor": 0.25, "fisher": 1.0, "lower": -1.0, "upper": 1.0, "radius": 6.0, "total": 6.0, "k": 20,
-    "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "factor": 1.0, "groups": ((0, (1, 2)), (3, (4, 5))),
+    "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "kappa": 2.0, "matrix": torch.eye(2, 48, dtype=torch.float64),
+    "factor": 1.0, "groups": ((0, (1, 2)), (3, (4, 5))),
     "weights": torch.linspace(2, 1, 48, dtype=torch.float64).reshape(6, 8),
 }  # fmt: skip
 
@@ -337,7 +338,7 @@ SECTIONS = {
     "Optimizers and loops of torch": ["regularize", "optimizer", "checkpoint"],
     "Schedules": ["schedules", "annealing"],
     "Certificates": ["certificates"],
-    "See": ["report"],
+    "See": ["report", "describe"],
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],

@@ -45,6 +45,7 @@ from funcreg.constraints import (
     Constraint as Constraint,
     box as box,
     constraint as constraint,
+    group_top_k as group_top_k,
     halfspace as halfspace,
     hyperplane as hyperplane,
     l1_ball as l1_ball,
@@ -73,11 +74,27 @@ from funcreg.channels import (
 from funcreg.coupled import (
     coupled as coupled,
 )
+from funcreg.decay import (
+    AnchorState as AnchorState,
+    add_cautious_weight_decay as add_cautious_weight_decay,
+    add_corrected_weight_decay as add_corrected_weight_decay,
+    add_independent_weight_decay as add_independent_weight_decay,
+    add_l1_weight_decay_to_anchor as add_l1_weight_decay_to_anchor,
+    add_l1_weight_decay_to_ema as add_l1_weight_decay_to_ema,
+    add_proximal_weight_decay as add_proximal_weight_decay,
+    add_weight_decay_to_anchor as add_weight_decay_to_anchor,
+    add_weight_decay_to_ema as add_weight_decay_to_ema,
+    with_weight_decay as with_weight_decay,
+)
 from funcreg.deployment import (
     Pruned as Pruned,
     from_prune as from_prune,
     to_prune as to_prune,
     to_sparse as to_sparse,
+)
+from funcreg.describe import (
+    Description as Description,
+    describe as describe,
 )
 from funcreg.ensemble import (
     Members as Members,
@@ -109,6 +126,7 @@ from funcreg.grids import (
 from funcreg.groups import (
     exclusive_lasso as exclusive_lasso,
     group_l0 as group_l0,
+    group_l_half as group_l_half,
     group_mcp as group_mcp,
     group_scad as group_scad,
     l1_linf as l1_linf,
@@ -196,6 +214,13 @@ from funcreg.penalties import (
 from funcreg.penalty import (
     Penalty as Penalty,
     penalty as penalty,
+)
+from funcreg.polytopes import (
+    affine_set as affine_set,
+    birkhoff as birkhoff,
+    box_section as box_section,
+    polyhedron as polyhedron,
+    transport as transport,
 )
 from funcreg.projections import (
     projection_box as projection_box,
@@ -287,14 +312,18 @@ from funcreg.separable import (
     anchored_l1 as anchored_l1,
     anchored_l2 as anchored_l2,
     capped_l1 as capped_l1,
+    etp as etp,
     ewc as ewc,
+    geman as geman,
     huber as huber,
     l0 as l0,
+    l0_envelope as l0_envelope,
     l_half as l_half,
     l_two_thirds as l_two_thirds,
     log_sum as log_sum,
     mcp as mcp,
     nonnegative_form as nonnegative_form,
+    relaxed_mumford_shah as relaxed_mumford_shah,
     scad as scad,
 )
 from funcreg.structured import (
@@ -321,6 +350,7 @@ from funcreg.spectral import (
     on_singular_values as on_singular_values,
     orthogonality as orthogonality,
     orthogonality_offdiagonal as orthogonality_offdiagonal,
+    rank_envelope as rank_envelope,
     schatten as schatten,
     spectral as spectral,
     spectral_ball as spectral_ball,

@@ -99,6 +99,7 @@ def chain(*transforms: Transform) -> Transform:
         stages=[stage for tx in transforms for stage in tx.stages],
         covers=everywhere if everywhere in covers else either(*covers) if covers else None,
         forwards_to=transforms,
+        links=transforms,
     )
     return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
@@ -130,6 +131,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
         stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
         landed = next((each for each in before if _meet("lands", each, tx)), None)
         waiting = next((each for each in before if _meet("waits", each, tx)), None)
+        early = next((each for each in before if "steps" in tx.stages and _meet("follows", each, tx)), None)
         if stepped is not None and takes_gradients:
             adds = "adds" in tx.stages and "steps" not in tx.stages
             goes = "adds a gradient to it, and goes uphill" if adds else "turns its sign once more, and goes uphill"
@@ -147,6 +149,11 @@ def _check_order(transforms: Sequence[Transform]) -> None:
             warn(
                 f"in this chain, {tx!r} stands after {landed!r}, which ends where parameters are to be, at exact zeros "
                 "or in a set: what changes its updates loses that. Put it before."
+            )
+        if early is not None:
+            warn(
+                f"in this chain, {tx!r} stands after {early!r}, which adds to a step downhill: its sign is turned, and "
+                "it goes uphill. Put it after the learning rate."
             )
 
 
@@ -348,6 +355,7 @@ def hold(inner: Transform, frozen: list[Choice]) -> Transform:
         stages=inner.stages,
         covers=inner.covers,
         forwards_to=[inner],
+        links=inner.links,
     )
 
 

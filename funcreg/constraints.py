@@ -785,6 +785,50 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     return ungrouped(_keep_largest(x, x.abs(), _of_groups(k, w, dims)), w, dims)
 
 
+def _keep_longest(w: Tensor, sizes: Tensor, k: Scalar) -> Tensor:
+    """The groups of greatest size, of which there is one number each; of equal ones the first."""
+    flat = sizes.reshape(-1)
+    ranks = flat.sort(descending=True, stable=True).indices.argsort().reshape(sizes.shape)
+    return torch.where((ranks < k) | w.isnan(), w, torch.zeros_like(w)) + 0.0
+
+
+def _group_top_k_metric(w: Tensor, h: Tensor, k: Scalar, *, dim: Dim = ...) -> Tensor:
+    return _keep_longest(w, polar(h.sqrt() * w, group_dims(w, dim))[0], k)
+
+
+def _group_top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = ...) -> Tensor:
+    there = polar(w, group_dims(w, dim))[0] != 0
+    return torch.where(there | (there.sum() < k), g, torch.zeros_like(g))
+
+
+def _check_group_k(k: Hyper) -> None:
+    check_count("k of group_top_k", k)
+
+
+@constraint(metric=_group_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_group_k, residual=_group_top_k_normal)
+def group_top_k(w: Tensor, k: Scalar, *, dim: Dim = ...) -> Tensor:
+    r"""At most :math:`k` groups of a leaf that are not zero, :math:`|\{g : w_g \ne 0\}| \le k`.
+
+    The projection keeps the groups of the greatest norms: magnitude pruning of units, or filters, at every step. Of
+    equal norms it keeps those that come first. The set is not convex.
+
+    Args:
+        k: How many groups may be non-zero, a whole number of at least 0. A tensor is allowed, also a batched one.
+        dim: Dimensions that lie inside a group; by default (`...`) all but the first, so that a group is a row of a
+            matrix or a filter. See `group_lasso`.
+
+    Example:
+        >>> group_top_k.project({"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4], [6.0, 0.0]])}, 1)
+        {'weight': tensor([[0., 0.],
+                [0., 0.],
+                [6., 0.]])}
+
+    References:
+        Baraniuk, Cevher, Duarte & Hegde, *Model-based compressive sensing*, 2010.
+    """
+    return _keep_longest(w, polar(w, group_dims(w, dim))[0], k)
+
+
 def _runs(w: Tensor, m: Any, dim: int) -> Tensor:
     """A leaf with each run of `m` entries of a dimension along a last dimension."""
     if not isinstance(m, int):

@@ -397,7 +397,7 @@ def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
     residual=_sparse_group_residual,
     separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
-    structure=Structure(parts=_sparse_group_parts, groups=_groups),
+    structure=Structure(parts=_sparse_group_parts, keeps=("signs",), groups=_groups),
 )
 def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Zero groups, and zeros inside groups, :math:`\alpha (\rho \|w\|_1 + (1 - \rho) \sum_g c_g \|w_g\|_2)`.

@@ -29,6 +29,7 @@ from funcreg.tree import (
     map_with_path,
     mask_leaves,
     merge,
+    product,
     reduce_leaves,
     times,
     total,
@@ -47,9 +48,9 @@ class Penalty(Remembering):
 
     `p(params, *hyper)` is the value, a 0-dim tensor summed over all leaves; `p.grad(params, *hyper)` the gradient,
     the subgradient of least norm at a kink; `p.prox(params, step, *hyper)` is
-    :math:`\arg\min_z \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`. Each takes a `mask` and looks at its leaves
-    alone. Most penalties are written on one leaf, with the decorator `penalty`; one that couples leaves is made
-    from three functions on trees.
+    :math:`\arg\min_z \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`, and `p.prox_dual(params, step, *hyper)` that of
+    the conjugate of a convex :math:`g`. Each takes a `mask` and looks at its leaves alone. Most penalties are written
+    on one leaf, with the decorator `penalty`; one that couples leaves is made from three functions on trees.
 
     `p.given(*hyper, **options)` is the penalty of given hyperparameters; such penalties are scaled and added,
     `0.1 * l1 + elastic.given(0.1, 0.5)`. A sum has a value and a gradient; it has a proximal operator where that is
@@ -272,6 +273,33 @@ class Penalty(Remembering):
             plain = lambda x, size: self._proximal(x, size, *values, **options)
             landed = approach(plain, chosen, chosen, h, own, count, apart=not self.couples_leaves)
             return compute(lambda w, z: z, chosen, landed)
+
+        return _on(mask, params, act, params)
+
+    @without_autocast
+    def prox_dual(self, params: Params, step: Hyper, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
+        r"""The proximal operator of the conjugate :math:`g^*(z) = \sup_w \langle z, w \rangle - g(w)`.
+
+        It is :math:`w - \text{step} \cdot \operatorname{prox}_{g / \text{step}}(w / \text{step})` for a convex penalty,
+        by the decomposition of Moreau. Primal-dual methods take it: that of `l1` is a projection on the hypercube,
+        that of a constraint a proximal step of its support function.
+
+        Args:
+            params: The tree :math:`w`.
+            step: Number above 0, tensor, or tree of them, as finely cut as those of `prox`.
+            hyper: Hyperparameters of the penalty.
+            mask: Leaves on which the penalty acts; the others stay as they are.
+            options: Static options of the penalty.
+        """
+        _check("step", step, (sys.float_info.min, math.inf))
+        check_params(params)
+
+        def act(chosen: Params) -> Params:
+            spread = product(chosen, step, 1.0)
+            inverse = tree_map(lambda s: 1 / s, spread)
+            scaled = compute_wide(lambda w, c: w / c, chosen, hyper=(spread,))
+            landed = self.prox(scaled, inverse, *hyper, **options)
+            return compute(lambda w, z, c: w - c * z, chosen, landed, hyper=(spread,))
 
         return _on(mask, params, act, params)
 

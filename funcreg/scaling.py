@@ -17,6 +17,7 @@ from funcreg.construction import remembered
 from funcreg.ranges import concrete, flags, scalars
 from funcreg.rounding import is_narrow, rounded, words
 from funcreg.transform import (
+    Stage,
     Transform,
     below_one,
     counter,
@@ -60,7 +61,9 @@ def scale(step_size: Hyper) -> Transform:
     """
     finite(step_size=step_size)
     negative = _negative(step_size)
-    return scheduled(_scale, step_size, descends=negative, stages=["scales", "flips"] if negative else ["scales"])
+    stages: list[Stage] = ["scales", "flips"] if negative else ["scales"]
+    sizes = tree_map(lambda s: s if callable(s) else abs(s), step_size)
+    return scheduled(_scale, step_size, descends=negative, stages=stages, rate=sizes)
 
 
 def _negative(step_size: Hyper) -> bool:
@@ -90,7 +93,7 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
     """
     if not callable(step_size_fn) or isinstance(step_size_fn, type):
         raise TypeError(f"step_size_fn is {step_size_fn!r}; expected a function of the step. For a number, use scale.")
-    return scheduled(_scale, step_size_fn, stages=["scales"])
+    return scheduled(_scale, step_size_fn, stages=["scales"], rate=step_size_fn)
 
 
 @remembered
@@ -119,7 +122,8 @@ def scale_by_learning_rate(learning_rate: Hyper | Schedule | None = None, *, fli
     def rule(updates: Updates, params: Params, rate: Hyper) -> Updates:
         return compute(lambda u, r: direction * r * u, updates, hyper=(rate,))
 
-    return scheduled(rule, learning_rate, descends=True, stages=["steps"] if flip_sign else ["scales"])
+    stages: list[Stage] = ["steps"] if flip_sign else ["scales"]
+    return scheduled(rule, learning_rate, descends=True, stages=stages, rate=learning_rate)
 
 
 # Moments

@@ -23,7 +23,7 @@ from funcreg.composition import Structure
 from funcreg.construction import remembered
 from funcreg.penalties import shrunk
 from funcreg.penalty import Penalty, penalty
-from funcreg.tree import compute, compute_wide, reduce_leaves, sign, squared, total
+from funcreg.tree import compute, compute_wide, reduce_leaves, safe_sqrt, sign, squared, total
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -213,6 +213,152 @@ def log_sum(w: Tensor, epsilon: Scalar) -> Tensor:
     return torch.log1p(w.abs() / epsilon)
 
 
+def _nearer_than_zero(point: Tensor, worth: Tensor, pull: Tensor) -> Tensor:
+    r"""Whether a stationary point lies lower than zero, where both are minima.
+
+    Args:
+        point: :math:`z` of at least 0.
+        worth: :math:`\text{step} \cdot \phi(z) / z`.
+        pull: :math:`\text{step} \cdot \phi'(z)`, by which the point is off.
+    """
+    return ~(worth >= point / 2 + pull)  # Divided by the point, so that an infinite one is kept.
+
+
+def _lambert(x: Tensor) -> Tensor:
+    r"""The greater root :math:`v - 1` of :math:`(v - 1) e^{v - 1} = -x`, for :math:`x` from 0 to 1 / e."""
+    # A series around the point where both roots meet, then four steps of Halley's method.
+    near = safe_sqrt((2 - 2 * math.e * x).relu())
+    v = near - near.square() / 3 + 11 / 72 * near * near.square()
+    for _ in range(4):
+        growth = (v - 1).exp()
+        off = (v - 1) * growth + x
+        below = 2 * v.square() * growth - (v + 1) * off
+        v = v - 2 * v * off / torch.where(below == 0, torch.ones_like(below), below)
+    return v - 1
+
+
+def etp_scale(size: Tensor, gamma: Scalar) -> Tensor:
+    return -1 / torch.expm1(-torch.as_tensor(gamma, dtype=size.dtype, device=size.device))
+
+
+def etp_slope(size: Tensor, gamma: Scalar) -> Tensor:
+    return gamma * etp_scale(size, gamma) * torch.exp(-gamma * size)
+
+
+def etp_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
+    step = torch.zeros_like(size) + step
+    force, decay = step * gamma * etp_scale(size, gamma), torch.exp(-gamma * size)
+    real = ~(gamma * force * decay > 1 / math.e) & ~(step == math.inf)  # Beyond, zero is the only minimum.
+    force = torch.where(real, force, torch.zeros_like(force))
+    root = size + _lambert(gamma * force * decay) / gamma
+    # The equation of the root once more: exact without a step.
+    point = (size - force * torch.exp(-gamma * root)).relu()
+    worth = force / gamma * -torch.expm1(-gamma * point) / point
+    alive = real & _nearer_than_zero(point, worth, force * torch.exp(-gamma * point))
+    return torch.where(alive, point, torch.zeros_like(point))
+
+
+@of_magnitudes(etp_slope, etp_landing, bounds={"gamma": _ABOVE_0})
+def etp(w: Tensor, gamma: Scalar) -> Tensor:
+    r"""Exponential-type penalty, :math:`\sum_i (1 - e^{-\gamma |w_i|}) / (1 - e^{-\gamma})`, which levels off.
+
+    Between `l1`, for a small :math:`\gamma`, and `l0`, for a great one; 1 at a weight of 1. The proximal operator is
+    continuous while :math:`\text{step} \cdot \gamma^2 \le 1 - e^{-\gamma}`, and jumps beyond. Nonconvex.
+
+    Args:
+        gamma: :math:`\gamma`, how fast it levels off, above 0.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -0.5])}
+        >>> etp(params, 1.0), etp.prox(params, 1.0, 1.0)
+        (tensor(2.1257), {'weight': tensor([2.9142, 0.0000])})
+
+    References:
+        Gao, Wang, Yu & Zhang, *A feasible nonconvex relaxation approach to feature selection*, 2011.
+    """
+    reach = gamma * w.abs()
+    # The derivative of expm1 is rounded at 1, and that of exp at itself.
+    risen = torch.where(reach < 1, -torch.expm1(-reach.clamp(max=1)), 1 - torch.exp(-reach))
+    return etp_scale(w.abs(), gamma) * risen
+
+
+def geman_slope(size: Tensor, gamma: Scalar) -> Tensor:
+    return gamma / (size + gamma).square()
+
+
+def geman_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
+    step, reach = torch.zeros_like(size) + step, size + gamma
+    in_units = lambda step: step / reach / reach * (gamma / reach)
+    real = ~(in_units(step) > 4 / 27)  # Beyond, zero is the only minimum.
+    step = torch.where(real, step, torch.zeros_like(step))
+    force = in_units(step)
+    # The greatest root of s^3 - s^2 + force, in units of the reach: from a start that is exact at both ends.
+    share = (2 + safe_sqrt((1 - 6.75 * force).relu())) / 3
+    for _ in range(4):
+        off, rise, bend = share.square() * (share - 1) + force, share * (3 * share - 2), 6 * share - 2
+        below = 2 * rise.square() - off * bend
+        share = share - 2 * off * rise / torch.where(below == 0, torch.ones_like(below), below)
+    # The equation of the root once more: exact without a step.
+    point = (size - step * gamma / (share * reach).square()).relu()
+    pull = step * gamma / (point + gamma).square()
+    alive = real & _nearer_than_zero(point, step / (point + gamma), pull)
+    return torch.where(alive, point, torch.zeros_like(point))
+
+
+@of_magnitudes(geman_slope, geman_landing, bounds={"gamma": _ABOVE_0})
+def geman(w: Tensor, gamma: Scalar) -> Tensor:
+    r"""Geman's penalty, :math:`\sum_i |w_i| / (|w_i| + \gamma)`, which levels off at 1.
+
+    Of slope :math:`1 / \gamma` at 0, and near `l0` for a small :math:`\gamma`. The proximal operator is continuous up
+    to a step of :math:`\frac{1}{2} \gamma^2`, and jumps beyond. Nonconvex.
+
+    Args:
+        gamma: :math:`\gamma`, where it reaches one half, above 0.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -0.5])}
+        >>> geman(params, 1.0), geman.prox(params, 1.0, 1.0)
+        (tensor(1.0833), {'weight': tensor([2.9354, 0.0000])})
+
+    References:
+        Geman & Yang, *Nonlinear image recovery with half-quadratic regularization*, 1995.
+    """
+    return w.abs() / (w.abs() + gamma)
+
+
+def mumford_shah_slope(size: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
+    return torch.where(alpha * size.square() >= kappa, 0 * sign(size), 2 * alpha * size)
+
+
+def mumford_shah_landing(size: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+    room = 1 + 2 * alpha * (torch.zeros_like(size) + step)
+    return torch.where(alpha * size.square() <= kappa * room, size / room, size)
+
+
+@of_magnitudes(mumford_shah_slope, mumford_shah_landing, bounds={"alpha": _AT_LEAST_0, "kappa": _AT_LEAST_0})
+def relaxed_mumford_shah(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
+    r"""Sum of capped squares, :math:`\sum_i \min(\alpha w_i^2, \kappa)`: the relaxed functional of Mumford and Shah.
+
+    Small entries shrink as under `l2`, large ones cost no more and stay: of differences of neighbours, it smooths noise
+    and keeps edges. It makes no zeros. Nonconvex.
+
+    Args:
+        alpha: :math:`\alpha` of the square, at least 0.
+        kappa: :math:`\kappa`, the most that an entry costs, at least 0; infinite for `l2`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -1.0])}
+        >>> relaxed_mumford_shah(params, 1.0, 2.0), relaxed_mumford_shah.prox(params, 1.0, 1.0, 2.0)
+        (tensor(3.), {'weight': tensor([ 3.0000, -0.3333])})
+
+    References:
+        Mumford & Shah, *Optimal approximations by piecewise smooth functions and associated variational problems*,
+        1989.
+        Strekalovskiy & Cremers, *Real-time minimization of the piecewise smooth Mumford-Shah functional*, 2014.
+    """
+    return (alpha * squared(w)).clamp(max=kappa)
+
+
 def mcp_value(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     capped = size.clamp(max=gamma * strength)
     return capped * (strength - capped / (2 * gamma))
@@ -256,6 +402,36 @@ def mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
         Zhang, *Nearly unbiased variable selection under minimax concave penalty*, 2010.
     """
     return mcp_value(w.abs(), strength, gamma)
+
+
+def envelope_slope(size: Tensor, gamma: Scalar) -> Tensor:
+    return mcp_slope(size, (2 * gamma) ** 0.5, 1 / gamma)
+
+
+def envelope_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
+    return mcp_landing(size, step, (2 * gamma) ** 0.5, 1 / gamma)
+
+
+@of_magnitudes(envelope_slope, envelope_landing, bounds={"gamma": _ABOVE_0})
+def l0_envelope(w: Tensor, gamma: Scalar) -> Tensor:
+    r"""Quadratic envelope of `l0`, :math:`\sum_i 1 - \frac{\gamma}{2} \max(\sqrt{2 / \gamma} - |w_i|, 0)^2`.
+
+    The greatest function below `l0` that a square of curvature :math:`\gamma` makes convex: it has a slope, no minimum
+    that `l0` has not, and the same least value beside a loss whose curvature is below :math:`\gamma`. It is `mcp` of
+    strength :math:`\sqrt{2 \gamma}` that bends by :math:`1 / \gamma`. Nonconvex.
+
+    Args:
+        gamma: :math:`\gamma`, above 0: the greater, the nearer to `l0`.
+
+    Example:
+        >>> params = {"weight": torch.tensor([3.0, -1.0])}
+        >>> l0_envelope(params, 0.5), l0_envelope.prox(params, 1.0, 0.5)
+        (tensor(1.7500), {'weight': tensor([3., 0.])})
+
+    References:
+        Carlsson, *On convex envelopes and regularization of non-convex functionals without moving global minima*, 2019.
+    """
+    return mcp_value(w.abs(), (2 * gamma) ** 0.5, 1 / gamma)
 
 
 def _soft_or_stay(size: Tensor, threshold: Scalar, height: Scalar) -> Tensor:
@@ -528,31 +704,38 @@ def ewc(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
 
 @remembered
 def nonnegative_form(inner: Penalty) -> Penalty:
-    r"""A separable penalty on weights of at least 0: its value there, infinite elsewhere.
+    r"""A penalty on weights of at least 0: its value there, infinite elsewhere.
 
-    The proximal operator is :math:`\arg\min_{z \ge 0} \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`, which is
-    that of :math:`g` with negative entries put to 0. Step 0 is the projection on :math:`z \ge 0`. The gradient is
-    that of :math:`g`. Weights multiply :math:`g` alone: 0 alone still keeps entries from being negative.
+    The proximal operator is :math:`\arg\min_{z \ge 0} \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`. For a
+    separable penalty it is that of :math:`g`, and then negative entries are put to 0; for one of magnitudes that
+    couples them, such as `group_lasso`, negative entries are put to 0 first, and do not count in its norms. Step 0 is
+    the projection on :math:`z \ge 0`. The gradient is that of :math:`g`. Weights multiply :math:`g` alone: 0 alone
+    still keeps entries from being negative.
 
     Args:
         inner: A separable penalty, made with `separable=True`, that is convex (`ewc`) or depends on magnitudes and
-            grows with them (`l1`, `mcp`).
+            grows with them (`l1`, `mcp`); or one that couples magnitudes, grows with each, and whose proximal operator
+            is known to keep signs (`group_lasso`, `sparse_group_lasso`, `linf`).
 
     Raises:
-        ValueError: The penalty couples entries.
+        ValueError: The penalty couples entries otherwise.
 
     Example:
         >>> params = {"weight": torch.tensor([3.0, -0.5, -2.0])}
         >>> nonnegative_mcp = nonnegative_form(mcp)
         >>> nonnegative_mcp.prox(params, 1.0, 1.0, 4.0), nonnegative_mcp(params, 1.0, 4.0)
         ({'weight': tensor([2.6667, 0.0000, 0.0000])}, tensor(inf))
+        >>> nonnegative_form(group_lasso).prox({"weight": torch.tensor([[3.0, 4.0], [0.6, -8.0]])}, 1.0)
+        {'weight': tensor([[2.4000, 3.2000],
+                [0.0000, 0.0000]])}
     """
     if not isinstance(inner, Penalty):
         raise TypeError(f"inner is {inner!r}; expected a separable Penalty such as l1")
-    if inner.separable is not True:
+    apart = inner.separable is True
+    if not apart and "signs" not in inner.structure.keeps:
         raise ValueError(
-            f"nonnegative_form got {inner!r}; expected a separable penalty, made with separable=True. To put negative "
-            "entries to 0 is exact for those alone."
+            f"nonnegative_form got {inner!r}; expected a separable penalty, made with separable=True, or one that "
+            "keeps signs, as its structure says. To put negative entries to 0 is exact for those alone."
         )
 
     def outside(params: Params) -> list[Tensor]:
@@ -565,14 +748,17 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         return total([inner.weighted_value(params, weights, *hyper, **options), *outside(params)])
 
     def proximal(params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
-        landed = inner.prox(params, step, *hyper, metric=metric, **options)
+        start = params if apart else compute(lambda w: _real(w).relu(), params)
+        landed = inner.prox(start, step, *hyper, metric=metric, **options)
         return compute(lambda z: _real(z).relu(), landed)
 
     def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
-        if inner.has_residual:
-            left = inner.residual(params, grads, *hyper, strength=strength, **options)
-            # At zero, what would make an entry negative is taken up by the bound.
-            left = compute(lambda w, r: torch.where(w == 0, r.clamp(max=0), r), params, left)
+        # At zero, what would make an entry negative is taken up by the bound.
+        held = lambda r: compute(lambda w, r: torch.where(w == 0, r.clamp(max=0), r), params, r)
+        if inner.has_residual and apart:
+            left = held(inner.residual(params, grads, *hyper, strength=strength, **options))
+        elif inner.has_residual:
+            left = inner.residual(params, held(grads), *hyper, strength=strength, **options)
         else:
             moved = compute_wide(lambda w, g: w - g, params, grads)
             left = compute(lambda w, z: w - z, params, proximal(moved, strength, *hyper, **options))
@@ -587,7 +773,8 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         rule=inner,
         weighted=weighted,
         weigh=inner.weigh,
-        separable=True,
+        in_metric=inner.in_metric,
+        separable=apart,
         couples_leaves=inner.couples_leaves,
         has_gradient=inner.has_gradient,
     )

@@ -24,7 +24,7 @@ from funcreg.constraints import constraint, polar, share, simplex_excess
 from funcreg.construction import remembered
 from funcreg.penalties import Dim, group_dims, l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum, penalty
-from funcreg.separable import l_half, l_two_thirds, mcp
+from funcreg.separable import l0_envelope, l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared, without_autocast
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -579,6 +579,44 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
     return _mcp(w, _one(strength, "strength"), _one(gamma, "gamma"))
+
+
+_envelope = on_singular_values(l0_envelope)
+
+
+def _rank_envelope_gradient(w: Tensor, gamma: Scalar) -> Tensor:
+    return _envelope.grad(w, _one(gamma, "gamma"))
+
+
+def _rank_envelope_proximal(w: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
+    return _envelope.prox(w, _one(step, "step"), _one(gamma, "gamma"))
+
+
+@penalty(
+    gradient=_rank_envelope_gradient,
+    proximal=_rank_envelope_proximal,
+    separable=False,
+    bounds={"gamma": _ABOVE_0},
+)
+def rank_envelope(w: Tensor, gamma: Scalar) -> Tensor:
+    r"""Quadratic envelope of the rank, :math:`\sum_i 1 - \frac{\gamma}{2} \max(\sqrt{2 / \gamma} - \sigma_i(W), 0)^2`.
+
+    The rank, made smooth between 0 and :math:`\sqrt{2 / \gamma}`: see `l0_envelope`, whose proximal operator acts on
+    the singular values for every step. Nonconvex.
+
+    Args:
+        gamma: :math:`\gamma`, above 0: the greater, the nearer to the rank.
+
+    Example:
+        >>> params = {"weight": torch.tensor([[4.0, 0.0], [0.0, 0.5]])}
+        >>> rank_envelope(params, 0.5), rank_envelope.prox(params, 1.0, 0.5)
+        (tensor(1.4375), {'weight': tensor([[4., 0.],
+                [0., 0.]])})
+
+    References:
+        Carlsson, *On convex envelopes and regularization of non-convex functionals without moving global minima*, 2019.
+    """
+    return _envelope(w, _one(gamma, "gamma"))
 
 
 # Constraints

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params, Scalar, State, Updates
+from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
 from funcreg.construction import Remembering, remembered
 from funcreg.ranges import check_range, flags, number
 from funcreg.schedules import KnownSchedule
@@ -39,7 +39,7 @@ T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
 #: What a transform does in a descent; see `Transform`.
-Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks"]
+Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks", "follows"]
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
@@ -67,11 +67,15 @@ class Transform(Remembering):
         stages: What it does in a descent, from which a chain knows whether its links are in order: `"adds"` a gradient
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
             exact zeros or in a set, `"scales"` updates, `"flips"` their sign; it `"waits"` if some calls gather
-            gradients and make no step, and `"shrinks"` if it moves parameters where updates are zero.
+            gradients and make no step, `"shrinks"` if it moves parameters where updates are zero, and
+            `"follows"` a step, to which it adds.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
         forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra`; so a name that
             neither it nor one of them takes is refused.
+        links: The links of a chain, in their order.
+        rate: By what it multiplies updates, up to their sign, if it does nothing else: number, tensor, schedule, or a
+            tree of them.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -101,6 +105,8 @@ class Transform(Remembering):
         stages: Collection[Stage] = (),
         covers: Choice | None = None,
         forwards_to: Sequence[Transform] | None = None,
+        links: Sequence[Transform] = (),
+        rate: Hyper | Schedule | None = None,
     ) -> None:
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
@@ -114,10 +120,17 @@ class Transform(Remembering):
         self.stages = tuple(stages)
         goes = "steps" in self.stages or "flips" in self.stages
         self.covers = everywhere if covers is None and goes else covers
-        self._forwards_to = forwards_to
+        self._forwards_to = None if forwards_to is None else tuple(forwards_to)
+        self.links = tuple(links)
+        self.rate = rate
         self._state = state
 
     kind = "transform"
+
+    @property
+    def forwards_to(self) -> tuple[Transform, ...]:
+        """The transforms to which it hands extra arguments, which are those that it is made of."""
+        return self._forwards_to or ()
 
     def __bool__(self) -> bool:
         if dynamo_asks():
@@ -334,10 +347,11 @@ def memoryless(
     *,
     stages: Collection[Stage] = (),
     covers: Choice | None = None,
+    rate: Hyper | None = None,
 ) -> Transform:
     """`stateless` for functions that are known to return updates like those that they get."""
     update = lambda updates, state, params: (f(updates, params), state)
-    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers)
+    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers, rate=rate)
 
 
 @remembered
@@ -388,7 +402,7 @@ def identity() -> Transform:
         >>> identity().update({"weight": torch.ones(2)}, EmptyState(), params)
         ({'weight': tensor([1., 1.])}, EmptyState())
     """
-    return memoryless(lambda updates, params: updates)
+    return memoryless(lambda updates, params: updates, rate=1.0)
 
 
 @public_state
@@ -439,7 +453,11 @@ def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
 
 
 def scheduled(
-    rule: Callable[..., Updates], *hyper: Hyper, descends: bool = False, stages: Collection[Stage] = ()
+    rule: Callable[..., Updates],
+    *hyper: Hyper,
+    descends: bool = False,
+    stages: Collection[Stage] = (),
+    rate: Hyper | Schedule | None = None,
 ) -> Transform:
     """A transform from `rule(updates, params, *values)`, where a hyperparameter may follow a schedule.
 
@@ -455,7 +473,8 @@ def scheduled(
         values = [at_step(value, state.steps if counts else None) for value in hyper]
         return rule(updates, params, *values), ScheduleState(state.steps + 1) if counts else state
 
-    return Transform(init, update, state=ScheduleState if counts else None, descends=descends, stages=stages)
+    state = ScheduleState if counts else None
+    return Transform(init, update, state=state, descends=descends, stages=stages, rate=rate)
 
 
 # What a factory may be given

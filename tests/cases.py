@@ -285,6 +285,20 @@ def falling(count: Any) -> Any:
 HEAD = {"head": True, "body": False}
 
 
+def _cautious(u: Tensor, w: Tensor, decay: float) -> Tensor:
+    return u + decay * w * (u * w >= 0)
+
+
+def _average(s: Seen, b: float) -> Tensor:
+    m = s.ws[0]
+    for w in s.ws:
+        m = b * m + (1 - b) * w
+    return m
+
+
+DOWN = fr.linear_schedule(0.5, 0.1, 4)
+
+
 def _clipped_descent(h: float = 1.0) -> fr.Transform:
     return fr.chain(fr.clip_by_global_norm(1.0), fr.trace(0.5), fr.add_decayed_weights(0.1 * h), fr.scale(-0.1))
 
@@ -387,6 +401,57 @@ TRANSFORMS: dict[str, TransformCase] = {
     ),
     "soft_threshold on a schedule": TransformCase(
         lambda h=1.0: fr.soft_threshold(lambda count: h * falling(count)), lambda s, h: _soft(s.w + s.g, h / s.n) - s.w
+    ),
+    "add_cautious_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_cautious_weight_decay(0.1 * h),
+        lambda s, h: _cautious(s.g, s.w, 0.1 * h),
+        differentiable=False,  # It jumps where a gradient is 0.
+    ),
+    "add_independent_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_independent_weight_decay(0.1 * h), lambda s, h: s.g - 0.1 * h * s.w
+    ),
+    "add_independent_weight_decay along a schedule": TransformCase(
+        lambda h=1.0: fr.add_independent_weight_decay(0.1 * h, DOWN, mask=fr.matrices),
+        lambda s, h: s.g - 0.1 * h * (1 - 0.2 * (s.n - 1)) * s.w if s.w.ndim > 1 else s.g,
+    ),
+    "add_corrected_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_corrected_weight_decay(0.1 * h, DOWN),
+        lambda s, h: s.g + 0.1 * h * (1 - 0.2 * (s.n - 1)) * s.w,
+    ),
+    "add_corrected_weight_decay of a schedule whose maximum is given": TransformCase(
+        lambda h=1.0: fr.add_corrected_weight_decay(0.1 * h, falling, max_rate=2.0),
+        lambda s, h: s.g + 0.1 * h / (2 * s.n) * s.w,
+    ),
+    "add_proximal_weight_decay": TransformCase(
+        lambda h=1.0: fr.add_proximal_weight_decay(3.0 * h, falling),
+        lambda s, h: (s.w + s.g) / (1 + 3 * h / s.n) - s.w,
+    ),
+    "add_weight_decay_to_anchor": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_anchor(0.1 * h), lambda s, h: s.g + 0.1 * h * (s.w - s.ws[0])
+    ),
+    "add_weight_decay_to_anchor that is given": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_anchor(lambda count: h * falling(count), anchor=0.25),
+        lambda s, h: s.g + h / s.n * (s.w - 0.25),
+    ),
+    "add_weight_decay_to_ema": TransformCase(
+        lambda h=1.0: fr.add_weight_decay_to_ema(0.1 * h, ema_decay=0.5),
+        lambda s, h: s.g + 0.1 * h * (s.w - _average(s, 0.5)),
+    ),
+    "add_l1_weight_decay_to_anchor": TransformCase(
+        lambda h=1.0: fr.add_l1_weight_decay_to_anchor(0.1 * h), lambda s, h: s.g + 0.1 * h * (s.w - s.ws[0]).sign()
+    ),
+    "add_l1_weight_decay_to_ema": TransformCase(
+        lambda h=1.0: fr.add_l1_weight_decay_to_ema(0.1 * h, ema_decay=0.5),
+        lambda s, h: s.g + 0.1 * h * (s.w - _average(s, 0.5)).sign(),
+    ),
+    "with_weight_decay": TransformCase(
+        lambda h=1.0: fr.with_weight_decay(fr.adam(0.1, eps=0.1), "cautious", 0.5 * h, mask=fr.matrices),
+        lambda s, h: -0.1 * (_cautious(_adam(s, eps=0.1), s.w, 0.5 * h) if s.w.ndim > 1 else _adam(s, eps=0.1)),
+        differentiable=False,
+    ),
+    "with_weight_decay on a schedule": TransformCase(
+        lambda h=1.0: fr.with_weight_decay(fr.sgd(DOWN, momentum=0.5), "corrected", h),
+        lambda s, h: -0.1 * (6 - s.n) * (_trace(s.gs, 0.5) + h * (1 - 0.2 * (s.n - 1)) * s.w),
     ),
     "chain": TransformCase(_clipped_descent, _clipped_descent_equation),
     "named_chain": TransformCase(
@@ -809,6 +874,166 @@ PENALTIES.update(
         ),
         "ewc": PenaltyCase(
             fr.ewc, lambda w: 0.25 * (w + 0.3).abs().square().sum(), hyper=(-0.3, 0.5), smooth=True, centre=-0.3
+        ),
+    }
+)
+
+
+def _envelope(sizes: Tensor, gamma: float) -> Tensor:
+    return (1 - gamma / 2 * ((2 / gamma) ** 0.5 - sizes).clamp(min=0) ** 2).sum()
+
+
+PENALTIES.update(
+    {
+        "etp": PenaltyCase(
+            fr.etp,
+            lambda w: (1 - (-1.5 * w.abs()).exp()).sum() / (1 - math.exp(-1.5)),
+            hyper=(1.5,),
+            nonconvex="levels off",
+        ),
+        "geman": PenaltyCase(
+            fr.geman, lambda w: (w.abs() / (w.abs() + 0.7)).sum(), hyper=(0.7,), nonconvex="levels off"
+        ),
+        "relaxed_mumford_shah": PenaltyCase(
+            fr.relaxed_mumford_shah,
+            lambda w: torch.where(w.abs() < (0.8 / 0.6) ** 0.5, 0.6 * w.abs().square(), 0.8).sum(),
+            hyper=(0.6, 0.8),
+            smooth=True,
+            nonconvex="levels off",
+        ),
+        "l0_envelope": PenaltyCase(
+            fr.l0_envelope, lambda w: _envelope(w.abs(), 0.6), hyper=(0.6,), nonconvex="levels off"
+        ),
+        "rank_envelope": PenaltyCase(
+            fr.rank_envelope,
+            lambda w: _envelope(_values(w), 0.6),
+            hyper=(0.6,),
+            metric=False,
+            ruleless="the slopes beside the singular vectors are not known to an entry",
+            nonconvex="levels off",
+        ),
+        "group_l_half": PenaltyCase(
+            fr.group_l_half,
+            lambda w: _size(w, _rows(w)).sqrt().sum(),
+            metric=False,
+            nonconvex="concave away from zero",
+        ),
+    }
+)
+
+CONSTRAINTS.update(
+    {
+        "group_top_k": ConstraintCase(
+            fr.group_top_k,
+            lambda w: _beyond((_size(w, _rows(w)) != 0).sum().double(), 2.0),
+            lambda w: torch.cat([w[:2], 0 * w[2:]]) if w.ndim else w,
+            hyper=(2.0,),
+            nonconvex="a union of planes",
+            batch=lambda k: [k, k - 1, 0.0],
+        ),
+    }
+)
+
+
+# Polytopes
+
+
+def _even(w: Tensor, total: float) -> Tensor:
+    """A matrix of even sums of rows and columns, with something of the leaf in it."""
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    if not m.numel():
+        return w
+    m = m - m.mean(0) - m.mean(1, keepdim=True) + m.mean()
+    return (total / m.numel() * (1 + m / (1 + m.abs().amax()))).reshape(w.shape)
+
+
+def _uneven(w: Tensor, total: float | None) -> Tensor:
+    m = w.flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    if not m.numel():
+        return w.sum()
+    whole = m.shape[0] if total is None else total
+    off = [m.sum(1) - whole / m.shape[0], m.sum(0) - whole / m.shape[1]]
+    return torch.cat(off).abs().amax() + _beyond(-m, 0.0)
+
+
+EQUATIONS = [[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 2.0, 0.5]]
+INEQUALITIES = [[1.0, 1.0, 0.0, 0.0], [0.0, -1.0, 1.0, 1.0], [-1.0, 0.0, 0.0, -1.0]]
+
+
+def _left_side(w: Tensor, rows: list[list[float]], offset: list[float]) -> Tensor:
+    return w @ torch.tensor(rows, dtype=w.dtype).T - torch.tensor(offset, dtype=w.dtype)
+
+
+def _solved(w: Tensor) -> Tensor:
+    """The first two entries of four are those that solve both equations."""
+    if not w.numel():
+        return w
+    c, d = w[..., 2], w[..., 3]
+    both, apart = 0.6 - c - d, -0.2 - 2 * c - 0.5 * d
+    return torch.stack([(both + apart) / 2, (both - apart) / 2, c, d], -1)
+
+
+CONSTRAINTS.update(
+    {
+        "box_section": ConstraintCase(
+            fr.box_section,
+            lambda w: (2 * w.sum() - 0.6).abs() + _beyond(-0.3 - w, 0.0) + _beyond(w, 0.7) if w.numel() else w.sum(),
+            lambda w: 0.3 / w.numel() + 0.25 * (w - w.mean()) / (1 + (w - w.mean()).abs().amax()) if w.numel() else w,
+            hyper=(-0.3, 0.7, 2.0, 0.6),
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "affine_set": ConstraintCase(
+            fr.affine_set,
+            lambda w: _left_side(w, EQUATIONS, [0.6, -0.2]).abs().amax() if w.numel() else w.sum(),
+            _solved,
+            options={"matrix": EQUATIONS, "offset": [0.6, -0.2], "dim": -1},
+            least_ndim=1,
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "polyhedron": ConstraintCase(
+            fr.polyhedron,
+            lambda w: _left_side(w, INEQUALITIES, [0.5, 0.3, 0.4]).amax().clamp(min=0) if w.numel() else w.sum(),
+            lambda w: 0.15 * w / (1 + w.abs()),
+            options={"matrix": INEQUALITIES, "offset": [0.5, 0.3, 0.4], "dim": -1},
+            least_ndim=1,
+            uncompiled="its many steps are traced for long",
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "polyhedron with equations": ConstraintCase(
+            fr.polyhedron,
+            lambda w: (w.sum(-1) - 1).abs().amax() + _beyond(-w, 0.0) if w.numel() else w.sum(),
+            lambda w: w.softmax(-1) if w.numel() else w,
+            options={
+                "matrix": [[-1.0 if i == j else 0.0 for j in range(4)] for i in range(4)],
+                "equations": ([[1.0, 1.0, 1.0, 1.0]], 1.0),
+                "dim": -1,
+            },
+            uncompiled="its rules are in the graph of another row",
+            least_ndim=1,
+            complex=False,
+            finite="the sum of an infinite entry and others is none of their own",
+        ),
+        "transport": ConstraintCase(
+            fr.transport,
+            lambda w: _uneven(w, 1.5),
+            lambda w: _even(w, 1.5),
+            hyper=(1.5,),
+            complex=False,
+            metric=False,
+            uncompiled="its many steps are traced for long",
+            finite="an infinite entry is beyond what its row and column may hold",
+        ),
+        "birkhoff": ConstraintCase(
+            fr.birkhoff,
+            lambda w: _uneven(w, None),
+            lambda w: _even(w, w.shape[0] if w.ndim else 1.0),
+            complex=False,
+            metric=False,
+            uncompiled="its many steps are traced for long",
+            finite="an infinite entry is beyond what its row and column may hold",
         ),
     }
 )

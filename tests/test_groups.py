@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -503,3 +504,91 @@ def test_lassonet_is_a_penalty_of_two_leaves():
         LASSONET({"skip": torch.ones(1, 2), "hidden": torch.ones(2, 3)}, 1.0)
     with pytest.raises(ValueError, match="not trees"):
         LASSONET.prox(params, {"skip": 0.1, "hidden": 0.2}, 1.0)
+
+
+# Roots of norms, counts, and groups of at least zero
+
+
+@pytest.mark.parametrize("step", [0.01, 0.3, 1.0, 4.7, 30.0])
+def test_roots_of_norms_land_at_the_global_minimum_for_every_step(step):
+    line = torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+    jump = 1.5 * step ** (2 / 3)
+    for size in (0.0, 0.5, jump * (1 - 1e-9), jump, jump * (1 + 1e-9), 2 * jump, 9.0):
+        w = size * line
+        z = fr.group_l_half.prox(w, step)
+        assert bool(z.any()) == (size > jump)
+        points = torch.cat(
+            [torch.linspace(0, 1.1, 2001, dtype=torch.float64)[:, None, None] * w, rings(jump * line[0].abs())]
+        )
+        least = cost(fr.group_l_half, (), w, z[None], step)
+        assert (cost(fr.group_l_half, (), w, points, step) >= least - 1e-13).all()
+
+
+def test_roots_of_norms_take_weights_and_are_separable_on_groups_of_one():
+    w = torch.randn(3, 4, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    z = fr.group_l_half.prox(w, 0.9, weights=weights)
+    for i, c in enumerate(weights):
+        torch.testing.assert_close(z[i : i + 1], fr.group_l_half.prox(w[i : i + 1], 0.9 * c))
+    assert_equal(fr.group_l_half.prox(w[0], 0.9), fr.l_half.prox(w[0], 0.9), rtol=1e-12)
+    torch.testing.assert_close(fr.group_l_half(w[0]), fr.l_half(w[0]))
+    infinite = torch.tensor([[math.inf, 1.0], [0.1, 0.1], [0.0, 0.0]])
+    assert_equal(fr.group_l_half.prox(infinite, 0.5), torch.tensor([[math.inf, 1.0], [0.0, 0.0], [0.0, 0.0]]))
+
+
+def test_the_groups_that_are_kept_are_those_that_cost_most_to_lose():
+    generator = torch.Generator().manual_seed(0)
+    w, h = normal(generator, 4, 3), uniform(generator, 4, 3) + 0.1
+    for metric in (None, h):
+        z = fr.group_top_k.project(w, 2, metric=metric)
+        cost = lambda z, metric=metric: ((1 if metric is None else metric) * (w - z).square()).sum()
+        others = [w * torch.tensor([[i in pair] for i in range(4)]) for pair in itertools.combinations(range(4), 2)]
+        assert min(map(cost, others)) == cost(z)
+    assert_equal(fr.group_top_k.project(torch.ones(3, 2), 2), torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert_equal(fr.group_top_k.project(w.T, 2, dim=0), fr.group_top_k.project(w, 2).T)
+    columns = fr.group_top_k.project(w, 1, dim=0)
+    assert (columns != 0).any(0).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("penalty", "hyper"),
+    [
+        (fr.group_lasso, ()),
+        (fr.sparse_group_lasso, (0.8, 0.3)),
+        (fr.group_mcp, (0.7, 2.0)),
+        (fr.group_l0, ()),
+        (fr.group_l_half, ()),
+        (fr.l1_linf, ()),
+    ],
+)
+def test_nonnegative_groups_land_at_the_global_minimum(penalty, hyper):
+    form = fr.nonnegative_form(penalty)
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.linspace(0, 3, 151, dtype=torch.float64)
+    points = torch.cartesian_prod(axis, axis)[:, None]
+    for _ in range(6):
+        w = 2 * normal(generator, 1, 2) + 0.3
+        for step in (0.2, 0.7, 2.0):
+            z = form.prox(w, step, *hyper)
+            assert (z >= 0).all()
+            assert form(z, *hyper) == penalty(z, *hyper)
+            least = cost(penalty, hyper, w, z[None], step)
+            fine = (z + rings(torch.tensor([1e-6, 1e-4, 1e-2], dtype=torch.float64), 36)).relu()
+            for others in (points, fine):
+                assert (cost(penalty, hyper, w, others, step) >= least - 1e-12).all()
+            assert fr.kkt_residual(z, z - w, form, *hyper, strength=step) < 1e-12
+    assert form(torch.tensor([[1.0, -1e-9]]), *hyper) == math.inf
+
+
+def test_nonnegative_groups_have_metrics_weights_and_training():
+    form, w = fr.nonnegative_form(fr.group_lasso), torch.tensor([[3.0, -4.0], [0.5, 0.5]], dtype=torch.float64)
+    h = torch.full_like(w, 2.0)
+    assert_equal(form.prox(w, 1.0, metric=h), form.prox(w, 0.5), rtol=1e-12)
+    torch.testing.assert_close((2.0 * form)(w.relu()), 2 * fr.group_lasso(w.relu()))
+    tx, goal = fr.prox_adam(0.05, form, strength=0.8), {"w": w}
+    params, state = goal, tx.init(goal)
+    for _ in range(1500):
+        updates, state = tx.update({"w": params["w"] - w}, state, params)
+        params = fr.apply_updates(params, updates)
+    torch.testing.assert_close(params["w"], torch.tensor([[2.2, 0.0], [0.0, 0.0]], dtype=torch.float64))
+    assert fr.kkt_residual(params, {"w": params["w"] - w}, form, strength=0.8) < 1e-6

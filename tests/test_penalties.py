@@ -112,6 +112,48 @@ def test_prox_is_firmly_nonexpansive(case):
         assert moved @ moved <= moved @ (flat(x) - flat(y)) + 1e-12
 
 
+@every_convex_penalty
+@pytest.mark.parametrize("step", [0.1, 1.0, 3.0])
+def test_the_dual_prox_lands_at_a_subgradient_of_what_it_takes_away(case, step):
+    x = draw(scale=2.0)
+    z = case.penalty.prox_dual(x, step, *case.hyper, **case.options)
+    y = fr.tree_map(lambda a, b: (a - b) / step, x, z)  # z is in the subdifferential at y, as y is in its dual at z.
+    for seed in range(30):
+        other = draw(seed + 50, scale=2.0)
+        assert case.value(other) >= case.value(y) + flat(z) @ (flat(other) - flat(y)) - 1e-10
+    whole = fr.tree_map(
+        lambda a, b: a + b, case.prox(x, 1.0), case.penalty.prox_dual(x, 1.0, *case.hyper, **case.options)
+    )
+    assert_equal(whole, x, rtol=1e-12, atol=1e-14)
+
+
+@every_convex_penalty
+def test_the_dual_prox_takes_steps_masks_and_dtypes_as_prox_does(case):
+    dual = lambda x, step, **kwargs: case.penalty.prox_dual(x, step, *case.hyper, **case.options, **kwargs)
+    x, mask = draw(), fr.select("head.*")
+    head = {"head": x["head"]}
+    assert_equal(dual(x, 0.5, mask=mask), {**x, "head": dual(head, 0.5)["head"]})
+    if case.equation:
+        steps = {"head": 0.5, "body": torch.tensor(2.0, dtype=torch.float64)}
+        assert_equal(dual(x, steps), {**dual(head, 0.5), **dual({"body": x["body"]}, 2.0)}, rtol=1e-12, atol=1e-15)
+    assert {w.dtype for w in fr.tree_leaves(dual(draw(dtype=torch.bfloat16), torch.tensor(0.5)))} == {torch.bfloat16}
+    many = vmap(lambda step: dual(x, step))(torch.tensor([0.5, 2.0], dtype=torch.float64))
+    assert_equal(fr.tree_map(lambda w: w[1], many), dual(x, 2.0), rtol=1e-12, atol=1e-15)
+    for step in (0.0, -1.0, math.nan, {"head": 0.0, "body": 1.0}):
+        with pytest.raises(ValueError, match=r"^step"):
+            dual(x, step)
+
+
+def test_the_dual_prox_has_its_closed_forms():
+    x = draw(scale=2.0)
+    assert_equal(fr.l1.prox_dual(x, 0.7), fr.linf_ball.project(x, 1.0), rtol=1e-12, atol=1e-15)
+    assert_equal(fr.half_l2.prox_dual(x, 0.7), fr.tree_map(lambda w: w / 1.7, x), rtol=1e-12)
+    assert_equal(fr.group_lasso.prox_dual(x, 0.7), fr.max_norm.project(x, 1.0), rtol=1e-12, atol=1e-15)
+    assert_equal(fr.l1_ball.prox_dual(x, 0.7, 2.0), fr.linf.prox(x, 1.4, dim=None), rtol=1e-12, atol=1e-14)
+    assert_equal((0.3 * fr.l1).prox_dual(x, 0.7), fr.linf_ball.project(x, 0.3), rtol=1e-12, atol=1e-15)
+    assert_equal(fr.nuclear.prox_dual(x, 0.7), fr.spectral_ball.project(x, 1.0), rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["l1", "l2", "half_l2", "elastic", "a user's"])
 def test_prox_of_one_entry_is_the_minimum_on_a_grid(name):
     case = PENALTIES[name]

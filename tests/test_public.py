@@ -75,7 +75,7 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "memory", "undocumented"],
+    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "undocumented"],
     ["locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "grouping", "rules", "sharding", "stored"],
     ["grids", "lowering", "schedules", "tree"],
@@ -118,16 +118,18 @@ LAYERS = [
     [
         "averaging",
         "certificates",
+        "decay",
         "factored",
         "fused",
         "mixing",
         "optimizers",
         "plain_optimizers",
+        "polytopes",
         "proximal",
         "report",
         "structured",
     ],
-    ["adaptive_optimizers", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
+    ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path"],
 ]
 

@@ -69,6 +69,25 @@ ENTRIES = {
     "ewc": Entry(
         fr.ewc, lambda z, a, f: 0.5 * f * (z - a).square(), [(0.4, 2.0), (-2.0, 0.1), (0.7, 0.0)], zeros=False
     ),
+    "etp": Entry(
+        fr.etp,
+        lambda z, g: -torch.expm1(-g * z.abs()) / -math.expm1(-g),
+        [(0.05,), (0.5,), (1.0,), (3.0,), (20.0,)],
+    ),
+    "geman": Entry(fr.geman, lambda z, g: z.abs() / (z.abs() + g), [(0.05,), (0.5,), (1.0,), (2.0,), (30.0,)]),
+    "relaxed_mumford_shah": Entry(
+        fr.relaxed_mumford_shah,
+        lambda z, alpha, kappa: (alpha * z.square()).clamp(max=kappa),
+        [(1.0, 2.0), (0.2, 0.3), (3.0, 0.1), (0.0, 1.0), (1.0, 0.0)],
+        lambda s, alpha, kappa: [math.sqrt(kappa * (1 + 2 * alpha * s) / alpha)] if alpha else [1.0],
+        zeros=False,
+    ),
+    "l0_envelope": Entry(
+        fr.l0_envelope,
+        lambda z, g: 1 - g / 2 * (math.sqrt(2 / g) - z.abs()).clamp(min=0).square(),
+        [(0.3,), (1.0,), (2.0,), (40.0,)],
+        lambda s, g: [math.sqrt(2 * g) * s, math.sqrt(2 / g), math.sqrt(2 * s)],
+    ),
 }
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 # Among them the bounds of the regimes: gamma, a - 1, a + 1, epsilon^2, 2 theta, and their neighbours.
@@ -364,7 +383,7 @@ def test_wrong_hyperparameters_are_told():
         (lambda: fr.capped_l1(w, -0.1), "threshold of capped_l1 is -0.1"),
         (lambda: fr.huber(w, -0.1), "delta of huber is -0.1"),
         (lambda: fr.ewc(w, 0.0, -2.0), "fisher of ewc is -2"),
-        (lambda: fr.nonnegative_form(fr.group_lasso), "separable=True"),
+        (lambda: fr.nonnegative_form(fr.nuclear), "separable=True"),
         (lambda: fr.nonnegative_form(fr.l1)({"w": torch.ones(2, dtype=torch.complex64)}), "'w'.*complex"),
         (lambda: fr.nonnegative_form(fr.mcp).prox(w, 1.0, 1.0, -3.0), "gamma of nonnegative mcp is -3"),
     ):

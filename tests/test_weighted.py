@@ -38,6 +38,7 @@ GROUPS: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
             "oscar of rows",
             "a multiple",
             "a sum on some leaves",
+            "group_l_half",
         ],
         _rows,
     ),

@@ -1,0 +1,223 @@
+"""What descriptions say: every transform in words, the leaves it acts on, and the known mistakes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+
+import pytest
+import torch
+from cases import HEAD, TRANSFORMS, draw, falling
+from torch import nn
+
+import funcreg as fr
+from funcreg.notation import formula, plain
+
+PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and not inspect.ismodule(value)}
+
+
+def described(tx, params=None):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return fr.describe(tx, params)
+
+
+@pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_every_transform_is_described_by_its_documentation(case):
+    tx = case.make()
+    for params in (None, draw()):
+        found = described(tx, params)
+        assert found.rows[0].link == repr(tx)
+        assert all(row.what for row in found.rows if not row.link.startswith("Transform("))
+        assert isinstance(found, fr.Description)
+        assert str(found) == repr(found)
+        assert len({row.depth for row in found.rows}) == 1 + max(row.depth for row in found.rows)
+        for row in found.rows:
+            assert row.link in str(found)
+            assert (row.leaves is None) == (params is None)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_formulas_become_letters_and_signs(name):
+    text = plain((inspect.getdoc(PUBLIC[name]) or "").split("\n\n")[0])
+    assert not any(mark in text for mark in ("\\", "$", ":math:", "  ", "`"))
+
+
+def test_letters_and_signs():
+    assert formula(r"\frac{\lambda}{2} \|w\|_2^2") == "λ/2 ‖w‖₂²"
+    assert formula(r"u / \sqrt{v + \epsilon}") == "u / √(v + ε)"
+    assert formula(r"\sqrt[3]{x_{t-1}} \hat{m}^{n}, \{a\}") == "∛xₜ₋₁ m̂ⁿ, {a}"
+    assert formula(r"x^") == "x"
+    assert plain("Add :math:`w`\n to `updates`.") == "Add w to updates."
+
+
+def test_an_optimizer_is_shown_with_its_links_and_their_leaves():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    found = described(fr.adamw(1e-3, weight_decay=0.1, mask=fr.matrices), model)
+    assert [row.depth for row in found.rows] == [0, 1, 1, 1]
+    assert [row.link.partition("(")[0] for row in found.rows] == [
+        "adamw",
+        "scale_by_adam",
+        "add_decayed_weights",
+        "scale_by_learning_rate",
+    ]
+    assert found.rows[2].leaves == ("0.weight",)
+    assert found.rows[2].note == "1 of 4 leaves, 6 of 12 numbers: 0.weight; not 0.bias, 1.bias, 1.weight"
+    assert found.rows[1].note == "all 4 leaves, 12 numbers"
+    assert not found.warnings
+
+
+def test_wrappers_are_opened_with_their_labels():
+    params = draw()
+    parts = {"slow": fr.adam(0.1), "fast": fr.masked(fr.sgd(0.1), True)}
+    tx = fr.named_chain(("clip", fr.clip(1.0)), ("parts", fr.partition(parts, {"head": "slow", "body": "fast"})))
+    found = described(tx, params)
+    assert [row.place for row in found.rows] == ["", "clip", "parts", "slow", "1", "2", "fast", "1", "1", "2"]
+    slow, fast = (next(row for row in found.rows if row.place == label) for label in parts)
+    assert set(slow.leaves) == {"head.weight", "head.bias"}
+    assert set(fast.leaves) == {"body.filters", "body.scale.0"}
+    assert not found.warnings
+
+
+def test_frozen_leaves_are_left_out_of_the_other_links():
+    found = described(fr.chain(fr.adam(0.1), fr.chain(fr.freeze(HEAD))), draw())
+    adam, freeze = (next(row for row in found.rows if row.link.startswith(name)) for name in ("scale_by_a", "freeze"))
+    assert set(adam.leaves) == {"body.filters", "body.scale.0"}
+    assert set(freeze.leaves) == {"head.weight", "head.bias"}
+    assert freeze.note.startswith("holds 2 of 4 leaves")
+
+
+def test_an_ensemble_is_shown_by_its_first_member():
+    members = fr.tree_map(lambda w: torch.stack([w, w]), draw())
+    found = described(fr.ensemble(lambda rate: fr.adamw(rate, mask=fr.matrices), torch.tensor([0.1, 0.2])), members)
+    assert found.rows[1].place == "each member, here the first"
+    assert set(found.rows[3].leaves) == {"head.weight", "body.filters"}
+
+
+def test_a_users_own_is_shown_by_its_name_and_documentation():
+    def halve(updates, state, params):
+        """Halve :math:`u`."""
+        return fr.tree_map(lambda u: u / 2, updates), state
+
+    found = described(fr.chain(fr.Transform(fr.init_empty_state, halve), fr.sgd(0.1)))
+    assert "halve" in found.rows[1].link
+    assert found.rows[1].what == "Halve u."
+    assert described(fr.Transform(fr.init_empty_state, lambda u, s, p: (u, s))).rows[0].what == ""
+    assert not found.warnings
+
+
+SCHEDULE = fr.linear_schedule(0.1, 0.0, 10)
+
+#: Chains, and of each warning what it says.
+MISTAKEN = {
+    "decay before Adam": (
+        lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.adam(0.1)),
+        ["before scale_by_adam.*'decoupled'"],
+    ),
+    "coupled decay before Lion": (
+        lambda: fr.with_weight_decay(fr.lion(0.1, weight_decay=0.0), "coupled", 0.1, mask=fr.matrices),
+        ["before scale_by_lion"],
+    ),
+    "a prox that is not last": (
+        lambda: fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1), fr.scale(0.5)),
+        [r"scale\(0.5\) stands after soft_threshold.* scales or clips"],
+    ),
+    "clipping after a prox": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 1.0), fr.clip_by_global_norm(1.0)),
+        ["clip_by_global_norm.* stands after project.* scales or clips"],
+    ),
+    "a momentum after a prox": (
+        lambda: fr.chain(fr.prox_sgd(0.1, fr.l1), fr.trace(0.9)),
+        ["trace.* stands after prox_sgd.* changes"],
+    ),
+    "a constant threshold under a schedule": (
+        lambda: fr.chain(fr.sgd(SCHEDULE), fr.soft_threshold(0.1)),
+        [r"the learning rate follows linear_schedule\(0.1, 0.0, 10\) and the threshold does not"],
+    ),
+    "a constant threshold after Adam and momentum": (
+        lambda: fr.chain(fr.trace(0.9), fr.adam(0.1), fr.proximal(fr.l1, 0.1)),
+        ["a step size of its own, and trace.*longer"],
+    ),
+    "a mask that chooses nothing": (
+        lambda: fr.chain(fr.masked(fr.clip(1.0), fr.select("decoder.*")), fr.sgd(0.1)),
+        [r"select\('decoder.\*'\).*matches no"],
+    ),
+    "a mask that does not fit": (
+        lambda: fr.chain(fr.masked(fr.clip(1.0), {"tail": True}), fr.sgd(0.1)),
+        ["mask"],
+    ),
+    "labels that do not fit": (
+        lambda: fr.partition({"a": fr.sgd(0.1)}, {"tail": "a"}),
+        ["param_labels"],
+    ),
+    "decay of biases": (
+        lambda: fr.adamw(0.1, weight_decay=0.1),
+        [r"add_decayed_weights\(0.1, None\) decays .*head.bias.*mask=matrices"],
+    ),
+    "two decays": (
+        lambda: fr.chain(fr.add_cautious_weight_decay(0.1, fr.matrices), fr.adamw(0.1, mask=fr.matrices)),
+        ["before scale_by_adam", r"the same leaves decay, by add_cautious.* and again by add_decayed_weights"],
+    ),
+    "a penalty and a decay": (
+        lambda: fr.chain(fr.sgd(0.1), fr.add_independent_weight_decay(0.1, mask=fr.matrices), fr.proximal(fr.l2, 0.1)),
+        ["the same leaves decay, by add_independent.* and again by proximal"],
+    ),
+    "a ridge with decay": (
+        lambda: fr.prox_adam(0.1, fr.elastic, 0.1, 0.5, weight_decay=0.1, mask=fr.matrices),
+        ["the same leaves decay, by prox_adam.* twice"],
+    ),
+    "a penalty twice": (
+        lambda: fr.chain(fr.add_penalty(fr.l1, strength=0.1), fr.prox_sgd(0.1, fr.l1)),
+        ["the same leaves are penalized by l1, by add_penalty.* and again by prox_sgd"],
+    ),
+    "no learning rate": (lambda: fr.chain(fr.clip(1.0), fr.scale_by_adam()), ["updates go uphill"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:in this chain")
+@pytest.mark.parametrize(("make", "messages"), MISTAKEN.values(), ids=MISTAKEN)
+def test_known_mistakes_are_warned_of(make, messages):
+    found = fr.describe(make(), draw()).warnings
+    assert len(found) == len(messages), found
+    for said, message in zip(found, messages, strict=True):
+        assert re.search(message, said), said
+
+
+@pytest.mark.filterwarnings("ignore:in this chain")
+def test_links_out_of_order_are_warned_of():
+    uphill = fr.chain(fr.sgd(0.1), fr.add_decayed_weights(0.1))
+    assert "adds a gradient to the step of" in fr.describe(uphill).warnings[0]
+    early = fr.chain(fr.add_independent_weight_decay(0.1), fr.sgd(0.1))
+    assert "turns its sign" in fr.describe(early).warnings[0]
+
+
+RIGHT = [
+    lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(SCHEDULE, mask=fr.matrices)),
+    lambda: fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1)),
+    lambda: fr.chain(fr.sgd(SCHEDULE), fr.soft_threshold(SCHEDULE), fr.project(fr.linf_ball, 1.0), fr.identity()),
+    lambda: fr.chain(fr.adam(SCHEDULE), fr.project(fr.nonnegative), fr.freeze(HEAD)),
+    lambda: fr.prox_adam(SCHEDULE, fr.l1, strength=0.1, weight_decay=0.1, mask=fr.matrices),
+    lambda: fr.chain(fr.masked(fr.prox_sgd(0.1, fr.l1), HEAD), fr.masked(fr.adam(0.1), {"head": False, "body": True})),
+    lambda: fr.partition({"a": fr.adam(0.1), "b": fr.prox_sgd(0.1, fr.l1)}, {"head": "a", "body": "b"}),
+    lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.sgd(0.1, momentum=0.9)),
+    lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: -falling(count))),
+    lambda: fr.scale_by_adam(),
+]
+
+
+@pytest.mark.parametrize("make", RIGHT)
+def test_what_is_right_is_not_warned_of(make):
+    assert described(make(), draw()).warnings == []
+
+
+def test_without_parameters_branches_of_a_partition_do_not_meet():
+    parts = {"a": fr.add_decayed_weights(0.1), "b": fr.scale_by_adam()}
+    assert described(fr.chain(fr.partition(parts, {"head": "a", "body": "b"}), fr.sgd(0.1))).warnings == []
+
+
+def test_what_is_no_transform_is_refused():
+    with pytest.raises(TypeError, match="argument 0 of describe is a function; expected a Transform"):
+        fr.describe(fr.adam)
+    with pytest.raises(TypeError, match=r"params is 3\.0; expected a tensor"):
+        fr.describe(fr.adam(0.1), 3.0)

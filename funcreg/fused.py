@@ -96,6 +96,7 @@ class _Checked:
     sizes: list[int]  # Bytes from the first to the last entry of each gradient.
     addresses: list[int]  # Of parameters and state, if they are donated, and of captured tensors.
     apart: list[int]  # Those of gradients which are known to lie elsewhere.
+    views: dict[Any, Any]  # Of donated leaves, as kernels read them.
 
     def call(self, trees: Sequence[Any]) -> Call | None:
         """The call on other trees; None if they have to be checked."""
@@ -124,7 +125,7 @@ class _Checked:
         memories = [pool.find(where[begin:]) if contiguous else None for pool, begin, contiguous in rows]
         if self.has_views:
             arguments = [x.resolve_conj().resolve_neg() for x in arguments]
-        return Call(arguments, memories)
+        return Call(arguments, memories, views=self.views)
 
 
 class _Spans:
@@ -203,7 +204,9 @@ class _Planned(Remembering):
         readers, matches = [reader(tree) for tree in trees], undocumented.tensor_checks(arguments)
         lie = lambda which: all([arguments[i].is_contiguous() for i in plan.packed_arguments(which)])
         contiguous = list(map(lie, range(3)))
-        checked = _Checked(plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses, [])
+        checked = _Checked(
+            plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses, [], {}
+        )
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
         return checked, checked.located(arguments, [x.data_ptr() for x in arguments])
 
@@ -318,9 +321,6 @@ class FusedStep(_Planned):
                     "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
                 )
             return self._plain(params, grads, state, extra)
-        if is_spread(params):
-            step = lambda p, g, s, **extra: self._step(p, g, s, extra)
-            return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
         return self._step(params, grads, state, extra)
 
     def _plain(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
@@ -341,6 +341,9 @@ class FusedStep(_Planned):
         checked = self._last
         call = None if extra or checked is None else checked.call((params, grads, state))
         if checked is None or call is None:
+            if is_spread(params):
+                step = lambda p, g, s, **extra: self._step(p, g, s, extra)
+                return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             if _has_objects(extra):
                 return self._plain_step(params, grads, state, extra)

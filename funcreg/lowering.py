@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class KernelCall:
     """A call of a kernel."""
 
     buffers: list[Buffer]  # One for each of its groups.
+    inputs: list[Any] = field(default_factory=list)  # What a plan knows of the leaves that it reads.
     compiled: Any = None
 
 

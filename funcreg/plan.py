@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ class Call:
     out: list[Memory] = field(default_factory=list)  # For parameters and state, if they are not written in place.
     copies: dict[Any, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # Of leaves to write: all, and each.
     scratch: dict[Any, Any] = field(default_factory=dict)
+    #: For calls of kernels the leaves that they read where these lie; the same for all calls at the same addresses.
+    views: dict[KernelCall, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+
+class _Input(NamedTuple):
+    """Leaves that a kernel reads as one tensor."""
+
+    key: tuple[int, int, int]  # The group, which input of its members, and the first member.
+    sources: list[int]  # Their arguments.
+    shape: tuple[int, ...]
+    flat: bool
+    is_written: bool
 
 
 class Plan:
@@ -77,11 +89,14 @@ class Plan:
         self._written: set[_Key] = set()  # Those whose places kernels write.
         #: The first parameter, the first leaf of the state and the first gradient among the arguments.
         self.begins = (0, params + gradients, params)
-        parts = self._parts(loose)
+        parts, self._loose = self._parts(loose), loose
         #: Memory for parameters, for state, and for gradients.
         self.pools = [Pool(Layout(each, sum(map(len, parts[:i]))), keeps) for i, each in enumerate(parts)]
         self._joins: dict[Any, Joined] = {}
         self._program = Lowering(grouping, in_place).program()
+        for kernel in [kernel for _, kernels in self._program.stages for kernel in kernels]:
+            for kernel_call in [*kernel.calls[False], *kernel.calls[True]]:
+                kernel_call.inputs = [self._input(kernel_call.buffers[which], slot) for which, slot in kernel.reads]
         self._takes = [value for value in self._program.takes if value in self._numbers]
         self._scratch: list[dict[Any, Any]] = []  # Each is used by one call at a time.
 
@@ -103,6 +118,12 @@ class Plan:
                 positions = [source - self.begins[which] for source in sources[:count]]
                 parts[which].append(Part(key, value.dtype, value.device, positions, shapes))
         return parts
+
+    def _input(self, buffer: Buffer, slot: int) -> _Input:
+        sources = self._sources[buffer.group, slot][buffer.start : buffer.start + buffer.count]
+        is_written = self.in_place and (buffer.group, slot) in self._written
+        key = (buffer.group, slot, buffer.start)
+        return _Input(key, sources, self._shape(buffer, slot), self._groups[buffer.group].flat, is_written)
 
     @property
     def is_valid(self) -> bool:
@@ -164,9 +185,14 @@ class Plan:
 
     def _run_kernel(self, kernel: Kernel, kernel_call: KernelCall, scalars: list[Tensor], call: Call) -> Any:
         args = self._views(call.memories, kernel_call, kernel.reads)
-        for i, (which, slot) in enumerate(kernel.reads):
-            if args[i] is None:
-                args[i] = self._input(call, i, kernel_call.buffers[which], slot)
+        for i, view in call.views.get(kernel_call, ()):
+            args[i] = view
+        for i, x in enumerate(args):
+            if x is None:
+                args[i] = self._read(call, i, kernel_call.inputs[i])
+        if self._loose and kernel_call not in call.views:
+            alone = lambda x: x.is_written and len(x.sources) == 1 and x.key not in call.copies
+            call.views[kernel_call] = [(i, args[i]) for i, x in enumerate(kernel_call.inputs) if alone(x)]
         args += scalars
         if call.out:
             args += self._views(call.out, kernel_call, kernel.writes)
@@ -207,30 +233,26 @@ class Plan:
         shape = each.first.inputs[slot].shape
         return (buffer.entries,) if each.flat else (buffer.count, *shape) if each.stacked else shape
 
-    def _input(self, call: Call, i: int, buffer: Buffer, slot: int) -> Tensor:
-        """An input of a buffer: its leaf, or a copy of its leaves together; the i-th of its kernel."""
-        key = (buffer.group, slot, buffer.start)
+    def _read(self, call: Call, i: int, given: _Input) -> Tensor:
+        """The leaf that a kernel reads, or a copy of leaves together; the i-th input of its kernel."""
+        key, sources, shape, flat, is_written = given
         if key in call.copies:
             return call.copies[key][0]
-        sources = self._sources[buffer.group, slot][buffer.start : buffer.start + buffer.count]
-        leaves, shape = [call.arguments[source] for source in sources], self._shape(buffer, slot)
-        written = self.in_place and (buffer.group, slot) in self._written
+        leaves = [call.arguments[source] for source in sources]
         if len(leaves) == 1:
             data = leaves[0].contiguous().view(shape)
-            if written and not leaves[0].is_contiguous():
+            if is_written and not leaves[0].is_contiguous():
                 call.copies[key] = data, [data.view(leaves[0].shape)]
             return data
-        flat = self._groups[buffer.group].flat
         # What is only read is copied for one call of a kernel after the other, into the same memory.
-        name = key if written or not flat else i
-        data = _vector(call.scratch, name, math.prod(shape), leaves[0]).view(shape)
+        data = _vector(call.scratch, key if is_written or not flat else i, math.prod(shape), leaves[0]).view(shape)
         if flat:
             if key not in self._joins:
                 self._joins[key] = Joined([leaf.shape for leaf in leaves])
             self._joins[key].join(leaves, data)
         else:
             torch.stack(leaves, out=data)
-        if written:
+        if is_written:
             parts = call.scratch.get(key)
             if parts is None:
                 parts = self._joins[key].split(data) if flat else list(data)

@@ -397,7 +397,8 @@ class Regularization:
         self._starts: dict[Tensor, Tensor] = {}
         self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
         self._seen: tuple[list[Any], ...] = ()  # Parameters, their gradients as far as None, groups,
-        self._moving: list[_Moved] = []  # and what moves of them.
+        self._moving: list[_Moved] = []  # and what moves of them;
+        self._absent: Params = {}  # what stands for the others.
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
@@ -522,6 +523,8 @@ class Regularization:
         names, chosen = self._names.names, self._names.chosen
         moved = [_Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
         self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
+        stays = {*names.values()}.difference([m.name for m in self._moving])
+        self._absent = {name: ABSENT for name in names.values() if name in stays}
         return self._moving
 
     def _say_nothing_moved(self) -> None:
@@ -562,7 +565,8 @@ class Regularization:
         return found
 
     def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
-        task, tree, groups = self._task, self._names.tree, optimizer.param_groups
+        task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
+        tree = lambda leaves: {**leaves, **self._absent}
         # Without a look that makes an entry where there is none: the state stays what it was.
         entries = [optimizer.state.get(m.w, {}) for m in moved]
         columns = self._columns(groups, moved, entries)
@@ -574,9 +578,7 @@ class Regularization:
         sources = None
         if task.rule.source is not None:
             rows = zip(moved, entries, strict=True)
-            sources = tree(
-                {m.name: task.rule.source(m.w, each, groups[m.group], self._notes.get(m.w)) for m, each in rows}
-            )
+            sources = tree({m.name: task.rule.source(m.w, each, groups[m.group], note(m.w)) for m, each in rows})
         if not keeps and skipped is None and self._may_compile(moved):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
             read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources

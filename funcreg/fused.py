@@ -371,7 +371,8 @@ class FusedStep(_Planned):
         for place, new in zip(checked.plan.places, results, strict=False):  # None if they are in place.
             call.arguments[place].copy_(new)
         if not results:  # Kernels write past autograd, which has to know that what it saved is not what it was.
-            torch.autograd.graph.increment_version([call.arguments[i] for i in checked.plan.places])
+            places = checked.plan.places[: checked.counts[0]] if self._loose else checked.plan.places
+            torch.autograd.graph.increment_version([call.arguments[i] for i in places])
         return params, state
 
     def _plan_for(self, trees: Any, columns: Any, specs: Any) -> Plan | None:

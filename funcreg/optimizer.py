@@ -261,7 +261,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _leaves(self, part: _Part) -> list[Tensor]:
         """The leaves of the state of a part."""
-        entries = [self.state[p] for p in part.params]
+        entries = list(map(self.state.__getitem__, part.params))
         return [entries[i][name] for i, name in part.slots]
 
     def _kept(self, part: _Part, grads: list[Tensor | None]) -> list[Tensor]:

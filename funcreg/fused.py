@@ -236,7 +236,7 @@ class FusedStep(_Planned):
         self._tx, self._donate, self._loose = tx, donate, loose
         self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
-        self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
+        self._versions: list[int] | None = []  # Of gradients of `gradients`, at the last call; None after a warning.
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -362,7 +362,7 @@ class FusedStep(_Planned):
                 for column in columns[3:]
             ]
             checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
-        if call.memories[2] is not None:
+        if call.memories[2] is not None and self._versions is not None:
             self._check_gradients_are_new(call, checked.plan, params)
         results = checked.plan.run(call)
         if not self._donate:
@@ -420,7 +420,7 @@ class FusedStep(_Planned):
         read = plan.packed_arguments(2)
         versions = [id(call.memories[2]), *undocumented.versions([call.arguments[i] for i in read])]
         before, self._versions = self._versions, versions
-        if len(before) != len(versions) or before[0] != versions[0]:
+        if before is None or len(before) != len(versions) or before[0] != versions[0]:
             return
         count = plan.begins[2]
         stale = [i - count for i, old, new in zip(read, before[1:], versions[1:], strict=True) if old == new]
@@ -429,6 +429,7 @@ class FusedStep(_Planned):
         spared = [False] * count if self._tx.spares is None else self._tx.spares(params)
         names = [name for i, name in enumerate(tree_paths(params)) if i in stale and not spared[i]]
         if names:
+            self._versions = None
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
                 "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "

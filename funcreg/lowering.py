@@ -327,9 +327,13 @@ def arrange(grouping: Grouping) -> None:
             group.members.sort(key=lambda member: (math.prod(shape(member)) >= least, shape(member)[1:]))
 
 
-def small_members(group: Group) -> int:
-    """How many members, the first ones, are copied together where they do not lie so, and not computed with alone."""
-    if not group.flat:
+def packed_members(group: Group) -> int:
+    """Of how many members, the first ones, the state is packed beside loose parameters.
+
+    On a CPU of all, for large pages make kernels faster. Elsewhere a second copy of that of large leaves, for the time
+    of one step, may be more than there is memory for.
+    """
+    if not group.flat or group.first.inputs[0].device.type == "cpu":
         return len(group.members)
     least, _ = _separate(group)
     return sum([math.prod(member.inputs[0].shape) < least for member in group.members])

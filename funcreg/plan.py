@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcreg import undocumented
 from funcreg.grouping import group
-from funcreg.lowering import Buffer, Compiler, Kernel, KernelCall, Lowering, arrange, small_members
+from funcreg.lowering import Buffer, Compiler, Kernel, KernelCall, Lowering, arrange, packed_members
 from funcreg.memory import Joined, Layout, Memory, Part, Pool
 from funcreg.recording import Record, Value
 
@@ -57,7 +57,7 @@ class Plan:
         in_place: Whether results are written into the arguments whose places they take.
         compiler: Compiles kernels.
         keeps: Whether memory is kept for the next result also while nobody holds an earlier one.
-        loose: Whether parameters are written where they are, so that of the state only that of small leaves is packed.
+        loose: Whether parameters are written where they are, beside a state that is packed.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Plan:
         parts: tuple[list[Part], ...] = ([], [], [])
         for number, each in enumerate(self._groups):
             places = {place for place, _ in each.first.writes}
-            count = small_members(each) if loose else len(each.members)
+            count = packed_members(each) if loose else len(each.members)
             for slot, value in enumerate(each.first.inputs):
                 key, sources = (number, slot), [self._numbers[member.inputs[slot]] for member in each.members]
                 self._sources[key] = sources
@@ -223,7 +223,7 @@ class Plan:
         if vector is None:
             return None
         if self._groups[buffer.group].flat:
-            if buffer.before + buffer.entries > len(vector):  # Large leaves, whose state is not packed if loose.
+            if buffer.before + buffer.entries > len(vector):  # Large leaves beside loose parameters.
                 return None
             vector = vector[buffer.before : buffer.before + buffer.entries]
         return vector.view(self._shape(buffer, slot))

@@ -279,7 +279,7 @@ def scale_by_adam(
         >>> tx, params = scale_by_adam(), {"weight": torch.zeros(2)}
         >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
         >>> updates
-        {'weight': tensor([ 1., -1.])}
+        {'weight': tensor([ 1.0000, -1.0000])}
 
     References:
         Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.

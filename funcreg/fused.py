@@ -91,10 +91,12 @@ class _Checked:
     readers: list[Callable[[Any], list[Any] | None]]
     matches: Callable[..., bool]  # Whether tensors are like these but for their numbers and where they lie.
     has_views: bool  # Whether one is negated or conjugated.
-    contiguous: tuple[bool, bool]  # Whether parameters and state are, and gradients.
+    contiguous: list[bool]  # Whether parameters are, the state, and gradients.
     donated: _Spans | None
     sizes: list[int]  # Bytes from the first to the last entry of each gradient.
     addresses: list[int]  # Of parameters and state, if they are donated, and of captured tensors.
+    apart: list[int]  # Those of gradients which are known to lie elsewhere.
+    views: dict[Any, Any]  # Of donated leaves, as kernels read them.
 
     def call(self, trees: Sequence[Any]) -> Call | None:
         """The call on other trees; None if they have to be checked."""
@@ -110,20 +112,20 @@ class _Checked:
         where = list(map(Tensor.data_ptr, arguments))
         if self.donated is not None:
             begin, end = self.counts[0], self.counts[0] + self.counts[1]
-            if where[:begin] + where[end:] != self.addresses or self.donated.overlap(where[begin:end], self.sizes):
+            if where[:begin] + where[end:] != self.addresses:
                 return None
+            if where[begin:end] != self.apart and self.donated.overlap(where[begin:end], self.sizes):
+                return None
+            self.apart = where[begin:end]
         return self.located(arguments, where)
 
     def located(self, arguments: list[Any], where: list[int]) -> Call:
         """A call with arguments that begin at some places, and the memory in which they lie."""
-        call, plan = Call(arguments), self.plan
-        if self.contiguous[0]:
-            call.memory = plan.results.find(tuple([where[i] for i in plan.kept]))
-        if self.contiguous[1]:
-            call.gradients = plan.gradients.find(tuple([where[i] for i in plan.read]))
+        rows = zip(self.plan.pools, self.plan.begins, self.contiguous, strict=True)
+        memories = [pool.find(where[begin:]) if contiguous else None for pool, begin, contiguous in rows]
         if self.has_views:
-            call.arguments = [x.resolve_conj().resolve_neg() for x in arguments]
-        return call
+            arguments = [x.resolve_conj().resolve_neg() for x in arguments]
+        return Call(arguments, memories, views=self.views)
 
 
 class _Spans:
@@ -195,14 +197,16 @@ class _Planned(Remembering):
         """A call on trees that were checked; later ones are compared with it."""
         arguments = [*(x for column in columns for x in column if isinstance(x, Tensor)), *plan.captured]
         has_views = any([x.is_neg() or x.is_conj() for x in arguments])
-        lie = lambda which: all([arguments[i].is_contiguous() for i in which])
         counts = [len(column) for column in columns]
         others = [*columns[0], *(x for column in columns[2:] for x in column), *plan.captured]
         addresses = [] if donated is None else [x.data_ptr() for x in others if isinstance(x, Tensor)]
         sizes = [] if donated is None else list(map(_reach, columns[1]))
         readers, matches = [reader(tree) for tree in trees], undocumented.tensor_checks(arguments)
-        contiguous = lie(plan.kept), lie(plan.read)
-        checked = _Checked(plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses)
+        lie = lambda which: all([arguments[i].is_contiguous() for i in plan.packed_arguments(which)])
+        contiguous = list(map(lie, range(3)))
+        checked = _Checked(
+            plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses, [], {}
+        )
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
         return checked, checked.located(arguments, [x.data_ptr() for x in arguments])
 
@@ -213,18 +217,26 @@ def _like(x: Tensor) -> tuple[Any, ...]:
 
 
 class FusedStep(_Planned):
-    """A compiled training step; see `fuse`."""
+    """A compiled training step; see `fuse`.
 
-    def __init__(self, tx: Transform, donate: bool, backend: str | Callable[..., Any]) -> None:
+    Args:
+        tx: The transform.
+        donate: Whether the step may write into what it is given.
+        backend: Backend of `torch.compile`.
+        loose: Whether it writes into parameters of modules, which may require a gradient and stay where they are.
+    """
+
+    def __init__(
+        self, tx: Transform, donate: bool, backend: str | Callable[..., Any] = "inductor", loose: bool = False
+    ) -> None:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
         flags(donate=donate)
         super().__init__(backend)
-        self._tx, self._donate = tx, donate
+        self._tx, self._donate, self._loose = tx, donate, loose
         self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
-        self._versions: list[int] = []  # Of gradients of `gradients`, at the last call.
-        self._has_said_stale = False
+        self._versions: list[int] | None = []  # Of gradients of `gradients`, at the last call; None after a warning.
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -247,21 +259,26 @@ class FusedStep(_Planned):
                 plan = None if inside else self._plan_for(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
-            leaves = [*columns[0], *columns[2]]
-            copied = [
-                w.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
-                if isinstance(w, Tensor)
-                else w
-                for w in leaves
+            made = [
+                [
+                    x.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+                    if isinstance(x, Tensor)
+                    else x
+                    for x in column
+                ]
+                for column in (columns[0], columns[2])
             ]
             if plan is not None:
-                memory = plan.results.take()
-                for i, leaf in zip(
-                    plan.results.layout.positions, plan.results.lend(memory, own_storages=True), strict=True
-                ):
-                    copied[i] = leaf.copy_(leaves[i])
-        count = len(columns[0])
-        return restored(specs[0], copied[:count]), restored(specs[2], copied[count:])
+                made = [pool.packed(column) for pool, column in zip(plan.pools, made, strict=False)]
+        return restored(specs[0], made[0]), restored(specs[2], made[1])
+
+    def packed_state(self, params: Params, grads: Updates, state: State) -> State:
+        """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
+        trees = (params, grads, state)
+        columns, specs = zip(*map(structure, trees), strict=True)
+        with torch.inference_mode(False), torch.no_grad():
+            plan = self._plan_for(trees, columns, specs)
+            return state if plan is None else restored(specs[2], plan.pools[1].packed(columns[2]))
 
     def _init_shards(self, params: Params, extra: dict[str, Any]) -> tuple[Params, State]:
         with torch.no_grad():
@@ -289,14 +306,8 @@ class FusedStep(_Planned):
             if specs[0] != spec or [like[1:] for like in known] != kinds:
                 continue
             made = [torch.zeros_like(x, requires_grad=False, memory_format=torch.contiguous_format) for x in leaves]
-            if plan is not None:
-                memory = plan.gradients.take()
-                for i, leaf in zip(
-                    plan.gradients.layout.positions, plan.gradients.lend(memory, own_storages=True), strict=True
-                ):
-                    made[i] = leaf.zero_()
             self._versions = []
-            return restored(spec, made)
+            return restored(spec, made if plan is None else plan.pools[2].packed(made))
         raise ValueError("gradients got parameters that this step's init did not make; call init first")
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
@@ -310,9 +321,6 @@ class FusedStep(_Planned):
                     "hyperparameters of their own, fuse(ensemble(...)); else fuse without donate=True."
                 )
             return self._plain(params, grads, state, extra)
-        if is_spread(params):
-            step = lambda p, g, s, **extra: self._step(p, g, s, extra)
-            return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
         return self._step(params, grads, state, extra)
 
     def _plain(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
@@ -333,6 +341,9 @@ class FusedStep(_Planned):
         checked = self._last
         call = None if extra or checked is None else checked.call((params, grads, state))
         if checked is None or call is None:
+            if is_spread(params):
+                step = lambda p, g, s, **extra: self._step(p, g, s, extra)
+                return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             if _has_objects(extra):
                 return self._plain_step(params, grads, state, extra)
@@ -342,7 +353,8 @@ class FusedStep(_Planned):
             plan = self._plan_for(trees, columns, specs)
             donated = None
             if self._donate:
-                donated = _check_donated(params, grads, state, columns, [] if plan is None else plan.captured)
+                captured = [] if plan is None else plan.captured
+                donated = _check_donated(params, grads, state, columns, captured, self._loose)
             if plan is None:
                 return self._leaf_by_leaf(params, grads, state, extra)
             given = [
@@ -350,7 +362,7 @@ class FusedStep(_Planned):
                 for column in columns[3:]
             ]
             checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
-        if call.gradients is not None and not self._has_said_stale:
+        if call.memories[2] is not None and self._versions is not None:
             self._check_gradients_are_new(call, checked.plan, params)
         results = checked.plan.run(call)
         if not self._donate:
@@ -359,7 +371,8 @@ class FusedStep(_Planned):
         for place, new in zip(checked.plan.places, results, strict=False):  # None if they are in place.
             call.arguments[place].copy_(new)
         if not results:  # Kernels write past autograd, which has to know that what it saved is not what it was.
-            torch.autograd.graph.increment_version([call.arguments[i] for i in checked.plan.places])
+            places = checked.plan.places[: checked.counts[0]] if self._loose else checked.plan.places
+            torch.autograd.graph.increment_version([call.arguments[i] for i in places])
         return params, state
 
     def _plan_for(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
@@ -379,7 +392,8 @@ class FusedStep(_Planned):
             # Where old numbers go to new places, places are not written before all are read.
             pairs = zip(found.outputs, written, strict=True)
             moved = any([value.may_alias and value is not place for value, place in pairs])
-            return Plan(found, count, count, written, self._donate and not moved, self._compiler)
+            in_place = self._donate and not moved
+            return Plan(found, count, count, written, in_place, self._compiler, loose=self._loose and in_place)
 
         return self._plan(columns, specs, function, plan, lambda: function(*trees))
 
@@ -403,17 +417,18 @@ class FusedStep(_Planned):
 
     def _check_gradients_are_new(self, call: Call, plan: Plan, params: Params) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last call."""
-        versions = [id(call.gradients), *undocumented.versions([call.arguments[i] for i in plan.read])]
+        read = plan.packed_arguments(2)
+        versions = [id(call.memories[2]), *undocumented.versions([call.arguments[i] for i in read])]
         before, self._versions = self._versions, versions
-        if len(before) != len(versions) or before[0] != versions[0]:
+        if before is None or len(before) != len(versions) or before[0] != versions[0]:
             return
-        first = plan.read[0] - plan.gradients.layout.positions[0]
-        stale = [i - first for i, old, new in zip(plan.read, before[1:], versions[1:], strict=True) if old == new]
-        spared = [False] * first if self._tx.spares is None or not stale else self._tx.spares(params)
+        count = plan.begins[2]
+        stale = [i - count for i, old, new in zip(read, before[1:], versions[1:], strict=True) if old == new]
+        spared = [False] * count if self._tx.spares is None or not stale else self._tx.spares(params)
         stale = [i for i in stale if not spared[i]]
         if stale:
-            self._has_said_stale = True
             names = [name for i, name in enumerate(tree_paths(params)) if i in stale]
+            self._versions = None
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
                 "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "
@@ -427,7 +442,9 @@ def _overwrite(params: Params, state: State, new: Sequence[Any]) -> None:
         old.copy_(leaf)
 
 
-def _check_donated(params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor]) -> _Spans:
+def _check_donated(
+    params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor], loose: bool
+) -> _Spans:
     """Where donated leaves lie, or an error: they cannot be written into, or share memory with what is read."""
     owned, names = [*columns[0], *columns[2]], _names(params, state)
     for name, leaf in zip(names, owned, strict=True):
@@ -439,7 +456,7 @@ def _check_donated(params: Params, grads: Updates, state: State, columns: Any, c
             raise ValueError(
                 f"{name} was made in inference mode and cannot be donated outside of it; pass a copy of it, clone()"
             )
-        if leaf.requires_grad:
+        if leaf.requires_grad and not loose:
             raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
     _check_apart(names, owned)
     spans = _Spans(owned)

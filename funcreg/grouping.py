@@ -98,6 +98,8 @@ def group(found: Record, params: int, gradients: int, written: Sequence[Value | 
         gradients: Number of gradients: as many, or none.
         written: For each output the input whose place it takes, or that it is like; None for one that is like none.
     """
+    for i, value in enumerate(found.inputs[: params + gradients]):
+        value.role = "parameter" if i < params else "gradient"
     users: dict[Value, list[Node]] = {}
     for node in found.nodes:
         for value in node.inputs:
@@ -309,7 +311,7 @@ def _description(subgraph: LeafSubgraph, of_shape: Callable[[Any], Any] = tuple)
 
     def say(value: Value) -> None:
         names[value] = len(names)
-        said.append((value.dtype, value.device, of_shape(value.shape), value.is_captured))
+        said.append((value.dtype, value.device, of_shape(value.shape), value.role))
 
     def name(arg: Any) -> Any:
         if isinstance(arg, Value):

@@ -111,7 +111,15 @@ class Buffer:
     count: int
     entries: int  # Of one input, all members together.
     before: int  # Entries of earlier members.
-    shape: tuple[int, ...] | None  # None where inputs differ in shape: in a stack, or alone.
+
+
+@dataclass(eq=False)
+class KernelCall:
+    """A call of a kernel."""
+
+    buffers: list[Buffer]  # One for each of its groups.
+    inputs: list[Any] = field(default_factory=list)  # What a plan knows of the leaves that it reads.
+    compiled: Any = None
 
 
 @dataclass
@@ -124,8 +132,8 @@ class Kernel:
     reads: list[tuple[int, int]]  # Which of the groups, and which input of its members.
     scalars: list[Value]
     writes: list[tuple[int, int]]  # The same, of inputs whose places are written.
-    calls: list[tuple[list[Buffer], list[Value]]] = field(default_factory=list)  # And what each returns.
-    compiled: dict[int, Any] = field(default_factory=dict)  # For each call.
+    results: list[Value]  # What it returns; sums of what its calls return, if these are several.
+    calls: dict[bool, list[KernelCall]]  # If all leaves lie in packed memory, and if not.
 
 
 @dataclass
@@ -167,17 +175,16 @@ class Lowering:
     Args:
         grouping: The grouped step.
         in_place: Whether kernels write into their inputs; else they take buffers to write into.
-        whole: Whether a flat group is one vector; else large leaves are computed with by themselves.
     """
 
-    def __init__(self, grouping: Grouping, in_place: bool, whole: bool) -> None:
+    def __init__(self, grouping: Grouping, in_place: bool) -> None:
         self._grouping, self._in_place = grouping, in_place
         self._stages = dict(grouping.stages)
         self._nodes = list(grouping.scalars)
         self._exported = {value for group in grouping.groups for member in group.members for value in member.exports}
-        self._narrowed: dict[tuple[Value, torch.dtype], Value] = {}
-        self._parts: dict[Value, list[Value]] = {}  # From an export to the sums of buffers that stand for all of it.
-        self.buffers = [list(_buffers(number, group, whole)) for number, group in enumerate(grouping.groups)]
+        self._narrowed: dict[Value, Value] = {}  # From a scalar of float64 to that in float32.
+        #: From an export to the sum that stands for those of all members, or to nothing if another's does.
+        self._sums: dict[Value, list[Value]] = {}
 
     def program(self) -> Program:
         """The kernels and scalars of all stages."""
@@ -195,7 +202,7 @@ class Lowering:
         kernels = [self._kernels(parts) for parts in work]
         wanted = {value for stage in kernels for kernel in stage for value in kernel.scalars}
         wanted.update(self._grouping.unpacked_outputs.values())
-        nodes = needed_nodes(_sorted([self._with_parts(node) for node in self._nodes]), set(wanted))
+        nodes = needed_nodes(_sorted([self._with_sums(node) for node in self._nodes]), set(wanted))
         scalars = []
         for stage in range(count):
             here = [node for node in nodes if self._stages[node.outputs[0]] == stage]
@@ -207,20 +214,11 @@ class Lowering:
 
     def _kernels(self, work: list[_GroupStage]) -> list[Kernel]:
         """Kernels of one stage: one for each flat group, and for other groups several together."""
-        groups, found = self._grouping.groups, []
-        for part in work:
-            group = groups[part.group]
-            if group.flat or group.shape_polymorphic:
-                kernel = self._kernel([part])
-                kernel.calls = [([buffer], self._results(part)) for buffer in self.buffers[part.group]]
-                found.append(kernel)
-        rest = [part for part in work if not groups[part.group].flat and not groups[part.group].shape_polymorphic]
-        for together in (rest[i : i + _TOGETHER] for i in range(0, len(rest), _TOGETHER)):
-            kernel = self._kernel(together)
-            buffers = [self.buffers[part.group][0] for part in together]
-            kernel.calls = [(buffers, [value for part in together for value in self._results(part)])]
-            found.append(kernel)
-        return found
+        groups = self._grouping.groups
+        alone = lambda part: groups[part.group].flat or groups[part.group].shape_polymorphic
+        found = [self._kernel([part]) for part in work if alone(part)]
+        rest = [part for part in work if not alone(part)]
+        return found + [self._kernel(rest[i : i + _TOGETHER]) for i in range(0, len(rest), _TOGETHER)]
 
     def _group_stage(self, number: int, exports: list[int], last: bool) -> _GroupStage:
         group = self._grouping.groups[number]
@@ -249,29 +247,26 @@ class Lowering:
         def narrow(x: Value) -> Value:
             if x in own or x.dtype != torch.float64:
                 return x
-            if (x, torch.float32) not in self._narrowed:
-                self._narrowed[x, torch.float32] = made = Value((), torch.float32, x.device)
+            if x not in self._narrowed:
+                self._narrowed[x] = made = Value((), torch.float32, x.device)
                 self._nodes.append(Node(_aten._to_copy.default, (x,), {"dtype": torch.float32}, [made]))
                 self._stages[made] = self._stages[x] + (x in self._exported)  # What kernels return is there later.
-            return self._narrowed[x, torch.float32]
+            return self._narrowed[x]
 
         return node.with_values(narrow)
 
-    def _results(self, part: _GroupStage) -> list[Value]:
-        return [self._result(self._grouping.groups[part.group], i) for i in part.exports]
-
     def _result(self, group: Group, i: int) -> Value:
-        """What a call of a kernel returns for one export of its members, and how the exports are had from it."""
+        """What a kernel returns for one export of its members, and how the exports are had from it."""
         exports = [member.exports[i] for member in group.members]
         like, stage = exports[0], self._stages[exports[0]]
         if len(exports) == 1 and not group.stacked:
             return like
         if group.summed:
-            part = Value((), like.dtype, like.device)
-            self._parts.setdefault(like, []).append(part)
-            self._parts.update((value, []) for value in exports[1:])
-            self._stages[part] = stage
-            return part
+            made = Value((), like.dtype, like.device)
+            self._sums.update((value, []) for value in exports)
+            self._sums[like].append(made)
+            self._stages[made] = stage
+            return made
         stacked = Value((len(exports), *like.shape), like.dtype, like.device)
         self._stages[stacked] = stage
         for place, value in enumerate(exports):
@@ -279,11 +274,11 @@ class Lowering:
             self._stages[value] = stage + 1
         return stacked
 
-    def _with_parts(self, node: Node) -> Node:
-        """A stack that is only summed, of the sums of whole buffers instead of single leaves."""
+    def _with_sums(self, node: Node) -> Node:
+        """A stack that is only summed, of the sums over whole groups instead of single leaves."""
         if node.outputs[0] not in self._grouping.summed_stacks:
             return node
-        terms = [part for value in node.inputs for part in self._parts.get(value, [value])]
+        terms = [each for value in node.inputs for each in self._sums.get(value, [value])]
         return Node(node.op, (terms, *node.args[1:]), node.kwargs, node.outputs)
 
     def _kernel(self, parts: list[_GroupStage]) -> Kernel:
@@ -303,10 +298,21 @@ class Lowering:
             results += values[: len(part.exports)]
             pairs += zip(targets, values[len(part.exports) :], strict=True)
         writer.store(pairs)
-        first = self._grouping.groups[parts[0].group]
-        reads = [(i, slot) for i, part in enumerate(parts) for slot in part.reads]
-        writes = [(i, slot) for i, part in enumerate(parts) for slot in part.places]
-        return Kernel(writer.module(results), first.flat, first.shape_polymorphic, reads, list(scalars), writes)
+        groups = [self._grouping.groups[part.group] for part in parts]
+        return Kernel(
+            graph=writer.module(results),
+            flat=groups[0].flat,
+            shape_polymorphic=groups[0].shape_polymorphic,
+            reads=[(i, slot) for i, part in enumerate(parts) for slot in part.reads],
+            scalars=list(scalars),
+            writes=[(i, slot) for i, part in enumerate(parts) for slot in part.places],
+            results=[self._result(group, i) for part, group in zip(parts, groups, strict=True) for i in part.exports],
+            calls={whole: self._calls(parts, whole) for whole in (False, True)},
+        )
+
+    def _calls(self, parts: list[_GroupStage], whole: bool) -> list[KernelCall]:
+        columns = [_buffers(part.group, self._grouping.groups[part.group], whole) for part in parts]
+        return [KernelCall(list(buffers)) for buffers in zip(*columns, strict=True)]
 
 
 def arrange(grouping: Grouping) -> None:
@@ -321,6 +327,18 @@ def arrange(grouping: Grouping) -> None:
             group.members.sort(key=lambda member: (math.prod(shape(member)) >= least, shape(member)[1:]))
 
 
+def packed_members(group: Group) -> int:
+    """Of how many members, the first ones, the state is packed beside loose parameters.
+
+    On a CPU of all, for large pages make kernels faster. Elsewhere a second copy of that of large leaves, for the time
+    of one step, may be more than there is memory for.
+    """
+    if not group.flat or group.first.inputs[0].device.type == "cpu":
+        return len(group.members)
+    least, _ = _separate(group)
+    return sum([math.prod(member.inputs[0].shape) < least for member in group.members])
+
+
 def _separate(group: Group) -> tuple[int, int]:
     return SEPARATE.get(group.first.inputs[0].device.type, SEPARATE_ELSEWHERE)
 
@@ -328,7 +346,7 @@ def _separate(group: Group) -> tuple[int, int]:
 def _buffers(number: int, group: Group, whole: bool) -> Iterable[Buffer]:
     entries = [math.prod(member.inputs[0].shape) for member in group.members]
     if not group.flat:
-        yield Buffer(number, 0, len(entries), sum(entries), 0, None)
+        yield Buffer(number, 0, len(entries), sum(entries), 0)
         return
     least, most = _separate(group)
     start = 0
@@ -341,7 +359,7 @@ def _buffers(number: int, group: Group, whole: bool) -> Iterable[Buffer]:
             or (not whole and small(start) and small(end) and size + entries[end] <= most)
         ):
             size, end = size + entries[end], end + 1
-        yield Buffer(number, start, end - start, size, sum(entries[:start]), (size,))
+        yield Buffer(number, start, end - start, size, sum(entries[:start]))
         start = end
 
 

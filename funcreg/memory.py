@@ -54,13 +54,18 @@ class Leaf(NamedTuple):
 
 
 class Layout:
-    """Where parts lie in one block of memory for each device."""
+    """Where parts lie in one block of memory for each device.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    Args:
+        parts: The leaves.
+        before: Number of parts in other memory that kernels read beside these.
+    """
+
+    def __init__(self, parts: Sequence[Part], before: int = 0) -> None:
         self.sizes: dict[torch.device, int] = {}  # Bytes of each block.
         self.vectors: dict[Any, Leaf] = {}  # Each part as a whole.
         leaves: list[Leaf] = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(parts, before):
             like = part.dtype, part.device
             start = offset = -(-self.sizes.get(part.device, 0) // _PAGE) * _PAGE + number % 16 * _STAGGER
             for position, shape in zip(part.positions, part.shapes, strict=True):
@@ -72,15 +77,7 @@ class Layout:
             self.sizes[part.device] = offset
         self.leaves = sorted(leaves)
         self.positions = [leaf.position for leaf in self.leaves]
-        #: Parts of vectors whose leaves differ in their first dimension alone: key, entries, tail, first dimensions.
-        self.runs: list[tuple[Any, slice, tuple[int, ...], list[int]]] = []
-        for part in parts:
-            start = 0
-            for tail, shapes in itertools.groupby(part.shapes, key=lambda shape: shape[1:]):
-                heads = [math.prod(shape[:1]) for shape in shapes]
-                end = start + sum(heads) * math.prod(tail)
-                self.runs.append((part.key, slice(start, end), tail, heads))
-                start = end
+        self._joined = {part.key: Joined(part.shapes) for part in parts}
         given = [position for part in parts for position in part.positions]
         self._order = sorted(range(len(given)), key=given.__getitem__)
         #: The first leaf with entries, by whose address memory is found.
@@ -88,11 +85,42 @@ class Layout:
 
     def split(self, vectors: dict[Any, Tensor]) -> list[Tensor]:
         """Vectors as their leaves, in the order of positions."""
-        made: list[Tensor] = []
-        for key, part, tail, heads in self.runs:
-            whole = vectors[key][part].view(sum(heads), *tail)
-            made += torch.unsafe_split_with_sizes(whole, heads)  # Unlike results of `split`, no views for autograd.
+        made = [leaf for key, joined in self._joined.items() for leaf in joined.split(vectors[key])]
         return [made[i] for i in self._order]
+
+
+class Joined:
+    """Leaves of some shapes in a vector, end to end.
+
+    Neighbours that differ in their first dimension alone are put together, and cut apart, as they are: to see each leaf
+    as a vector first takes longer than to copy a small one.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._runs: list[tuple[slice, slice, tuple[int, ...], list[int]]] = []
+        self._count = len(shapes)
+        start = entries = 0
+        for tail, run in itertools.groupby(shapes, key=lambda shape: shape[1:]):
+            heads = [math.prod(shape[:1]) for shape in run]
+            size = sum(heads) * math.prod(tail)
+            which, part = slice(start, start + len(heads)), slice(entries, entries + size)
+            self._runs.append((which, part, (sum(heads), *tail), heads))
+            start, entries = start + len(heads), entries + size
+
+    def join(self, leaves: list[Tensor], vector: Tensor) -> None:
+        """Write leaves into a vector."""
+        if 2 * len(self._runs) > self._count:
+            torch.cat([leaf.reshape(-1) for leaf in leaves], out=vector)
+            return
+        for which, part, shape, _ in self._runs:
+            torch.cat(leaves[which], out=vector[part].view(shape))
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """The leaves in a vector; unlike results of `torch.split`, they are no views for autograd."""
+        found: list[Tensor] = []
+        for _, part, shape, heads in self._runs:
+            found += torch.unsafe_split_with_sizes(vector[part].view(shape), heads)
+        return found
 
 
 class Memory:
@@ -103,8 +131,8 @@ class Memory:
         self._blocks = {device: _block(size, device) for device, size in layout.sizes.items()}
         parts = layout.vectors
         self.vectors = dict(zip(parts, _tensors_over(self._blocks, list(parts.values())), strict=True))
-        #: Lists of parts of the vectors, of whoever cuts them.
-        self.views: dict[Any, list[Any]] = {}
+        #: Views of the vectors, of whoever made them.
+        self.views: dict[Any, Any] = {}
         #: Where the leaves begin, in the order of their positions.
         self.addresses: tuple[int, ...] = ()
 
@@ -131,11 +159,11 @@ class Memory:
 
 
 class Pool:
-    """Memory of one layout for results: what earlier results have left, or new.
+    """Memory of one layout: what earlier leaves have left, or new.
 
     Args:
-        layout: Where leaves lie.
-        keeps: Whether memory is kept for the next result also while nobody holds an earlier one.
+        layout: Where leaves lie. Their positions are those in a list of leaves.
+        keeps: Whether memory is kept for the next leaves also while nobody holds earlier ones.
     """
 
     def __init__(self, layout: Layout, keeps: bool = False) -> None:
@@ -160,10 +188,21 @@ class Pool:
             weakref.finalize(owner, self._give_back, memory).atexit = False
         return leaves
 
-    def find(self, addresses: tuple[int, ...]) -> Memory | None:
-        """The memory of which leaves at these addresses are all the leaves."""
-        memory = None if self.layout.anchor is None else self._used.get(addresses[self.layout.anchor])
-        return memory if memory is not None and memory.addresses == addresses else None
+    def packed(self, leaves: Sequence[Any]) -> list[Any]:
+        """Leaves with copies in such memory in the place of those that it is for."""
+        made = list(leaves)
+        for i, copied in zip(self.layout.positions, self.lend(self.take(), own_storages=True), strict=True):
+            made[i] = copied.copy_(leaves[i])
+        return made
+
+    def find(self, addresses: Sequence[int]) -> Memory | None:
+        """The memory in which leaves lie that begin at these addresses, if all of them do that it is for."""
+        if self.layout.anchor is None:
+            return None
+        memory = self._used.get(addresses[self.layout.positions[self.layout.anchor]])
+        if memory is None or memory.addresses != tuple([addresses[i] for i in self.layout.positions]):
+            return None
+        return memory
 
     def _give_back(self, memory: Memory) -> None:
         self._used.pop(memory.addresses[self.layout.anchor or 0], None)

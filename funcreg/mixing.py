@@ -81,7 +81,7 @@ def scale_by_ademamix(
     Example:
         >>> tx, params = scale_by_ademamix(b3=0.5, alpha=2.0), {"weight": torch.zeros(2)}
         >>> tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)[0]
-        {'weight': tensor([ 2., -2.])}
+        {'weight': tensor([ 2.0000, -2.0000])}
 
     References:
         Pagliardini, Ablin & Grangier, *The AdEMAMix optimizer: better, faster, older*, 2024.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
-from funcreg.fused import fuse
+from funcreg.fused import FusedStep
 from funcreg.hyperparams import Injected
 from funcreg.ranges import number
 from funcreg.transform import Transform
@@ -119,8 +119,8 @@ class Optimizer(torch.optim.Optimizer):
         self._parts: list[_Part] | None = None
         self._begun: set[Tensor] = set()  # The parameters in parts.
         self._count = 0  # Of parameters with states, when parts were made.
-        self._steps: dict[Any, _Step] = {}  # By the parts that have gradients.
-        self._detached: dict[int, Tensor] = {}  # By the id of a parameter.
+        self._steps: dict[Any, FusedStep | _Eager] = {}  # By the parts that have gradients.
+        self._packed = False  # Whether states lie where the last step that was made likes them.
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
@@ -211,24 +211,19 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         self._read_groups()
         fresh = not self.state
-        parts = [part for part in self._find_parts() if any([p.grad is not None for p in part.params])]
+        found = [(part, [p.grad for p in part.params]) for part in self._find_parts()]
+        found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
+        parts = [part for part, _ in found]
         if not parts or (fresh and self._makes_states_alone(parts)):
             return
-        key = tuple([part.key for part in parts])
-        step = self._steps.get(key)
-        if step is None:
-            tx = _beside([self._chains[part.group] for part in parts])
-            backend = "inductor" if self._compile is True else self._compile
-            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
-            step = self._steps[key] = fuse(tx, donate=True, backend=backend) if backend and bare else _Eager(tx)
-        params = [{**dict(zip(part.names, map(self._plain, part.params), strict=True)), **part.rest} for part in parts]
-        grads = [{**dict(zip(part.names, map(_gradient, part.params), strict=True)), **part.rest} for part in parts]
-        states = [[self.state[p] for p in part.params] for part in parts]
-        leaves = [[each[i][key] for i, key in part.slots] for part, each in zip(parts, states, strict=True)]
-        kept = [x for rows in zip(parts, params, leaves, strict=True) for x in _kept(*rows)]
+        step = self._step_of(parts)
+        params = [part.tree(part.params) for part in parts]
+        grads = [part.tree(list(map(_filled, part.params, grads))) for part, grads in found]
+        states = [restored(part.spec, self._leaves(part)) for part in parts]
+        kept = [x for part, grads in found for x in self._kept(part, grads)]
         before = [x.clone() for x in kept]
         try:
-            step(params, grads, [restored(part.spec, each) for part, each in zip(parts, leaves, strict=True)])
+            step(params, grads, states)
         except TypeError as error:
             if "missing" not in str(error) or "argument" not in str(error):
                 raise
@@ -238,6 +233,11 @@ class Optimizer(torch.optim.Optimizer):
             ) from error
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
+        if not self._packed and isinstance(step, FusedStep):
+            for part, state in zip(parts, step.packed_state(params, grads, states), strict=True):
+                for p, entries in _entries(part, tree_leaves(state)).items():
+                    self.state[p].update(entries)
+        self._packed = True
 
     def _makes_states_alone(self, parts: list[_Part]) -> bool:
         """Whether this first step has no rates and no gradients, as that by which distributed checkpoints make states.
@@ -249,14 +249,29 @@ class Optimizer(torch.optim.Optimizer):
             return False
         return not any([(p.grad != 0).any() for part in parts for p in part.params if p.grad is not None])
 
-    def _plain(self, p: Tensor) -> Tensor:
-        """A parameter without its gradient: in the same memory, with the same version."""
-        if type(p) not in _PLAIN:
-            return p.detach()
-        known = self._detached.get(id(p))
-        if known is None or known.data_ptr() != p.data_ptr() or known.shape != p.shape:
-            known = self._detached[id(p)] = p.detach()
-        return known
+    def _step_of(self, parts: list[_Part]) -> FusedStep | _Eager:
+        """The step for some parts side by side."""
+        key = tuple([part.key for part in parts])
+        if key not in self._steps:
+            tx = _beside([self._chains[part.group] for part in parts])
+            backend = "inductor" if self._compile is True else self._compile
+            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
+            self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and bare else _Eager(tx)
+            self._packed = False
+        return self._steps[key]
+
+    def _leaves(self, part: _Part) -> list[Tensor]:
+        """The leaves of the state of a part."""
+        entries = list(map(self.state.__getitem__, part.params))
+        return [entries[i][name] for i, name in part.slots]
+
+    def _kept(self, part: _Part, grads: list[Tensor | None]) -> list[Tensor]:
+        """The parameters without a gradient and their states, which a step leaves as they are."""
+        without = {i for i, g in enumerate(grads) if g is None}
+        if not without:
+            return []
+        slots = [slot for n, slot in enumerate(part.slots) if slot[0] in without and n not in part.shared]
+        return [part.params[i] for i in sorted(without)] + [self.state[part.params[i]][name] for i, name in slots]
 
     # States
 
@@ -265,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
             self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
             self._begun = {p for part in self._parts for p in part.params}
-            self._count = len(self.state)
+            self._count, self._packed = len(self.state), False
         everything = sum([len(group["params"]) for group in self.param_groups])
         if len(self._begun) == everything:
             return self._parts
@@ -281,16 +296,15 @@ class Optimizer(torch.optim.Optimizer):
         for part, leaves in made:
             self.state.update(_entries(part, leaves))
             self._begun.update(part.params)
-        self._parts = parts
-        self._count = len(self.state)
-        return self._parts
+        self._parts, self._count, self._packed = parts, len(self.state), self._packed and not made
+        return parts
 
     def _begin(self, index: int, which: Sequence[int]) -> tuple[_Part, list[Tensor]]:
         """Some parameters of a group as a part, and the leaves of the state that their chain begins with."""
         group = self.param_groups[index]
         params, names = [group["params"][i] for i in which], group.get("param_names")
         keys = [_Name(i if names is None else names[i]) for i in which]
-        state, rest, refused = self._init(index, dict(zip(keys, map(self._plain, params), strict=True)))
+        state, rest, refused = self._init(index, dict(zip(keys, map(Tensor.detach, params), strict=True)))
         leaves, spec = structure(state)
         owners = {key: i for i, key in enumerate(keys)}
         slots, shared = [], set()
@@ -314,7 +328,7 @@ class Optimizer(torch.optim.Optimizer):
         rest: Params = {name: ABSENT for name in names if name not in tree}
         if rest:
             try:
-                init(dict(zip(names, map(self._plain, group["params"]), strict=True)))
+                init(dict(zip(names, map(Tensor.detach, group["params"]), strict=True)))
                 refused = None
             except ValueError as error:
                 refused = error
@@ -435,9 +449,6 @@ class Optimizer(torch.optim.Optimizer):
         return "\n".join([*lines, ")"])
 
 
-_Step = Callable[[Params, Updates, State], Any]
-
-
 class _Name(str):
     """The name of a parameter as a key: told from the keys of states that are called the same."""
 
@@ -455,6 +466,10 @@ class _Part:
     slots: list[tuple[int, str]]  # For each leaf of it, the parameter in whose state it is, and under which name.
     shared: set[int]  # Leaves of no parameter alone, which are in the states of all.
     key: Any
+
+    def tree(self, leaves: Sequence[Tensor]) -> Params:
+        """Leaves, one for each parameter, as a tree that the chain knows."""
+        return {**dict(zip(self.names, leaves, strict=True)), **self.rest}
 
 
 class _Values:
@@ -627,18 +642,8 @@ def _slot(path: tuple[Any, ...]) -> str:
     return dotted(tuple(key for key in path if not isinstance(key, _Name))) or "value"
 
 
-def _gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad
-
-
-def _kept(part: _Part, params: dict[_Name, Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """The parameters without a gradient and their states, which a step leaves as they are."""
-    without = {id(p) for p in part.params if p.grad is None}
-    if not without:
-        return []
-    slots = enumerate(zip(part.slots, leaves, strict=True))
-    states = [leaf for i, ((p, _), leaf) in slots if i not in part.shared and id(part.params[p]) in without]
-    return [w for p, w in zip(part.params, params.values(), strict=True) if id(p) in without] + states
+def _filled(p: Tensor, gradient: Tensor | None) -> Tensor:
+    return torch.zeros_like(p, requires_grad=False) if gradient is None else gradient
 
 
 def _beside(chains: list[Transform]) -> Transform:

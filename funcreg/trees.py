@@ -77,6 +77,8 @@ def _visit(node: Any, path: Path, names: frozenset[Any], ends: Sequence[str], pl
         longer = [f"{end}.{key}" for end in ends]
         # A place in a tuple is a name only before others; a key of a dict that is no string is found as it is.
         own = [key] if isinstance(node, dict) else [] if kind is None else [key, f"{kind}.{key}"]
+        if kind is not None and key == "steps":
+            own.append("count")  # Its name in optax, which is a method of tuples here.
         shown = [str(key)] if kind is None else own
         _visit(child, (*path, key), frozenset([*own, *longer]), [*shown, *longer], places)
 

@@ -58,6 +58,12 @@ def test_values_in_values_of_the_same_name_are_found_too():
     assert fr.tree_set(tree, a=9) == {"a": 9, 3: {"c": 4}}
 
 
+def test_counters_are_found_and_set_under_the_name_of_optax_too():
+    state = fr.scale_by_adam().init({"w": torch.ones(2)})
+    assert fr.tree_get(state, "count") is state.steps
+    assert int(fr.tree_set(state, count=7).steps) == 7
+
+
 def test_one_of_several_is_chosen_by_more_of_its_path_or_by_a_function():
     with pytest.raises(KeyError, match=r"several values are called 'steps': 1.adam.steps, 1.slow.steps; .*adam.steps"):
         fr.tree_get(state(), "steps")

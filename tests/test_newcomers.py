@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 import funcreg as fr
 
 ROOT = Path(__file__).parent.parent
+OPTAX = (ROOT / "examples" / "from_optax.md").read_text()
 OTHERS = (ROOT / "examples" / "from_others.md").read_text()
 ROWS = re.findall(r"^\| (`.*) \| `(.*)` \| `(.*)` \|$", OTHERS, flags=re.MULTILINE)
+made = runpy.run_path(str(ROOT / "examples" / "from_optax.py"))
 
 
 def letters():
@@ -50,3 +53,38 @@ def test_every_row_of_the_tables_is_computed():
 def test_both_sides_of_a_row_are_equal(name, formula, line):
     theirs, ours = eval(formula, letters()), eval(line, letters())
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+# optax
+
+
+def test_every_public_name_of_optax_has_one_place():
+    shared, absent = made["shared"](), made["absent"]()
+    assert len(absent) == len(set(absent))
+    assert set(shared).isdisjoint(absent)
+    assert {*shared, *absent} == set(made["optaxs"]())
+    assert set(made["OTHERWISE"]) <= set(shared)
+
+
+def test_the_page_holds_the_tables_made_from_the_code():
+    assert made["filled"](OPTAX) == OPTAX, "run python examples/from_optax.py --write"
+
+
+def test_every_name_is_in_the_tables_once():
+    tables = "".join(
+        re.findall(r"^<!-- (?:same|other|without) -->\n(.*?)^<!-- end -->", OPTAX, re.DOTALL | re.MULTILINE)
+    )
+    cells = [line.split(" | ") for line in tables.splitlines() if line.startswith("| ")]
+    named = [name for first, second, *_ in cells for name in re.findall(r"`(\w+)`", first if "`" in first else second)]
+    assert sorted(named) == made["optaxs"]()
+
+
+LINES = [line for _, said in made["INSTEAD"] for line in re.findall(r"`([^`]*fr\.[^`]*)`", said)]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_what_is_written_instead_is_there(line):
+    params = {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    names = {"fr": fr, "torch": torch, "params": params, "f": torch.add}
+    names["loss"] = lambda p: sum((w - 1).square().sum() for w in p.values())
+    assert eval(line, names) is not None

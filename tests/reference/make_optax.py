@@ -50,10 +50,16 @@ SCHEDULES_OF_OPTAX = {name for name in dir(optax.schedules) if name.endswith(("_
 
 
 LIBRARIES = (optax, optax.transforms, optax.projections, optax.contrib)
+#: Modules of which only the names are stored.
+BESIDE = ("tree_utils", "losses", "perturbations", "second_order", "assignment", "microbatching")
 
 
 def _find(name: str) -> Any:
     return next(getattr(lib, name) for lib in LIBRARIES if hasattr(lib, name))
+
+
+def _public(module: Any) -> set[str]:
+    return {n for n in dir(module) if n[0] != "_" and callable(getattr(module, n))}
 
 
 def inputs() -> dict[str, Any]:
@@ -102,10 +108,11 @@ def main() -> None:
     for name, make in SCHEDULES.items():
         schedule = make(spy)
         values[name] = [float(schedule(count)) for count in COUNTS]
-    public = {n for lib in LIBRARIES for n in dir(lib) if n[0] != "_" and callable(getattr(lib, n))}
+    public = set().union(*map(_public, LIBRARIES))
     parts = {
         "optax": json.dumps(optax.__version__),
         "names": json.dumps(" ".join(sorted(public))),
+        "beside": _lines({name: " ".join(sorted(_public(getattr(optax, name)) - public)) for name in BESIDE}),
         "signatures": _lines({name: signature(name) for name in sorted(spy.asked)}),
         "counts": json.dumps(COUNTS),
         "schedules": _lines(values),

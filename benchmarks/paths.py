@@ -81,7 +81,8 @@ def lasso(name: str, x: np.ndarray, y: np.ndarray, count: int, ratio: float) -> 
     strengths = np.geomspace(most, most * ratio, count)
     tensors = torch.tensor(x), torch.tensor(y)
     ways = ours(squares, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist())
-    ways[SKLEARN] = lambda: lasso_path(x, y, alphas=strengths, tol=1e-10, max_iter=100_000)[1].T
+    descent: Any = lasso_path
+    ways[SKLEARN] = lambda: descent(x, y, alphas=strengths, tol=1e-10, max_iter=100_000)[1].T
     if importlib.util.find_spec("skglm"):
         from skglm import Lasso  # pyright: ignore[reportMissingImports]
 

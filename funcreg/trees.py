@@ -252,7 +252,8 @@ def tree_map_params(
         if isinstance(mark, Absent):
             return _map_like(f, node, rest, is_leaf, path)
         opened = level(mark)
-        if opened is None:
+        # A placeholder has no leaves that a wrapper could make one vector of.
+        if opened is None or (type(mark) is tuple and not mark and isinstance(node, Tensor)):
             return keep(node)
         inside = level(node)
         if inside is None or opened[0] != inside[0] or type(mark) is not type(node):

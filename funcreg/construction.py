@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -47,11 +48,24 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, A
     return function(*args, **kwargs)
 
 
+#: What arguments of torch's optimizers are called here.
+_TORCHS = {
+    "lr": "learning_rate",
+    "betas": "b1 and b2",
+    "weight_decay": "a link of its own: with_weight_decay(tx, kind, weight_decay), or adamw",
+}
+
+
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
     """Let what a function returns, a `Remembering`, remember this call."""
+    names = frozenset(inspect.signature(function).parameters)
+    elsewhere = {theirs: ours for theirs, ours in _TORCHS.items() if theirs not in names and "learning_rate" in names}
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
+        for theirs, ours in elsewhere.items():
+            if theirs in kwargs:
+                raise TypeError(f"{function.__name__} got {theirs}=, as in torch.optim; here that is {ours}")
         made = function(*args, **kwargs)
         # What hands an argument through did not make it. A compiler needs neither name nor pickle.
         if isinstance(made, Remembering) and not torch.compiler.is_compiling() and all(made is not arg for arg in args):

@@ -533,3 +533,19 @@ def test_a_function_that_expects_a_leaf_is_told_that_it_gets_the_tree():
     for f in (torch.sign, lambda u: u, lambda u, p: u.sign()):
         with pytest.raises(TypeError, match=r"of stateless raised .*It gets two trees.*tree_map\("):
             step(fr.stateless(f), ONES)
+
+
+# Names of torch.optim
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: fr.adam(lr=1e-3), "adam got lr=, as in torch.optim; here that is learning_rate"),  # pyright: ignore[reportCallIssue]
+        (lambda: fr.prox_adam(1e-3, fr.l1, betas=(0.9, 0.99)), "prox_adam got betas=, .* here that is b1 and b2"),
+        (lambda: fr.sgd(1e-2, weight_decay=1e-4), "sgd got weight_decay=, .* with_weight_decay"),  # pyright: ignore[reportCallIssue]
+    ],
+)
+def test_arguments_by_the_names_of_torch_are_told_what_they_are_here(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
-from funcreg.rules import Flow
+from funcreg.flow import Flow
+from funcreg.layers import PIXELS, rule_of
 from funcreg.tracing import record
 from funcreg.tree import listed
 
@@ -62,10 +64,7 @@ class ChannelGroups(list[Family]):
     def __repr__(self) -> str:
         if len(self.counts) != len(self):
             return super().__repr__()
-        rows = [
-            (_shortened(layers), f"{count}", f"{size:,}")
-            for layers, count, size in zip(self.layers, self.counts, self.sizes, strict=True)
-        ]
+        rows = _rows([_shortened(layers) for layers in self.layers], self.counts, self.sizes)
         head = ("channels of", "groups", "parameters each")
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
@@ -76,9 +75,51 @@ class ChannelGroups(list[Family]):
     def explain(self) -> str:
         """Which channels there are, and why the others are kept."""
         lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self)]
-        for reason, places in self.kept.items():
+        if self.kept:
+            lines += ["", "Kept:"]
+        for reason, places in _alike(self.kept).items():
             lines += [f"- {reason}:", *[f"    {place}" for place in places]]
-        return _Text("\n".join([*lines[:2], "", "Kept:", *lines[2:]]) if self.kept else "\n".join(lines))
+        return _Text("\n".join(lines))
+
+
+def _rows(names: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> list[tuple[str, str, str]]:
+    """The rows of a table of families, one for those of numbered layers that are alike."""
+    alike: dict[tuple[str, int, int], list[str]] = {}
+    for name, count, size in zip(names, counts, sizes, strict=True):
+        alike.setdefault((_NUMBER.sub("*", name), count, size), []).append(name)
+    rows: list[tuple[str, str, str]] = []
+    for (_, count, size), here in alike.items():
+        labels = here if len(here) < _MANY else [f"{_pattern(here)} ({len(here)} families)"]
+        rows += [(label, f"{count}", f"{size:,}") for label in labels]
+    return rows
+
+
+def _alike(kept: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Places by the reason why they are kept, those of numbered layers that are alike in one line."""
+    patterns, found = _patterns(kept), {}
+    for reason, places in kept.items():
+        found.setdefault(patterns[reason], []).extend(places)
+    return {reason: list(dict.fromkeys(_patterns(places).values())) for reason, places in found.items()}
+
+
+#: How many numbered layers that are alike stand in one line.
+_MANY = 3
+#: The number of a layer in a name.
+_NUMBER = re.compile(r"(?<![^.'\s])(\d+)(?=[.',]|$)")
+
+
+def _patterns(texts: Iterable[str]) -> dict[str, str]:
+    """For each text one that stands for all that are like it but for the numbers of layers."""
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(_NUMBER.sub("*", text), []).append(text)
+    return {text: text if len(here) < _MANY else _pattern(here) for here in alike.values() for text in here}
+
+
+def _pattern(texts: Sequence[str]) -> str:
+    """Texts about numbered layers as one, with a star for the numbers in which they differ."""
+    columns = zip(*[_NUMBER.split(text) for text in texts], strict=True)
+    return "".join([column[0] if len(set(column)) == 1 else "*" for column in columns])
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -175,7 +216,7 @@ def channel_groups(
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
-    flow = Flow(record(module, example_inputs))
+    flow = Flow(record(module, example_inputs), rule_of)
     found = _families(flow, dict(module.named_parameters()))
     owners = [tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes])) for slots in found]
     kept = _kept(flow, {slot.name for slots in found for slot in slots})
@@ -281,7 +322,7 @@ def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
         for dim, first, count in places:
             reasons = closed[flow.atoms.find(torch.arange(first, first + count))]
             for reason in reasons.unique().tolist():
-                if reason >= 0:
+                if reason >= 0 and not flow.atoms.reasons[reason].startswith(PIXELS):
                     part = (
                         "" if int((reasons == reason).sum()) == count else f" of them {int((reasons == reason).sum())}"
                     )
@@ -291,7 +332,7 @@ def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
 
 
 def _reasons(kept: dict[str, list[str]]) -> str:
-    return "\n".join([f"- {reason}: {listed(places)}" for reason, places in kept.items()])
+    return "\n".join([f"- {reason}: {listed(places)}" for reason, places in _alike(kept).items()])
 
 
 def _chosen(module: nn.Module, owners: Sequence[Sequence[str]], layers: Any, types: Any) -> list[bool]:

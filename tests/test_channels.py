@@ -825,3 +825,17 @@ def test_random_networks_without_dead_channels_give_what_they_gave(steps):
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
     torch.testing.assert_close(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_kept_in_numbered_layers_stands_in_one_line_and_pixels_are_no_channels():
+    blocks = [nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(4)]
+    net = network(lambda: Net(lambda net, x: [x := x + block(x) for block in net.h][-1], h=nn.ModuleList(blocks)))
+    groups = fr.channel_groups(net, (drawn(4, 6),))
+    assert repr(groups).splitlines()[1].split() == ["h.*.1", "(4", "families)", "8", "13"]
+    said = groups.explain().splitlines()
+    assert "- normalized over channels (native_layer_norm, 'h.*.0'):" in said
+    assert "    h.*.0.weight, dimension 0 of 6" in said
+    assert len(said) < 20
+    assert sum(map(len, groups.kept.values())) > 20
+    pictures = network(lambda: nn.Sequential(CONV(3, 6, 3), nn.ReLU(), CONV(6, 2, 3)))
+    assert "kernel" not in fr.channel_groups(pictures, images()).explain()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
-from funcreg.flow import Flow
+from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
 from funcreg.tracing import record
 from funcreg.tree import listed
@@ -141,6 +141,11 @@ class _Slot(NamedTuple):
     rows: Tensor  # The entries of each group.
     writes: bool  # Whether what is computed has the channel because of them.
     reads: bool  # Whether sums run over them.
+    fold: Fold | None = None  # What they read from a dead channel, if it is not 0.
+
+
+#: Why channels cannot go unless what reads them is zero, by what else could be done; under None if nothing can.
+_Demands: TypeAlias = dict[Fold | None, str]
 
 
 def channel_groups(
@@ -160,10 +165,12 @@ def channel_groups(
     once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
     out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
     these do not form groups. Where they do, the slice is not penalized a second time, because groups that overlap
-    have no exact proximal operator; it goes when the channel does, with the running statistics.
+    have no exact proximal operator; it goes when the channel does, with the running statistics. A dead channel that is
+    another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
+    (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
-    another number than 0 where they are dead, or that reach an operation that cannot be followed are kept;
+    a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
 
     Args:
@@ -231,7 +238,10 @@ def channel_groups(
     inside = lambda name: f"{prefix}.{name}" if prefix else name
     parameters = dict(module.named_parameters())
     return ChannelGroups(
-        [{inside(name): where for name, where in _family(slots, found, parameters, shapes).items()} for slots in found],
+        [
+            {inside(name): where for name, where in _family(slots, found, parameters, shapes, inside).items()}
+            for slots in found
+        ],
         [len(slots[0].rows) for slots in found],
         [_size(slots, parameters) for slots in found],
         [tuple(map(inside, names)) for names in owners],
@@ -258,40 +268,47 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
                 uses[name, dim, root] = before[0] or is_read, before[1] or is_written
     # Layers that only read a channel do not make it.
     writes = {place for place, use in uses.items() if place[0] in parameters and use != (True, False)}
-    demands: dict[int, str] = {}
-    for ids, reason in flow.demands:
-        demands.update(dict.fromkeys(flow.atoms.find(ids).tolist(), reason))
+    demands: dict[int, _Demands] = {}
+    for ids, reason, fold in flow.demands:
+        for root in flow.atoms.find(ids).unique().tolist():
+            demands.setdefault(root, {})[fold] = reason
     alike: dict[tuple[Any, ...], list[int]] = {}
     for root, slots in members.items():
         kind = tuple(
             (slot, len(entries), (*slot, root) in writes, uses[(*slot, root)][0]) for slot, entries in slots.items()
         )
-        alike.setdefault((demands.get(root), kind), []).append(root)
-    found: list[tuple[list[_Slot], str | None]] = []
-    for (reason, kind), sets in alike.items():
+        alike.setdefault((tuple(demands.get(root, ())), kind), []).append(root)
+    found: list[tuple[list[_Slot], _Demands]] = []
+    for (_, kind), sets in alike.items():
         if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
             flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
-        slots = [_Slot(name, dim, own, w, r) for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)]
-        found.append((slots, reason))
+        here = demands.get(sets[0], {})
+        folds = {(fold.weight, fold.dim): fold for fold in here if fold is not None}
+        slots = [
+            _Slot(name, dim, own, w, r, folds.get((name, dim)))
+            for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)
+        ]
+        found.append((slots, here))
     return _exact(flow, found, parameters)
 
 
-def _exact(flow: Flow, found: list[tuple[list[_Slot], str | None]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any]) -> list[list[_Slot]]:
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
         written = {slot.name for slots in families for slot in slots if slot.writes}
-        for slots, reason in found:
+        for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
             lacking = [
                 slot
                 for slot in slots
                 if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
+                if slot.fold is None
             ]
             overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
-            refused = overlap or (reason if reason is not None and lacking else None)
+            refused = overlap or (demands.get(None) if lacking else None)
             if refused is not None:
                 places = [
                     (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
@@ -369,13 +386,20 @@ def _chosen_in_sequence(
 
 
 def _family(
-    slots: list[_Slot], found: list[list[_Slot]], parameters: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    slots: list[_Slot],
+    found: list[list[_Slot]],
+    parameters: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    inside: Callable[[str], str],
 ) -> Family:
     written = {slot.name for others in found for slot in others if slot.writes}
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
         penalized = slot.name in parameters and (slot.writes or slot.name not in written)
-        family.setdefault(slot.name, []).append(along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized))
+        where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
+        if slot.fold is not None and not penalized:
+            where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))
+        family.setdefault(slot.name, []).append(where)
     order = {name: i for i, name in enumerate(shapes)}
     ordered = sorted(family, key=lambda name: (name not in written, order[name]))
     return {name: _plain(family[name]) for name in ordered}

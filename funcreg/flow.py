@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ def rule(*names: str) -> Callable[[R], R]:
     return register
 
 
+class Fold(NamedTuple):
+    """A constant that a weight reads from dead channels, and the bias beside it, which can take it."""
+
+    weight: str
+    dim: int
+    constant: float
+    bias: str
+
+
 class Flow:
     """The atoms of all tensors of a recording, found one operation after the other."""
 
@@ -44,9 +53,12 @@ class Flow:
         self.used: set[Ref] = set()
         self.operation: Operation | None = None
 
-        self.demands: list[tuple[Tensor, str]] = []  # Atoms that go only if the weights that read them are penalized.
+        # Atoms that go only if the weights that read them are penalized, or a bias takes what they give.
+        self.demands: list[tuple[Tensor, str, Fold | None]] = []
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
+        self._parameters = recording.parameters
+        self._uses = _uses(recording)
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
             self._enter(name, ref, 0.0)
@@ -101,6 +113,21 @@ class Flow:
             if ref in self.weights:
                 for component in operand:
                     self.atoms.write(component.ids)
+
+    def fold(self, weight: Ref, atoms: Tensor, constant: float, bias: Any) -> Fold | None:
+        """How a bias takes a constant that a weight reads, if both are parameters that nothing else uses."""
+        name, other = self._leaf(weight), self._leaf(bias)
+        if name is None or other is None or len(bias.shape) != 1 or math.isnan(constant):
+            return None
+        found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
+        return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def _leaf(self, ref: Any) -> str | None:
+        """The name of a parameter that is used once, as it is or with its dimensions in another order."""
+        if not isinstance(ref, Ref) or self._uses.get(ref.storage) != 1:
+            return None
+        order = lambda x: (x.dtype, x.place[:2], sorted(zip(x.shape, x.place[2], strict=True)))
+        return next((name for name, own in self._parameters.items() if order(own) == order(ref)), None)
 
     def _follow(self, operation: Operation) -> None:
         self.operation = operation
@@ -158,6 +185,17 @@ class Flow:
                     if len(dims) > 1:
                         self.atoms.rigid([component], dims[:-1], reason)
                         changed = True
+
+
+def _uses(recording: Recording) -> dict[Any, float]:
+    """How many operations use the memory of each tensor, views aside; infinitely many if one writes into it."""
+    uses: dict[Any, float] = {ref.storage: math.inf for ref in recording.outputs}
+    for operation in recording.operations:
+        views = {ref.storage for ref in operation.results}
+        for storage in {ref.storage for ref in refs_in([operation.args, operation.kwargs])} - views:
+            uses[storage] = uses.get(storage, 0) + 1
+        uses.update({ref.storage: math.inf for ref in operation.written})
+    return uses
 
 
 def unknown(flow: Flow, operation: Operation) -> list[Components]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcreg.atoms import UNKNOWN, Component, grouped_by_dims
-from funcreg.flow import RULES, Components, Flow, Rule, argument, rule, unknown
+from funcreg.flow import RULES, Components, Flow, Fold, Rule, argument, rule, unknown
 from funcreg.shapes import SAMPLES, pointwise
 from funcreg.tracing import Operation, Ref, refs_in
 
@@ -71,7 +71,8 @@ def _by_pixel(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
     pixels = int(re.findall(r"(\d)d", operation.name)[0])
     kept = flow.rigid(x, range(len(x.shape) - pixels, len(x.shape)), "they are pixels")
-    same = not operation.name.startswith("avg_pool")
+    # A border of zeros is averaged with them, and zeros lie between what is unpooled.
+    same = not operation.name.startswith(("avg_pool", "max_unpool"))
     made = [Component(ids, dead if same or dead == 0 else UNKNOWN) for ids, dead in kept]
     return [made, [Component(ids, UNKNOWN) for ids, _ in kept]]
 
@@ -120,14 +121,29 @@ def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
         flow.atoms.read(group[read].ids)
     dead = next((c.dead for i, c in group.items() if i != read), UNKNOWN)
     if dead != 0 and read in group:  # Whatever it is then, the weights that read it have to be zero.
-        flow.demands.append((ids.reshape(-1), flow.reason(_not_zero(dead))))
+        taken = None if read != 1 else _taken(flow, group[read].ids, dead)
+        flow.demands.append((ids.reshape(-1), flow.reason(_not_zero(dead)), taken))
     elif dead != 0:
         flow.atoms.close(ids, flow.reason(_not_zero(dead)))
 
 
+def _taken(flow: Flow, atoms: Tensor, constant: float) -> Fold | None:
+    """How the bias of a linear layer or a convolution takes what constant channels give, alike at every place."""
+    operation = flow.operation
+    assert operation is not None
+    name = operation.name
+    if name == "addmm" and argument(operation, "alpha", 1) == argument(operation, "beta", 1) == 1:
+        bias, _, weight = operation.args[:3]
+        return flow.fold(weight, atoms, constant, bias)
+    convolves = "convolution" in name and not any(argument(operation, "padding", (1,)))
+    if name == "linear" or (convolves and not argument(operation, "transposed", False)):
+        return flow.fold(operation.args[1], atoms, constant, argument(operation, "bias"))
+    return None
+
+
 def _not_zero(dead: float) -> str:
     number = "another number" if math.isnan(dead) else f"{dead:g}"
-    return f"they are read, and a dead one would be {number}, not 0"
+    return f"they are read, and a dead one would be {number}, not 0, which no bias here can take"
 
 
 @rule("mm", "bmm", "matmul", "mv")

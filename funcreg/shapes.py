@@ -15,7 +15,11 @@ from funcreg.tracing import Operation, Ref, refs_in
 # Entry by entry
 
 _ENTRYWISE = ("hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "rsub", "masked_fill", "special_erf")
-SAMPLES = ((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3))
+#: What unknown entries may be, of either sign, small and large.
+SAMPLES = (
+    *((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3), (-0.3, -0.6, -1.7)),
+    *((30.0, -40.0, 50.0), (-500.0, 600.0, -700.0), (1e-4, 2e-4, -3e-4), (9e3, 8e3, 7e3)),
+)
 
 
 @rule(*_ENTRYWISE)

@@ -76,6 +76,12 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
         >>> params, state = remove_dead(params, families, state)
         >>> state
         TraceState(trace={'0.weight': tensor([[0.]]), '2.weight': tensor([[0.]])})
+
+        Where the first channel is 0.5 when it is dead, as after a sigmoid, the bias takes 0.5 * 4:
+
+        >>> params = {"w": torch.tensor([[0.0], [3.0]]), "read": torch.tensor([[4.0, 2.0]]), "b": torch.tensor([1.0])}
+        >>> remove_dead(params, {"w": 0, "read": Along(1, penalized=False, constant=0.5, bias="b")})
+        {'w': tensor([[3.]]), 'read': tensor([[2.]]), 'b': tensor([3.])}
     """
     multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
@@ -95,7 +101,8 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
             dim = along.dim % leaves[leaf].ndim
             stays = within(alive, leaves[leaf], along)
             kept[dim] = kept[dim] & stays if dim in kept else stays
-    leaves = [biases[i] if i in biases else leaf for i, leaf in enumerate(leaves)]
+    for number, bias in biases.items():
+        leaves[number] = bias
     by_name = {names[leaf]: cut for leaf, cut in cuts.items()}
     smaller = rebuild([_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(leaves)])
     if not states:

@@ -823,7 +823,7 @@ def test_it_prints_as_a_table_explains_itself_and_comes_back_from_a_pickle():
 # From the penalty to the smaller network
 
 
-@pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net"])
+@pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net", "constants that biases take"])
 def test_a_network_is_regularized_made_smaller_and_trained_on(name):
     make, inputs, _ = NETWORKS[name]
     net, seen = network(make).float().train(), inputs()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
-from funcreg.rules import Flow
+from funcreg.flow import Flow, Fold
+from funcreg.layers import PIXELS, rule_of
 from funcreg.tracing import record
 from funcreg.tree import listed
 
@@ -62,10 +64,7 @@ class ChannelGroups(list[Family]):
     def __repr__(self) -> str:
         if len(self.counts) != len(self):
             return super().__repr__()
-        rows = [
-            (_shortened(layers), f"{count}", f"{size:,}")
-            for layers, count, size in zip(self.layers, self.counts, self.sizes, strict=True)
-        ]
+        rows = _rows([_shortened(layers) for layers in self.layers], self.counts, self.sizes)
         head = ("channels of", "groups", "parameters each")
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
@@ -76,9 +75,51 @@ class ChannelGroups(list[Family]):
     def explain(self) -> str:
         """Which channels there are, and why the others are kept."""
         lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self)]
-        for reason, places in self.kept.items():
+        if self.kept:
+            lines += ["", "Kept:"]
+        for reason, places in _alike(self.kept).items():
             lines += [f"- {reason}:", *[f"    {place}" for place in places]]
-        return _Text("\n".join([*lines[:2], "", "Kept:", *lines[2:]]) if self.kept else "\n".join(lines))
+        return _Text("\n".join(lines))
+
+
+def _rows(names: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> list[tuple[str, str, str]]:
+    """The rows of a table of families, one for those of numbered layers that are alike."""
+    alike: dict[tuple[str, int, int], list[str]] = {}
+    for name, count, size in zip(names, counts, sizes, strict=True):
+        alike.setdefault((_NUMBER.sub("*", name), count, size), []).append(name)
+    rows: list[tuple[str, str, str]] = []
+    for (_, count, size), here in alike.items():
+        labels = here if len(here) < _MANY else [f"{_pattern(here)} ({len(here)} families)"]
+        rows += [(label, f"{count}", f"{size:,}") for label in labels]
+    return rows
+
+
+def _alike(kept: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Places by the reason why they are kept, those of numbered layers that are alike in one line."""
+    patterns, found = _patterns(kept), {}
+    for reason, places in kept.items():
+        found.setdefault(patterns[reason], []).extend(places)
+    return {reason: list(dict.fromkeys(_patterns(places).values())) for reason, places in found.items()}
+
+
+#: How many numbered layers that are alike stand in one line.
+_MANY = 3
+#: The number of a layer in a name.
+_NUMBER = re.compile(r"(?<![^.'\s])(\d+)(?=[.',]|$)")
+
+
+def _patterns(texts: Iterable[str]) -> dict[str, str]:
+    """For each text one that stands for all that are like it but for the numbers of layers."""
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(_NUMBER.sub("*", text), []).append(text)
+    return {text: text if len(here) < _MANY else _pattern(here) for here in alike.values() for text in here}
+
+
+def _pattern(texts: Sequence[str]) -> str:
+    """Texts about numbered layers as one, with a star for the numbers in which they differ."""
+    columns = zip(*[_NUMBER.split(text) for text in texts], strict=True)
+    return "".join([column[0] if len(set(column)) == 1 else "*" for column in columns])
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -100,6 +141,11 @@ class _Slot(NamedTuple):
     rows: Tensor  # The entries of each group.
     writes: bool  # Whether what is computed has the channel because of them.
     reads: bool  # Whether sums run over them.
+    fold: Fold | None = None  # What they read from a dead channel, if it is not 0.
+
+
+#: Why channels cannot go unless what reads them is zero, by what else could be done; under None if nothing can.
+_Demands: TypeAlias = dict[Fold | None, str]
 
 
 def channel_groups(
@@ -119,10 +165,12 @@ def channel_groups(
     once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
     out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
     these do not form groups. Where they do, the slice is not penalized a second time, because groups that overlap
-    have no exact proximal operator; it goes when the channel does, with the running statistics.
+    have no exact proximal operator; it goes when the channel does, with the running statistics. A dead channel that is
+    another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
+    (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
-    another number than 0 where they are dead, or that reach an operation that cannot be followed are kept;
+    a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
 
     Args:
@@ -175,7 +223,7 @@ def channel_groups(
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
-    flow = Flow(record(module, example_inputs))
+    flow = Flow(record(module, example_inputs), rule_of)
     found = _families(flow, dict(module.named_parameters()))
     owners = [tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes])) for slots in found]
     kept = _kept(flow, {slot.name for slots in found for slot in slots})
@@ -190,7 +238,10 @@ def channel_groups(
     inside = lambda name: f"{prefix}.{name}" if prefix else name
     parameters = dict(module.named_parameters())
     return ChannelGroups(
-        [{inside(name): where for name, where in _family(slots, found, parameters, shapes).items()} for slots in found],
+        [
+            {inside(name): where for name, where in _family(slots, found, parameters, shapes, inside).items()}
+            for slots in found
+        ],
         [len(slots[0].rows) for slots in found],
         [_size(slots, parameters) for slots in found],
         [tuple(map(inside, names)) for names in owners],
@@ -217,40 +268,47 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
                 uses[name, dim, root] = before[0] or is_read, before[1] or is_written
     # Layers that only read a channel do not make it.
     writes = {place for place, use in uses.items() if place[0] in parameters and use != (True, False)}
-    demands: dict[int, str] = {}
-    for ids, reason in flow.demands:
-        demands.update(dict.fromkeys(flow.atoms.find(ids).tolist(), reason))
+    demands: dict[int, _Demands] = {}
+    for ids, reason, fold in flow.demands:
+        for root in flow.atoms.find(ids).unique().tolist():
+            demands.setdefault(root, {})[fold] = reason
     alike: dict[tuple[Any, ...], list[int]] = {}
     for root, slots in members.items():
         kind = tuple(
             (slot, len(entries), (*slot, root) in writes, uses[(*slot, root)][0]) for slot, entries in slots.items()
         )
-        alike.setdefault((demands.get(root), kind), []).append(root)
-    found: list[tuple[list[_Slot], str | None]] = []
-    for (reason, kind), sets in alike.items():
+        alike.setdefault((tuple(demands.get(root, ())), kind), []).append(root)
+    found: list[tuple[list[_Slot], _Demands]] = []
+    for (_, kind), sets in alike.items():
         if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
             flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
-        slots = [_Slot(name, dim, own, w, r) for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)]
-        found.append((slots, reason))
+        here = demands.get(sets[0], {})
+        folds = {(fold.weight, fold.dim): fold for fold in here if fold is not None}
+        slots = [
+            _Slot(name, dim, own, w, r, folds.get((name, dim)))
+            for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)
+        ]
+        found.append((slots, here))
     return _exact(flow, found, parameters)
 
 
-def _exact(flow: Flow, found: list[tuple[list[_Slot], str | None]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any]) -> list[list[_Slot]]:
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
         written = {slot.name for slots in families for slot in slots if slot.writes}
-        for slots, reason in found:
+        for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
             lacking = [
                 slot
                 for slot in slots
                 if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
+                if slot.fold is None
             ]
             overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
-            refused = overlap or (reason if reason is not None and lacking else None)
+            refused = overlap or (demands.get(None) if lacking else None)
             if refused is not None:
                 places = [
                     (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
@@ -281,7 +339,7 @@ def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
         for dim, first, count in places:
             reasons = closed[flow.atoms.find(torch.arange(first, first + count))]
             for reason in reasons.unique().tolist():
-                if reason >= 0:
+                if reason >= 0 and not flow.atoms.reasons[reason].startswith(PIXELS):
                     part = (
                         "" if int((reasons == reason).sum()) == count else f" of them {int((reasons == reason).sum())}"
                     )
@@ -291,7 +349,7 @@ def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
 
 
 def _reasons(kept: dict[str, list[str]]) -> str:
-    return "\n".join([f"- {reason}: {listed(places)}" for reason, places in kept.items()])
+    return "\n".join([f"- {reason}: {listed(places)}" for reason, places in _alike(kept).items()])
 
 
 def _chosen(module: nn.Module, owners: Sequence[Sequence[str]], layers: Any, types: Any) -> list[bool]:
@@ -328,13 +386,20 @@ def _chosen_in_sequence(
 
 
 def _family(
-    slots: list[_Slot], found: list[list[_Slot]], parameters: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+    slots: list[_Slot],
+    found: list[list[_Slot]],
+    parameters: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    inside: Callable[[str], str],
 ) -> Family:
     written = {slot.name for others in found for slot in others if slot.writes}
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
         penalized = slot.name in parameters and (slot.writes or slot.name not in written)
-        family.setdefault(slot.name, []).append(along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized))
+        where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
+        if slot.fold is not None and not penalized:
+            where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))
+        family.setdefault(slot.name, []).append(where)
     order = {name: i for i, name in enumerate(shapes)}
     ordered = sorted(family, key=lambda name: (name not in written, order[name]))
     return {name: _plain(family[name]) for name in ordered}

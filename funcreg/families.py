@@ -33,6 +33,9 @@ class Along(NamedTuple):
         stop: The entry after the last one; None for the end of the dimension.
         entries: The entries of each group, a tuple of them for each, where they follow no such order. They stand
             instead of `size`, `packed`, `start` and `stop`.
+        constant: What a dead channel is where these entries, which are not penalized then, read it: 0.5 after a
+            sigmoid. `remove_dead` adds this times their sum to the bias.
+        bias: Name of the bias of the weight that these entries are of, a matrix or the kernel of a convolution.
 
     Example:
         The heads of `torch.nn.MultiheadAttention`, four of eight features:
@@ -59,6 +62,8 @@ class Along(NamedTuple):
     start: int = 0
     stop: int | None = None
     entries: tuple[tuple[int, ...], ...] | None = None
+    constant: float = 0.0
+    bias: str | None = None
 
     def __repr__(self) -> str:
         given = [
@@ -123,12 +128,17 @@ def _checked(name: Any, where: Any) -> list[Along]:
             raise ValueError(f"at leaf '{name}': groups has {along}; expected a start of at least 0 and a later stop")
         if along.entries is not None:
             _check_entries(name, along, along.entries)
+        if (along.constant != 0) != (along.bias is not None) or (along.constant != 0 and along.penalized):
+            raise ValueError(
+                f"at leaf '{name}': groups has {along}; expected a constant with the bias that takes it, of entries "
+                "that are not penalized"
+            )
     return found
 
 
 def _check_entries(name: str, along: Along, groups: tuple[tuple[int, ...], ...]) -> None:
     said = f"at leaf '{name}': groups has {along}; expected"
-    if along != Along(along.dim, penalized=along.penalized, entries=groups):
+    if along != along._replace(size=1, packed=1, start=0, stop=None):
         raise ValueError(f"{said} entries, or what says them by their order, and not both")
     if len({len(group) for group in groups}) != 1 or not all(groups):
         raise ValueError(f"{said} as many entries in each group, at least one")

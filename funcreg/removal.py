@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Params
-from funcreg.families import Groups, Place, gather, places_of, within
+from funcreg.families import Along, Groups, Place, gather, places_of, within
 from funcreg.sharding import whole
 from funcreg.tree import flatten, gathered, listed, tree_paths
 
@@ -49,7 +49,8 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     """A smaller tree, without the groups all of whose penalized entries are zero.
 
     Leaves that no family names stay as they are; buffers may be among the leaves (`with_buffers`), and are sliced if
-    a family names them. One group of a family always stays, so that no layer is left without entries. Sharded leaves
+    a family names them. Where a dead channel is a constant that is not 0 the bias of what reads it takes this (see
+    `Along`). One group of a family always stays, so that no layer is left without entries. Sharded leaves
     come back whole. The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or
     mapped over.
 
@@ -75,6 +76,12 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
         >>> params, state = remove_dead(params, families, state)
         >>> state
         TraceState(trace={'0.weight': tensor([[0.]]), '2.weight': tensor([[0.]])})
+
+        Where the first channel is 0.5 when it is dead, as after a sigmoid, the bias takes 0.5 * 4:
+
+        >>> params = {"w": torch.tensor([[0.0], [3.0]]), "read": torch.tensor([[4.0, 2.0]]), "b": torch.tensor([1.0])}
+        >>> remove_dead(params, {"w": 0, "read": Along(1, penalized=False, constant=0.5, bias="b")})
+        {'w': tensor([[3.]]), 'read': tensor([[2.]]), 'b': tensor([3.])}
     """
     multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
@@ -82,15 +89,20 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     names = tree_paths(params)
     leaves, rebuild = flatten(gathered(params))
     cuts: dict[int, _Cut] = {}
+    biases: dict[int, Tensor] = {}
     for family in places_of(groups, params):
         alive = _alive(leaves, family, multiple)
         if alive is None:
             continue
         for leaf, along in family:
+            if along.bias is not None:
+                _fold(names, leaves, leaf, along, alive, biases)
             kept = cuts.setdefault(leaf, _Cut(leaves[leaf].shape, {})).kept
             dim = along.dim % leaves[leaf].ndim
             stays = within(alive, leaves[leaf], along)
             kept[dim] = kept[dim] & stays if dim in kept else stays
+    for number, bias in biases.items():
+        leaves[number] = bias
     by_name = {names[leaf]: cut for leaf, cut in cuts.items()}
     smaller = rebuild([_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(leaves)])
     if not states:
@@ -113,6 +125,33 @@ def _alive(leaves: list[Tensor], family: list[Place], multiple: int) -> Tensor |
     spare = (~alive).nonzero()[:, 0]
     alive[spare[: wanted - int(alive.sum())]] = True
     return alive
+
+
+def _fold(
+    names: list[str], leaves: list[Tensor], leaf: int, along: Along, alive: Tensor, biases: dict[int, Tensor]
+) -> None:
+    """Add what dead channels give to the outputs of a layer to its bias."""
+    w, dim = leaves[leaf], along.dim % leaves[leaf].ndim
+    if along.bias not in names or dim > 1 or w.ndim < 2:
+        raise ValueError(
+            f"at leaf '{names[leaf]}': groups has {along}; expected a bias among the leaves {listed(names)}, and a "
+            f"weight whose first dimensions are inputs and outputs. It is of shape {tuple(w.shape)}"
+        )
+    number = names.index(along.bias)
+    bias = biases.get(number, leaves[number])
+    gone = (~within(alive, w, along)).nonzero()[:, 0].to(w.device)
+    given = (
+        w.index_select(dim, gone)
+        .movedim(1 - dim, 0)
+        .flatten(1)
+        .sum(1, dtype=torch.promote_types(w.dtype, torch.float32))
+    )
+    if bias.shape != given.shape:
+        raise ValueError(
+            f"leaf '{along.bias}' of shape {tuple(bias.shape)} is to take the constants that '{names[leaf]}' of shape "
+            f"{tuple(w.shape)} reads; expected {len(given)} entries"
+        )
+    biases[number] = (bias + along.constant * given).to(bias.dtype)
 
 
 def _cut(leaf: Tensor, cut: _Cut) -> Tensor:

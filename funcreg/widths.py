@@ -289,6 +289,10 @@ def _transformer(place: Place) -> None:
     place.layer.d_model = place.layer.d_model if attention is None else attention.embed_dim
 
 
+def _plain(place: Place) -> None:
+    """Nothing, for a container of parameters that says nothing about them."""
+
+
 _RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
     ((nn.Linear,), _linear),
     (CONVOLUTIONS, _convolution),
@@ -302,6 +306,7 @@ _RULES: tuple[tuple[tuple[type, ...], Callable[[Place], None]], ...] = (
     ((nn.MultiheadAttention,), _multihead),
     ((nn.TransformerEncoder,), _encoder),
     ((nn.Transformer,), _transformer),
+    ((nn.ParameterList, nn.ParameterDict), _plain),
 )
 
 

@@ -363,6 +363,49 @@ NETWORKS = {
         vectors,
         0.4,
     ),
+    "constants that biases take": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 8), nn.Softplus(), nn.Linear(8, 7), nn.Sigmoid(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)
+        ),
+        vectors,
+        0.5,
+    ),
+    "constants that biases of convolutions take": (
+        lambda: nn.Sequential(
+            CONV(3, 6, 3), nn.BatchNorm2d(6), nn.Sigmoid(), nn.MaxPool2d(2), CONV(6, 6, 2, 2), nn.Flatten(), nn.ReLU()
+        ).extend([nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2)]),
+        images,
+        0.5,
+    ),
+    "a constant that is read in several places": (
+        lambda: Net(
+            lambda net, x: net.last(torch.cos(y := net.first(x)) @ net.mix + net.a(torch.cos(y)).relu() * net.b(y)),
+            first=nn.Linear(5, 6),
+            a=nn.Linear(6, 4),
+            b=nn.Linear(6, 4),
+            mix=nn.Parameter(torch.ones(6, 1)),
+            last=nn.Linear(4, 2),
+        ),
+        vectors,
+        0.2,
+    ),
+    "a constant in a border of it": (
+        lambda: among(
+            lambda net, y: F.relu(net.mix(F.pad(F.pad(y.sigmoid(), (1, 1), value=0.5), (1, 0, 0, 1), "reflect"))),
+            inner=8,
+            mix=CONV(6, 8, 3),
+        ),
+        images,
+        0.5,
+    ),
+    "parameters in lists": (
+        lambda: Net(
+            lambda net, x: F.linear(F.linear(F.linear(x, net.w[0], net.w[1]).sigmoid(), net.w[2], net.w[3]), net.w[4]),
+            w=nn.ParameterList([torch.ones(8, 5), torch.ones(8), torch.ones(7, 8), torch.ones(7), torch.ones(3, 7)]),
+        ),
+        vectors,
+        0.5,
+    ),
     "several networks side by side": (
         lambda: Net(
             lambda net, x: net.last(torch.cat([net.a(x), F.max_pool2d(x, 3, 1, 1), net.b(x)], 1)),
@@ -538,7 +581,7 @@ KEPT = {
         None,
     ),
     "a shift between layers": (
-        lambda: nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)),
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Softplus(), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)),
         None,
     ),
     "cumulative sums": (lambda: between(lambda net, y: y.cumsum(-1)), r"\(cumsum\)"),
@@ -583,8 +626,82 @@ def test_channels_that_would_be_a_number_are_kept_where_they_are_read_by_what_fo
         assert list(fr.channel_groups(net, seen)) == [{"0.weight": 0, "0.bias": 0, "2.weight": 1}]
         return
     groups = fr.channel_groups(net, seen)
-    assert list(groups) == [{"2.weight": 0, "2.bias": 0, "4.weight": 1}]
+    assert list(groups) == [{"2.weight": 0, "4.weight": 1}]
     assert "a dead one would be 0.693147, not 0" in groups.explain()
+
+
+def readers(net, seen):
+    """Where biases take what dead channels are."""
+    groups = fr.channel_groups(net, seen)
+    return {
+        name: (where.constant, where.bias)
+        for family in groups
+        for name, where in family.items()
+        if isinstance(where, fr.Along) and where.bias is not None
+    }
+
+
+def test_a_bias_takes_a_constant_where_it_is_the_same_at_every_place_and_used_once():
+    layers = lambda *more: lambda: nn.Sequential(CONV(3, 6, 1), nn.Sigmoid(), *more, nn.ReLU(), CONV(8, 2, 1))
+    assert readers(network(layers(CONV(6, 8, 3))), images()) == {"2.weight": (0.5, "2.bias")}
+    for reader in (CONV(6, 8, 3, padding=1), CONV(6, 8, 3, bias=False), nn.ConvTranspose2d(6, 8, 2)):
+        net = network(layers(reader))
+        assert readers(net, images()) == {}
+        assert "a dead one would be 0.5, not 0" in fr.channel_groups(net, images()).explain()
+
+    def twice(net, x):
+        return net.last(F.relu(net.mix(torch.sigmoid(net.first(x)))) + F.relu(net.mix(net.other(x))))
+
+    parts = {"first": nn.Linear(5, 6), "other": nn.Linear(5, 6), "mix": nn.Linear(6, 4), "last": nn.Linear(4, 2)}
+    assert readers(network(lambda: Net(twice, **parts)), vectors()) == {}
+
+    def shared(net, x):
+        return net.last(F.relu(net.mix(torch.sigmoid(net.first(x)))) + net.mix.bias)
+
+    assert readers(network(lambda: Net(shared, **parts)), vectors()) == {}
+
+
+def test_no_bias_takes_a_constant_that_lies_between_zeros_or_is_averaged_with_them():
+    def unpooled(net, y):
+        y, where = F.max_pool2d(y.sigmoid(), 2, return_indices=True)
+        return F.relu(net.mix(F.max_unpool2d(y, where, 2)))
+
+    for run in (unpooled, lambda net, y: F.relu(net.mix(F.avg_pool2d(y.sigmoid(), 3, 1, 1)))):
+        assert readers(network(lambda run=run: among(run, inner=8, mix=CONV(6, 8, 3))), images()) == {}
+
+
+def test_a_plain_list_of_families_has_the_constants_and_a_part_of_a_network_too():
+    net, seen = network(NETWORKS["constants that biases take"][0]), vectors()
+    groups = fr.channel_groups(net, seen, prefix="part")
+    around = nn.ModuleDict({"part": without_half(net, fr.channel_groups(net, seen))})
+    tree = fr.with_buffers(around)
+    before = copy.deepcopy(tree)
+    smaller = fr.resized(around, fr.remove_dead(tree, list(groups)))
+    assert_equal(tree, before)
+    torch.testing.assert_close(outputs(smaller["part"], seen), outputs(around["part"], seen), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"at leaf 'part.2.weight': .*expected a bias among the leaves"):
+        fr.remove_dead(
+            {name: w for name, w in tree.items() if name != "part.2.bias"},
+            groups[:1],
+        )
+    for wrong in (fr.Along(1, constant=0.5, bias="b"), fr.Along(1, penalized=False, constant=0.5)):
+        with pytest.raises(ValueError, match="expected a constant with the bias that takes it"):
+            fr.remove_dead({"a": torch.zeros(3), "w": torch.ones(2, 3)}, {"a": 0, "w": wrong})
+    with pytest.raises(ValueError, match=r"leaf 'b' of shape \(3,\) is to take the constants .*expected 2 entries"):
+        fr.remove_dead(
+            {"a": torch.zeros(3), "w": torch.ones(2, 3), "b": torch.ones(3)},
+            {"a": 0, "w": fr.Along(1, penalized=False, constant=0.5, bias="b")},
+        )
+
+
+def test_what_is_one_number_for_some_inputs_alone_is_no_constant():
+    def run(net, x):
+        gate = torch.sigmoid(net.first(x)) * x[:, :1]  # Not the same at every input.
+        return net.last(net.mix(F.threshold(gate, 5.0, 0.0)).relu())
+
+    parts = {"first": nn.Linear(5, 6), "mix": nn.Linear(6, 6, bias=False), "last": nn.Linear(6, 3)}
+    net = network(lambda: Net(run, **parts))
+    assert "first.weight" not in [name for family in fr.channel_groups(net, vectors()) for name in family]
 
 
 def test_weights_that_are_standardized_keep_their_columns():
@@ -603,7 +720,8 @@ def test_views_of_what_is_written_into_are_not_taken_for_zero():
         y.add_(1.0)
         return net.mix(view).relu()
 
-    net = network(lambda: between(run, mix=nn.Linear(6, 6)))
+    assert readers(network(lambda: between(run, mix=nn.Linear(6, 6))), vectors()) == {"mix.weight": (1.0, "mix.bias")}
+    net = network(lambda: between(run, mix=nn.Linear(6, 6, bias=False)))
     assert "first.weight" not in [name for family in fr.channel_groups(net, vectors()) for name in family]
 
 
@@ -705,7 +823,7 @@ def test_it_prints_as_a_table_explains_itself_and_comes_back_from_a_pickle():
 # From the penalty to the smaller network
 
 
-@pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net"])
+@pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net", "constants that biases take"])
 def test_a_network_is_regularized_made_smaller_and_trained_on(name):
     make, inputs, _ = NETWORKS[name]
     net, seen = network(make).float().train(), inputs()
@@ -749,6 +867,8 @@ class Graph(nn.Module):
             if kind in ("conv", "match"):
                 width = b if kind == "match" else size
                 layer = CONV(a, width, 3, padding=1, bias=size % 2 == 0)
+            elif kind == "pointwise":
+                layer, width = CONV(a, size, 1), size
             elif kind == "norm":
                 layer = nn.BatchNorm2d(a)
             elif kind == "depthwise":
@@ -789,8 +909,8 @@ class Graph(nn.Module):
                 made.append(layer(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
             elif kind == "relu":
                 made.append(F.relu(a))
-            elif kind == "sigmoid":
-                made.append(torch.sigmoid(a))
+            elif kind in ("sigmoid", "softplus", "cos"):
+                made.append({"sigmoid": torch.sigmoid, "softplus": F.softplus, "cos": torch.cos}[kind](a))
             else:
                 made.append(layer(a))
         return self.head(made[-1])
@@ -810,6 +930,10 @@ KINDS = [
     "linear",
     "group norm",
     "sigmoid",
+    "softplus",
+    "cos",
+    "pointwise",
+    "pointwise",
 ]
 step = st.tuples(st.sampled_from(KINDS), st.integers(0, 7), st.integers(0, 7), st.integers(2, 6))
 
@@ -825,3 +949,17 @@ def test_random_networks_without_dead_channels_give_what_they_gave(steps):
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
     torch.testing.assert_close(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_kept_in_numbered_layers_stands_in_one_line_and_pixels_are_no_channels():
+    blocks = [nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(4)]
+    net = network(lambda: Net(lambda net, x: [x := x + block(x) for block in net.h][-1], h=nn.ModuleList(blocks)))
+    groups = fr.channel_groups(net, (drawn(4, 6),))
+    assert repr(groups).splitlines()[1].split() == ["h.*.1", "(4", "families)", "8", "13"]
+    said = groups.explain().splitlines()
+    assert "- normalized over channels (native_layer_norm, 'h.*.0'):" in said
+    assert "    h.*.0.weight, dimension 0 of 6" in said
+    assert len(said) < 20
+    assert sum(map(len, groups.kept.values())) > 15
+    pictures = network(lambda: nn.Sequential(CONV(3, 6, 3), nn.ReLU(), CONV(6, 2, 3)))
+    assert "kernel" not in fr.channel_groups(pictures, images()).explain()

@@ -77,8 +77,8 @@ def test_penalties_look_like_functions():
 LAYERS = [
     ["_typing", "agreement", "atoms", "attention", "memory", "notation", "undocumented"],
     ["locality", "ranges", "recording", "tracing", "widths"],
-    ["construction", "grouping", "rules", "sharding", "stored"],
-    ["grids", "lowering", "schedules", "tree"],
+    ["construction", "flow", "grouping", "sharding", "stored"],
+    ["grids", "lowering", "schedules", "shapes", "tree"],
     [
         "annealing",
         "checkpoint",
@@ -88,6 +88,7 @@ LAYERS = [
         "descent",
         "factorizing",
         "families",
+        "layers",
         "per_example",
         "plan",
         "resizing",

@@ -1,0 +1,217 @@
+"""The atoms of all tensors of a forward pass, found one operation after the other.
+
+A rule gets the operation and the atoms of its arguments, and gives the atoms of its results. Whatever it gives no
+atoms to it has closed: an operation without a rule closes all that reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from funcreg.atoms import UNKNOWN, Atoms, Component
+from funcreg.tracing import Operation, Recording, Ref, refs_in
+
+Components = list[Component]
+Rule = Callable[["Flow", Operation], Sequence[Components]]
+R = TypeVar("R", bound=Rule)
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[R], R]:
+    """Let a function be the rule of these operations."""
+
+    def register(function: R) -> R:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Fold(NamedTuple):
+    """A constant that a weight reads from dead channels, and the bias beside it, which can take it."""
+
+    weight: str
+    dim: int
+    constant: float
+    bias: str
+
+
+class Flow:
+    """The atoms of all tensors of a recording, found one operation after the other."""
+
+    def __init__(self, recording: Recording, rule_of: Callable[[Operation], Rule]) -> None:
+        self.atoms = Atoms()
+        self._rule_of = rule_of
+        self.known: dict[Ref, Components] = {}
+        self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
+        self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
+        self.used: set[Ref] = set()
+        self.operation: Operation | None = None
+
+        # Atoms that go only if the weights that read them are penalized, or a bias takes what they give.
+        self.demands: list[tuple[Tensor, str, Fold | None]] = []
+        self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
+        self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
+        self._parameters = recording.parameters
+        self._uses = _uses(recording)
+        self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
+        for name, ref in recording.parameters.items():
+            self._enter(name, ref, 0.0)
+        for name, ref in recording.buffers.items():
+            if ref.dtype.is_floating_point or ref.dtype.is_complex:
+                self._enter(name, ref, UNKNOWN)
+            self.weights.add(ref)
+        for operation in recording.operations:
+            self._follow(operation)
+        self.operation = None
+        for ref in recording.outputs:
+            self.used.add(ref)
+            self.atoms.close_all(self.of(ref), "they are an output of the network")
+        for name, ref in recording.parameters.items():
+            if ref not in self.used:
+                for _, first, count in self.starts[name]:
+                    self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
+        self._straighten()
+
+    def _enter(self, name: str, ref: Ref, dead: float) -> None:
+        self.weights.add(ref)
+        components: Components = []
+        self.starts[name] = []
+        if ref in self.known:  # A tensor under two names.
+            return
+        for dim, size in enumerate(ref.shape):
+            if size > 1:
+                ids = self.atoms.new(size)
+                self.starts[name].append((dim, int(ids[0]), size))
+                shape = [size if d == dim else 1 for d in range(len(ref.shape))]
+                components.append(Component(ids.reshape(shape), dead))
+        self._note(ref, components)
+
+    def of(self, value: Any) -> Components:
+        """The atoms of an argument."""
+        return self.atoms.settle(self.known.get(value, ())) if isinstance(value, Ref) else []
+
+    def reason(self, what: str) -> str:
+        """Why atoms are closed by the operation that is followed."""
+        operation = self.operation
+        assert operation is not None
+        names = [f"'{operation.module}'"] if operation.module else []
+        return f"{what} ({', '.join([operation.name.strip('_'), *names])})"
+
+    def rigid(self, x: Ref, dims: Sequence[int], what: str) -> Components:
+        """The atoms of an argument once these dimensions keep all their entries."""
+        return self.atoms.rigid(self.of(x), [dim % len(x.shape) for dim in dims], self.reason(what))
+
+    def write(self, refs: Sequence[Any], components: Sequence[Components]) -> None:
+        """Note that what is computed has these atoms of weights."""
+        for ref, operand in zip(refs, components, strict=True):
+            if ref in self.weights:
+                for component in operand:
+                    self.atoms.write(component.ids)
+
+    def fold(self, weight: Ref, atoms: Tensor, constant: float, bias: Any) -> Fold | None:
+        """How a bias takes a constant that a weight reads, if both are parameters that nothing else uses."""
+        name, other = self._leaf(weight), self._leaf(bias)
+        if name is None or other is None or len(bias.shape) != 1 or math.isnan(constant):
+            return None
+        found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
+        return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def _leaf(self, ref: Any) -> str | None:
+        """The name of a parameter that is used once, as it is or with its dimensions in another order."""
+        if not isinstance(ref, Ref) or self._uses.get(ref.storage) != 1:
+            return None
+        order = lambda x: (x.dtype, x.place[:2], sorted(zip(x.shape, x.place[2], strict=True)))
+        return next((name for name, own in self._parameters.items() if order(own) == order(ref)), None)
+
+    def _follow(self, operation: Operation) -> None:
+        self.operation = operation
+        given = [ref for value in (operation.args, operation.kwargs) for ref in refs_in(value)]
+        self.used.update(given)
+        self.summed = []
+        before = [c.ids.reshape(-1) for ref in given for c in self.of(ref)]
+        found = self._rule_of(operation)(self, operation)
+        self._close_dropped(before, [c.ids for components in found for c in components])
+        if given and all([ref in self.weights for ref in given]):
+            self.weights.update(operation.results)
+        for i, ref in enumerate(operation.results):
+            components = list(found[i]) if i < len(found) else []
+            if ref in operation.written or any([ref.storage == into.storage for into in operation.written]):
+                self._overwrite(ref, components)
+            self._note(ref, components)
+
+    def _close_dropped(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Close what has reached an operation, did not come out of it, and did not end in a sum."""
+        if before:
+            seen = [
+                self.atoms.find(ids.reshape(-1)) for ids in (*after, *self.summed, torch.zeros(1, dtype=torch.int64))
+            ]
+            given = self.atoms.find(torch.cat(list(before)))
+            dropped = given[~torch.isin(given, torch.cat(seen))]
+            if len(dropped):
+                self.atoms.close(dropped.unique(), self.reason("they do not come out of an operation"))
+
+    def _note(self, ref: Ref, components: Components) -> None:
+        self.known[ref] = components
+        self._shapes.setdefault(ref.storage, set()).add(ref)
+        where = self.operation
+        for component in components:
+            if len(component.dims) > 1:
+                name = "" if where is None else self.reason("they are counted together")
+                self._several.append((component.ids, name))
+
+    def _overwrite(self, ref: Ref, components: Components) -> None:
+        """Views of what an operation has written into hold other numbers now."""
+        before = {c.dead for c in self.known.get(ref, ())}
+        if before == {c.dead for c in components} and not any([math.isnan(dead) for dead in before]):
+            return
+        for other in self._shapes.get(ref.storage, ()):
+            if other != ref:
+                self.known[other] = [Component(ids, UNKNOWN) for ids, _ in self.known[other]]
+
+    def _straighten(self) -> None:
+        """Join atoms until those of each tensor go by whole slices, of its last dimension where nothing else says."""
+        changed = True
+        while changed:
+            changed = False
+            for ids, reason in self._several:
+                for component in self.atoms.settle([Component(ids, 0.0)]):
+                    dims = sorted(component.dims)
+                    if len(dims) > 1:
+                        self.atoms.rigid([component], dims[:-1], reason)
+                        changed = True
+
+
+def _uses(recording: Recording) -> dict[Any, float]:
+    """How many operations use the memory of each tensor, views aside; infinitely many if one writes into it."""
+    uses: dict[Any, float] = {ref.storage: math.inf for ref in recording.outputs}
+    for operation in recording.operations:
+        views = {ref.storage for ref in operation.results}
+        for storage in {ref.storage for ref in refs_in([operation.args, operation.kwargs])} - views:
+            uses[storage] = uses.get(storage, 0) + 1
+        uses.update({ref.storage: math.inf for ref in operation.written})
+    return uses
+
+
+def unknown(flow: Flow, operation: Operation) -> list[Components]:
+    """The rule of operations that none is for."""
+    for ref in refs_in([operation.args, operation.kwargs]):
+        flow.atoms.close_all(flow.of(ref), flow.reason("an operation that is not followed"))
+    return []
+
+
+def argument(operation: Operation, name: str, default: Any = None) -> Any:
+    """An argument of an operation by its name, wherever it stands."""
+    for i, argument in enumerate(operation.function._schema.arguments):
+        if argument.name == name:
+            if i < len(operation.args):
+                return operation.args[i]
+            if name in operation.kwargs:
+                return operation.kwargs[name]
+            return default if argument.default_value is None else argument.default_value
+    return default

@@ -1,0 +1,358 @@
+"""How channels go through reductions, products and layers, and which rule an operation has."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg.atoms import UNKNOWN, Component, grouped_by_dims
+from funcreg.flow import RULES, Components, Flow, Fold, Rule, argument, rule, unknown
+from funcreg.shapes import SAMPLES, pointwise
+from funcreg.tracing import Operation, Ref, refs_in
+
+
+def rule_of(operation: Operation) -> Rule:
+    """The rule of an operation, that of all operations unknown to it if there is none."""
+    name = operation.name
+    known = RULES.get(name) or RULES.get(name.removesuffix("_")) or RULES.get(name.removesuffix("_copy"))
+    if known is not None:
+        return known
+    if name.startswith("_scaled_dot_product"):
+        return _attention
+    if re.search(r"pool\dd|upsample_|(reflection|replication)_pad\dd", name):
+        return _by_pixel
+    return pointwise if torch.Tag.pointwise in operation.function.tags else unknown
+
+
+# Reductions
+
+
+_REDUCTIONS = "sum mean amax amin max min var std var_mean linalg_vector_norm norm logsumexp prod any all argmax argmin"
+
+
+@rule(*_REDUCTIONS.split())
+def _reduced(flow: Flow, operation: Operation) -> list[Components]:
+    x, name = operation.args[0], operation.name
+    if name in ("max", "min") and len(refs_in(operation.args)) > 1:
+        return pointwise(flow, operation)
+    where = argument(operation, "dim")
+    dims = range(len(x.shape)) if where is None or where == [] else [where] if isinstance(where, int) else where
+    dims = {dim % len(x.shape) for dim in dims}
+    made: Components = []
+    for component in flow.of(x):
+        # Averages that nobody asks for, such as those of attention, may be others. No sum may: code that divides by
+        # the number of channels takes it from the shape.
+        if component.dims <= dims and not operation.needed:
+            flow.summed.append(component.ids)
+            continue
+        made += flow.atoms.rigid([component], dims, flow.reason("they are reduced over channels"))
+    if not argument(operation, "keepdim", False):
+        kept = [dim for dim in range(len(x.shape)) if dim not in dims]
+        made = [Component(ids.reshape([ids.shape[dim] for dim in kept]), dead) for ids, dead in made]
+    zero = 0.0 if name in ("sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm") else UNKNOWN
+    same = name in ("mean", "amax", "amin", "max", "min")
+    first = [Component(ids, zero if dead == 0 else dead if same else UNKNOWN) for ids, dead in made]
+    return [first, *[[Component(ids, UNKNOWN) for ids, _ in made] for _ in operation.results[1:]]]
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def _softmax(flow: Flow, operation: Operation) -> list[Components]:
+    kept = flow.rigid(operation.args[0], [argument(operation, "dim", -1)], "a softmax over channels")
+    return [[Component(ids, UNKNOWN) for ids, _ in kept]]
+
+
+def _by_pixel(flow: Flow, operation: Operation) -> list[Components]:
+    """Pooling, upsampling and padding of each channel by itself."""
+    x = operation.args[0]
+    pixels = int(re.findall(r"(\d)d", operation.name)[0])
+    kept = flow.rigid(x, range(len(x.shape) - pixels, len(x.shape)), "they are pixels")
+    # A border of zeros is averaged with them, and zeros lie between what is unpooled.
+    same = not operation.name.startswith(("avg_pool", "max_unpool"))
+    made = [Component(ids, dead if same or dead == 0 else UNKNOWN) for ids, dead in kept]
+    return [made, [Component(ids, UNKNOWN) for ids, _ in kept]]
+
+
+# Products
+
+
+def _contract(
+    flow: Flow, a: Components, b: Components, shapes: Sequence[Sequence[int]], read: int | None
+) -> Components:
+    """The atoms of a product of matrices of these shapes; `read` says which of them is a weight."""
+    over = max(len(shapes[0]), len(shapes[1])) - 1  # The dimension of the sum, once each has one for the other's.
+    a, b = _summed(flow, a, len(shapes[0]) - 1), _summed(flow, b, len(shapes[1]) - 2)
+    left = [Component(ids.unsqueeze(-1), dead) for ids, dead in a]
+    right = [Component(ids.unsqueeze(-3), dead) for ids, dead in b]
+    wide = [[*shapes[0], 1], [*shapes[1][:-2], 1, *shapes[1][-2:]]]
+    met = flow.atoms.meet([left, right], wide, flow.reason("they meet entries that are not channels"))
+    made: Components = []
+    for group in grouped_by_dims(met):
+        component = next(iter(group.values()))
+        if over in component.dims:
+            _consume(flow, group, read)
+            continue
+        if read is not None and read in group:
+            flow.atoms.write(group[read].ids)
+        dead = 0.0 if any([c.dead == 0 for c in group.values()]) else UNKNOWN
+        made.append(Component(component.ids.squeeze(over), dead))
+    return made
+
+
+def _summed(flow: Flow, components: Components, dim: int) -> Components:
+    """Atoms before a sum over a dimension: what differs along others too goes by those, as the heads of attention."""
+    reason = flow.reason("they are summed over")
+    apart = [kept for c in components for kept in ([c] if c.dims == {dim} else flow.atoms.rigid([c], [dim], reason))]
+    return flow.atoms.settle(apart)
+
+
+def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
+    """End the way of channels in a sum, which they must add nothing to."""
+    ids = next(iter(group.values())).ids
+    flow.summed.append(ids)
+    if read is None:
+        flow.atoms.close(ids, flow.reason("a product of two tensors of channels, whose scale may go by their number"))
+        return
+    if read in group:
+        flow.atoms.read(group[read].ids)
+    dead = next((c.dead for i, c in group.items() if i != read), UNKNOWN)
+    if dead != 0 and read in group:  # Whatever it is then, the weights that read it have to be zero.
+        taken = None if read != 1 else _taken(flow, group[read].ids, dead)
+        flow.demands.append((ids.reshape(-1), flow.reason(_not_zero(dead)), taken))
+    elif dead != 0:
+        flow.atoms.close(ids, flow.reason(_not_zero(dead)))
+
+
+def _taken(flow: Flow, atoms: Tensor, constant: float) -> Fold | None:
+    """How the bias of a linear layer or a convolution takes what constant channels give, alike at every place."""
+    operation = flow.operation
+    assert operation is not None
+    name = operation.name
+    if name == "addmm" and argument(operation, "alpha", 1) == argument(operation, "beta", 1) == 1:
+        bias, _, weight = operation.args[:3]
+        return flow.fold(weight, atoms, constant, bias)
+    convolves = "convolution" in name and not any(argument(operation, "padding", (1,)))
+    if name == "linear" or (convolves and not argument(operation, "transposed", False)):
+        return flow.fold(operation.args[1], atoms, constant, argument(operation, "bias"))
+    return None
+
+
+def _not_zero(dead: float) -> str:
+    number = "another number" if math.isnan(dead) else f"{dead:g}"
+    return f"they are read, and a dead one would be {number}, not 0, which no bias here can take"
+
+
+@rule("mm", "bmm", "matmul", "mv")
+def _product(flow: Flow, operation: Operation) -> list[Components]:
+    return [_multiplied(flow, *operation.args[:2])]
+
+
+def _multiplied(flow: Flow, a: Ref, b: Ref) -> Components:
+    read = 1 if b in flow.weights and a not in flow.weights else 0 if a in flow.weights else None
+    x, y, shapes = flow.of(a), flow.of(b), [list(a.shape), list(b.shape)]
+    vector = len(shapes[1]) == 1
+    if vector:
+        y, shapes[1] = [Component(ids.unsqueeze(-1), dead) for ids, dead in y], [*shapes[1], 1]
+    made = _contract(flow, x, y, shapes, read)
+    return [Component(ids.squeeze(-1), dead) for ids, dead in made] if vector else made
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm")
+def _added_product(flow: Flow, operation: Operation) -> list[Components]:
+    bias, a, b = operation.args[:3]
+    return [_added(flow, _multiplied(flow, a, b), operation.results[0].shape, bias)]
+
+
+@rule("linear")
+def _linear(flow: Flow, operation: Operation) -> list[Components]:
+    x, weight = operation.args[:2]
+    bias = argument(operation, "bias")
+    turned = [Component(ids.T, dead) for ids, dead in flow.of(weight)]
+    read = 1 if weight in flow.weights else None
+    made = _contract(flow, flow.of(x), turned, [x.shape, weight.shape[::-1]], read)
+    return [made if bias is None else _added(flow, made, operation.results[0].shape, bias)]
+
+
+def _added(flow: Flow, made: Components, shape: Sequence[int], bias: Ref) -> Components:
+    met = flow.atoms.meet([made, flow.of(bias)], [shape, bias.shape], flow.reason("they meet entries of no channel"))
+    flow.write([None, bias], met)
+    return [
+        Component(
+            next(iter(group.values())).ids, 0.0 if all([i in group and group[i].dead == 0 for i in (0, 1)]) else UNKNOWN
+        )
+        for group in grouped_by_dims(met)
+    ]
+
+
+def _attention(flow: Flow, operation: Operation) -> list[Components]:
+    """Heads go whole: a feature less of queries and keys would change the scale of their products."""
+    query, key, value = operation.args[:3]
+    mask = argument(operation, "attn_mask") or argument(operation, "attn_bias")
+    heads = query.shape[-3] if len(query.shape) > 3 else 1
+    operands, shapes = [], []
+    for ref in (query, key, value, *([] if mask is None else [mask])):
+        kept = flow.rigid(ref, [-1, -2], "features of an attention head, which goes whole")
+        operands.append([_for_queries(component, heads) for component in kept])
+        have = ref.shape[-3] if len(ref.shape) > 2 else 1
+        shapes.append([*ref.shape[:-3], 1 if have == 1 else heads, 1, 1])
+    met = flow.atoms.meet(operands, shapes, flow.reason("they meet heads that are kept"))
+    return [
+        [
+            Component(next(iter(group.values())).ids, 0.0 if 2 in group and group[2].dead == 0 else UNKNOWN)
+            for group in grouped_by_dims(met)
+        ]
+    ]
+
+
+def _for_queries(component: Component, heads: int) -> Component:
+    """Heads of keys and values, each as often as it has queries."""
+    have = component.ids.shape[-3]
+    return (
+        component
+        if have in (1, heads)
+        else Component(component.ids.repeat_interleave(heads // have, -3), component.dead)
+    )
+
+
+# Layers
+
+#: Why dimensions of a weight stay that never were channels.
+PIXELS = "they are the pixels of a kernel"
+
+
+@rule("embedding")
+def _embedding(flow: Flow, operation: Operation) -> list[Components]:
+    weight, index = operation.args[:2]
+    kept = flow.rigid(weight, [0], "they are looked up by an index")
+    flow.write([weight], [kept])
+    return [[Component(ids.reshape([*[1] * len(index.shape), -1]), dead) for ids, dead in kept]]
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+def _convolution(flow: Flow, operation: Operation) -> list[Components]:
+    x, weight = operation.args[:2]
+    bias, groups = argument(operation, "bias"), argument(operation, "groups", 1)
+    transposed = bool(argument(operation, "transposed", False))
+    pixels = range(2, len(x.shape))
+    channels = flow.rigid(x, [0, *pixels], "they are pixels")
+    kernel = flow.rigid(weight, pixels, PIXELS)
+    of_dim = lambda dim: next((c for c in kernel if c.dims == {dim}), None)
+    given, taken = of_dim(1 if transposed else 0), of_dim(0 if transposed else 1)
+    reason = flow.reason("they meet entries that are not channels")
+    if groups == 1:
+        flat = [[1, x.shape[1]], [1, x.shape[1]]]
+        a = [Component(c.ids.reshape(1, -1), c.dead) for c in channels]
+        b = [] if taken is None else [Component(taken.ids.reshape(1, -1), taken.dead)]
+        for group in grouped_by_dims(flow.atoms.meet([a, b], flat, reason)):
+            _consume(flow, group, 1)
+        ids = None if given is None else given.ids.reshape(-1)
+    else:
+        ids = _grouped_convolution(flow, channels, given, taken, groups, transposed, reason)
+    if ids is None:
+        return [[]]
+    flow.atoms.write(ids)
+    made = [Component(ids.reshape(1, -1, *[1] * len(pixels)), 0.0 if weight in flow.weights else UNKNOWN)]
+    if bias is None:
+        return [made]
+    wide = [Component(ids.reshape(1, -1, *[1] * len(pixels)), dead) for ids, dead in flow.of(bias)]
+    met = flow.atoms.meet([made, wide], [operation.results[0].shape[1:2] + (1,) * len(pixels)] * 2, reason)
+    flow.write([None, bias], met)
+    return [[Component(c.ids, 0.0 if c.dead == 0 and wide and wide[0].dead == 0 else UNKNOWN) for c in met[0]]]
+
+
+def _grouped_convolution(
+    flow: Flow,
+    channels: Components,
+    given: Component | None,
+    taken: Component | None,
+    groups: int,
+    transposed: bool,
+    reason: str,
+) -> Tensor | None:
+    """The channels that go into a group of a convolution, and those that come out of it, go together."""
+    inside, rows = (given, taken) if transposed else (taken, given)
+    if inside is not None:  # Of each group, the same weights for all of them.
+        flow.atoms.close(inside.ids, flow.reason("they are channels inside the groups of a convolution"))
+    if rows is None:
+        flow.atoms.close_all(channels, reason)
+        return None
+    blocks = rows.ids.reshape(groups, -1)
+    flow.atoms.join(blocks, blocks[:, :1], reason)
+    if not channels:
+        flow.atoms.close(blocks, reason)
+    for c in channels:
+        flow.atoms.join(c.ids.reshape(groups, -1), blocks[:, :1], reason)
+    if not transposed:
+        return rows.ids.reshape(-1)
+    return blocks[:, :1].expand(groups, 1 if inside is None else inside.ids.numel()).reshape(-1)
+
+
+_BATCH_NORMS = (
+    "batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+    "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update"
+)
+
+
+@rule(*_BATCH_NORMS.split())
+def _batch_norm(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    vectors = [argument(operation, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if isinstance(vectors[2], Ref) and not argument(operation, "training", False):
+        return [_scaled(flow, x, vectors, lambda x, w, b, m, v: (x - m) * w * v + b)]
+    # By the mean and variance of the entries themselves, so that none of them may be missing.
+    flow.rigid(x, [dim for dim in range(len(x.shape)) if dim != 1], "normalized over them")
+    return [_scaled(flow, x, vectors, lambda x, w, b, m, v: x * w * v + b)]
+
+
+@rule("native_group_norm", "group_norm")
+def _group_norm(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    groups = argument(operation, "group", argument(operation, "num_groups"))
+    reason = flow.reason("normalized with entries that are not channels")
+    for ids, _ in flow.rigid(x, [0, *range(2, len(x.shape))], "they are pixels"):
+        blocks = ids.reshape(groups, -1)
+        flow.atoms.join(blocks, blocks[:, :1], reason)
+    vectors = [argument(operation, "weight"), argument(operation, "bias"), None, None]
+    return [_scaled(flow, x, vectors, lambda x, w, b, m, v: x * w * v + b)]
+
+
+def _scaled(flow: Flow, x: Ref, vectors: list[Any], formula: Callable[..., float], dim: int = 1) -> Components:
+    """A tensor each of whose channels is shifted and scaled by entries of vectors."""
+    shape = [1] * len(x.shape)
+    operands, shapes = [flow.of(x)], [list(x.shape)]
+    for vector in vectors:
+        shape[dim] = -1
+        operands.append([Component(ids.reshape(shape), dead) for ids, dead in flow.of(vector)])
+        shapes.append([1 if vector is None or d != dim else n for d, n in enumerate(x.shape)])
+    met = flow.atoms.meet(operands, shapes, flow.reason("they scale entries that are not channels"))
+    flow.write(vectors, met[1:])
+    made: Components = []
+    for group in grouped_by_dims(met):
+        values = set()
+        for sample in SAMPLES:
+            # Without a scale it is 1, without a shift 0; statistics are whatever they are.
+            given = [
+                sample[0],
+                *[
+                    none if v is None else sample[i % 3]
+                    for i, (v, none) in enumerate(zip(vectors, (1.0, 0.0, sample[1], sample[2]), strict=True))
+                ],
+            ]
+            given = [group[i].dead if i in group and not math.isnan(group[i].dead) else y for i, y in enumerate(given)]
+            values.add(formula(*given))
+        made.append(Component(next(iter(group.values())).ids, values.pop() if len(values) == 1 else UNKNOWN))
+    return made
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(flow: Flow, operation: Operation) -> list[Components]:
+    x, shape = operation.args[:2]
+    weight, bias = argument(operation, "weight"), argument(operation, "bias")
+    kept = flow.rigid(x, range(len(x.shape) - len(shape), len(x.shape)), "normalized over channels")
+    for ref in (weight, bias):
+        flow.atoms.close_all(flow.of(ref), flow.reason("normalized over channels"))
+    return [[Component(ids, 0.0 if dead == 0 and bias is None else UNKNOWN) for ids, dead in kept]]

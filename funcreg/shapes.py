@@ -1,0 +1,310 @@
+"""How channels go through operations entry by entry, and through those that give tensors other shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from funcreg.atoms import UNKNOWN, Component, grouped_by_dims, regrouped
+from funcreg.flow import Components, Flow, argument, rule, unknown
+from funcreg.tracing import Operation, Ref, refs_in
+
+# Entry by entry
+
+_ENTRYWISE = ("hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "rsub", "masked_fill", "special_erf")
+#: What unknown entries may be, of either sign, small and large.
+SAMPLES = (
+    *((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3), (-0.3, -0.6, -1.7)),
+    *((30.0, -40.0, 50.0), (-500.0, 600.0, -700.0), (1e-4, 2e-4, -3e-4), (9e3, 8e3, 7e3)),
+)
+
+
+@rule(*_ENTRYWISE)
+def pointwise(flow: Flow, operation: Operation) -> list[Components]:
+    refs = refs_in([operation.args, operation.kwargs])
+    reason = flow.reason("they meet entries that are not channels")
+    met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], reason)
+    flow.write(refs, met)
+    made: Components = []
+    for group in grouped_by_dims(met):
+        dead = _value(operation, [group[i].dead if i in group else UNKNOWN for i in range(len(refs))])
+        made.append(Component(next(iter(group.values())).ids, dead))
+    return [made, [Component(ids, UNKNOWN) for ids, _ in made]]
+
+
+def _value(operation: Operation, dead: list[float]) -> float:
+    """What an operation makes of entries some of which are known, if it is the same whatever the others are."""
+    found = set()
+    for sample in SAMPLES:
+        entries = iter([sample[i % 3] if math.isnan(x) else x for i, x in enumerate(dead)])
+        args, kwargs = _filled(operation.args, entries), _filled(operation.kwargs, entries)
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        made = operation.function(*args, **kwargs)
+        found.add(float(made[0] if isinstance(made, (tuple, list)) else made))
+    return found.pop() if len(found) == 1 else UNKNOWN
+
+
+def _filled(value: Any, entries: Iterator[float]) -> Any:
+    if isinstance(value, Ref):
+        entry = next(entries)
+        return torch.tensor(entry > 0 if value.dtype == torch.bool else entry).to(value.dtype)
+    if isinstance(value, dict):
+        return {key: _filled(each, entries) for key, each in value.items()}
+    return type(value)(_filled(each, entries) for each in value) if type(value) in (tuple, list) else value
+
+
+@rule("detach", "alias", "_to_copy", "contiguous", "lift_fresh", "clone", "to", "dropout", "requires_grad_", "_conj")
+def _same(flow: Flow, operation: Operation) -> list[Components]:
+    return [flow.of(operation.args[0])]
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero", "fill", "bernoulli")
+def _like(flow: Flow, operation: Operation) -> list[Components]:
+    dead = {"zeros_like": 0.0, "zero": 0.0, "ones_like": 1.0}.get(operation.name.removesuffix("_"), UNKNOWN)
+    return [[Component(ids, dead) for ids, _ in flow.of(operation.args[0])]]
+
+
+@rule("copy")
+def _copy(flow: Flow, operation: Operation) -> list[Components]:
+    refs = list(operation.args[:2])
+    reason = flow.reason("they are written into a tensor of another width")
+    met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], reason)
+    return [met[1] or [Component(ids, UNKNOWN) for ids, _ in met[0]]]
+
+
+@rule("glu")
+def _glu(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    dim = argument(operation, "dim", -1) % len(x.shape)
+    half = x.shape[dim] // 2
+    components = _piece(flow, flow.of(x), dim, 0, half, x.shape[dim])
+    return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in components]]
+
+
+# Other shapes
+
+
+@rule("t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "movedim", "mT", "adjoint")
+def _moved(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    name, args = operation.name.removesuffix("_").removesuffix("_copy"), list(operation.args[1:])
+    made: Components = []
+    for ids, dead in flow.of(x):
+        if name == "expand":
+            shape = list(args[0])
+            front = ids.reshape([1] * (len(shape) - ids.ndim) + list(ids.shape))
+            made.append(Component(front, dead))
+        elif name == "squeeze":
+            given: Any = args[0] if args else range(len(x.shape))
+            given = [given] if isinstance(given, int) else given
+            dims = {dim % len(x.shape) for dim in given if x.shape[dim] == 1}
+            made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in dims]), dead))
+        else:
+            made.append(Component(getattr(torch.ops.aten, name)(ids, *args), dead))
+    return [made]
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def _viewed(flow: Flow, operation: Operation) -> list[Components]:
+    x, (made,) = operation.args[0], operation.results
+    if isinstance(operation.args[1], torch.dtype):
+        return unknown(flow, operation)
+    return [flow.atoms.settle(_regroup(flow, flow.of(x), x.shape, made.shape))]
+
+
+def _regroup(flow: Flow, components: Components, old: Sequence[int], new: Sequence[int]) -> Components:
+    made = flow.atoms.settle([Component(regrouped(ids, old, new), dead) for ids, dead in components])
+    # Entries that go by two dimensions at once do not go by one.
+    for i, component in enumerate(made):
+        if any([component.dims & other.dims for other in made[:i]]):
+            flow.atoms.close(component.ids, flow.reason("they share a dimension with others"))
+    return [c for i, c in enumerate(made) if not any([c.dims & other.dims for other in made[:i]])]
+
+
+@rule("repeat")
+def _repeated(flow: Flow, operation: Operation) -> list[Components]:
+    x, times = operation.args[:2]
+    made: Components = []
+    for ids, dead in flow.of(x):
+        front = ids.reshape([1] * (len(times) - ids.ndim) + list(ids.shape))
+        made.append(
+            Component(front.repeat([n if size > 1 else 1 for n, size in zip(times, front.shape, strict=True)]), dead)
+        )
+    return [made]
+
+
+@rule("slice")
+def _sliced(flow: Flow, operation: Operation) -> list[Components]:
+    x, (made,) = operation.args[0], operation.results
+    dim = argument(operation, "dim", 0) % len(x.shape)
+    start = argument(operation, "start") or 0
+    start = max(0, start + x.shape[dim]) if start < 0 else start
+    if (argument(operation, "step", 1) or 1) != 1:
+        return [flow.rigid(x, [dim], "every few entries are taken")]
+    return [_piece(flow, flow.of(x), dim, start, made.shape[dim], x.shape[dim])]
+
+
+def _piece(flow: Flow, components: Components, dim: int, start: int, length: int, size: int) -> Components:
+    """The atoms of a part of a tensor: where it is one of equal parts, what goes goes from each of them."""
+    made: Components = []
+    for component in components:
+        if dim not in component.dims or length == size:
+            made.append(component)
+        elif length > 1 and size % length == 0 and start % length == 0:
+            first = component.ids.narrow(dim, 0, length)
+            for other in range(length, size, length):
+                flow.atoms.join(first, component.ids.narrow(dim, other, length), flow.reason("parts are taken"))
+            made.append(Component(component.ids.narrow(dim, start, length), component.dead))
+        else:
+            made += flow.atoms.rigid([component], [dim], flow.reason("unequal parts are taken"))
+    return flow.atoms.settle(made)
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk")
+def _split(flow: Flow, operation: Operation) -> list[Components]:
+    x, dim = operation.args[0], argument(operation, "dim", 0) % len(operation.args[0].shape)
+    made: list[Components] = []
+    start = 0
+    sizes = [ref.shape[dim] for ref in operation.results]
+    for length in sizes:
+        equal = len(set(sizes)) == 1
+        whole = flow.of(x) if equal else flow.rigid(x, [dim], "unequal parts are taken")
+        made.append(_piece(flow, whole, dim, start, length, x.shape[dim]))
+        start += length
+    return made
+
+
+@rule("select", "unbind")
+def _selected(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    dim = argument(operation, "dim", 0) % len(x.shape)
+    made = [Component(ids.squeeze(dim), dead) for ids, dead in flow.rigid(x, [dim], "one entry is taken")]
+    return [made for _ in operation.results]
+
+
+@rule("cat", "stack")
+def _concatenated(flow: Flow, operation: Operation) -> list[Components]:
+    refs = [ref for ref in operation.args[0] if 0 not in ref.shape]
+    (result,) = operation.results
+    dim = argument(operation, "dim", 0) % len(result.shape)
+    operands, shapes = [flow.of(ref) for ref in refs], [list(ref.shape) for ref in refs]
+    if operation.name == "stack":
+        operands = [[Component(ids.unsqueeze(dim), dead) for ids, dead in operand] for operand in operands]
+        shapes = [[*shape[:dim], 1, *shape[dim:]] for shape in shapes]
+    reason = flow.reason("they lie beside entries that are not channels")
+    # What differs along this dimension and another one goes by the other one.
+    operands = [
+        [kept for c in operand for kept in ([c] if c.dims == {dim} else flow.atoms.rigid([c], [dim], reason))]
+        for operand in operands
+    ]
+    across = [[c for c in operand if c.dims != {dim}] for operand in operands]
+    met = flow.atoms.meet(across, [[1 if d == dim else n for d, n in enumerate(shape)] for shape in shapes], reason)
+    made = [
+        Component(next(iter(group.values())).ids, _one([c.dead for c in group.values()]))
+        for group in grouped_by_dims(met)
+    ]
+    along = [next((c for c in operand if c.dims == {dim}), None) for operand in operands]
+    if any([c is not None for c in along]):
+        flat = [1] * len(result.shape)
+        pieces = []
+        for c, shape in zip(along, shapes, strict=True):
+            flat[dim] = shape[dim]
+            pieces.append(torch.zeros(flat, dtype=torch.int64) if c is None else c.ids)
+        made.append(Component(torch.cat(pieces, dim), _one([c.dead for c in along if c is not None])))
+    return [made]
+
+
+def _one(numbers: Sequence[float]) -> float:
+    """A number, if all are the same."""
+    return numbers[0] if all([x == numbers[0] for x in numbers]) else UNKNOWN
+
+
+@rule("constant_pad_nd")
+def _padded(flow: Flow, operation: Operation) -> list[Components]:
+    x, pads = operation.args[:2]
+    value = float(argument(operation, "value", 0) or 0)
+    widths = {len(x.shape) - 1 - i: (pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)}
+    widths = {dim: width for dim, width in widths.items() if width != (0, 0)}
+    made: Components = []
+    for component in flow.of(x):
+        inside = component.dims & set(widths)
+        dead = component.dead if component.dead == value else UNKNOWN
+        if not inside:
+            made.append(Component(component.ids, dead))
+        elif component.dims == inside and len(inside) == 1 and min(widths[next(iter(inside))]) >= 0:
+            (dim,) = inside
+            before, after = (
+                torch.zeros_like(component.ids.narrow(dim, 0, 1)).expand(
+                    [n if d == dim else -1 for d in range(component.ids.ndim)]
+                )
+                for n in widths[dim]
+            )
+            made.append(Component(torch.cat([before, component.ids, after], dim), component.dead))
+        else:
+            kept = flow.atoms.rigid([component], inside, flow.reason("they are padded"))
+            made += [Component(ids, dead) for ids, _ in kept]
+    return [made]
+
+
+@rule("index_select", "flip", "roll", "gather", "cumsum", "cumprod", "sort", "topk")
+def _ordered(flow: Flow, operation: Operation) -> list[Components]:
+    x = operation.args[0]
+    where: Any = argument(operation, "dim", argument(operation, "dims", -1))
+    dims: list[int] = [where] if isinstance(where, int) else list(where or range(len(x.shape)))
+    kept = flow.rigid(x, dims, "their order is written in the code")
+    dead = kept if operation.name in ("index_select", "flip", "roll") else [Component(c.ids, UNKNOWN) for c in kept]
+    for ref in refs_in([operation.args[1:], operation.kwargs]):
+        flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
+    return [dead for _ in operation.results]
+
+
+@rule("index")
+def _indexed(flow: Flow, operation: Operation) -> list[Components]:
+    x, indices = operation.args[:2]
+    taken = [dim for dim, each in enumerate(indices) if each is not None]
+    for ref in refs_in(indices):
+        flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
+    kept = flow.rigid(x, taken, "they are looked up by an index")
+    (result,) = operation.results
+    first = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
+    new = len(result.shape) - (len(x.shape) - len(taken))
+    made = []
+    for ids, dead in kept:
+        sizes = [n for dim, n in enumerate(ids.shape) if dim not in taken]
+        made.append(Component(ids.reshape([*sizes[:first], *[1] * new, *sizes[first:]]), dead))
+    return [made]
+
+
+@rule("view_as_complex", "view_as_real")
+def _complex(flow: Flow, operation: Operation) -> list[Components]:
+    if operation.name == "view_as_real":
+        return [[Component(ids.unsqueeze(-1), dead) for ids, dead in flow.of(operation.args[0])]]
+    kept = flow.rigid(operation.args[0], [-1], "they are parts of complex numbers")
+    return [[Component(ids.squeeze(-1), dead) for ids, dead in kept]]
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def _shuffled(flow: Flow, operation: Operation) -> list[Components]:
+    x, factor = operation.args[:2]
+    dim = len(x.shape) - (1 if "channel" in operation.name else 3)
+    dim = 1 if "channel" in operation.name else dim
+    others = [d for d in range(len(x.shape)) if d != dim]
+    made: Components = []
+    for ids, dead in flow.rigid(x, others, "entries are moved between dimensions"):
+        front = ids.movedim(dim, 0)
+        if operation.name == "pixel_unshuffle":
+            front = front.repeat_interleave(factor * factor, 0)
+        elif operation.name == "pixel_shuffle":
+            blocks = front.reshape(-1, factor * factor)
+            flow.atoms.join(blocks, blocks[:, :1], flow.reason("they are pixels of a channel"))
+            front = blocks[:, 0].reshape([-1, *front.shape[1:]])
+        else:
+            blocks = front.reshape(factor, -1)
+            flow.atoms.join(blocks, blocks[:1], flow.reason("they are shuffled"))
+            front = blocks.T.reshape(front.shape)
+        made.append(Component(front.movedim(0, dim), dead))
+    return [flow.atoms.settle(made)]

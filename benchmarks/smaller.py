@@ -131,7 +131,7 @@ def stored(net: nn.Module) -> int:
 
 
 @torch.no_grad()
-def measured(name: str, way: str, dense: nn.Module, made: Made, data: Data, quick: bool) -> dict[str, Any]:
+def measured(way: str, dense: nn.Module, made: Made, data: Data, quick: bool) -> dict[str, Any]:
     """One row: what is left of the dense network, and what is gained."""
     images, labels = data[2], data[3]
     trained, smaller = made
@@ -141,7 +141,6 @@ def measured(name: str, way: str, dense: nn.Module, made: Made, data: Data, quic
     faster = smaller is not trained  # Else there is nothing to be timed.
     outputs = trained(images)
     row: dict[str, Any] = {
-        "network": name,
         "way": way,
         "accuracy": float((smaller(images).argmax(1) == labels).double().mean()),
         "parameters": stored(smaller),
@@ -166,7 +165,7 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 def residual(data: Data, epochs: int, quick: bool) -> Iterator[dict[str, Any]]:
     make = seeded(lambda: example["ResNet"](8 if quick else 16))
     dense = train(make(), data, epochs, 1e-2)
-    see = lambda way, made: measured("residual", way, dense, made, data, quick)
+    see = lambda way, made: measured(way, dense, made, data, quick)
     yield see("dense", Made(dense, dense))
     for strength in (3e-4, 1e-3, 2e-3):
         yield see(f"channels, strength {strength:g}", channels(make, data, epochs, 1e-2, strength))
@@ -180,11 +179,11 @@ def residual(data: Data, epochs: int, quick: bool) -> Iterator[dict[str, Any]]:
 def linear(data: Data, epochs: int, quick: bool) -> Iterator[dict[str, Any]]:
     make = seeded(perceptron)
     dense = train(make(), data, epochs, RATE)
-    see = lambda way, made: measured("linear layers", way, dense, made, data, quick)
+    see = lambda way, made: measured(way, dense, made, data, quick)
     yield see("dense", Made(dense, dense))
-    yield see("entries: `l1`, `to_sparse`", entries(make, data, epochs, RATE, 1e-3))
+    yield see("entries: `l1`, `to_sparse`", entries(make, data, epochs, RATE, 3e-4))
     yield see("2:4: `n_m_sparsity`", two_of_four(make, data, epochs, RATE))
-    yield see("units: `group_lasso`, `resized`", channels(make, data, epochs, RATE, 1e-3))
+    yield see("units: `group_lasso`, `resized`", channels(make, data, epochs, RATE, 4e-4))
     yield see("rank: `nuclear`, `factorized`", rank(make, data, epochs, RATE, 1e-2))
 
 
@@ -193,14 +192,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     data = example["load"]()
-    epochs = 2 if options.quick else 30
-    found = []
-    for make, name in ((residual, "residual"), (linear, "linear layers")):
-        if options.only and options.only != make.__name__:
-            found += [row for row in saved("smaller").get("rows", []) if row["network"] == name]
-        else:
-            found += make(data, epochs, options.quick)
-    report("smaller", {"epochs": epochs, "batch": BATCH, "rows": found}, options.write)
+    made = {
+        make.__name__: list(make(data, 2 if options.quick else epochs, options.quick))
+        for make, epochs in ((residual, 30), (linear, 60))
+        if options.only in (None, make.__name__)
+    }
+    networks = {**saved("smaller").get("networks", {}), **made}
+    report("smaller", {"batch": BATCH, "networks": {name: networks[name] for name in sorted(networks)}}, options.write)
 
 
 if __name__ == "__main__":

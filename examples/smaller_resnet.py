@@ -137,30 +137,32 @@ def main() -> None:
     torch.set_num_threads(1)  # Images this small gain nothing from a second core.
     images, labels, test_images, test_labels = load()
 
-    nets = {}
-    for name, strength in {"dense": 0.0, "with dead channels": options.strength}.items():
+    def trained(strength: float) -> tuple[nn.Module, list[dict]]:
         torch.manual_seed(0)
         net = ResNet(options.width)
-        groups = train(net, images, labels, options.epochs, strength)
-        nets[name] = net
-    nets["without"] = fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups))
+        return net, train(net, images, labels, options.epochs, strength)
+
+    dense, _ = trained(0.0)
+    net, groups = trained(options.strength)
+    smaller = fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups))
+    nets = {"dense": dense, "with dead channels": net, "without": smaller}
     print(groups)
 
     spent = milliseconds(list(nets.values()), test_images[:256])
     print(f"\n{'':20} {'channels':>9} {'parameters':>11} {'accuracy':>10} {'time':>9}")
-    for (name, net), time_of_one in zip(nets.items(), spent, strict=True):
-        count = sum(w.numel() for w in net.parameters())
-        accuracy = (net(test_images).argmax(1) == test_labels).double().mean()
-        channels = sum(widths(net).values())
+    for (name, each), time_of_one in zip(nets.items(), spent, strict=True):
+        count = sum(w.numel() for w in each.parameters())
+        accuracy = (each(test_images).argmax(1) == test_labels).double().mean()
+        channels = sum(widths(each).values())
         print(f"{name:20} {channels:9,d} {count:11,d} {100 * accuracy:8.1f} % {time_of_one:6.1f} ms")
 
     with torch.no_grad():
-        before, after = nets["with dead channels"](test_images), nets["without"](test_images)
+        before, after = net(test_images), smaller(test_images)
     difference = float((before - after).abs().max())
     assert difference < 1e-4 * float(before.abs().max())
     print(f"largest difference of their outputs: {difference:.1e}, of outputs up to {before.abs().max():.1f}")
     if options.out:
-        draw(nets["with dead channels"], nets["without"], options.out)
+        draw(net, smaller, options.out)
 
 
 if __name__ == "__main__":

@@ -108,28 +108,31 @@ def main() -> None:
     torch.set_num_threads(1)  # So small a model gains less from more cores than it loses where they are busy.
     training, held_out, characters = read()
 
-    nets = {}
-    for name, strength in {"dense": 0.0, "with dead groups": options.strength}.items():
+    def trained(strength: float) -> tuple[Transformer, list[dict]]:
         torch.manual_seed(0)
         net = Transformer(characters, options.width, options.layers)
         groups = train(net, training, options.steps, strength)
-        nets[name] = net.eval()
-    nets["without"] = fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups))
+        return net.eval(), groups
+
+    dense, _ = trained(0.0)
+    net, groups = trained(options.strength)
+    smaller = fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups))
+    nets = {"dense": dense, "with dead groups": net, "without": smaller}
     print(groups)
 
     torch.manual_seed(1)
     unseen = draw(held_out, 128)
     spent = milliseconds(list(nets.values()), unseen[0])
     print(f"\n{'':17} {'heads':>8} {'hidden units':>13} {'parameters':>11} {'held out':>9} {'time':>9}")
-    for (name, net), time_of_one in zip(nets.items(), spent, strict=True):
-        heads = ", ".join(f"{block.self_attn.num_heads}" for block in net.blocks)
-        units = ", ".join(f"{block.linear1.out_features}" for block in net.blocks)
-        count = sum(w.numel() for w in net.parameters())
+    for (name, each), time_of_one in zip(nets.items(), spent, strict=True):
+        heads = ", ".join(f"{block.self_attn.num_heads}" for block in each.blocks)
+        units = ", ".join(f"{block.linear1.out_features}" for block in each.blocks)
+        count = sum(w.numel() for w in each.parameters())
         with torch.no_grad():
-            print(f"{name:17} {heads:>8} {units:>13} {count:11,d} {loss(net, *unseen):9.3f} {time_of_one:6.1f} ms")
+            print(f"{name:17} {heads:>8} {units:>13} {count:11,d} {loss(each, *unseen):9.3f} {time_of_one:6.1f} ms")
 
     with torch.no_grad():
-        before, after = nets["with dead groups"](unseen[0]), nets["without"](unseen[0])
+        before, after = net(unseen[0]), smaller(unseen[0])
     difference = float((before - after).abs().max())
     assert difference < 1e-4 * float(before.abs().max())
     print(f"largest difference of their outputs: {difference:.1e}, of outputs up to {before.abs().max():.1f}")

@@ -99,10 +99,10 @@ def milliseconds(nets: list[nn.Module], inputs: Tensor, rounds: int = 21) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="a transformer that loses the heads and units it does not need")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer, a multiple of 8")
     parser.add_argument("--layers", type=int, default=2, help="blocks of attention")
-    parser.add_argument("--strength", type=float, default=1e-3, help="strength of the group lasso")
+    parser.add_argument("--strength", type=float, default=5e-5, help="strength of the group lasso")
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # So small a model gains less from more cores than it loses where they are busy.

@@ -4,8 +4,8 @@ A head is its rows of the queries, keys and values and the columns of the layer 
 of one layer and its column of the next. `channel_groups` finds both by running the network once, and a group lasso in
 an ordinary loop of PyTorch makes whole heads and units zero. What is left is taken out of the network. Its width stays:
 LayerNorm averages over it. Of 16 heads 8 are left, of 512 hidden units 127, of 116,576 parameters 50,335. A network
-this small has little to spare: the loss on unseen text rises from 1.954 to 2.177, with a strength of 2e-5 to 1.985, where
-all heads and 451 units are left. Outputs before and after removal are equal up to 4.8e-06.
+this small has little to spare: the loss on unseen text rises from 1.954 to 2.177, with a strength of 2e-5 to 1.985,
+where all heads and 451 units are left. Outputs before and after removal are equal up to 4.8e-06.
 
     python examples/smaller_transformer.py
     python examples/smaller_transformer.py --steps 60 --width 16 --layers 1

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+PAGES = [HERE.parent / "README.md", HERE / "README.md", HERE.parent / "examples" / "smaller.md"]
 Numbers = dict[str, Any]
 Rows = list[list[str]]
 
@@ -131,6 +131,20 @@ def support(found: Numbers) -> Rows:
     return rows
 
 
+def smaller(found: Numbers) -> Rows:
+    rows = [["network", "way", "accuracy", "parameters", "memory", "time", "outputs change by"]]
+    for name, ways in found["networks"].items():
+        for row in ways:
+            time = f"{row['time']['ratio']:.2f}" if row["time"] else ""
+            change = f"{row['change']:.0e}" if row["change"] else ""
+            cells = [NETWORKS[name], row["way"], f"{100 * row['accuracy']:.1f} %", f"{row['parameters']:,}"]
+            rows.append([*cells, f"{row['memory']:.2f}", time, change])
+    return rows
+
+
+NETWORKS = {"residual": "residual, 30 epochs", "linear": "three linear layers, 60 epochs"}
+
+
 def gpu(found: Numbers) -> Rows:
     """Steps on a GPU, with their share of the bandwidth of a copy."""
     columns = {name[5:]: times for name, times in found["sections"].items() if name.startswith("step ")}
@@ -180,7 +194,7 @@ def speed(found: Numbers) -> Rows:
 #: From the name of a table to what makes it and the file of its numbers.
 TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
-    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, gpu)},
+    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, smaller, gpu)},
     "speed": (speed, "step"),
 }
 
@@ -191,9 +205,8 @@ def machine(found: Numbers) -> str:
         return f"\nMeasured on an {found['gpu']} with torch {found['torch']}, {found['date']}.\n"
     if "cpu" not in found:
         return ""
-    return (
-        f"\nMeasured on {found['threads']} cores of an {found['cpu']} with torch {found['torch']}, {found['date']}.\n"
-    )
+    cores = "one core" if found["threads"] == 1 else f"{found['threads']} cores"
+    return f"\nMeasured on {cores} of an {found['cpu']} with torch {found['torch']}, {found['date']}.\n"
 
 
 def table(name: str) -> str:

@@ -57,6 +57,26 @@ def test_structured_sparsity_gives_a_smaller_network_with_equal_outputs():
 
 
 @pytest.mark.slow
+def test_a_residual_network_loses_channels_and_keeps_its_outputs(tmp_path):
+    options = ("--epochs", "2", "--width", "8", "--strength", "0.01", "--out", str(tmp_path / "widths.png"))
+    said = run("smaller_resnet.py", *options)
+    assert (tmp_path / "widths.png").stat().st_size > 10_000
+    dense, trained, without = (
+        int(row.split("%")[0].split()[-2].replace(",", "")) for row in said.splitlines() if " ms" in row
+    )
+    assert without < trained == dense
+    assert "largest difference" in said
+
+
+@pytest.mark.slow
+def test_a_transformer_loses_heads_and_units_and_keeps_its_outputs():
+    said = run("smaller_transformer.py", "--steps", "60", "--width", "16", "--layers", "1", "--strength", "0.01")
+    _, trained, without = (row.split()[-6:-3] for row in said.splitlines() if " ms" in row)
+    assert all(int(few) < int(all_of_them) for few, all_of_them in zip(without[:2], trained[:2], strict=True))
+    assert "largest difference" in said
+
+
+@pytest.mark.slow
 def test_gallery_draws_every_penalty_of_two_weights(tmp_path):
     said = run("gallery.py", "--points", "21", "--out", str(tmp_path / "gallery.png"))
     assert (tmp_path / "gallery.png").stat().st_size > 10_000

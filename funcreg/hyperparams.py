@@ -78,7 +78,10 @@ def inject_hyperparams(
             ", before it is called, as in inject_hyperparams(sgd)(0.1)" if isinstance(inner_factory, Transform) else ""
         )
         raise TypeError(f"inner_factory is {inner_factory!r}; expected the function that makes a transform{hint}")
-    names = (static_args,) if isinstance(static_args, str) else tuple(static_args)
+    names = (static_args,) if isinstance(static_args, str) else static_args
+    if not isinstance(names, Iterable) or not all([isinstance(name, str) for name in names]):
+        raise TypeError(f"static_args is {static_args!r}; expected the names of arguments, such as ('nesterov',)")
+    names = tuple(names)
     known = inspect.signature(inner_factory).parameters
     takes_any = any([p.kind is p.VAR_KEYWORD for p in known.values()])
     for name in names:

@@ -101,7 +101,7 @@ class Injected(Remembering):
     """A factory whose transforms have their hyperparameters in the state; `inject_hyperparams` makes it."""
 
     def __init__(self, factory: Callable[..., Transform], static: tuple[str, ...], dtype: torch.dtype | None) -> None:
-        self._factory, self._static, self._dtype = factory, static, dtype
+        self.factory, self._static, self._dtype = factory, static, dtype
 
     @property
     def __name__(self) -> str:
@@ -109,7 +109,7 @@ class Injected(Remembering):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Transform:
         """The transform that the factory makes of these arguments, with their numbers in its state."""
-        call = _Call(self._factory, self._static, args, kwargs)
+        call = _Call(self.factory, self._static, args, kwargs)
         tx = _injected(call, self._dtype)
         if not torch.compiler.is_compiling():
             tx.made_by = Call(self, args, kwargs)

@@ -613,7 +613,14 @@ def test_the_types_of_all_states_are_known_and_documented():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [lambda d: fr.scale_by_adam(mu_dtype=d), lambda d: fr.trace(0.9, accumulator_dtype=d)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: fr.scale_by_adam(mu_dtype=d),
+        lambda d: fr.trace(0.9, accumulator_dtype=d),
+        lambda d: fr.schedule_free_sgd(0.1, state_dtype=d),
+    ],
+)
 def test_moments_of_complex_leaves_keep_their_imaginary_parts_in_a_real_dtype(make, dtype):
     params, grads = {"w": torch.ones(2, dtype=torch.complex64)}, {"w": torch.tensor([1j, 1 + 1j])}
     moved = []

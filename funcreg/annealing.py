@@ -104,6 +104,7 @@ def cyclic_schedule(
     check_positive("cycle_steps", cycle_steps)
     check_range("decay_rate", decay_rate, 0.0, 1.0)
     (decay_rate,) = scalars(decay_rate=decay_rate)
+    check_range("rise", rise, 0.0, 1.0)
     down = 1 - rise if fall is None else fall
     for name, value in (("rise", rise), ("fall", down)):
         check_steps(**{name: value})

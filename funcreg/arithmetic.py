@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
-from funcreg.ranges import flags
+from funcreg.ranges import check_numbers, flags, ordered
 from funcreg.transform import dtypes
 from funcreg.tree import (
     compute,
@@ -27,6 +27,7 @@ from funcreg.tree import (
     total,
     tree_leaves,
     tree_map,
+    tree_paths,
     without_autocast,
 )
 
@@ -107,6 +108,7 @@ def tree_scale(scalar: Hyper, tree: Params) -> Params:
         >>> tree_scale(0.5, {"w": torch.tensor([3.0])})
         {'w': tensor([1.5000])}
     """
+    check_numbers("scalar", scalar)
     return compute(lambda x, c: c * x, tree, hyper=(scalar,))
 
 
@@ -139,6 +141,8 @@ def tree_where(condition: Hyper, tree: Params, other: Params) -> Params:
         {'w': tensor([1., 4.])}
     """
 
+    check_numbers("condition", condition)
+
     def chosen(x: Tensor, y: Tensor, condition: Any) -> Tensor:
         if isinstance(condition, bool):
             return (x if condition else y).clone()
@@ -159,10 +163,13 @@ def tree_clip(tree: Params, min_value: Hyper | None = None, max_value: Hyper | N
         >>> tree_clip({"w": torch.tensor([-3.0, 0.5])}, -1.0, 1.0)
         {'w': tensor([-1.0000,  0.5000])}
     """
+    for name, bound in (("min_value", min_value), ("max_value", max_value)):
+        if bound is not None:
+            check_numbers(name, bound)
     if min_value is not None:
-        tree = compute(lambda x, low: x.clamp(min=low), tree, hyper=(min_value,))
+        tree = compute(lambda x, low: ordered(x).clamp(min=low), tree, hyper=(min_value,))
     if max_value is not None:
-        tree = compute(lambda x, high: x.clamp(max=high), tree, hyper=(max_value,))
+        tree = compute(lambda x, high: ordered(x).clamp(max=high), tree, hyper=(max_value,))
     return tree
 
 
@@ -187,7 +194,7 @@ def tree_max(tree: Params) -> Tensor:
         >>> tree_max({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(4.0)})
         tensor(4.)
     """
-    return _extreme([x.amax() for x in tree_leaves(tree) if x.numel()], torch.maximum, -torch.inf)
+    return _extreme([x.amax() for x in _ordered_leaves(tree) if x.numel()], torch.maximum, -torch.inf)
 
 
 def tree_min(tree: Params) -> Tensor:
@@ -197,7 +204,17 @@ def tree_min(tree: Params) -> Tensor:
         >>> tree_min({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(4.0)})
         tensor(1.)
     """
-    return _extreme([x.amin() for x in tree_leaves(tree) if x.numel()], torch.minimum, torch.inf)
+    return _extreme([x.amin() for x in _ordered_leaves(tree) if x.numel()], torch.minimum, torch.inf)
+
+
+def _ordered_leaves(tree: Params) -> list[Tensor]:
+    leaves = tree_leaves(tree)
+    for i, x in enumerate(leaves):
+        if x.is_complex():
+            raise ValueError(
+                f"at leaf '{tree_paths(tree)[i]}': it is complex; expected real numbers, which have an order"
+            )
+    return leaves
 
 
 def _extreme(found: list[Tensor], f: Callable[[Tensor, Tensor], Tensor], start: float) -> Tensor:
@@ -308,6 +325,7 @@ def tree_full_like(tree: Params, fill_value: Scalar, dtype: torch.dtype | None =
         >>> tree_full_like({"w": torch.zeros(2)}, 0.5)
         {'w': tensor([0.5000, 0.5000])}
     """
+    check_numbers("fill_value", fill_value)
     return tree_map(lambda x: torch.zeros_like(x, dtype=dtype) + _as(fill_value, dtype or x.dtype, x.device), tree)
 
 

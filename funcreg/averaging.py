@@ -27,7 +27,7 @@ from funcreg.transform import (
     public_state,
     share,
 )
-from funcreg.tree import beside, compute, compute_wide, scalar_device, tree_leaves, tree_map, wide
+from funcreg.tree import beside, compute, compute_wide, kept_dtype, scalar_device, tree_leaves, tree_map
 from funcreg.wrappers import Named, around, check_period, pick
 
 # Fast and slow weights
@@ -238,7 +238,7 @@ def schedule_free(
 
     def init(params: Params) -> ScheduleFreeState:
         zero = torch.zeros((), dtype=torch.float64, device=scalar_device(params))
-        z = tree_map(lambda w: w.clone().to(state_dtype or wide(w.dtype)), params)
+        z = tree_map(lambda w: w.clone().to(kept_dtype(w, state_dtype)), params)
         inner = base_optimizer.begin(params)
         return ScheduleFreeState(zero + b1, zero.clone(), counter(params) + 1, zero.clone(), inner, z)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import concrete, scalars
+from funcreg.ranges import concrete, ordered, scalars, single
 from funcreg.transform import Transform, finite, finite_nonnegative, memoryless, nonnegative, positive, public_state
 from funcreg.tree import compute, euclidean, flatten, global_norm, reduce_leaves, tree_leaves, tree_map
 
@@ -32,7 +32,7 @@ def clip(max_delta: Scalar) -> Transform:
     (max_delta,) = scalars(max_delta=max_delta)
 
     def bound(u: Tensor, d: Scalar) -> Tensor:
-        d = d + torch.zeros_like(u)
+        d = d + torch.zeros_like(ordered(u))
         return torch.minimum(torch.maximum(u, -d), d)
 
     return memoryless(lambda updates, params: compute(bound, updates, hyper=(max_delta,)))
@@ -84,6 +84,7 @@ def normalize_by_update_norm(scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> 
     finite(scale_factor=scale_factor)
     finite_nonnegative(eps=eps)
     scale_factor, eps = scalars(scale_factor=scale_factor, eps=eps)
+    single(scale_factor=scale_factor, eps=eps)
     known = concrete(scale_factor)
     negative = known is not None and float(known) < 0
 

@@ -15,6 +15,7 @@ from funcreg.constraints import Constraint
 from funcreg.construction import written
 from funcreg.decay import arguments_of, decay_of
 from funcreg.ensemble import ensemble
+from funcreg.hyperparams import Injected
 from funcreg.notation import plain
 from funcreg.penalty import Penalty
 from funcreg.regularizing import proximal, soft_threshold
@@ -161,6 +162,8 @@ def _children(tx: Transform) -> list[tuple[str, Transform]]:
         return [("each member, here the first", part) for part in tx.forwards_to]
     if tx.made_by is None:
         return [("", part) for part in tx.forwards_to]
+    if isinstance(tx.made_by.function, Injected):  # What a factory makes is in no argument.
+        return [("", tx.made_by.function.factory(*tx.made_by.args, **tx.made_by.kwargs))]
     return _named(None, [*tx.made_by.args, *tx.made_by.kwargs.values()])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import check_range, concrete, scalars
+from funcreg.ranges import check_range, concrete, scalars, single
 from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, positive, public_state
 from funcreg.tree import compute, euclidean, sign, tree_map, zeros
 
@@ -177,6 +177,7 @@ def scale_by_rprop(
     (learning_rate,) = scalars(learning_rate=learning_rate)
     factors = scalars(eta_minus=eta_minus, eta_plus=eta_plus)
     bounds = scalars(min_step_size=min_step_size, max_step_size=max_step_size)
+    single(learning_rate=learning_rate, min_step_size=min_step_size, max_step_size=max_step_size)
     low, high = (concrete(x) for x in bounds)
     if low is not None and high is not None and low > high:
         raise ValueError(f"min_step_size is {low:g} and max_step_size {high:g}; expected a range. Are they swapped?")

@@ -13,11 +13,11 @@ from funcreg.clipping import clip_by_block_rms
 from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_param_block_rms
-from funcreg.ranges import check_range, flags, scalars
+from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate, stored
 from funcreg.sharding import any_sharded, apply
-from funcreg.transform import Transform, counter, finite_nonnegative, public_state
+from funcreg.transform import Transform, counter, dtypes, finite_nonnegative, public_state
 from funcreg.tree import compute_wide, flatten, safe_sqrt, squared, tree_leaves, tree_map, wide
 
 #: The second longest and the longest dimension of a leaf that is factored, None for any other.
@@ -92,6 +92,8 @@ def scale_by_factored_rms(
     finite_nonnegative(epsilon=epsilon)
     decay_rate, epsilon = scalars(decay_rate=decay_rate, epsilon=epsilon)
     check_range("step_offset", step_offset, finite=True)
+    (step_offset,) = scalars(step_offset=step_offset)
+    single(step_offset=step_offset)
     if type(min_dim_size_to_factor) is not int or min_dim_size_to_factor < 1:
         raise ValueError(f"min_dim_size_to_factor is {min_dim_size_to_factor!r}; expected a whole number of at least 1")
     if not callable(decay_rate_fn):
@@ -239,6 +241,7 @@ def adafactor(
         Shazeer & Stern, *Adafactor: adaptive learning rates with sublinear memory cost*, 2018.
     """
     flags(multiply_by_parameter_scale=multiply_by_parameter_scale)
+    dtypes(dtype_momentum=dtype_momentum)
     links = [scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)]
     if clipping_threshold is not None:
         links.append(clip_by_block_rms(clipping_threshold))

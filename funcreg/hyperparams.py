@@ -78,7 +78,10 @@ def inject_hyperparams(
             ", before it is called, as in inject_hyperparams(sgd)(0.1)" if isinstance(inner_factory, Transform) else ""
         )
         raise TypeError(f"inner_factory is {inner_factory!r}; expected the function that makes a transform{hint}")
-    names = (static_args,) if isinstance(static_args, str) else tuple(static_args)
+    names = (static_args,) if isinstance(static_args, str) else static_args
+    if not isinstance(names, Iterable) or not all([isinstance(name, str) for name in names]):
+        raise TypeError(f"static_args is {static_args!r}; expected the names of arguments, such as ('nesterov',)")
+    names = tuple(names)
     known = inspect.signature(inner_factory).parameters
     takes_any = any([p.kind is p.VAR_KEYWORD for p in known.values()])
     for name in names:
@@ -98,7 +101,7 @@ class Injected(Remembering):
     """A factory whose transforms have their hyperparameters in the state; `inject_hyperparams` makes it."""
 
     def __init__(self, factory: Callable[..., Transform], static: tuple[str, ...], dtype: torch.dtype | None) -> None:
-        self._factory, self._static, self._dtype = factory, static, dtype
+        self.factory, self._static, self._dtype = factory, static, dtype
 
     @property
     def __name__(self) -> str:
@@ -106,7 +109,7 @@ class Injected(Remembering):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Transform:
         """The transform that the factory makes of these arguments, with their numbers in its state."""
-        call = _Call(self._factory, self._static, args, kwargs)
+        call = _Call(self.factory, self._static, args, kwargs)
         tx = _injected(call, self._dtype)
         if not torch.compiler.is_compiling():
             tx.made_by = Call(self, args, kwargs)

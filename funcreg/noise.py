@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import scalars
+from funcreg.ranges import scalars, single
 from funcreg.rounding import check_key, first_key, shifted, words
 from funcreg.transform import Transform, at_step, counter, finite_nonnegative, public_state
 from funcreg.tree import compute, flatten
@@ -63,6 +63,7 @@ def add_noise(eta: Scalar | Schedule, gamma: Scalar, key: int | Tensor | torch.G
     """
     finite_nonnegative(eta=eta, gamma=gamma)
     (gamma,) = scalars(gamma=gamma)
+    single(eta=eta, gamma=gamma)
     check_key(key)
 
     def init(params: Params) -> AddNoiseState:

@@ -15,6 +15,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.constraints import check_bounds, clamp, constraint, grouped, simplex_excess, ungrouped
 from funcreg.penalties import Dim, group_dims
+from funcreg.ranges import check_numbers
 from funcreg.spectral import as_matrix
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -151,6 +152,8 @@ def box_section(
 
 def _system(w: Tensor, matrix: Any, offset: Any, size: int, name: str) -> tuple[Tensor, Tensor]:
     """A matrix of rows and right-hand sides where the leaf is, or an error that says why they do not fit it."""
+    check_numbers(name, matrix)
+    check_numbers("offset", offset)
     a = torch.as_tensor(matrix, dtype=w.dtype, device=w.device)
     b = torch.as_tensor(offset, dtype=w.dtype, device=w.device)
     if a.ndim != 2 or a.shape[1] != size:

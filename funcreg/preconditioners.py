@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import check_range, flags, scalars
+from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.scaling import (
     AdamState,
     adam_metric,
@@ -194,6 +194,7 @@ def scale_by_yogi(
     finite_nonnegative(eps=eps, eps_root=eps_root, initial_accumulator_value=initial_accumulator_value)
     b1, b2, eps, eps_root = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     (first,) = scalars(initial_accumulator_value=initial_accumulator_value)
+    single(initial_accumulator_value=first)
 
     def init(params: Params) -> AdamState:
         mu = tree_map(lambda m: (m + first).to(m.dtype), zeros(params))

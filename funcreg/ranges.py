@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -187,3 +188,40 @@ def scalars(**hyper: Any) -> tuple[Any, ...]:
         if isinstance(value, (dict, list, tuple)):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a tensor, one for all leaves")
     return tuple(number(value) for value in hyper.values())
+
+
+def single(**hyper: Any) -> None:
+    """Raise an error for the first of these that is one number for no leaf alone: a tree, or a tensor with dimensions.
+
+    A schedule is left alone.
+    """
+    for name, value in hyper.items():
+        if isinstance(value, (dict, list, tuple)):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected one number or tensor for all leaves")
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; expected one number for all entries")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """Raise a TypeError for what is no real number, tensor or tree of them, such as a string or a function."""
+    if callable(value) and not isinstance(value, type):
+        raise TypeError(f"{name} is {value!r}; expected a number or a tensor")
+    if isinstance(value, (dict, list, tuple)):
+        for child in value.values() if isinstance(value, dict) else value:
+            check_numbers(name, child)
+    elif not isinstance(value, (Tensor, numbers.Number)) and not hasattr(value, "__array__"):
+        raise TypeError(f"{name} is {_described(value)}")
+
+
+def ordered(w: Tensor) -> Tensor:
+    """A real tensor as it is, or an error, because complex numbers have no order."""
+    if w.is_complex():
+        raise ValueError("it is complex; expected real numbers, which have an order")
+    return w
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ValueError for what is not the name of one of some choices."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

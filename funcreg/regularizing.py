@@ -12,6 +12,7 @@ from funcreg.constraints import Constraint
 from funcreg.construction import remembered
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty
+from funcreg.ranges import ordered
 from funcreg.transform import (
     Stage,
     Transform,
@@ -219,6 +220,6 @@ def keep_params_nonnegative() -> Transform:
 
     def rule(updates: Updates, params: Params) -> Updates:
         # In the dtype of the parameters, or w + (-w) would not be 0.
-        return compute(lambda w, u: torch.where(w + u < 0, -w, u), params, updates)
+        return compute(lambda w, u: torch.where(ordered(w) + u < 0, -w, u), params, updates)
 
     return memoryless(rule, stages=["lands"])

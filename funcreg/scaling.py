@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.ranges import concrete, flags, scalars
+from funcreg.ranges import check_choice, concrete, flags, scalars, single
 from funcreg.rounding import is_narrow, rounded, words
 from funcreg.transform import (
     Stage,
@@ -500,6 +500,7 @@ def scale_by_rms(
     below_one(decay=decay)
     finite_nonnegative(eps=eps, initial_scale=initial_scale)
     decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    single(initial_scale=initial_scale)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     _check_real(nu_dtype)
     corrected = bias_correction
@@ -570,6 +571,7 @@ def scale_by_stddev(
     below_one(decay=decay)
     finite_nonnegative(eps=eps, initial_scale=initial_scale)
     decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    single(initial_scale=initial_scale)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     _check_real(nu_dtype)
     corrected = bias_correction
@@ -623,6 +625,7 @@ def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) ->
     """
     finite_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
     initial_accumulator_value, eps = scalars(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    single(initial_accumulator_value=initial_accumulator_value)
 
     def init(params: Params) -> RssState:
         return RssState(real_zeros(params, initial_accumulator_value))
@@ -702,8 +705,7 @@ def scale_by_lion(
     positive(smooth_beta=smooth_beta)
     b1, b2, smooth_beta = scalars(b1=b1, b2=b2, smooth_beta=smooth_beta)
     dtypes(mu_dtype=mu_dtype)
-    if mode not in _LION:
-        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(_LION)}")
+    check_choice("mode", mode, _LION)
     if mode != "smooth" and isinstance(smooth_beta, (int, float)) and smooth_beta != 1:
         raise ValueError(f"smooth_beta is {smooth_beta}; it has no effect, because mode is {mode!r} and not 'smooth'")
 

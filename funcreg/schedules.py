@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar, Schedule
 from funcreg.construction import Remembering, remembered
-from funcreg.ranges import check_range, flags, scalars
+from funcreg.ranges import check_choice, check_range, flags, scalars
 
 #: A step later than that of any training, which int32 counts.
 _LATE = 2**31 - 1
@@ -234,8 +234,7 @@ INTERPOLATIONS: dict[str, Callable[[Scalar, Scalar, Tensor], Tensor]] = {"linear
 
 def interpolation(interpolate_type: str) -> Callable[[Scalar, Scalar, Tensor], Tensor]:
     """The interpolation of a name, or an error that lists the names."""
-    if interpolate_type not in INTERPOLATIONS:
-        raise ValueError(f"interpolate_type is {interpolate_type!r}; expected one of {', '.join(INTERPOLATIONS)}")
+    check_choice("interpolate_type", interpolate_type, INTERPOLATIONS)
     return INTERPOLATIONS[interpolate_type]
 
 

@@ -19,7 +19,7 @@ from funcreg.descent import check_inner_steps
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
-from funcreg.ranges import scalars
+from funcreg.ranges import scalars, single
 from funcreg.regularizing import check_penalty
 from funcreg.scaling import scale_by_adam
 from funcreg.transform import (
@@ -65,6 +65,7 @@ def _average(
     inner_steps: int | None = None,
 ) -> Transform:
     finite_nonnegative(learning_rate=learning_rate)
+    single(learning_rate=learning_rate)
     nonnegative(strength=strength)
     below_one(momentum=momentum)
     check_inner_steps(inner_steps)

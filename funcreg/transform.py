@@ -530,7 +530,7 @@ def share(**hyper: Hyper) -> None:
 def without_momentum(momentum: Scalar | None, **given: Any) -> None:
     """Raise a ValueError for the first of these options of a momentum that has no effect, because there is none."""
     for name, value in given.items():
-        if momentum is None and value not in (None, False):
+        if momentum is None and value is not None and value is not False:
             raise ValueError(f"{name} is {value!r}; it has no effect without momentum. Give momentum=, such as 0.9.")
 
 

@@ -664,7 +664,15 @@ def scalar_device(params: Params) -> torch.device:
 
 def zeros(params: Params, dtype: torch.dtype | None = None) -> Any:
     """Accumulators at zero, each in its own memory, in `dtype` or in float32 at least."""
-    return tree_map(lambda w: torch.zeros_like(w, dtype=dtype or wide(w.dtype)), params)
+    return tree_map(lambda w: torch.zeros_like(w, dtype=kept_dtype(w, dtype)), params)
+
+
+def kept_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a state keeps what is like a leaf: complex if the leaf is, also where `dtype` is real."""
+    kept = dtype or wide(w.dtype)
+    if w.is_complex() and not kept.is_complex:
+        return torch.complex128 if kept == torch.float64 else torch.complex64
+    return kept
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

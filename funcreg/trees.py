@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State
 from funcreg.construction import written
-from funcreg.ranges import check_range, number
+from funcreg.ranges import check_numbers, check_range, number, single
 from funcreg.transform import Transform
 from funcreg.tree import (
     ABSENT,
@@ -369,6 +369,8 @@ def periodic_update(
         Mnih et al., *Human-level control through deep reinforcement learning*, 2015.
     """
     check_range("update_period", update_period, 1)
+    single(steps=steps, update_period=update_period)
+    check_numbers("steps", steps)
     now = steps % update_period == 0
     if not isinstance(now, Tensor):
         devices = [leaf.device for leaf in tree_leaves(old_tensors)]

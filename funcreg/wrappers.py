@@ -461,7 +461,7 @@ def _check_k(name: str, value: Any) -> None:
     if isinstance(value, (dict, list, tuple)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number, one for all leaves, or a schedule")
     plain = number(value)
-    if isinstance(plain, float) and plain != int(plain):
+    if isinstance(plain, float) and not plain.is_integer():
         raise TypeError(f"{name} is {value!r}; expected a whole number of at least 1")
     check_range(name, value, 1.0, finite=True)
 

@@ -88,6 +88,20 @@ def test_frozen_leaves_are_left_out_of_the_other_links():
     assert freeze.note.startswith("holds 2 of 4 leaves")
 
 
+def test_what_a_factory_makes_is_opened_and_its_mistakes_are_warned_of():
+    """Also with the schedules that it was called with, and inside other wrappers."""
+
+    def make(rate, threshold):
+        return fr.chain(fr.sgd(rate), fr.soft_threshold(threshold))
+
+    tx = fr.inject_hyperparams(make)(fr.linear_schedule(0.1, 0.0, 5), 0.1)
+    for each in (tx, fr.MultiSteps(tx, 2)):
+        described = fr.describe(each)
+        assert "soft_threshold(0.1)" in str(described)
+        assert [message for message in described.warnings if "the threshold does not" in message]
+    assert len(fr.describe(fr.inject_hyperparams(fr.adam)(0.1)).rows) == len(fr.describe(fr.adam(0.1)).rows) + 1
+
+
 def test_an_ensemble_is_shown_by_its_first_member():
     members = fr.tree_map(lambda w: torch.stack([w, w]), draw())
     found = described(fr.ensemble(lambda rate: fr.adamw(rate, mask=fr.matrices), torch.tensor([0.1, 0.2])), members)

@@ -364,6 +364,70 @@ def test_calls_that_cannot_be_meant_say_what_was_expected(case):
         make()
 
 
+VECTOR, COMPLEX = tensor([1.0, 1.0, 1.0]), {"w": torch.ones(2, dtype=torch.complex64)}
+
+# What reached torch, or was taken without an effect, and what is said to it.
+RAW = {
+    "a first sum per entry": (lambda: fr.adagrad(0.1, VECTOR), "initial_accumulator_value is a tensor of shape"),
+    "a first mean square per entry": (lambda: fr.rmsprop(0.1, initial_scale=VECTOR), "initial_scale is a tensor of sh"),
+    "a first centred square per entry": (lambda: fr.scale_by_stddev(initial_scale=VECTOR), "initial_scale is a tensor"),
+    "a first mean per entry": (
+        lambda: fr.scale_by_yogi(initial_accumulator_value=VECTOR),
+        "value is a tensor of shape",
+    ),
+    "step sizes per entry": (
+        lambda: fr.rprop(VECTOR),
+        r"learning_rate is a tensor of shape \(3,\); expected one number",
+    ),
+    "least step sizes per entry": (lambda: fr.rprop(0.1, min_step_size=VECTOR), "min_step_size is a tensor of shape"),
+    "a norm per entry": (lambda: fr.normalize_by_update_norm(VECTOR), "scale_factor is a tensor of shape"),
+    "rates of a joint average": (lambda: fr.rmda([1.0], fr.l1), "learning_rate is a list; expected one number"),
+    "rates of a joint metric": (lambda: fr.ramda({"w": 1.0}, fr.l1), "learning_rate is a dict; expected one number"),
+    "a tree of variances": (lambda: fr.add_noise([1.0], 0.5, 0), "eta is a list; expected one number"),
+    "a list of offsets": (lambda: fr.adafactor(0.1, decay_offset=[1]), "step_offset is a list; expected a number"),
+    "a schedule of offsets": (lambda: fr.adafactor(0.1, decay_offset=lambda n: n), "step_offset is the function"),
+    "a function for a dtype": (
+        lambda: fr.adafactor(0.1, dtype_momentum=float),
+        "dtype_momentum is .*; expected a dtype",
+    ),
+    "a period of nan": (lambda: fr.apply_every(NAN), "k is nan; expected a whole number"),
+    "a period of infinity": (lambda: fr.apply_every(INF), "k is inf; expected a whole number"),
+    "a rise by name": (lambda: fr.cyclic_schedule(1.0, 2.0, 4, rise="fast"), "rise is 'fast'; expected a number"),
+    "a list of kinds": (lambda: fr.cyclic_schedule(1.0, 2.0, 4, interpolate_type=["cosine"]), r"is \['cosine'\]; expe"),
+    "a list of modes": (lambda: fr.scale_by_lion(mode=["hard"]), r"mode is \['hard'\]; expected one of hard"),
+    "a count of static arguments": (
+        lambda: fr.inject_hyperparams(fr.adam, static_args=3),
+        "static_args is 3; expected",
+    ),
+    "no static arguments": (lambda: fr.inject_hyperparams(fr.adam, static_args=None), "static_args is None; expected"),
+    "a tensor for a dtype": (lambda: fr.sgd(0.1, accumulator_dtype=VECTOR), "accumulator_dtype is tensor"),
+    "complex updates in a box": (
+        lambda: fr.clip(1.0).update(COMPLEX, fr.EmptyState(), COMPLEX),
+        "at leaf 'w': it is complex; expected real numbers, which have an order",
+    ),
+    "complex parameters above zero": (
+        lambda: fr.keep_params_nonnegative().update(COMPLEX, fr.EmptyState(), COMPLEX),
+        "at leaf 'w': it is complex; expected real numbers",
+    ),
+    "a complex maximum": (lambda: fr.tree_max(COMPLEX), "at leaf 'w': it is complex; expected real numbers"),
+    "a complex minimum": (lambda: fr.tree_min(COMPLEX), "at leaf 'w': it is complex; expected real numbers"),
+    "a complex range": (lambda: fr.tree_clip(COMPLEX, 0.0), "at leaf 'w': it is complex; expected real numbers"),
+    "a factor by name": (lambda: fr.tree_scale("a", COMPLEX), "scalar is 'a'; expected a number"),
+    "a condition by name": (lambda: fr.tree_where("a", COMPLEX, COMPLEX), "condition is 'a'; expected a number"),
+    "a value by name": (lambda: fr.tree_full_like(COMPLEX, "a"), "fill_value is 'a'; expected a number"),
+    "steps by name": (lambda: fr.periodic_update(COMPLEX, COMPLEX, "a", 2), "steps is 'a'; expected a number"),
+    "a matrix by name": (lambda: fr.affine_set.project(torch.ones(2), matrix="a"), "matrix is 'a'; expected a number"),
+    "no matrix": (lambda: fr.polyhedron.project(torch.ones(2), matrix=None), "matrix is None; expected a number"),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_what_would_fail_inside_torch_is_refused_by_name(case):
+    call, said = RAW[case]
+    with pytest.raises((TypeError, ValueError), match=said):
+        call()
+
+
 def test_what_a_function_must_not_return_is_said_with_its_name():
     params = draw()
 

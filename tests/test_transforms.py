@@ -610,3 +610,23 @@ def test_the_types_of_all_states_are_known_and_documented():
         )
         assert example.examples
         assert not doctest.DocTestRunner().run(example).failed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: fr.scale_by_adam(mu_dtype=d),
+        lambda d: fr.trace(0.9, accumulator_dtype=d),
+        lambda d: fr.schedule_free_sgd(0.1, state_dtype=d),
+    ],
+)
+def test_moments_of_complex_leaves_keep_their_imaginary_parts_in_a_real_dtype(make, dtype):
+    params, grads = {"w": torch.ones(2, dtype=torch.complex64)}, {"w": torch.tensor([1j, 1 + 1j])}
+    moved = []
+    for tx in (make(dtype), make(None)):
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params)
+        moved.append(updates["w"])
+    assert torch.allclose(*moved, rtol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacfwd, jvp, vjp, vmap
+from torch.func import grad_and_value, jvp, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
@@ -277,12 +277,29 @@ def _metric(flat: _Flat, x: Tensor, tensors: Any) -> Tensor:
 
 
 def _hessian_times(flat: _Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
-    slope = lambda x: grad_and_value(flat.read)(x, tensors)[0]
-    return jvp(slope, (x,), (v,))[1]
+    # Twice in reverse: some losses of torch, `mse_loss` among them, have no forward derivative of their gradient.
+    return vjp(lambda x: grad_and_value(flat.read)(x, tensors)[0], x)[1](v)[0]
 
 
 def _proximal_step(flat: _Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
     return flat.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
+
+
+def _landing_times(flat: _Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Callable[[Tensor], Tensor]:
+    """The product of a vector and the Jacobian of the proximal step from x."""
+    point = x - grad_and_value(flat.read)(x, tensors)[0] / (rate * metric)
+
+    def product(v: Tensor) -> Tensor:
+        inner = v - _hessian_times(flat, x, tensors, v) / (rate * metric)
+        return jvp(lambda z: flat.land(z, 1 / rate, metric, tensors), (point,), (inner,))[1]
+
+    return product
+
+
+def _matrix(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    r""":math:`I - J`, from products of vectors and :math:`J`."""
+    one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    return one - vmap(product)(one).T
 
 
 def _noise(objective: Tensor) -> Tensor:
@@ -312,7 +329,7 @@ def _newton(flat: _Flat, tensors: Any, s: _State) -> _State:
     def land(x: Tensor) -> Tensor:
         return _proximal_step(flat, x, grad_and_value(flat.read)(x, tensors)[0], s.rate, s.metric, tensors)
 
-    step = _solve_fixed_point(land, s.x, land(s.x) - s.x)
+    step = _solve_fixed_point(_landing_times(flat, s.x, s.rate, s.metric, tensors), s.x, land(s.x) - s.x)
     step = torch.where(step.isfinite().all(), step, torch.zeros_like(step))
 
     def reach(share: Tensor) -> tuple[Tensor, ...]:
@@ -382,13 +399,13 @@ def _descend(flat: _Flat, tensors: Any) -> tuple[Tensor, ...]:
 # Linear equations of a fixed point
 
 
-def _solve_fixed_point(land: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
-    r""":math:`(I - J)^{-1} b`, :math:`J` the Jacobian of `land` at x."""
+def _solve_fixed_point(product: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
+    r""":math:`(I - J)^{-1} b`, from products of vectors and :math:`J`."""
     if len(x) <= _DENSE:
         # A little more than I: a loss that is flat along some direction makes the matrix singular.
-        matrix = (1 + 1e-10) * torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
+        matrix = _matrix(product, x) + 1e-10 * torch.eye(len(x), dtype=x.dtype, device=x.device)
         return torch.linalg.solve_ex(matrix, b)[0]
-    return _gmres(lambda v: v - jvp(land, (x,), (v,))[1], b, 30)
+    return _gmres(lambda v: v - product(v), b, 30)
 
 
 def _gmres(product: Callable[[Tensor], Tensor], b: Tensor, count: int) -> Tensor:
@@ -476,7 +493,7 @@ def _pull(flat: _Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, sl
     """Slopes in the tensors, from a slope in the solution."""
     land, of_real, which = _landing(flat, x, rate, metric, tensors)
     if len(x) <= _DENSE:
-        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
+        matrix = _matrix(_landing_times(flat, x, rate, metric, tensors), x)
         along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ slope
     else:
         back = vjp(land, x)[1]
@@ -489,9 +506,12 @@ def _pull(flat: _Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, sl
 
 def _push(flat: _Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
     """How the solution moves when the tensors do."""
-    land, of_real, which = _landing(flat, x, rate, metric, tensors)
-    moved = jvp(of_real, tuple(tensors[i] for i in which), tuple(tangents[i] for i in which))[1]
+    _, of_real, which = _landing(flat, x, rate, metric, tensors)
+    real, along = tuple(tensors[i] for i in which), tuple(tangents[i] for i in which)
+    # What pulls back is linear: its own pull-back pushes forward, also where a loss has no forward derivative.
+    landed, pull = vjp(of_real, *real)
+    moved = vjp(pull, torch.zeros_like(landed))[1](along)[0]
+    product = _landing_times(flat, x, rate, metric, tensors)
     if len(x) <= _DENSE:
-        matrix = torch.eye(len(x), dtype=x.dtype, device=x.device) - jacfwd(land)(x)
-        return torch.linalg.pinv(matrix, rtol=1e-12) @ moved
-    return _gmres(lambda v: v - jvp(land, (x,), (v,))[1], moved, 200)
+        return torch.linalg.pinv(_matrix(product, x), rtol=1e-12) @ moved
+    return _gmres(lambda v: v - product(v), moved, 200)

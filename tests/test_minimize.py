@@ -11,8 +11,14 @@ from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, vmap
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 
 import funcreg as fr
 
@@ -351,3 +357,21 @@ def test_it_prints_and_saves(tmp_path):
     torch.save(found, tmp_path / "found.pt")
     assert_equal(torch.load(tmp_path / "found.pt"), found)
     assert flat(found.params).shape == (2,)
+
+
+@pytest.mark.parametrize("of", [mse_loss, huber_loss, smooth_l1_loss], ids=lambda f: f.__name__)
+def test_losses_of_torch_without_a_forward_derivative_of_their_gradient_are_solved_and_differentiated(of):
+    x, y = standard(load_diabetes)
+    y = y / 50
+
+    def solved(strength):
+        loss = lambda p, x, y: of(x @ p["w"], y)
+        return fr.minimize(loss, {"w": zeros(10)}, fr.l1, strength=strength, args=(x, y), tol=1e-9)
+
+    strength = torch.tensor(0.05, dtype=torch.float64, device=DEVICE)
+    found = solved(strength)
+    assert found.converged
+    size = lambda s: solved(s).params["w"].square().sum()
+    numeric = (size(strength + 1e-4) - size(strength - 1e-4)) / 2e-4
+    torch.testing.assert_close(grad(size)(strength), numeric, rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(jvp(size, (strength,), (torch.ones_like(strength),))[1], numeric, rtol=1e-3, atol=1e-8)

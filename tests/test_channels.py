@@ -56,7 +56,7 @@ def without_half(net, groups, seed=0):
     weights = []
     for count in groups.counts:
         gone = torch.zeros(count, dtype=torch.float64)
-        gone[torch.randperm(count, generator=generator)[: count // 2]] = 1e9
+        gone[torch.randperm(count, generator=generator, device="cpu")[: count // 2]] = 1e9
         weights.append(gone.to(DEVICE))
     dead = fr.coupled(fr.group_lasso, groups).prox(dict(net.named_parameters()), 1.0, weights=weights)
     with torch.no_grad():

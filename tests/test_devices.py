@@ -89,7 +89,8 @@ def test_transforms_do_too(case):
 
 HERE_ALONE = {
     *("test_articles.py", "test_catalogue.py", "test_examples.py", "test_pages.py", "test_public.py"),
-    *("test_integrations.py", "test_distributed.py", "processes.py"),
+    *("test_integrations.py", "test_architectures.py", "test_traced_architectures.py", "test_distributed.py"),
+    "processes.py",
 }
 
 

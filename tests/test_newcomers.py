@@ -20,7 +20,7 @@ made = runpy.run_path(str(ROOT / "examples" / "from_optax.py"))
 
 
 def letters():
-    w = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     w[0, 0] = 0.0
     return {
         "fr": fr,

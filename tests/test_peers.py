@@ -25,21 +25,33 @@ MADE = {
     "on_singular_values(log_sum)": fr.on_singular_values(fr.log_sum),
 }
 
-# Penalties and constraints that no peer has, or none has right; their equations are in tests/cases.py.
+# Penalties and constraints that are compared with no stored numbers of a peer, and why; their equations are in
+# tests/cases.py.
 WITHOUT = {
+    "affine_set": "its equation is the peers' own, by a pseudoinverse",
+    "birkhoff": "jaxopt iterates to a tolerance; compared with an assignment and with quadratic programs in test_polytopes",
+    "box_section": "jaxopt bisects to a tolerance; compared with quadratic programs in test_polytopes",
     "capped_l1": "no peer has it",
+    "etp": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "ewc": "no peer has it",
     "exclusive_lasso": "no peer has it",
     "fused_lasso": "no peer has it",
+    "geman": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "group_l0": "pyproximal has its ball, L10Ball, and not the penalty",
+    "group_l_half": "no peer has it for groups with a closed form; the minimum is searched on a grid",
+    "group_top_k": "no peer has it",
     "hoyer_square": "no peer has it",
     "l0": "the threshold of pyproximal.L0 has no root and no 2",
+    "l0_envelope": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "l1_linf": "no peer has it",
     "linf": "no peer has it",
     "n_m_sparsity": "no peer has it",
     "orthogonality": "no peer has it",
     "orthogonality_offdiagonal": "no peer has it: Keras normalizes rows, which is keras_orthogonal",
     "oscar": "skglm has it as SLOPE, which is compared as slope",
+    "polyhedron": "peers iterate to a tolerance; compared with quadratic programs in test_polytopes",
+    "rank_envelope": "no numbers of pyproximal are stored; it is l0_envelope of singular values",
+    "relaxed_mumford_shah": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "schatten": "no peer has it",
     "spectral": "no peer has it",
     "spectral_ball": "no peer has it",
@@ -47,6 +59,7 @@ WITHOUT = {
     "srip": "no peer has it",
     "stiefel": "no peer has it: pyproximal.Orthogonal composes with an orthogonal operator",
     "total_variation": "pyproximal.TV iterates, with a wrong rule for its momentum",
+    "transport": "jaxopt iterates to a tolerance; compared with quadratic programs in test_polytopes",
     "tree_lasso": "no peer has it",
 }
 

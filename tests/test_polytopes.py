@@ -80,13 +80,13 @@ def test_polyhedra_are_those_of_another_solver(size, count):
             x = 3 * random(size, seed=seed + 7)
             z = fr.polyhedron.project(x, matrix=matrix, offset=offset, equations=equations)
             assert fr.polyhedron(z, matrix=matrix, offset=offset, equations=equations) == 0
-            conditions = [{"type": "ineq", "fun": lambda v: (offset - matrix @ torch.tensor(v)).numpy()}]
+            conditions = [{"type": "ineq", "fun": lambda v: (offset - matrix @ torch.tensor(v)).cpu().numpy()}]
             if equations is not None:
-                conditions.append({"type": "eq", "fun": lambda v: (equation @ torch.tensor(v)).numpy()})
+                conditions.append({"type": "eq", "fun": lambda v: (equation @ torch.tensor(v)).cpu().numpy()})
             other = minimize(
-                lambda v, x=x: 0.5 * ((v - x.numpy()) ** 2).sum(),
-                torch.zeros(size, dtype=torch.float64).numpy(),
-                jac=lambda v, x=x: v - x.numpy(),
+                lambda v, x=x: 0.5 * ((v - x.cpu().numpy()) ** 2).sum(),
+                torch.zeros(size, dtype=torch.float64).cpu().numpy(),
+                jac=lambda v, x=x: v - x.cpu().numpy(),
                 constraints=conditions,
                 method="SLSQP",
                 options={"ftol": 1e-15, "maxiter": 500},
@@ -167,7 +167,7 @@ def test_plans_of_many_rows_have_their_sums(rows, columns, scale):
 def test_far_from_the_polytope_of_birkhoff_the_nearest_point_is_the_best_assignment():
     x = random(7, 7)
     z = fr.birkhoff.project(1e3 * x)
-    best = linear_sum_assignment(x.numpy(), maximize=True)
+    best = linear_sum_assignment(x.cpu().numpy(), maximize=True)
     assert z[best].tolist() == pytest.approx([1.0] * 7)
     assert (z != 0).sum() == 7
 

@@ -202,7 +202,9 @@ def built(make, families):
 
 def inputs(shape):
     return (
-        draw(5, *shape) if shape else torch.randint(0, 9, (5, 4), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        draw(5, *shape)
+        if shape
+        else torch.randint(0, 9, (5, 4), generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE)
     )
 
 

@@ -588,9 +588,9 @@ STATES = """
     fr.FtrlState fr.InjectHyperparamsState fr.LbfgsState fr.LionState fr.LookaheadState fr.MaskedState
     fr.MasterWeightsState fr.MonitorState fr.MultiStepsState fr.MuonState fr.NovogradState fr.OptimisticGradientState
     fr.PartitionState fr.ProximalState fr.ReduceLROnPlateauState fr.RmsState fr.RpropState fr.RssState fr.SAMState
-    fr.ScaleByBacktrackingLinesearchState fr.ScaleByZoomLinesearchState fr.ScheduleFreeState fr.ScheduleState
-    fr.SimplifiedAdemamixState fr.SM3State fr.SnapshotState fr.StddevState fr.StochasticRoundingState fr.TraceState
-    fr.ZeroNansState fr.ZoomLinesearchInfo
+    fr.SM3State fr.ScaleByBacktrackingLinesearchState fr.ScaleByZoomLinesearchState fr.ScheduleFreeState
+    fr.ScheduleState fr.SimplifiedAdemamixState fr.SnapshotState fr.StddevState fr.StochasticRoundingState
+    fr.TraceState fr.ZeroNansState fr.ZoomLinesearchInfo
 """
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import TRANSFORMS, assert_equal, cpu_only, draw
+from cases import DEVICE, TRANSFORMS, assert_equal, cpu_only, draw
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.testing import assert_close
@@ -237,13 +237,16 @@ def test_wrong_states_and_trees_are_refused_with_the_place():
 
 
 def jax_tree(tree, jnp):
-    return {name: jnp.asarray(x.numpy()) for name, x in tree.items()}
+    return {name: jnp.asarray(x.cpu().numpy()) for name, x in tree.items()}
 
 
 def trees(seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (3, 2), "b": (), "c": (4,)}
-    return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
+    return {
+        n: torch.randn(s, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
+        for n, s in shapes.items()
+    }
 
 
 ARITHMETIC = {

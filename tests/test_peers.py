@@ -29,7 +29,7 @@ MADE = {
 # tests/cases.py.
 WITHOUT = {
     "affine_set": "its equation is the peers' own, by a pseudoinverse",
-    "birkhoff": "jaxopt iterates to a tolerance; compared with an assignment and with quadratic programs in test_polytopes",
+    "birkhoff": "jaxopt iterates to a tolerance; compared with assignments and quadratic programs in test_polytopes",
     "box_section": "jaxopt bisects to a tolerance; compared with quadratic programs in test_polytopes",
     "capped_l1": "no peer has it",
     "etp": "no numbers of pyproximal are stored; the minimum is searched on a grid",

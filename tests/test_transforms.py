@@ -164,6 +164,7 @@ def test_members_of_an_ensemble_have_hyperparameters_of_their_own(case):
 ONCE = {name.split()[0]: case for name, case in reversed(TRANSFORMS.items())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONCE.values(), ids=ONCE)
 def test_chains_made_inside_a_compiled_vmap_are_those_of_a_loop(case):
     factors = torch.tensor([0.5, 1.5], dtype=torch.float64)

@@ -8,7 +8,7 @@ is. The same families tell which slices of which leaves a dead group takes with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -213,6 +213,23 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         bounds=penalty.bounds,
         has_gradient=penalty.has_gradient,
     )
+
+
+def split_leaf(penalty: Penalty, chosen: Collection[str], names: Collection[str]) -> str | None:
+    """The name of a leaf that is not chosen, in a family of `coupled` with one that is; None without such a family."""
+    call = penalty.made_by
+    if (
+        call is None
+        or call.function.__name__ != "coupled"
+        or callable(groups := (*call.args, *call.kwargs.values())[1])
+    ):
+        return None
+    for family in families_of(groups):
+        parts = [name for name, along in family if along.penalized and name in names]
+        lost = [name for name in parts if name not in chosen]
+        if 0 < len(lost) < len(parts):
+            return lost[0]
+    return None
 
 
 def _shared(hyper: Sequence[Hyper]) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.constraints import Constraint
 from funcreg.construction import Call
+from funcreg.coupled import split_leaf
 from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep
@@ -236,7 +237,7 @@ class Task(NamedTuple):
             h = {k: w if isinstance(w, Absent) else torch.ones_like(w.real) for k, w in params.items()}
         step, count = product(params, 1.0, values[0]), self.inner(params)
         landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
-        return {k for k, w in params.items() if landed[k] is not w}
+        return {k for k, w in params.items() if not isinstance(w, Absent) and landed[k] is not w}
 
 
 class _Slots(NamedTuple):
@@ -410,6 +411,18 @@ class Regularization:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         vars(optimizer).setdefault(_OWN, []).append(self)
 
+    @property
+    def strength(self) -> Any:
+        """What `regularize` was given. It cannot be set: a tensor is changed in place."""
+        return self._task.strength
+
+    @strength.setter
+    def strength(self, value: Any) -> None:
+        raise AttributeError(
+            f"the strength of {self!r} is not set from outside. Give regularize a tensor, strength=torch.tensor(...), "
+            "which is read at every step, and change it in place, or a schedule."
+        )
+
     def __repr__(self) -> str:
         return f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
 
@@ -458,7 +471,17 @@ class Regularization:
         tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
         with torch.no_grad():
             self._touched = self._task.check(tree)
+            self._check_groups_are_whole(tree)
             return self._task.inner(tree)
+
+    def _check_groups_are_whole(self, tree: Params) -> None:
+        """Raise an error if a mask leaves out a part of a group that spans leaves."""
+        lost = split_leaf(self._task.penalty, self._names.chosen, tree)
+        if lost is not None:
+            raise ValueError(
+                f"mask leaves out '{lost}', a part of groups of {self._task.penalty!r}, which span leaves and so "
+                "would never be zero as a whole. Drop mask=: the groups say already what is penalized."
+            )
 
     def _check_once(self, optimizer: Optimizer) -> None:
         """Raise an error if another penalty is on the same parameters already."""

@@ -158,7 +158,7 @@ def _norm(place: Place) -> None:
     if len(widths) > 1:
         raise ValueError(
             f"resized got another width for some of the parameters and buffers of '{place.name}'. Are its running "
-            "statistics missing? Give them to remove_dead with the parameters, as in {**params, **buffers}."
+            "statistics missing? Give them to remove_dead with the parameters: with_buffers(module)."
         )
     for (width,) in widths:
         place.layer.num_features = width

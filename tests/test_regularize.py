@@ -902,3 +902,27 @@ def test_a_penalty_of_a_whole_tree_is_one_step():
         by_chain(FUNCTIONAL["SGD"][1](joint, strength=0.3), params, quadratic, 3),
         atol=1e-12,
     )
+
+
+# Masks beside groups
+
+
+def test_a_mask_that_parts_a_group_is_refused_and_one_that_leaves_out_whole_groups_is_not():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    units = fr.coupled(fr.group_lasso, fr.channel_groups(net, layers=["0", "2"]))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups of coupled.* Drop mask="):
+        fr.regularize(optimizer, units, strength=1e-3, module=net, mask=fr.matrices)
+    fr.regularize(optimizer, units, strength=1e3, module=net, mask=fr.select("0.*"))
+    net(torch.ones(2, 3, device=DEVICE)).sum().backward()
+    optimizer.step()
+    assert not net[0].bias.any()
+    assert net[2].weight.all()
+
+
+def test_a_strength_is_not_set_from_outside():
+    w = torch.ones(2, requires_grad=True)
+    handle = fr.regularize(torch.optim.SGD([w], lr=0.1), fr.l1, strength=0.5)
+    with pytest.raises(AttributeError, match=r"the strength of .* is not set from outside. Give .* a tensor"):
+        handle.strength = 1.0
+    assert handle.strength == 0.5

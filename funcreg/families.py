@@ -153,6 +153,16 @@ def _entries(along: Along, length: int) -> Sequence[int]:
     return range(along.start, length if along.stop is None else along.stop)
 
 
+def _known(names: list[str], leaves: list[Any]) -> str:
+    """What errors say of the leaves that there are, and why they may be others than those of a module."""
+    known = f"the leaves are {listed(names)}"
+    if not any([isinstance(leaf, Tensor) for leaf in leaves]):
+        return f"{known}. Of a module give the tree of its parameters and buffers: with_buffers(module)"
+    if all(["params" in name.split(".") for name in names]):
+        return f"{known}. Parameters of an optimizer have no names without module=, the module of them"
+    return known
+
+
 def places_of(groups: Groups, params: Params) -> list[list[Place]]:
     """Where the groups of each family lie, or an error that names the leaf that has not the groups of its family."""
     names, leaves = tree_paths(params), tree_leaves(params)
@@ -167,7 +177,7 @@ def places_of(groups: Groups, params: Params) -> list[list[Place]]:
             if name in numbers:
                 found.append(Place(numbers[name], along))
             elif along.penalized and not masked:
-                raise ValueError(f"groups names '{name}', which is no leaf; the leaves are {listed(names)}")
+                raise ValueError(f"groups names '{name}', which is no leaf; {_known(names, leaves)}")
         counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]
         for (leaf, along), count in zip(found, counts, strict=True):
             if count != counts[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
@@ -32,7 +33,8 @@ def _where(mask: Mask | None, tx: Transform) -> Transform:
 def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str, Any]) -> None:
     """Raise an error, before the first step, if a penalty is not one or does not take these hyperparameters."""
     if not isinstance(penalty, Penalty):
-        raise TypeError(f"penalty is {penalty!r}; expected a Penalty such as l1, or one made with @penalty")
+        what = f"a {type(penalty).__name__}" if isinstance(penalty, (dict, list, tuple, Tensor)) else repr(penalty)
+        raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty")
     penalty.bind(*hyper, **options)
 
 

@@ -304,3 +304,14 @@ def test_functional_calls_take_the_tree_of_parameters_and_buffers():
     net, _ = small()
     x = normal(torch.Generator().manual_seed(1), 4, 3).double()
     torch.testing.assert_close(functional_call(net, fr.with_buffers(net), (x,)), net(x))
+
+
+def test_trees_without_the_names_of_a_module_are_told_how_to_have_them():
+    net = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"groups names 'weight', .* with_buffers\(module\)"):
+        fr.remove_dead(net, {"weight": 0})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"groups names 'weight', .* have no names without module="):
+        fr.regularize(optimizer, fr.coupled(fr.group_lasso, {"weight": 0}), strength=0.1)
+    with pytest.raises(TypeError, match="penalty is a dict; expected a Penalty such as l1"):
+        fr.lambda_max(fr.l1, dict(net.named_parameters()))  # pyright: ignore[reportArgumentType]

@@ -509,8 +509,8 @@ def _push(flat: _Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, met
     _, of_real, which = _landing(flat, x, rate, metric, tensors)
     real, along = tuple(tensors[i] for i in which), tuple(tangents[i] for i in which)
     # What pulls back is linear: its own pull-back pushes forward, also where a loss has no forward derivative.
-    landed, pull = vjp(of_real, *real)
-    moved = vjp(pull, torch.zeros_like(landed))[1](along)[0]
+    pull = vjp(of_real, *real)[1]
+    moved = vjp(pull, torch.zeros_like(x))[1](along)[0]
     product = _landing_times(flat, x, rate, metric, tensors)
     if len(x) <= _DENSE:
         return torch.linalg.pinv(_matrix(product, x), rtol=1e-12) @ moved

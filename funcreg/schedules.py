@@ -268,7 +268,7 @@ def piecewise_interpolate_schedule(
         steps = double(count)
         # Before step 0, where no step is counted, optax has 0.
         value = torch.zeros_like(steps)
-        for begin, end, first, last in zip(bounds, bounds[1:], values, values[1:], strict=False):
+        for begin, end, first, last in zip(bounds[:-1], bounds[1:], values[:-1], values[1:], strict=True):
             share = (steps - begin) / max(end - begin, 1)
             value = torch.where((begin <= steps) & (steps < end), between(first, last, share), value)
         return torch.where(steps >= bounds[-1], values[-1], value)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
-from funcreg.combine import chain, masked, named_chain
+from funcreg.combine import chain, named_chain
 from funcreg.construction import Call, remembered, written
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
-from funcreg.regularizing import add_decayed_weights
+from funcreg.regularizing import add_decayed_weights, where_masked
 from funcreg.schedules import KnownSchedule
 from funcreg.transform import (
     Transform,
@@ -55,10 +55,6 @@ Kind: TypeAlias = Literal[
 ]
 
 
-def _where(mask: Mask | None, tx: Transform) -> Transform:
-    return tx if mask is None else masked(tx, mask)
-
-
 # Toward zero
 
 
@@ -88,7 +84,7 @@ def add_cautious_weight_decay(weight_decay: Hyper | Schedule = 0.0, mask: Mask |
         return u + torch.where(_apart(u, w), torch.zeros_like(w), decay * w)
 
     rule = lambda updates, params, decay: compute(add, updates, params, hyper=(decay,))
-    return _where(mask, scheduled(rule, weight_decay, stages=["adds"]))
+    return where_masked(mask, scheduled(rule, weight_decay, stages=["adds"]))
 
 
 def _apart(u: Tensor, w: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ def add_independent_weight_decay(
         return u - decay * (rate / most) * w
 
     rule = lambda updates, params, *values: compute(subtract, updates, params, hyper=values)
-    return _where(mask, scheduled(rule, weight_decay, learning_rate, max_rate, stages=["follows", "shrinks"]))
+    return where_masked(mask, scheduled(rule, weight_decay, learning_rate, max_rate, stages=["follows", "shrinks"]))
 
 
 @remembered
@@ -192,7 +188,7 @@ def add_corrected_weight_decay(
         return u + decay * (rate / most) * w
 
     rule = lambda updates, params, *values: compute(add, updates, params, hyper=values)
-    return _where(mask, scheduled(rule, weight_decay, learning_rate, most, stages=["adds"]))
+    return where_masked(mask, scheduled(rule, weight_decay, learning_rate, most, stages=["adds"]))
 
 
 @remembered
@@ -228,7 +224,7 @@ def add_proximal_weight_decay(
         # In the dtype of the parameters, as every step that lands.
         return compute(lambda w, z: z - w, params, landed)
 
-    return _where(mask, scheduled(rule, weight_decay, learning_rate, stages=["lands", "shrinks"]))
+    return where_masked(mask, scheduled(rule, weight_decay, learning_rate, stages=["lands", "shrinks"]))
 
 
 def _greatest(learning_rate: Hyper | Schedule, max_rate: Hyper | None) -> Hyper:
@@ -320,8 +316,8 @@ def _toward(
         return new, AnchorState(state.steps + 1, anchor)
 
     if anchor is not None:
-        return _where(mask, scheduled(add_given, weight_decay, anchor, stages=["adds"]))
-    return _where(mask, Transform(init, update, state=AnchorState, stages=["adds"]))
+        return where_masked(mask, scheduled(add_given, weight_decay, anchor, stages=["adds"]))
+    return where_masked(mask, Transform(init, update, state=AnchorState, stages=["adds"]))
 
 
 def _difference(d: Tensor) -> Tensor:

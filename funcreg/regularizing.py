@@ -26,7 +26,8 @@ from funcreg.transform import (
 from funcreg.tree import compute, compute_wide
 
 
-def _where(mask: Mask | None, tx: Transform) -> Transform:
+def where_masked(mask: Mask | None, tx: Transform) -> Transform:
+    """A transform on the leaves of a mask, on all without one."""
     return tx if mask is None else masked(tx, mask)
 
 
@@ -110,7 +111,7 @@ def add_penalty(
         own = penalty.weigh(params, strength, *values, **options)
         return compute(lambda u, g, s: u + s * g, updates, slopes, hyper=(own,))
 
-    return _where(mask, scheduled(rule, strength, *hyper, stages=["adds"]))
+    return where_masked(mask, scheduled(rule, strength, *hyper, stages=["adds"]))
 
 
 @remembered
@@ -153,7 +154,7 @@ def proximal(
 
     # A projection has nothing to do where it was.
     stages: list[Stage] = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
-    return _where(mask, scheduled(rule, step, *hyper, stages=stages))
+    return where_masked(mask, scheduled(rule, step, *hyper, stages=stages))
 
 
 @remembered

@@ -350,12 +350,16 @@ def _scaled(flow: Flow, x: Ref, vectors: list[Any], formula: Callable[..., float
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def _layer_norm(flow: Flow, operation: Operation) -> list[Components]:
+    """Channels that are averaged over stay, with all that reads them: so they go on, closed by this reason."""
     x, shape = operation.args[:2]
     weight, bias = argument(operation, "weight"), argument(operation, "bias")
-    kept = flow.rigid(x, range(len(x.shape) - len(shape), len(x.shape)), "normalized over channels")
+    flow.rigid(x, range(len(x.shape) - len(shape), len(x.shape)), "normalized over channels")
     for ref in (weight, bias):
         flow.atoms.close_all(flow.of(ref), flow.reason("normalized over channels"))
-    return [[Component(ids, 0.0 if dead == 0 and bias is None else UNKNOWN) for ids, dead in kept]]
+    refs = [x, *[ref for ref in (weight, bias) if ref is not None]]
+    met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], flow.reason("they scale it"))
+    made = [next(iter(group.values())) for group in grouped_by_dims(met)]
+    return [[Component(ids, 0.0 if dead == 0 and bias is None else UNKNOWN) for ids, dead in made]]
 
 
 # Recurrent layers

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import DEVICE, assert_equal, normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import halve
+from networks import all_or_nothing, halve
 from torch import nn
 
 import funcreg as fr
@@ -670,6 +670,7 @@ def test_no_bias_takes_a_constant_that_lies_between_zeros_or_is_averaged_with_th
         assert readers(network(lambda run=run: among(run, inner=8, mix=CONV(6, 8, 3))), images()) == {}
 
 
+@all_or_nothing
 def test_a_plain_list_of_families_has_the_constants_and_a_part_of_a_network_too():
     net, seen = network(NETWORKS["constants that biases take"][0]), vectors()
     groups = fr.channel_groups(net, seen, prefix="part")
@@ -823,6 +824,7 @@ def test_it_prints_as_a_table_explains_itself_and_comes_back_from_a_pickle():
 # From the penalty to the smaller network
 
 
+@all_or_nothing
 @pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net", "constants that biases take"])
 def test_a_network_is_regularized_made_smaller_and_trained_on(name):
     make, inputs, _ = NETWORKS[name]

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer, a multiple of 8")
     parser.add_argument("--layers", type=int, default=2, help="blocks of attention")
-    parser.add_argument("--strength", type=float, default=5e-5, help="strength of the group lasso")
+    parser.add_argument("--strength", type=float, default=2e-5, help="strength of the group lasso")
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # So small a model gains less from more cores than it loses where they are busy.

@@ -133,7 +133,7 @@ class _Family(NamedTuple):
 def _used(leaves: list[Tensor], family: list[Place]) -> Tensor:
     """For each penalized leaf of a family and each group whether an entry is not zero."""
     marks = [(gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
-    return torch.stack(marks) if marks else torch.zeros(0, 0, dtype=torch.bool)
+    return torch.stack(marks) if marks else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
 
 
 def _staying(alive: Tensor, family: list[Place], multiple: int) -> Tensor:
@@ -197,7 +197,7 @@ def _nearest(names: list[str], leaves: list[Tensor], families: list[_Family]) ->
     for family in families:
         penalized = [place for place in family.places if place.along.penalized]
         parts = [gather(leaves[leaf].detach(), along) for leaf, along in penalized]
-        sizes = torch.tensor([[part.shape[1]] for part in parts])
+        sizes = torch.tensor([[part.shape[1]] for part in parts], device="cpu")
         empty = 2 * (family.used * sizes).sum(0) < sizes.sum()
         left = [names[leaf] for (leaf, _), used in zip(penalized, family.used[:, empty].any(1), strict=True) if used]
         mostly.append((int(empty.sum()), f"of {_title(names, family)} all is zero but {listed(map(repr, left))}"))

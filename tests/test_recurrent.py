@@ -24,12 +24,12 @@ def tagger(layer, width=6, run=None, **layers):
 
 
 def packed(net, x):
-    steps = pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=True)
+    steps = pack_padded_sequence(x, torch.tensor([4, 2], device="cpu"), batch_first=True)
     return net.last(pad_packed_sequence(net.first(steps)[0], batch_first=True)[0])
 
 
 def unsorted(net, x):
-    steps = pack_padded_sequence(x, torch.tensor([2, 4]), batch_first=True, enforce_sorted=False)
+    steps = pack_padded_sequence(x, torch.tensor([2, 4], device="cpu"), batch_first=True, enforce_sorted=False)
     made, (h, _) = net.first(steps)
     return net.last(pad_packed_sequence(made, batch_first=True)[0]) + net.last(h[-1])[:, None]
 

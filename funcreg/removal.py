@@ -149,9 +149,7 @@ def _staying(alive: Tensor, family: list[Place], multiple: int) -> Tensor:
 # What a user would not see
 
 
-def _problem(
-    names: list[str], leaves: list[Tensor], families: list[_Family], groups: Groups, multiple: int
-) -> str | None:
+def _problem(names: list[str], leaves: list[Tensor], families: list[_Family], groups: Any, multiple: int) -> str | None:
     """What to warn of: nothing goes, or so much that the network gives the same at every input."""
     total = sum([family.used.shape[1] for family in families])
     dead = sum([int((~family.used.any(0)).sum()) for family in families])
@@ -168,6 +166,7 @@ def _problem(
             f"of channels are multiples of round_to={multiple}, or one of each family is left"
         )
     necks: list[bool] = getattr(groups, "necks", [])
+    necks = necks if necks and len(necks) == len(groups) else []  # Families may have come or gone since it was made.
     gone = [family for family in families if not family.used.any()]
     if len(gone) < len(families):
         gone = [family for family in gone if not necks or necks[family.number]]

@@ -88,6 +88,11 @@ def test_a_layer_that_dies_whole_is_told_where_nothing_goes_around_it():
         removed(net, groups)
     with pytest.warns(UserWarning, match="Unless something goes around it"):
         removed(net, list(groups))
+    groups.pop()  # Then it is not known any more which family is which.
+    with pytest.warns(UserWarning, match="Unless something goes around it"):
+        removed(net, groups)
+    with pytest.warns(UserWarning, match="Unless something goes around it"):
+        removed(net, lambda params: list(groups))
     inside = fr.channel_groups(net, vectors(), prefix="part")
     assert not inside.necks  # What is around the part is not known.
 

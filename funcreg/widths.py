@@ -405,8 +405,11 @@ def heads_before(layer: Any) -> Heads | None:
 
 def packs_unequally(layer: Any, found: Heads | None) -> bool:
     """Whether queries, keys and values are one layer, with more heads of queries than of the others."""
-    packed = any(layer._modules.get(name) is not None for name in _PACKED)
-    return found is not None and packed and found.queries != found.keys
+    return found is not None and _packs(layer) and found.queries != found.keys
+
+
+def _packs(layer: Any) -> bool:
+    return any(layer._modules.get(name) is not None for name in _PACKED)
 
 
 def _said(layer: Any, names: Sequence[str]) -> list[Any]:
@@ -431,7 +434,7 @@ def _of_attention(place: Place) -> Iterable[str]:
     if had is None or not had.queries:
         return
     has = heads(layer, had.size)
-    if has is None or not has.queries:
+    if has is None or not has.queries or (_packs(layer) and has.queries * had.keys != had.queries * has.keys):
         raise ValueError(
             f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "

@@ -782,6 +782,16 @@ def test_unequal_parts_are_kept_where_nobody_knows_how_they_become_smaller():
         fr.channel_groups(single, (x,))
 
 
+def test_packed_heads_of_which_a_family_names_a_part_are_an_error():
+    net = network(Packed)
+    tree = {name: w.detach() for name, w in net.named_parameters()}
+    tree["qkv.weight"], tree["qkv.bias"] = tree["qkv.weight"][:16], tree["qkv.bias"][:16]
+    with pytest.raises(
+        ValueError, match=r"projections of '', a Packed, do not hold whole heads of 2 .* had 6 heads of q"
+    ):
+        fr.resized(net, tree)
+
+
 def test_inputs_on_which_the_module_fails_are_told_with_what_it_takes():
     class Named(nn.Module):
         def __init__(self):

@@ -3,9 +3,10 @@
 A head is its rows of the queries, keys and values and the columns of the layer that joins heads; a hidden unit its row
 of one layer and its column of the next. `channel_groups` finds both by running the network once, and a group lasso in
 an ordinary loop of PyTorch makes whole heads and units zero. What is left is taken out of the network. Its width stays:
-LayerNorm averages over it. Of 16 heads 8 are left, of 512 hidden units 127, of 116,576 parameters 50,335. A network
-this small has little to spare: the loss on unseen text rises from 1.954 to 2.177, with a strength of 2e-5 to 1.985,
-where all heads and 451 units are left. Outputs before and after removal are equal up to 4.8e-06.
+LayerNorm averages over it. A network this small has little to spare, and the strength says how much of it is given for
+how much loss on unseen text, which is 1.954 without a penalty. With the default of 2e-5 it is 1.985: all 16 heads and
+451 of 512 hidden units are left, 108,707 of 116,576 parameters. With 5e-5 it is 2.177: 8 heads and 127 units, 50,335
+parameters. Outputs before and after removal are equal up to 5.7e-06.
 
     python examples/smaller_transformer.py
     python examples/smaller_transformer.py --steps 60 --width 16 --layers 1
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--width", type=int, default=64, help="width of the transformer, a multiple of 8")
     parser.add_argument("--layers", type=int, default=2, help="blocks of attention")
-    parser.add_argument("--strength", type=float, default=5e-5, help="strength of the group lasso")
+    parser.add_argument("--strength", type=float, default=2e-5, help="strength of the group lasso")
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # So small a model gains less from more cores than it loses where they are busy.

@@ -16,6 +16,7 @@ from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
 from funcreg.tracing import record
 from funcreg.tree import listed
+from funcreg.widths import heads_before, packs_unequally
 
 
 class ChannelGroups(list[Family]):
@@ -31,6 +32,7 @@ class ChannelGroups(list[Family]):
         layers: The layers whose outputs they are, for each family.
         kept: Why other dimensions of parameters are kept: their places by the reason.
         round_to: What numbers of channels stay multiples of in `remove_dead`.
+        necks: For each family whether outputs are the same at every input once all of its groups are dead.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 6))
@@ -55,11 +57,12 @@ class ChannelGroups(list[Family]):
         layers: Sequence[tuple[str, ...]] = (),
         kept: dict[str, list[str]] | None = None,
         round_to: int = 1,
+        necks: Sequence[bool] = (),
     ) -> None:
         super().__init__(families)
         self.counts, self.sizes, self.layers = list(counts), list(sizes), list(layers)
         self.kept = dict(kept or {})
-        self.round_to = round_to
+        self.round_to, self.necks = round_to, list(necks)
 
     def __repr__(self) -> str:
         if len(self.counts) != len(self):
@@ -160,7 +163,8 @@ def channel_groups(
     """The channels of a network that can go without another output, as families of groups for `coupled`.
 
     The module runs once on the example inputs, and channels are followed through all that it does: layers of any
-    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole. A channel has its
+    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole, and recurrent layers,
+    whose hidden units go from all gates, layers and directions, if they begin with zeros. A channel has its
     filter and bias, in all layers whose outputs are summed, and the scale and shift of a normalization after them:
     once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
     out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
@@ -185,8 +189,8 @@ def channel_groups(
         round_to: Numbers of channels stay multiples of this one in `remove_dead`.
 
     Raises:
-        ValueError: No channels can go; without example inputs, channels cannot be followed through a layer; or
-            `layers` or `types` names what has no channels that could go.
+        ValueError: No channels can go; the module fails on the example inputs; without them, channels cannot be
+            followed through a layer; or `layers` or `types` names what has no channels that could go.
 
     Example:
         >>> net = torch.nn.Sequential(
@@ -223,7 +227,7 @@ def channel_groups(
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
-    flow = Flow(record(module, example_inputs), rule_of)
+    flow = Flow(record(module, example_inputs), rule_of, lambda name: _packs_unequally(module, name))
     found = _families(flow, dict(module.named_parameters()))
     owners = [tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes])) for slots in found]
     kept = _kept(flow, {slot.name for slots in found for slot in slots})
@@ -247,7 +251,20 @@ def channel_groups(
         [tuple(map(inside, names)) for names in owners],
         {reason: list(map(inside, places)) for reason, places in kept.items()},
         round_to,
+        () if prefix else flow.necks([_sets(flow, slots) for slots in found]),
     )
+
+
+def _packs_unequally(module: nn.Module, name: str) -> bool:
+    layer = module.get_submodule(name)
+    return packs_unequally(layer, heads_before(layer))
+
+
+def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:
+    """The sets of atoms of the groups of a family."""
+    name, dim, rows = slots[0][:3]
+    first = next(first for here, first, _ in flow.starts[name] if here == dim)
+    return flow.atoms.find(rows[:, 0] + first)
 
 
 def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:

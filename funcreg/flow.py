@@ -41,12 +41,35 @@ class Fold(NamedTuple):
     bias: str
 
 
-class Flow:
-    """The atoms of all tensors of a recording, found one operation after the other."""
+class _Parts(NamedTuple):
+    """Unequal parts that are taken of a dimension, which can go on as long as each has its share of every channel."""
 
-    def __init__(self, recording: Recording, rule_of: Callable[[Operation], Rule]) -> None:
+    ids: Tensor
+    taken: set[tuple[int, int]]  # First entries and lengths.
+    reason: str
+
+
+class Flow:
+    """The atoms of all tensors of a recording, found one operation after the other.
+
+    Args:
+        recording: What a forward pass did.
+        rule_of: The rule of each operation.
+        packs_unequally: Whether a module, by its name, is attention that packs more queries than keys and values, and
+            `resized` knows how many heads it has of each.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        rule_of: Callable[[Operation], Rule],
+        packs_unequally: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self.atoms = Atoms()
+        self._recording = recording
         self._rule_of = rule_of
+        self._packs_unequally = packs_unequally
+        self._parts: dict[tuple[Ref, int], _Parts] = {}
         self.known: dict[Ref, Components] = {}
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
@@ -77,6 +100,8 @@ class Flow:
                 for _, first, count in self.starts[name]:
                     self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
         self._straighten()
+        for parts in self._parts.values():
+            self._check_parts(parts)
 
     def _enter(self, name: str, ref: Ref, dead: float) -> None:
         self.weights.add(ref)
@@ -121,6 +146,60 @@ class Flow:
             return None
         found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
         return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:
+        """The atoms of one of several unequal parts, as of queries, keys and values; None if they cannot go.
+
+        Where parts end is a number in the code. It can follow in attention whose counts of heads are known, if every
+        group of heads has its share of each part, which is seen in the end.
+        """
+        operation = self.operation
+        if component.dims != {dim} or operation is None or not self._packs_unequally(operation.module):
+            return None
+        new = _Parts(component.ids, set(), self.reason("unequal parts are taken"))
+        self._parts.setdefault((x, dim), new).taken.add((start, length))
+        self.summed.append(component.ids)  # What is left goes with other parts.
+        return Component(component.ids.narrow(dim, start, length), component.dead)
+
+    def _check_parts(self, parts: _Parts) -> None:
+        """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part."""
+        sets = self.atoms.find(parts.ids.reshape(-1))
+        kinds, begin = sets.unique(), 0
+        for start, length in sorted(parts.taken):
+            found, counts = sets[start : start + length].unique(return_counts=True)
+            if start != begin or not torch.equal(found, kinds) or bool((counts != counts[0]).any()):
+                break
+            begin = start + length
+        if begin != len(sets):
+            self.atoms.close(parts.ids, parts.reason)
+
+    def necks(self, families: Sequence[Tensor]) -> list[bool]:
+        """For each of some families of sets whether outputs are the same at every input once all of it is dead."""
+        numbers = torch.full((len(self.atoms.parents),), -1)
+        for i, sets in enumerate(families):
+            numbers[sets] = i
+        # The families without which each tensor is a constant; tensors that are constants anyhow are not among them.
+        cuts: dict[Ref, frozenset[int]] = {}
+        made: set[Ref] = set()
+        for operation in self._recording.operations:
+            given = refs_in([operation.args, operation.kwargs])
+            cuts.update({ref: frozenset[int]() for ref in given if ref not in made and ref not in self.weights})
+            before = [cuts[ref] for ref in given if ref in cuts]
+            changed = [other for ref in operation.written for other in self._shapes.get(ref.storage, ())]
+            if before:
+                cuts.update(dict.fromkeys(changed, frozenset[int]()))  # Views of what is written into.
+            for ref in (*operation.results, *operation.written):
+                if before and ref not in self.weights:
+                    cuts[ref] = frozenset.intersection(*before) | self._killers(ref, numbers)
+            made.update([*operation.results, *operation.written])
+        ends = [cuts[ref] for ref in self._recording.outputs if ref in cuts]
+        found = frozenset.intersection(*ends) if ends else frozenset[int]()
+        return [i in found for i in range(len(families))]
+
+    def _killers(self, ref: Ref, numbers: Tensor) -> frozenset[int]:
+        """The families each of which has all entries of a tensor."""
+        found = [numbers[self.atoms.find(c.ids)].unique() for c in self.known.get(ref, ())]
+        return frozenset([int(each) for each in found if each.numel() == 1 and int(each) >= 0])
 
     def _leaf(self, ref: Any) -> str | None:
         """The name of a parameter that is used once, as it is or with its dimensions in another order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from math import gcd
 from typing import Any, NamedTuple
@@ -59,13 +60,19 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
         groups: The families that the penalty had; see `coupled`.
         states: Trees that hold others like the parameters, to be sliced as these are: the state of an optimizer, an
             average of weights, `optimizer.state_dict()` of a torch optimizer that has the parameters in their order
-            or by their names. With them a tuple comes back.
+            or by their names. With them a tuple comes back. They are sliced and no more: no bias in them takes a
+            constant, which is right for moments. An average of weights has its own entries where a channel is dead
+            today, and is another network without them: begin it anew from the smaller parameters.
         round_to: Numbers of channels stay multiples of this one, for hardware that likes them; dead channels fill
             them up. By default what `channel_groups` was told, else 1.
 
     Raises:
         ValueError: A leaf has not the groups that its family has, or a state has a leaf of another shape than its
             parameter.
+
+    Warns:
+        UserWarning: Nothing is taken out, with how near to zero the smallest group is and what keeps groups that are
+            zero otherwise; or all groups of a family are dead that everything goes through.
 
     Example:
         >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
@@ -90,10 +97,12 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     leaves, rebuild = flatten(gathered(params))
     cuts: dict[int, _Cut] = {}
     biases: dict[int, Tensor] = {}
-    for family in places_of(groups, params):
-        alive = _alive(leaves, family, multiple)
-        if alive is None:
-            continue
+    families = [_Family(i, family, _used(leaves, family)) for i, family in enumerate(places_of(groups, params))]
+    families = [family for family in families if len(family.used)]  # Penalized leaves may not be here.
+    if (problem := _problem(names, leaves, families, groups, multiple)) is not None:
+        warnings.warn(problem, stacklevel=2)
+    for _, family, used in families:
+        alive = _staying(used.any(0), family, multiple)
         for leaf, along in family:
             if along.bias is not None:
                 _fold(names, leaves, leaf, along, alive, biases)
@@ -113,18 +122,91 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     return smaller, *[_cut_state(state, by_name, shapes) for state in states]
 
 
-def _alive(leaves: list[Tensor], family: list[Place], multiple: int) -> Tensor | None:
-    """Which groups of a family stay; None if none of its penalized leaves is here."""
+class _Family(NamedTuple):
+    """A family of groups, and what is left of it."""
+
+    number: int
+    places: list[Place]
+    used: Tensor  # For each penalized leaf and each group whether an entry is not zero.
+
+
+def _used(leaves: list[Tensor], family: list[Place]) -> Tensor:
+    """For each penalized leaf of a family and each group whether an entry is not zero."""
     marks = [(gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
-    if not marks:
-        return None
-    alive = torch.stack(marks).any(0)
+    return torch.stack(marks) if marks else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
+
+
+def _staying(alive: Tensor, family: list[Place], multiple: int) -> Tensor:
+    """Which groups of a family stay: those that are alive, at least one, and dead ones up to a multiple."""
     first = next(along for _, along in family if along.penalized)
     share = multiple // gcd(multiple, first.size if first.entries is None else len(first.entries[0]))
     wanted = min(len(alive), max(1, -(-int(alive.sum()) // share) * share))
     spare = (~alive).nonzero()[:, 0]
     alive[spare[: wanted - int(alive.sum())]] = True
     return alive
+
+
+# What a user would not see
+
+
+def _problem(names: list[str], leaves: list[Tensor], families: list[_Family], groups: Any, multiple: int) -> str | None:
+    """What to warn of: nothing goes, or so much that the network gives the same at every input."""
+    total = sum([family.used.shape[1] for family in families])
+    dead = sum([int((~family.used.any(0)).sum()) for family in families])
+    if families and not dead:
+        return (
+            f"remove_dead found no dead group, and takes nothing out: in each of the {total} groups some penalized "
+            f"entry is not zero. {_nearest(names, leaves, families)}. Exact zeros come from the proximal step of the "
+            "penalty, regularize(optimizer, coupled(group_lasso, groups), strength=...) or an optimizer such as "
+            "prox_adam, and not from a term in the loss; and the strength has to be great enough"
+        )
+    if dead and all([bool(_staying(family.used.any(0), family.places, multiple).all()) for family in families]):
+        return (
+            f"remove_dead takes nothing out: {dead} of {total} groups are dead, and all of them stay, so that numbers "
+            f"of channels are multiples of round_to={multiple}, or one of each family is left"
+        )
+    necks: list[bool] = getattr(groups, "necks", [])
+    necks = necks if necks and len(necks) == len(groups) else []  # Families may have come or gone since it was made.
+    gone = [family for family in families if not family.used.any()]
+    if len(gone) < len(families):
+        gone = [family for family in gone if not necks or necks[family.number]]
+    if not gone:
+        return None
+    which = listed([f"{_title(names, family)} ({family.used.shape[1]} groups)" for family in gone])
+    end = "The network gives the same at every input"
+    if not necks:
+        end = "Unless something goes around it, the network gives the same at every input"
+    elif not any([necks[family.number] for family in gone]):
+        end = "Of the network there is left what goes around all groups"
+    return (
+        f"all groups are dead in the family of {which}, of which one stays. {end}: is the strength too great, or "
+        "training with it too long?"
+    )
+
+
+def _title(names: list[str], family: _Family) -> str:
+    """The first penalized leaf of a family."""
+    return f"'{next(names[leaf] for leaf, along in family.places if along.penalized)}'"
+
+
+def _nearest(names: list[str], leaves: list[Tensor], families: list[_Family]) -> str:
+    """What keeps groups that are mostly zero, or else how small the smallest group is."""
+    mostly: list[tuple[int, str]] = []
+    norms: list[tuple[float, float, str]] = []
+    for family in families:
+        penalized = [place for place in family.places if place.along.penalized]
+        parts = [gather(leaves[leaf].detach(), along) for leaf, along in penalized]
+        sizes = torch.tensor([[part.shape[1]] for part in parts], device="cpu")
+        empty = 2 * (family.used * sizes).sum(0) < sizes.sum()
+        left = [names[leaf] for (leaf, _), used in zip(penalized, family.used[:, empty].any(1), strict=True) if used]
+        mostly.append((int(empty.sum()), f"of {_title(names, family)} all is zero but {listed(map(repr, left))}"))
+        norm = torch.stack([part.abs().float().square().sum(1).cpu() for part in parts]).sum(0).sqrt()
+        norms.append((float(norm.min()), float(norm.max()), f"{_title(names, family)}, number {int(norm.argmin())}"))
+    count, what = max(mostly)
+    if count:
+        return f"In {count} groups of the family {what}. Does a mask leave that out, or has it another optimizer?"
+    (least, _, where), greatest = min(norms), max([norm for _, norm, _ in norms])
+    return f"The nearest to zero is in the family of {where}, of norm {least:.2g}; the greatest is {greatest:.2g}"
 
 
 def _fold(

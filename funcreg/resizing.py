@@ -213,7 +213,8 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
 
 _HINT = (
     "Give example_inputs, on which the outputs have to stay equal, or say what such a module stores by "
-    "rules={type: function}, called with the layer and the layer as it was; one that does nothing leaves it as it is"
+    "rules={type: function}, called with the layer and the layer as it was; one that does nothing leaves it as it is. "
+    "channel_groups leaves its channels where layers= names others"
 )
 
 

@@ -68,6 +68,18 @@ def _like(flow: Flow, operation: Operation) -> list[Components]:
     return [[Component(ids, dead) for ids, _ in flow.of(operation.args[0])]]
 
 
+@rule("zeros", "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+def _made(flow: Flow, operation: Operation) -> list[Components]:
+    """Zeros have channels of their own, which go with those that they meet: a first state, or a place to write into."""
+    for ref in refs_in(operation.args):  # Its dtype and device are taken alone.
+        flow.summed += [c.ids for c in flow.of(ref)]
+    (made,) = operation.results
+    if not operation.name.endswith("zeros"):
+        return [[]]
+    sizes = [[n if d == dim else 1 for d in range(len(made.shape))] for dim, n in enumerate(made.shape)]
+    return [[Component(flow.atoms.new(max(size)).reshape(size), 0.0) for size in sizes if max(size) > 1]]
+
+
 @rule("copy")
 def _copy(flow: Flow, operation: Operation) -> list[Components]:
     refs = list(operation.args[:2])
@@ -80,8 +92,7 @@ def _copy(flow: Flow, operation: Operation) -> list[Components]:
 def _glu(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
     dim = argument(operation, "dim", -1) % len(x.shape)
-    half = x.shape[dim] // 2
-    components = _piece(flow, flow.of(x), dim, 0, half, x.shape[dim])
+    components = _piece(flow, x, dim, 0, x.shape[dim] // 2)
     return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in components]]
 
 
@@ -145,15 +156,18 @@ def _sliced(flow: Flow, operation: Operation) -> list[Components]:
     start = max(0, start + x.shape[dim]) if start < 0 else start
     if (argument(operation, "step", 1) or 1) != 1:
         return [flow.rigid(x, [dim], "every few entries are taken")]
-    return [_piece(flow, flow.of(x), dim, start, made.shape[dim], x.shape[dim])]
+    return [_piece(flow, x, dim, start, made.shape[dim])]
 
 
-def _piece(flow: Flow, components: Components, dim: int, start: int, length: int, size: int) -> Components:
+def _piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
     """The atoms of a part of a tensor: where it is one of equal parts, what goes goes from each of them."""
+    components, size = flow.of(x), x.shape[dim]
     made: Components = []
     for component in components:
         if dim not in component.dims or length == size:
             made.append(component)
+        elif (part := flow.part(x, component, dim, start, length)) is not None:
+            made.append(part)
         elif length > 1 and size % length == 0 and start % length == 0:
             first = component.ids.narrow(dim, 0, length)
             for other in range(length, size, length):
@@ -169,12 +183,9 @@ def _split(flow: Flow, operation: Operation) -> list[Components]:
     x, dim = operation.args[0], argument(operation, "dim", 0) % len(operation.args[0].shape)
     made: list[Components] = []
     start = 0
-    sizes = [ref.shape[dim] for ref in operation.results]
-    for length in sizes:
-        equal = len(set(sizes)) == 1
-        whole = flow.of(x) if equal else flow.rigid(x, [dim], "unequal parts are taken")
-        made.append(_piece(flow, whole, dim, start, length, x.shape[dim]))
-        start += length
+    for ref in operation.results:
+        made.append(_piece(flow, x, dim, start, ref.shape[dim]))
+        start += ref.shape[dim]
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcreg.widths import SIZES, changes, tensors
+from funcreg.widths import SIZES, changes, head_count, tensors
 
 
 class Stored(NamedTuple):
@@ -74,7 +74,10 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
         elif _is_config(value):
             for key in sorted(own or vars(value)):
                 number = getattr(value, key, None)
-                if others := _others(key, number, moves):
+                count = head_count(layer, before, key, number) if own is not None else None
+                if count is not None:
+                    Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
+                elif others := _others(key, number, moves):
                     yield Stored(path, f"{name}.{key}", number, others)
         elif others := _others(name, value, moves):
             yield Stored(path, name, value, others)

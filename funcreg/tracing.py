@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import inspect
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,9 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     Args:
         module: A module; its modes of training are restored.
         example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a tuple of both.
+
+    Raises:
+        ValueError: The module raises an error on them, or a tensor has no memory.
     """
     args, kwargs = _arguments(example_inputs)
     parameters = {name: _ref(w) for name, w in module.named_parameters()}
@@ -62,8 +67,12 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     recorder = _Recorder()
     try:
         module.eval()
-        with torch.no_grad(), _named(module, recorder), _Plain(), _mode(recorder):
+        with torch.no_grad(), _named(module, recorder), _Plain(recorder), _mode(recorder):
             made = module(*args, **kwargs)
+    except Unrecorded:
+        raise
+    except Exception as error:
+        raise ValueError(_failure(module, recorder, error, args, kwargs)) from error
     finally:
         for layer, mode in modes.items():
             layer.training = mode
@@ -106,9 +115,35 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example_inputs), {}
 
 
+class Unrecorded(ValueError):
+    """A forward pass whose tensors cannot be told apart."""
+
+
+def _failure(module: nn.Module, recorder: _Recorder, error: Exception, args: Any, kwargs: Any) -> str:
+    """What the inputs are, what the forward of the module takes, and where it failed."""
+    given = [*map(_described, args), *[f"{name}={_described(value)}" for name, value in kwargs.items()]]
+    try:
+        wanted = f"Its forward takes {inspect.signature(module.forward)}"
+    except (TypeError, ValueError):  # Of no function written in Python.
+        wanted = "Is it called with these arguments elsewhere?"
+    inside = recorder.running[-1] if recorder.running else ""
+    where = f" in '{inside}', a {type(module.get_submodule(inside)).__name__}" if inside else ""
+    return (
+        f"{type(module).__name__} failed{where} on example_inputs, which are ({', '.join(given)}): "
+        f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. {wanted}; expected a tuple of positional "
+        "arguments, a dict of keyword arguments, or a tuple of both, of the shapes, dtypes and device that it runs on"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device.type}"
+    return type(value).__name__
+
+
 def _ref(x: Tensor) -> Ref:
     if x.numel() and not x.data_ptr():
-        raise ValueError(
+        raise Unrecorded(
             f"a tensor of shape {tuple(x.shape)} on the {x.device.type} device has no memory, by which tensors are "
             "told apart here; expected a module and inputs with numbers in them, as to_empty(device='cpu') gives"
         )
@@ -151,10 +186,35 @@ def _named(module: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 class _Plain(TorchFunctionMode):
-    """Keeps modules of torch from fast paths that are one operation, as any mode of this kind does."""
+    """Keeps modules of torch from fast paths that are one operation, as any mode of this kind does.
+
+    Recurrent layers it writes down as one operation, which they are on some devices alone.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
+        whole = None if kwargs else _as_one(func, args)
+        if whole is None:
+            return func(*args, **(kwargs or {}))
+        return self._recorder.whole(whole, func, args)
+
+
+#: Functions of torch that are recorded as one operation, however they are computed.
+_WHOLE = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+
+def _as_one(func: Any, args: Sequence[Any]) -> Any:
+    """The ATen overload of a function that is recorded as one operation, None for all others."""
+    name = getattr(func, "__name__", "")
+    if not isinstance(func, types.BuiltinFunctionType) or name not in (*_WHOLE, "_pad_packed_sequence"):
+        return None
+    packet = getattr(torch.ops.aten, name)
+    if name not in _WHOLE[:4]:
+        return packet.default
+    return packet.data if isinstance(args[3], (list, tuple)) else packet.input  # Packed sequences, or plain ones.
 
 
 class _Recorder:
@@ -164,21 +224,37 @@ class _Recorder:
         self.operations: list[Operation] = []
         self.running: list[str] = []
         self._alive: list[Any] = []  # No address is used twice.
+        self._inside = False  # An operation that is written down as one.
+
+    def whole(self, overload: Any, func: Any, args: tuple[Any, ...]) -> Any:
+        """The results of a function, which is written down as one operation."""
+        self._inside = True
+        try:
+            made = func(*args)
+        finally:
+            self._inside = False
+        self._write(overload, args, {}, made, [])
+        return made
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The results of an operation, which is written down."""
+        if self._inside:
+            return func(*args, **kwargs)
         arguments = func._schema.arguments
         given = [*zip([each.name for each in arguments], args, strict=False), *kwargs.items()]
         writes = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
         into = [x for name, value in given if name in writes for x in _tensors(value)]
         made = func(*args, **kwargs)
+        self._write(func, args, kwargs, made, into)
+        return made
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any, into: list[Tensor]) -> None:
         results = _tensors(made)
         self._alive += [x.untyped_storage() for x in (*results, *_tensors(args), *_tensors(list(kwargs.values())))]
         refs = [_ref(x) for x in into]
         here = self.running[-1] if self.running else ""
         operation = Operation(func, _refs(args), _refs(kwargs), [_ref(x) for x in results], refs, here)
         self.operations.append(operation)
-        return made
 
 
 def _mode(recorder: _Recorder) -> Any:

@@ -347,6 +347,7 @@ _QUERIES = ("q_proj", "query", "q_lin", "query_proj", "q_attn", "q", "wq", "to_q
 _KEYS = ("k_proj", "key", "k_lin", "key_proj", "k", "wk", "to_k")
 _VALUES = ("v_proj", "value", "v_lin", "value_proj", "v", "wv", "to_v")
 _PACKED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "to_qkv")
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "proj", "out_lin", "wo", "to_out", "out", "o")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 _REPEATS = ("num_key_value_groups", "n_rep")
@@ -370,32 +371,70 @@ def heads(layer: Any, size: int = 0) -> Heads | None:
         for names in (_QUERIES, _KEYS, _VALUES, _PACKED)
     )
     if packed and not (k or v):
-        q = q or packed // 3
-        k = v = q if packed == (2 if "q_attn" in children else 3) * q else 0
+        rest = packed - (0 if q else _width_together(layer) or packed // 3)  # Queries may be packed, too.
+        q = q or packed - rest
+        k = v = rest // 2 if rest % 2 == 0 else 0
     if not (size and q and k and v):
         return None
     whole = q % size == 0 and k % size == 0 and v == k and q % k == 0
     return Heads(size, q // size, k // size) if whole else Heads(size, 0, 0)
 
 
-def _heads_before(layer: Any) -> Heads | None:
+def _width_together(layer: Any) -> int:
+    """The width of all heads together, which the layer after attention takes; 0 if it is not known."""
+    out: Any = next((layer._modules[name] for name in _OUTPUTS if layer._modules.get(name) is not None), None)
+    if isinstance(out, nn.Linear):
+        return out.in_features
+    return out.nx if out is not None and is_conv1d(out) else 0
+
+
+def heads_before(layer: Any) -> Heads | None:
     """The heads of a module of attention that says how wide each is.
 
-    Of one that says only how many there are, a smaller width may be of fewer heads, or of narrower ones.
+    Of one that says only how many there are, a smaller width may be of fewer heads, or of narrower ones. Where more
+    queries than keys and values are packed into one layer, it has to say how many heads of keys there are.
     """
     found = heads(layer)
     counts = [vars(layer)[name] for name in _HEADS if isinstance(vars(layer).get(name), int)]
-    return found if found is not None and all(n == found.queries for n in counts) else None
+    if found is None or not all(n == found.queries for n in counts):
+        return None
+    if packs_unequally(layer, found) and found.keys not in _said(layer, _KEY_HEADS):
+        return None
+    return found
+
+
+def packs_unequally(layer: Any, found: Heads | None) -> bool:
+    """Whether queries, keys and values are one layer, with more heads of queries than of the others."""
+    return found is not None and _packs(layer) and found.queries != found.keys
+
+
+def _packs(layer: Any) -> bool:
+    return any(layer._modules.get(name) is not None for name in _PACKED)
+
+
+def _said(layer: Any, names: Sequence[str]) -> list[Any]:
+    """What a module and its configuration say under some names."""
+    return [getattr(each, name, None) for each in (layer, vars(layer).get("config")) for name in names]
+
+
+def head_count(layer: Any, before: Any, name: str, value: Any) -> int | None:
+    """What a count of heads in the configuration of a module of attention is now, None if it is none."""
+    had = heads_before(before)
+    has = None if had is None else heads(layer, had.size)
+    if had is None or has is None or not (had.queries and has.queries):
+        return None
+    kinds = ((_HEADS, had.queries, has.queries), (_KEY_HEADS, had.keys, has.keys))
+    return next((new for names, old, new in kinds if name in names and value == old), None)
 
 
 def _of_attention(place: Place) -> Iterable[str]:
     """Counts of heads and their width together, in modules of attention with projections of their own."""
     layer, before = place.layer, place.before
-    had = _heads_before(before)
+    had = heads_before(before)
     if had is None or not had.queries:
         return
     has = heads(layer, had.size)
-    if has is None or not has.queries:
+    if has is None or not has.queries or (_packs(layer) and has.queries * had.keys != had.queries * has.keys):
         raise ValueError(
             f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "
@@ -440,7 +479,7 @@ def follow_configs(module: nn.Module, smaller: nn.Module) -> None:
         config = vars(layer).get("config")
         if config is None:
             continue
-        had = _heads_before(before)
+        had = heads_before(before)
         has = heads(layer, had.size) if had is not None and getattr(config, "head_dim", None) == had.size else None
         news: list[tuple[Sequence[str], Any, Any]] = []
         if had is not None and has is not None and has.queries:

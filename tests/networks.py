@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import funcreg as fr
 
 Families = list[dict[str, Any]]
+#: For tests in which nothing is dead, or everything, as `remove_dead` says.
+all_or_nothing = pytest.mark.filterwarnings("ignore:all groups are dead", "ignore:remove_dead (found|takes)")
 
 
 def kept(dim: int, size: int = 1, packed: int = 1) -> fr.Along:

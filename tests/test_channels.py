@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import DEVICE, assert_equal, normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import halve
+from networks import all_or_nothing, halve
 from torch import nn
 
 import funcreg as fr
@@ -182,6 +182,24 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, n, -1))
 
 
+class Packed(nn.Module):
+    """Queries in one layer with fewer keys and values, as code that may be resized counts them."""
+
+    def __init__(self, by="split", heads=6, keys=2):
+        super().__init__()
+        self.by, self.head_dim, self.n_heads, self.n_kv_heads = by, 2, heads, keys
+        self.qkv, self.out_proj = nn.Linear(12, 2 * (heads + 2 * keys)), nn.Linear(2 * heads, 12)
+
+    def forward(self, x):
+        y, q, k = self.qkv(x), self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        parts = y.split([q, k, k], -1)
+        if self.by == "slices":
+            parts = y[..., :q], y[..., q : q + k], y[..., q + k :]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
 class Transformer(nn.Module):
     def __init__(self, **options):
         super().__init__()
@@ -230,6 +248,19 @@ class Shuffled(nn.Module):
 
 def excited(net, y):
     return y * torch.sigmoid(net.grow(F.relu(net.squeeze(y.mean((2, 3))))))[:, :, None, None]
+
+
+def recurrence(net, x):
+    state = x.new_zeros(len(x), net.across.in_features)
+    for step in x.unbind(1):
+        state = torch.tanh(net.first(step) + net.across(state))
+    return net.last(state)
+
+
+def written(net, x):
+    place = torch.zeros(len(x), 2, net.a.out_features, dtype=x.dtype, device=x.device)
+    place[:, 0], place[:, 1] = net.a(x), net.b(x).relu()
+    return net.last(place.sum(1))
 
 
 CONV = nn.Conv2d
@@ -512,6 +543,18 @@ NETWORKS = {
     "attention, causal": (lambda: Transformer(kind="causal"), words, 0.35),
     "attention by hand": (lambda: Transformer(kind="by hand"), words, 0.35),
     "attention by einsum": (lambda: Transformer(kind="einsum"), words, 0.35),
+    "attention, more queries packed than keys": (Packed, lambda: (drawn(2, 5, 12),), 0.4),
+    "attention, more queries packed than keys, in slices": (lambda: Packed("slices"), lambda: (drawn(2, 5, 12),), 0.4),
+    "a recurrence by hand": (
+        lambda: Net(recurrence, first=nn.Linear(5, 8), across=nn.Linear(8, 8, bias=False), last=nn.Linear(8, 3)),
+        lambda: (drawn(2, 4, 5),),
+        0.4,
+    ),
+    "a place to write into": (
+        lambda: Net(written, a=nn.Linear(5, 8), b=nn.Linear(5, 8), last=nn.Linear(8, 3)),
+        vectors,
+        0.4,
+    ),
     "attention, two queries for a key": (lambda: Transformer(kind="by hand", groups=2), words, 0.3),
 }
 every_network = pytest.mark.parametrize(("make", "inputs", "share"), NETWORKS.values(), ids=NETWORKS)
@@ -670,6 +713,7 @@ def test_no_bias_takes_a_constant_that_lies_between_zeros_or_is_averaged_with_th
         assert readers(network(lambda run=run: among(run, inner=8, mix=CONV(6, 8, 3))), images()) == {}
 
 
+@all_or_nothing
 def test_a_plain_list_of_families_has_the_constants_and_a_part_of_a_network_too():
     net, seen = network(NETWORKS["constants that biases take"][0]), vectors()
     groups = fr.channel_groups(net, seen, prefix="part")
@@ -723,6 +767,63 @@ def test_views_of_what_is_written_into_are_not_taken_for_zero():
     assert readers(network(lambda: between(run, mix=nn.Linear(6, 6))), vectors()) == {"mix.weight": (1.0, "mix.bias")}
     net = network(lambda: between(run, mix=nn.Linear(6, 6, bias=False)))
     assert "first.weight" not in [name for family in fr.channel_groups(net, vectors()) for name in family]
+
+
+def test_unequal_parts_are_kept_where_nobody_knows_how_they_become_smaller():
+    unknown = network(lambda: Net(lambda net, x: net.part(x), part=Packed()))
+    (x,) = (drawn(2, 5, 12),)
+    assert fr.channel_groups(unknown, (x,)).counts == [2]
+    del unknown.part.n_kv_heads
+    unknown.part.forward = lambda x: unknown.part.out_proj(torch.cat(unknown.part.qkv(x).split([12, 4, 4], -1)[:1], -1))
+    with pytest.raises(ValueError, match=r"unequal parts are taken \(split_with_sizes, 'part'\)"):
+        fr.channel_groups(unknown, (x,))
+    single = network(lambda: Net(lambda net, x: net.part(x), part=Packed(keys=1)))  # All queries have one key.
+    with pytest.raises(ValueError, match="found no channels"):
+        fr.channel_groups(single, (x,))
+
+
+def test_packed_heads_of_which_a_family_names_a_part_are_an_error():
+    net = network(Packed)
+    tree = {name: w.detach() for name, w in net.named_parameters()}
+    tree["qkv.weight"], tree["qkv.bias"] = tree["qkv.weight"][:16], tree["qkv.bias"][:16]
+    with pytest.raises(
+        ValueError, match=r"projections of '', a Packed, do not hold whole heads of 2 .* had 6 heads of q"
+    ):
+        fr.resized(net, tree)
+
+
+def test_inputs_on_which_the_module_fails_are_told_with_what_it_takes():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*linears(5, 6, 3))
+
+        def forward(self, x, *, scale=1.0):
+            return self.layers(x) * scale
+
+    net, (x,) = network(Named), vectors()
+    for wrong, said in (
+        (x[:, :4], r"Named failed in 'layers.0', a Linear on example_inputs, which are \(float64\[4, 4\] on"),
+        ({"y": x}, r"Named failed on example_inputs, which are \(y=float64\[4, 5\] on .*TypeError"),
+        (
+            (x, 3),
+            r"which are \(float64\[4, 5\] on \w+, int\): TypeError: .*Its forward takes \(x, \*, scale=1.0\); exp",
+        ),
+        ((), r"which are \(\): TypeError: .*expected a tuple of positional arguments, a dict of keyword"),
+        (x.float(), r"float32\[4, 5\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fr.channel_groups(net.train(), wrong)
+        assert net.training
+        assert all(layer.training for layer in net.modules())
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in net.modules())
+
+
+def test_what_is_behind_a_normalization_is_kept_by_its_reason():
+    layers = lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    kept = fr.channel_groups(network(layers), vectors()).kept
+    found = next(places for reason, places in kept.items() if reason.startswith("normalized over channels"))
+    assert "2.weight, dimension 1 of 6" in found
 
 
 # What is asked for
@@ -823,6 +924,7 @@ def test_it_prints_as_a_table_explains_itself_and_comes_back_from_a_pickle():
 # From the penalty to the smaller network
 
 
+@all_or_nothing
 @pytest.mark.parametrize("name", ["a residual network", "attention, packed", "a U-Net", "constants that biases take"])
 def test_a_network_is_regularized_made_smaller_and_trained_on(name):
     make, inputs, _ = NETWORKS[name]

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 from cases import DEVICE, assert_equal, flat, normal
+from networks import all_or_nothing
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -446,6 +447,7 @@ def test_families_of_a_network_do_not_overlap_and_miss_only_the_last_bias(make, 
     assert [f"part.{name}" for family in fr.channel_groups(net) for name in family] == [n for f in inside for n in f]
 
 
+@all_or_nothing
 @pytest.mark.parametrize(
     ("make", "shape", "start"),
     [
@@ -594,6 +596,7 @@ def test_places_of_groups_print_as_written_and_come_back_from_a_pickle():
     assert torch.load(file) == {"0.weight": along}  # Of weights only.
 
 
+@all_or_nothing
 def test_what_is_resized_must_be_known():
     net = nn.Sequential(nn.Linear(2, 3), nn.NLLLoss(torch.ones(3)))
     with pytest.raises(ValueError, match=r"resized got '0.scale', which the module has not"):
@@ -668,10 +671,12 @@ def test_layers_between_which_channels_cannot_be_followed_are_left_to_the_user(l
 
 def test_one_group_stays_of_a_family_that_is_all_dead():
     params = fr.tree_map(torch.zeros_like, tensors({"a": (3, 2), "b": (4, 6), "c": (2,)}))
-    smaller = fr.remove_dead(params, {"a": 0, "b": fr.Along(1, size=2)})
+    with pytest.warns(UserWarning, match=r"all groups are dead in the family of 'a' \(3 groups\), of which one stays"):
+        smaller = fr.remove_dead(params, {"a": 0, "b": fr.Along(1, size=2)})
     assert {name: tuple(w.shape) for name, w in smaller.items()} == {"a": (1, 2), "b": (4, 2), "c": (2,)}
     whole = tensors({"a": (3, 2), "b": (4, 6), "c": (2,)})
-    assert_equal(fr.remove_dead(whole, {"a": 0, "b": fr.Along(1, size=2)}), whole)
+    with pytest.warns(UserWarning, match="found no dead group"):
+        assert_equal(fr.remove_dead(whole, {"a": 0, "b": fr.Along(1, size=2)}), whole)
     nan = {"a": torch.tensor([[math.nan], [0.0]])}
     assert fr.remove_dead(nan, {"a": 0})["a"].isnan().all()  # What is not a number is not zero.
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import DEVICE, assert_equal, normal
+from networks import all_or_nothing
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -236,6 +237,7 @@ def test_parameters_and_buffers_come_in_one_tree():
         fr.with_buffers({})  # pyright: ignore[reportArgumentType]
 
 
+@all_or_nothing
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (2, 6), (3, 6), (4, 8), (16, 8)])
 def test_numbers_of_channels_are_rounded_up_with_dead_ones(multiple, width):
     net, groups = small()
@@ -273,6 +275,7 @@ def test_the_state_of_a_transform_is_sliced_as_its_parameters_are():
         fr.remove_dead(params, groups, moments)
 
 
+@all_or_nothing
 @pytest.mark.parametrize("named", [False, True])
 def test_the_state_of_a_torch_optimizer_is_sliced_as_its_parameters_are(named):
     net, groups = small()

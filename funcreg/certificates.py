@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, hessian, vjp, vmap
 from torch.nn.functional import softplus
 
@@ -285,11 +285,11 @@ def duality_gap(
 _LOSSES = {"squared": _squared, "logistic": _logistic}
 
 
-def sparsity(params: Params, mask: Mask | None = None) -> Tensor:
+def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
     r"""The share of entries that are exactly zero, from 0 to 1.
 
     Args:
-        params: A tree of tensors.
+        params: A tree of tensors, or a module, whose parameters are taken.
         mask: Leaves that are counted; by default all.
 
     Shape:
@@ -299,6 +299,8 @@ def sparsity(params: Params, mask: Mask | None = None) -> Tensor:
         >>> sparsity({"weight": torch.tensor([0.0, 2.0, 0.0]), "bias": torch.tensor([1.0])})
         tensor(0.5000)
     """
+    if isinstance(params, nn.Module):
+        params = dict(params.named_parameters())
     check_params(params)
     leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
     entries = sum(leaf.numel() for leaf in leaves)

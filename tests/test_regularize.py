@@ -920,6 +920,97 @@ def test_a_mask_that_parts_a_group_is_refused_and_one_that_leaves_out_whole_grou
     assert net[2].weight.all()
 
 
+def test_a_mask_that_parts_a_group_is_refused_in_sums_and_by_every_proximal_transform():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    params = {name: w.detach() for name, w in net.named_parameters()}
+    units = fr.coupled(fr.group_lasso, fr.channel_groups(net))
+    penalties = [
+        units,
+        0.1 * units,
+        units + fr.half_l2,
+        fr.coupled(fr.group_lasso, lambda params: fr.channel_groups(net)),
+    ]
+    for penalty in penalties:
+        made = [
+            fr.prox_sgd(0.1, penalty, mask=fr.matrices),
+            fr.prox_adam(0.1, penalty, mask=fr.matrices),
+            fr.proximal_step(fr.scale_by_rms(), 0.1, penalty, mask=fr.matrices),
+            fr.fista(0.1, penalty, mask=fr.matrices),
+            fr.rmda(0.1, penalty, mask=fr.matrices),
+            fr.ftrl(0.1, penalty, mask=fr.matrices),
+        ]
+        for tx in made:
+            with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+                tx.init(params)
+        with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+            fr.minimize(lambda p: p["0.weight"].square().sum(), params, penalty, mask=fr.matrices)
+        with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+            fr.regularize(torch.optim.SGD(net.parameters()), penalty, module=net, mask=fr.matrices)
+        fr.prox_adam(0.1, penalty, mask=~fr.select("2.bias")).init(params)
+    with pytest.raises(ValueError, match=r"mask leaves out '0\.bias'"):
+        fr.prox_adam(0.1, fr.half_l2 + units.given(mask=fr.matrices)).init(params)
+
+
+# A strength that is far too large
+
+
+def test_a_first_step_that_leaves_no_weight_is_warned_of_once():
+    for given in ({}, {"strength": 1e3}, {"strength": torch.tensor(1e3)}):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        handle = fr.regularize(optimizer, fr.l1, module=net, mask=fr.matrices, **given)
+        assert "strength=" in repr(handle)
+        net(torch.ones(2, 3)).square().mean().backward()
+        with pytest.warns(UserWarning, match=r"strength=.* made zeros of all 20 entries in the first step"):
+            optimizer.step()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "hyper", "strength"), [(fr.l1, (), 1e-3), (fr.l2_ball, (0.0,), 1.0), (fr.l1, (), 0.0)], ids=str
+)
+def test_a_step_that_leaves_some_or_a_constraint_is_not_warned_of(penalty, hyper, strength):
+    w = weight(3, 4)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    fr.regularize(optimizer, penalty, *hyper, strength=strength)
+    stepped(optimizer, w)
+
+
+# Parameters that are not what they seem
+
+
+SCALED = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "an orthogonal parametrization": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize(("kind", "wrap"), SCALED.items())
+def test_a_parameter_whose_scale_is_lost_is_warned_of(kind, wrap):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    wrap(net[0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=rf"penalizes 0\..*weight.*, which {kind} divides by a norm"):
+        fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.matrices).remove()
+    fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("2.weight"))
+    fr.regularize(optimizer, fr.max_norm, 3.0, module=net, mask=fr.matrices)
+
+
+def test_parameters_that_the_module_no_longer_has_are_said():
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    fr.regularize(optimizer, fr.l1, strength=1e-6, module=net)
+    for _ in range(2):
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    net.load_state_dict({name: w.clone() for name, w in net.state_dict().items()}, assign=True)
+    net(torch.ones(1, 3)).sum().backward()
+    with pytest.warns(UserWarning, match=r"no longer has, as after load_state_dict\(assign=True\)"):
+        optimizer.step()
+
+
 def test_a_strength_is_not_set_from_outside():
     w = torch.ones(2, requires_grad=True)
     handle = fr.regularize(torch.optim.SGD([w], lr=0.1), fr.l1, strength=0.5)

@@ -217,10 +217,11 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
 def check_groups_are_whole(penalty: Penalty, mask: Mask | None, params: Params) -> None:
     """Raise a ValueError if a mask leaves out a part of a group of `coupled`, which would never be zero as a whole."""
-    if mask is None or torch.compiler.is_compiling():
+    if (mask is None and not isinstance(penalty, Sum)) or torch.compiler.is_compiling():
         return
     names = tree_paths(params)
-    chosen = {name for name, own in zip(names, mask_leaves(mask, params), strict=True) if own}
+    bools = [True] * len(names) if mask is None else mask_leaves(mask, params)
+    chosen = {name for name, own in zip(names, bools, strict=True) if own}
     lost = split_leaf(penalty, chosen, params)
     if lost is not None:
         raise ValueError(

@@ -139,9 +139,7 @@ class _FactoryCall(TorchFunctionMode):
         if isinstance(result, Tensor):
             self._sources[id(result)] = (weakref.ref(result), sources)
             where = result.untyped_storage().data_ptr()
-            is_view = all([result is not x for x in given]) and where in [
-                x.untyped_storage().data_ptr() for x in given
-            ]
+            is_view = all([result is not x for x in given]) and where in [x.untyped_storage().data_ptr() for x in given]
             if not is_view:  # Which sees new numbers itself.
                 self._derived.append(_Derived(weakref.ref(result), func, tuple(args), kwargs))
         elif getattr(func, "__name__", "") in _CONVERSIONS and not _is_a_check():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -120,11 +121,13 @@ class Optimizer(torch.optim.Optimizer):
         self._chains: list[Transform] = []
         self._parts: list[_Part] | None = None
         self._begun: set[Tensor] = set()  # The parameters in parts.
+        self._held: list[Tensor] = []  # Those of all groups, when parts were made.
         self._count = 0  # Of parameters with states, when parts were made.
         self._steps: dict[Any, FusedStep | _Eager] = {}  # By the parts that have gradients.
         self._packed = False  # Whether states lie where the last step that was made likes them.
         self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
         self._plain = False  # Whether nothing is compiled any more.
+        self._said_nothing = False  # Whether it was said that a step has no effect.
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
@@ -270,6 +273,8 @@ class Optimizer(torch.optim.Optimizer):
         found = [(part, [p.grad for p in part.params]) for part in self._find_parts()]
         found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
         parts = [part for part, _ in found]
+        if not parts and fresh:
+            self._say_nothing_moves()
         if not parts or (fresh and self._makes_states_alone(parts)):
             return
         searches = (closure is not None or "value_fn" in extra) and any([_searches(tx) for tx in self._chains])
@@ -289,6 +294,17 @@ class Optimizer(torch.optim.Optimizer):
                 for p, entries in _entries(part, tree_leaves(state)).items():
                     self.state[p].update(entries)
         self._packed = True
+
+    def _say_nothing_moves(self) -> None:
+        """Warn, once, of a first step without any gradient."""
+        if not self._said_nothing:
+            self._said_nothing = True
+            warnings.warn(
+                "a step has no effect, because no parameter of this optimizer has a gradient. Is backward() missing, "
+                "are all frozen, or has the module others by now, as after load_state_dict(assign=True)?",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _take(self, step: FusedStep | _Eager, params: Params, grads: Updates, states: State, extra: Any) -> None:
         """Take a step, or raise an error that says how a chain gets what it lacks."""
@@ -355,11 +371,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _find_parts(self) -> list[_Part]:
         """The parameters that have states, in parts that began together; new ones begin here."""
-        if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
+        held = [p for group in self.param_groups for p in group["params"]]
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        if self._parts is None or not same or len(self.state) != self._count:  # Loaded, replaced, or cleared.
             self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
             self._begun = {p for part in self._parts for p in part.params}
-            self._count, self._packed = len(self.state), False
-        everything = sum([len(group["params"]) for group in self.param_groups])
+            self._count, self._packed, self._held = len(self.state), False, held
+        everything = len(held)
         if len(self._begun) == everything:
             return self._parts
         made = []

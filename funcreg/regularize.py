@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
@@ -26,6 +27,7 @@ from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
+from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.selection import plain_names, scaled_parameters
 from funcreg.transform import (
@@ -52,6 +54,8 @@ from funcreg.tree import (
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
+#: Numbers of steps after which it is seen whether a weight is left: few, because a GPU is waited for.
+_LOOKS = (1, 10, 100, 1000)
 #: Sets of leaves for which a compiled step is kept.
 _LAYOUTS = 4
 
@@ -92,8 +96,8 @@ def regularize(
         penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
-            of steps, or a tree of them by the names of parameters. For a mean loss 1 is very strong, 1e-5 to 1e-2
-            usual. A first step that makes zeros of everything warns.
+            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is very strong, 1e-5 to 1e-2
+            usual. Where it makes zeros of everything, a warning says so, unless it is a number above 1.
         module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
             unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
             left out of names.
@@ -343,6 +347,12 @@ class _Names:
         """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
         return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
 
+    def completed(self, tree: Any) -> Any:
+        """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
+        if not isinstance(tree, dict):
+            return tree
+        return {**dict.fromkeys(self.names.values() - self.chosen, 0.0), **self.renamed(tree)}
+
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()
 
@@ -378,6 +388,10 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
                     "were replaced, as by to() or a wrapper?"
                 )
             found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
+            if is_lazy(w):
+                raise ValueError(
+                    f"parameter '{found[w]}' is not initialized; run the module once, so that it gets its shape"
+                )
     return found
 
 
@@ -401,7 +415,7 @@ class Regularization:
     """
 
     def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
-        strength, *hyper = map(names.renamed, (task.strength, *task.hyper))
+        strength, *hyper = map(names.completed, (task.strength, *task.hyper))
         self._task = task._replace(strength=strength, hyper=tuple(hyper))
         self._names, self._said, self._compile = names, said, compile
         self._optimizer = weakref.ref(optimizer)
@@ -417,7 +431,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
-        self._restored = False
+        self._restored = self._said_zero = self._said_replaced = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -557,24 +571,24 @@ class Regularization:
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped)
-        if self.steps == 1:
+        if self.steps in _LOOKS:
             self._say_all_became_zero(moved)
 
     def _say_all_became_zero(self, moved: list[_Moved]) -> None:
-        """Warn if the first step left no weight: a strength that is far too large, as 1 often is."""
-        leaves = [m.w.detach() for m in moved]
-        if _projects(self._task.penalty) or torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
+        """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
+        leaves, strength = [m.w.detach() for m in moved], concrete(self._task.strength)
+        meant = strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
+        if self._said_zero or meant or torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
             return
-        if any([bool(w.any()) for w in leaves]):  # Mostly the first leaf has a number other than 0.
+        if _projects(self._task.penalty) or any([bool(w.any()) for w in leaves]):  # Mostly the first leaf has numbers.
             return
-        count = sum([w.numel() for w in leaves])
-        if count:
-            warnings.warn(
-                f"{self!r} made zeros of all {count} entries in the first step: its strength is far above what the "
-                "gradients of the loss can hold against. For a loss that is a mean, strengths from 1e-5 to 1e-2 are "
-                "usual; lambda_max says of a convex problem from where on all is zero.",
-                stacklevel=2,
-            )
+        self._said_zero = True
+        warnings.warn(
+            f"all {sum([w.numel() for w in leaves])} entries are zero after {self.steps} steps of {self!r}: its "
+            "strength is above what the gradients of the loss can hold against. For a loss that is a mean, strengths "
+            "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
+            stacklevel=2,
+        )
 
     def _moved(self, optimizer: Optimizer) -> list[_Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -596,7 +610,10 @@ class Regularization:
         return self._moving
 
     def _say_nothing_moved(self) -> None:
+        if self._said_replaced:
+            return
         if self._names.are_replaced():
+            self._said_replaced = True
             warnings.warn(
                 f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, as "
                 "after load_state_dict(assign=True). Make a new optimizer, and regularize that.",

@@ -398,7 +398,11 @@ def reasons(mask: Mask, params: Params) -> list[str]:
 
 
 #: What divides a parameter by its norm, by the names of torch's classes.
-_NORMS = {"_WeightNorm": "weight norm", "_SpectralNorm": "spectral norm", "_Orthogonal": "an orthogonal parametrization"}
+_NORMS = {
+    "_WeightNorm": "weight norm",
+    "_SpectralNorm": "spectral norm",
+    "_Orthogonal": "an orthogonal parametrization",
+}
 
 
 def scaled_parameters(module: torch.nn.Module) -> dict[Tensor, str]:

@@ -749,6 +749,34 @@ def test_sparse_gradients_are_named():
         optimizer.step()
 
 
+# Parameters that are replaced
+
+
+@every_way
+def test_parameters_that_are_replaced_in_a_group_or_taken_out_of_it_are_followed(compile):
+    """As torch's optimizers do: the state of new ones begins."""
+    model, optimizer = made(compile)
+    trained(model, optimizer, 2)
+    new = network(seed=1)
+    optimizer.param_groups[0]["params"] = list(new.parameters())
+    other = network(seed=1)
+    fresh = fr.Optimizer(other.named_parameters(), LASSO, lr=1e-2, strength=1e-3, compile=compile)
+    assert_equal(trained(new, optimizer, 3), trained(other, fresh, 3))
+    optimizer.param_groups[0]["params"].pop()
+    before = new[2].bias.detach().clone()
+    trained(new, optimizer, 2)
+    assert_equal(new[2].bias.detach(), before)
+    assert not torch.equal(new[2].weight, other[2].weight)
+
+
+def test_a_step_without_any_gradient_is_said_once():
+    model, optimizer = made()
+    with pytest.warns(UserWarning, match=r"no effect, because no parameter .* backward\(\) missing"):
+        optimizer.step()
+    optimizer.step()
+    trained(model, optimizer, 1)
+
+
 # What a factory makes of its arguments
 
 

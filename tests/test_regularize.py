@@ -6,6 +6,8 @@ import copy
 import functools
 import io
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -795,6 +797,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad inner steps": (of(fr.nuclear, mask=fr.matrices, inner_steps=0), ValueError, "inner_steps"),
     "bad bound": (of(fr.l1, max_step=0.0), ValueError, "max_step is 0.0"),
     "bad compile": (of(fr.l1, compile="yes"), TypeError, "compile"),
+    "lazy parameters": (
+        lambda: fr.regularize(optim.SGD(nn.LazyLinear(2).parameters(), 0.1), fr.l1),
+        ValueError,
+        r"'groups\.0\.params\.0' is not initialized; run the module once",
+    ),
     "complex parameters under Adam": (
         lambda: fr.regularize(optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), fr.l1),
         ValueError,
@@ -954,22 +961,31 @@ def test_a_mask_that_parts_a_group_is_refused_in_sums_and_by_every_proximal_tran
 # A strength that is far too large
 
 
-def test_a_first_step_that_leaves_no_weight_is_warned_of_once():
-    for given in ({}, {"strength": 1e3}, {"strength": torch.tensor(1e3)}):
-        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-        handle = fr.regularize(optimizer, fr.l1, module=net, mask=fr.matrices, **given)
-        assert "strength=" in repr(handle)
-        net(torch.ones(2, 3)).square().mean().backward()
-        with pytest.warns(UserWarning, match=r"strength=.* made zeros of all 20 entries in the first step"):
+@pytest.mark.parametrize("given", [{}, {"strength": 0.5}, {"strength": torch.tensor(0.5, device="cpu")}], ids=str)
+def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    handle = fr.regularize(optimizer, fr.l1, module=net, mask=fr.matrices, **given)
+    assert "strength=" in repr(handle)
+    said = []
+    for _ in range(101):
+        optimizer.zero_grad()
+        (net(torch.ones(2, 3)).square().mean() * 0.01).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             optimizer.step()
-        optimizer.step()
+        said += [str(each.message) for each in caught]
+    assert not any([w.any() for w in net.parameters() if w.ndim > 1])
+    assert len(said) == 1
+    assert re.match(r"all 20 entries are zero after \d+ steps of regularize\(Adam, l1, strength=", said[0])
 
 
 @pytest.mark.parametrize(
-    ("penalty", "hyper", "strength"), [(fr.l1, (), 1e-3), (fr.l2_ball, (0.0,), 1.0), (fr.l1, (), 0.0)], ids=str
+    ("penalty", "hyper", "strength"),
+    [(fr.l1, (), 1e-3), (fr.l2_ball, (0.0,), 1.0), (fr.l1, (), 0.0), (fr.l1, (), 1e6)],
+    ids=str,
 )
-def test_a_step_that_leaves_some_or_a_constraint_is_not_warned_of(penalty, hyper, strength):
+def test_a_step_that_leaves_some_or_is_meant_to_leave_none_is_not_warned_of(penalty, hyper, strength):
     w = weight(3, 4)
     optimizer = torch.optim.SGD([w], lr=0.1)
     fr.regularize(optimizer, penalty, *hyper, strength=strength)
@@ -995,6 +1011,23 @@ def test_a_parameter_whose_scale_is_lost_is_warned_of(kind, wrap):
         fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.matrices).remove()
     fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("2.weight"))
     fr.regularize(optimizer, fr.max_norm, 3.0, module=net, mask=fr.matrices)
+
+
+def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    whole = {name: w.detach().clone() for name, w in net.named_parameters()}
+    part = {name: w for name, w in whole.items() if name.startswith("0.")}
+    options = {"module": net, "mask": fr.select("0.*")}
+    for anchor, strength in [(whole, 0.5), (part, 0.5), (part, {"0.weight": 0.5, "0.bias": 0.5})]:
+        net.load_state_dict(whole)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        handle = fr.regularize(optimizer, fr.anchored_l2, anchor, strength=strength, **options)
+        stepped(optimizer, *net.parameters())
+        value = handle.penalty_value()
+        assert value > 0
+        assert_equal(value, 0.5 * fr.anchored_l2({name: net.state_dict()[name] for name in part}, part))
+    with pytest.raises(ValueError, match="lacks '0.bias'"):
+        fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
 
 
 def test_parameters_that_the_module_no_longer_has_are_said():

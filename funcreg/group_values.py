@@ -22,9 +22,10 @@ from funcreg.undocumented import is_transformed
 
 T = TypeVar("T")
 #: What makes a number of Python of a tensor.
-_CONVERSIONS = frozenset(
-    "item tolist numpy equal allclose is_nonzero __array__ __bool__ __complex__ __float__ __index__ __int__".split()
-)
+_CONVERSIONS = {
+    *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
+    *("__array__", "__bool__", "__complex__", "__float__", "__index__", "__int__"),
+}
 
 
 class GroupValues:

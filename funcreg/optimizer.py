@@ -261,8 +261,8 @@ class Optimizer(torch.optim.Optimizer):
         unknown = [name for name in extra if name not in found and name not in FOR_ANY]
         if unknown:
             raise TypeError(
-                f"step got the extra argument {unknown[0]!r}, which no chain of this optimizer takes. Is it misspelled, "
-                "or does the factory lack the transform that it is for?"
+                f"step got the extra argument {unknown[0]!r}, which no chain of this optimizer takes. Is it "
+                "misspelled, or does the factory lack the transform that it is for?"
             )
         return found
 
@@ -315,8 +315,8 @@ class Optimizer(torch.optim.Optimizer):
             if not lacks:
                 raise
             raise TypeError(
-                f"a chain of this optimizer needs an extra argument, which step() did not get: {error}. Here it comes by "
-                "step(closure), where the closure returns the loss, or by its name, as in step(value=loss)."
+                f"a chain of this optimizer needs an extra argument, which step() did not get: {error}. Here it comes "
+                "by step(closure), where the closure returns the loss, or by its name, as in step(value=loss)."
             ) from error
 
     def _searched(

@@ -96,8 +96,9 @@ def regularize(
         penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
-            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is very strong, 1e-5 to 1e-2
-            usual. Where it makes zeros of everything, a warning says so, unless it is a number above 1.
+            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is
+            very strong, 1e-5 to 1e-2 usual. Where it makes zeros of everything, a warning says so, unless it is a
+            number above 1.
         module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
             unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
             left out of names.
@@ -351,7 +352,7 @@ class _Names:
         """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
         if not isinstance(tree, dict):
             return tree
-        return {**dict.fromkeys(self.names.values() - self.chosen, 0.0), **self.renamed(tree)}
+        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **self.renamed(tree)}
 
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()
@@ -615,8 +616,8 @@ class Regularization:
         if self._names.are_replaced():
             self._said_replaced = True
             warnings.warn(
-                f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, as "
-                "after load_state_dict(assign=True). Make a new optimizer, and regularize that.",
+                f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, "
+                "as after load_state_dict(assign=True). Make a new optimizer, and regularize that.",
                 stacklevel=2,
             )
         elif self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.

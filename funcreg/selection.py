@@ -410,7 +410,7 @@ def scaled_parameters(module: torch.nn.Module) -> dict[Tensor, str]:
     found: dict[Tensor, str] = {}
     for layer in module.modules():
         for parametrizations in getattr(layer, "parametrizations", {}).values():
-            kinds = [_NORMS[name] for name in map(lambda p: type(p).__name__, parametrizations) if name in _NORMS]
+            kinds = [_NORMS[name] for name in (type(p).__name__ for p in parametrizations) if name in _NORMS]
             # Of weight norm the first is the size, the second the direction.
             last = [w for name, w in parametrizations.named_parameters(recurse=False) if name != "original0"]
             found.update({w: kinds[0] for w in last if kinds})

@@ -891,7 +891,7 @@ def test_the_loss_that_a_chain_lacks_is_asked_for():
     model, optimizer = made(factory=fr.lbfgs, lr=1.0)
     with pytest.raises(TypeError, match=r"needs the objective.* step\(closure\)"):
         trained(model, optimizer, 1)
-    with pytest.raises(TypeError, match="needs the value.* where the closure returns the loss"):
+    with pytest.raises(TypeError, match=r"needs the value.* where the closure returns the loss"):
         optimizer.step(lambda: None)
 
 

@@ -1026,7 +1026,7 @@ def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
         value = handle.penalty_value()
         assert value > 0
         assert_equal(value, 0.5 * fr.anchored_l2({name: net.state_dict()[name] for name in part}, part))
-    with pytest.raises(ValueError, match="lacks '0.bias'"):
+    with pytest.raises(ValueError, match=r"lacks '0\.bias'"):
         fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
 
 

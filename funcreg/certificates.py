@@ -106,6 +106,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     """
     check_penalty(penalty, hyper, options)
     check_params(grads, "grads")
+    if isinstance(grads, dict) and grads and not tree_leaves(grads):
+        raise ValueError("grads has None for every leaf, and so no strength is known. Was backward() called?")
     chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
     values, own = penalty.bind(*hyper, **options)
     chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))

@@ -237,6 +237,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             TypeError: A chain needs an extra argument that did not come, or none takes one that came.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure is a {type(closure).__name__}; expected a function. A loss goes as value=loss")
         extra = self._wanted_of(extra)
         loss = None
         if closure is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.constraints import Constraint
@@ -134,7 +135,7 @@ def regularize(
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is {optimizer!r}; expected one of torch, such as torch.optim.AdamW(...)")
+        raise TypeError(f"optimizer is {_described(optimizer)}; expected one of torch, such as torch.optim.AdamW(...)")
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module is {module!r}; expected the torch.nn.Module that the optimizer trains")
     nonnegative(strength=strength)
@@ -157,6 +158,12 @@ def regularize(
     if module is not None and not _projects(penalty):
         made.warn_of_scales(module)
     return made
+
+
+def _described(optimizer: Any) -> str:
+    if isinstance(optimizer, LRScheduler):
+        return f"the scheduler {type(optimizer).__name__}"
+    return repr(optimizer) if isinstance(optimizer, (Transform, str)) else f"a {type(optimizer).__name__}"
 
 
 def _projects(penalty: Penalty) -> bool:

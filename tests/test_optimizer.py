@@ -885,6 +885,8 @@ def test_the_loss_that_a_chain_lacks_is_asked_for():
         trained(model, optimizer, 1)
     with pytest.raises(TypeError, match="extra argument 'values', which no chain"):
         optimizer.step(values=1.0)
+    with pytest.raises(TypeError, match=r"closure is a Tensor; expected a function. A loss goes as value=loss"):
+        optimizer.step(torch.ones(()))
     model, optimizer = made()
     backward(model, 0)
     optimizer.step(value=1.0)  # As loops hand it to all.

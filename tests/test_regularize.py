@@ -755,6 +755,24 @@ def of(*args: Any, **kwargs: Any) -> Callable[[], Any]:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no optimizer": (lambda: fr.regularize(fr.adam(0.1), fr.l1), TypeError, "expected one of torch"),
+    "a scheduler": (
+        lambda: fr.regularize(lr_scheduler.StepLR(optim.SGD([weight(2)], 0.1), 1), fr.l1),
+        TypeError,
+        "optimizer is the scheduler StepLR; expected",
+    ),
+    "a module": (lambda: fr.regularize(nn.Linear(2, 2), fr.l1), TypeError, "optimizer is a Linear; expected one"),
+    "an optimizer with a chain": (
+        lambda: fr.regularize(fr.Optimizer([weight(2)], fr.adam, lr=0.1), fr.l1),
+        ValueError,
+        "a chain of its own, into which the penalty belongs: prox_adam",
+    ),
+    "a value": (of(torch.zeros(())), TypeError, r"Give the penalty itself, l1 and not l1\(params\)"),
+    "a strength by position": (of(fr.l1, 1e-4), TypeError, r"got 1 hyperparameters. Its strength is .* strength=1e-4"),
+    "a strength by another name": (
+        of(fr.l1, lam=1e-4),
+        TypeError,
+        r"got lam\. Its strength is .* strength=1e-4 of what",
+    ),
     "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
     "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),
     "negative strength": (of(fr.l1, strength=-0.1), ValueError, "strength is -0.1"),

@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.composition import Term, split
+from funcreg.deployment import computed_parameters
 from funcreg.penalty import Penalty, Sum
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
@@ -291,7 +292,7 @@ def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
     r"""The share of entries that are exactly zero, from 0 to 1.
 
     Args:
-        params: A tree of tensors, or a module, whose parameters are taken.
+        params: A tree of tensors, or a module: its parameters, where it is pruned those that it computes with.
         mask: Leaves that are counted; by default all.
 
     Shape:
@@ -301,8 +302,7 @@ def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
         >>> sparsity({"weight": torch.tensor([0.0, 2.0, 0.0]), "bias": torch.tensor([1.0])})
         tensor(0.5000)
     """
-    if isinstance(params, nn.Module):
-        params = dict(params.named_parameters())
+    params = computed_parameters(params)
     check_params(params)
     leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
     entries = sum(leaf.numel() for leaf in leaves)

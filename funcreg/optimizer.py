@@ -430,6 +430,8 @@ class Optimizer(torch.optim.Optimizer):
                 refused = None
             except ValueError as error:
                 refused = error
+        if refused is not None and "param_names" not in group and "matches no leaf" in str(refused):
+            refused = ValueError(f"{refused}. For names, give the optimizer model.named_parameters().")
         if refused is not None and len(self.param_groups) == 1:
             raise refused
         if refused is not None:

@@ -978,6 +978,9 @@ def test_a_mask_that_chooses_nothing_in_any_group_is_refused_and_nothing_is_chan
             optimizer.step()
     assert not optimizer.state
     assert all(torch.equal(w, old) for w, old in zip(model.parameters(), before, strict=True))
+    unnamed = fr.Optimizer(model.parameters(), factory, lr=0.1, compile=False)
+    with pytest.raises(ValueError, match=r"leaves are 0, 1\. For names, give the optimizer model\.named_parameters"):
+        unnamed.step()
     optimizer = fr.Optimizer(model.named_parameters(), factory, lr=0.1, compile=False)
     model.bias.grad = None  # Also where not all of the group have begun.
     with pytest.raises(ValueError, match=r"matches no leaf; the leaves are bias, weight"):

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, hessian, vjp, vmap
 from torch.nn.functional import softplus
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.composition import Term, split
+from funcreg.deployment import computed_parameters
 from funcreg.penalty import Penalty, Sum
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
@@ -106,6 +107,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     """
     check_penalty(penalty, hyper, options)
     check_params(grads, "grads")
+    if isinstance(grads, dict) and grads and not tree_leaves(grads):
+        raise ValueError("grads has None for every leaf, and so no strength is known. Was backward() called?")
     chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
     values, own = penalty.bind(*hyper, **options)
     chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))
@@ -285,11 +288,11 @@ def duality_gap(
 _LOSSES = {"squared": _squared, "logistic": _logistic}
 
 
-def sparsity(params: Params, mask: Mask | None = None) -> Tensor:
+def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
     r"""The share of entries that are exactly zero, from 0 to 1.
 
     Args:
-        params: A tree of tensors.
+        params: A tree of tensors, or a module: its parameters, where it is pruned those that it computes with.
         mask: Leaves that are counted; by default all.
 
     Shape:
@@ -299,6 +302,7 @@ def sparsity(params: Params, mask: Mask | None = None) -> Tensor:
         >>> sparsity({"weight": torch.tensor([0.0, 2.0, 0.0]), "bias": torch.tensor([1.0])})
         tensor(0.5000)
     """
+    params = computed_parameters(params)
     check_params(params)
     leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
     entries = sum(leaf.numel() for leaf in leaves)

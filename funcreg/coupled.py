@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcreg._typing import Hyper, Params
+from funcreg._typing import Hyper, Mask, Params
 from funcreg.construction import remembered
 from funcreg.families import (
     Along,
@@ -28,9 +28,9 @@ from funcreg.families import (
     scatter,
     width_of,
 )
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.sharding import like, whole
-from funcreg.tree import flatten, leaves_like, total, tree_leaves, tree_paths
+from funcreg.tree import chosen_by, flatten, leaves_like, mask_leaves, total, tree_leaves, tree_paths
 
 
 @remembered
@@ -215,16 +215,39 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     )
 
 
-def split_leaf(penalty: Penalty, chosen: Collection[str], names: Collection[str]) -> str | None:
-    """The name of a leaf that is not chosen, in a family of `coupled` with one that is; None without such a family."""
-    call = penalty.made_by
-    if (
-        call is None
-        or call.function.__name__ != "coupled"
-        or callable(groups := (*call.args, *call.kwargs.values())[1])
-    ):
+def check_groups_are_whole(penalty: Penalty, mask: Mask | None, params: Params) -> None:
+    """Raise a ValueError if a mask leaves out a part of a group of `coupled`, which would never be zero as a whole."""
+    if (mask is None and not isinstance(penalty, Sum)) or torch.compiler.is_compiling():
+        return
+    names = tree_paths(params)
+    bools = [True] * len(names) if mask is None else mask_leaves(mask, params)
+    chosen = {name for name, own in zip(names, bools, strict=True) if own}
+    lost = split_leaf(penalty, chosen, params)
+    if lost is not None:
+        raise ValueError(
+            f"mask leaves out '{lost}', a part of groups of {penalty!r}, which span leaves and so would never be zero "
+            "as a whole. Drop mask=: the groups say already what is penalized."
+        )
+
+
+def split_leaf(penalty: Penalty, chosen: Collection[str], params: Params) -> str | None:
+    """The name of a leaf that is not chosen, in a family of `coupled` with one that is; None without such a family.
+
+    In a sum, each term is looked at with the leaves that its own mask chooses.
+    """
+    names = tree_paths(params)
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        for term in penalty.structure.parts():
+            own = {name for name, acts in zip(names, term.places(params), strict=True) if acts}
+            lost = split_leaf(term.penalty, own.intersection(chosen), params)
+            if lost is not None:
+                return lost
         return None
-    for family in families_of(groups):
+    call = penalty.made_by
+    if call is None or call.function.__name__ != "coupled":
+        return None
+    groups = (*call.args, *call.kwargs.values())[1]
+    for family in families_of(chosen_by(groups, params, "groups")[0]):
         parts = [name for name, along in family if along.penalized and name in names]
         lost = [name for name in parts if name not in chosen]
         if 0 < len(lost) < len(parts):

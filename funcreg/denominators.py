@@ -217,6 +217,11 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
         reason = REFUSED[known]
     if projects:
         return Rule(lambda state, group: (0.0,))
+    if kind.__module__.startswith("funcreg."):
+        raise ValueError(
+            "this optimizer has a chain of its own, into which the penalty belongs: prox_adam(lr, l1, strength=...) in "
+            "place of adam(lr), or proximal(...) at its end. A constraint may be added to it."
+        )
     names = ", ".join([base.__name__ for base in RULES])
     said = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__name__}"
     raise ValueError(

@@ -196,6 +196,13 @@ class Pruned(NamedTuple):
     kept: Params  # For each of them a tensor of bools, False where it is pruned.
 
 
+def computed_parameters(params: Params | nn.Module) -> Params:
+    """The parameters of a module, where it is pruned those that it computes with; a tree as it is."""
+    if not isinstance(params, nn.Module):
+        return params
+    return from_prune(params).params if prune.is_pruned(params) else dict(params.named_parameters())
+
+
 def from_prune(module: nn.Module) -> Pruned:
     """The parameters of a module pruned by `torch.nn.utils.prune`, by their plain names, and what is kept of them.
 

@@ -47,7 +47,8 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
             if not leaf.ndim or len(leaf) != members:
                 raise ValueError(
                     f"ensemble of {members} members got the leaf '{name}' of shape {tuple(leaf.shape)}; expected "
-                    f"stacked parameters, of shape ({members}, ...). torch.func.stack_module_state stacks modules."
+                    f"stacked parameters, of shape ({members}, ...). stack([...]) stacks trees or modules, and "
+                    f"replicate(params, {members}) copies of one."
                 )
         # Members that draw random numbers draw their own.
         state = vmap(lambda params, *h: make(*h).init(params), randomness="different")(params, *hyper)

@@ -13,6 +13,7 @@ from torch.func import grad_and_value, jvp, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
+from funcreg.coupled import check_groups_are_whole
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty
@@ -127,6 +128,7 @@ class Problem:
         check_selection(self.mask)
         check_params(params)
         check_fit(params, self.mask, strength, *self.hyper)
+        check_groups_are_whole(self.penalty, self.mask, params)
         check_range("tol", self.tol, 0.0)
         if type(self.max_steps) is not int or self.max_steps < 0:
             raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,9 @@ from torch import Tensor
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
 from funcreg.fused import FusedStep
+from funcreg.group_values import GroupValues
 from funcreg.hyperparams import Injected
-from funcreg.ranges import number
-from funcreg.transform import Transform
+from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import (
     ABSENT,
     apply_updates,
@@ -32,9 +33,9 @@ from funcreg.tree import (
     leaves_like,
     listed,
     restored,
-    scalar_device,
     structure,
     tree_leaves,
+    tree_map,
 )
 
 #: Entries of a param group that torch and trainers keep there for themselves.
@@ -68,9 +69,11 @@ class Optimizer(torch.optim.Optimizer):
             "1" ... in their group.
         factory: Function of the hyperparameters of a group to a transform, such as
             `lambda lr, strength: prox_adam(lr, l1, strength=strength)`, or `adamw` itself, whose `learning_rate` is
-            the group's `lr`. Masks, penalties and options belong in it. Floats reach it as 0-dim tensors, so it must
-            not branch on them or convert them; ints, bools and strings as they are. It is called at construction, and
-            anew where one of the latter changes. To pickle the optimizer, define it with `def` in a module.
+            the group's `lr`. Masks, penalties and options belong in it. Floats reach it as 0-dim tensors, and what it
+            computes from them (`0.1 * lr`) follows their values; ints, bools and strings come as they are. It is called
+            at construction, and anew where one of the latter changes, or a float that it made a number of, by `float`
+            or a branch: then nothing is compiled any more, and a warning says so. To pickle the optimizer, define it
+            with `def` in a module.
         compile: Whether the step is compiled by `fuse`; or the backend of `torch.compile` to do it with.
         hyper: Hyperparameters of the factory for groups that do not name their own: numbers, 0-dim tensors, or dicts
             and tuples of them.
@@ -114,13 +117,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Begin with no chain made and nothing compiled."""
-        self._values: list[_Values] = []
+        self._values: list[GroupValues] = []
         self._chains: list[Transform] = []
         self._parts: list[_Part] | None = None
         self._begun: set[Tensor] = set()  # The parameters in parts.
+        self._held: list[Tensor] = []  # Those of all groups, when parts were made.
         self._count = 0  # Of parameters with states, when parts were made.
         self._steps: dict[Any, FusedStep | _Eager] = {}  # By the parts that have gradients.
         self._packed = False  # Whether states lie where the last step that was made likes them.
+        self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
+        self._plain = False  # Whether nothing is compiled any more.
+        self._said_nothing = False  # Whether it was said that a step has no effect.
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
@@ -164,14 +171,17 @@ class Optimizer(torch.optim.Optimizer):
         return given
 
     def _make_chain(self, index: int) -> None:
-        """Make the chain of a group, once with its numbers to check them and once with tensors."""
+        """Make the chain of a group: once on the CPU, where numbers are checked, and once for steps."""
         given = self._given(index)
         _check_complete(self._factory, self._names, given, index)
-        self._called(index, given)
-        values = _Values(given, self._names.get("lr"), self.param_groups[index]["params"])
+        values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
+        self._called(index, values.readable())
+        made = values.made(lambda tree: self._called(index, tree))
         self._values[index:] = [values, *self._values[index + 1 :]]
-        self._chains[index:] = [self._called(index, values.tree()), *self._chains[index + 1 :]]
+        self._chains[index:] = [made, *self._chains[index + 1 :]]
+        self._parts = None  # The states may not be those of the new chain.
         self._steps.clear()
+        self._wanted.clear()
 
     def _called(self, index: int, given: dict[str, Any]) -> Transform:
         """What the factory makes, or an error that names the group."""
@@ -190,54 +200,140 @@ class Optimizer(torch.optim.Optimizer):
             given = self._given(index)
             if index >= len(self._values) or not self._values[index].fits(given, group["params"]):
                 self._make_chain(index)
+            elif lost := self._values[index].lost():
+                self._make_chain(index)
+                self._say_made_anew(index, lost)
             elif self._values[index].unchecked():
-                self._called(index, given)  # For its checks of ranges.
+                self._called(index, self._values[index].readable())  # For its checks of ranges.
                 self._values[index].check()
             self._values[index].write()
+
+    def _say_made_anew(self, index: int, names: list[str]) -> None:
+        """Warn, once, that a factory makes numbers of its arguments, and compile no more."""
+        if self._plain:
+            return
+        self._plain = True
+        warnings.warn(
+            f"param group {index}: the factory makes a number of {listed(names)}, by float(), item() or a comparison, "
+            "and so its chain is made anew wherever that changes; steps of this optimizer are no longer compiled, "
+            "which would take seconds each time. Hand the tensor on as it is, or compute with it (0.1 * lr); for a "
+            "branch on it take torch.where, for min and max clamp.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     # Steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step, and return what the closure, called before, returned."""
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step, and return what the closure, called before, returned.
+
+        Args:
+            closure: Function that clears gradients, calls `backward` on a loss and returns it. A chain that takes the
+                `value` of the loss, as `reduce_on_plateau`, gets it; one with a line search, as `lbfgs`, calls the
+                closure again for each trial, with other numbers in the parameters.
+            extra: Extra arguments of the chains, such as `value=loss` where there is no closure.
+
+        Raises:
+            TypeError: A chain needs an extra argument that did not come, or none takes one that came.
+        """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure is a {type(closure).__name__}; expected a function. A loss goes as value=loss")
+        extra = self._wanted_of(extra)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance()
+            if isinstance(loss, Tensor) and self._wants("value"):
+                extra = {"value": loss.detach(), **extra}
+        self._advance(extra, closure)
         return loss
 
+    def _wants(self, name: str) -> bool:
+        """Whether a chain takes an extra argument of this name."""
+        if len(self._chains) < len(self.param_groups):  # In a copy, which has made none.
+            self._read_groups()
+        if name not in self._wanted:
+            self._wanted[name] = any([tx.accepts(name) for tx in self._chains])
+        return self._wanted[name]
+
+    def _wanted_of(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """The extra arguments that a chain takes; an error for others, but for those that loops hand to all."""
+        found = {name: x for name, x in extra.items() if self._wants(name)}
+        unknown = [name for name in extra if name not in found and name not in FOR_ANY]
+        if unknown:
+            raise TypeError(
+                f"step got the extra argument {unknown[0]!r}, which no chain of this optimizer takes. Is it "
+                "misspelled, or does the factory lack the transform that it is for?"
+            )
+        return found
+
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None) -> None:
         self._read_groups()
         fresh = not self.state
         found = [(part, [p.grad for p in part.params]) for part in self._find_parts()]
         found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
         parts = [part for part, _ in found]
+        if not parts and fresh:
+            self._say_nothing_moves()
         if not parts or (fresh and self._makes_states_alone(parts)):
             return
-        step = self._step_of(parts)
+        searches = (closure is not None or "value_fn" in extra) and any([_searches(tx) for tx in self._chains])
+        step = _Eager(_beside([self._chains[part.group] for part in parts])) if searches else self._step_of(parts)
         params = [part.tree(part.params) for part in parts]
         grads = [part.tree(list(map(_filled, part.params, grads))) for part, grads in found]
         states = [restored(part.spec, self._leaves(part)) for part in parts]
         kept = [x for part, grads in found for x in self._kept(part, grads)]
         before = [x.clone() for x in kept]
-        try:
-            step(params, grads, states)
-        except TypeError as error:
-            if "missing" not in str(error) or "argument" not in str(error):
-                raise
-            raise TypeError(
-                f"a chain of this optimizer needs an extra argument, which step() cannot give: {error}. Call fuse(tx), "
-                "whose step takes it as a keyword."
-            ) from error
+        if searches:
+            grads, extra = self._searched(parts, grads, extra, closure)
+        self._take(step, params, grads, states, extra)
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
-        if not self._packed and isinstance(step, FusedStep):
+        if not self._packed and isinstance(step, FusedStep) and not extra:
             for part, state in zip(parts, step.packed_state(params, grads, states), strict=True):
                 for p, entries in _entries(part, tree_leaves(state)).items():
                     self.state[p].update(entries)
         self._packed = True
+
+    def _say_nothing_moves(self) -> None:
+        """Warn, once, of a first step without any gradient."""
+        if not self._said_nothing:
+            self._said_nothing = True
+            warnings.warn(
+                "a step has no effect, because no parameter of this optimizer has a gradient. Is backward() missing, "
+                "are all frozen, or has the module others by now, as after load_state_dict(assign=True)?",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _take(self, step: FusedStep | _Eager, params: Params, grads: Updates, states: State, extra: Any) -> None:
+        """Take a step, or raise an error that says how a chain gets what it lacks."""
+        try:
+            step(params, grads, states, **extra)
+        except TypeError as error:
+            lacks = ("missing" in str(error) and "argument" in str(error)) or " needs the " in str(error)
+            if not lacks:
+                raise
+            raise TypeError(
+                f"a chain of this optimizer needs an extra argument, which step() did not get: {error}. Here it comes "
+                "by step(closure), where the closure returns the loss, or by its name, as in step(value=loss)."
+            ) from error
+
+    def _searched(
+        self, parts: list[_Part], grads: list[Updates], extra: dict[str, Any], closure: Callable[[], Any] | None
+    ) -> tuple[list[Updates], dict[str, Any]]:
+        """Gradients and extra arguments of a line search, which asks a closure for losses elsewhere."""
+        if len(parts) > 1:
+            raise ValueError(
+                f"a line search has to see all parameters at once, and these are {len(parts)} trees, of "
+                f"{len({part.group for part in parts})} param groups; expected one group, whose parameters have "
+                "gradients from the first step on. Leave others out of the optimizer."
+            )
+        grads = tree_map(torch.clone, grads)  # Into those of the parameters the closure writes.
+        objective = _objective(parts[0], closure)
+        return grads, {"grad": grads[0], **({} if objective is None else {"value_fn": objective}), **extra}
 
     def _makes_states_alone(self, parts: list[_Part]) -> bool:
         """Whether this first step has no rates and no gradients, as that by which distributed checkpoints make states.
@@ -254,7 +350,7 @@ class Optimizer(torch.optim.Optimizer):
         key = tuple([part.key for part in parts])
         if key not in self._steps:
             tx = _beside([self._chains[part.group] for part in parts])
-            backend = "inductor" if self._compile is True else self._compile
+            backend = False if self._plain else "inductor" if self._compile is True else self._compile
             bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
             self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and bare else _Eager(tx)
             self._packed = False
@@ -277,11 +373,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _find_parts(self) -> list[_Part]:
         """The parameters that have states, in parts that began together; new ones begin here."""
-        if self._parts is None or len(self.state) != self._count:  # It was loaded, or somebody cleared it.
+        held = [p for group in self.param_groups for p in group["params"]]
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        if self._parts is None or not same or len(self.state) != self._count:  # Loaded, replaced, or cleared.
             self._parts = [part for index in range(len(self.param_groups)) for part in self._resumed(index)]
             self._begun = {p for part in self._parts for p in part.params}
-            self._count, self._packed = len(self.state), False
-        everything = sum([len(group["params"]) for group in self.param_groups])
+            self._count, self._packed, self._held = len(self.state), False, held
+        everything = len(held)
         if len(self._begun) == everything:
             return self._parts
         made = []
@@ -332,6 +430,8 @@ class Optimizer(torch.optim.Optimizer):
                 refused = None
             except ValueError as error:
                 refused = error
+        if refused is not None and "param_names" not in group and "matches no leaf" in str(refused):
+            refused = ValueError(f"{refused}. For names, give the optimizer model.named_parameters().")
         if refused is not None and len(self.param_groups) == 1:
             raise refused
         if refused is not None:
@@ -472,104 +572,6 @@ class _Part:
         return {**dict(zip(self.names, leaves, strict=True)), **self.rest}
 
 
-class _Values:
-    """The hyperparameters of a group, and the tensors through which chains see them."""
-
-    def __init__(self, given: dict[str, Any], rate: str | None, params: list[Tensor]) -> None:
-        for name, value in given.items():
-            _check_value(name, value)
-        leaves, self._spec = structure(given)
-        self._last = [_plain_number(x, None) for x in leaves]
-        self._now = self._last
-        # What stands between two that were checked is in the same range; a learning rate may fall to 0.
-        falls = [path[0] == rate for path in leaf_paths(given)]
-        known = [_known(x) for x in self._last]
-        self._least = [min(x, 0.0) if f and x is not None else x for x, f in zip(known, falls, strict=True)]
-        self._most = known
-        device = scalar_device(params)  # So that a step on a GPU does not wait for the CPU.
-        self._held = [_held(x, device) for x in self._last]
-        self._first = [p.device for p in params[:1]]
-
-    def tree(self) -> dict[str, Any]:
-        """What a factory gets: tensors for floats."""
-        return restored(self._spec, self._held)
-
-    def fits(self, given: dict[str, Any], params: list[Tensor]) -> bool:
-        """Whether other values differ in numbers alone, which are kept until they are written."""
-        leaves, spec = structure(given)
-        if spec != self._spec or self._first != [p.device for p in params[:1]]:
-            return False
-        self._now = list(map(_plain_number, leaves, self._last))
-        return all([_is_like(x, y) for x, y in zip(self._now, self._last, strict=True)])
-
-    def unchecked(self) -> bool:
-        """Whether a number left the range of those that were checked."""
-        rows = zip(map(_known, self._now), self._least, self._most, strict=True)
-        return any([x is not None and not low <= x <= high for x, low, high in rows])
-
-    def check(self) -> None:
-        """Take all numbers for checked."""
-        known = list(map(_known, self._now))
-        self._least = [x if x is None else min(x, low) for x, low in zip(known, self._least, strict=True)]
-        self._most = [x if x is None else max(x, high) for x, high in zip(known, self._most, strict=True)]
-
-    def write(self) -> None:
-        """Write what changed into the tensors."""
-        for i, (new, old, held) in enumerate(zip(self._now, self._last, self._held, strict=True)):
-            if isinstance(new, float):
-                if new != old:
-                    held.fill_(new)
-                    self._last[i] = new
-            elif isinstance(new, Tensor) and held is not new:
-                held.copy_(new)  # It may be changed in place.
-
-
-def _plain_number(value: Any, old: Any) -> Any:
-    """A number as one of Python; a whole one that takes the place of a float as a float."""
-    if type(value) is float:
-        return value
-    value = number(value)
-    return float(value) if isinstance(value, float) or (type(value) is int and isinstance(old, float)) else value
-
-
-def _known(value: Any) -> Any:
-    """The number of a hyperparameter that changes, where it is known."""
-    if isinstance(value, Tensor):
-        return value.item() if not value.ndim and value.device.type == "cpu" else None
-    return value if isinstance(value, float) else None
-
-
-def _held(value: Any, device: torch.device) -> Any:
-    """What a factory gets for a value: a tensor for a float, in the precision that it has in Python."""
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64, device=device)
-    return value.detach().clone() if isinstance(value, Tensor) and not value.ndim else value
-
-
-def _is_like(new: Any, old: Any) -> bool:
-    """Whether one value of a hyperparameter can take the place of another without a new chain."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        return new is old or (new.ndim == old.ndim == 0 and new.dtype == old.dtype and new.device == old.device)
-    if isinstance(new, float) or isinstance(old, float):
-        return type(new) is type(old)
-    return type(new) is type(old) and (new is old or bool(new == old))
-
-
-def _check_value(name: str, value: Any) -> None:
-    for leaf in structure(value)[0]:
-        if not isinstance(number(leaf), (Tensor, float, int, str)):
-            hint = ""
-            if callable(leaf):
-                hint = (
-                    ". A schedule belongs in the factory, where it counts the steps of the chain, and so does a mask "
-                    "or a penalty; a scheduler of torch changes lr in the groups"
-                )
-            raise TypeError(
-                f"{name} is {written(leaf)}; expected a number, a tensor, a string, or dicts and tuples of them, which "
-                f"are saved with the group{hint}"
-            )
-
-
 def _is_number(name: str, value: Any) -> bool:
     """Whether an entry of a group looks like a hyperparameter: a number, or an option of torch's optimizers."""
     return (name in _HABITS and value is True) or type(value) in (int, float) or isinstance(value, Tensor)
@@ -652,11 +654,56 @@ def _beside(chains: list[Transform]) -> Transform:
     def init(params: list[Params]) -> list[State]:
         return [tx.init(tree) for tx, tree in zip(chains, params, strict=True)]
 
-    def update(updates: list[Updates], state: list[State], params: list[Params]) -> tuple[Any, Any]:
-        made = [tx.update(*trees) for tx, *trees in zip(chains, updates, state, params, strict=True)]
+    def update(updates: list[Updates], state: list[State], params: list[Params], **extra: Any) -> tuple[Any, Any]:
+        rows = zip(chains, updates, state, params, strict=True)
+        made = [tx.update(*trees, **tx.accepted(extra)) for tx, *trees in rows]
         return [new for new, _ in made], [after for _, after in made]
 
-    return Transform(init, update)
+    return Transform(init, update, forwards_to=chains)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss that a closure computes with some numbers in the parameters, which get theirs back, and its gradient."""
+
+    @staticmethod
+    def forward(closure: Callable[[], Any], params: list[Tensor], *leaves: Tensor) -> Any:
+        before = [p.detach().clone() for p in params]
+        try:
+            _write(params, leaves)
+            with torch.enable_grad():
+                loss = closure()
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the closure returned {loss!r}; expected the loss, which a line search compares")
+            return loss.detach().clone(), *[_filled(p, p.grad).clone() for p in params]
+        finally:
+            _write(params, before)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, *[slope * g for g in ctx.saved_tensors]
+
+
+def _searches(tx: Transform) -> bool:
+    """Whether a transform, or one in it, asks for the loss at other points."""
+    return "value_fn" in inspect.signature(tx._update).parameters or any([_searches(each) for each in tx.forwards_to])
+
+
+def _write(params: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for p, x in zip(params, leaves, strict=True):
+            p.copy_(x)
+
+
+def _objective(part: _Part, closure: Callable[[], Any] | None) -> Callable[[Params], Tensor] | None:
+    """A closure as a function of the tree of a part."""
+    if closure is None:
+        return None
+    return lambda tree: _Loss.apply(closure, part.params, *[tree[name] for name in part.names])[0]
 
 
 class _Eager:
@@ -665,8 +712,8 @@ class _Eager:
     def __init__(self, tx: Transform) -> None:
         self._tx = tx
 
-    def __call__(self, params: Params, grads: Updates, state: State) -> None:
-        updates, after = self._tx.update(grads, state, params)
+    def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> None:
+        updates, after = self._tx.update(grads, state, params, **extra)
         new = leaves_like((params, state), (apply_updates(params, updates), after))
         old = tree_leaves((params, state))
         places = {x.data_ptr() for x in old if type(x) in _PLAIN}

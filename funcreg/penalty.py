@@ -424,9 +424,7 @@ class Penalty(Remembering):
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
         """Hyperparameters in their order and options, or an error that says what this penalty takes."""
         if len(hyper) > len(self._hyper):
-            raise TypeError(
-                f"{self._takes()}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
-            )
+            raise TypeError(f"{self._takes()}; got {len(hyper)} hyperparameters. {self._how_strong()}")
         values = list(hyper)
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
@@ -439,7 +437,8 @@ class Penalty(Remembering):
             values.append(value)
         unknown = [name for name in options if name not in self._options]
         if unknown:
-            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}")
+            hint = f". {self._how_strong()}" if _STRENGTHS.intersection(unknown) else ""
+            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{hint}")
         for parameter, value in zip(self._hyper, values, strict=True):
             bounds = self.bounds.get(parameter.name)
             if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
@@ -454,12 +453,20 @@ class Penalty(Remembering):
         takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
         return takes + (f" and the keywords {', '.join(sorted(self._options))}" if self._options else "")
 
+    def _how_strong(self) -> str:
+        name = self.__name__
+        return f"Its strength is a factor, 1e-4 * {name}(params), or strength=1e-4 of what takes {name} as an argument."
+
     def without_defaults(self, values: tuple[Hyper, ...]) -> tuple[Hyper, ...]:
         """Hyperparameters without the last ones that are what they would be anyway."""
         kept = len(values)
         while kept and self._hyper[kept - 1].default is values[kept - 1]:
             kept -= 1
         return values[:kept]
+
+
+#: What a strength is called elsewhere.
+_STRENGTHS = {"alpha", "l1", "l1_lambda", "lam", "lamb", "lambd", "lambda_", "lmbda", "reg", "strength", "weight_decay"}
 
 
 class Sum(Penalty):

@@ -7,6 +7,7 @@ a momentum buffer, 1 for Adam. Otherwise the fixed point solves a problem of ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
 from funcreg.construction import remembered
+from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
@@ -89,7 +91,7 @@ def land(
 
 def descend(
     direction: Transform,
-    gain: Scalar,
+    gain: Callable[[], Scalar],
     learning_rate: Hyper | Schedule,
     penalty: Penalty,
     hyper: tuple[Hyper, ...],
@@ -108,6 +110,7 @@ def descend(
 
     def init(params: Params) -> ProximalState:
         check_fit(params, mask, learning_rate, strength, weight_decay, *hyper)
+        check_groups_are_whole(penalty, mask, params)
         return ProximalState(counter(params), direction.init(params))
 
     def update(updates: Updates, state: ProximalState, params: Params) -> tuple[Updates, ProximalState]:
@@ -122,7 +125,7 @@ def descend(
             metric = compute(lambda h, r, m: h.clamp(min=r / m), free, hyper=(rate, most))
             along = compute_wide(lambda d, h, c: d * (h / c), along, free, metric)
         reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
-        step = product(params, rate, force, gain)
+        step = product(params, rate, force, gain())
         count = inner_steps
         if count is None and metric is not None and not penalty.in_metric(params, *values, mask=mask, **options):
             count = 1
@@ -178,11 +181,12 @@ def prox_sgd(
     flags(nesterov=nesterov)
     without_momentum(momentum, nesterov=nesterov)
     if momentum is None:
-        direction, gain = identity(), 1.0
+        direction, decay = identity(), 0.0
     else:
         below_one(momentum=momentum)
         (decay,) = scalars(momentum=momentum)
-        direction, gain = trace(decay, nesterov), 1 / (1 - decay)
+        direction = trace(decay, nesterov)
+    gain = lambda: 1 / (1 - decay)  # At each step: a tensor may be changed in place.
     return descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
 
 
@@ -325,7 +329,7 @@ def proximal_step(
     check_inner_steps(inner_steps)
     return descend(
         preconditioner,
-        1.0,
+        lambda: 1.0,
         learning_rate,
         penalty,
         hyper,
@@ -402,6 +406,7 @@ def fista(
 
     def init(params: Params) -> FistaState:
         check_fit(params, mask, learning_rate, strength, *hyper)
+        check_groups_are_whole(penalty, mask, params)
         steps = counter(params)
         return FistaState(steps, torch.ones_like(steps, dtype=torch.float64), tree_map(torch.clone, params))
 

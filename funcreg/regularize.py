@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.constraints import Constraint
@@ -26,8 +28,9 @@ from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
+from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
-from funcreg.selection import plain_names
+from funcreg.selection import plain_names, scaled_parameters
 from funcreg.transform import (
     Transform,
     at_step,
@@ -43,6 +46,7 @@ from funcreg.tree import (
     Absent,
     compute,
     compute_wide,
+    listed,
     mask_leaves,
     product,
     scalar_device,
@@ -51,6 +55,8 @@ from funcreg.tree import (
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
+#: Numbers of steps after which it is seen whether a weight is left: few, because a GPU is waited for.
+_LOOKS = (1, 10, 100, 1000)
 #: Sets of leaves for which a compiled step is kept.
 _LAYOUTS = 4
 
@@ -91,7 +97,9 @@ def regularize(
         penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
-            of steps, or a tree of them by the names of parameters.
+            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is
+            very strong, 1e-5 to 1e-2 usual. Where it makes zeros of everything, a warning says so, unless it is a
+            number above 1.
         module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
             unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
             left out of names.
@@ -127,7 +135,7 @@ def regularize(
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is {optimizer!r}; expected one of torch, such as torch.optim.AdamW(...)")
+        raise TypeError(f"optimizer is {_described(optimizer)}; expected one of torch, such as torch.optim.AdamW(...)")
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module is {module!r}; expected the torch.nn.Module that the optimizer trains")
     nonnegative(strength=strength)
@@ -142,9 +150,20 @@ def regularize(
     rule = rule_of(optimizer, metric, _projects(penalty))
     task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
-    shown = {k: v for k, v in given.items() if v is not None and not (k == "strength" and v is strength == 1.0)}
+    if _projects(penalty):
+        del given["strength"]  # Of which a set knows nothing.
+    shown = {k: v for k, v in given.items() if v is not None}
     call = Call(regularize, (type(optimizer), penalty, *hyper), {**shown, **options})
-    return Regularization(optimizer, task, _Names(optimizer, module, mask), compile, str(call))
+    made = Regularization(optimizer, task, _Names(optimizer, module, mask), compile, str(call))
+    if module is not None and not _projects(penalty):
+        made.warn_of_scales(module)
+    return made
+
+
+def _described(optimizer: Any) -> str:
+    if isinstance(optimizer, LRScheduler):
+        return f"the scheduler {type(optimizer).__name__}"
+    return repr(optimizer) if isinstance(optimizer, (Transform, str)) else f"a {type(optimizer).__name__}"
 
 
 def _projects(penalty: Penalty) -> bool:
@@ -312,7 +331,7 @@ class _Names:
         short = plain if len(set(plain)) == len(plain) else tuple(raw.values())
         self._plain = dict(zip(raw.values(), short, strict=True))
         self.names = dict(zip(raw, short, strict=True))
-        params = {name: w.detach() for w, name in self.names.items()}
+        params = self.params()
         try:
             bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
         except ValueError as error:
@@ -336,6 +355,12 @@ class _Names:
         """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
         return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
 
+    def completed(self, tree: Any) -> Any:
+        """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
+        if not isinstance(tree, dict):
+            return tree
+        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **self.renamed(tree)}
+
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()
 
@@ -346,8 +371,15 @@ class _Names:
         """A tree of some leaves, without the others."""
         return {name: leaves.get(name, ABSENT) for name in self.names.values()}
 
+    def params(self) -> Params:
+        return {name: w.detach() for w, name in self.names.items()}
+
     def penalized(self) -> dict[str, Tensor]:
         return {name: w for w, name in self.names.items() if name in self.chosen}
+
+    def are_replaced(self) -> bool:
+        """Whether the module has none of these parameters any more."""
+        return self.module is not None and not any([w in self.names for w in self.module.parameters()])
 
 
 def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
@@ -364,6 +396,10 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
                     "were replaced, as by to() or a wrapper?"
                 )
             found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
+            if is_lazy(w):
+                raise ValueError(
+                    f"parameter '{found[w]}' is not initialized; run the module once, so that it gets its shape"
+                )
     return found
 
 
@@ -387,7 +423,7 @@ class Regularization:
     """
 
     def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
-        strength, *hyper = map(names.renamed, (task.strength, *task.hyper))
+        strength, *hyper = map(names.completed, (task.strength, *task.hyper))
         self._task = task._replace(strength=strength, hyper=tuple(hyper))
         self._names, self._said, self._compile = names, said, compile
         self._optimizer = weakref.ref(optimizer)
@@ -403,7 +439,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
-        self._restored = False
+        self._restored = self._said_zero = self._said_replaced = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -471,16 +507,29 @@ class Regularization:
         tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
         with torch.no_grad():
             self._touched = self._task.check(tree)
-            self._check_groups_are_whole(tree)
+            self._check_groups_are_whole()
             return self._task.inner(tree)
 
-    def _check_groups_are_whole(self, tree: Params) -> None:
+    def _check_groups_are_whole(self) -> None:
         """Raise an error if a mask leaves out a part of a group that spans leaves."""
-        lost = split_leaf(self._task.penalty, self._names.chosen, tree)
+        lost = split_leaf(self._task.penalty, self._names.chosen, self._names.params())
         if lost is not None:
             raise ValueError(
                 f"mask leaves out '{lost}', a part of groups of {self._task.penalty!r}, which span leaves and so "
                 "would never be zero as a whole. Drop mask=: the groups say already what is penalized."
+            )
+
+    def warn_of_scales(self, module: nn.Module) -> None:
+        """Warn of penalized parameters whose scale is lost before they are weights."""
+        lost = scaled_parameters(module)
+        found = {name: lost[w] for name, w in self._names.penalized().items() if w in lost}
+        if found:
+            name, kind = next(iter(found.items()))
+            warnings.warn(
+                f"{self!r} penalizes {listed(found)}, which {kind} divides by a norm of its own: shrinking '{name}' "
+                "changes nothing but the strength of later steps, and only its exact zeros are zeros of the weight. "
+                "Leave them out with mask=, or take the parametrization off.",
+                stacklevel=3,
             )
 
     def _check_once(self, optimizer: Optimizer) -> None:
@@ -530,6 +579,24 @@ class Regularization:
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped)
+        if self.steps in _LOOKS:
+            self._say_all_became_zero(moved)
+
+    def _say_all_became_zero(self, moved: list[_Moved]) -> None:
+        """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
+        leaves, strength = [m.w.detach() for m in moved], concrete(self._task.strength)
+        meant = strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
+        if self._said_zero or meant or torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
+            return
+        if _projects(self._task.penalty) or any([bool(w.any()) for w in leaves]):  # Mostly the first leaf has numbers.
+            return
+        self._said_zero = True
+        warnings.warn(
+            f"all {sum([w.numel() for w in leaves])} entries are zero after {self.steps} steps of {self!r}: its "
+            "strength is above what the gradients of the loss can hold against. For a loss that is a mean, strengths "
+            "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
+            stacklevel=2,
+        )
 
     def _moved(self, optimizer: Optimizer) -> list[_Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -551,7 +618,16 @@ class Regularization:
         return self._moving
 
     def _say_nothing_moved(self) -> None:
-        if self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
+        if self._said_replaced:
+            return
+        if self._names.are_replaced():
+            self._said_replaced = True
+            warnings.warn(
+                f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, "
+                "as after load_state_dict(assign=True). Make a new optimizer, and regularize that.",
+                stacklevel=2,
+            )
+        elif self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
             warnings.warn(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
                 "another hook of the optimizer, which came first, set gradients to None?",
@@ -673,6 +749,12 @@ def _known(rate: Any) -> Any:
     if isinstance(rate, Tensor):
         return float(rate) if rate.device.type == "cpu" else id(rate)
     return rate
+
+
+def _is_readable(w: Tensor) -> bool:
+    """Whether an entry may be read here and now."""
+    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(w) is Tensor and w.device.type != "meta" and not capturing
 
 
 def _numbers(counted: list[Any]) -> list[Any]:

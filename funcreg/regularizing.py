@@ -35,7 +35,8 @@ def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str,
     """Raise an error, before the first step, if a penalty is not one or does not take these hyperparameters."""
     if not isinstance(penalty, Penalty):
         what = f"a {type(penalty).__name__}" if isinstance(penalty, (dict, list, tuple, Tensor)) else repr(penalty)
-        raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty")
+        hint = ". Is it a value? Give the penalty itself, l1 and not l1(params)" if isinstance(penalty, Tensor) else ""
+        raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty{hint}")
     penalty.bind(*hyper, **options)
 
 

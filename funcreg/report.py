@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Term
 from funcreg.construction import written
+from funcreg.deployment import computed_parameters
 from funcreg.penalty import Penalty
 from funcreg.per_leaf import PerLeaf
 from funcreg.ranges import flags
@@ -80,7 +81,7 @@ def report(
     which for norms adds up to the value.
 
     Args:
-        params: Tree of tensors, or a module, whose parameters are taken.
+        params: Tree of tensors, or a module: its parameters, where it is pruned those that it computes with.
         penalty: A penalty whose value is shared out; by default none.
         hyper: Its hyperparameters.
         strength: What multiplies it: number of at least 0, tensor, or a tree of them like the parameters.
@@ -103,7 +104,7 @@ def report(
         Roy & Vetterli, *The effective rank: a measure of effective dimensionality*, 2007.
     """
     flags(rank=rank)
-    params = readable("report", params)
+    params = readable("report", computed_parameters(params))
     rows = [_described(name, w, rank) for name, w in zip(tree_paths(params), tree_leaves(params), strict=True)]
     if penalty is None:
         if hyper or options or mask is not None or not (isinstance(strength, (int, float)) and strength == 1):
@@ -234,7 +235,7 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
         total         25.0 % -> 50.0 %  0 of 2 -> 1 of 2        0 of 2  7.5 -> 6.5  5.02 -> 4.61  14.1 %
     """
     flags(rank=rank)
-    before, after = readable("compare", before), readable("compare", after)
+    before, after = (readable("compare", computed_parameters(tree)) for tree in (before, after))
     first, second = (dict(zip(tree_paths(tree), tree_leaves(tree), strict=True)) for tree in (before, after))
     for some, others, here, there in ((first, second, "before", "after"), (second, first, "after", "before")):
         for name in some:

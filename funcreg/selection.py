@@ -395,3 +395,28 @@ def reasons(mask: Mask, params: Params) -> list[str]:
         alone = any([chosen == decided for chosen, _ in row])
         found.append(", ".join([fact for fact in dict.fromkeys(deciding[:1] if alone else deciding) if fact]))
     return found
+
+
+#: What divides a parameter by its norm, by the names of torch's classes.
+_NORMS = {
+    "_WeightNorm": "weight norm",
+    "_SpectralNorm": "spectral norm",
+    "_Orthogonal": "an orthogonal parametrization",
+}
+
+
+def scaled_parameters(module: torch.nn.Module) -> dict[Tensor, str]:
+    """The parameters of a module from which a parametrization takes the scale, and what it is called."""
+    found: dict[Tensor, str] = {}
+    for layer in module.modules():
+        for parametrizations in getattr(layer, "parametrizations", {}).values():
+            kinds = [_NORMS[name] for name in (type(p).__name__ for p in parametrizations) if name in _NORMS]
+            # Of weight norm the first is the size, the second the direction.
+            last = [w for name, w in parametrizations.named_parameters(recurse=False) if name != "original0"]
+            found.update({w: kinds[0] for w in last if kinds})
+        for hook in layer._forward_pre_hooks.values():  # The functions that came before parametrizations.
+            kind, name = _NORMS.get(f"_{type(hook).__name__}"), getattr(hook, "name", None)
+            for own in (f"{name}_v", f"{name}_orig"):
+                if kind is not None and isinstance(getattr(layer, own, None), torch.nn.Parameter):
+                    found[getattr(layer, own)] = kind
+    return found

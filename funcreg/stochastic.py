@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
@@ -74,6 +75,7 @@ def _average(
 
     def init(params: Params) -> DualAveragingState:
         check_fit(params, mask, strength, *hyper)
+        check_groups_are_whole(penalty, mask, params)
         steps = counter(params)
         weight = torch.zeros_like(steps, dtype=torch.float64)
         squares = () if metric is None else _real_zeros(params)
@@ -288,6 +290,7 @@ def ftrl(
 
     def init(params: Params) -> FtrlState:
         check_fit(params, mask, strength, *hyper)
+        check_groups_are_whole(penalty, mask, params)
         return FtrlState(counter(params), _real_zeros(params), zeros(params))
 
     def update(updates: Updates, state: FtrlState, params: Params) -> tuple[Updates, FtrlState]:
@@ -350,4 +353,4 @@ def adamprox(
     """
     adam = scale_by_adam(b1, b2, eps)
     plain = Transform(adam.init, adam.update)  # Tells no metric: the decay is that of AdamW.
-    return descend(plain, 1.0, learning_rate, half_l2, (), weight_decay, mask, {})
+    return descend(plain, lambda: 1.0, learning_rate, half_l2, (), weight_decay, mask, {})

@@ -43,7 +43,7 @@ Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks",
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
-_FOR_ANY = ("value", "grad", "value_fn")
+FOR_ANY = ("value", "grad", "value_fn")
 
 
 class Transform(Remembering):
@@ -174,7 +174,7 @@ class Transform(Remembering):
         """New updates and the next state."""
         if extra:
             for name in extra:
-                if name not in _FOR_ANY and not self.accepts(name):
+                if name not in FOR_ANY and not self.accepts(name):
                     raise TypeError(
                         f"update got the extra argument {name!r}, which no transform of {self!r} takes; expected one "
                         "that an update names. Is it misspelled? A wrapper of your own hands on inner.accepted(extra)."

@@ -203,3 +203,15 @@ def test_lambda_max_looks_downhill():
     # Zero is a solution if no entry wants to become negative, which costs nothing, or positive by more than one.
     assert fr.lambda_max(torch.tensor([-2.0, 0.0]), positive_part) == 2
     assert fr.lambda_max(torch.tensor([2.0, 0.0]), positive_part) == math.inf
+
+
+def test_a_strength_of_gradients_that_are_all_none_is_refused():
+    with pytest.raises(ValueError, match=r"None for every leaf.* Was backward\(\) called"):
+        fr.lambda_max({"w": None, "b": None}, fr.l1)
+
+
+def test_the_sparsity_of_a_module_is_that_of_its_parameters():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    torch.nn.init.zeros_(net[0].weight[0])
+    assert fr.sparsity(net, mask=fr.matrices) == 0.5
+    assert fr.sparsity(net) == fr.sparsity(dict(net.named_parameters()))

@@ -246,6 +246,14 @@ def test_a_pruned_module_gives_the_parameters_that_it_computes_with(how):
     torch.testing.assert_close(plain(x), net(x), rtol=0, atol=0)
 
 
+def test_a_pruned_module_is_counted_and_reported_by_what_it_computes_with():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    assert fr.sparsity(net, mask=fr.select("0.weight")) == 0.5
+    assert [row["name"] for row in fr.report(net).rows if row["zeros"]] == ["0.weight"]
+    assert fr.sparsity(dict(net.named_parameters())) == 0
+
+
 def test_masks_go_there_and_back():
     net = sparse_net()
     plain = {name: w.detach().clone() for name, w in net.named_parameters()}

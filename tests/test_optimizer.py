@@ -749,6 +749,189 @@ def test_sparse_gradients_are_named():
         optimizer.step()
 
 
+# Parameters that are replaced
+
+
+@every_way
+def test_parameters_that_are_replaced_in_a_group_or_taken_out_of_it_are_followed(compile):
+    """As torch's optimizers do: the state of new ones begins."""
+    model, optimizer = made(compile)
+    trained(model, optimizer, 2)
+    new = network(seed=1)
+    optimizer.param_groups[0]["params"] = list(new.parameters())
+    other = network(seed=1)
+    fresh = fr.Optimizer(other.named_parameters(), LASSO, lr=1e-2, strength=1e-3, compile=compile)
+    assert_equal(trained(new, optimizer, 3), trained(other, fresh, 3))
+    optimizer.param_groups[0]["params"].pop()
+    before = new[2].bias.detach().clone()
+    trained(new, optimizer, 2)
+    assert_equal(new[2].bias.detach(), before)
+    assert not torch.equal(new[2].weight, other[2].weight)
+
+
+def test_a_step_without_any_gradient_is_said_once():
+    model, optimizer = made()
+    with pytest.warns(UserWarning, match=r"no effect, because no parameter .* backward\(\) missing"):
+        optimizer.step()
+    optimizer.step()
+    trained(model, optimizer, 1)
+
+
+# What a factory makes of its arguments
+
+
+DERIVED = {
+    "a product": lambda lr, strength: LASSO(0.5 * lr, strength / 2),
+    "one of another": lambda lr, strength: LASSO(lr.sqrt() * (1 - lr), strength),
+    "changed in place": lambda lr, strength: LASSO((lr * 3).mul_(0.25).add_(1e-3), strength),
+    "views": lambda lr, strength: LASSO(lr.view(()).detach(), torch.stack([strength, lr])[0]),
+    "a converter": lambda lr, strength: fr.prox_adam(lr, fr.elastic, *fr.elastic_from_keras(strength, lr)),
+    "a momentum": lambda lr, strength: fr.prox_sgd(lr, fr.l1, strength=1e-3, momentum=900 * strength),
+    "a function of math": lambda lr, strength: LASSO(math.exp(lr) - 1, strength),
+    "a schedule": lambda lr, strength: LASSO(lambda n: lr * 0.9**n, fr.linear_schedule(strength, 2 * strength, 3)),
+    "a number": lambda lr, strength: LASSO(float(lr), strength.item()),
+    "a branch": lambda lr, strength: LASSO(lr if lr > 5e-3 else 5e-3, max(strength, 5e-4)),
+}
+
+
+@every_way
+@pytest.mark.parametrize("factory", DERIVED.values(), ids=DERIVED)
+@pytest.mark.filterwarnings("ignore:param group 0. the factory makes a number")
+def test_what_a_factory_computes_follows_the_values_of_the_group(factory, compile):
+    """As if the chain were made anew at each step, around the same state."""
+    model, optimizer = made(compile, factory=factory, lr=1e-2, strength=1e-3)
+    other, again = made(factory=factory, lr=1e-2, strength=1e-3)
+    for n, (lr, strength) in enumerate([(1e-2, 1e-3), (8e-3, 1e-3), (4e-3, 2e-4), (4e-3, 2e-4), (0.02, 9e-4)]):
+        for each in (optimizer, again):
+            each.param_groups[0].update(lr=lr, strength=strength)
+        again._values.clear()
+        trained(model, optimizer, 1, n), trained(other, again, 1, n)
+    assert_equal(list(model.parameters()), list(other.parameters()), rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_derived_compiles_nothing_and_what_is_converted_says_so(compilations):
+    model, optimizer = made("eager", factory=DERIVED["a product"], lr=1e-2, strength=1e-3)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    trained(model, optimizer, 1, 0, scheduler)
+    once = compilations[0]
+    trained(model, optimizer, 3, 1, scheduler)
+    assert compilations[0] == once
+    model, optimizer = made("eager", factory=DERIVED["a number"], lr=1e-2, strength=1e-3)
+    trained(model, optimizer, 2)  # Nothing changes, and nothing is said.
+    once = compilations[0]
+    optimizer.param_groups[0]["lr"] = 5e-3
+    with pytest.warns(UserWarning, match="the factory makes a number of lr, .* no longer compiled"):
+        trained(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 4e-3
+    trained(model, optimizer, 1)
+    assert compilations[0] == once
+
+
+def test_a_chain_of_another_kind_for_another_number_is_refused():
+    model, optimizer = made(factory=lambda lr: fr.adam(lr) if lr > 0.01 else fr.sgd(lr), lr=0.1)
+    trained(model, optimizer, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.warns(UserWarning, match="makes a number"), pytest.raises(ValueError, match="state of another chain"):
+        trained(model, optimizer, 1)
+    assert_equal([p.detach() for p in model.parameters()], before)
+
+
+# Extra arguments
+
+
+def by_closure(model, optimizer, n):
+    """A loss whose data do not change, as a closure of the optimizer."""
+
+    def closure():
+        optimizer.zero_grad()
+        p = next(model.parameters())
+        generator = torch.Generator("cpu").manual_seed(n)
+        x = torch.randn(6, 5, generator=generator, device="cpu").to(p.device, p.dtype)
+        loss = (model(x) - x[:, :2]).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+PLATEAU = lambda lr: fr.chain(fr.sgd(lr), fr.reduce_on_plateau(factor=0.5, patience=1))
+
+
+@every_way
+@pytest.mark.parametrize("through", ["closure", "keyword", "scaler"])
+def test_a_plateau_gets_the_loss(compile, through):
+    model, optimizer = made(compile, factory=PLATEAU, lr=1.0)
+    for n in range(4):
+        closure = by_closure(model, optimizer, n)
+        if through == "closure":
+            assert optimizer.step(closure) is not None
+        elif through == "keyword":
+            closure()
+            optimizer.step(value=1.0)
+        else:
+            closure()
+            torch.amp.GradScaler("cpu", enabled=False).step(optimizer, value=torch.tensor(1.0, requires_grad=True))
+    scale = optimizer.state[model[0].weight]["1.scale"]
+    assert scale < 1 if through != "closure" else scale <= 1
+    fresh, again = made(compile, factory=PLATEAU, lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[fresh[0].weight]["1.best_value"] == optimizer.state[model[0].weight]["1.best_value"]
+
+
+def test_the_loss_that_a_chain_lacks_is_asked_for():
+    model, optimizer = made(factory=PLATEAU, lr=1.0)
+    with pytest.raises(TypeError, match=r"reduce_on_plateau needs the value.* step\(closure\).* step\(value=loss\)"):
+        trained(model, optimizer, 1)
+    with pytest.raises(TypeError, match="extra argument 'values', which no chain"):
+        optimizer.step(values=1.0)
+    with pytest.raises(TypeError, match=r"closure is a Tensor; expected a function. A loss goes as value=loss"):
+        optimizer.step(torch.ones(()))
+    model, optimizer = made()
+    backward(model, 0)
+    optimizer.step(value=1.0)  # As loops hand it to all.
+    model, optimizer = made(factory=fr.lbfgs, lr=1.0)
+    with pytest.raises(TypeError, match=r"needs the objective.* step\(closure\)"):
+        trained(model, optimizer, 1)
+    with pytest.raises(TypeError, match=r"needs the value.* where the closure returns the loss"):
+        optimizer.step(lambda: None)
+
+
+SEARCHES = {
+    "lbfgs": lambda: fr.lbfgs(),
+    "backtracking": lambda: fr.chain(fr.sgd(1.0), fr.scale_by_backtracking_linesearch(15)),
+    "zoom": lambda: fr.chain(fr.sgd(1.0), fr.scale_by_zoom_linesearch(15)),
+}
+
+
+@every_way
+@pytest.mark.parametrize("factory", SEARCHES.values(), ids=SEARCHES)
+def test_a_line_search_calls_the_closure(factory, compile):
+    """What `update` does with a function of the parameters."""
+    model = network()
+    optimizer = fr.Optimizer(model.named_parameters(), factory, compile=compile)
+    params, tx = {name: p.detach().clone() for name, p in model.named_parameters()}, factory()
+    other = network()
+    x = torch.randn(6, 5, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(DEVICE, torch.float64)
+    f = lambda params: (torch.func.functional_call(other, params, (x,)) - x[:, :2]).square().mean()
+    state = tx.init(params)
+    for _ in range(4):
+        grads, loss = torch.func.grad_and_value(f)(params)
+        updates, state = tx.update(grads, state, params, value=loss, grad=grads, value_fn=f)
+        params = fr.apply_updates(params, updates)
+        assert_equal(optimizer.step(by_closure(model, optimizer, 0)).detach(), loss)
+        assert_equal({name: p.detach() for name, p in model.named_parameters()}, params)
+    assert f(params) < 0.5 * f({name: p.detach() for name, p in other.named_parameters()})
+
+
+def test_a_line_search_over_several_groups_is_refused():
+    model = network()
+    groups = [{"params": [("a", model[0].weight)]}, {"params": [("b", model[2].weight)]}]
+    optimizer = fr.Optimizer(groups, fr.lbfgs)
+    with pytest.raises(ValueError, match="these are 2 trees, of 2 param groups; expected one group"):
+        optimizer.step(by_closure(model, optimizer, 0))
+
+
 # Masks, groups, and parameters that begin later
 
 
@@ -795,6 +978,9 @@ def test_a_mask_that_chooses_nothing_in_any_group_is_refused_and_nothing_is_chan
             optimizer.step()
     assert not optimizer.state
     assert all(torch.equal(w, old) for w, old in zip(model.parameters(), before, strict=True))
+    unnamed = fr.Optimizer(model.parameters(), factory, lr=0.1, compile=False)
+    with pytest.raises(ValueError, match=r"leaves are 0, 1\. For names, give the optimizer model\.named_parameters"):
+        unnamed.step()
     optimizer = fr.Optimizer(model.named_parameters(), factory, lr=0.1, compile=False)
     model.bias.grad = None  # Also where not all of the group have begun.
     with pytest.raises(ValueError, match=r"matches no leaf; the leaves are bias, weight"):

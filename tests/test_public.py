@@ -88,6 +88,7 @@ LAYERS = [
         "descent",
         "factorizing",
         "families",
+        "group_values",
         "layers",
         "per_example",
         "plan",

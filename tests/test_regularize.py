@@ -6,6 +6,8 @@ import copy
 import functools
 import io
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -753,6 +755,24 @@ def of(*args: Any, **kwargs: Any) -> Callable[[], Any]:
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no optimizer": (lambda: fr.regularize(fr.adam(0.1), fr.l1), TypeError, "expected one of torch"),
+    "a scheduler": (
+        lambda: fr.regularize(lr_scheduler.StepLR(optim.SGD([weight(2)], 0.1), 1), fr.l1),
+        TypeError,
+        "optimizer is the scheduler StepLR; expected",
+    ),
+    "a module": (lambda: fr.regularize(nn.Linear(2, 2), fr.l1), TypeError, "optimizer is a Linear; expected one"),
+    "an optimizer with a chain": (
+        lambda: fr.regularize(fr.Optimizer([weight(2)], fr.adam, lr=0.1), fr.l1),
+        ValueError,
+        "a chain of its own, into which the penalty belongs: prox_adam",
+    ),
+    "a value": (of(torch.zeros(())), TypeError, r"Give the penalty itself, l1 and not l1\(params\)"),
+    "a strength by position": (of(fr.l1, 1e-4), TypeError, r"got 1 hyperparameters. Its strength is .* strength=1e-4"),
+    "a strength by another name": (
+        of(fr.l1, lam=1e-4),
+        TypeError,
+        r"got lam\. Its strength is .* strength=1e-4 of what",
+    ),
     "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
     "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),
     "negative strength": (of(fr.l1, strength=-0.1), ValueError, "strength is -0.1"),
@@ -795,6 +815,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad inner steps": (of(fr.nuclear, mask=fr.matrices, inner_steps=0), ValueError, "inner_steps"),
     "bad bound": (of(fr.l1, max_step=0.0), ValueError, "max_step is 0.0"),
     "bad compile": (of(fr.l1, compile="yes"), TypeError, "compile"),
+    "lazy parameters": (
+        lambda: fr.regularize(optim.SGD(nn.LazyLinear(2).parameters(), 0.1), fr.l1),
+        ValueError,
+        r"'groups\.0\.params\.0' is not initialized; run the module once",
+    ),
     "complex parameters under Adam": (
         lambda: fr.regularize(optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), fr.l1),
         ValueError,
@@ -918,6 +943,123 @@ def test_a_mask_that_parts_a_group_is_refused_and_one_that_leaves_out_whole_grou
     optimizer.step()
     assert not net[0].bias.any()
     assert net[2].weight.all()
+
+
+def test_a_mask_that_parts_a_group_is_refused_in_sums_and_by_every_proximal_transform():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    params = {name: w.detach() for name, w in net.named_parameters()}
+    units = fr.coupled(fr.group_lasso, fr.channel_groups(net))
+    penalties = [
+        units,
+        0.1 * units,
+        units + fr.half_l2,
+        fr.coupled(fr.group_lasso, lambda params: fr.channel_groups(net)),
+    ]
+    for penalty in penalties:
+        made = [
+            fr.prox_sgd(0.1, penalty, mask=fr.matrices),
+            fr.prox_adam(0.1, penalty, mask=fr.matrices),
+            fr.proximal_step(fr.scale_by_rms(), 0.1, penalty, mask=fr.matrices),
+            fr.fista(0.1, penalty, mask=fr.matrices),
+            fr.rmda(0.1, penalty, mask=fr.matrices),
+            fr.ftrl(0.1, penalty, mask=fr.matrices),
+        ]
+        for tx in made:
+            with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+                tx.init(params)
+        with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+            fr.minimize(lambda p: p["0.weight"].square().sum(), params, penalty, mask=fr.matrices)
+        with pytest.raises(ValueError, match=r"mask leaves out '0\.bias', a part of groups"):
+            fr.regularize(torch.optim.SGD(net.parameters()), penalty, module=net, mask=fr.matrices)
+        fr.prox_adam(0.1, penalty, mask=~fr.select("2.bias")).init(params)
+    with pytest.raises(ValueError, match=r"mask leaves out '0\.bias'"):
+        fr.prox_adam(0.1, fr.half_l2 + units.given(mask=fr.matrices)).init(params)
+
+
+# A strength that is far too large
+
+
+@pytest.mark.parametrize("given", [{}, {"strength": 0.5}, {"strength": torch.tensor(0.5, device="cpu")}], ids=str)
+def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    handle = fr.regularize(optimizer, fr.l1, module=net, mask=fr.matrices, **given)
+    assert "strength=" in repr(handle)
+    said = []
+    for _ in range(101):
+        optimizer.zero_grad()
+        (net(torch.ones(2, 3)).square().mean() * 0.01).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += [str(each.message) for each in caught]
+    assert not any([w.any() for w in net.parameters() if w.ndim > 1])
+    assert len(said) == 1
+    assert re.match(r"all 20 entries are zero after \d+ steps of regularize\(Adam, l1, strength=", said[0])
+
+
+@pytest.mark.parametrize(
+    ("penalty", "hyper", "strength"),
+    [(fr.l1, (), 1e-3), (fr.l2_ball, (0.0,), 1.0), (fr.l1, (), 0.0), (fr.l1, (), 1e6)],
+    ids=str,
+)
+def test_a_step_that_leaves_some_or_is_meant_to_leave_none_is_not_warned_of(penalty, hyper, strength):
+    w = weight(3, 4)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    fr.regularize(optimizer, penalty, *hyper, strength=strength)
+    stepped(optimizer, w)
+
+
+# Parameters that are not what they seem
+
+
+SCALED = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "an orthogonal parametrization": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize(("kind", "wrap"), SCALED.items())
+def test_a_parameter_whose_scale_is_lost_is_warned_of(kind, wrap):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    wrap(net[0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=rf"penalizes 0\..*weight.*, which {kind} divides by a norm"):
+        fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.matrices).remove()
+    fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("2.weight"))
+    fr.regularize(optimizer, fr.max_norm, 3.0, module=net, mask=fr.matrices)
+
+
+def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    whole = {name: w.detach().clone() for name, w in net.named_parameters()}
+    part = {name: w for name, w in whole.items() if name.startswith("0.")}
+    options = {"module": net, "mask": fr.select("0.*")}
+    for anchor, strength in [(whole, 0.5), (part, 0.5), (part, {"0.weight": 0.5, "0.bias": 0.5})]:
+        net.load_state_dict(whole)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        handle = fr.regularize(optimizer, fr.anchored_l2, anchor, strength=strength, **options)
+        stepped(optimizer, *net.parameters())
+        value = handle.penalty_value()
+        assert value > 0
+        assert_equal(value, 0.5 * fr.anchored_l2({name: net.state_dict()[name] for name in part}, part))
+    with pytest.raises(ValueError, match=r"lacks '0\.bias'"):
+        fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
+
+
+def test_parameters_that_the_module_no_longer_has_are_said():
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    fr.regularize(optimizer, fr.l1, strength=1e-6, module=net)
+    for _ in range(2):
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    net.load_state_dict({name: w.clone() for name, w in net.state_dict().items()}, assign=True)
+    net(torch.ones(1, 3)).sum().backward()
+    with pytest.warns(UserWarning, match=r"no longer has, as after load_state_dict\(assign=True\)"):
+        optimizer.step()
 
 
 def test_a_strength_is_not_set_from_outside():

@@ -6,7 +6,6 @@ computes from these tensors is noted while it runs, and computed again when a nu
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcreg.construction import written
-from funcreg.ranges import number
+from funcreg.ranges import is_checking, number
 from funcreg.tree import dotted, leaf_paths, restored, scalar_device, structure
 from funcreg.undocumented import is_transformed
 
@@ -133,6 +132,8 @@ class _FactoryCall(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if is_checking.get():
+            return result
         given = list(_tensors((args, kwargs)))
         sources = frozenset().union(*map(self._sources_of, given))
         if not sources or is_transformed():
@@ -143,7 +144,7 @@ class _FactoryCall(TorchFunctionMode):
             is_view = all([result is not x for x in given]) and where in [x.untyped_storage().data_ptr() for x in given]
             if not is_view:  # Which sees new numbers itself.
                 self._derived.append(_Derived(weakref.ref(result), func, tuple(args), kwargs))
-        elif getattr(func, "__name__", "") in _CONVERSIONS and not _is_a_check():
+        elif getattr(func, "__name__", "") in _CONVERSIONS:
             self.converted |= sources
         return result
 
@@ -168,20 +169,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _tensors(each)
-
-
-def _is_a_check() -> bool:
-    """Whether the function of torch that is at work was called by this package, to see whether a number is in range."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and _package(frame) == "torch":
-        frame = frame.f_back
-    if frame is None or _package(frame) != "funcreg":
-        return False
-    return frame.f_globals["__name__"] == "funcreg.ranges" or "check" in frame.f_code.co_name
-
-
-def _package(frame: Any) -> str:
-    return frame.f_globals.get("__name__", "").partition(".")[0]
 
 
 def _single(value: Any) -> Any:

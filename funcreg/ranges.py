@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from funcreg.undocumented import is_traced, is_transformed
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _INFINITY = math.inf
+#: Whether a number is read to see whether it is in range, and for nothing else.
+is_checking: ContextVar[bool] = ContextVar("is_checking", default=False)
 
 
 def number(value: Any) -> Any:
@@ -35,9 +38,17 @@ def concrete(value: Any) -> Tensor | float | None:
         (0.5, tensor(2.), None)
     """
     if isinstance(value, Tensor):
-        return value.detach() if _known(value) else None
+        return _read(value) if _known(value) else None
     value = number(value)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _read(value: Tensor) -> Tensor:
+    token = is_checking.set(True)
+    try:
+        return value.detach()
+    finally:
+        is_checking.reset(token)
 
 
 def _known(value: Tensor) -> bool:

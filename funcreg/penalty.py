@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,7 @@ class Penalty(Remembering):
         couples_leaves: Whether the proximal point of one leaf depends on others.
         has_gradient: Whether the gradient tells anything; False where it is 0 everywhere, as that of `l0`, so that
             descent along it would do nothing.
+        convex: Whether it is convex, which `prox_dual` needs; or a function of its hyperparameters and options to that.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -133,6 +134,7 @@ class Penalty(Remembering):
         separable: bool | None = False,
         couples_leaves: bool = True,
         has_gradient: bool = True,
+        convex: bool | Callable[..., bool] = True,
     ) -> None:
         flags(couples_leaves=couples_leaves, has_gradient=has_gradient)
         if separable is not None:
@@ -149,6 +151,7 @@ class Penalty(Remembering):
             "separable": separable,
             "couples_leaves": couples_leaves,
             "has_gradient": has_gradient,
+            "convex": convex,
         }
         self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
         self._made = type(self), (value, gradient, proximal), options
@@ -158,6 +161,7 @@ class Penalty(Remembering):
         takes = "metric" in inspect.signature(proximal).parameters
         self._in_metric, self._inner_steps = in_metric or (lambda *hyper, **options: takes), inner_steps
         self.separable, self.couples_leaves, self.has_gradient = separable, couples_leaves, has_gradient
+        self._convex = convex
         self.structure = structure or Structure()
         self.__name__ = rule.__name__
         self.__qualname__ = getattr(rule, "__qualname__", rule.__name__)
@@ -290,7 +294,15 @@ class Penalty(Remembering):
             hyper: Hyperparameters of the penalty.
             mask: Leaves on which the penalty acts; the others stay as they are.
             options: Static options of the penalty.
+
+        Raises:
+            ValueError: The penalty is not convex.
         """
+        if not self.is_convex(*hyper, **options):
+            raise ValueError(
+                f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of another one "
+                "is that of its convex envelope, which its own proximal operator does not tell."
+            )
         _check("step", step, (sys.float_info.min, math.inf))
         check_params(params)
 
@@ -340,6 +352,10 @@ class Penalty(Remembering):
         values, options = self.bind(*hyper, **options)
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
         return self._in_metric(chosen, *values, **options)
+
+    def is_convex(self, *hyper: Hyper, **options: Any) -> bool:
+        """Whether it is convex, as it says of itself."""
+        return self._convex(*hyper, **options) if callable(self._convex) else self._convex
 
     @property
     def weighable(self) -> bool:
@@ -417,6 +433,11 @@ class Penalty(Remembering):
         return Sum((*_terms(self), *_terms(other)))
 
     def __mul__(self, strength: Hyper) -> Penalty:
+        if isinstance(strength, Penalty):
+            raise TypeError(
+                f"{self.__name__} is multiplied by {strength.__name__}; expected a number, a tensor or a tree of weights. A sum "
+                f"is {self.__name__} + {strength.__name__}."
+            )
         return self.given(strength=strength)
 
     __rmul__ = __mul__
@@ -428,6 +449,10 @@ class Penalty(Remembering):
                 f"{self._takes()}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
             )
         values = list(hyper)
+        known = {p.name for p in self._hyper} | self._options
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{_other_name(unknown[0], known)}")
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
@@ -437,9 +462,9 @@ class Penalty(Remembering):
                     + (". Is a * missing before a tuple?" if packed else "")
                 )
             values.append(value)
-        unknown = [name for name in options if name not in self._options]
-        if unknown:
-            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}")
+        twice = [name for name in options if name not in self._options]
+        if twice:
+            raise TypeError(f"{self._takes()}; got {', '.join(twice)} by position and by name")
         for parameter, value in zip(self._hyper, values, strict=True):
             bounds = self.bounds.get(parameter.name)
             if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
@@ -473,6 +498,7 @@ class Sum(Penalty):
         self.separable = all([term.penalty.separable is True for term in terms])
         self.couples_leaves = any([term.penalty.couples_leaves for term in terms])
         self.has_gradient = all([term.penalty.has_gradient for term in terms])
+        self._convex = all([term.penalty.is_convex(*term.hyper, **dict(term.options)) for term in terms])
 
     @property
     def __name__(self) -> str:
@@ -546,6 +572,15 @@ def _check(name: str, value: Hyper, bounds: tuple[float, float] | None) -> None:
         check_range(name, value, -math.inf)
 
 
+#: What other libraries call hyperparameters and options.
+_ELSEWHERE = {"l1_ratio": "rho", "lam": "alpha", "lambda_": "alpha", "axis": "dim", "dims": "dim", "weight": "weights"}
+
+
+def _other_name(name: str, known: Collection[str]) -> str:
+    own = _ELSEWHERE.get(name)
+    return f". {name} of other libraries is {own} here." if own in known else ""
+
+
 def _single(weights: Hyper) -> bool:
     """Whether weights are a single number."""
     return isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim)
@@ -587,6 +622,7 @@ def penalty(
     structure: Structure | None = None,
     inner_steps: int | None = None,
     has_gradient: bool = True,
+    convex: bool | Callable[..., bool] = True,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
 
@@ -611,6 +647,7 @@ def penalty(
         structure: What sums with this penalty may rely on; see `Structure`.
         inner_steps: For a convex penalty without `metric`: the steps of a descent that stand in for it.
         has_gradient: Whether the gradient tells anything; False where it is 0 everywhere.
+        convex: Whether it is convex; or a function of its hyperparameters and options to that.
 
     Example:
         >>> def huber_gradient(w, width):
@@ -635,6 +672,7 @@ def penalty(
         "structure": structure,
         "inner_steps": inner_steps,
         "has_gradient": has_gradient,
+        "convex": convex,
     }
     flags(has_gradient=has_gradient)
     if separable is not None:
@@ -718,6 +756,7 @@ def penalty(
             separable=separable,
             couples_leaves=False,
             has_gradient=has_gradient,
+            convex=convex,
         ).made_from(penalty, given, value)
 
     return lift

@@ -85,6 +85,8 @@ class Constraint(Penalty):
         couples_leaves: bool = True,
         convex: bool = True,
     ) -> None:
+        flags(convex=convex)
+
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
             leaves, rebuild = flatten(params)
@@ -246,7 +248,7 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
-    flags(separable=separable, real=real)
+    flags(separable=separable, real=real, convex=convex)
     given = {
         "metric": metric,
         "separable": separable,

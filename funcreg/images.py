@@ -75,8 +75,9 @@ def _gradient(w: Tensor, *, dim: Dims = None) -> Tensor:
         return torch.zeros_like(w)
     norms = _norms(w, dims)
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
-    found = [_back(_slope(w, d) / safe, d) for d in dims]
-    return sum(found[1:], found[0])
+    # Also of the derivative there is nothing where entries are equal.
+    turn = [torch.where(norms == 0, torch.zeros_like(w), _slope(w, d) / safe) for d in dims]
+    return _backs(turn, dims)
 
 
 # The nearest image
@@ -296,4 +297,6 @@ def isotropic_total_variation(w: Tensor, *, dim: Dims = None) -> Tensor:
         Beck & Teboulle, *Fast gradient-based algorithms for constrained total variation image denoising*, 2009.
     """
     dims = _lie(w, dim)
-    return _norms(w, dims).sum(dims, keepdim=True) if dims else torch.zeros_like(w)
+    if not w.numel() or not dims:
+        return torch.zeros_like(w)
+    return _norms(w, dims).sum(dims, keepdim=True)

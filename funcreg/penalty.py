@@ -137,6 +137,8 @@ class Penalty(Remembering):
         convex: bool | Callable[..., bool] = True,
     ) -> None:
         flags(couples_leaves=couples_leaves, has_gradient=has_gradient)
+        if not callable(convex):
+            flags(convex=convex)
         if separable is not None:
             flags(separable=separable)
         options = {
@@ -406,6 +408,7 @@ class Penalty(Remembering):
         It takes nothing more, and may be added to others. `0.1 * l1` is `l1.given(strength=0.1)`, and so with a tree
         of weights; code that is compiled writes the second if the number is a tensor.
         """
+        self._check_names(options)
         missing = [p.name for p in self._hyper[len(hyper) :] if p.default is p.empty and p.name not in options]
         if missing:
             raise TypeError(
@@ -449,10 +452,7 @@ class Penalty(Remembering):
                 f"{self._takes()}; got {len(hyper)} hyperparameters. A factor in front is the caller's, or strength=."
             )
         values = list(hyper)
-        known = {p.name for p in self._hyper} | self._options
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{_other_name(unknown[0], known)}")
+        self._check_names(options)
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
@@ -474,6 +474,12 @@ class Penalty(Remembering):
             if isinstance(tensor, Tensor):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
+
+    def _check_names(self, options: Collection[str]) -> None:
+        known = {p.name for p in self._hyper} | self._options
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{_other_name(unknown[0], known)}")
 
     def _takes(self) -> str:
         takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
@@ -675,6 +681,8 @@ def penalty(
         "convex": convex,
     }
     flags(has_gradient=has_gradient)
+    if not callable(convex):
+        flags(convex=convex)
     if separable is not None:
         flags(separable=separable)
 

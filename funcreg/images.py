@@ -287,9 +287,9 @@ def isotropic_total_variation(w: Tensor, *, dim: Dims = None) -> Tensor:
     Example:
         >>> params = {"filter": torch.tensor([[0.0, 0.0, 3.0], [0.0, 3.0, 3.0], [3.0, 3.0, 3.0]])}
         >>> isotropic_total_variation(params)
-        tensor(14.4853)
+        tensor(8.4853)
         >>> isotropic_total_variation.prox(params, 0.25)["filter"][0]
-        tensor([0.3536, 0.3536, 2.7643])
+        tensor([0.2357, 0.2357, 2.8821])
 
     References:
         Rudin, Osher & Fatemi, *Nonlinear total variation based noise removal algorithms*, 1992.

@@ -15,6 +15,7 @@ from funcreg.composition import Term
 from funcreg.construction import remembered, written
 from funcreg.penalty import Penalty, Sum
 from funcreg.selection import named_by, plain_names, rule
+from funcreg.transform import Transform
 from funcreg.tree import (
     Selection,
     broadcast,
@@ -77,8 +78,8 @@ def per_leaf(parts: Mapping[Pattern, Penalty] | Sequence[tuple[Pattern, Penalty]
 
 def _check_pattern(pattern: Any, penalty: Any) -> None:
     """Raise a TypeError for what chooses no leaves."""
-    kind = getattr(pattern, "kind", None)
-    if pattern is None or isinstance(pattern, (int, float, Tensor)) or isinstance(kind, str):
+    number = isinstance(pattern, (int, float, Tensor)) and not isinstance(pattern, bool)
+    if pattern is None or number or isinstance(pattern, (Penalty, Transform)):
         swapped = ". Are pattern and penalty swapped?" if isinstance(pattern, Penalty) else ""
         raise TypeError(
             f"per_leaf has the pattern {written(pattern)}; expected a glob over names such as 'conv*', a regular "

@@ -113,7 +113,7 @@ class Transform(Remembering):
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
                 raise TypeError(f"{name} of a Transform is {function!r}; expected a function")
-        flags(descends=descends)
+        flags(descends=descends, examples=examples)
         self._init, self._update = init, update
         self.metric = metric
         self.frozen = frozen

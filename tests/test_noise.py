@@ -259,7 +259,8 @@ def test_langevin_dynamics_samples_a_gaussian_posterior():
 def test_the_mean_of_clipped_gradients_is_that_of_the_formula_with_the_noise_of_add_noise():
     generator = torch.Generator().manual_seed(1)
     params = {"w": normal(generator, 2, 3), "b": normal(generator, 4)}
-    grads = fr.tree_map(lambda w: normal(generator, 5, *w.shape), params)
+    sizes = torch.tensor([0.1, 0.3, 1.0, 2.0, 5.0], dtype=torch.float64)
+    grads = fr.tree_map(lambda w: torch.einsum("i,i...->i...", sizes, normal(generator, 5, *w.shape)), params)
     norms = torch.cat([g.flatten(1) for g in fr.tree_leaves(grads)], 1).norm(dim=1)
     shares = (1.5 / norms).clamp(max=1.0)
     assert 0 < (shares < 1).sum() < 5
@@ -269,11 +270,13 @@ def test_the_mean_of_clipped_gradients_is_that_of_the_formula_with_the_noise_of_
     state = noisy.init(params)
     for _ in range(2):
         found, state = noisy.update(grads, state, params)
-    noise = drawn(fr.add_noise(1.0, 0.0, key=7), params, 2)
-    expected = torch.cat([w.flatten() for w in fr.tree_leaves(clipped)])
-    got = torch.cat([w.flatten() for w in fr.tree_leaves(found)])
-    assert_close(got - expected, 2.0 * 1.5 / 5 * noise.flatten(), rtol=1e-10, atol=1e-12)
+    one, still = fr.add_noise(1.0, 0.0, key=7), fr.tree_map(torch.zeros_like, params)
+    _, begun = one.update(still, one.init(params), params)
+    noise, _ = one.update(still, begun, params)
+    expected = fr.tree_map(lambda c, x: c + 2.0 * 1.5 / 5 * x, clipped, noise)
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert int(state.steps) == 2
+    assert isinstance(state, fr.DifferentiallyPrivateAggregateState)
 
 
 def test_private_descent_trains_from_mapped_gradients_in_chains_and_with_its_hyperparameters_in_the_state():

@@ -184,8 +184,8 @@ def _check_bounds(x: Tensor, low: Any, high: Any) -> Tensor:
     least, most = concrete(low), concrete(high)
     if least is not None and most is not None and bool(torch.as_tensor(least > most).any()):
         raise ValueError(
-            f"min_value is {written(low)} and max_value {written(high)}; expected a least value of at most the greatest. Are "
-            "they swapped?"
+            f"min_value is {written(low)} and max_value {written(high)}; expected the least value first. Are they "
+            "swapped?"
         )
     return x
 

@@ -85,8 +85,8 @@ def lookahead(
     or like the pair, give a pair of updates. Where steps are to be clipped or scaled, do it inside.
 
     Slow weights are means, and an entry that is exactly zero in the fast weights alone is not zero in them: around
-    `prox_sgd` or `prox_adam`, most zeros are lost at each synchronization. Train the last steps with the optimizer inside
-    alone, as on `state.slow`, which makes them again. Sets that are convex hold means of their points too.
+    `prox_sgd` or `prox_adam`, most zeros are lost at each synchronization. Train the last steps with the optimizer
+    inside alone, from `state.slow`, which makes them again. Convex sets hold means of their points too.
 
     Args:
         fast_optimizer: Optimizer of the fast weights.

@@ -86,8 +86,8 @@ def chain(*transforms: Transform) -> Transform:
     late = next((tx for tx in transforms[1:] if tx.examples), None)
     if late is not None:
         raise ValueError(
-            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like the "
-            "parameters. Put it first."
+            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like "
+            "the parameters. Put it first."
         )
     metrics = [(i, tx.metric) for i, tx in enumerate(transforms) if tx.metric is not None]
     metric = None

@@ -290,8 +290,8 @@ def _first(params: Params) -> Params:
     for name, w in zip(tree_paths(params), tree_leaves(params), strict=True):
         if not w.ndim:
             raise ValueError(
-                f"the leaf '{name}' has no dimensions; expected members along the first dimension of each leaf. A mask for "
-                "one member needs no stacked"
+                f"the leaf '{name}' has no dimensions; expected members along the first dimension of each leaf. A mask "
+                "for one member needs no stacked"
             )
     return tree_map(lambda w: w[0], params)
 

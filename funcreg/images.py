@@ -11,7 +11,6 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.groups import from_members, members
 from funcreg.penalties import group_dims
 from funcreg.penalty import penalty
 from funcreg.tree import euclidean

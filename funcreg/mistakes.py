@@ -65,7 +65,7 @@ def made(tx: Transform, *functions: Callable[..., Transform]) -> bool:
 
 
 def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[str]:
-    """What is likely to be wrong with transforms in the order in which they act, and with the leaves that they are given."""
+    """What is likely to be wrong with transforms in the order in which they act, of all parameters."""
     links = [entry for entry in entries if entry.is_leaf]
     return [
         *_penalty_before_a_denominator(links),
@@ -214,7 +214,8 @@ def _averages_of_zeros(entries: list[Entry]) -> Iterator[str]:
             continue
         inside = [each for each in entries if any([tx is entry.tx for tx in each.around]) and each.is_leaf]
         zeroing = next(
-            (e for e in inside if "lands" in e.tx.stages and (e.penalty is not None or made(e.tx, soft_threshold))), None
+            (e for e in inside if "lands" in e.tx.stages and (e.penalty is not None or made(e.tx, soft_threshold))),
+            None,
         )
         if zeroing is not None:
             yield (

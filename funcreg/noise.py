@@ -115,7 +115,7 @@ def differentially_private_aggregate(
 
     Updates are gradients of single examples, trees with one more dimension, the first, as `vmap(grad(loss),
     in_dims=(None, 0))` makes them: so it stands first in a chain, and in no wrapper but a chain and
-    `inject_hyperparams`. A batch of examples is one step: `MultiSteps`, which would clip sums of them, has no place here.
+    `inject_hyperparams`. A batch is one step: `MultiSteps`, which would clip sums of examples, has no place here.
 
     It counts no privacy that is spent: an accountant does, from :math:`\sigma`, the share of examples in a batch, and
     the number of steps. Noise is a function of key, step, and place, as that of `add_noise`; who knows the key knows

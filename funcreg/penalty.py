@@ -302,8 +302,8 @@ class Penalty(Remembering):
         """
         if not self.is_convex(*hyper, **options):
             raise ValueError(
-                f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of another one "
-                "is that of its convex envelope, which its own proximal operator does not tell."
+                f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of "
+                "another one is that of its convex envelope, which its own proximal operator does not tell."
             )
         _check("step", step, (sys.float_info.min, math.inf))
         check_params(params)
@@ -438,8 +438,8 @@ class Penalty(Remembering):
     def __mul__(self, strength: Hyper) -> Penalty:
         if isinstance(strength, Penalty):
             raise TypeError(
-                f"{self.__name__} is multiplied by {strength.__name__}; expected a number, a tensor or a tree of weights. A sum "
-                f"is {self.__name__} + {strength.__name__}."
+                f"{self.__name__} is multiplied by {strength.__name__}; expected a number, or a tree of weights. "
+                f"A sum is {self.__name__} + {strength.__name__}."
             )
         return self.given(strength=strength)
 

@@ -110,7 +110,7 @@ def per_example_layer_norm_clip(
 
 
 def check_examples(grads: Updates, name: str, params: Params | None = None) -> int:
-    """The number of examples, the same for all leaves; with parameters, each leaf has the shape of one and that before."""
+    """The number of examples, the same for all leaves; with parameters, each leaf is like one but for that."""
     check_params(grads, "grads")
     if params is not None:
         _check_like(grads, params, name)

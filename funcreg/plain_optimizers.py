@@ -250,7 +250,7 @@ def dpsgd(
     momentum: Scalar | None = None,
     nesterov: bool = False,
 ) -> Transform:
-    r"""Descent along noisy means of clipped gradients of examples: DP-SGD, `differentially_private_aggregate` and `sgd`.
+    r"""DP-SGD, `sgd` with `differentially_private_aggregate`: descent along noisy means of clipped gradients.
 
     Updates are gradients of single examples, trees with one more dimension, the first. It counts no privacy that is
     spent.

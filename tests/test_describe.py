@@ -307,7 +307,8 @@ def test_the_leaves_of_each_pattern_are_counted():
     layers = fr.per_leaf({"head.*": 0.1 * fr.l1, "*filters": fr.group_lasso})
     note = described(fr.prox_adam(0.1, layers), draw()).rows[0].note
     assert note == (
-        "all 4 leaves, 45 numbers: head.* 2 leaves, 16 numbers; *filters 1 leaves, 24 numbers; no pattern 1 leaves, 5 numbers"
+        "all 4 leaves, 45 numbers: head.* 2 leaves, 16 numbers; *filters 1 leaves, 24 numbers; "
+        "no pattern 1 leaves, 5 numbers"
     )
 
 

@@ -346,8 +346,8 @@ def optimistic_adam(
     """
     if callable(learning_rate):
         raise TypeError(
-            f"learning_rate is the function {learning_rate!r}; expected a number or a tensor. optimistic_adam_v2 "
-            "takes schedules"
+            f"learning_rate is the function {learning_rate!r}; expected a number or a tensor. It follows no "
+            "schedule; optimistic_adam_v2 takes schedules"
         )
     (learning_rate,) = scalars(learning_rate=learning_rate)
     positive(learning_rate=learning_rate)

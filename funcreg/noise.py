@@ -117,6 +117,9 @@ def differentially_private_aggregate(
     in_dims=(None, 0))` makes them: so it stands first in a chain, and in no wrapper but a chain and
     `inject_hyperparams`. A batch is one step: `MultiSteps`, which would clip sums of examples, has no place here.
 
+    `fuse` takes gradients like the parameters: make this update first, and fuse what comes after it. A whole training
+    step that maps, clips and updates goes through `torch.compile`.
+
     It counts no privacy that is spent: an accountant does, from :math:`\sigma`, the share of examples in a batch, and
     the number of steps. Noise is a function of key, step, and place, as that of `add_noise`; who knows the key knows
     the noise, so that it belongs to what is kept secret.

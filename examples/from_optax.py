@@ -26,6 +26,10 @@ section = runpy.run_path(str(HERE / "catalogue.py"))["section"]
 OTHERWISE = {
     "add_noise": "`key` is a whole number; another noise than that of optax, the same on every device",
     "noisy_sgd": "the noise of `add_noise`",
+    **dict.fromkeys(
+        ("differentially_private_aggregate", "dpsgd"),
+        "the noise of `add_noise`; `key` and `seed` are a whole number, a tensor or a generator, and have no default",
+    ),
     "apply_updates": "trees or shapes that do not match are an error that names the leaf",
     "adaptive_grad_clip": "`axis=None` is the rule of optax, for weights with their outputs last; torch has them first",
     "muon": "default dimensions as in optax, inputs first; `MuonDimensionNumbers` says otherwise",
@@ -87,11 +91,6 @@ INSTEAD: list[tuple[str, str]] = [
     ("galore scale_by_galore GaLoreDimensionNumbers", "not here; `fr.adafactor(1e-3)` and `fr.sm3(1e-3)` save memory"),
     ("sophia hutchinson_estimator_diag_hessian", "not here; a curvature goes in as a metric of `fr.proximal_step`"),
     (
-        "dpsgd differentially_private_aggregate",
-        "`torch.func.vmap(grad(loss))`, `fr.per_example_global_norm_clip`, then `fr.add_noise(0.1, 0.0, 0)`: a part of "
-        "each, and no accountant",
-    ),
-    (
         "microbatch micro_grad micro_vmap Accumulator reshape_batch_axis",
         "`fr.MultiSteps(fr.adam(1e-3), 4)`, or `chunk_size` of `torch.func.vmap`",
     ),
@@ -122,7 +121,7 @@ INSTEAD: list[tuple[str, str]] = [
         "`fr.EmptyState`, or a `fr.ScheduleState` where a schedule was given",
     ),
     (
-        "COCOBState DAdaptAdamWState DifferentiallyPrivateAggregateState DoGState DoWGState GaLoreState "
+        "COCOBState DAdaptAdamWState DoGState DoWGState GaLoreState "
         "HutchinsonState MadgradState MechanicState MomoAdamState MomoState ProdigyState SophiaState "
         "SplitRealAndImaginaryState",
         "states of what is not here",

@@ -168,7 +168,9 @@ from funcreg.muon import (
 )
 from funcreg.noise import (
     AddNoiseState as AddNoiseState,
+    DifferentiallyPrivateAggregateState as DifferentiallyPrivateAggregateState,
     add_noise as add_noise,
+    differentially_private_aggregate as differentially_private_aggregate,
 )
 from funcreg.optimizer import (
     Optimizer as Optimizer,
@@ -394,6 +396,9 @@ from funcreg.hyperparams import (
     InjectHyperparamsState as InjectHyperparamsState,
     inject_hyperparams as inject_hyperparams,
 )
+from funcreg.images import (
+    isotropic_total_variation as isotropic_total_variation,
+)
 from funcreg.monitoring import (
     MonitorState as MonitorState,
     SnapshotState as SnapshotState,
@@ -456,6 +461,7 @@ from funcreg.adaptive_optimizers import (
     yogi as yogi,
 )
 from funcreg.plain_optimizers import (
+    dpsgd as dpsgd,
     fromage as fromage,
     lars as lars,
     noisy_sgd as noisy_sgd,

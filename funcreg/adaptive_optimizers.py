@@ -344,8 +344,13 @@ def optimistic_adam(
     References:
         Daskalakis, Ilyas, Syrgkanis & Zeng, *Training GANs with optimism*, 2018.
     """
-    positive(learning_rate=learning_rate)
+    if callable(learning_rate):
+        raise TypeError(
+            f"learning_rate is the function {learning_rate!r}; expected a number or a tensor. It follows no "
+            "schedule; optimistic_adam_v2 takes schedules"
+        )
     (learning_rate,) = scalars(learning_rate=learning_rate)
+    positive(learning_rate=learning_rate)
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     ahead = scale_by_optimistic_gradient(learning_rate, learning_rate if optimism is None else optimism)
     return chain(direction, ahead, scale_by_learning_rate(1.0))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
-from funcreg.ranges import check_numbers, flags, ordered
+from funcreg.construction import written
+from funcreg.ranges import check_numbers, concrete, flags, ordered
 from funcreg.transform import dtypes
 from funcreg.tree import (
     compute,
@@ -159,6 +160,9 @@ def tree_clip(tree: Params, min_value: Hyper | None = None, max_value: Hyper | N
         min_value: Least value: number, tensor, or a tree of them; None for none.
         max_value: Greatest value.
 
+    Raises:
+        ValueError: Bounds cross.
+
     Example:
         >>> tree_clip({"w": torch.tensor([-3.0, 0.5])}, -1.0, 1.0)
         {'w': tensor([-1.0000,  0.5000])}
@@ -166,11 +170,24 @@ def tree_clip(tree: Params, min_value: Hyper | None = None, max_value: Hyper | N
     for name, bound in (("min_value", min_value), ("max_value", max_value)):
         if bound is not None:
             check_numbers(name, bound)
+    if min_value is not None and max_value is not None:
+        compute(_check_bounds, tree, hyper=(min_value, max_value))
     if min_value is not None:
         tree = compute(lambda x, low: ordered(x).clamp(min=low), tree, hyper=(min_value,))
     if max_value is not None:
         tree = compute(lambda x, high: ordered(x).clamp(max=high), tree, hyper=(max_value,))
     return tree
+
+
+def _check_bounds(x: Tensor, low: Any, high: Any) -> Tensor:
+    """A leaf as it is, or an error if bounds are known and cross."""
+    least, most = concrete(low), concrete(high)
+    if least is not None and most is not None and bool(torch.as_tensor(least > most).any()):
+        raise ValueError(
+            f"min_value is {written(low)} and max_value {written(high)}; expected the least value first. Are they "
+            "swapped?"
+        )
+    return x
 
 
 # Numbers of a tree

@@ -84,6 +84,10 @@ def lookahead(
     stands in chains, masks and `Optimizer`. Or they are `LookaheadParams`, as in optax: gradients, like `params.fast`
     or like the pair, give a pair of updates. Where steps are to be clipped or scaled, do it inside.
 
+    Slow weights are means, and an entry that is exactly zero in the fast weights alone is not zero in them: around
+    `prox_sgd` or `prox_adam`, most zeros are lost at each synchronization. Train the last steps with the optimizer
+    inside alone, from `state.slow`, which makes them again. Convex sets hold means of their points too.
+
     Args:
         fast_optimizer: Optimizer of the fast weights.
         sync_period: Number k of its steps from one synchronization to the next, at least 1.
@@ -204,7 +208,8 @@ def schedule_free(
     The parameters are the points :math:`y`, where gradients are taken; `schedule_free_eval_params` gives the average
     :math:`x`, which is for evaluation. Weights of the average are :math:`c_t = \gamma_t^p / \sum_s \gamma_s^p` of the
     greatest learning rate :math:`\gamma_t` so far. A proximal operator or a projection in the base optimizer acts on
-    :math:`z`, so that averages of points in a convex set are in it too.
+    :math:`z`, so that averages of points in a convex set are in it too; exact zeros are those of `state.z`, and their
+    averages have few.
 
     Args:
         base_optimizer: Optimizer without momentum, such as `sgd` or a chain with `scale_by_rms`.

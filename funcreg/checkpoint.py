@@ -36,7 +36,7 @@ def to_state_dict(state: Any) -> dict[str, Tensor]:
 
     Raises:
         TypeError: A leaf is no dense tensor and no number.
-        ValueError: Two leaves have one name, as in `{"a.b": x, "a": {"b": y}}`.
+        ValueError: Two leaves have one name, as in `{"a.b": x, "a": {"b": y}}`, or a whole number is none of 64 bits.
 
     Example:
         >>> tx, params = chain(clip(1.0), trace(0.9)), {"weight": torch.zeros(2)}
@@ -115,6 +115,11 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _tensor(name: str, leaf: Any) -> Tensor:
     """A leaf as a tensor: numbers become tensors without dimensions."""
+    if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+        raise ValueError(
+            f"'{name}' is {leaf}, which is no integer of 64 bits; expected one from -2^63 to 2^63 - 1, or a float. A "
+            "key of 64 bits without a sign is the same less 2^64"
+        )
     if isinstance(leaf, (bool, int, float)):
         return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device="cpu")
     if isinstance(leaf, Tensor) and leaf.layout is torch.strided:

@@ -83,6 +83,12 @@ def chain(*transforms: Transform) -> Transform:
             new.append(after)
         return updates, tuple(new)
 
+    late = next((tx for tx in transforms[1:] if tx.examples), None)
+    if late is not None:
+        raise ValueError(
+            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like "
+            "the parameters. Put it first."
+        )
     metrics = [(i, tx.metric) for i, tx in enumerate(transforms) if tx.metric is not None]
     metric = None
     if len(metrics) == 1:
@@ -100,6 +106,7 @@ def chain(*transforms: Transform) -> Transform:
         covers=everywhere if everywhere in covers else either(*covers) if covers else None,
         forwards_to=transforms,
         links=transforms,
+        examples=any(tx.examples for tx in transforms),
     )
     return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
@@ -212,6 +219,7 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
         stages=inner.stages,
         covers=inner.covers,
         forwards_to=[inner],
+        examples=inner.examples,
     )
 
 
@@ -343,7 +351,7 @@ def hold(inner: Transform, frozen: list[Choice]) -> Transform:
         bools = held(params)
         free = [not h for h in bools]
         new, after = inner.update(keep(updates, free), state, keep(params, free), **inner.accepted(extra))
-        return merge(_zeroed(updates, bools), new, free), after
+        return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
 
     return Transform(
         init,
@@ -356,6 +364,7 @@ def hold(inner: Transform, frozen: list[Choice]) -> Transform:
         covers=inner.covers,
         forwards_to=[inner],
         links=inner.links,
+        examples=inner.examples,
     )
 
 

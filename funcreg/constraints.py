@@ -60,6 +60,7 @@ class Constraint(Penalty):
         rule: The function whose name, documentation and signature these are; by default `projection`.
         separable: Whether each entry is bounded by itself.
         couples_leaves: Whether the projection of one leaf depends on others.
+        convex: Whether the set is convex.
 
     Example:
         Parameters that are all the same, in one leaf:
@@ -82,7 +83,10 @@ class Constraint(Penalty):
         rule: Callable[..., Any] | None = None,
         separable: bool = False,
         couples_leaves: bool = True,
+        convex: bool = True,
     ) -> None:
+        flags(convex=convex)
+
         def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
             nearest = projection(params, *hyper, **options)
             leaves, rebuild = flatten(params)
@@ -131,6 +135,7 @@ class Constraint(Penalty):
             separable=separable,
             couples_leaves=couples_leaves,
             has_gradient=False,
+            convex=convex,
         )
         self._made = (
             type(self),
@@ -144,6 +149,7 @@ class Constraint(Penalty):
                 "rule": rule,
                 "separable": separable,
                 "couples_leaves": couples_leaves,
+                "convex": convex,
             },
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
@@ -209,6 +215,7 @@ def constraint(
     real: bool = False,
     missed: Callable[..., Tensor] | None = None,
     residual: Callable[..., Tensor] | None = None,
+    convex: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
@@ -228,6 +235,7 @@ def constraint(
         residual: `(w, g, slack, *hyper, **options)`, for a leaf in the set, to the element of least norm of :math:`g`
             plus a normal of the set; by default the residual of the projection, :math:`w - P(w - g)`. The slack is how
             far, relative to its size, a sum or norm of a leaf may be off a bound by rounding.
+        convex: Whether the set is convex.
 
     Example:
         >>> @constraint(separable=True, real=True)
@@ -240,7 +248,7 @@ def constraint(
         (tensor(0.), tensor(inf))
     """
 
-    flags(separable=separable, real=real)
+    flags(separable=separable, real=real, convex=convex)
     given = {
         "metric": metric,
         "separable": separable,
@@ -249,6 +257,7 @@ def constraint(
         "real": real,
         "missed": missed,
         "residual": residual,
+        "convex": convex,
     }
     weighed = metric
 
@@ -290,6 +299,7 @@ def constraint(
             rule=rule,
             separable=separable,
             couples_leaves=False,
+            convex=convex,
         ).made_from(constraint, given, rule)
 
     return lift
@@ -590,7 +600,7 @@ def _sphere_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *,
     return torch.where(torch.zeros_like(norms) + radius == 0, torch.zeros_like(g), left)
 
 
-@constraint(bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal)
+@constraint(bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal, convex=False)
 def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
 
@@ -761,7 +771,7 @@ def _check_k(k: Hyper) -> None:
     check_count("k of top_k", k)
 
 
-@constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal)
+@constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal, convex=False)
 def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     r"""At most :math:`k` entries that are not zero, :math:`\|w_g\|_0 \le k`.
 
@@ -805,7 +815,13 @@ def _check_group_k(k: Hyper) -> None:
     check_count("k of group_top_k", k)
 
 
-@constraint(metric=_group_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_group_k, residual=_group_top_k_normal)
+@constraint(
+    metric=_group_top_k_metric,
+    bounds={"k": _AT_LEAST_0},
+    check=_check_group_k,
+    residual=_group_top_k_normal,
+    convex=False,
+)
 def group_top_k(w: Tensor, k: Scalar, *, dim: Dim = ...) -> Tensor:
     r"""At most :math:`k` groups of a leaf that are not zero, :math:`|\{g : w_g \ne 0\}| \le k`.
 
@@ -859,7 +875,13 @@ def _check_n_m(n: Hyper, m: Hyper) -> None:
             check_range(f"n of n_m_sparsity with m={x}", n, 0, x, hint="Are they swapped?")
 
 
-@constraint(metric=_n_m_metric, bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)}, check=_check_n_m, residual=_n_m_normal)
+@constraint(
+    metric=_n_m_metric,
+    bounds={"n": _AT_LEAST_0, "m": (1.0, math.inf)},
+    check=_check_n_m,
+    residual=_n_m_normal,
+    convex=False,
+)
 def n_m_sparsity(w: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
     r"""At most :math:`n` of each :math:`m` neighbours that are not zero: the 2:4 pattern that sparse hardware runs.
 

@@ -16,6 +16,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+#: So many entries of a list or a dict among the arguments of a call are printed, or else only some.
+MOST = 12
+
+
 class Call(NamedTuple):
     """A function and what it was called with."""
 
@@ -24,8 +28,8 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
     def __str__(self) -> str:
-        given = [written(arg) for arg in self.args]
-        given += [f"{name}={written(arg)}" for name, arg in self.kwargs.items()]
+        given = [written(arg, MOST) for arg in self.args]
+        given += [f"{name}={written(arg, MOST)}" for name, arg in self.kwargs.items()]
         return f"{self.function.__name__}({', '.join(given)})"
 
 
@@ -75,16 +79,22 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     return make
 
 
-def written(value: Any) -> str:
-    """A value about as it is written in code."""
+def written(value: Any, most: int | None = None) -> str:
+    """A value about as it is written in code; where a list or dict has more entries than so many, the first of them."""
     if isinstance(value, Tensor):
         known = None if value.ndim else concrete(value)  # Not where it is batched, or lies on another device.
         return f"tensor of {tuple(value.shape)}" if known is None else f"tensor({known:g})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        inner = ", ".join(map(written, value))
+        inner = _some([written(each, most) for each in value], most)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {written(each)}" for key, each in value.items()) + "}"
+        return "{" + _some([f"{key!r}: {written(each, most)}" for key, each in value.items()], most) + "}"
     if isinstance(value, Remembering) and value.made_by is not None:
         return repr(value)
     return value.__name__ if callable(value) and hasattr(value, "__name__") else repr(value)
+
+
+def _some(entries: list[str], most: int | None) -> str:
+    if most is not None and len(entries) > most:
+        entries = [*entries[: most // 2], f"... {len(entries) - most // 2} more"]
+    return ", ".join(entries)

@@ -286,6 +286,17 @@ def seeded(make: Callable[[], Any], seed: int) -> Any:
         return make()
 
 
+def _first(params: Params) -> Params:
+    """The first member of a stack."""
+    for name, w in zip(tree_paths(params), tree_leaves(params), strict=True):
+        if not w.ndim:
+            raise ValueError(
+                f"the leaf '{name}' has no dimensions; expected members along the first dimension of each leaf. A mask "
+                "for one member needs no stacked"
+            )
+    return tree_map(lambda w: w[0], params)
+
+
 def stacked(mask: Mask) -> Selection:
     """A mask for stacks, from a mask for one member, which sees shapes without their first dimension.
 
@@ -300,7 +311,7 @@ def stacked(mask: Mask) -> Selection:
         {'weight': True, 'bias': False}
     """
     check_mask(mask)
-    selection = Selection(lambda params: mask_leaves(mask, tree_map(lambda w: w[0], params)))
+    selection = Selection(lambda params: mask_leaves(mask, _first(params)))
     if not torch.compiler.is_compiling():
         selection.made_by = Call(stacked, (mask,), {})
     return selection

@@ -177,6 +177,7 @@ def _group_mcp_metric(
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
+    convex=False,
 )
 def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Minimax concave penalty of the norms of groups, :math:`\sum_g \text{mcp}(\|w_g\|_2; c_g \lambda, \gamma)`.
@@ -230,6 +231,7 @@ def _group_scad_metric(
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     separable=False,
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
+    convex=False,
 )
 def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""SCAD of the norms of groups, :math:`\sum_g \text{scad}(\|w_g\|_2; c_g \lambda, a)`.
@@ -295,6 +297,7 @@ def _group_l_half_residual(
     residual=_group_l_half_residual,
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     separable=False,
+    convex=False,
 )
 def group_l_half(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum of the square roots of norms of groups, :math:`\sum_g c_g \|w_g\|_2^{1/2}`.
@@ -354,6 +357,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     structure=Structure(keeps=("signs", "directions"), groups=_dims),
     separable=False,
     has_gradient=False,
+    convex=False,
 )
 def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Number of groups that are not zero, :math:`\sum_g c_g [w_g \ne 0]`.

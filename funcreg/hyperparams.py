@@ -259,4 +259,5 @@ def _injected(call: _Call, dtype: torch.dtype | None) -> Transform:
         stages=model.stages,
         covers=model.covers,
         forwards_to=[model],
+        examples=model.examples,
     )

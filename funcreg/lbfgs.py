@@ -152,7 +152,8 @@ def lbfgs(
 
     Each update takes the objective: `tx.update(grads, state, params, value=loss, grad=grads, value_fn=f)`;
     `value_and_grad_from_state(f)` gives loss and gradient from the last search for nothing. For a penalty with a kink
-    take `minimize`: with one in :math:`f` no step ends at a zero.
+    take `minimize`: with one in :math:`f` no step ends at a zero. `fuse` runs it without a compiler, and says so: the
+    objective is a function, which may say something else at every step. `torch.compile` takes a whole training step.
 
     Args:
         learning_rate: Number, tensor or schedule that steps are multiplied by before the search; None for 1.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.per_example import check_examples, per_example_global_norm_clip
 from funcreg.ranges import scalars, single
 from funcreg.rounding import check_key, first_key, shifted, words
 from funcreg.transform import Transform, at_step, counter, finite_nonnegative, public_state
-from funcreg.tree import compute, flatten
+from funcreg.tree import compute, flatten, tree_map, widen
 
 
 @public_state
@@ -88,3 +89,78 @@ def _normal(bits: Tensor, w: Tensor) -> Tensor:
     if w.is_complex():
         return torch.complex(radius * angle.cos(), radius * angle.sin()) / math.sqrt(2)
     return radius * angle.cos()
+
+
+# Sums of gradients of examples
+
+
+@public_state
+class DifferentiallyPrivateAggregateState(NamedTuple):
+    """The state of `differentially_private_aggregate`.
+
+    Example:
+        >>> differentially_private_aggregate(1.0, 1.1, key=7).init(torch.zeros(1)).steps
+        tensor(0, dtype=torch.int32)
+    """
+
+    steps: Tensor  # Number of updates made, int32.
+    key: Tensor  # What the noise of all steps is made from, int64.
+
+
+@remembered
+def differentially_private_aggregate(
+    l2_norm_clip: Scalar, noise_multiplier: Scalar, key: int | Tensor | torch.Generator
+) -> Transform:
+    r"""The noisy mean of clipped gradients, :math:`\frac{1}{B} (\sum_i g_i \min(1, c / \|g_i\|) + \sigma c \, \xi)`.
+
+    Updates are gradients of single examples, trees with one more dimension, the first, as `vmap(grad(loss),
+    in_dims=(None, 0))` makes them: so it stands first in a chain, and in no wrapper but a chain and
+    `inject_hyperparams`. A batch is one step: `MultiSteps`, which would clip sums of examples, has no place here.
+
+    `fuse` takes gradients like the parameters: make this update first, and fuse what comes after it. A whole training
+    step that maps, clips and updates goes through `torch.compile`.
+
+    It counts no privacy that is spent: an accountant does, from :math:`\sigma`, the share of examples in a batch, and
+    the number of steps. Noise is a function of key, step, and place, as that of `add_noise`; who knows the key knows
+    the noise, so that it belongs to what is kept secret.
+
+    Args:
+        l2_norm_clip: :math:`c`, the greatest norm of one example's gradient, at least 0.
+        noise_multiplier: :math:`\sigma`, at least 0.
+        key: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator, from which `init` draws.
+
+    Raises:
+        ValueError: Leaves are not like the parameters with one dimension more, or differ in the number of examples.
+
+    Example:
+        >>> tx = chain(differentially_private_aggregate(1.0, 0.0, key=0), sgd(1.0))
+        >>> params, grads = {"w": torch.zeros(2)}, {"w": torch.tensor([[3.0, 4.0], [0.2, 0.0]])}
+        >>> tx.update(grads, tx.init(params), params)[0]
+        {'w': tensor([-0.4000, -0.4000])}
+
+    References:
+        Abadi et al., *Deep learning with differential privacy*, 2016.
+    """
+    finite_nonnegative(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
+    l2_norm_clip, noise_multiplier = scalars(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
+    single(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
+    check_key(key)
+
+    def init(params: Params) -> DifferentiallyPrivateAggregateState:
+        return DifferentiallyPrivateAggregateState(counter(params), first_key(key, params))
+
+    def update(
+        updates: Updates, state: DifferentiallyPrivateAggregateState, params: Params
+    ) -> tuple[Updates, DifferentiallyPrivateAggregateState]:
+        steps = state.steps + 1
+        leaves, rebuild = flatten(params)
+        if not leaves:
+            return updates, DifferentiallyPrivateAggregateState(steps, state.key)
+        count = check_examples(updates, "differentially_private_aggregate", params)
+        clipped, _ = per_example_global_norm_clip(tree_map(widen, updates), l2_norm_clip)
+        noise = rebuild(map(_normal, words(state.key, steps, params), leaves))
+        deviation = l2_norm_clip * noise_multiplier
+        mean = compute(lambda w, g, x, s: (g + s * x) / count, params, clipped, noise, hyper=(deviation,))
+        return mean, DifferentiallyPrivateAggregateState(steps, state.key)
+
+    return Transform(init, update, state=DifferentiallyPrivateAggregateState, examples=True)

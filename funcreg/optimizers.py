@@ -110,7 +110,9 @@ def adamw(
 ) -> Transform:
     r"""Adam with decoupled weight decay, :math:`w' = w - \eta (\hat m / (\sqrt{\hat v} + \epsilon) + \lambda w)`.
 
-    The default decay is optax's 1e-4; that of `torch.optim.AdamW` is 1e-2.
+    The default decay is optax's 1e-4; that of `torch.optim.AdamW` is 1e-2. Of bfloat16 parameters a step of less than
+    1/512 of a weight is rounded away, which is all of such a decay: `with_master_weights(adamw(...))` and
+    `with_stochastic_rounding` keep it.
 
     Args:
         learning_rate: :math:`\eta`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,7 @@ class Penalty(Remembering):
         couples_leaves: Whether the proximal point of one leaf depends on others.
         has_gradient: Whether the gradient tells anything; False where it is 0 everywhere, as that of `l0`, so that
             descent along it would do nothing.
+        convex: Whether it is convex, which `prox_dual` needs; or a function of its hyperparameters and options to that.
 
     Example:
         One norm over a whole tree, which zeroes all of its leaves at once:
@@ -133,8 +134,11 @@ class Penalty(Remembering):
         separable: bool | None = False,
         couples_leaves: bool = True,
         has_gradient: bool = True,
+        convex: bool | Callable[..., bool] = True,
     ) -> None:
         flags(couples_leaves=couples_leaves, has_gradient=has_gradient)
+        if not callable(convex):
+            flags(convex=convex)
         if separable is not None:
             flags(separable=separable)
         options = {
@@ -149,6 +153,7 @@ class Penalty(Remembering):
             "separable": separable,
             "couples_leaves": couples_leaves,
             "has_gradient": has_gradient,
+            "convex": convex,
         }
         self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
         self._made = type(self), (value, gradient, proximal), options
@@ -158,6 +163,7 @@ class Penalty(Remembering):
         takes = "metric" in inspect.signature(proximal).parameters
         self._in_metric, self._inner_steps = in_metric or (lambda *hyper, **options: takes), inner_steps
         self.separable, self.couples_leaves, self.has_gradient = separable, couples_leaves, has_gradient
+        self._convex = convex
         self.structure = structure or Structure()
         self.__name__ = rule.__name__
         self.__qualname__ = getattr(rule, "__qualname__", rule.__name__)
@@ -290,7 +296,15 @@ class Penalty(Remembering):
             hyper: Hyperparameters of the penalty.
             mask: Leaves on which the penalty acts; the others stay as they are.
             options: Static options of the penalty.
+
+        Raises:
+            ValueError: The penalty is not convex.
         """
+        if not self.is_convex(*hyper, **options):
+            raise ValueError(
+                f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of "
+                "another one is that of its convex envelope, which its own proximal operator does not tell."
+            )
         _check("step", step, (sys.float_info.min, math.inf))
         check_params(params)
 
@@ -341,6 +355,10 @@ class Penalty(Remembering):
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
         return self._in_metric(chosen, *values, **options)
 
+    def is_convex(self, *hyper: Hyper, **options: Any) -> bool:
+        """Whether it is convex, as it says of itself."""
+        return self._convex(*hyper, **options) if callable(self._convex) else self._convex
+
     @property
     def weighable(self) -> bool:
         """Whether weights that are trees may multiply this penalty."""
@@ -390,6 +408,7 @@ class Penalty(Remembering):
         It takes nothing more, and may be added to others. `0.1 * l1` is `l1.given(strength=0.1)`, and so with a tree
         of weights; code that is compiled writes the second if the number is a tensor.
         """
+        self._check_names(options)
         missing = [p.name for p in self._hyper[len(hyper) :] if p.default is p.empty and p.name not in options]
         if missing:
             raise TypeError(
@@ -417,6 +436,11 @@ class Penalty(Remembering):
         return Sum((*_terms(self), *_terms(other)))
 
     def __mul__(self, strength: Hyper) -> Penalty:
+        if isinstance(strength, Penalty):
+            raise TypeError(
+                f"{self.__name__} is multiplied by {strength.__name__}; expected a number, or a tree of weights. "
+                f"A sum is {self.__name__} + {strength.__name__}."
+            )
         return self.given(strength=strength)
 
     __rmul__ = __mul__
@@ -426,6 +450,7 @@ class Penalty(Remembering):
         if len(hyper) > len(self._hyper):
             raise TypeError(f"{self._takes()}; got {len(hyper)} hyperparameters. {self._how_strong()}")
         values = list(hyper)
+        self._check_names(options)
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
@@ -435,10 +460,9 @@ class Penalty(Remembering):
                     + (". Is a * missing before a tuple?" if packed else "")
                 )
             values.append(value)
-        unknown = [name for name in options if name not in self._options]
-        if unknown:
-            hint = f". {self._how_strong()}" if _STRENGTHS.intersection(unknown) else ""
-            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{hint}")
+        twice = [name for name in options if name not in self._options]
+        if twice:
+            raise TypeError(f"{self._takes()}; got {', '.join(twice)} by position and by name")
         for parameter, value in zip(self._hyper, values, strict=True):
             bounds = self.bounds.get(parameter.name)
             if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
@@ -448,6 +472,15 @@ class Penalty(Remembering):
             if isinstance(tensor, Tensor):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
+
+    def _check_names(self, options: Collection[str]) -> None:
+        known = {p.name for p in self._hyper} | self._options
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            hint = _other_name(unknown[0], known)
+            if not hint and _STRENGTHS.intersection(unknown):
+                hint = f". {self._how_strong()}"
+            raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{hint}")
 
     def _takes(self) -> str:
         takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
@@ -480,6 +513,7 @@ class Sum(Penalty):
         self.separable = all([term.penalty.separable is True for term in terms])
         self.couples_leaves = any([term.penalty.couples_leaves for term in terms])
         self.has_gradient = all([term.penalty.has_gradient for term in terms])
+        self._convex = all([term.penalty.is_convex(*term.hyper, **dict(term.options)) for term in terms])
 
     @property
     def __name__(self) -> str:
@@ -553,6 +587,15 @@ def _check(name: str, value: Hyper, bounds: tuple[float, float] | None) -> None:
         check_range(name, value, -math.inf)
 
 
+#: What other libraries call hyperparameters and options.
+_ELSEWHERE = {"l1_ratio": "rho", "lam": "alpha", "lambda_": "alpha", "axis": "dim", "dims": "dim", "weight": "weights"}
+
+
+def _other_name(name: str, known: Collection[str]) -> str:
+    own = _ELSEWHERE.get(name)
+    return f". {name} of other libraries is {own} here." if own in known else ""
+
+
 def _single(weights: Hyper) -> bool:
     """Whether weights are a single number."""
     return isinstance(weights, (int, float)) or (isinstance(weights, Tensor) and not weights.ndim)
@@ -594,6 +637,7 @@ def penalty(
     structure: Structure | None = None,
     inner_steps: int | None = None,
     has_gradient: bool = True,
+    convex: bool | Callable[..., bool] = True,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on one leaf to a `Penalty` on trees: the decorated function is the value.
 
@@ -618,6 +662,7 @@ def penalty(
         structure: What sums with this penalty may rely on; see `Structure`.
         inner_steps: For a convex penalty without `metric`: the steps of a descent that stand in for it.
         has_gradient: Whether the gradient tells anything; False where it is 0 everywhere.
+        convex: Whether it is convex; or a function of its hyperparameters and options to that.
 
     Example:
         >>> def huber_gradient(w, width):
@@ -642,8 +687,11 @@ def penalty(
         "structure": structure,
         "inner_steps": inner_steps,
         "has_gradient": has_gradient,
+        "convex": convex,
     }
     flags(has_gradient=has_gradient)
+    if not callable(convex):
+        flags(convex=convex)
     if separable is not None:
         flags(separable=separable)
 
@@ -725,6 +773,7 @@ def penalty(
             separable=separable,
             couples_leaves=False,
             has_gradient=has_gradient,
+            convex=convex,
         ).made_from(penalty, given, value)
 
     return lift

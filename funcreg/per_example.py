@@ -12,16 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Scalar, Updates
+from funcreg._typing import Params, Scalar, Updates
 from funcreg.ranges import check_range, flags, scalars
-from funcreg.tree import beside, check_params, flatten, safe_sqrt, squared, tree_leaves, tree_paths, wide, widen
+from funcreg.tree import (
+    beside,
+    check_params,
+    flatten,
+    leaves_like,
+    safe_sqrt,
+    squared,
+    tree_leaves,
+    tree_paths,
+    wide,
+    widen,
+)
 
 
 def per_example_global_norm_clip(grads: Updates, l2_norm_clip: Scalar) -> tuple[Updates, Tensor]:
     r"""Sum gradients of examples, each scaled to at most a norm, :math:`\sum_i g_i \min(1, c / \|g_i\|)`.
 
-    With noise of standard deviation :math:`\sigma c` on the sum this is DP-SGD: for :math:`B` examples,
-    `chain(add_noise((sigma * c / B) ** 2, 0.0, key), sgd(rate))` of the sum divided by :math:`B`.
+    With noise of standard deviation :math:`\sigma c` on the sum this is DP-SGD: `differentially_private_aggregate` has
+    both, for a chain.
 
     Args:
         grads: Gradients: a tree whose leaves have the examples as their first dimension.
@@ -44,7 +55,7 @@ def per_example_global_norm_clip(grads: Updates, l2_norm_clip: Scalar) -> tuple[
     """
     check_range("l2_norm_clip", l2_norm_clip)
     (l2_norm_clip,) = scalars(l2_norm_clip=l2_norm_clip)
-    count = _examples(grads, "per_example_global_norm_clip")
+    count = check_examples(grads, "per_example_global_norm_clip")
     leaves, rebuild = flatten(grads)
     squares = [_squares(g) for g in leaves]
     device = leaves[0].device
@@ -85,7 +96,7 @@ def per_example_layer_norm_clip(
     check_range("global_l2_norm_clip", global_l2_norm_clip)
     (global_l2_norm_clip,) = scalars(global_l2_norm_clip=global_l2_norm_clip)
     flags(uniform=uniform)
-    count = _examples(grads, "per_example_layer_norm_clip")
+    count = check_examples(grads, "per_example_layer_norm_clip")
     leaves, rebuild = flatten(grads)
     sizes = [1 if uniform else g.shape[1:].numel() for g in leaves]
     everything = max(sum(sizes), 1)
@@ -98,9 +109,11 @@ def per_example_layer_norm_clip(
     return rebuild(sums), rebuild(clipped)
 
 
-def _examples(grads: Updates, name: str) -> int:
-    """The number of examples, the same for all leaves."""
+def check_examples(grads: Updates, name: str, params: Params | None = None) -> int:
+    """The number of examples, the same for all leaves; with parameters, each leaf is like one but for that."""
     check_params(grads, "grads")
+    if params is not None:
+        _check_like(grads, params, name)
     leaves, paths = tree_leaves(grads), tree_paths(grads)
     if not leaves:
         raise ValueError(f"{name} got a tree without leaves; expected gradients of examples")
@@ -112,6 +125,17 @@ def _examples(grads: Updates, name: str) -> int:
                 "vmap(grad(loss), in_dims=(None, 0)) makes such gradients"
             )
     return leaves[0].shape[0]
+
+
+def _check_like(grads: Updates, params: Params, name: str) -> None:
+    paths, leaves = tree_paths(params), tree_leaves(params)
+    for path, w, g in zip(paths, leaves, leaves_like(params, grads, ("params", "updates")), strict=True):
+        if g.shape[1:] != w.shape or not g.ndim:
+            shape = ", ".join(["examples", *map(str, w.shape)])
+            raise ValueError(
+                f"updates '{path}' has shape {tuple(g.shape)}; expected ({shape}), because {name} "
+                "takes gradients of single examples. vmap(grad(loss), in_dims=(None, 0)) makes such gradients"
+            )
 
 
 def _squares(g: Tensor) -> Tensor:

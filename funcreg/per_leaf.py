@@ -15,6 +15,7 @@ from funcreg.composition import Term
 from funcreg.construction import remembered, written
 from funcreg.penalty import Penalty, Sum
 from funcreg.selection import named_by, plain_names, rule
+from funcreg.transform import Transform
 from funcreg.tree import (
     Selection,
     broadcast,
@@ -69,10 +70,22 @@ def per_leaf(parts: Mapping[Pattern, Penalty] | Sequence[tuple[Pattern, Penalty]
         raise ValueError("per_leaf got no parts, and would have no effect; expected at least one pattern and penalty")
     for pattern, penalty in pairs:
         if not isinstance(pattern, (str, re.Pattern)):
-            check_mask(pattern)
+            _check_pattern(pattern, penalty)
         if not isinstance(penalty, Penalty):
             raise TypeError(f"per_leaf has {penalty!r} for {written(pattern)}; expected a Penalty, such as 1e-4 * l1")
     return PerLeaf(parts, tuple((pattern, _given(pattern, penalty)) for pattern, penalty in pairs))
+
+
+def _check_pattern(pattern: Any, penalty: Any) -> None:
+    """Raise a TypeError for what chooses no leaves."""
+    number = isinstance(pattern, (int, float, Tensor)) and not isinstance(pattern, bool)
+    if pattern is None or number or isinstance(pattern, (Penalty, Transform)):
+        swapped = ". Are pattern and penalty swapped?" if isinstance(pattern, Penalty) else ""
+        raise TypeError(
+            f"per_leaf has the pattern {written(pattern)}; expected a glob over names such as 'conv*', a regular "
+            f"expression, a selection such as matrices, or a mask{swapped}"
+        )
+    check_mask(pattern)
 
 
 def _given(pattern: Pattern, penalty: Penalty) -> Penalty:

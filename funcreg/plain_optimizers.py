@@ -9,10 +9,17 @@ from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.combine import chain, masked
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient, scale_by_rprop
-from funcreg.noise import add_noise
+from funcreg.noise import add_noise, differentially_private_aggregate
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate, scale_by_sign, scale_by_trust_ratio, trace
-from funcreg.transform import Transform, finite_nonnegative, scheduled
+from funcreg.transform import (
+    Transform,
+    below_one,
+    finite_nonnegative,
+    identity,
+    scheduled,
+    without_momentum,
+)
 from funcreg.tree import compute
 
 # Signs
@@ -129,6 +136,9 @@ def lars(
     References:
         You, Gitman & Ginsburg, *Large batch training of convolutional networks*, 2017.
     """
+    if momentum is None:
+        raise TypeError("momentum is None; expected a number from 0 to below 1. lars without momentum has momentum=0.0")
+    below_one(momentum=momentum)
     return chain(
         add_decayed_weights(weight_decay, weight_decay_mask),
         masked(scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps), trust_ratio_mask),
@@ -229,3 +239,41 @@ def optimistic_gradient_descent(learning_rate: Hyper | Schedule, alpha: Scalar =
         point problems*, 2020.
     """
     return chain(scale_by_optimistic_gradient(alpha, beta), scale_by_learning_rate(learning_rate))
+
+
+@remembered
+def dpsgd(
+    learning_rate: Hyper | Schedule,
+    l2_norm_clip: Scalar,
+    noise_multiplier: Scalar,
+    seed: int | Tensor | torch.Generator,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+) -> Transform:
+    r"""DP-SGD, `sgd` with `differentially_private_aggregate`: descent along noisy means of clipped gradients.
+
+    Updates are gradients of single examples, trees with one more dimension, the first. It counts no privacy that is
+    spent.
+
+    Args:
+        learning_rate: :math:`\eta`.
+        l2_norm_clip: Greatest norm of one example's gradient.
+        noise_multiplier: Standard deviation of the noise of their sum, in units of that norm.
+        seed: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator.
+        momentum: Decay of the momentum; None for none.
+        nesterov: Whether the momentum is Nesterov's.
+
+    Example:
+        >>> tx, params = dpsgd(1.0, 1.0, 0.0, seed=0), {"w": torch.zeros(2)}
+        >>> tx.update({"w": torch.tensor([[3.0, 4.0], [0.2, 0.0]])}, tx.init(params), params)[0]
+        {'w': tensor([-0.4000, -0.4000])}
+
+    References:
+        Abadi et al., *Deep learning with differential privacy*, 2016.
+    """
+    without_momentum(momentum, nesterov=nesterov)
+    return chain(
+        differentially_private_aggregate(l2_norm_clip, noise_multiplier, seed),
+        identity() if momentum is None else trace(momentum, nesterov),
+        scale_by_learning_rate(learning_rate),
+    )

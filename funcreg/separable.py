@@ -34,6 +34,7 @@ def of_magnitudes(
     landing: Callable[..., Tensor],
     bounds: Mapping[str, tuple[float, float]] | None = None,
     has_gradient: bool = True,
+    convex: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
     r"""Lift rules on magnitudes to a `Penalty`, :math:`\sum_i \phi(|w_i|)`; the decorated function is the value.
 
@@ -42,6 +43,7 @@ def of_magnitudes(
         landing: `(size, step, *hyper)` to :math:`\arg\min_{z \ge 0} \frac{1}{2} (z - a)^2 + \text{step} \cdot \phi(z)`.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         has_gradient: Whether the slope is not 0 everywhere.
+        convex: Whether the slope never falls.
     """
 
     def gradient(w: Tensor, *hyper: Scalar) -> Tensor:
@@ -66,6 +68,7 @@ def of_magnitudes(
         separable=True,
         bounds=bounds,
         has_gradient=has_gradient,
+        convex=convex,
     )
 
 
@@ -777,6 +780,7 @@ def nonnegative_form(inner: Penalty) -> Penalty:
         separable=apart,
         couples_leaves=inner.couples_leaves,
         has_gradient=inner.has_gradient,
+        convex=inner.is_convex,
     )
     form.__name__ = form.__qualname__ = f"nonnegative {inner.__name__}"
     return form

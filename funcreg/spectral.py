@@ -518,7 +518,7 @@ def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1) -> Tensor:
     return _power(p).prox(w, _one(step, "step"))
 
 
-@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, separable=False)
+@penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, separable=False, convex=lambda p=1: p >= 1)
 def schatten(w: Tensor, *, p: float = 1) -> Tensor:
     r"""Sum of powers of singular values, :math:`\sum_i \sigma_i(W)^p`, no root: a Schatten norm to its power.
 
@@ -559,6 +559,7 @@ def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Sca
     proximal=_spectral_mcp_proximal,
     separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
+    convex=False,
 )
 def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     r"""Minimax concave penalty of singular values: `nuclear` near zero, constant from :math:`\gamma \lambda` on.
@@ -597,6 +598,7 @@ def _rank_envelope_proximal(w: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     proximal=_rank_envelope_proximal,
     separable=False,
     bounds={"gamma": _ABOVE_0},
+    convex=False,
 )
 def rank_envelope(w: Tensor, gamma: Scalar) -> Tensor:
     r"""Quadratic envelope of the rank, :math:`\sum_i 1 - \frac{\gamma}{2} \max(\sqrt{2 / \gamma} - \sigma_i(W), 0)^2`.
@@ -703,7 +705,7 @@ def _stiefel_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return (left.mH if wide else left).reshape(w.shape)
 
 
-@constraint(residual=_stiefel_normal)
+@constraint(residual=_stiefel_normal, convex=False)
 def stiefel(w: Tensor) -> Tensor:
     r"""Orthonormal rows, or columns if there are fewer of them, :math:`W W^* = I` or :math:`W^* W = I`.
 

@@ -76,6 +76,7 @@ class Transform(Remembering):
         links: The links of a chain, in their order.
         rate: By what it multiplies updates, up to their sign, if it does nothing else: number, tensor, schedule, or a
             tree of them.
+        examples: Whether its updates are gradients of single examples, with one more dimension, the first.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -107,11 +108,12 @@ class Transform(Remembering):
         forwards_to: Sequence[Transform] | None = None,
         links: Sequence[Transform] = (),
         rate: Hyper | Schedule | None = None,
+        examples: bool = False,
     ) -> None:
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
                 raise TypeError(f"{name} of a Transform is {function!r}; expected a function")
-        flags(descends=descends)
+        flags(descends=descends, examples=examples)
         self._init, self._update = init, update
         self.metric = metric
         self.frozen = frozen
@@ -123,6 +125,7 @@ class Transform(Remembering):
         self._forwards_to = None if forwards_to is None else tuple(forwards_to)
         self.links = tuple(links)
         self.rate = rate
+        self.examples = examples
         self._state = state
 
     kind = "transform"
@@ -181,7 +184,8 @@ class Transform(Remembering):
                     )
         try:
             check_params(params)
-            updates = filled(params, updates, self.spares)
+            if not self.examples:  # Which are no trees like the parameters, and are checked where they are summed.
+                updates = filled(params, updates, self.spares)
         except (TypeError, ValueError) as error:
             if _fits(updates, state):
                 raise ValueError(

@@ -143,6 +143,7 @@ def tree_set(tree: Any, filtering: Filter | None = None, /, **values: Any) -> An
     Raises:
         KeyError: A name is not found; the message lists those there are.
         ValueError: A tensor does not broadcast to the shape of the one whose place it takes.
+        TypeError: What takes the place of a number is none, such as None or a string.
 
     Example:
         >>> state = scale_by_adam().init({"w": torch.zeros(2)})
@@ -195,6 +196,8 @@ def _put(path: str, old: Any, new: Any) -> Any:
     if isinstance(new, (bool, int, float)):
         return torch.full_like(old, new)
     if not isinstance(new, Tensor):
+        if old.is_floating_point():  # A rate, a decay or a moment, which the next update would miss.
+            raise TypeError(f"'{path}' is set to {written(new)}, where a number is; expected a number or a tensor")
         return new
     if not fits(new, old.shape):
         raise ValueError(

@@ -1959,3 +1959,67 @@ TRANSFORMS.update(
         ),
     }
 )
+
+
+# Images
+
+
+def _variation(w: Tensor) -> Tensor:
+    if w.ndim < 2:
+        return w.diff().abs().sum() if w.ndim else 0 * w
+    down = torch.nn.functional.pad(w.diff(dim=-2), (0, 0, 0, 1)) if w.shape[-2] else w
+    right = torch.nn.functional.pad(w.diff(dim=-1), (0, 1)) if w.shape[-1] else w
+    return torch.stack([down, right]).square().sum(0).sqrt().sum()
+
+
+PENALTIES.update(
+    {
+        "isotropic_total_variation": PenaltyCase(
+            fr.isotropic_total_variation,
+            _variation,
+            smooth=True,
+            complex=False,
+            ruleless="no closed form is known",
+            uncompiled="its many steps are traced for long",
+        ),
+    }
+)
+
+
+# Gradients of examples
+
+
+@remembered
+def of_one_example(tx: fr.Transform) -> fr.Transform:
+    """A transform of gradients of single examples, with one example."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return tx.update(fr.tree_map(lambda g: g.unsqueeze(0), updates), state, params)
+
+    return fr.Transform(tx.init, update)
+
+
+def _of_norm_2(s: Seen) -> Tensor:
+    return s.g * min(1.0, 2.0 / float(s.norms[-1]))
+
+
+TRANSFORMS.update(
+    {
+        "differentially_private_aggregate": TransformCase(
+            lambda h=1.0: of_one_example(
+                fr.differentially_private_aggregate(2.0, 0.0 * h, torch.tensor(5, device=DEVICE))
+            ),
+            lambda s, h: _of_norm_2(s),
+        ),
+        "differentially_private_aggregate with noise": TransformCase(
+            lambda h=1.0: of_one_example(
+                fr.differentially_private_aggregate(2.0, 0.1 * h, torch.tensor(5, device=DEVICE))
+            ),
+            None,
+        ),
+        "dpsgd": TransformCase(
+            lambda h=1.0: of_one_example(fr.dpsgd(0.1 * h, 2.0, 0.0, torch.tensor(6, device=DEVICE))),
+            lambda s, h: -0.1 * h * _of_norm_2(s),
+        ),
+    }
+)

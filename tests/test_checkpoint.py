@@ -260,3 +260,10 @@ save({{"w": torch.ones(1000)}}, sys.argv[1])
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
     assert_equal(torch.load(path, weights_only=True)["w"], torch.zeros(1000))
+
+
+def test_whole_numbers_of_more_than_64_bits_are_refused_with_their_name():
+    for number in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=rf"'seed' is {number}, which is no integer of 64 bits"):
+            fr.to_state_dict({"seed": number})
+    assert int(fr.to_state_dict({"seed": 2**63 - 1})["seed"]) == 2**63 - 1

@@ -143,7 +143,7 @@ MISTAKEN = {
     ),
     "a momentum after a prox": (
         lambda: fr.chain(fr.prox_sgd(0.1, fr.l1), fr.trace(0.9)),
-        ["trace.* stands after prox_sgd.* changes"],
+        ["trace.* stands after prox_sgd.* changes", "prox_sgd.* penalizes .*head.bias"],
     ),
     "a constant threshold under a schedule": (
         lambda: fr.chain(fr.sgd(SCHEDULE), fr.soft_threshold(0.1)),
@@ -183,9 +183,55 @@ MISTAKEN = {
     ),
     "a penalty twice": (
         lambda: fr.chain(fr.add_penalty(fr.l1, strength=0.1), fr.prox_sgd(0.1, fr.l1)),
-        ["the same leaves are penalized by l1, by add_penalty.* and again by prox_sgd"],
+        [
+            "add_penalty.* penalizes .*head.bias",
+            "prox_sgd.* penalizes .*head.bias",
+            "the same leaves are penalized by l1, by add_penalty.* and again by prox_sgd",
+        ],
     ),
     "no learning rate": (lambda: fr.chain(fr.clip(1.0), fr.scale_by_adam()), ["updates go uphill"]),
+    "a penalty before Adam": (
+        lambda: fr.chain(fr.add_penalty(fr.l1, strength=0.1, mask=fr.matrices), fr.adam(0.1)),
+        [r"add_penalty\(l1.* stands before scale_by_adam.*another strength.*prox_adam"],
+    ),
+    "an elastic net before Lion": (
+        lambda: fr.chain(fr.add_penalty(fr.elastic, 0.1, 0.5, mask=fr.matrices), fr.lion(0.1, weight_decay=0.0)),
+        [r"add_penalty\(elastic.* stands before scale_by_lion"],
+    ),
+    "two turns of the sign": (
+        lambda: fr.chain(fr.adam(0.1), fr.scale(-1.0)),
+        [r"scale\(-1.0\) turns the sign that scale_by_learning_rate\(0.1\) has turned: updates go uphill"],
+    ),
+    "a mean of zeros": (
+        lambda: fr.lookahead(fr.prox_adam(0.1, fr.l1, mask=fr.matrices), 5, 0.5),
+        [r"lookahead averages the parameters of prox_adam.*exactly zero"],
+    ),
+    "an average of zeros": (
+        lambda: fr.schedule_free(fr.chain(fr.sgd(0.1), fr.soft_threshold(0.01)), 0.1),
+        [r"schedule_free averages the parameters of soft_threshold"],
+    ),
+    "a penalty of biases": (
+        lambda: fr.prox_adam(0.1, fr.l1),
+        [r"prox_adam\(0.1, l1\) penalizes .*head.bias.*mask=matrices"],
+    ),
+    "a gradient of a penalty of biases": (
+        lambda: fr.chain(fr.add_penalty(fr.l1, strength=0.1), fr.sgd(0.1)),
+        [r"add_penalty\(l1, strength=0.1\) penalizes .*head.bias"],
+    ),
+    "a preconditioner in a step of its own": (
+        lambda: fr.chain(fr.proximal_step(fr.scale_by_adam(), 0.1, fr.l1), fr.clip(1.0)),
+        ["clip.* stands after proximal_step", r"proximal_step.* penalizes .*head.bias"],
+    ),
+    "a ridge in a sum with decay": (
+        lambda: fr.chain(
+            fr.add_decayed_weights(0.1, fr.matrices), fr.prox_sgd(0.1, fr.l1 + 0.5 * fr.half_l2, mask=fr.matrices)
+        ),
+        [r"the same leaves decay, by add_decayed_weights.* and again by prox_sgd"],
+    ),
+    "a pattern that matches nothing": (
+        lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
+        [r"per_leaf has 'tail.\*', which matches no leaf"],
+    ),
 }
 
 
@@ -217,12 +263,59 @@ RIGHT = [
     lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.sgd(0.1, momentum=0.9)),
     lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: -falling(count))),
     lambda: fr.scale_by_adam(),
+    lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
+    lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
+    lambda: fr.chain(fr.monitor({"mean": fr.ema(0.9)}), fr.sgd(0.1), fr.soft_threshold(0.1)),
+    lambda: fr.lookahead(fr.chain(fr.sgd(0.1), fr.project(fr.linf_ball, 1.0)), 5, 0.5),
+    lambda: fr.chain(fr.masked(fr.scale(-1.0), HEAD), fr.masked(fr.sgd(0.1), {"head": False, "body": True})),
+    lambda: fr.prox_adam(0.1, fr.per_leaf({"*weight": 0.1 * fr.l1, "*filters": fr.group_lasso})),
+    lambda: fr.prox_adam(0.1, 0.1 * fr.l1.given(mask=fr.matrices) + fr.group_lasso.given(mask=fr.matrices)),
+    lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.lbfgs(linesearch=None)),
+    lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.chain(fr.scale(-1.0), fr.scale(0.1))}, {"head": "a", "body": "b"}),
 ]
 
 
 @pytest.mark.parametrize("make", RIGHT)
 def test_what_is_right_is_not_warned_of(make):
     assert described(make(), draw()).warnings == []
+
+
+#: What a row of the table is made of, where it is an optimizer: names, not what is built upon them.
+OPTIMIZERS = {name: case for name, case in TRANSFORMS.items() if "steps" in case.make().stages}
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_no_optimizer_of_the_table_is_warned_of(case):
+    """But for what it is told to do with biases, which the tree of the table has."""
+    assert described(case.make()).warnings == []
+    for said in described(case.make(), draw()).warnings:
+        assert "of fewer than two dimensions" in said
+
+
+def test_steps_that_sixteen_bits_lose_are_warned_of():
+    half = {"w": torch.ones(2, 2, dtype=torch.bfloat16), "b": torch.ones(2, 2)}
+    (said,) = described(fr.adamw(0.1), half).warnings
+    assert re.search(r"makes steps of w: what is smaller than 1/512 of a weight in bfloat16 is rounded away", said)
+    (said,) = described(fr.prox_sgd(0.1, fr.l1), fr.tree_map(lambda w: w.half(), half)).warnings
+    assert "1/4096 of a weight in float16" in said
+    for keep in (fr.with_master_weights, lambda tx: fr.with_stochastic_rounding(tx, 0)):
+        assert described(keep(fr.adamw(0.1)), half).warnings == []
+    assert described(fr.masked(fr.adamw(0.1), {"w": False, "b": True}), half).warnings == []
+
+
+def test_the_leaves_of_each_pattern_are_counted():
+    layers = fr.per_leaf({"head.*": 0.1 * fr.l1, "*filters": fr.group_lasso})
+    note = described(fr.prox_adam(0.1, layers), draw()).rows[0].note
+    assert note == (
+        "all 4 leaves, 45 numbers: head.* 2 leaves, 16 numbers; *filters 1 leaves, 24 numbers; "
+        "no pattern 1 leaves, 5 numbers"
+    )
+
+
+def test_a_vector_of_coefficients_is_no_bias():
+    lasso = {"coef": torch.zeros(5)}
+    assert described(fr.prox_sgd(0.1, fr.l1), lasso).warnings == []
+    assert described(fr.adamw(0.1), lasso).warnings == []
 
 
 def test_without_parameters_branches_of_a_partition_do_not_meet():

@@ -251,3 +251,88 @@ def test_langevin_dynamics_samples_a_gaussian_posterior():
     assert ((drawn.mean(0) - mean).abs() < 0.06 * spread).all()
     assert_close(torch.cov(drawn.T), wider, rtol=0.06, atol=0.06 * float(spread.prod()))
     assert statistics.mean((wider / torch.linalg.inv(precision)).diagonal().tolist()) < 1.08  # Close to the posterior.
+
+
+# Means of clipped gradients of examples
+
+
+def test_the_mean_of_clipped_gradients_is_that_of_the_formula_with_the_noise_of_add_noise():
+    generator = torch.Generator().manual_seed(1)
+    params = {"w": normal(generator, 2, 3), "b": normal(generator, 4)}
+    sizes = torch.tensor([0.1, 0.3, 1.0, 2.0, 5.0], dtype=torch.float64)
+    grads = fr.tree_map(lambda w: torch.einsum("i,i...->i...", sizes, normal(generator, 5, *w.shape)), params)
+    norms = torch.cat([g.flatten(1) for g in fr.tree_leaves(grads)], 1).norm(dim=1)
+    shares = (1.5 / norms).clamp(max=1.0)
+    assert 0 < (shares < 1).sum() < 5
+    plain, noisy = (fr.differentially_private_aggregate(1.5, sigma, key=7) for sigma in (0.0, 2.0))
+    clipped, _ = plain.update(grads, plain.init(params), params)
+    assert_close(clipped, fr.tree_map(lambda g: torch.einsum("i,i...->...", shares, g) / 5, grads), rtol=1e-12, atol=0)
+    state = noisy.init(params)
+    for _ in range(2):
+        found, state = noisy.update(grads, state, params)
+    one, still = fr.add_noise(1.0, 0.0, key=7), fr.tree_map(torch.zeros_like, params)
+    _, begun = one.update(still, one.init(params), params)
+    noise, _ = one.update(still, begun, params)
+    expected = fr.tree_map(lambda c, x: c + 2.0 * 1.5 / 5 * x, clipped, noise)
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert int(state.steps) == 2
+    assert isinstance(state, fr.DifferentiallyPrivateAggregateState)
+
+
+def test_private_descent_trains_from_mapped_gradients_in_chains_and_with_its_hyperparameters_in_the_state():
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+    params = {"w": torch.zeros(3, dtype=torch.float64), "frozen": torch.ones(2, dtype=torch.float64)}
+    loss = lambda params, x, y: (x @ params["w"] + params["frozen"].sum() - y) ** 2
+    slopes = lambda params: vmap(grad(loss), in_dims=(None, 0, 0))(params, x, y)
+    makes = (
+        lambda: fr.dpsgd(0.1, 1.0, 0.5, seed=3, momentum=0.5),
+        lambda: fr.inject_hyperparams(fr.dpsgd, static_args="seed")(0.1, 1.0, 0.5, seed=3, momentum=0.5),
+        lambda: fr.chain(fr.chain(fr.differentially_private_aggregate(1.0, 0.5, 3)), fr.sgd(0.1, momentum=0.5)),
+        lambda: fr.named_chain(("dp", fr.differentially_private_aggregate(1.0, 0.5, 3)), ("go", fr.sgd(0.1, 0.5))),
+    )
+    ends = []
+    for make in makes:
+        tx, at = make(), params
+        state = tx.init(at)
+        for _ in range(5):
+            updates, state = tx.update(slopes(at), state, at)
+            at = fr.apply_updates(at, updates)
+        ends.append(at)
+    for end in ends[1:]:
+        assert_close(end, ends[0], rtol=1e-12, atol=1e-13)
+    held = fr.chain(fr.differentially_private_aggregate(1.0, 0.5, 3), fr.sgd(0.1), fr.freeze(fr.select("frozen")))
+    updates, _ = held.update(slopes(params), held.init(params), params)
+    assert not updates["frozen"].any()
+    assert updates["w"].shape == (3,)
+
+
+def test_members_have_noise_of_their_own_and_sixteen_bits_are_summed_in_float32():
+    params, grads = {"w": torch.zeros(4)}, {"w": torch.ones(3, 4)}
+
+    def move(key):
+        tx = fr.differentially_private_aggregate(1.0, 1.0, key)
+        return tx.update(grads, tx.init(params), params)[0]["w"]
+
+    many = vmap(move)(torch.arange(2))
+    assert_close(many[1], move(torch.tensor(1)))
+    assert (many[0] != many[1]).all()
+    tx, half = fr.differentially_private_aggregate(1e4, 0.0, 0), {"w": torch.zeros(2, dtype=torch.bfloat16)}
+    updates, _ = tx.update({"w": torch.ones(1000, 2, dtype=torch.bfloat16)}, tx.init(half), half)
+    assert updates["w"].tolist() == [1.0, 1.0]
+    assert updates["w"].dtype == torch.bfloat16
+
+
+def test_what_are_no_gradients_of_examples_is_refused():
+    params = {"w": torch.zeros(2, 3)}
+    tx = fr.dpsgd(0.1, 1.0, 1.0, seed=0)
+    with pytest.raises(ValueError, match=r"updates 'w' has shape \(2, 3\); expected \(examples, 2, 3\), because"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match=r"takes gradients of single examples, and stands after clip.* Put it first"):
+        fr.chain(fr.clip(1.0), fr.differentially_private_aggregate(1.0, 1.0, 0))
+    with pytest.raises(ValueError, match=r"noise_multiplier is -1\.0"):
+        fr.differentially_private_aggregate(1.0, -1.0, 0)
+    with pytest.raises(TypeError, match="key is None; expected an int"):
+        fr.differentially_private_aggregate(1.0, 1.0, None)
+    with pytest.raises(ValueError, match="nesterov is True; it has no effect without momentum"):
+        fr.dpsgd(0.1, 1.0, 1.0, 0, nesterov=True)

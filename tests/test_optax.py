@@ -50,7 +50,14 @@ OTHERWISE = {
 OTHER = {
     **dict.fromkeys(
         (
-            *("AddNoiseState", "ApplyIfFiniteState", "EmaState", "EmptyState", "MaskedState"),
+            *(
+                "AddNoiseState",
+                "ApplyIfFiniteState",
+                "DifferentiallyPrivateAggregateState",
+                "EmaState",
+                "EmptyState",
+                "MaskedState",
+            ),
             *("PartitionState", "TraceState", "ZeroNansState"),
             *("FactoredState", "MuonState", "ReduceLROnPlateauState"),
             *("ScaleByBacktrackingLinesearchState", "ScaleByZoomLinesearchState", "ZoomLinesearchInfo"),
@@ -65,6 +72,8 @@ OTHER = {
     "add_noise": "the noise is another; its law is that of test_noise",
     "value_and_grad_from_state": "what it makes are a value and a gradient; its law is that of test_linesearch",
     "noisy_sgd": "the noise is another; its law is that of test_preconditioners",
+    "differentially_private_aggregate": "takes gradients of examples; its law is that of test_noise",
+    "dpsgd": "takes gradients of examples; its law is that of test_noise",
 }
 
 

@@ -749,3 +749,28 @@ def test_arguments_stay_as_they_were(case):
         a.data_ptr() != b.data_ptr()
         for a, b in zip(fr.tree_leaves(params), fr.tree_leaves(case.grad(params)), strict=True)
     )
+
+
+@every_penalty
+def test_penalties_say_whether_they_are_convex_and_only_those_have_a_dual_prox(case):
+    assert case.penalty.is_convex(*case.hyper, **case.options) == (not case.nonconvex)
+    if case.nonconvex:
+        given = case.penalty.given(*case.hyper, **case.options)
+        for p in (given, 0.5 * given, given + fr.l1):
+            with pytest.raises(ValueError, match="is not known to be convex; expected a convex penalty such as l1"):
+                p.prox_dual(draw(), 0.5)
+
+
+def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():
+    with pytest.raises(TypeError, match=r"l1 is multiplied by l2; expected a number.* A sum is l1 \+ l2\."):
+        fr.l1 * fr.l2
+    params = {"w": torch.ones(2)}
+    for call in (fr.elastic, fr.elastic.given, lambda *a, **k: fr.add_penalty(fr.elastic, **k)):
+        with pytest.raises(TypeError, match=r"got l1_ratio. l1_ratio of other libraries is rho here."):
+            call(params, alpha=0.1, l1_ratio=0.5)
+    with pytest.raises(TypeError, match=r"got axis. axis of other libraries is dim here."):
+        fr.group_lasso(params, axis=0)
+    with pytest.raises(TypeError, match=r"elastic takes alpha, rho; got alpha by position and by name"):
+        fr.elastic(params, 0.1, 0.5, alpha=0.1)
+    with pytest.raises(TypeError, match=r"l1 takes no hyperparameters; got alpha$"):
+        fr.l1(params, alpha=0.1)

@@ -232,3 +232,21 @@ def test_members_of_a_chain_stay_in_a_polytope():
             fused, fused_state = step(fused, {"w": random(3, 3, seed=n)}, fused_state)
         assert constraint(params, *hyper, **options) == 0
         assert_equal(fused, params, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "project",
+    [
+        lambda w: fr.birkhoff.project(w),
+        lambda w: fr.transport.project(w, 1.0, rows=[0.4, 0.6]),
+        lambda w: fr.polyhedron.project(w, matrix=[[1.0, 1.0], [-1.0, 0.0]], offset=[0.5, 0.2], dim=-1),
+    ],
+)
+def test_projections_of_many_steps_are_traced_in_one_graph(project):
+    """Of small leaves: each step is a part of the graph, so that the table leaves these rows out."""
+    w = random(2, 2)
+    compiled = torch.compile(
+        lambda w: (project(w), grad(lambda w: project(w).square().sum())(w)), backend="eager", fullgraph=True
+    )
+    assert_equal(compiled(w), (project(w), grad(lambda w: project(w).square().sum())(w)), rtol=1e-10, atol=1e-12)

@@ -47,6 +47,8 @@ def test_parameters_are_the_rounding_of_a_run_in_float32(case, dtype):
     assert [x.dtype for x in fr.tree_leaves(state.inner_state)] == [x.dtype for x in fr.tree_leaves(inner)]
 
 
+SLOW = fr.constant_schedule(1e-3)
+
 DECAYING = {
     "adamw": lambda: fr.adamw(1e-3, weight_decay=0.1),
     "nadamw": lambda: fr.nadamw(1e-3, weight_decay=0.1),
@@ -57,6 +59,16 @@ DECAYING = {
     "prox_adam": lambda: fr.prox_adam(1e-3, fr.l1, strength=0.0, weight_decay=0.1),
     "a decay of its own": lambda: fr.chain(fr.sgd(1e-3), fr.proximal(fr.half_l2, 1e-4)),
     "adamprox": lambda: fr.adamprox(1e-3, 0.1),
+    "adamaxw": lambda: fr.adamaxw(1e-3, weight_decay=0.1),
+    "adan": lambda: fr.adan(1e-3, weight_decay=0.1),
+    "ademamix": lambda: fr.ademamix(1e-3, weight_decay=0.1),
+    "simplified_ademamix": lambda: fr.simplified_ademamix(1e-3, weight_decay=0.1),
+    "muon": lambda: fr.muon(1e-3, adam_weight_decay=0.1),
+    "adafactor": lambda: fr.adafactor(1e-3, weight_decay_rate=1e-4),
+    **{
+        kind: lambda kind=kind: fr.with_weight_decay(fr.adam(SLOW), kind, 1e-4 if kind == "independent" else 0.1)
+        for kind in ("decoupled", "independent", "cautious", "proximal")
+    },
 }
 
 
@@ -67,6 +79,17 @@ def test_a_decay_that_is_less_than_a_step_of_bfloat16_acts_in_every_optimizer(ma
     params, state = descend(fr.with_master_weights(make()), start, lambda n: zeros, 1000)
     assert abs(float(state.master[0]) - 0.9048) < 1e-3
     assert params[0] == torch.tensor(0.9048).bfloat16()
+
+
+@pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
+def test_such_a_decay_acts_by_stochastic_rounding_too(make):
+    start = torch.ones(4000, dtype=BF16)
+    zeros = torch.zeros_like(start)
+    params, _ = descend(fr.with_stochastic_rounding(make(), 0), start, lambda n: zeros, 100)
+    expected, _ = descend(make(), start.float(), lambda n: zeros.float(), 100)
+    # Steps of 1e-4 by one of 2^-8, in 4000 places: the mean is off by 1e-4 or so.
+    assert abs(float(params.double().mean()) - float(expected[0])) < 5e-4
+    assert expected[0] < 0.995
 
 
 def test_the_optimizer_of_torch_leaves_one_at_one():

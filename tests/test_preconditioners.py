@@ -89,7 +89,8 @@ def test_an_optimizer_is_no_preconditioner(make):
 
 
 NEW = list(TRANSFORMS)[list(TRANSFORMS).index("scale_by_adamax") :]
-REAL = [name for name in NEW if not name.startswith("noisy_sgd")]  # Complex noise is not real noise.
+NOISY = ("noisy_sgd", "differentially_private_aggregate with noise")
+REAL = [name for name in NEW if not name.startswith(NOISY)]  # Complex noise is not real noise.
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -307,3 +308,14 @@ def test_a_state_of_another_one_is_refused():
     ):
         with pytest.raises(ValueError, match=r"state is \w+State; expected \w+State\. Was it made by this"):
             tx.update(params, other.init(params), params)
+
+
+def test_what_an_optimizer_has_not_is_said_by_its_own_name():
+    with pytest.raises(TypeError, match=r"momentum is None; expected a number.*lars without momentum has momentum=0"):
+        fr.lars(0.1, momentum=None)
+    with pytest.raises(ValueError, match=r"^momentum is 1\.0"):
+        fr.lars(0.1, momentum=1.0)
+    with pytest.raises(TypeError, match=r"learning_rate is the function .*optimistic_adam_v2 takes schedules"):
+        fr.optimistic_adam(fr.linear_schedule(0.1, 0.0, 5))
+    with pytest.raises(ValueError, match=r"^learning_rate is -0\.1"):
+        fr.optimistic_adam(-0.1)

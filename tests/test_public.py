@@ -123,6 +123,7 @@ LAYERS = [
         "decay",
         "factored",
         "fused",
+        "images",
         "mixing",
         "optimizers",
         "plain_optimizers",
@@ -131,8 +132,8 @@ LAYERS = [
         "report",
         "structured",
     ],
-    ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["path"],
+    ["adaptive_optimizers", "minimize", "mistakes", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
+    ["describe", "path"],
 ]
 
 

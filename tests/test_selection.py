@@ -399,3 +399,23 @@ def test_leaves_that_an_outer_mask_left_out_are_not_missed():
 def test_wrong_parts_are_said(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({3: 0.1 * fr.l1}, r"per_leaf has the pattern 3; expected a glob over names such as 'conv\*'"),
+        ({None: 0.1 * fr.l1}, "per_leaf has the pattern None"),
+        ([(torch.ones(2), 0.1 * fr.l1)], r"per_leaf has the pattern tensor of \(2,\)"),
+        ([(fr.l1, "conv*")], r"per_leaf has the pattern l1; .*Are pattern and penalty swapped\?"),
+        ([(fr.adam(0.1), 0.1 * fr.l1)], r"per_leaf has the pattern adam\(0.1\)"),
+    ],
+)
+def test_what_chooses_no_leaves_is_no_pattern(parts, message):
+    with pytest.raises(TypeError, match=message):
+        fr.per_leaf(parts)
+
+
+def test_a_stack_has_members():
+    with pytest.raises(ValueError, match="the leaf 'scale' has no dimensions; expected members along the first"):
+        fr.stacked(fr.matrices)({"scale": torch.tensor(1.0), "w": torch.ones(2, 3, 4)})

@@ -349,6 +349,7 @@ FLAGGED = {
     "scale_by_rms": fr.scale_by_rms,
     "scale_by_stddev": fr.scale_by_stddev,
     "sgd": lambda **o: fr.sgd(0.1, momentum=0.9, **o),
+    "dpsgd": lambda **o: fr.dpsgd(0.1, 1.0, 1.0, 0, momentum=0.9, **o),
     "warmup_exponential_decay_schedule": lambda **o: fr.warmup_exponential_decay_schedule(0.0, 0.1, 3, 3, 0.5, **o),
     "adafactor": fr.adafactor,
     "scale_by_factored_rms": fr.scale_by_factored_rms,

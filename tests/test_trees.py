@@ -385,3 +385,22 @@ def test_periodic_copies_follow_a_counter_that_is_a_tensor():
     now = vmap(lambda steps: fr.periodic_update(new, old, steps, 2))(torch.arange(4))
     for n in range(4):
         assert_equal(fr.tree_map(lambda w, n=n: w[n], now), old if n % 2 else new)
+
+
+def test_a_rate_or_a_moment_is_set_to_numbers_alone():
+    rated = fr.inject_hyperparams(fr.adam)(0.1).init({"w": torch.ones(2)})
+    for wrong, said in ((None, "None"), ("0.1", "'0.1'"), (lambda count: 0.1, "<lambda>")):
+        with pytest.raises(TypeError, match=rf"'hyperparams.learning_rate' is set to {said}, where a number is"):
+            fr.tree_set(rated, learning_rate=wrong)
+    with pytest.raises(TypeError, match=r"'inner_state.0.mu.w' is set to None"):
+        fr.tree_set(rated, w=None)
+
+
+def test_bounds_that_cross_are_refused_with_the_leaf():
+    tree = {"w": torch.ones(2)}
+    for low, high in ((1.0, -1.0), (torch.tensor([0.0, 2.0]), 1.0), ({"w": 1.0}, {"w": torch.tensor(0.5)})):
+        with pytest.raises(ValueError, match=r"at leaf 'w': min_value is .* and max_value .*Are they swapped\?"):
+            fr.tree_clip(tree, low, high)
+    assert fr.tree_clip(tree, 0.5, 0.5)["w"].tolist() == [0.5, 0.5]
+    assert fr.tree_clip(tree, torch.tensor([0.0, 0.5]), 0.5)["w"].tolist() == [0.5, 0.5]
+    vmap(lambda low: fr.tree_clip(tree, low, 1.0))(torch.tensor([0.0, 2.0]))  # Not read, and no error.

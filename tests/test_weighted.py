@@ -44,6 +44,7 @@ GROUPS: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
     ),
     **dict.fromkeys(["group_lasso of columns", "linf of columns", "total_variation of columns"], _columns),
     **dict.fromkeys(["total_variation", "fused_lasso"], _lines),
+    "isotropic_total_variation": lambda w: tuple(range(max(w.ndim - 2, 0), w.ndim)),
     **dict.fromkeys(["groups + elastic", "nested groups + l1 + ridge"], _all),
 }
 ROWS = {name: case for name, case in PENALTIES.items() if not case.unweighted}

@@ -728,3 +728,19 @@ def test_wrappers_go_through_the_real_compiler():
     for name in ("MultiSteps of a prox", "inject_hyperparams", "schedule_free_adamw"):
         tx = TRANSFORMS[name].make()
         assert_equal(fused(tx, 4, "inductor"), train(tx, 4), rtol=1e-9, atol=1e-12)
+
+
+def test_lookahead_averages_zeros_away_and_the_optimizer_inside_makes_them_again():
+    goal = torch.tensor([1.0, 0.2])
+    prox = fr.prox_sgd(0.5, fr.l1, strength=0.3)
+    tx, params = fr.lookahead(prox, 2, 0.5), {"w": torch.tensor([2.0, 2.0])}
+    state = tx.init(params)
+    for _ in range(6):
+        updates, state = tx.update({"w": params["w"] - goal}, state, params)
+        params = fr.apply_updates(params, updates)
+    assert state.slow["w"].all()
+    params, begun = state.slow, prox.init(state.slow)
+    for _ in range(20):
+        updates, begun = prox.update({"w": params["w"] - goal}, begun, params)
+        params = fr.apply_updates(params, updates)
+    assert params["w"][1] == 0

@@ -1,0 +1,311 @@
+"""What is likely to be a mistake in a chain, told from its links in their order and the leaves on which they act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from funcreg._typing import Params
+from funcreg.averaging import lookahead, schedule_free
+from funcreg.composition import Term
+from funcreg.constraints import Constraint
+from funcreg.construction import written
+from funcreg.decay import arguments_of, decay_of
+from funcreg.penalty import Penalty, Sum
+from funcreg.precision import with_master_weights, with_stochastic_rounding
+from funcreg.regularizing import add_penalty, proximal, soft_threshold
+from funcreg.rounding import is_narrow
+from funcreg.scaling import ema, trace
+from funcreg.transform import Transform
+from funcreg.tree import keep, listed, tree_leaves, tree_paths
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A transform where it stands: what it gets to see of the parameters, and under which labels."""
+
+    tx: Transform
+    depth: int
+    place: str
+    params: Params | None  # Those that it is given; None if there are none.
+    branch: tuple[tuple[Any, str], ...]  # Of each parting on the way to it, which, and the way that was taken.
+    around: tuple[Transform, ...] = ()  # The transforms that it is inside of.
+    is_leaf: bool = True  # Whether it is made of no others, or makes a step of its own.
+    chosen: bool = False  # Whether a mask or a label chose the leaves that it is given.
+    held: frozenset[str] = frozenset()  # Names of leaves that another link freezes.
+    acts_on: frozenset[str] | None = None  # Names of leaves; None without parameters.
+
+    @property
+    def name(self) -> str:
+        made_by = self.tx.made_by
+        return "" if made_by is None else made_by.function.__name__
+
+    def argument(self, name: str) -> Any:
+        return None if self.tx.made_by is None else arguments_of(self.tx.made_by).get(name)
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The penalty that it applies; a constraint is none."""
+        found = self.argument("penalty")
+        return found if isinstance(found, Penalty) and not isinstance(found, Constraint) else None
+
+    def leaves(self) -> list[tuple[str, Any]]:
+        """Names and tensors on which it acts."""
+        if self.params is None or self.acts_on is None:
+            return []
+        rows = zip(tree_paths(self.params), tree_leaves(self.params), strict=True)
+        return [(name, w) for name, w in rows if name in self.acts_on]
+
+
+def made(tx: Transform, *functions: Callable[..., Transform]) -> bool:
+    return tx.made_by is not None and any([tx.made_by.function is function for function in functions])
+
+
+def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[str]:
+    """What is likely to be wrong with transforms in the order in which they act, of all parameters."""
+    links = [entry for entry in entries if entry.is_leaf]
+    return [
+        *_penalty_before_a_denominator(links),
+        *_changes_after_landing(links),
+        *_constant_thresholds(links),
+        *_averages_of_zeros(entries),
+        *_penalties_of_vectors(links, whole),
+        *_penalized_twice(links),
+        *_out_of_order(links),
+        *_uphill(links, several),
+        *_lost_in_sixteen_bits(links),
+    ]
+
+
+def _meet(a: Entry, b: Entry) -> bool:
+    """Whether two transforms act on one leaf, as far as is known."""
+    apart = any([p == q and x != y for p, x in a.branch for q, y in b.branch])
+    if a.acts_on is None or b.acts_on is None or apart:
+        return not apart
+    return bool(a.acts_on & b.acts_on)
+
+
+# In which order
+
+
+#: Scalers that do not divide each entry by a size of its gradients.
+_UNDIVIDED = (
+    *("scale_by_trust_ratio", "scale_by_param_block_norm", "scale_by_param_block_rms", "scale_by_polyak"),
+    *("scale_by_lbfgs", "scale_by_zoom_linesearch", "scale_by_backtracking_linesearch"),
+    *("scale_by_optimistic_gradient", "scale_by_optimistic_gradient_v2"),
+)
+
+
+def _divides(entry: Entry) -> bool:
+    """Whether a transform divides updates by a size of their own, so that a factor of all is lost."""
+    own = entry.name.startswith("scale_by_") and entry.tx.rate is None and entry.name not in _UNDIVIDED
+    return entry.tx.metric is not None or own
+
+
+def _penalty_before_a_denominator(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        if tuple(entry.tx.stages) != ("adds",):
+            continue
+        later = next((each for each in links[i + 1 :] if _divides(each) and _meet(entry, each)), None)
+        if later is not None and decay_of(entry.tx) is not None:
+            yield (
+                f"{entry.tx!r} stands before {later.tx!r}, which divides it by the size of the gradients: weights with "
+                "large gradients decay less. If the decay of AdamW was meant, put it between that and the learning "
+                "rate, or write with_weight_decay(..., 'decoupled', ...)."
+            )
+        elif later is not None and made(entry.tx, add_penalty):
+            yield (
+                f"{entry.tx!r} stands before {later.tx!r}, which divides it by the size of the gradients: each weight "
+                "is pulled with another strength, as it is by a penalty in the loss, and none becomes exactly zero. "
+                "prox_adam, or proximal_step, takes the penalty apart from the gradients."
+            )
+
+
+def _changes_after_landing(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        if "lands" not in entry.tx.stages:
+            continue
+        later = [each for each in links[i + 1 :] if _changes(each) and _meet(entry, each)]
+        if later:
+            scales = " scales or clips" if _scales(later[0]) else " changes"
+            yield (
+                f"{later[0].tx!r} stands after {entry.tx!r} and{scales} its updates, which loses exact zeros and what "
+                "lies in a set. Put what lands last."
+            )
+
+
+def _changes(entry: Entry) -> bool:
+    tx = entry.tx
+    unit = isinstance(tx.rate, (int, float)) and tx.rate == 1.0 and "flips" not in tx.stages
+    return "lands" not in tx.stages and tx.frozen is None and not unit
+
+
+def _scales(entry: Entry) -> bool:
+    words = ("clip", "adaptive_grad_clip", "normalize", "scale")
+    return "scales" in entry.tx.stages or entry.name.startswith(words)
+
+
+def _out_of_order(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        after_step = [e for e in links[:i] if "steps" in e.tx.stages and _meet(entry, e)]
+        if after_step and "adds" in entry.tx.stages and "steps" not in entry.tx.stages:
+            yield f"{entry.tx!r} adds a gradient to the step of {after_step[-1].tx!r}, and goes uphill. Put it before."
+        early = [e for e in links[:i] if "follows" in e.tx.stages and _meet(entry, e)]
+        if early and "steps" in entry.tx.stages:
+            yield f"{early[0].tx!r} stands before {entry.tx!r}, which turns its sign: it goes uphill. Put it after."
+
+
+def _turns(entry: Entry) -> bool:
+    return "steps" in entry.tx.stages or "flips" in entry.tx.stages
+
+
+def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
+    known = all(entry.tx.made_by is not None and not callable(entry.tx.rate) for entry in links)
+    if several and known and not any(map(_turns, links)):
+        yield (
+            "no link has a learning rate that turns the sign: applied as they are, updates go uphill. End with "
+            "scale_by_learning_rate."
+        )
+    turning = [entry for entry in links if _turns(entry)]
+    for i, entry in enumerate(turning):
+        before = [each for each in turning[:i] if _meet(entry, each)]
+        last = not any([_meet(entry, each) for each in turning[i + 1 :]])
+        if last and len(before) % 2:
+            yield (
+                f"{entry.tx!r} turns the sign that {before[-1].tx!r} has turned: updates go uphill, which is right for "
+                "an objective that is to be made large. Else take one of them out."
+            )
+
+
+# Thresholds and averages
+
+
+def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        step = entry.argument("threshold" if made(entry.tx, soft_threshold) else "step")
+        raw = made(entry.tx, soft_threshold, proximal)
+        if not raw or callable(step) or isinstance(entry.argument("penalty"), Constraint):
+            continue
+        before = [each for each in links[:i] if _meet(entry, each)]
+        reasons = [
+            f"the learning rate follows {written(each.tx.rate)} and the threshold does not"
+            for each in before
+            if callable(each.tx.rate)
+        ]
+        reasons += [f"{each.tx!r} gives each entry a step size of its own" for each in before if _divides(each)]
+        reasons += [
+            f"{each.tx!r} makes steps that are longer in the end"
+            for each in before
+            if each.name in (trace.__name__, ema.__name__)
+        ]
+        if reasons:
+            yield (
+                f"{entry.tx!r} solves a problem of another strength than it seems, because {', and '.join(reasons)}. "
+                "prox_sgd and prox_adam scale it as they must."
+            )
+
+
+def _averages_of_zeros(entries: list[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if not made(entry.tx, lookahead, schedule_free):
+            continue
+        inside = [each for each in entries if any([tx is entry.tx for tx in each.around]) and each.is_leaf]
+        zeroing = next(
+            (e for e in inside if "lands" in e.tx.stages and (e.penalty is not None or made(e.tx, soft_threshold))),
+            None,
+        )
+        if zeroing is not None:
+            yield (
+                f"{entry.name} averages the parameters of {zeroing.tx!r}: an entry that is exactly zero in one of them "
+                "is not in their mean. Train the last steps without it, or take zeros from the parameters inside."
+            )
+
+
+# Which leaves
+
+
+def _terms(penalty: Penalty | None) -> Sequence[Term]:
+    """The terms of a sum."""
+    split = penalty.structure.parts if isinstance(penalty, Sum) else None
+    return [] if split is None else split()
+
+
+def penalized(entry: Entry) -> list[tuple[str, Any]]:
+    """Names and tensors of the leaves on which the penalty of a transform acts, with masks of its own."""
+    rows, penalty = entry.leaves(), entry.penalty
+    if not isinstance(penalty, Sum) or entry.params is None:
+        return rows
+    bools = [name in (entry.acts_on or ()) for name in tree_paths(entry.params)]
+    terms = [term.acts(keep(entry.params, bools)) for term in _terms(penalty)]
+    return [row for row, *acts in zip(rows, *terms, strict=True) if any(acts)]
+
+
+def _penalties_of_vectors(links: list[Entry], whole: Params | None) -> Iterator[str]:
+    if whole is None or all([w.ndim < 2 for w in tree_leaves(whole)]):
+        return  # Coefficients of a linear model are a vector, and no biases.
+    for entry in links:
+        decays = decay_of(entry.tx) is not None
+        if not decays and (entry.chosen or not _carries_penalty(entry)):
+            continue
+        leaves = entry.leaves() if decays else penalized(entry)
+        names = [name for name, w in leaves if w.ndim < 2]
+        if names:
+            yield (
+                f"{entry.tx!r} {'decays' if decays else 'penalizes'} {listed(names)}, of fewer than two dimensions: "
+                "biases and scales of normalizations are left alone by mask=matrices."
+            )
+
+
+def _carries_penalty(entry: Entry) -> bool:
+    """Whether a step or a gradient has a penalty of single leaves; raw operators act where they are told to."""
+    penalty = entry.penalty
+    apart = penalty is not None and not penalty.couples_leaves
+    return apart and ("steps" in entry.tx.stages or made(entry.tx, add_penalty))
+
+
+#: Penalties whose gradient is a decay.
+_RIDGES = ("l2", "half_l2", "elastic")
+
+
+def _pulls(entry: Entry) -> Iterator[str]:
+    """What a transform penalizes: decays are one kind, each penalty one of its own name."""
+    if decay_of(entry.tx) is not None:
+        yield "decay"
+    penalty = entry.penalty
+    if penalty is None:
+        return
+    # A term with a mask of its own may act elsewhere than the next one.
+    parts = [part.penalty for term in _terms(penalty) for part in term.parts() if part.mask is None]
+    names = [part.__name__ for part in (parts if isinstance(penalty, Sum) else [penalty])]
+    yield from dict.fromkeys("decay" if name in _RIDGES else name for name in names)
+
+
+def _penalized_twice(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        for pull in _pulls(entry):
+            again = next((e for e in links[i + 1 :] if pull in _pulls(e) and _meet(entry, e)), None)
+            twice = list(_pulls(entry)).count(pull) > 1
+            if again is not None or twice:
+                both = f"{entry.tx!r} twice" if again is None else f"{entry.tx!r} and again by {again.tx!r}"
+                yield f"the same leaves {'decay' if pull == 'decay' else f'are penalized by {pull}'}, by {both}."
+                return
+
+
+def _lost_in_sixteen_bits(links: list[Entry]) -> Iterator[str]:
+    for entry in links:
+        if not _turns(entry) or any([made(tx, with_master_weights, with_stochastic_rounding) for tx in entry.around]):
+            continue
+        narrow = [(name, w) for name, w in entry.leaves() if is_narrow(w.dtype)]
+        if narrow:
+            dtypes = {w.dtype for _, w in narrow}
+            shares = [(torch.bfloat16, "bfloat16", 512), (torch.float16, "float16", 4096)]
+            least = ", ".join([f"1/{share} of a weight in {name}" for dtype, name, share in shares if dtype in dtypes])
+            yield (
+                f"{entry.tx!r} makes steps of {listed(name for name, _ in narrow)}: what is smaller than {least} is "
+                "rounded away, as is almost all decay. with_master_weights or with_stochastic_rounding around the "
+                "optimizer keeps it."
+            )
+            return

@@ -1,0 +1,160 @@
+"""Total variation of images beside the laws of the table: other solvers, known solutions, sizes, derivatives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import assert_equal, normal, uniform
+from torch.func import grad, jacrev, jvp, vmap
+
+import funcreg as fr
+from funcreg import images
+
+variation = fr.isotropic_total_variation
+
+
+def random(*shape, seed=0):
+    return normal(torch.Generator().manual_seed(seed), *shape)
+
+
+def differences(z):
+    down, right = torch.zeros_like(z), torch.zeros_like(z)
+    down[:-1], right[:, :-1] = z.diff(dim=0), z.diff(dim=1)
+    return torch.stack([down, right])
+
+
+def dual(x, step, steps=20000):
+    """The image and its multipliers by a plain projected gradient method of the dual problem, with momentum."""
+    p = q = torch.zeros(2, *x.shape, dtype=torch.float64)
+    t = 1.0
+
+    def image(p):
+        down, right = p[0, :-1], p[1, :, :-1]
+        z = x.clone()
+        z[:-1] += step * down
+        z[1:] -= step * down
+        z[:, :-1] += step * right
+        z[:, 1:] -= step * right
+        return z
+
+    for _ in range(steps):
+        new = q + differences(image(q)) / (8 * step)
+        new = new / new.square().sum(0).sqrt().clamp(min=1)
+        t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+        q, p = new + (before - 1) / t * (new - p), new
+    return image(p), p
+
+
+@pytest.mark.parametrize(("shape", "step"), [((4, 5), 0.2), ((6, 3), 0.7), ((2, 9), 2.0), ((7, 7), 0.4)])
+def test_the_nearest_image_is_that_of_another_method(shape, step):
+    x = random(*shape)
+    z = variation.prox(x, step)
+    other, multipliers = dual(x, step)
+    torch.testing.assert_close(z, other, rtol=0, atol=1e-6)
+    # Its objective is no more than that of the dual problem: there is none lower.
+    gap = 0.5 * (z - x).square().sum() + step * variation(z) - (0.5 * x.square().sum() - 0.5 * other.square().sum())
+    assert -1e-9 < gap < 1e-6
+    v = differences(z)
+    size = v.square().sum(0).sqrt()
+    edge = size > 1e-8
+    torch.testing.assert_close((v / size)[:, edge], multipliers[:, edge], rtol=0, atol=1e-3)
+
+
+def test_images_have_their_known_solutions():
+    x = random(4, 6)
+    line = x[:1]
+    assert_equal(variation.prox(line, 0.5), fr.total_variation.prox(line, 0.5), rtol=1e-9, atol=1e-11)
+    assert_equal(variation.prox(x, 0.5, dim=1), fr.total_variation.prox(x, 0.5), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(variation(x, dim=1), fr.total_variation(x))
+    assert_equal(variation.prox(x, math.inf), torch.full_like(x, float(x.mean())), rtol=1e-12, atol=1e-13)
+    assert_equal(variation.prox(torch.ones(3, 3), 2.0), torch.ones(3, 3))
+    # A square on a ground: each loses the jump at its rim, over its own area.
+    square = torch.zeros(1, 12, dtype=torch.float64)
+    square[0, 4:8] = 1.0
+    expected = 0.1 / 4 + square * (1 - 3 * 0.1 / 4)
+    assert_equal(variation.prox(square, 0.1), expected, rtol=1e-10)
+
+
+def test_regions_are_exactly_equal():
+    x = torch.zeros(8, 8, dtype=torch.float64)
+    x[2:6, 2:6] = 1.0
+    z = variation.prox(x + 0.05 * random(8, 8), 0.3)
+    assert len(z.unique()) < 30
+
+
+def test_turned_and_stacked_images_go_with_their_own():
+    x = random(3, 5, 4)
+    z = variation.prox(x, 0.4)
+    assert_equal(z[1], variation.prox(x[1], 0.4), rtol=1e-10, atol=1e-12)
+    assert_equal(variation.prox(x.movedim(0, 2), 0.4, dim=(0, 1)), z.movedim(0, 2), rtol=1e-10, atol=1e-12)
+    steps = torch.tensor([0.1, 0.4, 3.0], dtype=torch.float64).reshape(3, 1, 1)
+    own = torch.stack([variation.prox(image, float(s)) for image, s in zip(x, steps.flatten(), strict=True)])
+    assert_equal(variation.prox(x, steps), own, rtol=1e-10, atol=1e-12)
+    volume = variation.prox(x, 0.4, dim=(0, 1, 2))
+    objective = lambda z: 0.5 * (z - x).square().sum() + 0.4 * variation(z, dim=(0, 1, 2))
+    assert all(objective(volume) <= objective(volume + size * random(3, 5, 4, seed=7)) for size in (1e-4, 1e-2, 1.0))
+
+
+def test_derivatives_are_those_of_differences():
+    x, tangent = random(4, 4), random(4, 4, seed=1)
+    point = lambda x, step: variation.prox(x, step)
+    step = torch.tensor(0.3, dtype=torch.float64)
+    near = 1e-6
+    expected = (point(x + near * tangent, step) - point(x - near * tangent, step)) / (2 * near)
+    torch.testing.assert_close(jvp(lambda x: point(x, step), (x,), (tangent,))[1], expected, rtol=1e-4, atol=1e-6)
+    matrix = jacrev(lambda x: point(x, step))(x).reshape(16, 16)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-7, atol=1e-9)  # As of every proximal operator.
+    by_step = (point(x, step + near) - point(x, step - near)) / (2 * near)
+    torch.testing.assert_close(jvp(lambda s: point(x, s), (step,), (step / step,))[1], by_step, rtol=1e-4, atol=1e-6)
+    assert grad(lambda x: grad(lambda x: point(x, step).square().sum())(x).square().sum())(x).isfinite().all()
+
+
+def test_larger_images_come_near(monkeypatch):
+    x = random(9, 9)
+    exact = [variation.prox(x, step) for step in (0.05, 0.3, 2.0)]
+    h = uniform(torch.Generator().manual_seed(1), 9, 9) + 0.5
+    weighed = variation.prox(x, 0.3, metric=h)
+    monkeypatch.setattr(images, "LARGEST", 4)
+    for step, z in zip((0.05, 0.3, 2.0), exact, strict=True):
+        torch.testing.assert_close(variation.prox(x, step), z, rtol=0, atol=2e-4)
+    torch.testing.assert_close(variation.prox(x, 0.3, metric=h), weighed, rtol=0, atol=2e-4)
+    assert_equal(variation.prox(x, 0.0), x)
+    assert grad(lambda x: variation.prox(x, 0.3).square().sum())(x).isfinite().all()
+    many = vmap(lambda s: variation.prox(x, s))(torch.tensor([0.05, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(many[1], exact[1], rtol=0, atol=2e-4)
+
+
+def test_a_noisy_photograph_becomes_smooth():
+    rows = torch.linspace(0, 1, 40, dtype=torch.float64)
+    clean = (rows[:, None] + rows[None] > 1).double()
+    noisy = clean + 0.2 * random(40, 40)
+    z = variation.prox(noisy, 0.2)
+    assert (z - clean).square().mean() < 0.2 * (noisy - clean).square().mean()
+
+
+def test_an_optimizer_finds_equal_regions():
+    x = random(5, 5)
+    tx, params = fr.prox_sgd(0.5, variation, strength=0.3), {"w": torch.zeros(5, 5, dtype=torch.float64)}
+    state = tx.init(params)
+    for _ in range(60):
+        updates, state = tx.update({"w": params["w"] - x}, state, params)
+        params = fr.apply_updates(params, updates)
+    torch.testing.assert_close(params["w"], variation.prox(x, 0.3), rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_it_is_traced_in_one_graph():
+    x = random(3, 3)
+    compiled = torch.compile(lambda x: (variation(x), variation.prox(x, 0.3)), fullgraph=True, backend="eager")
+    assert_equal(compiled(x), (variation(x), variation.prox(x, 0.3)), rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_no_image_is_refused():
+    with pytest.raises(ValueError, match="a leaf is complex; expected real numbers"):
+        variation.prox(torch.ones(2, 2, dtype=torch.complex64), 1.0)
+    with pytest.raises(ValueError, match="which has no dimension 2"):
+        variation(torch.ones(2, 2), dim=(1, 2))
+    with pytest.raises(ValueError, match=r"dim is '1'; expected an int, or a tuple"):
+        variation(torch.ones(2, 2), dim="1")

@@ -260,6 +260,16 @@ def whole(x: Any) -> Any:
     return _run(_Whole, x) if is_sharded(x) else x
 
 
+def check_whole(what: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise an error, in all processes alike, for a leaf that is sharded, where numbers of whole tensors are read."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_sharded(leaf):
+            raise TypeError(
+                f"{what} got '{name}' as a sharded tensor (DTensor) with {layout(leaf).placements}; expected "
+                "tensors that every process has as a whole. Gather them first, by w.full_tensor() in all processes."
+            )
+
+
 def like(x: Tensor, leaf: Any) -> Tensor:
     """What every process has as a whole, sharded as a leaf is; as it is beside a leaf that is not sharded."""
     return _run(_Cut, x, layout(leaf)) if is_sharded(leaf) and not is_sharded(x) else x

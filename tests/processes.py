@@ -626,4 +626,7 @@ def run(rank: int, world: int, folder: str, groups: list[str], only: str = "") -
 
 
 if __name__ == "__main__":
+    from process_users import users  # Which imports from here.
+
+    GROUPS["users"] = users
     run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4].split(","), *sys.argv[5:])

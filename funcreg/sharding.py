@@ -114,7 +114,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any, placements: Any, summed: tuple[int, ...]) -> Tensor:
-        moved = x if x.placements == placements else x.redistribute(placements=placements)
+        moved = x if x.placements == placements else _contiguous(x).redistribute(placements=placements)
         return moved.to_local().detach()  # The shard itself may be what is returned.
 
     @staticmethod
@@ -132,6 +132,16 @@ class _Local(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         x, placements, summed = args
         return _run(_Local, x.movedim(in_dims[0], 0), _later(placements), summed), 0
+
+
+def _contiguous(x: Any) -> Any:
+    """A sharded tensor with contiguous shards, which torch 2.9 needs to gather them."""
+    own = x.to_local()
+    if own.is_contiguous():
+        return x
+    return _distributed().DTensor.from_local(
+        own.contiguous(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
 
 
 class _Wrapped(torch.autograd.Function):
@@ -167,7 +177,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any) -> Tensor:
-        return x.full_tensor().detach()
+        return _contiguous(x).full_tensor().detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

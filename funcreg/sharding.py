@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg.locality import Cuts, Result, local_result
+from funcreg.locality import Cuts, Result, Summed, completing, local_result, summed_result
 from funcreg.undocumented import is_batched, is_transformed, without_levels
 
 
@@ -66,6 +66,15 @@ class Layout(NamedTuple):
     def pieces(self) -> int:
         """Into how many pieces it is cut."""
         return math.prod([self.mesh.size(i) for i in self.cutting()])
+
+    def has_empty(self) -> bool:
+        """Whether a process may have no entry; where a dimension is cut twice, this is said of all uneven pieces."""
+        for d in self.cuts():
+            counts = [self.mesh.size(i) for i in self.cutting() if self.placements[i].dim == d]
+            pieces, n = math.prod(counts), self.shape[d]
+            if n % pieces and (len(counts) > 1 or -(-n // pieces) * (pieces - 1) >= n):
+                return True
+        return False
 
     def strided(self) -> bool:
         """Whether pieces are laid otherwise than one after another, as of a dimension that is cut twice."""
@@ -134,6 +143,11 @@ class _Local(torch.autograd.Function):
         return _run(_Local, x.movedim(in_dims[0], 0), _later(placements), summed), 0
 
 
+def _dense(x: Tensor) -> Tensor:
+    """With contiguous memory; autograd gives zeros without any, which torch 2.9 does not gather."""
+    return x.contiguous() if x.data_ptr() or not x.numel() else x.clone()
+
+
 def _contiguous(x: Any) -> Any:
     """A sharded tensor with contiguous shards, which torch 2.9 needs to gather them."""
     own = x.to_local()
@@ -152,7 +166,7 @@ class _Wrapped(torch.autograd.Function):
         mesh, placements, shape = layout
         stride = torch.empty(shape, device="meta").stride()
         return _distributed().DTensor.from_local(
-            x.detach().contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+            _dense(x.detach()), mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
     @staticmethod
@@ -200,7 +214,7 @@ class _Cut(torch.autograd.Function):
         sharded = _distributed()
         mesh, placements, _ = layout
         copies = [sharded.Replicate()] * mesh.ndim
-        whole = sharded.DTensor.from_local(x.detach().contiguous(), mesh, copies, run_check=False)
+        whole = sharded.DTensor.from_local(_dense(x.detach()), mesh, copies, run_check=False)
         return whole.redistribute(placements=placements)
 
     @staticmethod
@@ -224,7 +238,7 @@ class _Gathered(torch.autograd.Function):
     def forward(x: Any, mesh: Any, over: tuple[int, ...], op: str) -> Tensor:
         sharded = _distributed()
         placements = [sharded.Partial(op) if i in over else sharded.Replicate() for i in range(mesh.ndim)]
-        return sharded.DTensor.from_local(x.detach().contiguous(), mesh, placements, run_check=False).full_tensor()
+        return sharded.DTensor.from_local(_dense(x.detach()), mesh, placements, run_check=False).full_tensor()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -326,7 +340,31 @@ def _compute(f: Callable[..., Any], row: Sequence[Any]) -> tuple[Any, Result | N
         found = local_result(f, row, cuts, spread.pieces()) if fit else None
         if found is not None and _placeable(found, spread):
             return f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]), found, spread
+        summed = _summed(f, row, cuts, spread) if fit and found is None else None
+        if summed is not None:
+            shards = [_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]
+            with completing(summed, lambda x, over: _total(x, over, spread)):
+                return f(*shards), summed.result, spread
     return f(*[whole(x) for x in row]), None, spread
+
+
+def _summed(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], spread: Layout) -> Summed | None:
+    """How a rule runs on shards if sums over processes complete its own; not where something differentiates it."""
+    tensors = [x for x in row if isinstance(x, Tensor)]
+    if is_transformed(lambda: tensors) or any(map(_differentiated, tensors)):
+        return None
+    found = summed_result(f, row, cuts, spread.pieces(), spread.has_empty())
+    if found is None:
+        return None
+    whole = not any_cut(found.result) and found.result.shape != spread.shape
+    return found if whole or _placeable(found.result, spread) else None
+
+
+def _total(x: Tensor, over: Cuts, spread: Layout) -> Tensor:
+    """The sum over the processes between which some dimensions are cut."""
+    return _run(
+        _Gathered, x, spread.mesh, tuple([i for i in spread.cutting() if spread.placements[i].dim in over]), "sum"
+    )
 
 
 def _placeable(found: Result, spread: Layout) -> bool:

@@ -404,6 +404,16 @@ def counts(world: int) -> None:
         with CommDebugMode() as seen:
             call()
         assert seen.get_total_counts() == expected, f"{seen.get_comm_counts()}; expected {expected}"
+    for tx in (  # Of these no leaf is gathered: sums over pieces are completed.
+        fr.lamb(0.1),
+        fr.adaptive_grad_clip(0.1),
+        fr.scale_by_factored_rms(min_dim_size_to_factor=2),
+        fr.prox_sgd(0.1, fr.group_lasso, strength=0.1, dim=0),
+    ):
+        with CommDebugMode() as seen:
+            tx.update(grads, tx.init(there), there)
+        assert 0 < seen.get_total_counts() <= 20
+        assert not [op for op in seen.get_comm_counts() if "gather" in str(op)], tx
 
 
 def untold(world: int) -> None:

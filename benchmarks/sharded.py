@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from common import (
     THRESHOLD,
     Leaves,
@@ -33,6 +32,7 @@ from common import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 import funcreg as fr
 
@@ -99,7 +99,7 @@ def main() -> None:
     options = start(__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (folder, options.quick), nprocs=PROCESSES)
+        spawn(run, (folder, options.quick), nprocs=PROCESSES)
         found = [json.loads(pathlib.Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]
     mean = lambda *path: statistics.mean([each[path[0]][path[1]][path[2]] for each in found])
     keys = ("ratio", "seconds", "reference seconds")

@@ -36,7 +36,7 @@ class Sum(NamedTuple):
     """A sum, a mean or an `any` over pieces, which is to be completed by a sum over processes."""
 
     cuts: Cuts  # Those that it reduces over.
-    count: int  # Of how many entries of the whole a mean is; 1 for what is none.
+    entries: int  # Of how many entries of the whole a mean is; 1 for what is none.
 
 
 class Summed(NamedTuple):
@@ -267,18 +267,18 @@ def completing(found: Summed, total: Callable[[Tensor, Cuts], Tensor]) -> Any:
                 raise RuntimeError(f"a rule computed {func} of a piece, and not of the whole")
             if at not in found.sums:
                 return func(*args, **kwargs)
-            cuts, count = found.sums[at]
+            cuts, entries = found.sums[at]
             made = _SUMS.get(func, func)(*args, **kwargs)
             if name == "any":
                 return total(made.to(torch.int32), cuts) > 0
-            return total(made, cuts) / count if name == "mean" else total(made, cuts)
+            return total(made, cuts) / entries if name == "mean" else total(made, cuts)
 
     return Completing()
 
 
 #: What is completed by a sum over processes.
 _COMPLETED = {"sum", "mean", "any"}
-_SUMS = {
+_SUMS: dict[Any, Any] = {
     torch.ops.aten.mean.default: torch.ops.aten.sum.default,
     torch.ops.aten.mean.dim: torch.ops.aten.sum.dim_IntList,
 }
@@ -379,8 +379,8 @@ def _reduced(follow: Any, name: str, own: Cuts, args: Any, kwargs: Any, x: Tenso
     if any([own[d] is not None for d in gone]):
         if not follow.completes or name not in _COMPLETED or out.is_complex():
             raise Coupled("a sum over a cut")
-        count = math.prod([x.shape[d] for d in gone]) if name == "mean" else 1
-        follow.sums[len(follow.reductions) - 1] = Sum(tuple([own[d] for d in gone if own[d] is not None]), count)
+        entries = math.prod([x.shape[d] for d in gone]) if name == "mean" else 1
+        follow.sums[len(follow.reductions) - 1] = Sum(tuple([own[d] for d in gone if own[d] is not None]), entries)
     if out.ndim == len(own):  # They stay, with one entry.
         return tuple([None if d in gone else cut for d, cut in enumerate(own)])
     return tuple([cut for d, cut in enumerate(own) if d not in gone])

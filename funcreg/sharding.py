@@ -330,11 +330,19 @@ def any_cut(found: Result) -> bool:
     return any([cut is not None for cut in found.cuts])
 
 
-def _compute(f: Callable[..., Any], row: Sequence[Any]) -> tuple[Any, Result | None, Layout | None]:
+def _compute(
+    f: Callable[..., Any], row: Sequence[Any], entrywise: bool = False
+) -> tuple[Any, Result | None, Layout | None]:
     """What a rule makes; of shards, with the result for the whole tensor, or of the whole, with None."""
     spread = layout(row[0]) if is_sharded(row[0]) else None
     if spread is not None:
         cuts = [_cuts_beside(x, spread) for x in row]
+        if entrywise:
+            return (
+                f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]),
+                Result(spread.shape, cuts[0]),
+                spread,
+            )
         # A dimension of one entry broadcasts as a whole, and not as a piece.
         fit = bool(spread.cuts()) and all([spread.shape[d] > 1 for d in spread.cuts()])
         found = local_result(f, row, cuts, spread.pieces()) if fit else None
@@ -433,7 +441,11 @@ OVER: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def reduce(
-    f: Callable[..., Tensor], rows: Sequence[Sequence[Any]], op: str, name: Callable[[int], str]
+    f: Callable[..., Tensor],
+    rows: Sequence[Sequence[Any]],
+    op: str,
+    name: Callable[[int], str],
+    entrywise: bool = False,
 ) -> list[Tensor]:
     """For each leaf the sum of the terms that a rule makes of it, or what else is over them; one collective for all.
 
@@ -442,12 +454,13 @@ def reduce(
         rows: Arguments of the rule, a row for each leaf.
         op: What is made of the terms of a leaf, one of `OVER`.
         name: From the number of a leaf to what errors call it.
+        entrywise: Whether the rule is known to make one term of each entry of a leaf.
     """
     results: list[Any] = [None] * len(rows)
     waiting: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         try:
-            made, found, spread = _compute(f, row)
+            made, found, spread = _compute(f, row, entrywise)
             results[i] = OVER[op](made)
         except ValueError as error:
             raise ValueError(f"at leaf '{name(i)}': {error}") from error

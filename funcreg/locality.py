@@ -51,7 +51,9 @@ class Coupled(Exception):
     """An operation couples entries across a cut, or it is not known whether it does."""
 
 
-def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2) -> Result | None:
+def local_result(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2, small: Sequence[int] = ()
+) -> Result | None:
     """What a rule that may run on pieces makes of whole tensors; None for a rule that may not.
 
     Args:
@@ -59,16 +61,18 @@ def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts]
         row: The arguments.
         cuts: The cuts of each of them; empty for what is no tensor.
         pieces: Into how many pieces they are cut.
+        small: Sizes below 2 along the cuts that some pieces have: rules may take them for dimensions that broadcast.
     """
-    key = _key((f, *row)), tuple(cuts), pieces
+    small = tuple([n for n in small if n == 1])  # What is made of no entries is no entries.
+    key = _key((f, *row)), tuple(cuts), pieces, small
     try:
         if key in _known:
             return _known[key]
     except TypeError:  # Something in it has no hash.
-        return _found(f, row, cuts, pieces)
+        return _found(f, row, cuts, pieces, small)
     if len(_known) > 10_000:
         _known.clear()
-    _known[key] = found = _found(f, row, cuts, pieces)
+    _known[key] = found = _found(f, row, cuts, pieces, small)
     return found
 
 
@@ -77,13 +81,15 @@ _known: dict[Any, Any] = {}
 _MOST = 4
 
 
-def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int) -> Result | None:
-    found = local_results(lambda *row: [f(*row)], row, cuts, pieces)
+def _found(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
+) -> Result | None:
+    found = local_results(lambda *row: [f(*row)], row, cuts, pieces, small)
     return None if found is None else found[0]
 
 
 def summed_result(
-    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, has_empty: bool
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
 ) -> Summed | None:
     """How a rule that sums over cuts may run on pieces; None if it does something else across them, or no sum.
 
@@ -92,23 +98,22 @@ def summed_result(
         row: The arguments.
         cuts: The cuts of each of them; empty for what is no tensor.
         pieces: Into how many pieces they are cut.
-        has_empty: Whether a piece may be without entries: all processes then know what the rule does there.
+        small: Sizes below 2 along the cuts that some pieces have: all processes know what the rule does there.
     """
-    key = _key((f, *row)), tuple(cuts), pieces, has_empty, "sums"
+    key = _key((f, *row)), tuple(cuts), pieces, tuple(small), "sums"
     try:
         if key in _known:
             return _known[key]
     except TypeError:  # Something in it has no hash.
-        return _found_sums(f, row, cuts, pieces, has_empty)
-    _known[key] = found = _found_sums(f, row, cuts, pieces, has_empty)
+        return _found_sums(f, row, cuts, pieces, small)
+    _known[key] = found = _found_sums(f, row, cuts, pieces, small)
     return found
 
 
 def _found_sums(
-    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, has_empty: bool
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
 ) -> Summed | None:
-    sizes = [*_sizes(pieces), *[lambda n: 0] * has_empty]
-    runs = _runs(lambda *row: [f(*row)], row, cuts, sizes, sums=True)
+    runs = _runs(lambda *row: [f(*row)], row, cuts, _sizes(pieces, small), sums=True)
     if runs is None:
         return None
     ([first], follow), *others = runs
@@ -122,10 +127,10 @@ def _found_sums(
 
 
 def local_results(
-    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int
+    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int] = ()
 ) -> list[Result] | None:
     """`local_result` of a function with several results, which is not kept. A cut dimension of one entry gets more."""
-    runs = _runs(f, row, cuts, _sizes(pieces))
+    runs = _runs(f, row, cuts, _sizes(pieces, small))
     if runs is None:
         return None
     (first, follow), *others = runs
@@ -134,9 +139,10 @@ def local_results(
     return first if all(alike) else None
 
 
-def _sizes(pieces: int) -> list[Callable[[int], int]]:
+def _sizes(pieces: int, small: Sequence[int]) -> list[Callable[[int], int]]:
     """From the size of a cut dimension to those at which a rule is run."""
-    return [lambda n: n if n > 1 else 3, lambda n: max(n, 3) + 1, lambda n: max(2, -(-n // pieces))]
+    some = [lambda n: n if n > 1 else 3, lambda n: max(n, 3) + 1, lambda n: max(2, -(-n // pieces))]
+    return some + [lambda n, size=size: size for size in small]
 
 
 def _runs(

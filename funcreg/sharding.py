@@ -67,14 +67,19 @@ class Layout(NamedTuple):
         """Into how many pieces it is cut."""
         return math.prod([self.mesh.size(i) for i in self.cutting()])
 
-    def has_empty(self) -> bool:
-        """Whether a process may have no entry; where a dimension is cut twice, this is said of all uneven pieces."""
+    def small(self) -> tuple[int, ...]:
+        """Which of the sizes 0 and 1 some piece may have along a cut."""
+        found: set[int] = set()
         for d in self.cuts():
             counts = [self.mesh.size(i) for i in self.cutting() if self.placements[i].dim == d]
             pieces, n = math.prod(counts), self.shape[d]
-            if n % pieces and (len(counts) > 1 or -(-n // pieces) * (pieces - 1) >= n):
-                return True
-        return False
+            most = -(-n // pieces)
+            if len(counts) > 1:  # Cut twice: pieces may be smaller than of one cut by as much as a cut rounds up.
+                found.update(range(max(0, n // pieces - 1), 2))
+            elif n:
+                rest = n - most * ((n - 1) // most)  # Of the last one that has any.
+                found.update([size for size in (most, rest, 0) if size < 2 and (size or most * (pieces - 1) >= n)])
+        return tuple(sorted(found))
 
     def strided(self) -> bool:
         """Whether pieces are laid otherwise than one after another, as of a dimension that is cut twice."""
@@ -345,7 +350,7 @@ def _compute(
             )
         # A dimension of one entry broadcasts as a whole, and not as a piece.
         fit = bool(spread.cuts()) and all([spread.shape[d] > 1 for d in spread.cuts()])
-        found = local_result(f, row, cuts, spread.pieces()) if fit else None
+        found = local_result(f, row, cuts, spread.pieces(), spread.small()) if fit else None
         if found is not None and _placeable(found, spread):
             return f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]), found, spread
         summed = _summed(f, row, cuts, spread) if fit and found is None else None
@@ -361,7 +366,7 @@ def _summed(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], spr
     tensors = [x for x in row if isinstance(x, Tensor)]
     if is_transformed(lambda: tensors) or any(map(_differentiated, tensors)):
         return None
-    found = summed_result(f, row, cuts, spread.pieces(), spread.has_empty())
+    found = summed_result(f, row, cuts, spread.pieces(), spread.small())
     if found is None:
         return None
     whole = not any_cut(found.result) and found.result.shape != spread.shape

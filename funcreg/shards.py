@@ -79,7 +79,8 @@ class OnShards:
     def _runs_on_shards(self, leaves: list[Any], spec: Any, layouts: Sequence[Layout | None], count: int) -> bool:
         cuts = [_cuts(x, own) for x, own in zip(leaves, layouts, strict=True)]
         pieces = max([own.pieces() for own in layouts if own is not None])
-        found = local_results(lambda *row: tree_leaves(self._plain(*restored(spec, row))), leaves, cuts, pieces)
+        small = sorted({size for own in layouts if own is not None for size in own.small() if size})
+        found = local_results(lambda *row: tree_leaves(self._plain(*restored(spec, row))), leaves, cuts, pieces, small)
         if found is None:
             return False
         written = [*cuts[:count], *cuts[2 * count :]]  # Extra arguments, which come last, are not.

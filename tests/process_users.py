@@ -43,6 +43,7 @@ def users(world: int) -> Iterator[Check]:
         whole_gradients,
         missing_gradients,
         whole_state,
+        single_rows,
         without_distributed_rules,
     ):
         yield check.__name__, lambda check=check: check(world)
@@ -472,6 +473,24 @@ def whole_state(world: int) -> None:
     p, s = fr.fuse(tx, backend="eager")(there, slopes, tx.init(params))
     same(p, fr.apply_updates(params, updates), there)
     same(s, state)
+
+
+def single_rows(world: int) -> None:
+    """Rules that ask for dimensions of one entry do not take the one row of a process for such a dimension."""
+    mesh = init_device_mesh("cpu", (world,))
+    params = {"w": torch.randn(world, 3, dtype=torch.float64), "k": torch.randn(world + 1, 2, 2, dtype=torch.float64)}
+    there = {name: distribute_tensor(w, mesh, [Shard(0)]) for name, w in params.items()}
+    grads, slopes = (fr.tree_map(lambda w: w.cos(), tree) for tree in (params, there))
+    for tx in (
+        fr.adaptive_grad_clip(0.1),
+        fr.scale_by_factored_rms(min_dim_size_to_factor=2),
+        fr.prox_sgd(0.1, fr.group_lasso, strength=0.1, dim=0),
+        fr.stateless(lambda u, p: fr.tree_map(lambda u: u / max(1, sum(n != 1 for n in u.shape)), u)),
+    ):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        same(tx.update(slopes, tx.init(there), there)[0], updates, there)
+        p, s = fr.fuse(tx, backend="eager").init(there)
+        same(fr.fuse(tx, backend="eager")(p, slopes, s)[0], fr.apply_updates(params, updates), there)
 
 
 def without_distributed_rules(world: int) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 from funcreg._typing import Mask, Params
 from funcreg.ranges import check_range
-from funcreg.sharding import check_whole
+from funcreg.sharding import check_whole, check_whole_module
 from funcreg.tree import check_params, flatten, listed, mask_leaves, tree_paths
 
 # Sparse layouts
@@ -243,8 +243,7 @@ def from_prune(module: nn.Module) -> Pruned:
 def _check_module(what: str, module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
-    named = dict(module.named_parameters())
-    check_whole(what, list(named), list(named.values()))
+    check_whole_module(what, module)
     return module
 
 

@@ -289,13 +289,24 @@ def whole(x: Any) -> Any:
     return _run(_Whole, x) if is_sharded(x) else x
 
 
-def check_whole(what: str, names: Sequence[str], leaves: Sequence[Any]) -> None:
+#: What to do about sharded tensors, and about modules that have them.
+_GATHER = "Gather them first, by w.full_tensor() in all processes"
+_EARLIER = "Call it before fully_shard or parallelize_module, or on a module that loaded the whole state dict"
+
+
+def check_whole_module(what: str, module: torch.nn.Module) -> None:
+    """`check_whole` of the parameters of a module."""
+    named = dict(module.named_parameters())
+    check_whole(what, list(named), list(named.values()), _EARLIER)
+
+
+def check_whole(what: str, names: Sequence[str], leaves: Sequence[Any], remedy: str = _GATHER) -> None:
     """Raise an error, in all processes alike, for a leaf that is sharded, where numbers of whole tensors are read."""
     for name, leaf in zip(names, leaves, strict=True):
         if is_sharded(leaf):
             raise TypeError(
                 f"{what} got '{name}' as a sharded tensor (DTensor) with {layout(leaf).placements}; expected "
-                "tensors that every process has as a whole. Gather them first, by w.full_tensor() in all processes."
+                f"tensors that every process has as a whole. {remedy}."
             )
 
 

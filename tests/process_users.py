@@ -505,7 +505,8 @@ def without_distributed_rules(world: int) -> None:
     ]
     net = network()
     fully_shard(net, mesh=mesh)
-    calls += [lambda: fr.to_prune(net), lambda: fr.factorized(net)]
+    calls += [lambda: fr.to_prune(net), lambda: fr.from_prune(net), lambda: fr.factorized(net)]
+    calls += [lambda: fr.channel_groups(net, (torch.ones(1, 6),)), lambda: fr.resized(net, whole(_named(net)))]
     for call in calls:
         with pytest.raises((TypeError, ValueError), match=r"sharded|DTensor"):
             call()

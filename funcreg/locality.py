@@ -1,10 +1,11 @@
 """Whether a rule on a whole tensor may be computed on pieces of it, found by running the rule on shapes alone.
 
 A tensor is cut along some of its dimensions. A rule that computes entry by entry along these may run on each piece; one
-that sums, sorts or differences along them may not. The rule is run on tensors without memory, at the size of the
-whole and at two other sizes along the cuts. Each operation says where in its result the cuts are, or couples entries
-across a cut, or is not known; and runs that differ in an operation or a number show a rule that depends on the size of
-what it gets. No memory and no number is read: every process finds the same.
+that sorts or differences along them may not, and one that sums along them may if its sums are completed. The rule is
+run on tensors without memory, at the size of the whole and at other sizes along the cuts. Each operation says where in
+its result the cuts are, or couples entries across a cut, or is not known; and runs that differ in an operation or a
+number show a rule that depends on the size of what it gets. No memory and no number is read: every process finds the
+same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Tensors that are sharded over processes: a rule on one leaf runs on the shard where it can, else on the whole.
 
 A rule never sees a `DTensor`. Where it computes entry by entry along the dimensions that are cut, which `locality`
-finds out, it runs on the local shards, and its result is a `DTensor` of the same placements. Else the leaf is gathered,
-the rule runs on the whole in each process, and its result is cut again, which needs no communication. Sums of terms are
-one collective for all leaves. What is done depends on shapes and placements alone, and so is the same in all processes.
+finds out, it runs on the local shards, and its result is a `DTensor` of the same placements. Where all that it does
+across a cut is to sum, its sums are completed between processes. Else the leaf is gathered, the rule runs on the whole
+in each process, and its result is cut again, which needs no communication. Sums of terms are one collective for all
+leaves. What is done depends on shapes and placements alone, and so is the same in all processes.
 
 Derivatives run through all of this, of `backward` and of `torch.func`, inside of which a `DTensor` does not show that
 it is one.

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-PAGES = [HERE.parent / "README.md", HERE / "README.md", HERE.parent / "examples" / "smaller.md"]
+PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+PAGES += [HERE.parent / "examples" / name for name in ("smaller.md", "scaling.md")]
 Numbers = dict[str, Any]
 Rows = list[list[str]]
 
@@ -102,6 +103,16 @@ def scaling(found: Numbers) -> Rows:
             for times in (ways["gathered"], ways["packed"]):
                 cells += [f"{1e3 * times['seconds']:.2f} ms", f"{times['ratio']:.2f}"]
             rows.append([f"{int(count):,} {name}", *cells])
+    return rows
+
+
+def sharded(found: Numbers) -> Rows:
+    """Steps on sharded tensors, each in units of the same step on plain tensors of the sizes of the shards."""
+    workloads = found["workloads"]
+    rows = [[f"AdamW and L1, {found['processes']} processes", *(WORKLOADS[name] for name in workloads)]]
+    for way in next(iter(workloads.values())):
+        cells = [ways[way] for ways in workloads.values()]
+        rows.append([way, *(f"{each['ratio']:.2f} ({1e3 * each['seconds']:.2f} ms)" for each in cells)])
     return rows
 
 
@@ -194,7 +205,7 @@ def speed(found: Numbers) -> Rows:
 #: From the name of a table to what makes it and the file of its numbers.
 TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
-    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, smaller, gpu)},
+    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, smaller, gpu, sharded)},
     "speed": (speed, "step"),
 }
 

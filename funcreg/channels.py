@@ -14,6 +14,7 @@ from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
+from funcreg.sharding import check_whole_module
 from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.widths import heads_before, packs_unequally
@@ -222,6 +223,7 @@ def channel_groups(
         example_inputs, prefix = None, example_inputs
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
+    check_whole_module("channel_groups", module)
     if example_inputs is None:
         families = sequence_groups(module, prefix, layers)
         if types is None and round_to == 1:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 from funcreg._typing import Mask, Params
 from funcreg.ranges import check_range
+from funcreg.sharding import check_whole, check_whole_module
 from funcreg.tree import check_params, flatten, listed, mask_leaves, tree_paths
 
 # Sparse layouts
@@ -70,6 +71,7 @@ def to_sparse(
     check_range("min_sparsity", min_sparsity, 0.0, 1.0)
     check_params(params)
     leaves, rebuild = flatten(params)
+    check_whole("to_sparse", tree_paths(params), leaves)
     chosen = [leaf.ndim == 2 for leaf in leaves] if mask is None else mask_leaves(mask, params)
     made = [leaf.detach() for leaf in leaves]
     converted, refused = 0, list[str]()
@@ -164,7 +166,7 @@ def to_prune(module: nn.Module, mask: Mask | None = None) -> nn.Module:
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    places = list(_parameters(_check_module(module)))
+    places = list(_parameters(_check_module("to_prune", module)))
     params = {path: w for path, _, _, w in places}
     chosen = {path: w.ndim >= 2 for path, w in params.items()}
     if mask is not None:
@@ -222,7 +224,7 @@ def from_prune(module: nn.Module) -> Pruned:
         >>> sorted(params), int(kept["weight"].sum())
         (['bias', 'weight'], 1)
     """
-    places = list(_parameters(_check_module(module)))
+    places = list(_parameters(_check_module("from_prune", module)))
     if not any([_is_pruned(layer, own) for _, layer, own, _ in places]):
         raise ValueError(
             f"from_prune got a {type(module).__name__} of which nothing is pruned: no parameter has a buffer *_mask "
@@ -245,9 +247,10 @@ def from_prune(module: nn.Module) -> Pruned:
     return Pruned(params, kept)
 
 
-def _check_module(module: nn.Module) -> nn.Module:
+def _check_module(what: str, module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    check_whole_module(what, module)
     return module
 
 

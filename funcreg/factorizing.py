@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg.ranges import check_range
+from funcreg.sharding import check_whole_module
 from funcreg.tree import listed
 from funcreg.widths import CONVOLUTIONS, TRANSPOSED, is_conv1d
 
@@ -87,6 +88,7 @@ def factorized(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     check_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
+    check_whole_module("factorized", module)
     smaller = copy.deepcopy(module)
     if state is not None:
         return _read(smaller, state)

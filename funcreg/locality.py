@@ -1,14 +1,16 @@
 """Whether a rule on a whole tensor may be computed on pieces of it, found by running the rule on shapes alone.
 
 A tensor is cut along some of its dimensions. A rule that computes entry by entry along these may run on each piece; one
-that sums, sorts or differences along them may not. The rule is run on tensors without memory, at the size of the
-whole and at two other sizes along the cuts. Each operation says where in its result the cuts are, or couples entries
-across a cut, or is not known; and runs that differ in an operation or a number show a rule that depends on the size of
-what it gets. No memory and no number is read: every process finds the same.
+that sorts or differences along them may not, and one that sums along them may if its sums are completed. The rule is
+run on tensors without memory, at the size of the whole and at other sizes along the cuts. Each operation says where in
+its result the cuts are, or couples entries across a cut, or is not known; and runs that differ in an operation or a
+number show a rule that depends on the size of what it gets. No memory and no number is read: every process finds the
+same.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +33,28 @@ class Result(NamedTuple):
     cuts: Cuts
 
 
+class Sum(NamedTuple):
+    """A sum, a mean or an `any` over pieces, which is to be completed by a sum over processes."""
+
+    cuts: Cuts  # Those that it reduces over.
+    entries: int  # Of how many entries of the whole a mean is; 1 for what is none.
+
+
+class Summed(NamedTuple):
+    """What a rule makes of whole tensors if some of its sums are completed."""
+
+    result: Result
+    reductions: tuple[Any, ...]  # All operations of the rule that may need to be completed, in their order.
+    sums: dict[int, Sum]  # Those that do, by their numbers.
+
+
 class Coupled(Exception):
     """An operation couples entries across a cut, or it is not known whether it does."""
 
 
-def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2) -> Result | None:
+def local_result(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2, small: Sequence[int] = ()
+) -> Result | None:
     """What a rule that may run on pieces makes of whole tensors; None for a rule that may not.
 
     Args:
@@ -43,54 +62,120 @@ def local_result(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts]
         row: The arguments.
         cuts: The cuts of each of them; empty for what is no tensor.
         pieces: Into how many pieces they are cut.
+        small: Sizes below 2 along the cuts that some pieces have: rules may take them for dimensions that broadcast.
     """
-    key = _key((f, *row)), tuple(cuts), pieces
+    small = tuple([n for n in small if n == 1])  # What is made of no entries is no entries.
+    key = _key((f, *row)), tuple(cuts), pieces, small
     try:
         if key in _known:
             return _known[key]
     except TypeError:  # Something in it has no hash.
-        return _found(f, row, cuts, pieces)
+        return _found(f, row, cuts, pieces, small)
     if len(_known) > 10_000:
         _known.clear()
-    _known[key] = found = _found(f, row, cuts, pieces)
+    _known[key] = found = _found(f, row, cuts, pieces, small)
     return found
 
 
-_known: dict[Any, Result | None] = {}
+_known: dict[Any, Any] = {}
+#: Sums of a rule up to which completing each costs less than the whole.
+_MOST = 4
 
 
-def _found(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int) -> Result | None:
-    found = local_results(lambda *row: [f(*row)], row, cuts, pieces)
+def _found(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
+) -> Result | None:
+    found = local_results(lambda *row: [f(*row)], row, cuts, pieces, small)
     return None if found is None else found[0]
 
 
+def summed_result(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
+) -> Summed | None:
+    """How a rule that sums over cuts may run on pieces; None if it does something else across them, or no sum.
+
+    Args:
+        f: Rule of tensors and other arguments.
+        row: The arguments.
+        cuts: The cuts of each of them; empty for what is no tensor.
+        pieces: Into how many pieces they are cut.
+        small: Sizes below 2 along the cuts that some pieces have: all processes know what the rule does there.
+    """
+    key = _key((f, *row)), tuple(cuts), pieces, tuple(small), "sums"
+    try:
+        if key in _known:
+            return _known[key]
+    except TypeError:  # Something in it has no hash.
+        return _found_sums(f, row, cuts, pieces, small)
+    _known[key] = found = _found_sums(f, row, cuts, pieces, small)
+    return found
+
+
+def _found_sums(
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
+) -> Summed | None:
+    runs = _runs(lambda *row: [f(*row)], row, cuts, _sizes(pieces, small), sums=True)
+    if runs is None:
+        return None
+    ([first], follow), *others = runs
+    alike = [
+        result.cuts == first.cuts and other.record == follow.record and other.sums.keys() == follow.sums.keys()
+        for [result], other in others
+    ]
+    if not all(alike) or not 0 < len(follow.sums) <= _MOST:
+        return None
+    return Summed(first, tuple(follow.reductions), follow.sums)
+
+
 def local_results(
-    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int
+    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int] = ()
 ) -> list[Result] | None:
     """`local_result` of a function with several results, which is not kept. A cut dimension of one entry gets more."""
-    sizes = [lambda n: n if n > 1 else 3, lambda n: max(n, 3) + 1, lambda n: max(2, -(-n // pieces))]
-    runs: list[tuple[list[Result], list[Any]]] = []
+    runs = _runs(f, row, cuts, _sizes(pieces, small))
+    if runs is None:
+        return None
+    (first, follow), *others = runs
+    where = [result.cuts for result in first]
+    alike = [[r.cuts for r in found] == where and other.record == follow.record for found, other in others]
+    return first if all(alike) else None
+
+
+def _sizes(pieces: int, small: Sequence[int]) -> list[Callable[[int], int]]:
+    """From the size of a cut dimension to those at which a rule is run."""
+    some = [lambda n: n if n > 1 else 3, lambda n: max(n, 3) + 1, lambda n: max(2, -(-n // pieces))]
+    return some + [lambda n, size=size: size for size in small]
+
+
+def _runs(
+    f: Callable[..., Sequence[Any]],
+    row: Sequence[Any],
+    cuts: Sequence[Cuts],
+    sizes: Sequence[Callable[[int], int]],
+    sums: bool = False,
+) -> list[tuple[list[Result], Any]] | None:
+    """What a function makes at each of some sizes, and the mode that followed it; None where it cannot be followed."""
+    runs: list[tuple[list[Result], Any]] = []
 
     def run() -> None:
         with suppress(Exception):  # It needs memory, or the size is wrong: on the whole the rule will show its error.
-            runs.extend([_run(f, row, cuts, size) for size in sizes])
+            runs.extend([_run(f, row, cuts, size, sums) for size in sizes])
 
     # A thread has none of the modes and transforms that are at work here, whose tensors would hide those of the run.
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    if len(runs) < len(sizes):
-        return None
-    first, record = runs[0]
-    where = [result.cuts for result in first]
-    return first if all([[r.cuts for r in others] == where and own == record for others, own in runs]) else None
+    return runs if len(runs) == len(sizes) else None
 
 
 def _run(
-    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], size: Callable[[int], int]
-) -> tuple[list[Result], list[Any]]:
-    """A function run on shapes that have other sizes along the cuts, and what it did."""
-    follow = _follower()
+    f: Callable[..., Sequence[Any]],
+    row: Sequence[Any],
+    cuts: Sequence[Cuts],
+    size: Callable[[int], int],
+    sums: bool,
+) -> tuple[list[Result], Any]:
+    """A function run on shapes that have other sizes along the cuts, and the mode that followed it."""
+    follow = _follower(sums)
     inputs: list[Any] = []
     for x, own in zip(row, cuts, strict=True):
         if isinstance(x, Tensor):
@@ -103,17 +188,20 @@ def _run(
     with torch.no_grad(), follow:
         made = f(*inputs)
     found = [Result(x.shape, follow.cuts(x)) if isinstance(x, Tensor) else Result(torch.Size(), ()) for x in made]
-    return found, follow.record
+    return found, follow
 
 
-def _follower() -> Any:
-    """A mode that follows cuts through operations."""
+def _follower(sums: bool) -> Any:
+    """A mode that follows cuts through operations, and, if sums may be completed, writes down which."""
     mode, _ = tracing_tools()
 
     class Follow(mode):
         def __init__(self) -> None:
             super().__init__()
             self.record: list[Any] = []
+            self.reductions: list[Any] = []  # That may be completed.
+            self.sums: dict[int, Sum] = {}
+            self.completes = sums
             self._cuts: dict[int, Cuts] = {}
             self._kept: list[Tensor] = []  # So that no id is given twice.
 
@@ -130,6 +218,8 @@ def _follower() -> Any:
             name = func.overloadpacket.__name__
             moves = name in _VIEWS
             self.record.append((func, None if moves else tuple(map(_plain, (*args, *kwargs.values())))))
+            if name in _COMPLETED:
+                self.reductions.append(func)
             made = out if isinstance(out, (tuple, list)) else (out,)
             for x in made:
                 if isinstance(x, Tensor):
@@ -160,6 +250,47 @@ def _key(x: Any, depth: int = 0) -> Any:
     return type(x), x
 
 
+def completing(found: Summed, total: Callable[[Tensor, Cuts], Tensor]) -> Any:
+    """A mode in which a rule runs on a piece.
+
+    Args:
+        found: What is known of the rule.
+        total: The sum over processes of what each has, over some cuts.
+    """
+    mode, _ = tracing_tools()
+
+    class Completing(mode):
+        def __init__(self) -> None:
+            super().__init__()
+            self._number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name, kwargs = func.overloadpacket.__name__, kwargs or {}
+            if name not in _COMPLETED:
+                return func(*args, **kwargs)
+            at = self._number
+            self._number += 1
+            if at >= len(found.reductions) or func is not found.reductions[at]:
+                raise RuntimeError(f"a rule computed {func} of a piece, and not of the whole")
+            if at not in found.sums:
+                return func(*args, **kwargs)
+            cuts, entries = found.sums[at]
+            made = _SUMS.get(func, func)(*args, **kwargs)
+            if name == "any":
+                return total(made.to(torch.int32), cuts) > 0
+            return total(made, cuts) / entries if name == "mean" else total(made, cuts)
+
+    return Completing()
+
+
+#: What is completed by a sum over processes.
+_COMPLETED = {"sum", "mean", "any"}
+_SUMS: dict[Any, Any] = {
+    torch.ops.aten.mean.default: torch.ops.aten.sum.default,
+    torch.ops.aten.mean.dim: torch.ops.aten.sum.dim_IntList,
+}
+
+
 # Operations
 
 
@@ -176,7 +307,7 @@ def _cuts_of(follow: Any, func: Any, name: str, args: Any, kwargs: Any, out: Ten
     if name in _LIKE:
         return own
     if name in _REDUCED:
-        return _reduced(own, args, kwargs, out)
+        return _reduced(follow, name, own, args, kwargs, tensors[0], out)
     if name in _ALONG:
         return _along(follow, name, own, args, kwargs, tensors)
     if name in _VIEWS:
@@ -249,12 +380,17 @@ def _dims(given: Any, ndim: int) -> set[int]:
     return {d % ndim for d in ([given] if isinstance(given, int) else given)} if ndim else set()
 
 
-def _reduced(own: Cuts, args: Any, kwargs: Any, out: Tensor) -> Cuts:
+def _reduced(follow: Any, name: str, own: Cuts, args: Any, kwargs: Any, x: Tensor, out: Tensor) -> Cuts:
     given = kwargs.get("dim", args[1] if len(args) > 1 else None)
     gone = _dims(given, len(own)) if given is not None and given != [] else set(range(len(own)))
     if any([own[d] is not None for d in gone]):
-        raise Coupled("a sum over a cut")
-    return own if out.ndim == len(own) else tuple([cut for d, cut in enumerate(own) if d not in gone])
+        if not follow.completes or name not in _COMPLETED or out.is_complex():
+            raise Coupled("a sum over a cut")
+        entries = math.prod([x.shape[d] for d in gone]) if name == "mean" else 1
+        follow.sums[len(follow.reductions) - 1] = Sum(tuple([own[d] for d in gone if own[d] is not None]), entries)
+    if out.ndim == len(own):  # They stay, with one entry.
+        return tuple([None if d in gone else cut for d, cut in enumerate(own)])
+    return tuple([cut for d, cut in enumerate(own) if d not in gone])
 
 
 def _along(follow: Any, name: str, own: Cuts, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Cuts:

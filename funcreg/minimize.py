@@ -17,8 +17,9 @@ from funcreg.coupled import check_groups_are_whole
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty
+from funcreg.sharding import check_whole
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, flatten, product, tree_leaves, wide
+from funcreg.tree import check_params, flatten, product, tree_leaves, tree_paths, wide
 
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
@@ -127,6 +128,7 @@ class Problem:
         check_penalty(self.penalty, self.hyper, self.options)
         check_selection(self.mask)
         check_params(params)
+        check_whole("minimize", tree_paths(params), tree_leaves(params))
         check_fit(params, self.mask, strength, *self.hyper)
         check_groups_are_whole(self.penalty, self.mask, params)
         check_range("tol", self.tol, 0.0)

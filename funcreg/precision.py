@@ -6,6 +6,7 @@ it was, however often it is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -160,13 +161,12 @@ def with_stochastic_rounding(inner: Transform, key: int | Tensor | torch.Generat
         new, after = inner.update(tree_map(widen, updates), state.inner_state, whole, **inner.accepted(extra))
         leaves, rebuild = flatten(params)
         rows = zip(leaves, tree_leaves(new), words(state.key, steps, params), strict=True)
-        moves = [_rounded_move(w, u, bits) if is_narrow(w.dtype) else u for w, u, bits in rows]
+        moves = [compute_wide(_rounded_move(w.dtype), w, u, bits) if is_narrow(w.dtype) else u for w, u, bits in rows]
         return rebuild(moves), StochasticRoundingState(steps, state.key, after)
 
     return _around(inner, init, update, StochasticRoundingState)
 
 
-def _rounded_move(w: Tensor, u: Tensor, bits: Tensor) -> Tensor:
-    """From a parameter to where it is rounded to."""
-    near = widen(w)
-    return rounded(near + u, bits, w.dtype) - near
+def _rounded_move(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A rule from a parameter in float32, an update and random bits to the move to where it is rounded to."""
+    return lambda w, u, bits: rounded(w + u, bits, dtype) - w

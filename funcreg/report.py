@@ -19,6 +19,7 @@ from funcreg.per_leaf import PerLeaf
 from funcreg.ranges import flags
 from funcreg.regularizing import check_penalty
 from funcreg.selection import reasons
+from funcreg.sharding import whole
 from funcreg.tree import check_params, flatten, global_norm, keep, listed, mask_bools, tree_leaves, tree_paths
 from funcreg.undocumented import is_traced, is_transformed
 
@@ -142,6 +143,7 @@ def _as_written(rows: list[Row], params: Params) -> list[Row]:
 
 
 def _described(name: str, w: Tensor, rank: bool) -> Row:
+    w = whole(w)  # One sharded leaf at a time.
     exact = {} if w.device.type == "mps" else {"dtype": torch.float64}
     dead: Row = {}
     alive = w != 0
@@ -194,9 +196,12 @@ def _parts(params: Params, term: Term) -> list[float]:
         places = enumerate(term.places(params))
         alone = [[i == j for j in range(len(leaves))] if acts else None for i, acts in places]
         return [0.0 if here is None else term.value(keep(params, here)).item() for here in alone]
-    whole = term.value(params).item()
-    slopes = [(w.conj() * g).sum().real.item() for w, g in zip(leaves, tree_leaves(term.grad(params)), strict=True)]
-    scale = whole / sum(slopes) if sum(slopes) else 0.0  # 1 for norms.
+    value = term.value(params).item()
+    slopes = [
+        (whole(w).conj() * whole(g)).sum().real.item()
+        for w, g in zip(leaves, tree_leaves(term.grad(params)), strict=True)
+    ]
+    scale = value / sum(slopes) if sum(slopes) else 0.0  # 1 for norms.
     return [scale * slope for slope in slopes]
 
 
@@ -262,7 +267,8 @@ def _joined(old: Row, new: Row, change: float | None) -> Row:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    return global_norm(b.to(a.device, a.dtype) - a).item()
+    a = whole(a)
+    return global_norm(whole(b).to(a.device, a.dtype) - a).item()
 
 
 def _change(a: Tensor, b: Tensor) -> float | None:

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
 from funcreg.agreement import Agreement
+from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_paths
 from funcreg.widths import (
@@ -96,6 +97,7 @@ def resized(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+    check_whole_module("resized", module)
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
     for kind, rule in (rules or {}).items():

@@ -1,9 +1,10 @@
 """Tensors that are sharded over processes: a rule on one leaf runs on the shard where it can, else on the whole.
 
 A rule never sees a `DTensor`. Where it computes entry by entry along the dimensions that are cut, which `locality`
-finds out, it runs on the local shards, and its result is a `DTensor` of the same placements. Else the leaf is gathered,
-the rule runs on the whole in each process, and its result is cut again, which needs no communication. Sums of terms are
-one collective for all leaves. What is done depends on shapes and placements alone, and so is the same in all processes.
+finds out, it runs on the local shards, and its result is a `DTensor` of the same placements. Where all that it does
+across a cut is to sum, its sums are completed between processes. Else the leaf is gathered, the rule runs on the whole
+in each process, and its result is cut again, which needs no communication. Sums of terms are one collective for all
+leaves. What is done depends on shapes and placements alone, and so is the same in all processes.
 
 Derivatives run through all of this, of `backward` and of `torch.func`, inside of which a `DTensor` does not show that
 it is one.
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg.locality import Cuts, Result, local_result
+from funcreg.locality import Cuts, Result, Summed, completing, local_result, summed_result
 from funcreg.undocumented import is_batched, is_transformed, without_levels
 
 
@@ -66,6 +67,20 @@ class Layout(NamedTuple):
     def pieces(self) -> int:
         """Into how many pieces it is cut."""
         return math.prod([self.mesh.size(i) for i in self.cutting()])
+
+    def small(self) -> tuple[int, ...]:
+        """Which of the sizes 0 and 1 some piece may have along a cut."""
+        found: set[int] = set()
+        for d in self.cuts():
+            counts = [self.mesh.size(i) for i in self.cutting() if self.placements[i].dim == d]
+            pieces, n = math.prod(counts), self.shape[d]
+            most = -(-n // pieces)
+            if len(counts) > 1:  # Cut twice: pieces may be smaller than of one cut by as much as a cut rounds up.
+                found.update(range(max(0, n // pieces - 1), 2))
+            elif n:
+                rest = n - most * ((n - 1) // most)  # Of the last one that has any.
+                found.update([size for size in (most, rest, 0) if size < 2 and (size or most * (pieces - 1) >= n)])
+        return tuple(sorted(found))
 
     def strided(self) -> bool:
         """Whether pieces are laid otherwise than one after another, as of a dimension that is cut twice."""
@@ -114,7 +129,7 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any, placements: Any, summed: tuple[int, ...]) -> Tensor:
-        moved = x if x.placements == placements else x.redistribute(placements=placements)
+        moved = x if x.placements == placements else _contiguous(x).redistribute(placements=placements)
         return moved.to_local().detach()  # The shard itself may be what is returned.
 
     @staticmethod
@@ -134,6 +149,21 @@ class _Local(torch.autograd.Function):
         return _run(_Local, x.movedim(in_dims[0], 0), _later(placements), summed), 0
 
 
+def _dense(x: Tensor) -> Tensor:
+    """With contiguous memory; autograd gives zeros without any, which torch 2.9 does not gather."""
+    return x.contiguous() if x.data_ptr() or not x.numel() else x.clone()
+
+
+def _contiguous(x: Any) -> Any:
+    """A sharded tensor with contiguous shards, which torch 2.9 needs to gather them."""
+    own = x.to_local()
+    if own.is_contiguous():
+        return x
+    return _distributed().DTensor.from_local(
+        own.contiguous(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
 class _Wrapped(torch.autograd.Function):
     """A sharded tensor of the shards in all processes."""
 
@@ -142,7 +172,7 @@ class _Wrapped(torch.autograd.Function):
         mesh, placements, shape = layout
         stride = torch.empty(shape, device="meta").stride()
         return _distributed().DTensor.from_local(
-            x.detach().contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+            _dense(x.detach()), mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
     @staticmethod
@@ -167,7 +197,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Any) -> Tensor:
-        return x.full_tensor().detach()
+        return _contiguous(x).full_tensor().detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -190,7 +220,7 @@ class _Cut(torch.autograd.Function):
         sharded = _distributed()
         mesh, placements, _ = layout
         copies = [sharded.Replicate()] * mesh.ndim
-        whole = sharded.DTensor.from_local(x.detach().contiguous(), mesh, copies, run_check=False)
+        whole = sharded.DTensor.from_local(_dense(x.detach()), mesh, copies, run_check=False)
         return whole.redistribute(placements=placements)
 
     @staticmethod
@@ -214,7 +244,7 @@ class _Gathered(torch.autograd.Function):
     def forward(x: Any, mesh: Any, over: tuple[int, ...], op: str) -> Tensor:
         sharded = _distributed()
         placements = [sharded.Partial(op) if i in over else sharded.Replicate() for i in range(mesh.ndim)]
-        return sharded.DTensor.from_local(x.detach().contiguous(), mesh, placements, run_check=False).full_tensor()
+        return sharded.DTensor.from_local(_dense(x.detach()), mesh, placements, run_check=False).full_tensor()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -260,6 +290,27 @@ def whole(x: Any) -> Any:
     return _run(_Whole, x) if is_sharded(x) else x
 
 
+#: What to do about sharded tensors, and about modules that have them.
+_GATHER = "Gather them first, by w.full_tensor() in all processes"
+_EARLIER = "Call it before fully_shard or parallelize_module, or on a module that loaded the whole state dict"
+
+
+def check_whole_module(what: str, module: torch.nn.Module) -> None:
+    """`check_whole` of the parameters of a module."""
+    named = dict(module.named_parameters())
+    check_whole(what, list(named), list(named.values()), _EARLIER)
+
+
+def check_whole(what: str, names: Sequence[str], leaves: Sequence[Any], remedy: str = _GATHER) -> None:
+    """Raise an error, in all processes alike, for a leaf that is sharded, where numbers of whole tensors are read."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if is_sharded(leaf):
+            raise TypeError(
+                f"{what} got '{name}' as a sharded tensor (DTensor) with {layout(leaf).placements}; expected "
+                f"tensors that every process has as a whole. {remedy}."
+            )
+
+
 def like(x: Tensor, leaf: Any) -> Tensor:
     """What every process has as a whole, sharded as a leaf is; as it is beside a leaf that is not sharded."""
     return _run(_Cut, x, layout(leaf)) if is_sharded(leaf) and not is_sharded(x) else x
@@ -296,17 +347,49 @@ def any_cut(found: Result) -> bool:
     return any([cut is not None for cut in found.cuts])
 
 
-def _compute(f: Callable[..., Any], row: Sequence[Any]) -> tuple[Any, Result | None, Layout | None]:
+def _compute(
+    f: Callable[..., Any], row: Sequence[Any], entrywise: bool = False
+) -> tuple[Any, Result | None, Layout | None]:
     """What a rule makes; of shards, with the result for the whole tensor, or of the whole, with None."""
     spread = layout(row[0]) if is_sharded(row[0]) else None
     if spread is not None:
         cuts = [_cuts_beside(x, spread) for x in row]
+        if entrywise:
+            return (
+                f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]),
+                Result(spread.shape, cuts[0]),
+                spread,
+            )
         # A dimension of one entry broadcasts as a whole, and not as a piece.
         fit = bool(spread.cuts()) and all([spread.shape[d] > 1 for d in spread.cuts()])
-        found = local_result(f, row, cuts, spread.pieces()) if fit else None
+        found = local_result(f, row, cuts, spread.pieces(), spread.small()) if fit else None
         if found is not None and _placeable(found, spread):
             return f(*[_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]), found, spread
+        summed = _summed(f, row, cuts, spread) if fit and found is None else None
+        if summed is not None:
+            shards = [_shard(x, own, spread) for x, own in zip(row, cuts, strict=True)]
+            with completing(summed, lambda x, over: _total(x, over, spread)):
+                return f(*shards), summed.result, spread
     return f(*[whole(x) for x in row]), None, spread
+
+
+def _summed(f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], spread: Layout) -> Summed | None:
+    """How a rule runs on shards if sums over processes complete its own; not where something differentiates it."""
+    tensors = [x for x in row if isinstance(x, Tensor)]
+    if is_transformed(lambda: tensors) or any(map(_differentiated, tensors)):
+        return None
+    found = summed_result(f, row, cuts, spread.pieces(), spread.small())
+    if found is None:
+        return None
+    whole = not any_cut(found.result) and found.result.shape != spread.shape
+    return found if whole or _placeable(found.result, spread) else None
+
+
+def _total(x: Tensor, over: Cuts, spread: Layout) -> Tensor:
+    """The sum over the processes between which some dimensions are cut."""
+    return _run(
+        _Gathered, x, spread.mesh, tuple([i for i in spread.cutting() if spread.placements[i].dim in over]), "sum"
+    )
 
 
 def _placeable(found: Result, spread: Layout) -> bool:
@@ -375,7 +458,11 @@ OVER: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def reduce(
-    f: Callable[..., Tensor], rows: Sequence[Sequence[Any]], op: str, name: Callable[[int], str]
+    f: Callable[..., Tensor],
+    rows: Sequence[Sequence[Any]],
+    op: str,
+    name: Callable[[int], str],
+    entrywise: bool = False,
 ) -> list[Tensor]:
     """For each leaf the sum of the terms that a rule makes of it, or what else is over them; one collective for all.
 
@@ -384,12 +471,13 @@ def reduce(
         rows: Arguments of the rule, a row for each leaf.
         op: What is made of the terms of a leaf, one of `OVER`.
         name: From the number of a leaf to what errors call it.
+        entrywise: Whether the rule is known to make one term of each entry of a leaf.
     """
     results: list[Any] = [None] * len(rows)
     waiting: dict[Any, list[int]] = {}
     for i, row in enumerate(rows):
         try:
-            made, found, spread = _compute(f, row)
+            made, found, spread = _compute(f, row, entrywise)
             results[i] = OVER[op](made)
         except ValueError as error:
             raise ValueError(f"at leaf '{name(i)}': {error}") from error

@@ -8,6 +8,7 @@ leaf, with what collectives its transforms need.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,8 @@ class OnShards:
     def _runs_on_shards(self, leaves: list[Any], spec: Any, layouts: Sequence[Layout | None], count: int) -> bool:
         cuts = [_cuts(x, own) for x, own in zip(leaves, layouts, strict=True)]
         pieces = max([own.pieces() for own in layouts if own is not None])
-        found = local_results(lambda *row: tree_leaves(self._plain(*restored(spec, row))), leaves, cuts, pieces)
+        small = sorted({size for own in layouts if own is not None for size in own.small() if size})
+        found = local_results(lambda *row: tree_leaves(self._plain(*restored(spec, row))), leaves, cuts, pieces, small)
         if found is None:
             return False
         written = [*cuts[:count], *cuts[2 * count :]]  # Extra arguments, which come last, are not.
@@ -91,7 +93,10 @@ class _Owned:
     def __init__(self, params: Any, state: Any, shards: Sequence[Any]) -> None:
         self._leaves, self._spec = structure((params, state))
         self._shards, self._count = shards, len(tree_leaves(params))
-        self._spec_of_params = structure(params)[1]
+        first, self._spec_of_params = structure(params)
+        self._kinds = list(map(_kind, first))
+        self._grads: list[Any] = []  # References to those of last time.
+        self._kept: list[Any] | None = None  # Their shards, once the same came twice, and so are held elsewhere.
         self.written = [x for x in self._leaves if is_sharded(x)]
 
     def shards(self, params: Any, grads: Any, state: Any) -> list[Any] | None:
@@ -100,23 +105,31 @@ class _Owned:
         if spec != self._spec or not all(map(operator.is_, leaves, self._leaves)):
             return None
         slopes, of_grads = structure(grads)
-        if of_grads != self._spec_of_params or not all(map(_lies_like, leaves, slopes)):
+        own = self._of_grads(slopes) if of_grads == self._spec_of_params else None
+        return None if own is None else [self._shards[0], restored(of_grads, own), self._shards[2]]
+
+    def _of_grads(self, slopes: list[Any]) -> list[Any] | None:
+        """The shards of gradients that lie as parameters do."""
+        again = len(self._grads) == len(slopes) and all(
+            [ref() is g for ref, g in zip(self._grads, slopes, strict=True)]
+        )
+        if again and self._kept is not None:
+            return self._kept
+        if list(map(_kind, slopes)) != self._kinds:
             return None
-        return [self._shards[0], restored(of_grads, [shard(g) for g in slopes]), self._shards[2]]
+        own = list(map(shard, slopes))
+        self._grads, self._kept = list(map(weakref.ref, slopes)), own if again else None
+        return own
 
 
-def _lies_like(leaf: Any, other: Any) -> bool:
-    """Whether a gradient has the layout of its parameter."""
-    if type(other) is Tensor or type(leaf) is Tensor:
-        return type(other) is type(leaf) and other.shape == leaf.shape
-    return (
-        hasattr(leaf, "placements")
-        and hasattr(other, "placements")
-        and leaf.device_mesh is other.device_mesh
-        and leaf.placements == other.placements
-        and leaf.shape == other.shape
-        and leaf.dtype == other.dtype
-    )
+def _kind(x: Any) -> tuple[Any, ...]:
+    """What a gradient has in common with its parameter."""
+    if not isinstance(x, Tensor):
+        return (None,)
+    if not holds_sharded((x,)):
+        return None, None, x.shape, x.dtype
+    own: Any = x  # A `DTensor`.
+    return own.device_mesh, own.placements, own.shape, own.dtype
 
 
 def _cuts(x: Any, own: Layout | None) -> tuple[Any, ...]:

@@ -814,7 +814,8 @@ def global_norm(tree: Any) -> Tensor:
     check_params(tree, "tree")
     leaves = [widen(x) for x in tree_leaves(tree)]
     if any_sharded(leaves):  # Without a look at numbers: all processes are to do the same.
-        return safe_sqrt(total(reduce_leaves(lambda x: squared(_widest(x)), leaves))).to(
+        rows, name = [(x,) for x in leaves], lambda i: tree_paths(tree)[i]
+        return safe_sqrt(total(reduce(lambda x: squared(_widest(x)), rows, "sum", name, entrywise=True))).to(
             functools.reduce(torch.promote_types, [x.dtype.to_real() for x in leaves])
         )
     if is_traced() and all([_widest(x) is not x for x in leaves]):

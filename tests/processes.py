@@ -404,6 +404,16 @@ def counts(world: int) -> None:
         with CommDebugMode() as seen:
             call()
         assert seen.get_total_counts() == expected, f"{seen.get_comm_counts()}; expected {expected}"
+    for tx in (  # Of these no leaf is gathered: sums over pieces are completed.
+        fr.lamb(0.1),
+        fr.adaptive_grad_clip(0.1),
+        fr.scale_by_factored_rms(min_dim_size_to_factor=2),
+        fr.prox_sgd(0.1, fr.group_lasso, strength=0.1, dim=0),
+    ):
+        with CommDebugMode() as seen:
+            tx.update(grads, tx.init(there), there)
+        assert 0 < seen.get_total_counts() <= 20
+        assert not [op for op in seen.get_comm_counts() if "gather" in str(op)], tx
 
 
 def untold(world: int) -> None:
@@ -626,4 +636,7 @@ def run(rank: int, world: int, folder: str, groups: list[str], only: str = "") -
 
 
 if __name__ == "__main__":
+    from process_users import users  # Which imports from here.
+
+    GROUPS["users"] = users
     run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4].split(","), *sys.argv[5:])

@@ -23,6 +23,7 @@ from funcreg.construction import written
 from funcreg.fused import FusedStep
 from funcreg.hyperparams import Injected
 from funcreg.ranges import number
+from funcreg.shards import is_spread
 from funcreg.transform import Transform
 from funcreg.tree import (
     ABSENT,
@@ -255,8 +256,8 @@ class Optimizer(torch.optim.Optimizer):
         if key not in self._steps:
             tx = _beside([self._chains[part.group] for part in parts])
             backend = "inductor" if self._compile is True else self._compile
-            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
-            self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and bare else _Eager(tx)
+            known = all([type(p) in _PLAIN or is_spread(p) for part in parts for p in part.params])
+            self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and known else _Eager(tx)
             self._packed = False
         return self._steps[key]
 

@@ -76,6 +76,7 @@ class Transform(Remembering):
         links: The links of a chain, in their order.
         rate: By what it multiplies updates, up to their sign, if it does nothing else: number, tensor, schedule, or a
             tree of them.
+        factor: From updates to the scalar by which it multiplies all of them, if it does nothing else.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -107,6 +108,7 @@ class Transform(Remembering):
         forwards_to: Sequence[Transform] | None = None,
         links: Sequence[Transform] = (),
         rate: Hyper | Schedule | None = None,
+        factor: Callable[[Updates], Tensor] | None = None,
     ) -> None:
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
@@ -123,6 +125,7 @@ class Transform(Remembering):
         self._forwards_to = None if forwards_to is None else tuple(forwards_to)
         self.links = tuple(links)
         self.rate = rate
+        self.factor = factor
         self._state = state
 
     kind = "transform"
@@ -348,10 +351,11 @@ def memoryless(
     stages: Collection[Stage] = (),
     covers: Choice | None = None,
     rate: Hyper | None = None,
+    factor: Callable[[Updates], Tensor] | None = None,
 ) -> Transform:
     """`stateless` for functions that are known to return updates like those that they get."""
     update = lambda updates, state, params: (f(updates, params), state)
-    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers, rate=rate)
+    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers, rate=rate, factor=factor)
 
 
 @remembered

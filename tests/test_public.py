@@ -94,7 +94,6 @@ LAYERS = [
         "resizing",
         "rounding",
         "selection",
-        "shards",
         "transform",
     ],
     [
@@ -111,6 +110,7 @@ LAYERS = [
         "precision",
         "removal",
         "scaling",
+        "shards",
         "trees",
     ],
     ["coupled", "linesearch", "penalties", "per_leaf", "preconditioners", "trained", "wrappers"],

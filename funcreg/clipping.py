@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -12,7 +13,16 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.ranges import concrete, ordered, scalars, single
-from funcreg.transform import Transform, finite, finite_nonnegative, memoryless, nonnegative, positive, public_state
+from funcreg.transform import (
+    Stage,
+    Transform,
+    finite,
+    finite_nonnegative,
+    memoryless,
+    nonnegative,
+    positive,
+    public_state,
+)
 from funcreg.tree import compute, euclidean, flatten, global_norm, reduce_leaves, tree_leaves, tree_map
 
 
@@ -58,14 +68,22 @@ def clip_by_global_norm(max_norm: Scalar, eps: Scalar = 0.0) -> Transform:
     finite_nonnegative(eps=eps)
     max_norm, eps = scalars(max_norm=max_norm, eps=eps)
 
+    def factor(updates: Updates) -> Tensor:
+        norm = global_norm(updates)
+        return (max_norm / torch.where(norm == 0, 1.0, norm + eps)).clamp(max=1.0)
+
+    return _by_one_number(factor)
+
+
+def _by_one_number(factor: Callable[[Updates], Tensor], stages: Collection[Stage] = ()) -> Transform:
+    """Multiply all updates by one number of them."""
+
     def rule(updates: Updates, params: Params) -> Updates:
         if not tree_leaves(updates):
             return updates
-        norm = global_norm(updates)
-        factor = (max_norm / torch.where(norm == 0, 1.0, norm + eps)).clamp(max=1.0)
-        return compute(lambda u, f: u * f, updates, hyper=(factor,))
+        return compute(lambda u, f: u * f, updates, hyper=(factor(updates),))
 
-    return memoryless(rule)
+    return memoryless(rule, stages=stages, factor=factor)
 
 
 @remembered
@@ -88,13 +106,11 @@ def normalize_by_update_norm(scale_factor: Scalar = 1.0, eps: Scalar = 1e-6) -> 
     known = concrete(scale_factor)
     negative = known is not None and float(known) < 0
 
-    def rule(updates: Updates, params: Params) -> Updates:
-        if not tree_leaves(updates):
-            return updates
+    def factor(updates: Updates) -> Tensor:
         norm = global_norm(updates)
-        return compute(lambda u, f: u * f, updates, hyper=(scale_factor / torch.where(norm == 0, 1.0, norm + eps),))
+        return scale_factor / torch.where(norm == 0, 1.0, norm + eps)
 
-    return memoryless(rule, stages=["scales", "flips"] if negative else ["scales"])
+    return _by_one_number(factor, ["scales", "flips"] if negative else ["scales"])
 
 
 @remembered

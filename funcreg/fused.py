@@ -25,7 +25,7 @@ from funcreg.plan import Call, Plan
 from funcreg.ranges import flags
 from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
-from funcreg.shards import OnShards, is_spread, local, spread
+from funcreg.shards import OnShards, is_spread
 from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
 from funcreg.tree import (
     apply_updates,
@@ -234,7 +234,7 @@ class FusedStep(_Planned):
         flags(donate=donate)
         super().__init__(backend)
         self._tx, self._donate, self._loose = tx, donate, loose
-        self._on_shards = OnShards(self._plain, donate, tx.spares)
+        self._on_shards = OnShards(tx, donate, loose, lambda local: FusedStep(local, donate, backend, loose))
         self._compiled: Any = None  # Of a chain that cannot be recorded.
         self._versions: list[int] | None = []  # Of gradients of `gradients`, at the last call; None after a warning.
 
@@ -250,7 +250,7 @@ class FusedStep(_Planned):
         check_params(params)
         params = tree_map(lambda w: w.detach(), params)
         if is_spread(params):
-            return self._init_shards(params, extra)
+            return self._on_shards.init(params, _with_tensors(extra))
         with torch.inference_mode(False), torch.no_grad():
             trees = (params, params, self._tx.init(params), _with_tensors(extra))[: 4 if extra else 3]
             columns, specs = zip(*map(structure, trees), strict=True)
@@ -274,19 +274,13 @@ class FusedStep(_Planned):
 
     def packed_state(self, params: Params, grads: Updates, state: State) -> State:
         """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
+        if is_spread(params):
+            return self._on_shards.packed_state(params, state)
         trees = (params, grads, state)
         columns, specs = zip(*map(structure, trees), strict=True)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan_for(trees, columns, specs)
             return state if plan is None else restored(specs[2], plan.pools[1].packed(columns[2]))
-
-    def _init_shards(self, params: Params, extra: dict[str, Any]) -> tuple[Params, State]:
-        with torch.no_grad():
-            state = self._tx.init(params)
-            if not self._on_shards.is_local(params, params, state, _with_tensors(extra)):
-                return tree_map(torch.clone, params), tree_map(torch.clone, state)
-            made, memory = self.init(local(params), **local(extra))
-            return spread(made, params), spread(memory, state)
 
     def gradients(self, params: Params) -> Updates:
         """Zeros like parameters of `init`, in memory where the step reads gradients without copying them together.
@@ -299,7 +293,7 @@ class FusedStep(_Planned):
             ValueError: `init` made no parameters like these.
         """
         if is_spread(params):
-            return spread(self.gradients(local(params)), params)
+            return self._on_shards.gradients(params)
         leaves, spec = structure(params)
         kinds = [like[1:] for like in map(_like, leaves)]  # Whether they are `Parameter` or not.
         for (specs, known, *_), plan in self._plans.items():
@@ -342,8 +336,7 @@ class FusedStep(_Planned):
         call = None if extra or checked is None else checked.call((params, grads, state))
         if checked is None or call is None:
             if is_spread(params):
-                step = lambda p, g, s, **extra: self._step(p, g, s, extra)
-                return self._on_shards.call(step, params, grads, state, _with_tensors(extra))
+                return self._on_shards.call(params, grads, state, _with_tensors(extra))
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             if _has_objects(extra):
                 return self._plain_step(params, grads, state, extra)

@@ -24,6 +24,7 @@ from funcreg.construction import written
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.hyperparams import Injected
+from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import (
     ABSENT,
@@ -351,8 +352,8 @@ class Optimizer(torch.optim.Optimizer):
         if key not in self._steps:
             tx = _beside([self._chains[part.group] for part in parts])
             backend = False if self._plain else "inductor" if self._compile is True else self._compile
-            bare = all([type(p) in _PLAIN for part in parts for p in part.params])  # Shards are not donated.
-            self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and bare else _Eager(tx)
+            known = all([type(p) in _PLAIN or is_spread(p) for part in parts for p in part.params])
+            self._steps[key] = FusedStep(tx, True, backend, loose=True) if backend and known else _Eager(tx)
             self._packed = False
         return self._steps[key]
 

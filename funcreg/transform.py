@@ -77,6 +77,7 @@ class Transform(Remembering):
         rate: By what it multiplies updates, up to their sign, if it does nothing else: number, tensor, schedule, or a
             tree of them.
         examples: Whether its updates are gradients of single examples, with one more dimension, the first.
+        factor: From updates to the scalar by which it multiplies all of them, if it does nothing else.
 
     Raises:
         TypeError: A leaf is not a tensor of floating point or complex numbers.
@@ -109,6 +110,7 @@ class Transform(Remembering):
         links: Sequence[Transform] = (),
         rate: Hyper | Schedule | None = None,
         examples: bool = False,
+        factor: Callable[[Updates], Tensor] | None = None,
     ) -> None:
         for name, function in (("init", init), ("update", update), ("metric", metric), ("frozen", frozen)):
             if not callable(function) and (function is not None or name in ("init", "update")):
@@ -126,6 +128,7 @@ class Transform(Remembering):
         self.links = tuple(links)
         self.rate = rate
         self.examples = examples
+        self.factor = factor
         self._state = state
 
     kind = "transform"
@@ -352,10 +355,11 @@ def memoryless(
     stages: Collection[Stage] = (),
     covers: Choice | None = None,
     rate: Hyper | None = None,
+    factor: Callable[[Updates], Tensor] | None = None,
 ) -> Transform:
     """`stateless` for functions that are known to return updates like those that they get."""
     update = lambda updates, state, params: (f(updates, params), state)
-    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers, rate=rate)
+    return Transform(init_empty_state, update, spares=spares, stages=stages, covers=covers, rate=rate, factor=factor)
 
 
 @remembered

@@ -505,8 +505,15 @@ def compiled(world: int) -> None:
     step(params, grads, state)
     for name, make in CHAINS.items():
         tx = make()
-        local = fr.shards.OnShards(lambda p, g, s, extra, tx=tx: tx.update(g, s, p), False)
-        assert local.is_local(params, grads, tx.init(params), {}) == (name not in ("clipped", "projected")), name
+        way = fr.shards.OnShards(tx, False, False, lambda tx: tx).way(params, grads, tx.init(params), {})
+        assert way is {"clipped": True, "projected": None}.get(name, False), name
+    for donate in (False, True):  # Also at the second call, which knows its trees again.
+        step = fr.fuse(CHAINS["clipped"](), donate=donate, backend="eager")
+        p, s = step.init(params)
+        p, s = step(p, grads, s)
+        with CommDebugMode() as seen:
+            step(p, grads, s)
+        assert seen.get_total_counts() == 1
     with CommDebugMode() as seen:
         fr.value_and_grad(fr.l1, backend="eager")(params)
     assert seen.get_total_counts() == 1

@@ -95,7 +95,6 @@ LAYERS = [
         "resizing",
         "rounding",
         "selection",
-        "shards",
         "transform",
     ],
     [
@@ -112,6 +111,7 @@ LAYERS = [
         "precision",
         "removal",
         "scaling",
+        "shards",
         "trees",
     ],
     ["coupled", "linesearch", "penalties", "per_leaf", "preconditioners", "trained", "wrappers"],

@@ -201,7 +201,10 @@ def test_what_has_not_converged_says_so():
     assert found.steps == 2
     hopeless = fr.minimize(lambda w: w.sum() * torch.nan, zeros(2), fr.l1)
     assert not hopeless.converged
-    in_float32 = fr.minimize(squares, {"w": zeros(10).float()}, fr.l1, strength=0.1, args=(x.float(), y.float()))
+    with pytest.warns(UserWarning, match=r"tol is 1e-08, and params are torch.float32"):
+        in_float32 = fr.minimize(
+            squares, {"w": zeros(10).float()}, fr.l1, strength=0.1, args=(x.float(), y.float()), tol=1e-8
+        )
     assert not in_float32.converged
     assert in_float32.steps < 2000  # Where rounding is all that moves, it ends.
     assert in_float32.residual < 1e-3

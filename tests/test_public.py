@@ -130,6 +130,7 @@ LAYERS = [
         "report",
         "structured",
     ],
+    ["quadratic", "vectors"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path"],
 ]

@@ -20,7 +20,7 @@ from funcreg.ranges import check_range
 from funcreg.transform import public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
-#: Strengths that are solved at once, from the solution of the one before them, however far apart they are.
+#: Strengths that are solved at once, of a quadratic loss however far apart they are.
 _TOGETHER = 5
 #: Shares of the strength before, down to which others are solved with it: without screening, and with it.
 _NEAR, _NEAR_SCREENED = 0.2, 0.7
@@ -112,7 +112,7 @@ def regularization_path(
     found: list[Solution] = []
     before = falling[0]
     size = sum(w.numel() for w in tree_leaves(start))
-    for some in _chunks(falling, size, args):
+    for some in _chunks(falling, size, args, _is_quadratic(objective, start)):
         found.append(_solved_with_screening(problem, args, start, before, some))
         start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
     whole = tree_map(lambda *parts: torch.cat(parts).index_select(0, order), *found)
@@ -170,24 +170,33 @@ def _strengths(
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
 
 
-def _chunks(strengths: Tensor, size: int, args: Any, folds: int = 1) -> list[Tensor]:
+def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int = 1) -> list[Tensor]:
     """Strengths in falling order, cut into those that are solved at once, from the solution of the one before them.
 
     Another member of an ensemble costs little as long as all do less work than it takes to call torch. Where they do
-    more, each begins at the solution of the one before. What is far below that takes more steps, and finds more on its
-    way that is not zero in the end.
+    more, each begins at the solution of the one before. Far below that a loss that is no quadratic function takes more
+    steps, and screening leaves more.
     """
     kept = max(min(size, _KEPT), 1)
     rows = max([len(x) for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim], default=1)
     most = max(1, min(_ENTRIES // kept**2, _TERMS // (kept * max(rows, 1))) // folds)
-    share = _NEAR if size < _SCREENED else _NEAR_SCREENED
+    share = _NEAR_SCREENED if size >= _SCREENED else 0.0 if quadratic else _NEAR
+    least = _TOGETHER if quadratic else 1
     numbers, sizes, first = strengths.tolist(), [], 0
     for k, number in enumerate(numbers):
-        far = k - first >= _TOGETHER and number < share * numbers[max(first - 1, 0)]
+        far = k - first >= least and number < share * numbers[max(first - 1, 0)]
         if k - first == most or far:
             sizes.append(k - first)
             first = k
     return list(strengths.split([*sizes, len(numbers) - first]))
+
+
+def _is_quadratic(objective: Callable[[Params], Tensor], start: Params) -> bool:
+    """Whether the slope changes by the same from a place to a second as from there to a third in line."""
+    slopes = [grad(objective)(tree_map(lambda w, k=k: w + k, start)) for k in (0.0, 1.0, 2.0)]
+    first, second, third = (torch.cat([g.reshape(-1).double() for g in tree_leaves(each)]) for each in slopes)
+    noise = 1e3 * torch.finfo(tree_leaves(start)[0].dtype).eps
+    return bool(((third - second) - (second - first)).abs().amax() <= noise * torch.stack([first, third]).abs().amax())
 
 
 def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
@@ -389,7 +398,9 @@ def _scores(
         return losses, found.converged, tree_map(lambda w: w[-1], found.params)
 
     columns, converged = [], []
-    for some in _chunks(strengths, sum(w.numel() for w in tree_leaves(start)), data, len(tests)):
+    size = sum(w.numel() for w in tree_leaves(start))
+    quadratic = _is_quadratic(lambda point: problem.loss(point, *data), start)
+    for some in _chunks(strengths, size, data, quadratic, len(tests)):
         losses, done, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
         columns.append(losses)
         converged.append(done)

@@ -42,7 +42,7 @@ class Flat:
         levels, sizes = [*self.levels, dims], (*self.sizes, size)
         if len(levels) == 1:
             return replace(self, levels=tuple(levels), sizes=sizes), tensors
-        # Mapped over maps, some losses of torch, `mse_loss` among them, fail where outputs have members and targets none.
+        # Mapped over maps, `mse_loss` and others of torch fail where outputs have members and targets have none.
         spread = list(tensors)
         for i in range(len(tensors)):
             shared = [level[i] is None for level in levels]

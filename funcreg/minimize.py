@@ -180,7 +180,9 @@ class Problem:
     def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
         """The solution; if only some entries may move, with their places in a vector of all."""
         # When to stop depends on numbers, which no graph can hold.
-        solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
+        solved: Callable[..., Solution] = (
+            torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
+        )
         return solved(params, strength, args, kept)
 
     def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
@@ -446,7 +448,9 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
     quadratic = Quadratic(*quadratic)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
-        flat.over_members(lambda tensors, s, *to, shares=shares: _towards(flat, tensors, _State(*s), *to, shares))
+        flat.over_members(
+            lambda tensors, s, goal, steps, shares=shares: _towards(flat, tensors, _State(*s), goal, steps, shares)
+        )
         for shares in (_SHARES[:1], _SHARES)
     )
     after, near = whole(tensors, s, goal, descent.steps)
@@ -463,7 +467,9 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
 
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
     """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
-    land = flat.over_members(lambda tensors, *s: _proximal_step(flat, *s, tensors))
+    land = flat.over_members(
+        lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors)
+    )
     landed = land(tensors, s.x, s.slope, s.rate, s.metric)
     alive = ((s.x != 0) | (landed != 0)) & ~s.done.unsqueeze(-1)
     return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]

@@ -101,7 +101,7 @@ def step(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
 def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     """A Newton step on the fixed point of the proximal step, if it more than halves the error or goes downhill."""
     scale = s.rate * model.metric
-    landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)
+    landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)[:2]
     one = torch.eye(len(s.x), dtype=s.x.dtype, device=s.x.device)
     inner = one - model.hessian / scale[:, None]
     jacobian = pull(torch.ones_like(landed))[0][:, None] * inner if rules.separable else vmap(pull)(one)[0] @ inner

@@ -180,10 +180,8 @@ class Problem:
     def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
         """The solution; if only some entries may move, with their places in a vector of all."""
         # When to stop depends on numbers, which no graph can hold.
-        solved: Callable[..., Solution] = (
-            torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
-        )
-        return solved(params, strength, args, kept)
+        solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
+        return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
     def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
         flat, tensors = flat_problem(
@@ -410,42 +408,16 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
 
 def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget: int) -> tuple[_State, int, int]:
     """The state after a step to the minimum of a model, how many steps that took, and the size of its Hessian."""
-    if _is_dense(s.x):
-        places = torch.arange(s.x.shape[-1], device=s.x.device)
-        part = flat
-    else:
+    part, places = flat, torch.arange(s.x.shape[-1], device=s.x.device)
+    if not _is_dense(s.x):
         places = _support(flat, tensors, s)
         part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes)
         if not 1 <= len(places) <= _DENSE:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
             return _State(*tried(tensors, s)), 0, 0
-    rules = lambda tensors: Rules(
-        lambda x, step, metric: part.land(x, step, metric, tensors), lambda x: part.value(x, tensors), part.separable
-    )
-    tol = flat.tol / 4
-
-    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor | None = None) -> Any:
-        found = _hessian(part, x, tensors) if hessian is None else hessian
-        metric = diagonal_metric(found) if part.in_metric else torch.ones_like(x)
-        rate = greatest_curvature(found, metric)
-        made = Quadratic(x, slope, found, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
-        return made, begin(made, rules(tensors))
-
     known = () if hessian is None else (hessian,)
     inside = (s.x.index_select(-1, places), s.slope.index_select(-1, places), *known)
-    quadratic, descent = part.over_members(model)(tensors, *inside)
-    stepped, jumped = (
-        part.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)))
-        for f in (step, newton)
-    )
-    descent, steps, every = Descent(*descent), 0, 1 if len(places) <= _SMALL else _EVERY // 2
-    helped = False
-    while steps < min(budget, _INNER) and not bool((descent.done | s.done).all()):
-        descent, steps = Descent(*stepped(tensors, quadratic, descent)), steps + 1
-        if helped or steps % every == 0:
-            before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent))
-            helped = bool((descent.error < before / 2).any())
-    quadratic = Quadratic(*quadratic)
+    quadratic, descent, steps = _model_minimum(part, tensors, s.done, inside, budget)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
         flat.over_members(
@@ -463,6 +435,37 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
             metric=torch.where(s.done.unsqueeze(-1), s.metric, quadratic.metric),
         )
     return after, max(steps, 1), len(places)
+
+
+def _model_minimum(
+    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, ...], budget: int
+) -> tuple[Quadratic, Descent, int]:
+    """Models of the loss at a vector, from the slope and perhaps the Hessian there, and descents to their minima."""
+    tol = flat.tol / 4
+    rules = lambda tensors: Rules(
+        lambda x, step, metric: flat.land(x, step, metric, tensors), lambda x: flat.value(x, tensors), flat.separable
+    )
+
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor | None = None) -> Any:
+        found = _hessian(flat, x, tensors) if hessian is None else hessian
+        metric = diagonal_metric(found) if flat.in_metric else torch.ones_like(x)
+        rate = greatest_curvature(found, metric)
+        made = Quadratic(x, slope, found, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+        return made, begin(made, rules(tensors))
+
+    stepped, jumped = (
+        flat.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)))
+        for f in (step, newton)
+    )
+    quadratic, descent = flat.over_members(model)(tensors, *inside)
+    descent, steps, every = Descent(*descent), 0, 1 if _is_small(inside[0]) else _EVERY // 2
+    helped = False
+    while steps < min(budget, _INNER) and not bool((descent.done | given_up).all()):
+        descent, steps = Descent(*stepped(tensors, quadratic, descent)), steps + 1
+        if helped or steps % every == 0:
+            before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent))
+            helped = bool((descent.error < before / 2).any())
+    return Quadratic(*quadratic), descent, steps
 
 
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:

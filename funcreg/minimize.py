@@ -43,7 +43,7 @@ _DENSE = 512
 #: Entries up to which a Hessian, and a Newton step on a model, cost little more than a proximal step.
 _SMALL = 128
 #: Most steps on a model.
-_INNER = 100
+_INNER = 200
 #: Steps without a better residual or objective after which rounding is held to be all that moves.
 _PATIENCE = 300
 

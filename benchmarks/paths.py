@@ -134,10 +134,10 @@ def problems(quick: bool) -> list[Problem]:
     if quick:
         return [lasso("diabetes", *diabetes, 5, 0.1), classes(3)]
     return [
-        lasso("diabetes", *diabetes, 100, 1e-3),
+        *(lasso("diabetes", *diabetes, count, 1e-3) for count in (3, 20, 100)),
         lasso("made", *made(200, 1000), 50, 0.05),
-        classes(50),
-        groups(20),
+        *map(classes, (3, 20, 100)),
+        groups(10),
     ]
 
 

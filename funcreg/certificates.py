@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, hessian, vjp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.nn.functional import softplus
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.composition import Term, split
 from funcreg.deployment import computed_parameters
 from funcreg.penalty import Penalty, Sum
+from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
 from funcreg.tree import check_params, compute, flatten, keep, mask_leaves, reduce_leaves, total, tree_leaves, tree_map
@@ -177,13 +178,19 @@ def null_model(loss: Callable[[Params], Tensor], params: Params, mask: Mask, ste
     objective = lambda point: loss(model(point))
     # Zero at last: whatever the loss does, no step makes it worse.
     reaches = torch.cat([0.5 ** torch.arange(20, device=point.device), torch.zeros(1, device=point.device)]).to(point)
+    idle = 0
     for _ in range(steps):
         # Of least norm, where the minimum is not unique: biases of all classes may move together.
-        direction = torch.linalg.pinv(hessian(objective)(point), hermitian=True) @ grad(objective)(point)
+        direction = torch.linalg.pinv(jacrev(grad(objective))(point), hermitian=True) @ grad(objective)(point)
         candidates = point - reaches[:, None] * direction
         losses = vmap(objective)(candidates)
-        best = torch.where(losses.isnan(), torch.inf, losses).argmin()
+        losses = torch.where(losses.isnan(), torch.inf, losses)
+        best = losses.argmin()
         point = candidates.index_select(0, best[None])[0]
+        lower = concrete(losses.amin() < losses[-1])
+        idle = idle + 1 if isinstance(lower, Tensor) and not bool(lower) else 0
+        if idle == 2:  # The first of them may still bring the gradient nearer to 0.
+            break
     return model(point)
 
 

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jvp, vjp, vmap
+from torch.func import grad_and_value, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.certificates import kkt_residual
 from funcreg.coupled import check_groups_are_whole
 from funcreg.penalty import Penalty
+from funcreg.quadratic import (
+    Descent,
+    Quadratic,
+    Rules,
+    begin,
+    diagonal_metric,
+    greatest_curvature,
+    newton,
+    noise,
+    step,
+)
 from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty
 from funcreg.sharding import check_whole
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, flatten, product, tree_leaves, tree_paths, wide
+from funcreg.tree import check_params, tree_leaves, tree_paths
+from funcreg.vectors import Flat, flat_problem
 
+#: Residuals that a dtype reaches where gradients are not far from 1.
+_REACHED = {torch.float64: 1e-8, torch.float32: 1e-5}
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
-#: Steps after which a Newton step is tried.
+#: Steps after which a Newton step is tried; twice as many after each that was of no help.
 _EVERY = 10
-#: Shares of a Newton step that are tried.
+#: Shares of the way to the minimum of a model, or of a Newton step, that are tried.
 _SHARES = (1.0, 0.5, 0.25, 0.0625)
-#: Entries up to which Jacobians are matrices; beyond that, equations are solved by products with vectors.
+#: Entries up to which Hessians and Jacobians are matrices; beyond that, equations are solved by products with vectors.
 _DENSE = 512
+#: Entries up to which a Hessian, and a Newton step on a model, cost little more than a proximal step.
+_SMALL = 128
+#: Most steps on a model.
+_INNER = 200
 #: Steps without a better residual or objective after which rounding is held to be all that moves.
 _PATIENCE = 300
 
@@ -45,7 +62,7 @@ class Solution(NamedTuple):
 
     params: Params  # With exact zeros.
     residual: Tensor  # Their `kkt_residual`.
-    steps: Tensor  # Number of proximal gradient steps, int64.
+    steps: Tensor  # Number of proximal steps on the loss and on models of it, int64.
     converged: Tensor  # Whether the residual is at most the tolerance.
 
 
@@ -57,31 +74,36 @@ def minimize(
     strength: Hyper = 1.0,
     args: tuple[Any, ...] = (),
     mask: Mask | None = None,
-    tol: float = 1e-8,
+    tol: float | None = None,
     max_steps: int = 10_000,
     **options: Any,
 ) -> Solution:
-    r"""Minimize :math:`f(w) + \lambda g(w)`: proximal gradient steps, then Newton steps on what they leave nonzero.
+    r"""Minimize :math:`f(w) + \lambda g(w)`: proximal gradient steps, and minima of quadratic models of the loss.
 
-    Steps have the length of Barzilai and Borwein in the metric of the diagonal of the Hessian (if the penalty has a
-    rule in a metric) and are taken back where the objective grows; every tenth is followed by a Newton step on the
-    fixed point of the proximal step, if that brings it nearer. The end is a certificate: `kkt_residual` of at most
-    `tol`. Where the loss or the penalty is not convex this is a stationary point, and it depends on `params`.
+    Where all entries, or those that are not zero, are few enough for a Hessian (512), the descent goes to the minimum
+    of a model, :math:`f` to second order plus :math:`\lambda g`, which is found by Newton steps on the fixed point of
+    the proximal step: for squared errors that is the solution. In between and else, proximal gradient steps have the
+    length of Barzilai and Borwein in the metric of the diagonal of the Hessian (if the penalty has a rule in a metric)
+    and are taken back where the objective grows. The end is a certificate: `kkt_residual` of at most `tol`. Where the
+    loss or the penalty is not convex this is a stationary point, and it depends on `params`.
 
     The solution has derivatives in `strength`, the hyperparameters and `args`, by the implicit function theorem: for
     `torch.func.grad`, `jvp` and `backward`. Tensors that the loss holds without getting them as `args` are constants.
-    Under `vmap` (over strengths, folds, data) members that are done stop moving.
+    Under `vmap` (over strengths, folds, data) members that are done stop moving. In a function that `torch.compile`
+    compiles it is left as it is, with a break in the graph: when to stop depends on numbers.
 
     Args:
         loss: `loss(params, *args)`, a scalar with a first and second derivative.
-        params: Where to begin. float64 is needed for residuals like the default `tol`; float32 ends near 1e-6.
+        params: Where to begin.
         penalty: A penalty with a proximal operator, or a constraint.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, or a tree of them like the parameters.
         args: What else the loss takes: trees of tensors.
         mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
-        tol: Greatest `kkt_residual` of a solution, at least 0, in units of the gradient.
-        max_steps: Number of steps after which to give up, at least 0; `converged` is then False.
+        tol: Greatest `kkt_residual` of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
+            1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1.
+        max_steps: Number of steps, on the loss and on its models, after which to give up, at least 0; `converged` is
+            then False.
         options: Static options of the penalty, such as `dim`.
 
     Raises:
@@ -102,6 +124,9 @@ def minimize(
 
     References:
         Wright, Nowak & Figueiredo, *Sparse reconstruction by separable approximation*, 2009.
+        Lee, Sun & Saunders, *Proximal Newton-type methods for minimizing composite functions*, 2014.
+        Themelis, Ahookhosh & Patrinos, *On the acceleration of forward-backward splitting via an inexact Newton
+        method*, 2019.
         Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*,
         2022.
     """
@@ -118,7 +143,7 @@ class Problem:
     penalty: Penalty
     hyper: tuple[Hyper, ...]
     mask: Mask | None
-    tol: float
+    tol: float | None
     max_steps: int
     options: dict[str, Any]
 
@@ -131,7 +156,7 @@ class Problem:
         check_whole("minimize", tree_paths(params), tree_leaves(params))
         check_fit(params, self.mask, strength, *self.hyper)
         check_groups_are_whole(self.penalty, self.mask, params)
-        check_range("tol", self.tol, 0.0)
+        self._check_tolerance(params)
         if type(self.max_steps) is not int or self.max_steps < 0:
             raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")
         if any([w.is_complex() for w in tree_leaves(params)]):
@@ -139,11 +164,47 @@ class Problem:
         if not isinstance(args, tuple):
             raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
 
+    def _check_tolerance(self, params: Params) -> None:
+        if self.tol is None:
+            return
+        check_range("tol", self.tol, 0.0)
+        kind = _coarsest(params)
+        if 0 < self.tol < 8 * torch.finfo(kind).eps:
+            warnings.warn(
+                f"tol is {self.tol:g}, and params are {kind}, in which gradients of size 1 are known to "
+                f"{torch.finfo(kind).eps:.0e}: no residual is as small. By default tol is {_REACHED.get(kind, 1e-2):g} "
+                "here; for less, give params and args in float64.",
+                stacklevel=4,
+            )
+
+    def tolerance(self, params: Params) -> float:
+        """The greatest residual of a solution: that which was given, or what the dtype reaches."""
+        return _REACHED.get(_coarsest(params), 1e-2) if self.tol is None else self.tol
+
     def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
         """The solution; if only some entries may move, with their places in a vector of all."""
-        flat, tensors = _flat(self, params, strength, args, kept)
+        # When to stop depends on numbers, which no graph can hold.
+        solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
+        return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
+
+    def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
+        flat, tensors = flat_problem(
+            self.loss,
+            self.penalty,
+            (params, strength, self.hyper, args),
+            self.mask,
+            self.options,
+            self.tolerance(params),
+            self.max_steps,
+            kept,
+        )
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)
+
+
+def _coarsest(params: Params) -> torch.dtype:
+    """The dtype with the fewest digits."""
+    return max([w.dtype for w in tree_leaves(params)], key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
 
 
 class _State(NamedTuple):
@@ -161,143 +222,71 @@ class _State(NamedTuple):
     done: Tensor
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """A problem in functions of one vector and of all tensors that it was given."""
-
-    read: Callable[[Tensor, Any], Tensor]  # The loss.
-    land: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # The proximal point of a vector, a step and a metric.
-    value: Callable[[Tensor, Any], Tensor]  # The penalty.
-    residual: Callable[[Tensor, Tensor, Any], Tensor]  # Of a vector and the gradient there.
-    begin: Callable[[Any], Tensor]  # The vector at which to begin.
-    tree: Callable[[Tensor], Params]
-    in_metric: bool  # Whether the penalty has a rule in a metric.
-    tol: float
-    max_steps: int
-    #: For each enclosing `vmap`, from the inside out: which tensors have members along their first dimension.
-    levels: tuple[tuple[int | None, ...], ...] = ()
-
-    def mapped(self, dims: tuple[int | None, ...]) -> _Flat:
-        """The problem of a stack of members."""
-        return replace(self, levels=(*self.levels, dims))
-
-    def over_members(self, f: Callable[..., Any], tuples: int = 1) -> Callable[..., Any]:
-        """A function of some tuples like the tensors, and of what has one entry for each member, for all members."""
-        for dims in self.levels:
-            f = _vmapped(f, dims, tuples)
-        return f
-
-
-def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -> Callable[..., Any]:
-    return lambda *given: vmap(f, in_dims=(*[dims] * tuples, *[0] * (len(given) - tuples)))(*given)
-
-
-def _flat(
-    problem: Problem, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None
-) -> tuple[_Flat, list[Tensor]]:
-    loss, penalty, hyper, mask, options = problem.loss, problem.penalty, problem.hyper, problem.mask, problem.options
-    leaves, rebuild = flatten((params, strength, hyper, args))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    own, tree = flatten(params)
-    shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
-    dtype = functools.reduce(torch.promote_types, map(wide, dtypes), torch.float32)
-
-    def given(tensors: Any) -> Any:
-        filled = list(leaves)
-        for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        return rebuild(filled)
-
-    def vector(tree: Params) -> Tensor:
-        parts = [w.reshape(-1).to(dtype) for w in tree_leaves(tree)]
-        whole = torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
-        return whole if kept is None else whole.index_select(0, kept)
-
-    def unpacked(x: Tensor, rest: float = 0.0) -> Params:
-        if kept is not None:
-            x = x.new_full((*x.shape[:-1], sum(sizes)), rest).index_copy(-1, kept, x)
-        parts = x.split(sizes, dim=-1)
-        return tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)])
-
-    def read(x: Tensor, tensors: Any) -> Tensor:
-        value = loss(cast(unpacked(x)), *given(tensors)[3])
-        if not isinstance(value, Tensor) or value.ndim:
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
-        return value.to(dtype)
-
-    def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
-        point, (_, force, values, _) = unpacked(x), given(tensors)
-        h = unpacked(metric, 1.0) if in_metric else None
-        return vector(penalty.prox(point, product(point, step, force), *values, metric=h, mask=mask, **options))
-
-    def value(x: Tensor, tensors: Any) -> Tensor:
-        _, force, values, _ = given(tensors)
-        return penalty.weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
-
-    def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
-        _, force, values, _ = given(tensors)
-        point, grads = unpacked(x), unpacked(slope)
-        return kkt_residual(point, grads, penalty, *values, strength=force, mask=mask, **options).to(dtype)
-
-    cast = lambda point: tree([w.to(kind) for w, kind in zip(tree_leaves(point), dtypes, strict=True)])
-    in_metric = penalty.in_metric(params, *hyper, mask=mask, **options)
-    tree_of = lambda x: cast(unpacked(x))
-    begin = lambda tensors: vector(given(tensors)[0])
-    flat = _Flat(read, land, value, residual, begin, tree_of, in_metric, problem.tol, problem.max_steps)
-    return flat, [leaves[i] for i in places]
-
-
 # The descent, of one member
 
 
-def _start(flat: _Flat, tensors: Any) -> _State:
+def _is_dense(x: Tensor) -> bool:
+    return 1 <= x.shape[-1] <= _DENSE
+
+
+def _is_small(x: Tensor) -> bool:
+    return 1 <= x.shape[-1] <= _SMALL
+
+
+def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor]:
+    """The state before the first step; and the Hessian, if it is a small matrix; and whether the loss is flat."""
     x = flat.begin(tensors)
     slope, value = grad_and_value(flat.read)(x, tensors)
-    product = lambda v: _hessian_times(flat, x, tensors, v)
-    metric = _metric(flat, x, tensors)
-    v = torch.where(slope == 0, torch.ones_like(slope), slope)
-    rate = torch.ones_like(value)
-    for _ in range(6):  # The greatest curvature in the metric, roughly.
-        v = v / v.square().sum().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
-        v = product(v / metric.sqrt()) / metric.sqrt()
-        rate = v.square().sum().sqrt()
+    hessian, metric = x, torch.ones_like(x)
+    if _is_small(x):
+        hessian = _hessian(flat, x, tensors)
+        metric = diagonal_metric(hessian) if flat.in_metric else metric
+        rate = greatest_curvature(hessian, metric)
+    else:
+        rate = _curvature(flat, x, tensors, slope)
+    is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0)
     rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
     objective = value + flat.value(x, tensors)
     residual = flat.residual(x, slope, tensors)
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
-    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, residual <= flat.tol)
+    done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
+    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat
 
 
-def _metric(flat: _Flat, x: Tensor, tensors: Any) -> Tensor:
-    """The diagonal of the Hessian where it is positive, with a floor; ones where the penalty takes no metric."""
-    if not flat.in_metric or not 1 < len(x) <= _DENSE:
-        return torch.ones_like(x)
-    product = lambda v: _hessian_times(flat, x, tensors, v)
-    found = vmap(product)(torch.eye(len(x), dtype=x.dtype, device=x.device)).diagonal().abs()
-    top = found.amax()
-    return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(x))
+def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
+    """The greatest curvature, roughly."""
+    v = torch.where(slope == 0, torch.ones_like(slope), slope)
+    rate = torch.ones_like(v.sum())
+    for _ in range(6):
+        v = v / v.square().sum().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
+        v = _hessian_times(flat, x, tensors, v)
+        rate = v.square().sum().sqrt()
+    return rate
 
 
-def _hessian_times(flat: _Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
+def _hessian(flat: Flat, x: Tensor, tensors: Any) -> Tensor:
+    one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    return vmap(lambda v: _hessian_times(flat, x, tensors, v))(one)
+
+
+def _hessian_times(flat: Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
     # Twice in reverse: some losses of torch, `mse_loss` among them, have no forward derivative of their gradient.
     return vjp(lambda x: grad_and_value(flat.read)(x, tensors)[0], x)[1](v)[0]
 
 
-def _proximal_step(flat: _Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+def _proximal_step(flat: Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
     return flat.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
 
 
-def _landing_times(flat: _Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Callable[[Tensor], Tensor]:
+def _landing_times(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Callable[[Tensor], Tensor]:
     """The product of a vector and the Jacobian of the proximal step from x."""
     point = x - grad_and_value(flat.read)(x, tensors)[0] / (rate * metric)
-
-    def product(v: Tensor) -> Tensor:
-        inner = v - _hessian_times(flat, x, tensors, v) / (rate * metric)
-        return jvp(lambda z: flat.land(z, 1 / rate, metric, tensors), (point,), (inner,))[1]
-
-    return product
+    # What pulls back is linear: its own pull-back pushes forward. The forward mode of torch would do it at once, but
+    # its first use compiles with what is deprecated, and says so.
+    pull = vjp(lambda z: flat.land(z, 1 / rate, metric, tensors), point)[1]
+    push = vjp(lambda v: pull(v)[0], torch.zeros_like(point))[1]
+    return lambda v: push(v - _hessian_times(flat, x, tensors, v) / (rate * metric))[0]
 
 
 def _matrix(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -306,19 +295,15 @@ def _matrix(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return one - vmap(product)(one).T
 
 
-def _noise(objective: Tensor) -> Tensor:
-    """By how much an objective may grow through rounding."""
-    return 16 * torch.finfo(objective.dtype).eps * objective.abs()
-
-
-def _step(flat: _Flat, tensors: Any, s: _State) -> _State:
+def _step(flat: Flat, tensors: Any, s: _State) -> _State:
+    """A proximal gradient step."""
     z = _proximal_step(flat, s.x, s.slope, s.rate, s.metric, tensors)
     slope, value = grad_and_value(flat.read)(z, tensors)
     objective = value + flat.value(z, tensors)
     move = z - s.x
     length = (s.metric * move.square()).sum()
     bound = s.recent.amax()
-    taken = (objective <= bound - 5e-5 * s.rate * length + _noise(objective)) & slope.isfinite().all()
+    taken = (objective <= bound - 5e-5 * s.rate * length + noise(objective)) & slope.isfinite().all()
     curvature = (move * (slope - s.slope)).sum() / length
     known = curvature.isfinite() & (length > 0)
     wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
@@ -327,38 +312,48 @@ def _step(flat: _Flat, tensors: Any, s: _State) -> _State:
     return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 
-def _newton(flat: _Flat, tensors: Any, s: _State) -> _State:
-    """A Newton step on the fixed point of the proximal step, if it more than halves the residual."""
+def _newton(flat: Flat, tensors: Any, s: _State) -> _State:
+    """A Newton step on the fixed point of the proximal step."""
 
     def land(x: Tensor) -> Tensor:
         return _proximal_step(flat, x, grad_and_value(flat.read)(x, tensors)[0], s.rate, s.metric, tensors)
 
-    step = _solve_fixed_point(_landing_times(flat, s.x, s.rate, s.metric, tensors), s.x, land(s.x) - s.x)
+    product = _landing_times(flat, s.x, s.rate, s.metric, tensors)
+    step = _gmres(lambda v: v - product(v), land(s.x) - s.x, 30)
     step = torch.where(step.isfinite().all(), step, torch.zeros_like(step))
+    return _nearest(flat, tensors, s, [land(s.x + share * step) for share in _SHARES])[0]
 
-    def reach(share: Tensor) -> tuple[Tensor, ...]:
-        z = land(s.x + share * step)
+
+def _towards(
+    flat: Flat, tensors: Any, s: _State, goal: Tensor, steps: Tensor, shares: tuple[float, ...]
+) -> tuple[_State, Tensor]:
+    """A step towards the minimum of a model, which took some steps to find; and whether it came near."""
+    points = [goal if share == 1 else s.x + share * (goal - s.x) for share in shares]
+    after, near = _nearest(flat, tensors, s, points)
+    return after._replace(steps=torch.where(s.done, s.steps, s.steps + steps)), near | s.done
+
+
+def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple[_State, Tensor]:
+    """The state at one of some points: the nearest that more than halves the residual, or else the lowest."""
+
+    def reach(z: Tensor) -> tuple[Tensor, ...]:
         slope, value = grad_and_value(flat.read)(z, tensors)
         return z, slope, value + flat.value(z, tensors), flat.residual(z, slope, tensors)
 
-    shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
-    points, slopes, objectives, residuals = vmap(reach)(shares)
+    # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.
+    places, slopes, objectives, residuals = (torch.stack(each) for each in zip(*map(reach, points), strict=True))
     objectives = torch.where(objectives.isnan(), torch.inf, objectives)
-    closer = (residuals < s.residual / 2) & (objectives <= s.recent.amax() + _noise(objectives))
-    # The one that is nearest, or else the lowest.
+    closer = (residuals < s.residual / 2) & (objectives <= s.recent.amax() + noise(objectives))
     order = torch.where(closer.any(), torch.where(closer, residuals, torch.inf), objectives)
     one = order.argmin()[None]
-    z, slope, objective = (x.index_select(0, one)[0] for x in (points, slopes, objectives))
+    z, slope, objective = (x.index_select(0, one)[0] for x in (places, slopes, objectives))
     taken = closer.any() | (objective < s.recent[-1])
     after = _moved(flat, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
-    metric = _metric(flat, after.x, tensors)
-    rate = after.rate * torch.where(s.done, 1.0, (s.metric / metric).amax())
-    after = after._replace(metric=torch.where(s.done, s.metric, metric), rate=rate)
-    return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since))
+    return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since)), closer.any()
 
 
 def _moved(
-    flat: _Flat,
+    flat: Flat,
     tensors: Any,
     s: _State,
     taken: Tensor,
@@ -372,7 +367,7 @@ def _moved(
     x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
     recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
     residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
-    lower = taken & (objective < s.recent.amin() - _noise(objective))
+    lower = taken & (objective < s.recent.amin() - noise(objective))
     better = (residual < 0.99 * s.best) | lower
     since = torch.where(better, 0, s.since + 1)
     limits = torch.finfo(x.dtype)
@@ -382,54 +377,128 @@ def _moved(
     return _State(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))
 
 
-def _descend(flat: _Flat, tensors: Any) -> tuple[Tensor, ...]:
+# The descent, of all members
+
+
+def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     """The solution, its residual, steps, whether it has converged, and the step and metric for its derivatives."""
-    step, newton, start = (
-        flat.over_members(lambda tensors, *s, f=f: f(flat, tensors, *(_State(*x) for x in s)))
-        for f in (_step, _newton, _start)
-    )
-    s = start(tensors)
-    helped = False
-    for n in range(1, flat.max_steps + 1):
-        if (helped or n % _EVERY == 1) and bool(s.done.all()):
-            break
-        s = step(tensors, s)
-        if helped or n % _EVERY == 0:
-            before, s = s, newton(tensors, s)
-            helped = bool((s.residual < before.residual / 2).any())
+    start = flat.over_members(lambda tensors: _start(flat, tensors))
+    proximal = flat.over_members(lambda tensors, s: _step(flat, tensors, _State(*s)))
+    s, hessian, flat_there = start(tensors)
+    if bool(flat_there.all()):
+        warnings.warn(
+            "the gradient and the curvature of the loss are 0 at params: does it depend on them? A detach(), .data or "
+            "item() in it hides them.",
+            stacklevel=2,
+        )
+    s = _State(*s)
+    hessian = hessian if _is_small(s.x) else None
+    n, wait = 0, _EVERY
+    # A Hessian costs as much as so many steps as it has rows, or somewhat less.
+    then = 0 if hessian is not None else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
+    while n < flat.max_steps and not bool(s.done.all()):
+        if n >= then:
+            before = s.residual
+            s, steps, size = _jumped(flat, tensors, s, hessian, flat.max_steps - n)
+            hessian, n = None, n + steps
+            helped = bool((s.residual < before / 2).any())
+            wait = _EVERY if helped else 2 * wait
+            then = n if helped and _is_small(s.x) else n + max(wait, size // 8)
+            if then == n:
+                continue
+        s, n = _State(*proximal(tensors, s)), n + 1
     return s.x, s.residual, s.steps, s.residual <= flat.tol, s.rate, s.metric
 
 
+def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget: int) -> tuple[_State, int, int]:
+    """The state after a step to the minimum of a model, how many steps that took, and the size of its Hessian."""
+    part, places = flat, torch.arange(s.x.shape[-1], device=s.x.device)
+    if not _is_dense(s.x):
+        places = _support(flat, tensors, s)
+        part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes)
+        if not 1 <= len(places) <= _DENSE:
+            tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
+            return _State(*tried(tensors, s)), 0, 0
+    known = () if hessian is None else (hessian,)
+    inside = (s.x.index_select(-1, places), s.slope.index_select(-1, places), *known)
+    quadratic, descent, steps = _model_minimum(part, tensors, s.done, inside, budget)
+    goal = s.x.index_copy(-1, places, descent.x)
+    whole, part_way = (
+        flat.over_members(
+            lambda tensors, s, goal, steps, shares=shares: _towards(flat, tensors, _State(*s), goal, steps, shares)
+        )
+        for shares in (_SHARES[:1], _SHARES)
+    )
+    after, near = whole(tensors, s, goal, descent.steps)
+    if not bool(near.all()):
+        after, _ = part_way(tensors, s, goal, descent.steps)
+    after = _State(*after)
+    if part is flat:
+        after = after._replace(
+            rate=torch.where(s.done, s.rate, quadratic.rate),
+            metric=torch.where(s.done.unsqueeze(-1), s.metric, quadratic.metric),
+        )
+    return after, max(steps, 1), len(places)
+
+
+def _model_minimum(
+    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, ...], budget: int
+) -> tuple[Quadratic, Descent, int]:
+    """Models of the loss at a vector, from the slope and perhaps the Hessian there, and descents to their minima."""
+    tol = flat.tol / 4
+    rules = lambda tensors: Rules(
+        lambda x, step, metric: flat.land(x, step, metric, tensors), lambda x: flat.value(x, tensors), flat.separable
+    )
+
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor | None = None) -> Any:
+        found = _hessian(flat, x, tensors) if hessian is None else hessian
+        metric = diagonal_metric(found) if flat.in_metric else torch.ones_like(x)
+        rate = greatest_curvature(found, metric)
+        made = Quadratic(x, slope, found, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+        return made, begin(made, rules(tensors))
+
+    stepped, jumped = (
+        flat.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)))
+        for f in (step, newton)
+    )
+    quadratic, descent = flat.over_members(model)(tensors, *inside)
+    descent, steps, every = Descent(*descent), 0, 1 if _is_small(inside[0]) else _EVERY // 2
+    helped = False
+    while steps < min(budget, _INNER) and not bool((descent.done | given_up).all()):
+        descent, steps = Descent(*stepped(tensors, quadratic, descent)), steps + 1
+        if helped or steps % every == 0:
+            before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent))
+            helped = bool((descent.error < before / 2).any())
+    return Quadratic(*quadratic), descent, steps
+
+
+def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
+    """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
+    land = flat.over_members(
+        lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors)
+    )
+    landed = land(tensors, s.x, s.slope, s.rate, s.metric)
+    alive = ((s.x != 0) | (landed != 0)) & ~s.done.unsqueeze(-1)
+    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+
+
 # Linear equations of a fixed point
-
-
-def _solve_fixed_point(product: Callable[[Tensor], Tensor], x: Tensor, b: Tensor) -> Tensor:
-    r""":math:`(I - J)^{-1} b`, from products of vectors and :math:`J`."""
-    if len(x) <= _DENSE:
-        # A little more than I: a loss that is flat along some direction makes the matrix singular.
-        matrix = _matrix(product, x) + 1e-10 * torch.eye(len(x), dtype=x.dtype, device=x.device)
-        return torch.linalg.solve_ex(matrix, b)[0]
-    return _gmres(lambda v: v - product(v), b, 30)
 
 
 def _gmres(product: Callable[[Tensor], Tensor], b: Tensor, count: int) -> Tensor:
     """The vector in a Krylov space of some dimensions whose product is nearest to b."""
     tiny = torch.finfo(b.dtype).tiny
     size = b.square().sum().sqrt()
-    basis = [b / size.clamp(min=tiny)]
-    columns = []
+    basis, images = [b / size.clamp(min=tiny)], []
     for _ in range(min(count, len(b))):
-        w = product(basis[-1])
-        stack = torch.stack(basis)
+        images.append(product(basis[-1]))
+        w, stack = images[-1], torch.stack(basis)
         for _ in range(2):  # Twice, or rounding would leave some of the earlier directions.
             w = w - stack.T @ (stack @ w)
-        columns.append(w)
         length = w.square().sum().sqrt()
         basis.append(torch.where(length > 1e-14, w / length.clamp(min=tiny), torch.zeros_like(w)))
-    stack = torch.stack(basis[:-1])
-    images = torch.stack([product(v) for v in stack])
-    shares = torch.linalg.pinv(images.T, rtol=1e-13) @ b
-    return shares @ stack
+    shares = torch.linalg.pinv(torch.stack(images).T, rtol=1e-13) @ b
+    return shares @ torch.stack(basis[:-1])
 
 
 # Derivatives
@@ -439,7 +508,7 @@ class _Solve(torch.autograd.Function):
     """The solution as a function of all tensors of the flat."""
 
     @staticmethod
-    def forward(flat: _Flat, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(flat: Flat, *tensors: Tensor) -> tuple[Tensor, ...]:
         return _descend(flat, tensors)
 
     @staticmethod
@@ -474,10 +543,11 @@ class _Solve(torch.autograd.Function):
         flat, *tensors = given
         moved = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, in_dims[1:], strict=True)]
         dims = tuple(None if dim is None else 0 for dim in in_dims[1:])
-        return _Solve.apply(flat.mapped(dims), *moved), (0,) * 6
+        flat, moved = flat.mapped(dims, info.batch_size, moved)
+        return _Solve.apply(flat, *moved), (0,) * 6
 
 
-def _landing(flat: _Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> tuple[Any, Any, list[int]]:
+def _landing(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> tuple[Any, Any, list[int]]:
     """The proximal step from x as a function of the vector, and of the real tensors, and which these are."""
     which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
 
@@ -493,7 +563,7 @@ def _landing(flat: _Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any)
     return land, of_real, which
 
 
-def _pull(flat: _Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
+def _pull(flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
     """Slopes in the tensors, from a slope in the solution."""
     land, of_real, which = _landing(flat, x, rate, metric, tensors)
     if len(x) <= _DENSE:
@@ -508,7 +578,7 @@ def _pull(flat: _Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, sl
     return found
 
 
-def _push(flat: _Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
+def _push(flat: Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
     """How the solution moves when the tensors do."""
     _, of_real, which = _landing(flat, x, rate, metric, tensors)
     real, along = tuple(tensors[i] for i in which), tuple(tangents[i] for i in which)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,8 +20,14 @@ from funcreg.ranges import check_range
 from funcreg.transform import public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
-#: Strengths that are solved at once, from the solution of the one before them.
+#: Strengths that are solved at once, of a quadratic loss however far apart they are.
 _TOGETHER = 5
+#: Shares of the strength before, down to which others are solved with it: without screening, and with it.
+_NEAR, _NEAR_SCREENED = 0.2, 0.7
+#: Entries that screening is thought to leave.
+_KEPT = 256
+#: Entries of the Hessians of all that are solved at once, and products of their entries and the samples.
+_ENTRIES, _TERMS = 2**20, 2**18
 #: Entries from which on those that are surely zero are left out.
 _SCREENED = 64
 
@@ -57,7 +63,7 @@ def regularization_path(
     ratio: float = 1e-3,
     args: tuple[Any, ...] = (),
     mask: Mask | None = None,
-    tol: float = 1e-8,
+    tol: float | None = None,
     max_steps: int = 10_000,
     **options: Any,
 ) -> Path:
@@ -105,7 +111,8 @@ def regularization_path(
     falling, order = _strengths(strengths, count, ratio, problem, objective, start)
     found: list[Solution] = []
     before = falling[0]
-    for some in falling.split(_TOGETHER):
+    size = sum(w.numel() for w in tree_leaves(start))
+    for some in _chunks(falling, size, args, _is_quadratic(objective, start)):
         found.append(_solved_with_screening(problem, args, start, before, some))
         start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
     whole = tree_map(lambda *parts: torch.cat(parts).index_select(0, order), *found)
@@ -149,13 +156,47 @@ def _strengths(
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
     if most.isnan():
         raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
-    if not 0 < float(most) < float("inf"):
+    if float(most) == 0:
+        raise ValueError(
+            "the gradient of the loss at zero is 0, so that zero is the solution for every strength and no path can "
+            "begin. Are the targets constant, or do they not come in?"
+        )
+    if not float(most) < float("inf"):
         raise ValueError(
             f"lambda_max of {problem.penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, "
             "such as half_l2, has no greatest strength: give strengths=."
         )
     shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
+
+
+def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int = 1) -> list[Tensor]:
+    """Strengths in falling order, cut into those that are solved at once, from the solution of the one before them.
+
+    Another member of an ensemble costs little as long as all do less work than it takes to call torch. Where they do
+    more, each begins at the solution of the one before. Far below that a loss that is no quadratic function takes more
+    steps, and screening leaves more.
+    """
+    kept = max(min(size, _KEPT), 1)
+    rows = max([len(x) for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim], default=1)
+    most = max(1, min(_ENTRIES // kept**2, _TERMS // (kept * max(rows, 1))) // folds)
+    share = _NEAR_SCREENED if size >= _SCREENED else 0.0 if quadratic else _NEAR
+    least = _TOGETHER if quadratic else 1
+    numbers, sizes, first = strengths.tolist(), [], 0
+    for k, number in enumerate(numbers):
+        far = k - first >= least and number < share * numbers[max(first - 1, 0)]
+        if k - first == most or far:
+            sizes.append(k - first)
+            first = k
+    return list(strengths.split([*sizes, len(numbers) - first]))
+
+
+def _is_quadratic(objective: Callable[[Params], Tensor], start: Params) -> bool:
+    """Whether the slope changes by the same from a place to a second as from there to a third in line."""
+    slopes = [grad(objective)(tree_map(lambda w, k=k: w + k, start)) for k in (0.0, 1.0, 2.0)]
+    first, second, third = (torch.cat([g.reshape(-1).double() for g in tree_leaves(each)]) for each in slopes)
+    noise = 1e3 * torch.finfo(tree_leaves(start)[0].dtype).eps
+    return bool(((third - second) - (second - first)).abs().amax() <= noise * torch.stack([first, third]).abs().amax())
 
 
 def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
@@ -169,6 +210,7 @@ def _solved_with_screening(problem: Problem, args: Any, start: Params, before: T
     least = torch.maximum(2 * strengths[-1] - before, strengths[-1] / 2)
     moved = penalty.prox(tree_map(lambda g: -g, slopes(start)), least, *hyper, **options)
     kept = (flat(moved) != 0) | (flat(start) != 0)
+    tol = problem.tolerance(start)
     while not bool(kept.all()):
         found = _together(problem, args, start, strengths, kept.nonzero()[:, 0])
 
@@ -178,16 +220,19 @@ def _solved_with_screening(problem: Problem, args: Any, start: Params, before: T
             return flat(each).abs(), kkt_residual(point, g, penalty, *hyper, strength=strength, **options)
 
         each, whole = vmap(residuals)(found.params, strengths)
-        missed = (each > problem.tol).any(0) & ~kept
+        missed = (each > tol).any(0) & ~kept
         if not bool(missed.any()):
             whole = whole.to(found.residual.dtype)
-            return found._replace(residual=whole, converged=whole <= problem.tol)
+            return found._replace(residual=whole, converged=whole <= tol)
         kept = kept | missed
     return _together(problem, args, start, strengths, None)
 
 
 def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
-    return vmap(lambda strength: problem.solve(start, strength, args, kept))(strengths)
+    solve = lambda strength: problem.solve(start, strength, args, kept)
+    if len(strengths) == 1:
+        return tree_map(lambda x: x.unsqueeze(0), solve(strengths[0]))
+    return vmap(solve)(strengths)
 
 
 @public_state
@@ -218,12 +263,12 @@ def cross_validate(
     penalty: Penalty,
     *hyper: Hyper,
     data: tuple[Any, ...],
-    folds: int | Iterable[Any] = 5,
+    folds: SupportsIndex | Iterable[Any] = 5,
     strengths: Tensor | Sequence[float] | None = None,
     count: int = 100,
     ratio: float = 1e-3,
     mask: Mask | None = None,
-    tol: float = 1e-8,
+    tol: float | None = None,
     max_steps: int = 10_000,
     **options: Any,
 ) -> CrossValidation:
@@ -294,15 +339,17 @@ def cross_validate(
     return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params, converged)
 
 
-def _folds(folds: int | Iterable[Any], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def _folds(folds: SupportsIndex | Iterable[Any], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """For each fold the places of samples that are held out, and of the others."""
-    if hasattr(folds, "__index__"):
-        count = operator.index(folds)  # pyright: ignore[reportArgumentType]
+    if isinstance(folds, SupportsIndex) and not getattr(folds, "ndim", 0):  # Arrays have an index, too.
+        count = operator.index(folds)
         if isinstance(folds, bool) or not 2 <= count <= samples:
             raise ValueError(f"folds is {folds!r}; expected a whole number from 2 to the number of samples, {samples}")
         given: list[Any] = list(torch.arange(samples).tensor_split(count))
+    elif isinstance(folds, Iterable) and not isinstance(folds, (str, bytes)):
+        given = list(folds)
     else:
-        given = list(folds)  # pyright: ignore[reportArgumentType]
+        raise TypeError(f"folds is {folds!r}; expected a whole number, or for each fold the places that it holds out")
     if len(given) < 2:
         raise ValueError(f"folds are {len(given)}; expected at least 2, or there is no standard error")
     found = []
@@ -344,11 +391,16 @@ def _scores(
 
     def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Tensor, Params]:
         found = vmap(lambda strength: problem.solve(begin, strength, training))(some)
-        losses = vmap(lambda point: problem.loss(point, *testing))(found.params)
+        # One after the other: mapped over maps, `mse_loss` and others of torch fail on targets that a map shares.
+        losses = torch.stack(
+            [problem.loss(tree_map(lambda w, k=k: w[k], found.params), *testing) for k in range(len(some))]
+        )
         return losses, found.converged, tree_map(lambda w: w[-1], found.params)
 
     columns, converged = [], []
-    for some in strengths.split(_TOGETHER):
+    size = sum(w.numel() for w in tree_leaves(start))
+    quadratic = _is_quadratic(lambda point: problem.loss(point, *data), start)
+    for some in _chunks(strengths, size, data, quadratic, len(tests)):
         losses, done, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
         columns.append(losses)
         converged.append(done)

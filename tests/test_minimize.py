@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -201,7 +203,10 @@ def test_what_has_not_converged_says_so():
     assert found.steps == 2
     hopeless = fr.minimize(lambda w: w.sum() * torch.nan, zeros(2), fr.l1)
     assert not hopeless.converged
-    in_float32 = fr.minimize(squares, {"w": zeros(10).float()}, fr.l1, strength=0.1, args=(x.float(), y.float()))
+    with pytest.warns(UserWarning, match=r"tol is 1e-08, and params are torch.float32"):
+        in_float32 = fr.minimize(
+            squares, {"w": zeros(10).float()}, fr.l1, strength=0.1, args=(x.float(), y.float()), tol=1e-8
+        )
     assert not in_float32.converged
     assert in_float32.steps < 2000  # Where rounding is all that moves, it ends.
     assert in_float32.residual < 1e-3
@@ -375,3 +380,128 @@ def test_losses_of_torch_without_a_forward_derivative_of_their_gradient_are_solv
     numeric = (size(strength + 1e-4) - size(strength - 1e-4)) / 2e-4
     torch.testing.assert_close(grad(size)(strength), numeric, rtol=1e-3, atol=1e-8)
     torch.testing.assert_close(jvp(size, (strength,), (torch.ones_like(strength),))[1], numeric, rtol=1e-3, atol=1e-8)
+
+
+# Where it is hard
+
+
+def made(samples: int, columns: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = normal(generator, samples, columns)
+    return x, x[:, :5].sum(1) + normal(generator, samples)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.01, 0.001])
+def test_more_columns_than_samples_at_small_strengths(strength):
+    x, y = made(30, 80)
+    found = fr.minimize(squares, {"w": zeros(80)}, fr.l1, strength=strength, args=(x, y))
+    expected = Lasso(strength, fit_intercept=False, tol=1e-15, max_iter=1_000_000).fit(x.cpu().numpy(), y.cpu().numpy())
+    assert found.converged
+    assert found.steps < 500
+    np.testing.assert_allclose(found.params["w"].cpu(), expected.coef_, atol=1e-7)
+
+
+def test_where_a_hessian_of_all_would_be_too_large_those_that_are_not_zero_have_one():
+    x, y = made(60, 700)
+    found = fr.minimize(squares, {"w": zeros(700)}, fr.l1, strength=0.1, args=(x, y))
+    expected = Lasso(0.1, fit_intercept=False, tol=1e-15, max_iter=100_000).fit(x.cpu().numpy(), y.cpu().numpy()).coef_
+    assert found.converged
+    assert found.steps < 200
+    np.testing.assert_allclose(found.params["w"].cpu(), expected, atol=1e-8)
+    np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected == 0)
+
+
+def test_columns_far_from_zero_beside_an_intercept():
+    x, y = standard(load_diabetes)
+    begin, mask = {"w": zeros(10), "b": zeros()}, fr.select("w")
+    found = fr.minimize(squares, begin, fr.l1, strength=1.0, args=(x + 100, y), mask=mask, tol=1e-7)
+    expected = fr.minimize(squares, begin, fr.l1, strength=1.0, args=(x, y), mask=mask)
+    assert found.converged
+    torch.testing.assert_close(found.params["w"], expected.params["w"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["equal", "zero", "constant"])
+def test_columns_that_tell_nothing_new(change):
+    x, y = made(40, 8)
+    x = x.clone()
+    x[:, 5] = {"equal": x[:, 0], "zero": 0.0 * x[:, 0], "constant": torch.ones_like(x[:, 0])}[change]
+    found = fr.minimize(squares, {"w": zeros(8)}, fr.l1, strength=0.05, args=(x, y))
+    expected = Lasso(0.05, fit_intercept=False, tol=1e-15, max_iter=100_000).fit(x.cpu().numpy(), y.cpu().numpy()).coef_
+    objective = lambda w: squares({"w": w}, x, y) + 0.05 * w.abs().sum()
+    torch.testing.assert_close(
+        objective(found.params["w"]), objective(torch.tensor(expected, device=DEVICE)), rtol=1e-12, atol=0
+    )
+    assert found.converged
+
+
+def test_what_is_not_a_number_ends_at_once():
+    x, y = made(40, 8)
+    for broken in (torch.nan, torch.inf):
+        found = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x.index_fill(0, torch.tensor([3]), broken), y))
+        assert found.steps == 0
+        assert not found.converged
+
+
+def test_a_loss_that_hides_its_parameters_is_named():
+    with pytest.warns(UserWarning, match="does it depend on them"):
+        fr.minimize(lambda w: w.detach().square().sum(), zeros(2), fr.l1)
+
+
+# Tolerances
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-8), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_tolerance_is_what_the_dtype_reaches(dtype, tol):
+    goal = torch.tensor([1.3, -0.2], dtype=dtype, device=DEVICE)
+    found = fr.minimize(lambda w: (w - goal).square().sum(), torch.zeros_like(goal), fr.l1, strength=0.5)
+    assert found.converged
+    assert found.residual <= tol
+    assert found.params.dtype == dtype
+
+
+def test_a_tolerance_that_no_float32_reaches_is_named():
+    with pytest.warns(UserWarning, match=r"tol is 1e-09, and params are torch.float32"):
+        fr.minimize(lambda w: (w - 1).square().sum(), zeros(2).float(), fr.l1, tol=1e-9)
+
+
+# Compiled, and without a word
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # The compiler of torch looks at it after a break.
+def test_in_compiled_functions_it_is_left_as_it_is():
+    x, y = made(40, 8)
+    size = lambda strength: 2 * lasso(strength, x, y).square().sum()
+    compiled = torch.compile(size, backend="eager")
+    at = number(0.1).requires_grad_()
+    torch.testing.assert_close(compiled(at), size(at), rtol=0, atol=0)
+    compiled(at).backward()
+    torch.testing.assert_close(at.grad, grad(size)(number(0.1)), rtol=1e-12, atol=0)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(size, backend="eager", fullgraph=True)(number(0.1))
+
+
+def test_nothing_that_is_deprecated_is_used():
+    script = """
+        import warnings, torch, funcreg as fr
+        warnings.simplefilter("error")
+        x = torch.eye(3, dtype=torch.float64)
+        y = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+        loss = lambda p, x: (x @ p["w"] - p["b"] - y).square().sum()
+        begin = {"w": torch.zeros(3, dtype=torch.float64), "b": torch.zeros((), dtype=torch.float64)}
+        fr.regularization_path(loss, begin, fr.l1, args=(x,), mask=fr.select("w"), count=3)
+        f = lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x,), mask=fr.select("w")).params["w"].sum()
+        torch.func.grad(f)(torch.tensor(0.5, dtype=torch.float64))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+
+
+@pytest.mark.parametrize("of", [mse_loss, huber_loss, smooth_l1_loss], ids=lambda f: f.__name__)
+def test_maps_over_maps_of_losses_of_torch_whose_targets_a_map_shares(of):
+    x, y = made(40, 8)
+    data, strengths = torch.stack([x, x.flip(1)]), torch.tensor([0.3, 0.1], dtype=torch.float64, device=DEVICE)
+    loss = lambda p, x, y: of(x @ p["w"], y)
+    one = lambda strength, x: fr.minimize(loss, {"w": zeros(8)}, fr.l1, strength=strength, args=(x, y)).params["w"]
+    found = vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0))(strengths, data)
+    for i, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        torch.testing.assert_close(found[i, k], one(strengths[k], data[i]), rtol=0, atol=1e-8)

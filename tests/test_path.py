@@ -10,6 +10,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import logistic, squares, standard, zeros
 from torch.func import grad, vmap
+from torch.nn.functional import mse_loss, softplus
 
 import funcreg as fr
 
@@ -142,3 +143,47 @@ def test_results_are_public():
     x = torch.eye(4, dtype=torch.float64, device=DEVICE)
     found = fr.cross_validate(squares, {"w": zeros(4)}, fr.l1, data=(x, x[:, 0]), folds=2, count=2)
     assert isinstance(found, fr.CrossValidation)
+
+
+def test_common_losses_of_torch_have_paths_and_choices():
+    x, y = standard(load_diabetes)
+    loss = lambda params, x, y: mse_loss(x @ params["w"] + params["b"], y) / 2
+    options = {"strengths": [20.0, 2.0, 0.2], **WEIGHTS}
+    path = fr.regularization_path(loss, begin(10), fr.l1, args=(x, y), **options)
+    expected = fr.regularization_path(squares, begin(10), fr.l1, args=(x, y), **options)
+    torch.testing.assert_close(path.params, expected.params, rtol=0, atol=1e-6)
+    scores = [fr.cross_validate(f, begin(10), fr.l1, data=(x, y), **options).scores for f in (loss, squares)]
+    torch.testing.assert_close(*scores, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_a_path_is_a_loop_of_minima_that_begin_at_the_one_before(count):
+    x, y = standard(load_breast_cancer)
+    loss = lambda params, x, y: softplus((1 - 2 * y) * (x @ params["w"])).mean()
+    path = fr.regularization_path(loss, {"w": zeros(30)}, fr.l1, args=(x, y), count=count, ratio=0.05)
+    at = {"w": zeros(30)}
+    for strength, w in zip(path.strengths, path.params["w"], strict=True):
+        at = fr.minimize(loss, at, fr.l1, strength=strength, args=(x, y)).params
+        torch.testing.assert_close(w, at["w"], rtol=0, atol=1e-5)
+
+
+def test_constant_targets_have_no_path():
+    x = torch.eye(4, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match="zero is the solution for every strength"):
+        fr.regularization_path(squares, {"w": zeros(4)}, fr.l1, args=(x, zeros(4)))
+
+
+def test_folds_are_numbers_of_any_kind_or_masks():
+    x, y = standard(load_diabetes)
+    choose = lambda folds: fr.cross_validate(
+        squares, begin(10), fr.l1, data=(x, y), strengths=[5.0, 1.0], folds=folds, **WEIGHTS
+    )
+    expected = choose(3).scores
+    assert torch.equal(choose(np.int64(3)).scores, expected)
+    masks = torch.zeros(3, len(y), dtype=torch.bool)
+    for mask, held in zip(masks, torch.arange(len(y)).tensor_split(3), strict=True):
+        mask[held] = True
+    assert torch.equal(choose(masks).scores, expected)
+    for folds in (None, 2.5, "ab"):
+        with pytest.raises(TypeError, match="folds is"):
+            choose(folds)

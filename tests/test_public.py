@@ -132,8 +132,9 @@ LAYERS = [
         "report",
         "structured",
     ],
-    ["adaptive_optimizers", "minimize", "mistakes", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["describe", "path"],
+    ["mistakes", "quadratic", "vectors"],
+    ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
+    ["path"],
 ]
 
 

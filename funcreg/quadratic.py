@@ -1,0 +1,160 @@
+"""Minima of a quadratic model plus a penalty: proximal gradient steps, and Newton steps on their fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+#: Objectives of which a new one has to be below the greatest.
+_HISTORY = 10
+#: How Newton steps are damped: a loss that is flat along some direction makes a Jacobian singular.
+_DAMPS = (1e-10, 1e-3)
+#: Shares of a Newton step that are tried.
+_SHARES = (1.0, 0.5, 0.25, 0.0625)
+#: Steps without progress after which rounding is held to be all that moves.
+_PATIENCE = 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A penalty on vectors."""
+
+    land: Callable[[Tensor, Tensor, Tensor], Tensor]  # The proximal point of a vector, a step and a metric.
+    value: Callable[[Tensor], Tensor]
+    separable: bool  # Whether the Jacobian of `land` is diagonal.
+
+
+class Quadratic(NamedTuple):
+    r"""A model of a loss, :math:`\langle g, z - o \rangle + \frac{1}{2} (z - o)^\top H (z - o)`."""
+
+    origin: Tensor
+    gradient: Tensor
+    hessian: Tensor
+    metric: Tensor  # A positive diagonal.
+    rate: Tensor  # No less than the greatest curvature in the metric.
+
+
+class Descent(NamedTuple):
+    """Where the descent on a model is."""
+
+    x: Tensor
+    slope: Tensor  # Gradient of the model at x.
+    recent: Tensor  # The last objectives.
+    rate: Tensor  # One over the length of the next step, in the metric.
+    error: Tensor  # A bound of the residual.
+    since: Tensor  # Steps since it was last less, or the objective.
+    steps: Tensor
+    done: Tensor
+
+
+def diagonal_metric(hessian: Tensor) -> Tensor:
+    """The diagonal where it is positive, with a floor; ones where there is none."""
+    found = hessian.diagonal().abs()
+    top = found.amax()
+    return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(found))
+
+
+def greatest_curvature(hessian: Tensor, metric: Tensor) -> Tensor:
+    r"""A bound of the eigenvalues in a metric, at most :math:`n^{1/8}` times the greatest."""
+    root = metric.sqrt()
+    scaled = hessian / (root[:, None] * root)
+    size = scaled.square().sum().sqrt()
+    power = scaled / size.clamp(min=torch.finfo(size.dtype).tiny)
+    power = power @ power
+    power = power @ power
+    return size * power.square().sum().sqrt().sqrt().sqrt()
+
+
+def noise(objective: Tensor) -> Tensor:
+    """By how much an objective may grow through rounding."""
+    return 16 * torch.finfo(objective.dtype).eps * objective.abs()
+
+
+def begin(model: Quadratic, rules: Rules) -> Descent:
+    """The descent before its first step."""
+    objective = rules.value(model.origin)
+    zero = torch.zeros_like(objective, dtype=torch.int64)
+    recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
+    unknown = torch.full_like(objective, torch.inf)
+    return Descent(model.origin, model.gradient, recent, model.rate, unknown, zero, zero, zero > 0)
+
+
+def step(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
+    """A proximal gradient step of the length of Barzilai and Borwein; a descent that is done stays."""
+    z, slope, objective, error = _landed(model, rules, s.rate, s.x, s.slope)
+    move = z - s.x
+    length = (model.metric * move.square()).sum()
+    taken = objective <= s.recent.amax() - 5e-5 * s.rate * length + noise(objective)
+    curvature = (move * (slope - s.slope)).sum() / length
+    known = curvature.isfinite() & (length > 0)
+    wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
+    wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
+    rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
+    return _after(s, taken, z, slope, objective, error, tol, rate, s.steps + 1)
+
+
+def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
+    """A Newton step on the fixed point of the proximal step, if it more than halves the error or goes downhill."""
+    scale = s.rate * model.metric
+    landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)[:2]
+    one = torch.eye(len(s.x), dtype=s.x.dtype, device=s.x.device)
+    inner = one - model.hessian / scale[:, None]
+    jacobian = pull(torch.ones_like(landed))[0][:, None] * inner if rules.separable else vmap(pull)(one)[0] @ inner
+    damps = torch.tensor(_DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
+    matrices = one - jacobian + damps[:, None, None] * one
+    ways = torch.linalg.solve_ex(matrices, (landed - s.x).expand(len(damps), -1)[..., None])[0][..., 0]
+    ways = torch.where(ways.isfinite().all(-1, keepdim=True), ways, torch.zeros_like(ways))
+    shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
+    points = s.x + (shares[:, None, None] * ways).reshape(-1, len(s.x))
+
+    def reach(x: Tensor) -> tuple[Tensor, ...]:
+        return _landed(model, rules, s.rate, x, model.gradient + model.hessian @ (x - model.origin))
+
+    *places, objectives, errors = vmap(reach)(points)
+    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
+    closer = (errors < s.error / 2) & (objectives <= s.recent.amax() + noise(objectives))
+    # The one that is nearest, or else the lowest.
+    order = torch.where(closer.any(), torch.where(closer, errors, torch.inf), objectives)
+    best = order.argmin()[None]
+    z, slope, objective, error = (x.index_select(0, best)[0] for x in (*places, objectives, errors))
+    taken = closer.any() | (objective < s.recent[-1])
+    return _after(s, taken, z, slope, objective, error, tol, s.rate, s.steps)
+
+
+def _landed(model: Quadratic, rules: Rules, rate: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+    """The proximal step from x, the slope and the objective there, and a bound of the residual."""
+    scale = rate * model.metric
+    z = rules.land(x - slope / scale, 1 / rate, model.metric)
+    way = z - model.origin
+    bend = model.hessian @ way
+    after = model.gradient + bend
+    objective = (way * (model.gradient + bend / 2)).sum() + rules.value(z)
+    # What pulled x to z, less the slope at x, is a subgradient of the penalty at z.
+    return z, after, objective, (after - slope - scale * (z - x)).abs().amax()
+
+
+def _after(
+    s: Descent,
+    taken: Tensor,
+    z: Tensor,
+    slope: Tensor,
+    objective: Tensor,
+    error: Tensor,
+    tol: float,
+    rate: Tensor,
+    steps: Tensor,
+) -> Descent:
+    """The descent after a step, if it was taken, and if it is not done."""
+    x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
+    recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
+    error = torch.where(taken, error, s.error)
+    better = (error < 0.99 * s.error) | (taken & (objective < s.recent.amin() - noise(objective)))
+    since = torch.where(better, 0, s.since + (steps - s.steps))
+    done = (error <= tol) | (since > _PATIENCE) | (rate > torch.finfo(x.dtype).max / 1e9)
+    after = Descent(x, slope, recent, rate, error, since, steps, done)
+    return Descent(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))

@@ -1,0 +1,156 @@
+"""A loss and a penalty on trees as functions of one vector, and of all tensors that they were given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from funcreg._typing import Hyper, Mask, Params
+from funcreg.certificates import kkt_residual
+from funcreg.penalty import Penalty
+from funcreg.tree import flatten, product, tree_leaves, wide
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A problem in functions of one vector and of all tensors that it was given."""
+
+    read: Callable[[Tensor, Any], Tensor]  # The loss.
+    land: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # The proximal point of a vector, a step and a metric.
+    value: Callable[[Tensor, Any], Tensor]  # The penalty.
+    residual: Callable[[Tensor, Tensor, Any], Tensor]  # Of a vector and the gradient there.
+    begin: Callable[[Any], Tensor]  # The vector at which to begin.
+    tree: Callable[[Tensor], Params]
+    narrowed: Callable[[Tensor], Flat]  # The problem of some places of the vector, where the others are 0.
+    in_metric: bool  # Whether the penalty has a rule in a metric.
+    separable: bool  # Whether it is a sum over entries.
+    tol: float
+    max_steps: int
+    own: int  # How many of the tensors are parameters.
+    #: For each enclosing `vmap`, from the inside out: which tensors have members along their first dimension.
+    levels: tuple[tuple[int | None, ...], ...] = ()
+    sizes: tuple[int, ...] = ()  # How many members each has.
+
+    def mapped(self, dims: tuple[int | None, ...], size: int, tensors: list[Tensor]) -> tuple[Flat, list[Tensor]]:
+        """The problem of a stack of members, whose tensors have them along their first dimension, and the tensors."""
+        levels, sizes = [*self.levels, dims], (*self.sizes, size)
+        if len(levels) == 1:
+            return replace(self, levels=tuple(levels), sizes=sizes), tensors
+        # Mapped over maps, `mse_loss` and others of torch fail where outputs have members and targets have none.
+        spread = list(tensors)
+        for i in range(len(tensors)):
+            shared = [level[i] is None for level in levels]
+            x = spread[i]
+            if any(shared) and (i < self.own or x.ndim - shared.count(False) <= 1):
+                for k in reversed(range(len(levels))):
+                    if shared[k]:
+                        place = len(levels) - 1 - k
+                        x = x.unsqueeze(place).expand(*x.shape[:place], sizes[k], *x.shape[place:])
+                        levels[k] = (*levels[k][:i], 0, *levels[k][i + 1 :])
+                spread[i] = x
+        return replace(self, levels=tuple(levels), sizes=sizes), spread
+
+    def over_members(self, f: Callable[..., Any], tuples: int = 1) -> Callable[..., Any]:
+        """A function of some tuples like the tensors, and of what has one entry for each member, for all members."""
+        for dims in self.levels:
+            f = _vmapped(f, dims, tuples)
+        return f
+
+
+def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -> Callable[..., Any]:
+    return lambda *given: vmap(f, in_dims=(*[dims] * tuples, *[0] * (len(given) - tuples)))(*given)
+
+
+def flat_problem(
+    loss: Callable[..., Tensor],
+    penalty: Penalty,
+    given: tuple[Params, Hyper, tuple[Hyper, ...], tuple[Any, ...]],
+    mask: Mask | None,
+    options: dict[str, Any],
+    tol: float,
+    max_steps: int,
+    kept: Tensor | None = None,
+) -> tuple[Flat, list[Tensor]]:
+    """A problem on a vector, and the tensors that it was given.
+
+    Args:
+        loss: From parameters, and what else it takes, to a scalar.
+        penalty: A penalty.
+        given: Parameters, strength, hyperparameters, and what else the loss takes.
+        mask: Leaves on which the penalty acts.
+        options: Static options of the penalty.
+        tol: Greatest residual of a solution.
+        max_steps: Number of steps after which to give up.
+        kept: Places of the entries that may move, in a vector of all; None for all.
+    """
+    leaves, rebuild = flatten(given)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    own, tree = flatten(given[0])
+    shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
+    dtype = functools.reduce(torch.promote_types, map(wide, dtypes), torch.float32)
+    in_metric = penalty.in_metric(given[0], *given[2], mask=mask, **options)
+
+    def filled(tensors: Any) -> Any:
+        found = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            found[i] = tensor
+        return rebuild(found)
+
+    def of_places(kept: Tensor | None) -> Flat:
+        def vector(tree: Params) -> Tensor:
+            parts = [w.reshape(-1).to(dtype) for w in tree_leaves(tree)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+            return whole if kept is None else whole.index_select(0, kept)
+
+        def unpacked(x: Tensor, rest: float = 0.0) -> Params:
+            if kept is not None:
+                x = x.new_full((*x.shape[:-1], sum(sizes)), rest).index_copy(-1, kept, x)
+            parts = x.split(sizes, dim=-1) if len(sizes) > 1 else [x] * len(sizes)
+            return tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)])
+
+        def cast(point: Params) -> Params:
+            return tree([w.to(kind) for w, kind in zip(tree_leaves(point), dtypes, strict=True)])
+
+        def read(x: Tensor, tensors: Any) -> Tensor:
+            value = loss(cast(unpacked(x)), *filled(tensors)[3])
+            if not isinstance(value, Tensor) or value.ndim:
+                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
+            return value.to(dtype)
+
+        def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+            point, (_, force, values, _) = unpacked(x), filled(tensors)
+            h = unpacked(metric, 1.0) if in_metric else None
+            return vector(penalty.prox(point, product(point, step, force), *values, metric=h, mask=mask, **options))
+
+        def value(x: Tensor, tensors: Any) -> Tensor:
+            _, force, values, _ = filled(tensors)
+            return penalty.weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
+
+        def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
+            _, force, values, _ = filled(tensors)
+            point, grads = unpacked(x), unpacked(slope)
+            return kkt_residual(point, grads, penalty, *values, strength=force, mask=mask, **options).to(dtype)
+
+        return Flat(
+            read,
+            land,
+            value,
+            residual,
+            begin=lambda tensors: vector(filled(tensors)[0]).clone(),
+            tree=lambda x: cast(unpacked(x)),
+            narrowed=lambda some: of_places(some if kept is None else kept.index_select(0, some)),
+            in_metric=in_metric,
+            separable=penalty.separable is True,
+            tol=tol,
+            max_steps=max_steps,
+            own=len(own),
+        )
+
+    return of_places(kept), [leaves[i] for i in places]

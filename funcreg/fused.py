@@ -170,14 +170,17 @@ class _Checked:
 
     def located(self, arguments: list[Any], addresses: list[int]) -> Call:
         """A call with arguments that begin at some addresses, and the vectors in which they lie."""
-        vectors = {part: vector for part in self._parts if (vector := part.find(addresses)) is not None}
         if self._has_views:
             arguments = [x.resolve_conj().resolve_neg() for x in arguments]
-        return Call(arguments, vectors)
+        found = {part: part.find(addresses) for part in self._parts}
+        return Call(arguments, {part: vector for part, vector in found.items() if vector is not None})
 
 
 class _Planned(Remembering):
     """A function of trees, plans for trees of known structures, and the last call that was checked."""
+
+    #: The leaves of what is computed from trees, or an error that says what is wrong with these.
+    _results: Callable[..., list[Any]]
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         if not isinstance(backend, str) and not callable(backend):
@@ -185,10 +188,6 @@ class _Planned(Remembering):
         self._compiler = Compiler(backend)
         self._plans: dict[Any, Plan | None] = {}  # None where the function could not be recorded.
         self._last: _Checked | None = None
-
-    def _results(self, *trees: Any) -> list[Any]:
-        """The leaves of what is computed from trees, or an error that says what is wrong with these."""
-        raise NotImplementedError
 
     def _plan_of(self, found: Record, columns: Sequence[list[Any]]) -> Plan:
         """The plan of a record of `_results`, of trees with these leaves."""
@@ -256,7 +255,7 @@ class FusedStep(_Planned):
         self._tx, self._donate, self._loose = tx, donate, loose
         self._on_shards = OnShards(self._plain, donate, tx.spares)
         self._compiled: Any = None  # Of a chain that cannot be recorded.
-        #: Vectors of `gradients`, and how often their leaves were written to before the last call; None after a warning.
+        #: Vectors of `gradients`, and versions of their leaves at the last call; None after a warning.
         self._versions: tuple[list[int], list[int]] | None = ([], [])
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:

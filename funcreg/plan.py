@@ -51,8 +51,8 @@ class Call:
     """
 
     arguments: list[Tensor]
-    vectors: dict[Part, Vector]  # In which leaves lie, if all of a part do.
-    out: dict[Part, Vector] = field(default_factory=dict)  # For what is written, unless in place.
+    vectors: dict[Part | None, Vector]  # In which leaves lie, if all of a part do.
+    out: dict[Part | None, Vector] = field(default_factory=dict)  # For what is written, unless in place.
     copies: dict[Operand, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # Of leaves: together, and each.
 
 
@@ -183,8 +183,8 @@ class Plan:
             self._write_back(call)
             return []
         made: dict[int, Tensor] = {}
-        for part, vector in call.out.items():
-            made.update(zip(part.positions, part.lend(vector), strict=True))
+        for part in self.parts("parameter", "state"):
+            made.update(zip(part.positions, part.lend(call.out[part]), strict=True))
         return [unpacked[i] if i in unpacked else made[place] for i, place in enumerate(self.places)]
 
     def _run(self, call: Call) -> dict[Value, Tensor]:
@@ -208,8 +208,8 @@ class Plan:
 
     def _run_kernel(self, kernel: Kernel, kernel_call: KernelCall, scalars: list[Tensor], call: Call) -> Any:
         args = [self._read(call, x) for x in kernel_call.reads] + scalars
-        if not self._in_place:
-            args += [_view(call.out, x) for x in kernel_call.writes]
+        if call.out:
+            args += [_view(call.out[x.part], x) for x in kernel_call.writes]
         if kernel_call.compiled is None:
             first = kernel.groups[0]
             kernel_call.compiled = self._compiler(kernel.graph, args, first.flat, first.shape_polymorphic)
@@ -217,9 +217,8 @@ class Plan:
 
     def _read(self, call: Call, x: Operand) -> Tensor:
         """Leaves as one tensor: where they lie, or several copied together."""
-        view = _view(call.vectors, x)
-        if view is not None:
-            return view
+        if x.part in call.vectors:
+            return _view(call.vectors[x.part], x)
         if x in call.copies:
             return call.copies[x][0]
         leaves = [call.arguments[i] for i in x.sources]
@@ -240,11 +239,8 @@ def _like(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device
 
 
-def _view(vectors: dict[Part, Vector], x: Operand) -> Tensor | None:
-    """Leaves in packed memory as one tensor; None if they lie elsewhere."""
-    vector = None if x.part is None else vectors.get(x.part)
-    if vector is None:
-        return None
+def _view(vector: Vector, x: Operand) -> Tensor:
+    """Leaves in packed memory as one tensor."""
     view = vector.views.get(x)
     if view is None:
         with torch.inference_mode(False):

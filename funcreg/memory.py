@@ -63,10 +63,11 @@ class Part:
         keeps: bool = False,
     ) -> None:
         self.role, self.positions = role, positions
-        self._shapes, self._dtype, self._device, self._keeps = shapes, dtype, device, keeps
+        self._shapes, self._pieces = shapes, Pieces(shapes)
+        self._dtype, self._device, self._keeps = dtype, device, keeps
         self._begin = number % 16 * _STAGGER
         #: At which entry each leaf begins, and the last one ends.
-        self.starts = [0, *itertools.accumulate(map(math.prod, shapes))]
+        self.starts = [0, *itertools.accumulate(self._pieces.sizes)]
         #: The first leaf with entries, by whose address a vector is found.
         self._anchor = next((i for i, shape in enumerate(shapes) if math.prod(shape)), None)
         self._free: list[Vector] = []
@@ -78,7 +79,7 @@ class Part:
             return self._free.pop()
         except IndexError:
             pass
-        entries = self.starts[-1]
+        entries = self._pieces.entries
         with torch.inference_mode(False):
             if self._device.type != "cpu" or not entries:
                 made = torch.empty(entries, dtype=self._dtype, device=self._device)
@@ -93,7 +94,7 @@ class Part:
             if own_storages:
                 leaves = [self._over(owner, *each) for each in zip(self.starts, self._shapes, strict=False)]
             else:
-                leaves = split(self._over(owner, 0, (self.starts[-1],)), self._shapes)
+                leaves = self._pieces.of(self._over(owner, 0, (self._pieces.entries,)))
         if self._anchor is not None:
             vector.addresses = vector.addresses or list(map(Tensor.data_ptr, leaves))
             self._used[vector.addresses[self._anchor]] = vector
@@ -132,13 +133,26 @@ class Part:
         return torch.frombuffer(owner, dtype=self._dtype, count=entries, offset=offset).resize_(shape)
 
 
-def split(vector: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """The leaves in a vector; unlike results of `torch.split`, they are no views for autograd."""
-    leaves = list(torch.unsafe_split_with_sizes(vector, list(map(math.prod, shapes))))
-    for leaf, shape in zip(leaves, shapes, strict=True):
-        if len(shape) != 1:
-            leaf.resize_(shape)
-    return leaves
+class Pieces:
+    """Leaves of some shapes in a vector, end to end."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.sizes = list(map(math.prod, shapes))
+        self.entries = sum(self.sizes)
+        self._shaped = [(i, shape) for i, shape in enumerate(shapes) if len(shape) != 1]
+
+    def flat(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Leaves as vectors."""
+        for i, _ in self._shaped:
+            leaves[i] = leaves[i].reshape(-1)
+        return leaves
+
+    def of(self, vector: Tensor) -> list[Tensor]:
+        """The leaves in a vector; unlike results of `torch.split`, they are no views for autograd."""
+        leaves = list(torch.unsafe_split_with_sizes(vector, self.sizes))
+        for i, shape in self._shaped:
+            leaves[i].resize_(shape)
+        return leaves
 
 
 def _pages(size: int) -> mmap.mmap:

@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg import undocumented
 from funcreg.grouping import Group, group
 from funcreg.lowering import Compiler, Kernel, Lowering
-from funcreg.memory import Part, Vector, split
+from funcreg.memory import Part, Pieces, Vector
 from funcreg.recording import Record, Value
 
 #: Entries from which a leaf is computed with where it lies, and of the longest vector of leaves copied together.
@@ -27,11 +27,13 @@ class Operand:
     """Leaves that a kernel takes as one tensor: one alone, or several end to end or stacked."""
 
     sources: list[int]  # Their arguments.
-    shapes: list[tuple[int, ...]]
+    pieces: Pieces
     shape: tuple[int, ...]  # Of that tensor.
     part: Part | None  # In whose vectors they may lie,
     entries: slice  # and where in them.
     is_written: bool
+    #: On a CPU, memory of earlier copies of them: together, and each.
+    free: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -98,6 +100,10 @@ class Plan:
         for each in grouping.groups:
             _arrange(each)
             self._add_parts(each, keeps, loose)
+        self._written = self.parts("parameter", "state")
+        leaves = {source: i for i, source in enumerate(itertools.chain(*[part.positions for part in self._written]))}
+        #: Their leaves in the order of results.
+        self._order = [leaves[place] for place in self.places if place in leaves]
         self._program = Lowering(grouping, in_place).program()
         self._operands: dict[Any, Operand] = {}
         #: Of each kernel, where all leaves lie in packed memory and where some do not.
@@ -132,7 +138,7 @@ class Plan:
         leaves = tuple([member.inputs[slot] for member in of.members[which]])
         if leaves not in self._operands:
             shapes = [leaf.shape for leaf in leaves]
-            size = sum(map(math.prod, shapes))
+            pieces = Pieces(shapes)
             part = self._parts.get(of.first.inputs[slot])
             is_written = self._in_place and part is not None and part.role != "gradient"
             if part is not None and which.stop > len(part.positions):  # Large leaves beside loose parameters.
@@ -140,10 +146,10 @@ class Plan:
             start = 0 if part is None else part.starts[which.start]
             self._operands[leaves] = Operand(
                 [self._numbers[leaf] for leaf in leaves],
-                shapes,
-                (size,) if of.flat else (len(leaves), *shapes[0]) if of.stacked else shapes[0],
+                pieces,
+                (pieces.entries,) if of.flat else (len(leaves), *shapes[0]) if of.stacked else shapes[0],
                 part,
-                slice(start, start + size),
+                slice(start, start + pieces.entries),
                 is_written,
             )
         return self._operands[leaves]
@@ -169,7 +175,7 @@ class Plan:
     def run(self, call: Call) -> list[Tensor]:
         """The results, in their order; none where they are written in place."""
         if not self._in_place:
-            call.out = {part: part.take() for part in self.parts("parameter", "state")}
+            call.out = {part: part.take() for part in self._written}
         values = self._run(call)
         unpacked: dict[int, Tensor] = {}
         for position, value, dtype in self._unpacked:
@@ -182,10 +188,11 @@ class Plan:
                 call.arguments[self.places[position]].copy_(x)
             self._write_back(call)
             return []
-        made: dict[int, Tensor] = {}
-        for part in self.parts("parameter", "state"):
-            made.update(zip(part.positions, part.lend(call.out[part]), strict=True))
-        return [unpacked[i] if i in unpacked else made[place] for i, place in enumerate(self.places)]
+        made = [leaf for part in self._written for leaf in part.lend(call.out[part])]
+        results = [made[i] for i in self._order]
+        for position, x in unpacked.items():
+            results.insert(position, x)
+        return results
 
     def _run(self, call: Call) -> dict[Value, Tensor]:
         """All scalars, and what no kernel writes."""
@@ -224,15 +231,29 @@ class Plan:
         leaves = [call.arguments[i] for i in x.sources]
         if len(leaves) == 1 and leaves[0].is_contiguous():
             return leaves[0].view(x.shape)
-        copy = torch.cat([leaf if leaf.ndim == 1 else leaf.reshape(-1) for leaf in leaves])
-        if x.is_written:
-            call.copies[x] = copy.view(x.shape), split(copy, x.shapes)
-        return copy.view(x.shape)
+        if not x.is_written:
+            return torch.cat(x.pieces.flat(leaves)).view(x.shape)
+        call.copies[x] = copy = self._memory(x, leaves[0])
+        torch.cat(x.pieces.flat(leaves), out=copy[0].view(-1))
+        return copy[0]
+
+    def _memory(self, x: Operand, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Memory for leaves that are copied together, and each of them in it."""
+        try:
+            return x.free.pop()
+        except IndexError:
+            pass
+        with torch.inference_mode(False):
+            data = torch.empty(x.pieces.entries, dtype=like.dtype, device=like.device)
+            return data.view(x.shape), x.pieces.of(data)
 
     def _write_back(self, call: Call) -> None:
         """Write what kernels wrote into copies of leaves back into the leaves."""
         places = [call.arguments[i] for x in call.copies for i in x.sources]
         undocumented.copy_all(places, [leaf for _, leaves in call.copies.values() for leaf in leaves])
+        for x, copy in call.copies.items():
+            if copy[0].device.type == "cpu":  # Elsewhere calls may overlap, and allocators reuse memory by themselves.
+                x.free[:] = [copy]
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:

@@ -43,6 +43,9 @@ from funcreg.tree import (
 
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32
+#: Some trees or their structures, and their leaves.
+_Trees = Sequence[Any]
+_Columns = Sequence[list[Any]]
 
 
 @remembered
@@ -115,23 +118,11 @@ class _Donated:
 class _Checked:
     """A call that was checked, and what tells whether a later one needs to be checked again.
 
-    Args:
-        plan: Its plan.
-        trees: The trees that were given.
-        specs: Structures of these, and of extra arguments.
-        arguments: All tensors of the call.
-        count: Number of parameters, the first arguments; as many gradients follow.
-        donated: The leaves that are written into, if some are.
+    Its arguments are some parameters, as many gradients if it is a step, and all else.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        trees: Sequence[Any],
-        specs: Sequence[Any],
-        arguments: list[Any],
-        count: int,
-        donated: _Donated | None,
+        self, plan: Plan, trees: _Trees, specs: _Trees, arguments: list[Any], count: int, donated: _Donated | None
     ) -> None:
         self.plan, self.specs, self.count, self._donated = plan, specs, count, donated
         self._readers = list(map(reader, trees))
@@ -146,7 +137,7 @@ class _Checked:
             self._gradients = addresses[count : 2 * count]  # Where they are known to lie apart from donated leaves.
             self._sizes = list(map(_reach, arguments[count : 2 * count]))
 
-    def call(self, trees: Sequence[Any]) -> Call | None:
+    def call(self, trees: _Trees) -> Call | None:
         """The call on other trees; None if they have to be checked."""
         arguments: list[Any] = []
         for read, tree in zip(self._readers, trees, strict=True):
@@ -189,11 +180,11 @@ class _Planned(Remembering):
         self._plans: dict[Any, Plan | None] = {}  # None where the function could not be recorded.
         self._last: _Checked | None = None
 
-    def _plan_of(self, found: Record, columns: Sequence[list[Any]]) -> Plan:
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
         """The plan of a record of `_results`, of trees with these leaves."""
         raise NotImplementedError
 
-    def _plan(self, trees: Sequence[Any], columns: Sequence[list[Any]], specs: Sequence[Any]) -> Plan | None:
+    def _plan(self, trees: _Trees, columns: _Columns, specs: _Trees) -> Plan | None:
         """The plan for trees like these, made if they are new; None if that is impossible."""
         key = (tuple(specs), *(tuple(map(_like, column)) for column in columns))
         try:
@@ -216,12 +207,7 @@ class _Planned(Remembering):
         return made
 
     def _check(
-        self,
-        plan: Plan,
-        trees: Sequence[Any],
-        columns: Sequence[list[Any]],
-        specs: Sequence[Any],
-        donated: _Donated | None = None,
+        self, plan: Plan, trees: _Trees, columns: _Columns, specs: _Trees, donated: _Donated | None = None
     ) -> tuple[_Checked, Call]:
         """A call on trees that were checked; later ones are compared with it."""
         arguments = [*(x for column in columns for x in column if isinstance(x, Tensor)), *plan.captured]
@@ -397,7 +383,7 @@ class FusedStep(_Planned):
                 )
         return new
 
-    def _plan_of(self, found: Record, columns: Sequence[list[Any]]) -> Plan:
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
         count = len(columns[0])
         written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
         # Where old numbers go to new places, places are not written before all are read.
@@ -557,7 +543,7 @@ class _ValueAndGrad(_Planned):
         value, slopes = self._plain(params)
         return [*tree_leaves(slopes), value]
 
-    def _plan_of(self, found: Record, columns: Sequence[list[Any]]) -> Plan:
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
         return Plan(found, len(columns[0]), 0, [*found.inputs, None], False, self._compiler, keeps=True)
 
 

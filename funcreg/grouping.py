@@ -209,7 +209,6 @@ def _subgraphs(
     users: dict[Value, list[Node]],
 ) -> list[LeafSubgraph]:
     subgraphs: dict[_Owner, LeafSubgraph] = {}
-    seen: set[Value] = set()
     wanted: set[Value] = set()
     for i in range(params):
         subgraphs.setdefault(owner[found.inputs[i]], LeafSubgraph()).leaves.append(i)
@@ -220,8 +219,7 @@ def _subgraphs(
             wanted.add(value)
 
     def add_input(value: Value) -> None:
-        if value.node is None and value not in seen and isinstance(owner[value], int):
-            seen.add(value)
+        if value.node is None and isinstance(owner[value], int) and value not in subgraphs[owner[value]].inputs:
             subgraphs[owner[value]].inputs.append(value)
 
     for node in found.nodes:

@@ -301,11 +301,9 @@ class _GraphWriter:
     def __init__(self) -> None:
         self._graph = fx.Graph()
         self.values: dict[Value, fx.Node] = {}
-        self._inputs = 0
 
     def input(self, value: Value | None = None) -> fx.Node:
-        self._inputs += 1
-        node = self._graph.placeholder(f"x{self._inputs}")
+        node = self._graph.placeholder(f"x{len(self._graph.nodes)}")
         if value is not None:
             self.values[value] = node
         return node

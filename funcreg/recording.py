@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -94,14 +95,14 @@ def substituted(arg: Any, f: Callable[[Value], Any]) -> Any:
     return [substituted(x, f) for x in arg] if isinstance(arg, (list, tuple)) else arg
 
 
+@dataclass
 class Record:
     """Operations in their order, from inputs to outputs."""
 
-    def __init__(self) -> None:
-        self.inputs: list[Value] = []
-        self.captured: list[tuple[Value, Tensor]] = []
-        self.nodes: list[Node] = []
-        self.outputs: list[Value] = []
+    inputs: list[Value]
+    captured: list[tuple[Value, Tensor]] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
 
 
 class _Placeholder(Tensor):
@@ -225,8 +226,7 @@ def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Rec
         CannotRecordError: The function does what only tensors with memory can do.
     """
     dispatch_mode, fake_mode = tracing_tools()
-    found = Record()
-    found.inputs = [x.value for x in placeholders if isinstance(x, _Placeholder)]
+    found = Record([x.value for x in placeholders if isinstance(x, _Placeholder)])
     recorder = _Recorder(found, fake_mode)
 
     class Recording(dispatch_mode):

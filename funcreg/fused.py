@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +43,9 @@ from funcreg.tree import (
 
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32
+#: Some trees or their structures, and their leaves.
+_Trees = Sequence[Any]
+_Columns = Sequence[list[Any]]
 
 
 @remembered
@@ -77,81 +79,99 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
     return FusedStep(tx, donate, backend)
 
 
-class _ShapeChangedError(ValueError):
-    """A result has another shape than what it replaces."""
+# Calls
 
 
-@dataclass
-class _Checked:
-    """A call that was checked, and what tells whether a later one needs to be checked again."""
+class _Donated:
+    """Leaves that a step writes into, apart from each other: where they begin and end in memory.
 
-    plan: Plan
-    specs: Sequence[Any]  # Structures of the trees that were given.
-    counts: list[int]  # Numbers of their leaves.
-    readers: list[Callable[[Any], list[Any] | None]]
-    matches: Callable[..., bool]  # Whether tensors are like these but for their numbers and where they lie.
-    has_views: bool  # Whether one is negated or conjugated.
-    contiguous: list[bool]  # Whether parameters are, the state, and gradients.
-    donated: _Spans | None
-    sizes: list[int]  # Bytes from the first to the last entry of each gradient.
-    addresses: list[int]  # Of parameters and state, if they are donated, and of captured tensors.
-    apart: list[int]  # Those of gradients which are known to lie elsewhere.
-    views: dict[Any, Any]  # Of donated leaves, as kernels read them.
+    Raises:
+        ValueError: Two of them share memory.
+    """
 
-    def call(self, trees: Sequence[Any]) -> Call | None:
-        """The call on other trees; None if they have to be checked."""
-        arguments: list[Any] = []
-        for read, tree in zip(self.readers, trees, strict=True):
-            leaves = read(tree)
-            if leaves is None:
-                return None
-            arguments += leaves
-        arguments += self.plan.captured
-        if not self.matches(*arguments):
-            return None
-        where = list(map(Tensor.data_ptr, arguments))
-        if self.donated is not None:
-            begin, end = self.counts[0], self.counts[0] + self.counts[1]
-            if where[:begin] + where[end:] != self.addresses:
-                return None
-            if where[begin:end] != self.apart and self.donated.overlap(where[begin:end], self.sizes):
-                return None
-            self.apart = where[begin:end]
-        return self.located(arguments, where)
+    def __init__(self, names: Sequence[str], leaves: Sequence[Tensor]) -> None:
+        spans = sorted([(x.data_ptr(), x.data_ptr() + _reach(x), i) for i, x in enumerate(leaves) if x.numel()])
+        for (_, end, first), (begin, _, second) in pairwise(spans):
+            if begin < end:
+                raise ValueError(
+                    f"{names[first]} and {names[second]} share memory and cannot be donated. Are weights tied? "
+                    "step.init(params) gives copies that share nothing."
+                )
+        self._begins, self._ends = [begin for begin, _, _ in spans] or [0], [end for _, end, _ in spans] or [0]
+        self._names = [names[i] for _, _, i in spans]
 
-    def located(self, arguments: list[Any], where: list[int]) -> Call:
-        """A call with arguments that begin at some places, and the memory in which they lie."""
-        rows = zip(self.plan.pools, self.plan.begins, self.contiguous, strict=True)
-        memories = [pool.find(where[begin:]) if contiguous else None for pool, begin, contiguous in rows]
-        if self.has_views:
-            arguments = [x.resolve_conj().resolve_neg() for x in arguments]
-        return Call(arguments, memories, views=self.views)
-
-
-class _Spans:
-    """Where some tensors, which are apart, begin and end in memory."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        spans = sorted([(*_span(x), i) for i, x in enumerate(tensors) if x.numel()])
-        self._begins, self._ends, self._which = zip(*spans, strict=True) if spans else ((0,), (0,), (0,))
-
-    def overlap(self, begins: Sequence[int], sizes: Sequence[int]) -> tuple[int, int] | None:
+    def overlap(self, begins: Sequence[int], sizes: Sequence[int]) -> tuple[int, str] | None:
         """Which of some other tensors, at these addresses, shares memory with which of these."""
         if not begins or min(begins) >= self._ends[-1] or max(begins) + max(sizes) <= self._begins[0]:
             return None  # As gradients and packed memory mostly lie.
         for i, (begin, size) in enumerate(zip(begins, sizes, strict=True)):
             before = bisect.bisect_left(self._begins, begin + size) - 1  # They are apart: none reaches further.
             if before >= 0 and self._ends[before] > begin and size:
-                return i, self._which[before]
+                return i, self._names[before]
         return None
 
-    def shared(self, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    def shared(self, tensors: Sequence[Any]) -> tuple[int, str] | None:
         """Which of some other tensors shares memory with which of these."""
         return self.overlap([x.data_ptr() for x in tensors], list(map(_reach, tensors)))
 
 
+class _Checked:
+    """A call that was checked, and what tells whether a later one needs to be checked again.
+
+    Its arguments are some parameters, as many gradients if it is a step, and all else.
+    """
+
+    def __init__(
+        self, plan: Plan, trees: _Trees, specs: _Trees, arguments: list[Any], count: int, donated: _Donated | None
+    ) -> None:
+        self.plan, self.specs, self.count, self._donated = plan, specs, count, donated
+        self._readers = list(map(reader, trees))
+        self._matches = undocumented.tensor_checks(arguments)
+        self._has_views = any([x.is_neg() or x.is_conj() for x in arguments])
+        # Leaves that begin where those of a vector do lie in it only if they are contiguous.
+        lie_in_order = lambda part: all([arguments[i].is_contiguous() for i in part.positions])
+        self._parts = list(filter(lie_in_order, plan.parts("parameter", "state", "gradient")))
+        if donated is not None:
+            addresses = list(map(Tensor.data_ptr, arguments))
+            self._others = addresses[:count] + addresses[2 * count :]
+            self._gradients = addresses[count : 2 * count]  # Where they are known to lie apart from donated leaves.
+            self._sizes = list(map(_reach, arguments[count : 2 * count]))
+
+    def call(self, trees: _Trees) -> Call | None:
+        """The call on other trees; None if they have to be checked."""
+        arguments: list[Any] = []
+        for read, tree in zip(self._readers, trees, strict=True):
+            leaves = read(tree)
+            if leaves is None:
+                return None
+            arguments += leaves
+        arguments += self.plan.captured
+        if not self._matches(*arguments):
+            return None
+        addresses = list(map(Tensor.data_ptr, arguments))
+        if self._donated is not None:
+            begin, end = self.count, 2 * self.count
+            if addresses[:begin] + addresses[end:] != self._others:
+                return None
+            gradients = addresses[begin:end]
+            if gradients != self._gradients and self._donated.overlap(gradients, self._sizes):
+                return None
+            self._gradients = gradients
+        return self.located(arguments, addresses)
+
+    def located(self, arguments: list[Any], addresses: list[int]) -> Call:
+        """A call with arguments that begin at some addresses, and the vectors in which they lie."""
+        if self._has_views:
+            arguments = [x.resolve_conj().resolve_neg() for x in arguments]
+        found = {part: part.find(addresses) for part in self._parts}
+        return Call(arguments, {part: vector for part, vector in found.items() if vector is not None})
+
+
 class _Planned(Remembering):
-    """Plans for calls on trees of known structures, and the last call that was checked."""
+    """A function of trees, plans for trees of known structures, and the last call that was checked."""
+
+    #: The leaves of what is computed from trees, or an error that says what is wrong with these.
+    _results: Callable[..., list[Any]]
 
     def __init__(self, backend: str | Callable[..., Any]) -> None:
         if not isinstance(backend, str) and not callable(backend):
@@ -160,16 +180,13 @@ class _Planned(Remembering):
         self._plans: dict[Any, Plan | None] = {}  # None where the function could not be recorded.
         self._last: _Checked | None = None
 
-    def _plan(
-        self, columns: Sequence[list[Any]], specs: Any, function: Any, plan: Callable[[Record], Plan], plain: Any
-    ) -> Plan | None:
-        """The plan for trees of these leaves and structures, made if they are new; None if that is impossible.
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
+        """The plan of a record of `_results`, of trees with these leaves."""
+        raise NotImplementedError
 
-        `function` makes results from trees, `plan` makes a plan from its record, and `plain` says as an error what is
-        wrong with the trees, if something is.
-        """
-        likes = [tuple([_like(x) if isinstance(x, Tensor) else (type(x), x) for x in column]) for column in columns]
-        key = (tuple(specs), *likes)
+    def _plan(self, trees: _Trees, columns: _Columns, specs: _Trees) -> Plan | None:
+        """The plan for trees like these, made if they are new; None if that is impossible."""
+        key = (tuple(specs), *(tuple(map(_like, column)) for column in columns))
         try:
             known = self._plans.get(key)
             if key in self._plans and (known is None or known.is_valid):
@@ -177,12 +194,10 @@ class _Planned(Remembering):
             if len(self._plans) >= _PLANS:  # Trees, or numbers among extra arguments, that differ at every call.
                 del self._plans[next(iter(self._plans))]
             stand_ins = [[placeholder(x) if isinstance(x, Tensor) else x for x in column] for column in columns]
-            trees = [restored(spec, leaves) for spec, leaves in zip(specs, stand_ins, strict=True)]
-            made = plan(record(lambda *_: function(*trees), *(x for column in stand_ins for x in column)))
-        except _ShapeChangedError:
-            raise
+            function = lambda *_: self._results(*map(restored, specs, stand_ins))
+            made = self._plan_of(record(function, *(x for column in stand_ins for x in column)), columns)
         except Exception as error:
-            plain()
+            self._results(*trees)
             say_once(f"this is computed leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}")
             made = None
         try:
@@ -192,28 +207,18 @@ class _Planned(Remembering):
         return made
 
     def _check(
-        self, plan: Plan, columns: Sequence[list[Any]], specs: Any, trees: Sequence[Any], donated: _Spans | None = None
+        self, plan: Plan, trees: _Trees, columns: _Columns, specs: _Trees, donated: _Donated | None = None
     ) -> tuple[_Checked, Call]:
         """A call on trees that were checked; later ones are compared with it."""
         arguments = [*(x for column in columns for x in column if isinstance(x, Tensor)), *plan.captured]
-        has_views = any([x.is_neg() or x.is_conj() for x in arguments])
-        counts = [len(column) for column in columns]
-        others = [*columns[0], *(x for column in columns[2:] for x in column), *plan.captured]
-        addresses = [] if donated is None else [x.data_ptr() for x in others if isinstance(x, Tensor)]
-        sizes = [] if donated is None else list(map(_reach, columns[1]))
-        readers, matches = [reader(tree) for tree in trees], undocumented.tensor_checks(arguments)
-        lie = lambda which: all([arguments[i].is_contiguous() for i in plan.packed_arguments(which)])
-        contiguous = list(map(lie, range(3)))
-        checked = _Checked(
-            plan, specs, counts, readers, matches, has_views, contiguous, donated, sizes, addresses, [], {}
-        )
+        checked = _Checked(plan, trees, specs, arguments, len(columns[0]), donated)
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
-        return checked, checked.located(arguments, [x.data_ptr() for x in arguments])
+        return checked, checked.located(arguments, list(map(Tensor.data_ptr, arguments)))
 
 
-def _like(x: Tensor) -> tuple[Any, ...]:
+def _like(x: Any) -> tuple[Any, ...]:
     """What a plan is made for."""
-    return type(x), x.shape, x.dtype, x.device, x.layout
+    return (type(x), x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) else (type(x), x)
 
 
 class FusedStep(_Planned):
@@ -236,7 +241,8 @@ class FusedStep(_Planned):
         self._tx, self._donate, self._loose = tx, donate, loose
         self._on_shards = OnShards(tx, donate, loose, lambda local: FusedStep(local, donate, backend, loose))
         self._compiled: Any = None  # Of a chain that cannot be recorded.
-        self._versions: list[int] | None = []  # Of gradients of `gradients`, at the last call; None after a warning.
+        #: Vectors of `gradients`, and versions of their leaves at the last call; None after a warning.
+        self._versions: tuple[list[int], list[int]] | None = ([], [])
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -256,21 +262,13 @@ class FusedStep(_Planned):
             columns, specs = zip(*map(structure, trees), strict=True)
             try:
                 inside = undocumented.is_transformed(lambda: columns[0])  # Where leaves have no memory.
-                plan = None if inside else self._plan_for(trees, columns, specs)
+                plan = None if inside else self._plan(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
-            made = [
-                [
-                    x.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
-                    if isinstance(x, Tensor)
-                    else x
-                    for x in column
-                ]
-                for column in (columns[0], columns[2])
-            ]
+            made = [list(map(_copied, columns[0])), columns[1], list(map(_copied, columns[2]))]
             if plan is not None:
-                made = [pool.packed(column) for pool, column in zip(plan.pools, made, strict=False)]
-        return restored(specs[0], made[0]), restored(specs[2], made[1])
+                made = plan.packed(made, "parameter", "state")
+        return restored(specs[0], made[0]), restored(specs[2], made[2])
 
     def packed_state(self, params: Params, grads: Updates, state: State) -> State:
         """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
@@ -279,8 +277,8 @@ class FusedStep(_Planned):
         trees = (params, grads, state)
         columns, specs = zip(*map(structure, trees), strict=True)
         with torch.inference_mode(False), torch.no_grad():
-            plan = self._plan_for(trees, columns, specs)
-            return state if plan is None else restored(specs[2], plan.pools[1].packed(columns[2]))
+            plan = self._plan(trees, columns, specs)
+            return state if plan is None else restored(specs[2], plan.packed(columns, "state")[2])
 
     def gradients(self, params: Params) -> Updates:
         """Zeros like parameters of `init`, in memory where the step reads gradients without copying them together.
@@ -300,14 +298,14 @@ class FusedStep(_Planned):
             if specs[0] != spec or [like[1:] for like in known] != kinds:
                 continue
             made = [torch.zeros_like(x, requires_grad=False, memory_format=torch.contiguous_format) for x in leaves]
-            self._versions = []
-            return restored(spec, made if plan is None else plan.pools[2].packed(made))
+            self._versions = ([], [])
+            return restored(spec, made if plan is None else plan.packed([leaves, made], "gradient")[1])
         raise ValueError("gradients got parameters that this step's init did not make; call init first")
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
         if undocumented.is_compiling():  # What compiles a whole training step compiles this one too.
-            return self._plain_step(params, grads, state, extra)
+            return self._stored(params, state, self._plain(params, grads, state, extra))
         if undocumented.has_tangents() or undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
             if self._donate:
                 raise ValueError(
@@ -321,12 +319,15 @@ class FusedStep(_Planned):
         updates, new = self._tx.update(grads, state, params, **extra)
         return apply_updates(params, updates), new
 
-    def _plain_step(self, params: Params, grads: Updates, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
-        """The plain functions, in place if that was asked for. All is read before anything is written."""
+    def _stored(self, params: Params, state: State, new: tuple[Params, State]) -> tuple[Params, State]:
+        """What the plain functions made, in the old leaves if these are donated."""
         if not self._donate:
-            return self._plain(params, grads, state, extra)
+            return new
         with torch.no_grad():
-            _overwrite(params, state, leaves_like((params, state), self._plain(params, grads, state, extra)))
+            # All are copied before one is written: they may share memory.
+            leaves = [x.clone() for x in leaves_like((params, state), new)]
+            for old, leaf in zip(tree_leaves((params, state)), leaves, strict=True):
+                old.copy_(leaf)
         return params, state
 
     @without_autocast
@@ -339,85 +340,76 @@ class FusedStep(_Planned):
                 return self._on_shards.call(params, grads, state, _with_tensors(extra))
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
             if _has_objects(extra):
-                return self._plain_step(params, grads, state, extra)
+                return self._stored(params, state, self._plain(params, grads, state, extra))
             trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
             check_params(params)
             columns, specs = zip(*map(structure, trees), strict=True)
-            plan = self._plan_for(trees, columns, specs)
-            donated = None
+            plan, donated = self._plan(trees, columns, specs), None
             if self._donate:
                 captured = [] if plan is None else plan.captured
                 donated = _check_donated(params, grads, state, columns, captured, self._loose)
             if plan is None:
                 return self._leaf_by_leaf(params, grads, state, extra)
-            given = [
-                [x.clone() if donated and isinstance(x, Tensor) and donated.shared([x]) else x for x in column]
-                for column in columns[3:]
-            ]
-            checked, call = self._check(plan, (*columns[:3], *given), specs, trees[:3], donated)
-        if call.memories[2] is not None and self._versions is not None:
-            self._check_gradients_are_new(call, checked.plan, params)
-        results = checked.plan.run(call)
+            shares = lambda x: donated is not None and isinstance(x, Tensor) and donated.shared([x])
+            given = [[x.clone() if shares(x) else x for x in column] for column in columns[3:]]
+            checked, call = self._check(plan, trees[:3], (*columns[:3], *given), specs, donated)
+        if self._versions is not None:
+            self._check_gradients_are_new(call, checked, params)
+        places, results = checked.plan.places, checked.plan.run(call)
         if not self._donate:
-            count = checked.counts[0]
+            count = checked.count
             return restored(checked.specs[0], results[:count]), restored(checked.specs[2], results[count:])
-        for place, new in zip(checked.plan.places, results, strict=False):  # None if they are in place.
+        for place, new in zip(places, results, strict=False):  # None if they are in place.
             call.arguments[place].copy_(new)
         if not results:  # Kernels write past autograd, which has to know that what it saved is not what it was.
-            places = checked.plan.places[: checked.counts[0]] if self._loose else checked.plan.places
-            torch.autograd.graph.increment_version([call.arguments[i] for i in places])
+            written = places[: checked.count] if self._loose else places
+            torch.autograd.graph.increment_version([call.arguments[i] for i in written])
         return params, state
 
-    def _plan_for(self, trees: Any, columns: Any, specs: Any) -> Plan | None:
-        params, _, state = trees[:3]
-        extra = lambda rest: rest[0] if rest else {}
-        function = lambda p, g, s, *rest: leaves_like((p, s), self._plain(p, g, s, extra(rest)))
+    def _results(self, params: Params, grads: Updates, state: State, extra: Any = None) -> list[Any]:
+        new = leaves_like((params, state), self._plain(params, grads, state, extra or {}))
+        for i, (old, leaf) in enumerate(zip(tree_leaves((params, state)), new, strict=True)):
+            if isinstance(old, Tensor) and isinstance(leaf, Tensor) and old.shape != leaf.shape:
+                raise ValueError(
+                    f"{_names(params, state)[i]} came out of the step with shape {tuple(leaf.shape)}; expected "
+                    f"{tuple(old.shape)}, as before"
+                )
+        return new
 
-        def plan(found: Record) -> Plan:
-            count = len(columns[0])
-            written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
-            for i, (place, value) in enumerate(zip(written, found.outputs, strict=True)):
-                if place.shape != value.shape:
-                    raise _ShapeChangedError(
-                        f"{_names(params, state)[i]} came out of the step with shape {value.shape}; expected "
-                        f"{place.shape}, as before"
-                    )
-            # Where old numbers go to new places, places are not written before all are read.
-            pairs = zip(found.outputs, written, strict=True)
-            moved = any([value.may_alias and value is not place for value, place in pairs])
-            in_place = self._donate and not moved
-            return Plan(found, count, count, written, in_place, self._compiler, loose=self._loose and in_place)
-
-        return self._plan(columns, specs, function, plan, lambda: function(*trees))
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
+        count = len(columns[0])
+        written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
+        # Where old numbers go to new places, places are not written before all are read.
+        pairs = zip(found.outputs, written, strict=True)
+        in_place = self._donate and not any([value.may_alias and value is not place for value, place in pairs])
+        return Plan(found, count, count, written, in_place, self._compiler, loose=self._loose and in_place)
 
     def _leaf_by_leaf(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
         """A step of a chain that cannot be recorded. All is read before anything is written."""
-        function = lambda p, g, s, extra: leaves_like((p, s), self._plain(p, g, s, extra))
         if self._compiled is None:
             with undocumented.imports_may_warn():
-                self._compiled = torch.compile(function, backend=self._compiler.backend)
+                self._compiled = torch.compile(self._plain, backend=self._compiler.backend)
         try:
             new = self._compiled(params, grads, state, extra)
         except Exception as error:
-            new = function(params, grads, state, extra)  # The compiler wraps what tracing raises.
-            self._compiled = function
+            new = self._plain(params, grads, state, extra)  # The compiler wraps what tracing raises.
+            self._compiled = self._plain
             say_once(f"fuse runs this chain without a compiler: {' '.join(str(error).split())[:300]}")
-        (first, spec), (_, other) = structure(params), structure(state)
-        if not self._donate:
-            return restored(spec, new[: len(first)]), restored(other, new[len(first) :])
-        _overwrite(params, state, new)
-        return params, state
+        return self._stored(params, state, new)
 
-    def _check_gradients_are_new(self, call: Call, plan: Plan, params: Params) -> None:
+    def _check_gradients_are_new(self, call: Call, checked: _Checked, params: Params) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last call."""
-        read = plan.packed_arguments(2)
-        versions = [id(call.memories[2]), *undocumented.versions([call.arguments[i] for i in read])]
-        before, self._versions = self._versions, versions
-        if before is None or len(before) != len(versions) or before[0] != versions[0]:
+        parts = [part for part in checked.plan.parts("gradient") if part in call.vectors and part.starts[-1]]
+        read = [i for part in parts for i in part.positions]
+        if not read:
             return
-        count = plan.begins[2]
-        stale = [i - count for i, old, new in zip(read, before[1:], versions[1:], strict=True) if old == new]
-        spared = [False] * count if self._tx.spares is None or not stale else self._tx.spares(params)
+        vectors = [id(call.vectors[part]) for part in parts]
+        versions = undocumented.versions([call.arguments[i] for i in read])
+        before, self._versions = self._versions, (vectors, versions)
+        if before is None or before[0] != vectors:
+            return
+        stale = [i - checked.count for i, old, new in zip(read, before[1], versions, strict=True) if old == new]
+        spared = [False] * checked.count if self._tx.spares is None or not stale else self._tx.spares(params)
         stale = [i for i in stale if not spared[i]]
         if stale:
             names = [name for i, name in enumerate(tree_paths(params)) if i in stale]
@@ -429,15 +421,9 @@ class FusedStep(_Planned):
             )
 
 
-def _overwrite(params: Params, state: State, new: Sequence[Any]) -> None:
-    """Write new leaves of both into the old ones. All are copied before one is written: they may share memory."""
-    for old, leaf in zip(tree_leaves((params, state)), [x.clone() for x in new], strict=True):
-        old.copy_(leaf)
-
-
 def _check_donated(
     params: Params, grads: Updates, state: State, columns: Any, captured: list[Tensor], loose: bool
-) -> _Spans:
+) -> _Donated:
     """Where donated leaves lie, or an error: they cannot be written into, or share memory with what is read."""
     owned, names = [*columns[0], *columns[2]], _names(params, state)
     for name, leaf in zip(names, owned, strict=True):
@@ -451,20 +437,24 @@ def _check_donated(
             )
         if leaf.requires_grad and not loose:
             raise ValueError(f"{name} requires grad and cannot be donated. step.init(params) gives copies that can.")
-    _check_apart(names, owned)
-    spans = _Spans(owned)
-    if (found := spans.shared(columns[1])) is not None:
+        reach = 0  # Of the dimensions with smaller strides.
+        for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)) if leaf.numel() else ():
+            if size > 1 and stride <= reach:
+                raise ValueError(f"{name} is an expanded tensor, whose entries share memory, and cannot be donated")
+            reach += (size - 1) * stride
+    donated = _Donated(names, owned)
+    if (found := donated.shared(columns[1])) is not None:
         raise ValueError(
-            f"grads '{tree_paths(grads)[found[0]]}' shares memory with params or state, {names[found[1]]}, which are "
+            f"grads '{tree_paths(grads)[found[0]]}' shares memory with params or state, {found[1]}, which are "
             "donated and so overwritten. Pass a copy of it."
         )
-    if (found := spans.shared(captured)) is not None:
+    if (found := donated.shared(captured)) is not None:
         raise ValueError(
             f"a tensor of shape {tuple(captured[found[0]].shape)} that the chain holds shares memory with "
-            f"{names[found[1]]}, which is donated and so overwritten at every step. Is it an anchor made of these "
+            f"{found[1]}, which is donated and so overwritten at every step. Is it an anchor made of these "
             "parameters? Give the chain a copy: tensor.clone()."
         )
-    return spans
+    return donated
 
 
 @remembered
@@ -535,20 +525,24 @@ class _ValueAndGrad(_Planned):
         if checked is None or call is None:
             check_params(params)
             leaves, spec = structure(params)
-
-            def function(params: Params) -> list[Tensor]:
-                value, slopes = self._plain(params)
-                return [*tree_leaves(slopes), value]
-
-            def plan(found: Record) -> Plan:
-                return Plan(found, len(leaves), 0, [*found.inputs, None], False, self._compiler, keeps=True)
-
-            made = self._plan([leaves], [spec], function, plan, lambda: self._plain(params))
-            if made is None:
+            plan = self._plan((params,), (leaves,), (spec,))
+            if plan is None:
                 return self._plain(params)
-            checked, call = self._check(made, [leaves], [spec], (params,))
+            checked, call = self._check(plan, (params,), (leaves,), (spec,))
         *slopes, value = checked.plan.run(call)
         return value, restored(checked.specs[0], slopes)
+
+    def _results(self, params: Params) -> list[Any]:
+        value, slopes = self._plain(params)
+        return [*tree_leaves(slopes), value]
+
+    def _plan_of(self, found: Record, columns: _Columns) -> Plan:
+        return Plan(found, len(columns[0]), 0, [*found.inputs, None], False, self._compiler, keeps=True)
+
+
+def _copied(x: Any) -> Any:
+    """A contiguous copy of a tensor, with its numbers as they are in memory."""
+    return x.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg() if isinstance(x, Tensor) else x
 
 
 def _names(params: Params, state: State) -> list[str]:
@@ -562,32 +556,6 @@ def _reach(leaf: Tensor) -> int:
         return 0
     last = sum([(size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)])
     return (last + 1) * leaf.element_size()
-
-
-def _span(leaf: Tensor) -> tuple[int, int]:
-    """Where in memory a tensor begins and ends."""
-    return leaf.data_ptr(), leaf.data_ptr() + _reach(leaf)
-
-
-def _check_apart(names: list[str], leaves: list[Tensor]) -> None:
-    """Raise an error for two leaves, or two entries of one, in the same memory."""
-    spans = []
-    for name, leaf in zip(names, leaves, strict=True):
-        if not leaf.numel():
-            continue
-        reach = 0  # Of the dimensions with smaller strides.
-        for stride, size in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
-            if size > 1 and stride <= reach:
-                raise ValueError(f"{name} is an expanded tensor, whose entries share memory, and cannot be donated")
-            reach += (size - 1) * stride
-        spans.append((*_span(leaf), name))
-    spans.sort()
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"{first} and {second} share memory and cannot be donated. Are weights tied? "
-                "step.init(params) gives copies that share nothing."
-            )
 
 
 def _with_tensors(extra: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,6 @@ class Group:
 
     members: list[LeafSubgraph]
     flat: bool
-    summed: bool = False  # Whether exports are wanted only as sums over all members.
 
     @property
     def stacked(self) -> bool:
@@ -210,7 +209,6 @@ def _subgraphs(
     users: dict[Value, list[Node]],
 ) -> list[LeafSubgraph]:
     subgraphs: dict[_Owner, LeafSubgraph] = {}
-    seen: set[Value] = set()
     wanted: set[Value] = set()
     for i in range(params):
         subgraphs.setdefault(owner[found.inputs[i]], LeafSubgraph()).leaves.append(i)
@@ -221,8 +219,7 @@ def _subgraphs(
             wanted.add(value)
 
     def add_input(value: Value) -> None:
-        if value.node is None and value not in seen and isinstance(owner[value], int):
-            seen.add(value)
+        if value.node is None and isinstance(owner[value], int) and value not in subgraphs[owner[value]].inputs:
             subgraphs[owner[value]].inputs.append(value)
 
     for node in found.nodes:
@@ -259,22 +256,14 @@ def _release_scalars(found: Record, alone: list[LeafSubgraph], owner: dict[Value
 def _groups(
     subgraphs: list[LeafSubgraph], owner: dict[Value, _Owner], users: dict[Value, list[Node]], sums: set[Value]
 ) -> list[Group]:
-    summed_by = lambda value: _summed_by(value, users, sums)
     alike: dict[Any, list[LeafSubgraph]] = {}
     for subgraph in subgraphs:
-        flat = _is_flat(subgraph, owner)
-        key = (_description(subgraph, bool), *map(summed_by, subgraph.exports)) if flat else _description(subgraph)
-        alike.setdefault((flat, key), []).append(subgraph)
-    groups: list[Group] = []
-    for (flat, _), members in alike.items():
-        if not flat or len(members) == 1 or all(summed_by(value) is not None for value in members[0].exports):
-            groups.append(Group(members, flat, summed=flat and len(members) > 1))
-            continue
-        of_one_shape: dict[Any, list[LeafSubgraph]] = {}
-        for member in members:
-            of_one_shape.setdefault(_description(member), []).append(member)
-        groups.extend(Group(each, False) for each in of_one_shape.values())
-    return groups
+        stacks = [_summed_by(value, users, sums) for value in subgraph.exports]
+        flat, summed = _is_flat(subgraph, owner), None not in stacks
+        # Of several leaves in one vector, no scalar can be had but sums over all of them.
+        key = (_description(subgraph, bool), *stacks) if flat and summed else _description(subgraph)
+        alike.setdefault((flat, summed, key), []).append(subgraph)
+    return [Group(members, flat and (summed or len(members) == 1)) for (flat, summed, _), members in alike.items()]
 
 
 def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -> tuple[Value, ...] | None:

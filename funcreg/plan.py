@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcreg import undocumented
-from funcreg.grouping import group
-from funcreg.lowering import Buffer, Compiler, Kernel, KernelCall, Lowering, arrange, packed_members
-from funcreg.memory import Joined, Layout, Memory, Part, Pool
+from funcreg.grouping import Group, group
+from funcreg.lowering import Compiler, Kernel, Lowering
+from funcreg.memory import Part, Pieces, Vector
 from funcreg.recording import Record, Value
 
-#: A group, and which input of its members.
-_Key = tuple[int, int]
+#: Entries from which a leaf is computed with where it lies, and of the longest vector of leaves copied together.
+SEPARATE = {"cpu": (40_000, 1_000_000)}
+SEPARATE_ELSEWHERE = (4_000_000, (1 << 31) - 1)
+
+
+@dataclass(eq=False)
+class Operand:
+    """Leaves that a kernel takes as one tensor: one alone, or several end to end or stacked."""
+
+    sources: list[int]  # Their arguments.
+    pieces: Pieces
+    shape: tuple[int, ...]  # Of that tensor.
+    part: Part | None  # In whose vectors they may lie,
+    entries: slice  # and where in them.
+    is_written: bool
+    #: On a CPU, memory of earlier copies of them: together, and each.
+    free: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class KernelCall:
+    """A call of a kernel with some members of its groups."""
+
+    reads: list[Operand]
+    writes: list[Operand]
+    compiled: Any = None
 
 
 @dataclass
@@ -28,22 +53,9 @@ class Call:
     """
 
     arguments: list[Tensor]
-    memories: list[Memory | None]  # In which parameters, state and gradients lie, where they are packed.
-    out: list[Memory] = field(default_factory=list)  # For parameters and state, if they are not written in place.
-    copies: dict[Any, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # Of leaves to write: all, and each.
-    scratch: dict[Any, Any] = field(default_factory=dict)
-    #: For calls of kernels the leaves that they read where these lie; the same for all calls at the same addresses.
-    views: dict[KernelCall, list[tuple[int, Tensor]]] = field(default_factory=dict)
-
-
-class _Input(NamedTuple):
-    """Leaves that a kernel reads as one tensor."""
-
-    key: tuple[int, int, int]  # The group, which input of its members, and the first member.
-    sources: list[int]  # Their arguments.
-    shape: tuple[int, ...]
-    flat: bool
-    is_written: bool
+    vectors: dict[Part | None, Vector]  # In which leaves lie, if all of a part do.
+    out: dict[Part | None, Vector] = field(default_factory=dict)  # For what is written, unless in place.
+    copies: dict[Operand, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)  # Of leaves: together, and each.
 
 
 class Plan:
@@ -72,10 +84,9 @@ class Plan:
         loose: bool = False,
     ) -> None:
         grouping = group(found, params, gradients, written)
-        arrange(grouping)
-        self._groups, self.in_place, self._compiler = grouping.groups, in_place, compiler
+        self._in_place, self._compiler = in_place, compiler
         self.captured = [x for _, x in found.captured]
-        self._likes = [(tuple(value.shape), value.dtype, value.device) for value, _ in found.captured]
+        self._likes = list(map(_like, self.captured))
         inputs = [*found.inputs, *(value for value, _ in found.captured)]
         self._numbers = {value: i for i, value in enumerate(inputs)}
         #: For each result, the argument whose place it takes.
@@ -85,98 +96,117 @@ class Plan:
         self._unpacked = [
             (i, value, likes[i].dtype) for i, value in grouping.unpacked_outputs.items() if not stays(i, value)
         ]
-        self._sources: dict[_Key, list[int]] = {}  # For each input of each group, the arguments of its members.
-        self._written: set[_Key] = set()  # Those whose places kernels write.
-        #: The first parameter, the first leaf of the state and the first gradient among the arguments.
-        self.begins = (0, params + gradients, params)
-        parts, self._loose = self._parts(loose), loose
-        #: Memory for parameters, for state, and for gradients.
-        self.pools = [Pool(Layout(each, sum(map(len, parts[:i]))), keeps) for i, each in enumerate(parts)]
-        self._joins: dict[Any, Joined] = {}
+        self._parts: dict[Value, Part] = {}  # By the leaf of the first member of a group.
+        for each in grouping.groups:
+            _arrange(each)
+            self._add_parts(each, keeps, loose)
+        self._written = self.parts("parameter", "state")
+        leaves = {source: i for i, source in enumerate(itertools.chain(*[part.positions for part in self._written]))}
+        #: Their leaves in the order of results.
+        self._order = [leaves[place] for place in self.places if place in leaves]
         self._program = Lowering(grouping, in_place).program()
-        for kernel in [kernel for _, kernels in self._program.stages for kernel in kernels]:
-            for kernel_call in [*kernel.calls[False], *kernel.calls[True]]:
-                kernel_call.inputs = [self._input(kernel_call.buffers[which], slot) for which, slot in kernel.reads]
-        self._takes = [value for value in self._program.takes if value in self._numbers]
-        self._scratch: list[dict[Any, Any]] = []  # Each is used by one call at a time.
+        self._operands: dict[Any, Operand] = {}
+        #: Of each kernel, where all leaves lie in packed memory and where some do not.
+        self._calls = {
+            kernel: {packed: self._calls_of(kernel, packed) for packed in (True, False)}
+            for _, kernels in self._program
+            for kernel in kernels
+        }
+        taken = [value for scalars, _ in self._program if scalars for value in scalars.takes]
+        taken += [value for kernel in self._calls for value in kernel.scalars]
+        taken += [value for _, value, _ in self._unpacked]
+        self._taken = {value: self._numbers[value] for value in taken if value in self._numbers}
 
-    def _parts(self, loose: bool) -> tuple[list[Part], ...]:
-        """What is packed of parameters, of the state, and of gradients."""
-        parts: tuple[list[Part], ...] = ([], [], [])
-        for number, each in enumerate(self._groups):
-            places = {place for place, _ in each.first.writes}
-            count = packed_members(each) if loose else len(each.members)
-            for slot, value in enumerate(each.first.inputs):
-                key, sources = (number, slot), [self._numbers[member.inputs[slot]] for member in each.members]
-                self._sources[key] = sources
-                if value in places:
-                    self._written.add(key)
-                elif value.role != "gradient":
-                    continue
-                which = 2 if value not in places else 0 if value.role == "parameter" else 1
-                shapes = [tuple(member.inputs[slot].shape) for member in each.members[:count]]
-                positions = [source - self.begins[which] for source in sources[:count]]
-                parts[which].append(Part(key, value.dtype, value.device, positions, shapes))
-        return parts
+    def _add_parts(self, of: Group, keeps: bool, loose: bool) -> None:
+        """Memory for what a group writes, and for its gradients."""
+        places = {place for place, _ in of.first.writes}
+        members = of.members[: packed_members(of) if loose else None]
+        for slot, value in enumerate(of.first.inputs):
+            if value in places or value.role == "gradient":
+                role = value.role if value.role in ("parameter", "gradient") else "state"
+                leaves = [member.inputs[slot] for member in members]
+                sources, shapes = [self._numbers[leaf] for leaf in leaves], [leaf.shape for leaf in leaves]
+                self._parts[value] = Part(role, sources, shapes, value.dtype, value.device, len(self._parts), keeps)
 
-    def _input(self, buffer: Buffer, slot: int) -> _Input:
-        sources = self._sources[buffer.group, slot][buffer.start : buffer.start + buffer.count]
-        is_written = self.in_place and (buffer.group, slot) in self._written
-        key = (buffer.group, slot, buffer.start)
-        return _Input(key, sources, self._shape(buffer, slot), self._groups[buffer.group].flat, is_written)
+    def _calls_of(self, kernel: Kernel, packed: bool) -> list[KernelCall]:
+        operands = lambda slots, row: [self._operand(kernel.groups[i], slot, row[i]) for i, slot in slots]
+        rows = zip(*[_taken_together(each, packed) for each in kernel.groups], strict=True)
+        return [KernelCall(operands(kernel.reads, row), operands(kernel.writes, row)) for row in rows]
+
+    def _operand(self, of: Group, slot: int, which: slice) -> Operand:
+        """One input of some members of a group."""
+        leaves = tuple([member.inputs[slot] for member in of.members[which]])
+        if leaves not in self._operands:
+            shapes = [leaf.shape for leaf in leaves]
+            pieces = Pieces(shapes)
+            part = self._parts.get(of.first.inputs[slot])
+            is_written = self._in_place and part is not None and part.role != "gradient"
+            if part is not None and which.stop > len(part.positions):  # Large leaves beside loose parameters.
+                part = None
+            start = 0 if part is None else part.starts[which.start]
+            self._operands[leaves] = Operand(
+                [self._numbers[leaf] for leaf in leaves],
+                pieces,
+                (pieces.entries,) if of.flat else (len(leaves), *shapes[0]) if of.stacked else shapes[0],
+                part,
+                slice(start, start + pieces.entries),
+                is_written,
+            )
+        return self._operands[leaves]
 
     @property
     def is_valid(self) -> bool:
         """Whether captured tensors are of the shapes and dtypes that were recorded."""
-        return all(
-            [(tuple(x.shape), x.dtype, x.device) == like for x, like in zip(self.captured, self._likes, strict=True)]
-        )
+        return self._likes == list(map(_like, self.captured))
 
-    def packed_arguments(self, which: int) -> list[int]:
-        """The arguments that may lie in the memory of a pool."""
-        return [self.begins[which] + position for position in self.pools[which].layout.positions]
+    def parts(self, *roles: str) -> list[Part]:
+        """Memory for leaves of some roles, among parameter, state and gradient."""
+        return [part for part in self._parts.values() if part.role in roles]
+
+    def packed(self, columns: Sequence[list[Any]], *roles: str) -> list[list[Any]]:
+        """Leaves of trees, with copies in packed memory in the place of those of some roles."""
+        made = [x for column in columns for x in column]
+        for part in self.parts(*roles):
+            for i, leaf in zip(part.positions, part.packed([made[i] for i in part.positions]), strict=True):
+                made[i] = leaf
+        rest = iter(made)
+        return [list(itertools.islice(rest, len(column))) for column in columns]
 
     def run(self, call: Call) -> list[Tensor]:
         """The results, in their order; none where they are written in place."""
-        call.out = [] if self.in_place else [pool.take() for pool in self.pools[:2]]
-        try:
-            call.scratch = self._scratch.pop()
-        except IndexError:
-            call.scratch = {}
+        if not self._in_place:
+            call.out = {part: part.take() for part in self._written}
         values = self._run(call)
-        self._scratch[:] = [call.scratch]
         unpacked: dict[int, Tensor] = {}
         for position, value, dtype in self._unpacked:
             x = values[value]
             # A copy of what may share memory with an argument, which may be written before it is read.
             x = x.clone(memory_format=torch.contiguous_format) if value.may_alias else x
             unpacked[position] = x.to(dtype)
-        if self.in_place:
+        if self._in_place:
             for position, x in unpacked.items():
                 call.arguments[self.places[position]].copy_(x)
             self._write_back(call)
             return []
-        results = [leaf for pool, memory in zip(self.pools, call.out, strict=False) for leaf in pool.lend(memory)]
-        for position in sorted(unpacked):
-            results.insert(position, unpacked[position])
+        made = [leaf for part in self._written for leaf in part.lend(call.out[part])]
+        results = [made[i] for i in self._order]
+        for position, x in unpacked.items():
+            results.insert(position, x)
         return results
 
     def _run(self, call: Call) -> dict[Value, Tensor]:
         """All scalars, and what no kernel writes."""
-        missing = [
-            m is None and pool.layout.anchor is not None for m, pool in zip(call.memories, self.pools, strict=True)
-        ]
-        whole = call.memories[0] is not None and not any(missing)  # Then each flat group is one vector.
-        values = {value: call.arguments[self._numbers[value]].contiguous() for value in self._takes}
-        for scalars, kernels in self._program.stages:
+        values = {value: call.arguments[i].contiguous() for value, i in self._taken.items()}
+        packed = len(call.vectors) == len(self._parts)
+        for scalars, kernels in self._program:
             if scalars is not None:
                 takes = [values[value] for value in scalars.takes]
                 if scalars.compiled is None:
                     scalars.compiled = self._compiler(scalars.graph, takes)
                 values.update(zip(scalars.makes, scalars.compiled(*takes), strict=True))
             for kernel in kernels:
-                taken = [values[value] for value in kernel.scalars]
-                made = [self._run_kernel(kernel, each, taken, call) for each in kernel.calls[whole]]
+                takes = [values[value] for value in kernel.scalars]
+                made = [self._run_kernel(kernel, each, takes, call) for each in self._calls[kernel][packed]]
                 if kernel.results:
                     columns = zip(*made, strict=True)
                     sums = made[0] if len(made) == 1 else [torch.stack(x).sum(dtype=x[0].dtype) for x in columns]
@@ -184,99 +214,100 @@ class Plan:
         return values
 
     def _run_kernel(self, kernel: Kernel, kernel_call: KernelCall, scalars: list[Tensor], call: Call) -> Any:
-        args = self._views(call.memories, kernel_call, kernel.reads)
-        for i, view in call.views.get(kernel_call, ()):
-            args[i] = view
-        for i, x in enumerate(args):
-            if x is None:
-                args[i] = self._read(call, i, kernel_call.inputs[i])
-        if self._loose and kernel_call not in call.views:
-            alone = lambda x: x.is_written and len(x.sources) == 1 and x.key not in call.copies
-            call.views[kernel_call] = [(i, args[i]) for i, x in enumerate(kernel_call.inputs) if alone(x)]
-        args += scalars
+        args = [self._read(call, x) for x in kernel_call.reads] + scalars
         if call.out:
-            args += self._views(call.out, kernel_call, kernel.writes)
+            args += [_view(call.out[x.part], x) for x in kernel_call.writes]
         if kernel_call.compiled is None:
-            kernel_call.compiled = self._compiler(kernel.graph, args, kernel.flat, kernel.shape_polymorphic)
+            first = kernel.groups[0]
+            kernel_call.compiled = self._compiler(kernel.graph, args, first.flat, first.shape_polymorphic)
         return kernel_call.compiled(*args)
 
-    def _views(
-        self, memories: Sequence[Memory | None], kernel_call: KernelCall, slots: list[tuple[int, int]]
-    ) -> list[Any]:
-        """What of the inputs of a call, or of what it writes, lies in packed memory, and None for the rest."""
-        found: list[Any] = [None] * len(slots)
-        for memory in memories:
-            if memory is None:
-                continue
-            key = (kernel_call, id(slots))
-            if key not in memory.views:
-                with torch.inference_mode(False):
-                    rows = [(kernel_call.buffers[which], slot) for which, slot in slots]
-                    memory.views[key] = [(i, self._view(memory, *row)) for i, row in enumerate(rows)]
-                    memory.views[key] = [(i, view) for i, view in memory.views[key] if view is not None]
-            for i, view in memory.views[key]:
-                found[i] = view
-        return found
+    def _read(self, call: Call, x: Operand) -> Tensor:
+        """Leaves as one tensor: where they lie, or several copied together."""
+        if x.part in call.vectors:
+            return _view(call.vectors[x.part], x)
+        if x in call.copies:
+            return call.copies[x][0]
+        leaves = [call.arguments[i] for i in x.sources]
+        if len(leaves) == 1 and leaves[0].is_contiguous():
+            return leaves[0].view(x.shape)
+        if not x.is_written:
+            return torch.cat(x.pieces.flat(leaves)).view(x.shape)
+        call.copies[x] = copy = self._memory(x, leaves[0])
+        torch.cat(x.pieces.flat(leaves), out=copy[0].view(-1))
+        return copy[0]
 
-    def _view(self, memory: Memory, buffer: Buffer, slot: int) -> Tensor | None:
-        vector = memory.vectors.get((buffer.group, slot))
-        if vector is None:
-            return None
-        if self._groups[buffer.group].flat:
-            if buffer.before + buffer.entries > len(vector):  # Large leaves beside loose parameters.
-                return None
-            vector = vector[buffer.before : buffer.before + buffer.entries]
-        return vector.view(self._shape(buffer, slot))
-
-    def _shape(self, buffer: Buffer, slot: int) -> tuple[int, ...]:
-        each = self._groups[buffer.group]
-        shape = each.first.inputs[slot].shape
-        return (buffer.entries,) if each.flat else (buffer.count, *shape) if each.stacked else shape
-
-    def _read(self, call: Call, i: int, given: _Input) -> Tensor:
-        """The leaf that a kernel reads, or a copy of leaves together; the i-th input of its kernel."""
-        key, sources, shape, flat, is_written = given
-        if key in call.copies:
-            return call.copies[key][0]
-        leaves = [call.arguments[source] for source in sources]
-        if len(leaves) == 1:
-            data = leaves[0].contiguous().view(shape)
-            if is_written and not leaves[0].is_contiguous():
-                call.copies[key] = data, [data.view(leaves[0].shape)]
-            return data
-        # What is only read is copied for one call of a kernel after the other, into the same memory.
-        data = _vector(call.scratch, key if is_written or not flat else i, math.prod(shape), leaves[0]).view(shape)
-        if flat:
-            if key not in self._joins:
-                self._joins[key] = Joined([leaf.shape for leaf in leaves])
-            self._joins[key].join(leaves, data)
-        else:
-            torch.stack(leaves, out=data)
-        if is_written:
-            parts = call.scratch.get(key)
-            if parts is None:
-                parts = self._joins[key].split(data) if flat else list(data)
-                if data.device.type == "cpu":  # They lie there in the next call, too.
-                    call.scratch[key] = parts
-            call.copies[key] = data, parts
-        return data
+    def _memory(self, x: Operand, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Memory for leaves that are copied together, and each of them in it."""
+        try:
+            return x.free.pop()
+        except IndexError:
+            pass
+        with torch.inference_mode(False):
+            data = torch.empty(x.pieces.entries, dtype=like.dtype, device=like.device)
+            return data.view(x.shape), x.pieces.of(data)
 
     def _write_back(self, call: Call) -> None:
         """Write what kernels wrote into copies of leaves back into the leaves."""
-        places: list[Tensor] = []
-        parts: list[Tensor] = []
-        for (number, slot, start), (_, copies) in call.copies.items():
-            places += [call.arguments[source] for source in self._sources[number, slot][start : start + len(copies)]]
-            parts += copies
-        undocumented.copy_all(places, parts)
+        places = [call.arguments[i] for x in call.copies for i in x.sources]
+        undocumented.copy_all(places, [leaf for _, leaves in call.copies.values() for leaf in leaves])
+        for x, copy in call.copies.items():
+            if copy[0].device.type == "cpu":  # Elsewhere calls may overlap, and allocators reuse memory by themselves.
+                x.free[:] = [copy]
 
 
-def _vector(scratch: dict[Any, Tensor], name: Any, entries: int, like: Tensor) -> Tensor:
-    """Memory for copies of leaves; on a CPU the same name has the same memory from call to call."""
-    if like.device.type != "cpu":  # Whose allocators know of streams and graphs.
-        return torch.empty(entries, dtype=like.dtype, device=like.device)
-    found = scratch.get((name, like.dtype))
-    if found is None or len(found) < entries:
+def _like(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
+def _view(vector: Vector, x: Operand) -> Tensor:
+    """Leaves in packed memory as one tensor."""
+    view = vector.views.get(x)
+    if view is None:
         with torch.inference_mode(False):
-            found = scratch[name, like.dtype] = torch.empty(entries, dtype=like.dtype, device="cpu")
-    return found[:entries]
+            view = vector.views[x] = vector.entries[x.entries].view(x.shape)
+    return view
+
+
+# Which leaves are taken together
+
+
+def _arrange(of: Group) -> None:
+    """Let small leaves of a flat group, which are copied together, lie before large ones."""
+    if of.flat:
+        least, _ = _separate(of)
+        of.members.sort(key=lambda member: math.prod(member.inputs[0].shape) >= least)
+
+
+def packed_members(of: Group) -> int:
+    """Of how many members, the first ones, the state is packed beside loose parameters.
+
+    On a CPU of all, for large pages make kernels faster. Elsewhere a second copy of that of large leaves, for the time
+    of one step, may be more than there is memory for.
+    """
+    if not of.flat or of.first.inputs[0].device.type == "cpu":
+        return len(of.members)
+    least, _ = _separate(of)
+    return sum([entries < least for entries in _entries(of)])
+
+
+def _taken_together(of: Group, packed: bool) -> Iterable[slice]:
+    """The members that one call of a kernel computes with: what is not packed is copied together, if it is small."""
+    entries, (least, most) = _entries(of), _separate(of)
+    cuts, size = [0], entries[0]
+    for i, more in enumerate(entries[1:], start=1) if of.flat else ():
+        limit = (1 << 31) - 1 if packed else most if more < least else 0
+        if size + more > limit:
+            cuts.append(i)
+            size = 0
+        size += more
+    return [slice(*each) for each in itertools.pairwise([*cuts, len(entries)])]
+
+
+def _separate(of: Group) -> tuple[int, int]:
+    return SEPARATE.get(of.first.inputs[0].device.type, SEPARATE_ELSEWHERE)
+
+
+def _entries(of: Group) -> list[int]:
+    """Numbers of entries of the members of a group."""
+    return [math.prod(member.inputs[0].shape) for member in of.members]

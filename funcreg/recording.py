@@ -8,7 +8,8 @@ what it does to tensors is in the record.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class Node:
     ) -> None:
         self.op, self.args, self.kwargs, self.outputs, self.is_tuple = op, args, kwargs, outputs, is_tuple
         self.inputs: list[Value] = []  # The values among the arguments, in their order.
-        _collect((*args, *kwargs.values()), self.inputs)
+        for arg in (*args, *kwargs.values()):
+            substituted(arg, self.inputs.append)
 
     def with_values(self, f: Callable[[Value], Value]) -> Node:
         """The same operation with `f` of the values among its arguments."""
@@ -86,14 +88,6 @@ class Node:
             values[value] = call(operator.getitem, (out, i), {}) if self.is_tuple else out
 
 
-def _collect(args: Iterable[Any], found: list[Value]) -> None:
-    for arg in args:
-        if isinstance(arg, Value):
-            found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            _collect(arg, found)
-
-
 def substituted(arg: Any, f: Callable[[Value], Any]) -> Any:
     """An argument with `f` of the values in it."""
     if isinstance(arg, Value):
@@ -101,14 +95,14 @@ def substituted(arg: Any, f: Callable[[Value], Any]) -> Any:
     return [substituted(x, f) for x in arg] if isinstance(arg, (list, tuple)) else arg
 
 
+@dataclass
 class Record:
     """Operations in their order, from inputs to outputs."""
 
-    def __init__(self) -> None:
-        self.inputs: list[Value] = []
-        self.captured: list[tuple[Value, Tensor]] = []
-        self.nodes: list[Node] = []
-        self.outputs: list[Value] = []
+    inputs: list[Value]
+    captured: list[tuple[Value, Tensor]] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
 
 
 class _Placeholder(Tensor):
@@ -145,13 +139,6 @@ def _hashable(arg: Any) -> Any:
     return tuple([_hashable(each) for each in arg]) if isinstance(arg, (list, tuple)) else constant(arg)
 
 
-class _NoTensor:
-    """What an operation returns that is no tensor: a question about dtypes."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 class _Recorder:
     """Writes operations down in a record."""
 
@@ -167,6 +154,10 @@ class _Recorder:
             return _Placeholder(self.placeholder_of(args[0]).value)
         if func._schema.is_mutable:
             raise CannotRecordError(f"{func} writes in place")
+        if not any(["Tensor" in str(out.type) for out in func._schema.returns]):
+            if any([isinstance(arg, (Tensor, list)) for arg in (*args, *kwargs.values())]):
+                raise CannotRecordError(f"{func} reads a number from a tensor")
+            return func(*args, **kwargs)  # A question about dtypes.
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CannotRecordError(f"{func} draws random numbers")
         func, args = _REPLACED[func](args) if func in _REPLACED else (func, args)
@@ -179,17 +170,13 @@ class _Recorder:
         made = self._done.get(same)  # What each leaf computes of shared scalars is computed once.
         if made is None:
             made = self._done[same] = self._write(func, recorded, named, (*shapes, *kwargs))
-        if isinstance(made, _NoTensor):
-            return made.value
         return [_Placeholder(value) for value in made] if isinstance(made, list) else _Placeholder(made)
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Any:
-        """Write an operation down; the value that it makes, or several, or what is no tensor."""
+        """Write an operation down; the value that it makes, or several."""
         out = self._inferred.get(key)
         if out is None:
             out = self._inferred[key] = self._infer(func, args, kwargs)
-        if isinstance(out, _NoTensor):
-            return out
         values = [Value(*each) for each in out] if isinstance(out, list) else [Value(*out)]
         node = Node(func, args, kwargs, values, is_tuple=isinstance(out, list))
         for value in values:
@@ -227,8 +214,6 @@ class _Recorder:
             out = func(*(substituted(arg, fake) for arg in args), **named)
         if isinstance(out, Tensor):
             return tuple(out.shape), out.dtype, out.device
-        if not any([isinstance(arg, (Value, list)) for arg in (*args, *kwargs.values())]):
-            return _NoTensor(out)
         if isinstance(out, (list, tuple)) and all(isinstance(each, Tensor) for each in out):
             return [(tuple(each.shape), each.dtype, each.device) for each in out]
         raise CannotRecordError(f"{func} reads a number from a tensor")
@@ -241,8 +226,7 @@ def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Rec
         CannotRecordError: The function does what only tensors with memory can do.
     """
     dispatch_mode, fake_mode = tracing_tools()
-    found = Record()
-    found.inputs = [x.value for x in placeholders if isinstance(x, _Placeholder)]
+    found = Record([x.value for x in placeholders if isinstance(x, _Placeholder)])
     recorder = _Recorder(found, fake_mode)
 
     class Recording(dispatch_mode):

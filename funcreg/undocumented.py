@@ -46,7 +46,16 @@ def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: A
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with _as_torch_compile():
-        return _compiled(graph, inputs, backend, any_size, make_fx, lookup_backend)
+        traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
+        examples = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+        traced = fx.GraphModule(torch.nn.Module(), traced.graph)  # Without what no cache of compiled code can write.
+        if backend == "inductor":
+            from torch._inductor import compile as inductor
+
+            with _own_processor_checks():
+                compiled: Any = inductor(traced, examples, options={"cpp.vec_isa_ok": True})
+                return compiled
+        return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, examples)
 
 
 #: Taken in a child of the process, where a thread that is not there may hold the lock of `torch.compile`.
@@ -66,21 +75,6 @@ def _as_torch_compile() -> Iterator[None]:
     session = getattr(torch.compiler, "_compile_session_context", nullcontext)
     with lock, session():
         yield
-
-
-def _compiled(
-    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: Any, any_size: bool, make_fx: Any, lookup_backend: Any
-) -> Compiled:
-    traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
-    described = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
-    traced = fx.GraphModule(torch.nn.Module(), traced.graph)  # Without what no cache of compiled code can write.
-    if backend == "inductor":
-        from torch._inductor import compile as inductor
-
-        with _own_processor_checks():
-            compiled: Any = inductor(traced, described, options={"cpp.vec_isa_ok": True})
-            return compiled
-    return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, described)
 
 
 @contextmanager

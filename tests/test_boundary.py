@@ -25,7 +25,8 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import funcreg as fr
-from funcreg import lowering, undocumented
+from funcreg import plan as plans
+from funcreg import undocumented
 
 #: Seconds in which anything that is not stuck has ended.
 LONG = 120
@@ -1573,7 +1574,7 @@ def test_fused_steps_are_the_plain_ones(training):
         raise
     with pytest.MonkeyPatch.context() as patch:
         if small:  # Leaves of a dozen entries are large.
-            patch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
+            patch.setattr(plans, "SEPARATE", {"cpu": (13, 20)})
         step = fr.fuse(tx, donate=donate, backend=backend)
         start = tree()
         expected = copy.deepcopy(start), tx.init(start)

@@ -17,7 +17,7 @@ from cases import DEVICE, normal
 from torch.autograd import forward_ad
 
 import funcreg as fr
-from funcreg import lowering
+from funcreg import plan as plans
 
 
 def plain(tx, params, grads, state, **extra):
@@ -45,7 +45,7 @@ def square(value=1.0):
 
 @pytest.mark.parametrize("first", ["foreign", "packed"])
 def test_packed_gradients_where_the_first_buffer_has_one_entry(first, monkeypatch):
-    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
+    monkeypatch.setattr(plans, "SEPARATE", {"cpu": (13, 20)})
     tx = fr.trace(0.5)
     step = fr.fuse(tx, donate=True)
     params, state = step.init({"a": torch.ones(1), "b": torch.ones(40), "c": torch.ones(50)})
@@ -382,7 +382,8 @@ def test_memory_that_a_leaf_left_is_let_go():
         params, state = step(params, square(), state)
     (plan,) = step._plans.values()
     assert plan is not None
-    assert len(plan.pools[0]._used) + len(plan.pools[0]._free) <= 3
+    (part,) = plan.parts("parameter")
+    assert len(part._used) + len(part._free) <= 3
 
 
 def test_results_have_no_gradients_of_their_past():
@@ -431,7 +432,7 @@ def test_signs_of_nan_that_no_sum_tells():
 
 
 def test_packed_gradients_under_another_default_device(monkeypatch):
-    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
+    monkeypatch.setattr(plans, "SEPARATE", {"cpu": (13, 20)})
     tx = fr.chain(fr.clip_by_global_norm(0.5), fr.trace(0.9))
     step = fr.fuse(tx, donate=True, backend="eager")
     params, state = step.init({"a": torch.ones(30), "b": torch.ones(50), "c": torch.ones(3)})

@@ -11,7 +11,7 @@ import torch
 from cases import PENALTIES, TRANSFORMS, assert_equal, draw, normal
 
 import funcreg as fr
-from funcreg import grouping, lowering
+from funcreg import grouping, plan
 
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
@@ -20,7 +20,7 @@ every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIE
 @pytest.fixture
 def small_buffers(monkeypatch):
     """Leaves of a dozen entries are large here, and a few dozen fill a buffer."""
-    monkeypatch.setattr(lowering, "SEPARATE", {"cpu": (13, 20)})
+    monkeypatch.setattr(plan, "SEPARATE", {"cpu": (13, 20)})
 
 
 def forest(seed=0, dtype=torch.float64):

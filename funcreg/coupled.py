@@ -319,7 +319,7 @@ def sequence_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] |
             raise refuse(name, f"it takes {width} channels, and {channels} come in")
         return width // channels
 
-    for name, layer in _layers(module, prefix):
+    for name, layer in layers_in_sequence(module, prefix):
         said = f"'{name}', a {type(layer).__name__}"
         if parameters := list(layer.parameters()):
             if id(layer) in seen:
@@ -385,11 +385,11 @@ def _named(layer: nn.Module) -> list[str]:
     return [name for name, _ in layer.named_parameters(recurse=False)]
 
 
-def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def layers_in_sequence(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """The layers of nested sequences in their order, with their names."""
     if type(module).forward is not nn.Sequential.forward:
         yield prefix, module
         return
     for name, child in module._modules.items():
         if child is not None:
-            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
+            yield from layers_in_sequence(child, f"{prefix}.{name}" if prefix else name)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
 from funcreg.agreement import Agreement
+from funcreg.coupled import layers_in_sequence
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_paths
@@ -111,7 +112,7 @@ def resized(
     follow_configs(module, smaller)
     for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
         if type(old).forward is nn.Sequential.forward:
-            _check_meeting(_layers(old, name), _layers(new, name))
+            _check_meeting(layers_in_sequence(old, name), layers_in_sequence(new, name))
     _settle(module, smaller, unknown, example_inputs)
     return smaller
 
@@ -241,16 +242,6 @@ def _said(smaller: nn.Module, unknown: list[Stored]) -> str:
 _ROWS = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 #: Where the layers are that give as many channels as they take.
 _BETWEEN = tuple(f"torch.nn.modules.{kind}" for kind in ("activation", "dropout", "padding", "pooling", "upsampling"))
-
-
-def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of nested sequences in their order, with their names."""
-    if type(module).forward is not nn.Sequential.forward:
-        yield prefix, module
-        return
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _layers(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _check_meeting(before: Iterator[tuple[str, nn.Module]], after: Iterator[tuple[str, nn.Module]]) -> None:

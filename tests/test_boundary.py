@@ -1557,6 +1557,7 @@ def trainings(draw_one: Any) -> Any:
 
 
 @given(trainings())
+@pytest.mark.slow
 def test_fused_steps_are_the_plain_ones(training):
     shapes, dtypes, names, backend, (donate, packed, owned, small), seed = training
     generator = torch.Generator().manual_seed(seed)

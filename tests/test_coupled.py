@@ -150,6 +150,7 @@ def test_groups_of_zeros_have_no_gradient_and_no_nan(shapes, groups):
 
 
 @pytest.mark.parametrize("name", ["a convolution and what is around it", "heads of packed attention"])
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_compiling_changes_nothing(name):
     shapes, groups = FAMILIES[name]
     p = fr.coupled(fr.sparse_group_lasso, groups)
@@ -225,6 +226,7 @@ def test_members_of_an_ensemble_have_strengths_of_their_own():
 
 
 @pytest.mark.parametrize("make", [fr.fista, fr.prox_adam], ids=["fista", "prox_adam"])
+@pytest.mark.slow
 def test_the_optimizers_solve_the_problem_of_the_concatenated_rows(make):
     x = tensors({"x": (200, 6)})["x"]
     true = tensors({"w": (4, 6)}, 1)["w"] * torch.tensor([[1.0], [0.0], [1.0], [0.02]], device=DEVICE)

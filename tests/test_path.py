@@ -56,6 +56,7 @@ def test_screening_loses_nothing():
     np.testing.assert_allclose(path.params["w"].cpu(), weights.T, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_and_penalties_that_nobody_else_has():
     x, y = standard(load_breast_cancer)
     path = fr.regularization_path(logistic, begin(30), fr.mcp, 1.0, 3.0, args=(x, y), count=6, ratio=0.1, **WEIGHTS)
@@ -102,6 +103,7 @@ def test_the_choice_of_scikit_learn(share):
     assert torch.equal(by_places.scores, by_pairs.scores)
 
 
+@pytest.mark.slow
 def test_a_choice_says_what_it_is_worth():
     x, y = standard(load_diabetes)
     choose = lambda x, **options: fr.cross_validate(

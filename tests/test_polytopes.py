@@ -216,6 +216,7 @@ def test_small_polytopes_compile_into_one_graph():
     assert_equal(compiled(w), both(w), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_members_of_a_chain_stay_in_a_polytope():
     for constraint, hyper, options in (
         (fr.box_section, (0.0, 0.6, 1.0, 1.0), {}),

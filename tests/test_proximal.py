@@ -355,6 +355,7 @@ def sum_of_singular_values(w):
     return torch.linalg.svdvals(w)
 
 
+@pytest.mark.slow
 def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     generator = torch.Generator().manual_seed(0)
     draws = lambda *shape: normal(generator, *shape)

@@ -92,7 +92,6 @@ LAYERS = [
         "layers",
         "per_example",
         "plan",
-        "resizing",
         "rounding",
         "selection",
         "transform",
@@ -115,7 +114,7 @@ LAYERS = [
         "trees",
     ],
     ["coupled", "linesearch", "penalties", "per_leaf", "preconditioners", "trained", "wrappers"],
-    ["channels", "constraints", "lbfgs", "monitoring", "runs", "separable"],
+    ["channels", "constraints", "lbfgs", "monitoring", "resizing", "runs", "separable"],
     ["groups", "projections", "regularizing", "spectral", "sweep"],
     [
         "averaging",

@@ -350,6 +350,7 @@ def test_trees_of_hyperparameters_stand_in_fused_steps():
         assert_equal(fused, (params, state), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_prox_adam_solves_nonconvex_and_anchored_problems():
     b = torch.tensor([4.0, 2.0, 0.3, -0.1, -3.0], dtype=torch.float64)
     anchor = {"w": torch.tensor([4.0, 0.0, 0.0, 1.0, -2.0], dtype=torch.float64)}

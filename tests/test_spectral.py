@@ -225,6 +225,7 @@ def assert_compiled_is_plain(everything):
 
 
 @every_map
+@pytest.mark.slow
 def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal_or_zero(f):
     slope = grad(lambda w: f(w).square().sum() + f(w).sum())
 

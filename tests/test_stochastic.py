@@ -52,6 +52,7 @@ def test_without_noise_it_ends_at_scikit_learns_solution_with_its_zeros(name):
     assert (zeros[1000:] == (solution == 0)).all()
 
 
+@pytest.mark.slow
 def test_under_noise_the_right_support_settles_where_proximal_descent_lets_it_flicker():
     changes = lambda zeros: (zeros[1001:] != zeros[1000:-1]).sum()
     _, flickering = train(fr.prox_sgd(0.2 * rate, fr.l1, strength=STRENGTH), 2000, batches=32)

@@ -93,7 +93,7 @@ def _own(x: Tensor) -> Tensor:
 
 
 def _batch(world: int) -> Tensor:
-    return torch.randn(4 * world, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return torch.randn(4 * world, 6, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(5))
 
 
 def mixed_precision(world: int) -> None:

@@ -56,7 +56,7 @@ def pairs():
 
 
 def noise(name, *shape):
-    return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(1))}
+    return {name: torch.randn(*shape, device="cpu", generator=torch.Generator().manual_seed(1))}
 
 
 def spectra():

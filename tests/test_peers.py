@@ -41,6 +41,7 @@ WITHOUT = {
     "group_l_half": "no peer has it for groups with a closed form; the minimum is searched on a grid",
     "group_top_k": "no peer has it",
     "hoyer_square": "no peer has it",
+    "isotropic_total_variation": "pyproximal.TV iterates to a tolerance; compared with its dual in test_images",
     "l0": "the threshold of pyproximal.L0 has no root and no 2",
     "l0_envelope": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "l1_linf": "no peer has it",

@@ -772,5 +772,7 @@ def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():
         fr.group_lasso(params, axis=0)
     with pytest.raises(TypeError, match=r"elastic takes alpha, rho; got alpha by position and by name"):
         fr.elastic(params, 0.1, 0.5, alpha=0.1)
-    with pytest.raises(TypeError, match=r"l1 takes no hyperparameters; got alpha$"):
+    with pytest.raises(
+        TypeError, match=r"l1 takes no hyperparameters; got alpha\. Its strength is a factor, 1e-4 \* l1\(params\)"
+    ):
         fr.l1(params, alpha=0.1)

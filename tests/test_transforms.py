@@ -585,13 +585,13 @@ def test_a_transform_of_a_users_own_prints_its_functions():
 STATES = """
     fr.AdadeltaState fr.AdamState fr.AdanState fr.AddNoiseState fr.AdemamixState fr.AmsgradState fr.AnchorState
     fr.ApplyEveryState fr.ApplyIfFiniteState fr.BacktrackingLinesearchInfo fr.BeliefState fr.ConditionallyMaskState
-    fr.ConditionallyTransformState fr.DualAveragingState fr.EmaState fr.EmptyState fr.FactoredState fr.FistaState
-    fr.FtrlState fr.InjectHyperparamsState fr.LbfgsState fr.LionState fr.LookaheadState fr.MaskedState
-    fr.MasterWeightsState fr.MonitorState fr.MultiStepsState fr.MuonState fr.NovogradState fr.OptimisticGradientState
-    fr.PartitionState fr.ProximalState fr.ReduceLROnPlateauState fr.RmsState fr.RpropState fr.RssState fr.SAMState
-    fr.SM3State fr.ScaleByBacktrackingLinesearchState fr.ScaleByZoomLinesearchState fr.ScheduleFreeState
-    fr.ScheduleState fr.SimplifiedAdemamixState fr.SnapshotState fr.StddevState fr.StochasticRoundingState
-    fr.TraceState fr.ZeroNansState fr.ZoomLinesearchInfo
+    fr.ConditionallyTransformState fr.DifferentiallyPrivateAggregateState fr.DualAveragingState fr.EmaState
+    fr.EmptyState fr.FactoredState fr.FistaState fr.FtrlState fr.InjectHyperparamsState fr.LbfgsState fr.LionState
+    fr.LookaheadState fr.MaskedState fr.MasterWeightsState fr.MonitorState fr.MultiStepsState fr.MuonState
+    fr.NovogradState fr.OptimisticGradientState fr.PartitionState fr.ProximalState fr.ReduceLROnPlateauState
+    fr.RmsState fr.RpropState fr.RssState fr.SAMState fr.SM3State fr.ScaleByBacktrackingLinesearchState
+    fr.ScaleByZoomLinesearchState fr.ScheduleFreeState fr.ScheduleState fr.SimplifiedAdemamixState fr.SnapshotState
+    fr.StddevState fr.StochasticRoundingState fr.TraceState fr.ZeroNansState fr.ZoomLinesearchInfo
 """
 
 

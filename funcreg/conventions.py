@@ -9,6 +9,9 @@ from __future__ import annotations
 import numbers
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from funcreg._typing import Scalar
 from funcreg.ranges import scalars
 from funcreg.transform import finite_nonnegative, positive, share
@@ -62,7 +65,9 @@ def elastic_from_keras(l1: Scalar = 0.0, l2: Scalar = 0.0) -> Elastic:
     finite_nonnegative(l1=l1, l2=l2)
     l1, l2 = scalars(l1=l1, l2=l2)
     alpha = l1 + 2 * l2
-    return Elastic(alpha, l1 / alpha if not isinstance(alpha, (int, float)) or alpha else 0.0)
+    if isinstance(alpha, Tensor):
+        return Elastic(alpha, torch.where(alpha == 0, 0.0, l1 / torch.where(alpha == 0, 1.0, alpha)))
+    return Elastic(alpha, l1 / alpha if alpha else 0.0)
 
 
 def elastic_from_sklearn(alpha: Scalar, l1_ratio: Scalar = 1.0) -> Elastic:

@@ -400,7 +400,7 @@ class FusedStep(_Planned):
     def _check_gradients_are_new(self, call: Call, checked: _Checked, params: Params) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last call."""
         parts = [part for part in checked.plan.parts("gradient") if part in call.vectors and part.starts[-1]]
-        read = [i for part in parts for i in part.positions]
+        read = [i for part in parts for i in part.positions if call.arguments[i].numel()]
         if not read:
             return
         vectors = [id(call.vectors[part]) for part in parts]

@@ -22,7 +22,8 @@ from funcreg.undocumented import is_transformed
 T = TypeVar("T")
 #: What makes a number of Python of a tensor.
 _CONVERSIONS = {
-    *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero"),
+    *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__format__", "__repr__", "__str__"),
+    *("arange", "linspace", "logspace", "nonzero", "masked_select", "unique"),  # Their shapes depend on values.
     *("__array__", "__bool__", "__complex__", "__float__", "__index__", "__int__"),
 }
 
@@ -94,14 +95,18 @@ class GroupValues:
         changed = False
         for i, (new, old, held) in enumerate(zip(self._now, self._last, self._held, strict=True)):
             if isinstance(new, float):
-                if new != old:
-                    held.fill_(new)
-                    self._last[i] = new
-                    changed = True
+                changed = changed or new != old
+                self._last[i] = new
             elif isinstance(new, Tensor) and held is not new:
-                held.copy_(new)  # It may be changed in place.
-                changed = True
-        for each in self._derived if changed else ():
+                changed = True  # It may be changed in place.
+        if not changed:
+            return
+        for new, held in zip(self._now, self._held, strict=True):
+            if isinstance(new, float):
+                held.fill_(new)  # Also if it is what it was: the factory may have written into the tensor.
+            elif isinstance(new, Tensor) and held is not new:
+                held.copy_(new)
+        for each in self._derived:
             each.compute()
 
 
@@ -112,11 +117,16 @@ class _Derived(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    item: int | None = None  # Which of several results it is.
+    is_view: bool = False  # Which sees new numbers itself; its arguments are kept.
 
     def compute(self) -> None:
         place = self.result()
-        if place is not None:
-            place.copy_(self.function(*self.args, **self.kwargs))
+        if place is None or self.is_view:
+            return
+        made = self.function(*self.args, **self.kwargs)
+        if made is not None:  # As of `x[0] = lr`, which has written.
+            place.copy_(made if self.item is None else made[self.item])
 
 
 class _FactoryCall(TorchFunctionMode):
@@ -136,17 +146,28 @@ class _FactoryCall(TorchFunctionMode):
             return result
         given = list(_tensors((args, kwargs)))
         sources = frozenset().union(*map(self._sources_of, given))
-        if not sources or is_transformed():
+        if not sources:
             return result
-        if isinstance(result, Tensor):
-            self._sources[id(result)] = (weakref.ref(result), sources)
-            where = result.untyped_storage().data_ptr()
-            is_view = all([result is not x for x in given]) and where in [x.untyped_storage().data_ptr() for x in given]
-            if not is_view:  # Which sees new numbers itself.
-                self._derived.append(_Derived(weakref.ref(result), func, tuple(args), kwargs))
-        elif getattr(func, "__name__", "") in _CONVERSIONS:
+        name = getattr(func, "__name__", "")
+        if is_transformed() or name in _CONVERSIONS:
             self.converted |= sources
+        elif name == "__setitem__":
+            self._note(args[0], sources, _Derived(weakref.ref(args[0]), func, tuple(args), kwargs))
+        elif name == "__deepcopy__":  # Which looks up what it made before.
+            self._note(result, sources, _Derived(weakref.ref(result), torch.clone, args[:1], {}))
+        elif isinstance(result, (Tensor, tuple, list)):
+            single = isinstance(result, Tensor)
+            memory = [x.untyped_storage().data_ptr() for x in given]
+            for item, x in enumerate([result] if single else result):
+                if isinstance(x, Tensor):
+                    is_view = all([x is not y for y in given]) and x.untyped_storage().data_ptr() in memory
+                    made = _Derived(weakref.ref(x), func, tuple(args), kwargs, None if single else item, is_view)
+                    self._note(x, sources, made)
         return result
+
+    def _note(self, x: Tensor, sources: frozenset[int], made: _Derived) -> None:
+        self._sources[id(x)] = (weakref.ref(x), sources)
+        self._derived.append(made)
 
     def _sources_of(self, x: Tensor) -> frozenset[int]:
         known, sources = self._sources.get(id(x), (None, frozenset[int]()))

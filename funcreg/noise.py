@@ -157,6 +157,11 @@ def differentially_private_aggregate(
         if not leaves:
             return updates, DifferentiallyPrivateAggregateState(steps, state.key)
         count = check_examples(updates, "differentially_private_aggregate", params)
+        if not count:
+            raise ValueError(
+                "differentially_private_aggregate got gradients of no examples; expected one at least, for it is their "
+                "mean. Skip the step of an empty batch."
+            )
         clipped, _ = per_example_global_norm_clip(tree_map(widen, updates), l2_norm_clip)
         noise = rebuild(map(_normal, words(state.key, steps, params), leaves))
         deviation = l2_norm_clip * noise_multiplier

@@ -317,9 +317,10 @@ class Optimizer(torch.optim.Optimizer):
             lacks = ("missing" in str(error) and "argument" in str(error)) or " needs the " in str(error)
             if not lacks:
                 raise
+            by_name = "" if "value_fn" in str(error) else ", or by its name, as in step(value=loss)"
             raise TypeError(
                 f"a chain of this optimizer needs an extra argument, which step() did not get: {error}. Here it comes "
-                "by step(closure), where the closure returns the loss, or by its name, as in step(value=loss)."
+                f"by step(closure), where the closure returns the loss{by_name}."
             ) from error
 
     def _searched(

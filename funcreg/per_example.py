@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.ranges import check_range, flags, scalars
+from funcreg.sharding import check_whole
 from funcreg.tree import (
     beside,
     check_params,
@@ -115,6 +116,7 @@ def check_examples(grads: Updates, name: str, params: Params | None = None) -> i
     if params is not None:
         _check_like(grads, params, name)
     leaves, paths = tree_leaves(grads), tree_paths(grads)
+    check_whole(name, paths, leaves)
     if not leaves:
         raise ValueError(f"{name} got a tree without leaves; expected gradients of examples")
     for path, g in zip(paths, leaves, strict=True):

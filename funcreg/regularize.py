@@ -577,18 +577,17 @@ class Regularization:
             return
         values, self.steps = self._task.at(self.steps), self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
+        looks = self.steps in _LOOKS and _has_numbers(moved)  # Some layers begin with zeros, which a step of 0 leaves.
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped)
-        if self.steps in _LOOKS:
+        if looks:
             self._say_all_became_zero(moved)
 
     def _say_all_became_zero(self, moved: list[_Moved]) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
         leaves, strength = [m.w.detach() for m in moved], concrete(self._task.strength)
         meant = strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
-        if self._said_zero or meant or torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
-            return
-        if _projects(self._task.penalty) or any([bool(w.any()) for w in leaves]):  # Mostly the first leaf has numbers.
+        if self._said_zero or meant or _projects(self._task.penalty) or _has_numbers(moved):
             return
         self._said_zero = True
         warnings.warn(
@@ -749,6 +748,14 @@ def _known(rate: Any) -> Any:
     if isinstance(rate, Tensor):
         return float(rate) if rate.device.type == "cpu" else id(rate)
     return rate
+
+
+def _has_numbers(moved: list[_Moved]) -> bool:
+    """Whether an entry is not zero, where that can be read without waiting for a device."""
+    leaves = [m.w.detach() for m in moved]
+    if torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
+        return False
+    return any([bool(w.any()) for w in leaves])  # Mostly the first leaf has some.
 
 
 def _is_readable(w: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import TRANSFORMS, draw
-from processes import Check, network, one_number, same, spread_tree, spreads, whole
+from processes import OF_EXAMPLES, Check, network, one_number, same, spread_tree, spreads, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,6 +49,8 @@ def users(world: int) -> Iterator[Check]:
         yield check.__name__, lambda check=check: check(world)
     rows = spreads(world)["rows"]
     for name, case in TRANSFORMS.items():
+        if name.startswith(OF_EXAMPLES):
+            continue
         yield f"fused {name}", lambda case=case: fused(case.make(), rows)
 
 

@@ -146,10 +146,22 @@ def constraints(world: int) -> Iterator[Check]:
 # Transforms
 
 
+#: Rows whose updates are gradients of single examples.
+OF_EXAMPLES = ("differentially_private_aggregate", "dpsgd")
+
+
 def transforms(world: int) -> Iterator[Check]:
     for how, spread in spreads(world).items():
         for name, case in TRANSFORMS.items():
-            yield f"{how}, {name}", lambda case=case, spread=spread: three_steps(case.make(), spread)
+            check = refuse_shards if name.startswith(OF_EXAMPLES) else three_steps
+            yield f"{how}, {name}", lambda case=case, spread=spread, check=check: check(case.make(), spread)
+
+
+def refuse_shards(tx: Any, spread: Spread) -> None:
+    """They read norms over whole gradients, and say so in all processes."""
+    there = spread_tree(spread, draw())
+    with pytest.raises(TypeError, match="as a sharded tensor"):
+        tx.update(there, tx.init(there), there)
 
 
 def three_steps(tx: Any, spread: Spread) -> None:

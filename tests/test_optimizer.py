@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import vmap
 from torch.optim import SGD, Adagrad, AdamW, RMSprop, lr_scheduler
 
 import funcreg as fr
@@ -781,6 +782,12 @@ def test_a_step_without_any_gradient_is_said_once():
 # What a factory makes of its arguments
 
 
+def _written_to_a_place(lr):
+    x = lr.new_zeros(1)
+    x[0] = lr
+    return x[0]
+
+
 DERIVED = {
     "a product": lambda lr, strength: LASSO(0.5 * lr, strength / 2),
     "one of another": lambda lr, strength: LASSO(lr.sqrt() * (1 - lr), strength),
@@ -790,6 +797,13 @@ DERIVED = {
     "a momentum": lambda lr, strength: fr.prox_sgd(lr, fr.l1, strength=1e-3, momentum=900 * strength),
     "a function of math": lambda lr, strength: LASSO(math.exp(lr) - 1, strength),
     "a schedule": lambda lr, strength: LASSO(lambda n: lr * 0.9**n, fr.linear_schedule(strength, 2 * strength, 3)),
+    "detached": lambda lr, strength: LASSO((0.5 * lr).detach(), (strength / 2).data),
+    "one of several": lambda lr, strength: LASSO(torch.stack([lr, strength]).max(0).values, strength.frexp()[0] / 900),
+    "copied": lambda lr, strength: LASSO(copy.deepcopy(lr), strength),
+    "written to a place": lambda lr, strength: LASSO(_written_to_a_place(lr), strength),
+    "written over": lambda lr, strength: LASSO(lr.mul_(0.5), strength),
+    "mapped": lambda lr, strength: LASSO(vmap(lambda s: s * lr)(torch.ones(2, device=DEVICE))[0], strength),
+    "text": lambda lr, strength: LASSO(float(f"{lr:.6f}"), strength),
     "a number": lambda lr, strength: LASSO(float(lr), strength.item()),
     "a branch": lambda lr, strength: LASSO(lr if lr > 5e-3 else 5e-3, max(strength, 5e-4)),
 }

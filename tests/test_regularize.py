@@ -998,6 +998,20 @@ def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
     assert re.match(r"all 20 entries are zero after \d+ steps of regularize\(Adam, l1, strength=", said[0])
 
 
+def test_weights_that_begin_at_zero_under_a_warmup_are_no_sign_of_a_strength():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(DEVICE)
+    nn.init.zeros_(net[1].weight)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    fr.regularize(optimizer, fr.l1, strength=1e-6, module=net, mask=fr.select("1.weight"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 5))
+    for _ in range(11):
+        optimizer.zero_grad()
+        (net(torch.ones(2, 3, device=DEVICE)) - 1).square().mean().backward()
+        optimizer.step()  # Warnings are errors.
+        scheduler.step()
+    assert net[1].weight.all()
+
+
 @pytest.mark.parametrize(
     ("penalty", "hyper", "strength"),
     [(fr.l1, (), 1e-3), (fr.l2_ball, (0.0,), 1.0), (fr.l1, (), 0.0), (fr.l1, (), 1e6)],

@@ -1153,6 +1153,15 @@ def training(step, to_none, steps=5):
     return [str(each.message) for each in said], model(x).square().sum()
 
 
+def test_gradients_without_entries_are_not_missed():
+    step = fr.fuse(fr.sgd(0.1), backend="eager")
+    params, state = step.init({"w": torch.ones(3, device=DEVICE), "e": torch.zeros(0, 2, device=DEVICE)})
+    grads = step.gradients(params)
+    for n in range(3):
+        grads["w"].fill_(n)
+        params, state = step(params, {"w": grads["w"], "e": torch.zeros(0, 2, device=DEVICE)}, state)
+
+
 def test_gradients_that_zero_grad_took_away_are_noticed_once():
     step = fr.fuse(fr.sgd(0.01), donate=True, backend="eager")
     said, _ = training(step, to_none=True)

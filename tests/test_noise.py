@@ -328,6 +328,8 @@ def test_what_are_no_gradients_of_examples_is_refused():
     tx = fr.dpsgd(0.1, 1.0, 1.0, seed=0)
     with pytest.raises(ValueError, match=r"updates 'w' has shape \(2, 3\); expected \(examples, 2, 3\), because"):
         tx.update(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="got gradients of no examples; expected one at least"):
+        tx.update({"w": torch.zeros(0, 2, 3)}, tx.init(params), params)
     with pytest.raises(ValueError, match=r"takes gradients of single examples, and stands after clip.* Put it first"):
         fr.chain(fr.clip(1.0), fr.differentially_private_aggregate(1.0, 1.0, 0))
     with pytest.raises(ValueError, match=r"noise_multiplier is -1\.0"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import CONSTRAINTS, PENALTIES, assert_equal, draw, draw_fours, flat, joint, normal
+from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours, flat, joint, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso, Ridge
 from torch import Tensor
@@ -234,6 +234,8 @@ def test_strengths_convert_from_torch_and_keras():
         fr.elastic(w, *fr.elastic_from_keras(l1=0.3, l2=0.7)), 0.3 * fr.l1(w) + 0.7 * fr.l2(w), rtol=1e-14, atol=0
     )
     assert fr.elastic_from_keras() == (0.0, 0.0)
+    zero = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    assert fr.elastic_from_keras(zero, zero) == (0.0, 0.0)
     assert_equal(fr.elastic.grad(w, *fr.elastic_from_torch(0.1)), {"w": 0.1 * w["w"]}, rtol=1e-14)
 
 

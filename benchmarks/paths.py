@@ -137,7 +137,7 @@ def problems(quick: bool) -> list[Problem]:
         *(lasso("diabetes", *diabetes, count, 1e-3) for count in (3, 20, 100)),
         lasso("made", *made(200, 1000), 50, 0.05),
         *map(classes, (3, 20, 100)),
-        groups(10),
+        groups(5),
     ]
 
 

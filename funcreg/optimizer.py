@@ -11,7 +11,6 @@ import copy
 import inspect
 import operator
 import pickle
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from funcreg.construction import written
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.hyperparams import Injected
+from funcreg.notices import warn_user
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import (
@@ -107,6 +107,11 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"params is the module {type(params).__name__}; expected its named_parameters()")
+        if isinstance(params, torch.optim.Optimizer):
+            raise TypeError(
+                f"params is the optimizer {type(params).__name__}; expected parameters, model.named_parameters(). A "
+                "penalty on an optimizer of torch is regularize(optimizer, l1)."
+            )
         if not (isinstance(compile, (bool, str)) or callable(compile)):
             raise TypeError(f"compile is {compile!r}; expected True, False or a backend of torch.compile")
         self._factory, self._compile = factory, compile
@@ -156,11 +161,9 @@ class Optimizer(torch.optim.Optimizer):
             raise
         taken = {*self._names, *_OTHERS}
         for name in [name for name, value in group.items() if name not in taken and _is_number(name, value)]:
-            warnings.warn(
+            warn_user(
                 f"param group {index} has {name}={written(group[name])}, which the factory does not take: it has no "
                 f"effect. The factory takes {listed(self._names)}.",
-                UserWarning,
-                stacklevel=2,
             )
 
     def _given(self, index: int) -> dict[str, Any]:
@@ -193,6 +196,11 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(made, Transform):
             came = "None; lacks it a return?" if made is None else f"a {type(made).__name__}."
             raise TypeError(f"the factory returned {came} Expected a Transform, as in lambda lr: fr.adamw(lr)")
+        if made.examples:
+            raise TypeError(
+                f"the factory made {made!r}, which takes gradients of single examples; a parameter has that of their "
+                "mean. Take vmap(grad(loss)), and update and apply_updates of the chain."
+            )
         return made
 
     def _read_groups(self) -> None:
@@ -214,19 +222,19 @@ class Optimizer(torch.optim.Optimizer):
         if self._plain:
             return
         self._plain = True
-        warnings.warn(
+        warn_user(
             f"param group {index}: the factory makes a number of {listed(names)}, by float(), item() or a comparison, "
             "and so its chain is made anew wherever that changes; steps of this optimizer are no longer compiled, "
             "which would take seconds each time. Hand the tensor on as it is, or compute with it (0.1 * lr); for a "
             "branch on it take torch.where, for min and max clamp.",
-            UserWarning,
-            stacklevel=2,
         )
 
     # Steps
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]  # Those of torch take no extra arguments.
+        self, closure: Callable[[], Any] | None = None, **extra: Any
+    ) -> Any:
         """Take one step, and return what the closure, called before, returned.
 
         Args:
@@ -245,9 +253,11 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if isinstance(loss, Tensor) and self._wants("value"):
-                extra = {"value": loss.detach(), **extra}
-        self._advance(extra, closure)
+            if loss is not None and self._wants("value"):
+                extra = {"value": loss.detach() if isinstance(loss, Tensor) else loss, **extra}
+        returned_none = closure is not None and loss is None
+        hint = " The closure returned None; lacks it `return loss`?" if returned_none else ""
+        self._advance(extra, closure, hint)
         return loss
 
     def _wants(self, name: str) -> bool:
@@ -270,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     @torch.no_grad()
-    def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None) -> None:
+    def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:
         self._read_groups()
         fresh = not self.state
         found = [(part, [p.grad for p in part.params]) for part in self._find_parts()]
@@ -289,11 +299,11 @@ class Optimizer(torch.optim.Optimizer):
         before = [x.clone() for x in kept]
         if searches:
             grads, extra = self._searched(parts, grads, extra, closure)
-        self._take(step, params, grads, states, extra)
+        self._take(step, params, grads, states, extra, hint)
         for x, old in zip(kept, before, strict=True):
             x.copy_(old)
-        if not self._packed and isinstance(step, FusedStep) and not extra:
-            for part, state in zip(parts, step.packed_state(params, grads, states), strict=True):
+        if not self._packed and isinstance(step, FusedStep):
+            for part, state in zip(parts, step.packed_state(params, grads, states, **extra), strict=True):
                 for p, entries in _entries(part, tree_leaves(state)).items():
                     self.state[p].update(entries)
         self._packed = True
@@ -302,14 +312,14 @@ class Optimizer(torch.optim.Optimizer):
         """Warn, once, of a first step without any gradient."""
         if not self._said_nothing:
             self._said_nothing = True
-            warnings.warn(
+            warn_user(
                 "a step has no effect, because no parameter of this optimizer has a gradient. Is backward() missing, "
                 "are all frozen, or has the module others by now, as after load_state_dict(assign=True)?",
-                UserWarning,
-                stacklevel=2,
             )
 
-    def _take(self, step: FusedStep | _Eager, params: Params, grads: Updates, states: State, extra: Any) -> None:
+    def _take(
+        self, step: FusedStep | _Eager, params: Params, grads: Updates, states: State, extra: Any, hint: str
+    ) -> None:
         """Take a step, or raise an error that says how a chain gets what it lacks."""
         try:
             step(params, grads, states, **extra)
@@ -320,7 +330,7 @@ class Optimizer(torch.optim.Optimizer):
             by_name = "" if "value_fn" in str(error) else ", or by its name, as in step(value=loss)"
             raise TypeError(
                 f"a chain of this optimizer needs an extra argument, which step() did not get: {error}. Here it comes "
-                f"by step(closure), where the closure returns the loss{by_name}."
+                f"by step(closure), where the closure returns the loss{by_name}.{hint}"
             ) from error
 
     def _searched(
@@ -582,15 +592,21 @@ def _is_number(name: str, value: Any) -> bool:
 def _hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
     """The parameters of a factory, by what they are called in groups; or an error for those it does not take."""
     if not callable(factory) or isinstance(factory, Transform):
-        made = f" Give the function that makes it, as in lambda lr: {factory!r}" if callable(factory) else ""
+        is_shown = isinstance(factory, (Transform, str, int, float, type(None)))
+        came = written(factory) if is_shown else f"a {type(factory).__name__}"
         raise TypeError(
-            f"factory is {written(factory)}; expected a function from hyperparameters to a Transform, such as "
-            f"lambda lr: fr.adamw(lr).{made}"
+            f"factory is {came}; expected a function from the values of a group to a Transform, fr.adamw itself or "
+            "lambda lr: fr.adamw(lr), whose values follow by name, as in Optimizer(params, fr.adamw, lr=1e-3)"
         )
     if isinstance(factory, Injected):
         raise TypeError(
             f"factory is {written(factory)}, whose hyperparameters stand in the state, where neither schedulers nor "
             "groups would change them; expected the factory itself: an Optimizer keeps its numbers in tensors anyway"
+        )
+    if isinstance(getattr(factory, "kind", None), str):
+        raise TypeError(
+            f"factory is the {factory.kind} {factory.__name__}; expected a function that makes a Transform, such as "
+            f"lambda lr, strength: fr.prox_adam(lr, {factory.__name__}, strength=strength)"
         )
     if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):
         raise TypeError(
@@ -686,8 +702,8 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, *[slope * g for g in ctx.saved_tensors]
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        return None, None, *[slopes[0] * g for g in ctx.saved_tensors]
 
 
 def _searches(tx: Transform) -> bool:

@@ -7,8 +7,8 @@ leaf or through `fuse`.
 
 from __future__ import annotations
 
+import functools
 import operator
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from funcreg.coupled import split_leaf
 from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.fused import FusedStep
+from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.ranges import concrete
@@ -90,7 +91,8 @@ def regularize(
     :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
-    without it: call `regularize` again on these, and after the model was built anew, before it is trained on.
+    without it, as their first step warns: call `regularize` again on these, and after the model was built anew, before
+    it is trained on. To pickle the optimizer for a machine without funcreg, `remove()` it first.
 
     Args:
         optimizer: The optimizer. Groups and parameters may be added to it later.
@@ -135,9 +137,12 @@ def regularize(
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is {_described(optimizer)}; expected one of torch, such as torch.optim.AdamW(...)")
+        raise TypeError(
+            f"optimizer is {_described(optimizer)}; expected one of torch, such as torch.optim.AdamW(...), as in "
+            "regularize(optimizer, l1, strength=1e-4, module=model)"
+        )
     if module is not None and not isinstance(module, nn.Module):
-        raise TypeError(f"module is {module!r}; expected the torch.nn.Module that the optimizer trains")
+        raise TypeError(f"module is {_described(module)}; expected the torch.nn.Module that the optimizer trains")
     nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
     check_selection(mask)
@@ -163,6 +168,10 @@ def regularize(
 def _described(optimizer: Any) -> str:
     if isinstance(optimizer, LRScheduler):
         return f"the scheduler {type(optimizer).__name__}"
+    if isinstance(optimizer, type):
+        return f"the class {optimizer.__name__}"
+    if isinstance(optimizer, Penalty):
+        return f"the {optimizer.kind} {optimizer.__name__}"
     return repr(optimizer) if isinstance(optimizer, (Transform, str)) else f"a {type(optimizer).__name__}"
 
 
@@ -193,7 +202,7 @@ class Task(NamedTuple):
 
     def at(self, steps: int) -> tuple[Hyper, ...]:
         """Strength and hyperparameters at a step."""
-        strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))  # pyright: ignore[reportArgumentType]
+        strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))
         if self.is_scheduled:
             nonnegative(strength=strength)
         return (strength, *hyper)
@@ -446,6 +455,8 @@ class Regularization:
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         vars(optimizer).setdefault(_OWN, []).append(self)
+        # Not a method of the class: only optimizers with penalties are copied otherwise.
+        vars(optimizer)["__reduce_ex__"] = functools.partial(_reduced, self._optimizer)
 
     @property
     def strength(self) -> Any:
@@ -470,6 +481,8 @@ class Regularization:
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
             vars(optimizer)[_OWN].remove(self)
+            if not vars(optimizer)[_OWN]:
+                vars(optimizer).pop("__reduce_ex__", None)
 
     def penalty_value(self) -> Tensor:
         r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
@@ -525,11 +538,10 @@ class Regularization:
         found = {name: lost[w] for name, w in self._names.penalized().items() if w in lost}
         if found:
             name, kind = next(iter(found.items()))
-            warnings.warn(
+            warn_user(
                 f"{self!r} penalizes {listed(found)}, which {kind} divides by a norm of its own: shrinking '{name}' "
                 "changes nothing but the strength of later steps, and only its exact zeros are zeros of the weight. "
                 "Leave them out with mask=, or take the parametrization off.",
-                stacklevel=3,
             )
 
     def _check_once(self, optimizer: Optimizer) -> None:
@@ -566,10 +578,9 @@ class Regularization:
             skipped = None
         if self._restored:
             self._restored = False
-            warnings.warn(
+            warn_user(
                 f"the optimizer was restored, but {self!r} follows a schedule from step {self.steps}. Save "
                 "handle.state_dict() beside the optimizer's, and load it after that.",
-                stacklevel=2,
             )
         moved = self._moved(optimizer)
         if not moved:
@@ -590,11 +601,10 @@ class Regularization:
         if self._said_zero or meant or _projects(self._task.penalty) or _has_numbers(moved):
             return
         self._said_zero = True
-        warnings.warn(
+        warn_user(
             f"all {sum([w.numel() for w in leaves])} entries are zero after {self.steps} steps of {self!r}: its "
             "strength is above what the gradients of the loss can hold against. For a loss that is a mean, strengths "
             "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
-            stacklevel=2,
         )
 
     def _moved(self, optimizer: Optimizer) -> list[_Moved]:
@@ -621,16 +631,14 @@ class Regularization:
             return
         if self._names.are_replaced():
             self._said_replaced = True
-            warnings.warn(
+            warn_user(
                 f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, "
                 "as after load_state_dict(assign=True). Make a new optimizer, and regularize that.",
-                stacklevel=2,
             )
         elif self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
-            warnings.warn(
+            warn_user(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
                 "another hook of the optimizer, which came first, set gradients to None?",
-                stacklevel=2,
             )
 
     def _columns(self, groups: list[Entries], moved: list[_Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
@@ -736,6 +744,35 @@ class Regularization:
     def _loaded(self, optimizer: Optimizer) -> None:
         # Accelerate loads a state without entries, to move a new optimizer to its device.
         self._restored = self._task.is_scheduled and len(optimizer.state) > 0
+
+
+class _Lost:
+    """Warns at the first step of an optimizer that was copied or read from a file, and so lost its penalties."""
+
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._said and not vars(optimizer).get(_OWN):
+            warn_user(
+                f"this {type(optimizer).__name__} is a copy, and is without {listed(self._said)}: torch does not copy "
+                "hooks. Call regularize on it as well; where that is not wanted, remove() the penalty before the copy."
+            )
+        self._said = []
+
+
+def _reduced(ref: weakref.ref[Optimizer], protocol: Any) -> Any:
+    """How an optimizer is copied and pickled: as ever, and a hook of the copy notices that penalties are missing."""
+    optimizer = ref()
+    function, args, state = type(optimizer).__reduce_ex__(optimizer, protocol)[:3]
+    return _copied, (function, args, state, [repr(each) for each in vars(optimizer).get(_OWN, [])])
+
+
+def _copied(function: Callable[..., Any], args: tuple[Any, ...], state: Any, said: list[str]) -> Optimizer:
+    made = function(*args)
+    made.__setstate__(state)
+    made.register_step_post_hook(_Lost(said))
+    return made
 
 
 #: Where an optimizer keeps the penalties on it.

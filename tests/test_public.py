@@ -75,8 +75,8 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "undocumented"],
-    ["locality", "ranges", "recording", "tracing", "widths"],
+    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "notices", "undocumented"],
+    ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
     [

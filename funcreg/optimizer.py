@@ -603,9 +603,10 @@ def _hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
             f"factory is {written(factory)}, whose hyperparameters stand in the state, where neither schedulers nor "
             "groups would change them; expected the factory itself: an Optimizer keeps its numbers in tensors anyway"
         )
-    if isinstance(getattr(factory, "kind", None), str):
+    kind = getattr(factory, "kind", None)
+    if isinstance(kind, str):
         raise TypeError(
-            f"factory is the {factory.kind} {factory.__name__}; expected a function that makes a Transform, such as "
+            f"factory is the {kind} {factory.__name__}; expected a function that makes a Transform, such as "
             f"lambda lr, strength: fr.prox_adam(lr, {factory.__name__}, strength=strength)"
         )
     if isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer):

@@ -448,7 +448,7 @@ class Penalty(Remembering):
         return Sum((*_terms(self), *_terms(other)))
 
     def __radd__(self, other: Any) -> Penalty:
-        return self if isinstance(other, int) and other == 0 else self + other  # As sum() begins.
+        return self if _begins_a_sum(other) else self + other
 
     def __mul__(self, strength: Hyper) -> Penalty:
         if isinstance(strength, Penalty):
@@ -593,6 +593,11 @@ class Sum(Penalty):
         for term in self._addends:
             term.times(weights).check(params)
         return weights
+
+
+def _begins_a_sum(x: Any) -> bool:
+    """Whether it is the 0 with which `sum` begins."""
+    return type(x) is int and x == 0
 
 
 def _made_again(function: Callable[..., Penalty], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Penalty:

@@ -31,6 +31,7 @@ from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
+from funcreg.rounding import is_narrow
 from funcreg.selection import plain_names, scaled_parameters
 from funcreg.transform import (
     Transform,
@@ -52,6 +53,7 @@ from funcreg.tree import (
     product,
     scalar_device,
     tree_leaves,
+    widen,
 )
 
 #: Entries from which on a compiled step saves more than its first call costs.
@@ -448,7 +450,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, _Compiled | None] = {}
-        self._restored = self._said_zero = self._said_replaced = False
+        self._restored = self._said_zero = self._said_replaced = self._said_rounded = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -590,7 +592,7 @@ class Regularization:
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         looks = self.steps in _LOOKS and _has_numbers(moved)  # Some layers begin with zeros, which a step of 0 leaves.
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-            self._land(optimizer, moved, values, skipped)
+            self._land(optimizer, moved, values, skipped, looks)
         if looks:
             self._say_all_became_zero(moved)
 
@@ -606,6 +608,23 @@ class Regularization:
             "strength is above what the gradients of the loss can hold against. For a loss that is a mean, strengths "
             "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
         )
+
+    def _say_rounded(self, moved: list[_Moved], wide: Params, landed: Params) -> None:
+        """Warn, once, if most of what the penalty would change in parameters of sixteen bits is rounded away."""
+        changed, lost = 0, 0
+        for m in moved:
+            if is_narrow(m.w.dtype):
+                away = landed[m.name] != wide[m.name]
+                changed += int(away.sum())
+                lost += int((away & (landed[m.name].to(m.w.dtype) == m.w.detach())).sum())
+        if 4 * lost > 3 * changed:
+            self._said_rounded = True
+            warn_user(
+                f"{self!r} leaves {lost} of {changed} entries of sixteen bits that it would change where they are: its "
+                "step is less than half the distance to the next number, and is rounded away. Keep parameters in "
+                "float32, and compute in sixteen bits by autocast; or take Optimizer with with_master_weights around "
+                "a chain such as prox_adam."
+            )
 
     def _moved(self, optimizer: Optimizer) -> list[_Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -670,7 +689,9 @@ class Regularization:
                 found[i] = gain(groups[i], self._buffers[i])
         return found
 
-    def _land(self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None) -> None:
+    def _land(
+        self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None, looks: bool
+    ) -> None:
         task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
         tree = lambda leaves: {**leaves, **self._absent}
         # Without a look that makes an entry where there is none: the state stays what it was.
@@ -685,6 +706,11 @@ class Regularization:
         if task.rule.source is not None:
             rows = zip(moved, entries, strict=True)
             sources = tree({m.name: task.rule.source(m.w, each, groups[m.group], note(m.w)) for m, each in rows})
+        if looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved]):
+            wide = tree({m.name: widen(m.w.detach()) for m in moved})
+            starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in moved})
+            scalars = _laid_out(columns, classes, wide)
+            self._say_rounded(moved, wide, task.land(starts, wide, sources, scalars, values, self._inner))
         if not keeps and skipped is None and self._may_compile(moved):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
             read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
@@ -764,6 +790,7 @@ class _Lost:
 def _reduced(ref: weakref.ref[Optimizer], protocol: Any) -> Any:
     """How an optimizer is copied and pickled: as ever, and a hook of the copy notices that penalties are missing."""
     optimizer = ref()
+    assert optimizer is not None  # It is being copied.
     function, args, state = type(optimizer).__reduce_ex__(optimizer, protocol)[:3]
     return _copied, (function, args, state, [repr(each) for each in vars(optimizer).get(_OWN, [])])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number
@@ -161,7 +162,7 @@ class Transform(Remembering):
     def init(self, params: Params) -> State:
         """The state before the first update."""
         state = self.begin(params)
-        _watch_raw(self, params)
+        _watch_steps(self, params)
         return state
 
     def begin(self, params: Params) -> State:
@@ -254,12 +255,13 @@ def raw_leaves(tx: Transform, params: Params) -> str | None:
     )
 
 
-def _watch_raw(tx: Transform, params: Params) -> None:
+def _watch_steps(tx: Transform, params: Params) -> None:
+    """Warn of steps that go uphill at some leaves, or that sixteen bits round away."""
     if tx.covers is None or torch.compiler.is_compiling() or is_transformed() or hidden(params):
         return
-    said = raw_leaves(tx, params)
-    if said is not None:
-        warn(said)
+    for said in (raw_leaves(tx, params), rounded_away(tx, params)):
+        if said is not None:
+            warn(said)
 
 
 # Autograd history that grows from step to step

@@ -79,6 +79,8 @@ LAYERS = [
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
+    ["rounding"],
+    ["coarse"],
     [
         "annealing",
         "checkpoint",
@@ -92,7 +94,6 @@ LAYERS = [
         "layers",
         "per_example",
         "plan",
-        "rounding",
         "selection",
         "transform",
     ],

@@ -511,6 +511,27 @@ def test_parameters_of_sixteen_bits_get_zeros_and_keep_their_dtype(name):
     assert w.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
+    w = nn.Parameter(torch.linspace(0.5, 1.0, 20, dtype=dtype))
+    optimizer = kind([w], 0.01)
+    handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
+    w.grad = torch.full_like(w, 0.25)
+    with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    for _ in range(10):
+        optimizer.step()  # Warnings are errors.
+    handle.remove()
+    for v, strength in ((w, 0.0), (w, 5.0), (w.detach().float().requires_grad_(), 1e-4)):
+        v.grad = torch.zeros_like(v)
+        other = optim.SGD([v], 0.01)
+        fr.regularize(other, fr.half_l2, strength=strength)
+        for _ in range(11):
+            other.step()  # Warnings are errors.
+
+
 def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():
     table, dense = nn.Embedding(6, 2, sparse=True), nn.Embedding(6, 2)
     dense.load_state_dict(table.state_dict())

@@ -209,9 +209,9 @@ def _filled(leaf: Any, found: Any) -> Any:
     if _is_sharded(leaf) and not _is_sharded(found):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = leaf.device_mesh, leaf.placements  # pyright: ignore[reportAttributeAccessIssue]
+        like: Any = leaf  # A DTensor.
         # Every process has the whole tensor, and keeps its part of it.
-        found = distribute_tensor(found.to(leaf.device), mesh, placements, src_data_rank=None)
+        found = distribute_tensor(found.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     elif _is_sharded(found) and not _is_sharded(leaf):
         found = found.full_tensor()
     new = torch.empty_like(leaf, requires_grad=False).copy_(found)

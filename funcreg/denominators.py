@@ -123,7 +123,8 @@ def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
 
 def _adafactor(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
     least, floor = group["eps"]
-    least, g = torch.finfo(w.dtype).eps if least is None else least, widen(w.grad)  # pyright: ignore[reportArgumentType]
+    least = torch.finfo(w.dtype).eps if least is None else least
+    g = widen(w.grad)  # pyright: ignore[reportArgumentType]  # What has moved has a gradient.
     if g.ndim > 1:
         row, column = widen(state["row_var"]), widen(state["col_var"])
         square = row @ column / row.mean(-2, keepdim=True).clamp(min=least)

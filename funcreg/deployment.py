@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from funcreg._typing import Mask, Params
+from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole, check_whole_module
 from funcreg.tree import check_params, flatten, listed, mask_leaves, tree_paths
@@ -90,7 +91,7 @@ def to_sparse(
             except RuntimeError as error:  # PyTorch says by it which shapes and dtypes it has no kernel for.
                 refused.append(f"'{name}' ({str(error).strip().splitlines()[0]})")
     if refused:
-        warnings.warn(f"to_sparse left matrices in the 2:4 pattern dense: {'; '.join(refused)}", stacklevel=2)
+        warn_user(f"to_sparse left matrices in the 2:4 pattern dense: {'; '.join(refused)}")
     elif not converted:
         _nothing(mask, leaves, chosen, f"to_sparse found no matrix that is smaller in the layout {layout}")
     return rebuild(made)
@@ -135,7 +136,7 @@ def _nothing(mask: Mask | None, leaves: list[Tensor], chosen: list[bool], what: 
     message = f"{what}: {zeros} of {entries} entries {'' if mask is None else 'that the mask chooses '}are zero{cause}"
     if mask is not None:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    warn_user(message)
 
 
 # The masks of torch.nn.utils.prune

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole_module
 from funcreg.tree import listed
@@ -111,11 +111,10 @@ def factorized(
         if layers is not None:
             raise ValueError(f"layers names '{name}', which cannot be two thin layers: {refused.get(name) or said[-1]}")
     if layers is None and not made:
-        warnings.warn(
+        warn_user(
             f"factorized found no layer that is smaller as two at tolerance={tolerance}: "
             f"{'; '.join(said[:10]) or 'no linear layer or convolution of one group'}. Low rank comes from the "
             "proximal step of a penalty of singular values such as nuclear, not from a term in the loss",
-            stacklevel=2,
         )
     return _replaced(smaller, made)
 

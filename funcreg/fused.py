@@ -18,6 +18,7 @@ from torch import Tensor
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Remembering, remembered
+from funcreg.freshness import Freshness
 from funcreg.lowering import Compiler, say_once
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
@@ -241,8 +242,7 @@ class FusedStep(_Planned):
         self._tx, self._donate, self._loose = tx, donate, loose
         self._on_shards = OnShards(tx, donate, loose, lambda local: FusedStep(local, donate, backend, loose))
         self._compiled: Any = None  # Of a chain that cannot be recorded.
-        #: Vectors of `gradients`, and versions of their leaves at the last call; None after a warning.
-        self._versions: tuple[list[int], list[int]] | None = ([], [])
+        self._freshness = Freshness()  # Of what `gradients` gave out.
 
     def init(self, params: Params, **extra: Any) -> tuple[Params, State]:
         """Parameters and state for this step to own: copies that need no gradient, packed as the step likes them.
@@ -270,22 +270,24 @@ class FusedStep(_Planned):
                 made = plan.packed(made, "parameter", "state")
         return restored(specs[0], made[0]), restored(specs[2], made[2])
 
-    def packed_state(self, params: Params, grads: Updates, state: State) -> State:
+    def packed_state(self, params: Params, grads: Updates, state: State, **extra: Any) -> State:
         """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
         if is_spread(params):
-            return self._on_shards.packed_state(params, state)
-        trees = (params, grads, state)
+            return self._on_shards.packed_state(params, state, _with_tensors(extra))
+        if _has_objects(extra):
+            return state
+        trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
         columns, specs = zip(*map(structure, trees), strict=True)
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plan(trees, columns, specs)
-            return state if plan is None else restored(specs[2], plan.packed(columns, "state")[2])
+            return state if plan is None else restored(specs[2], plan.packed(columns[:3], "state")[2])
 
     def gradients(self, params: Params) -> Updates:
         """Zeros like parameters of `init`, in memory where the step reads gradients without copying them together.
 
         Write gradients into them, as `backward()` does if they are the `grad` of module parameters, and set them to
-        zero by `zero_grad(set_to_none=False)`: by default `zero_grad` takes them away. A step warns, once, where
-        nothing was written into them since the step before.
+        zero by `zero_grad(set_to_none=False)`: by default `zero_grad` takes them away. A step warns, once, where they
+        are what they were at the two steps before.
 
         Raises:
             ValueError: `init` made no parameters like these.
@@ -298,7 +300,7 @@ class FusedStep(_Planned):
             if specs[0] != spec or [like[1:] for like in known] != kinds:
                 continue
             made = [torch.zeros_like(x, requires_grad=False, memory_format=torch.contiguous_format) for x in leaves]
-            self._versions = ([], [])
+            self._freshness = Freshness()
             return restored(spec, made if plan is None else plan.packed([leaves, made], "gradient")[1])
         raise ValueError("gradients got parameters that this step's init did not make; call init first")
 
@@ -353,7 +355,7 @@ class FusedStep(_Planned):
             shares = lambda x: donated is not None and isinstance(x, Tensor) and donated.shared([x])
             given = [[x.clone() if shares(x) else x for x in column] for column in columns[3:]]
             checked, call = self._check(plan, trees[:3], (*columns[:3], *given), specs, donated)
-        if self._versions is not None:
+        if not self._freshness.is_told:
             self._check_gradients_are_new(call, checked, params)
         places, results = checked.plan.places, checked.plan.run(call)
         if not self._donate:
@@ -398,26 +400,20 @@ class FusedStep(_Planned):
         return self._stored(params, state, new)
 
     def _check_gradients_are_new(self, call: Call, checked: _Checked, params: Params) -> None:
-        """Warn where nothing was written into gradients of `gradients` since the last call."""
+        """Warn where nothing was written into gradients of `gradients` since the last calls."""
         parts = [part for part in checked.plan.parts("gradient") if part in call.vectors and part.starts[-1]]
-        read = [i for part in parts for i in part.positions if call.arguments[i].numel()]
-        if not read:
+        places = [i - checked.count for part in parts for i in part.positions if call.arguments[i].numel()]
+        if not places:
             return
         vectors = [id(call.vectors[part]) for part in parts]
-        versions = undocumented.versions([call.arguments[i] for i in read])
-        before, self._versions = self._versions, (vectors, versions)
-        if before is None or before[0] != vectors:
-            return
-        stale = [i - checked.count for i, old, new in zip(read, before[1], versions, strict=True) if old == new]
-        spared = [False] * checked.count if self._tx.spares is None or not stale else self._tx.spares(params)
-        stale = [i for i in stale if not spared[i]]
+        spared = lambda: [False] * checked.count if self._tx.spares is None else self._tx.spares(params)
+        stale = self._freshness.stale(vectors, {i: call.arguments[i + checked.count] for i in places}, spared)
         if stale:
             names = [name for i, name in enumerate(tree_paths(params)) if i in stale]
-            self._versions = None
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
-                "which was taken with the same numbers. By default zero_grad() takes them away from the parameters of "
-                "a module, so that backward() writes elsewhere; use zero_grad(set_to_none=False)."
+                "which was taken with the same numbers, as the one before. By default zero_grad() takes them away from "
+                "the parameters of a module, so that backward() writes elsewhere; use zero_grad(set_to_none=False)."
             )
 
 

@@ -15,13 +15,14 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from funcreg.undocumented import tracing_tools
 
+T = TypeVar("T")
 #: For each dimension of a tensor, what names the cut along it, or None. Tensors with equal cuts have pieces that fit.
 Cuts = tuple[Any, ...]
 
@@ -66,20 +67,25 @@ def local_result(
     """
     small = tuple([n for n in small if n == 1])  # What is made of no entries is no entries.
     key = _key((f, *row)), tuple(cuts), pieces, small
-    try:
-        if key in _known:
-            return _known[key]
-    except TypeError:  # Something in it has no hash.
-        return _found(f, row, cuts, pieces, small)
-    if len(_known) > 10_000:
-        _known.clear()
-    _known[key] = found = _found(f, row, cuts, pieces, small)
-    return found
+    return _kept(key, lambda: _found(f, row, cuts, pieces, small))
 
 
 _known: dict[Any, Any] = {}
 #: Sums of a rule up to which completing each costs less than the whole.
 _MOST = 4
+
+
+def _kept(key: Any, find: Callable[[], T]) -> T:
+    """What was found under a key, or is found now, and kept for the next time."""
+    try:
+        if key in _known:
+            return _known[key]
+    except TypeError:  # Something in it has no hash.
+        return find()
+    if len(_known) > 10_000:
+        _known.clear()
+    _known[key] = found = find()
+    return found
 
 
 def _found(
@@ -102,13 +108,7 @@ def summed_result(
         small: Sizes below 2 along the cuts that some pieces have: all processes know what the rule does there.
     """
     key = _key((f, *row)), tuple(cuts), pieces, tuple(small), "sums"
-    try:
-        if key in _known:
-            return _known[key]
-    except TypeError:  # Something in it has no hash.
-        return _found_sums(f, row, cuts, pieces, small)
-    _known[key] = found = _found_sums(f, row, cuts, pieces, small)
-    return found
+    return _kept(key, lambda: _found_sums(f, row, cuts, pieces, small))
 
 
 def _found_sums(

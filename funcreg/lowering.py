@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.func import vmap
 
 from funcreg import undocumented
 from funcreg.grouping import Group, Grouping
+from funcreg.notices import warn_user
 from funcreg.recording import Node, Value, needed_nodes, placeholder, record
 
 _aten = torch.ops.aten
@@ -26,7 +26,7 @@ def say_once(message: str) -> None:
     """Warn, unless this was said before."""
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, stacklevel=2)
+        warn_user(message)
 
 
 # Compilation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch.func import grad_and_value, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.coupled import check_groups_are_whole
+from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.quadratic import (
     Descent,
@@ -170,11 +170,10 @@ class Problem:
         check_range("tol", self.tol, 0.0)
         kind = _coarsest(params)
         if 0 < self.tol < 8 * torch.finfo(kind).eps:
-            warnings.warn(
+            warn_user(
                 f"tol is {self.tol:g}, and params are {kind}, in which gradients of size 1 are known to "
                 f"{torch.finfo(kind).eps:.0e}: no residual is as small. By default tol is {_REACHED.get(kind, 1e-2):g} "
                 "here; for less, give params and args in float64.",
-                stacklevel=4,
             )
 
     def tolerance(self, params: Params) -> float:
@@ -386,10 +385,9 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     proximal = flat.over_members(lambda tensors, s: _step(flat, tensors, _State(*s)))
     s, hessian, flat_there = start(tensors)
     if bool(flat_there.all()):
-        warnings.warn(
+        warn_user(
             "the gradient and the curvature of the loss are 0 at params: does it depend on them? A detach(), .data or "
             "item() in it hides them.",
-            stacklevel=2,
         )
     s = _State(*s)
     hessian = hessian if _is_small(s.x) else None

@@ -10,16 +10,17 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
+from funcreg.combine import named_chain
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.construction import written
-from funcreg.decay import arguments_of, decay_of
+from funcreg.decay import arguments_of, decay_of, every_part, parts_of
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, trace
-from funcreg.transform import Transform
+from funcreg.transform import Transform, raw_leaves
 from funcreg.tree import keep, listed, tree_leaves, tree_paths
 
 
@@ -76,6 +77,8 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
         *_penalized_twice(links),
         *_out_of_order(links),
         *_uphill(links, several),
+        *_left_raw(entries, whole),
+        *_beside_gathered(entries),
         *_lost_in_sixteen_bits(links),
     ]
 
@@ -178,6 +181,50 @@ def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
                 f"{entry.tx!r} turns the sign that {before[-1].tx!r} has turned: updates go uphill, which is right for "
                 "an objective that is to be made large. Else take one of them out."
             )
+
+
+def _left_raw(entries: list[Entry], whole: Params | None) -> Iterator[str]:
+    if whole is None:
+        return
+    try:
+        said = raw_leaves(next(entry.tx for entry in entries if not entry.depth), whole)
+    except (TypeError, ValueError):  # Of a mask or of labels that do not fit, which was said.
+        return
+    if said is not None:
+        yield said
+
+
+def _beside_gathered(entries: list[Entry]) -> Iterator[str]:
+    """What stands beside a link that gathers gradients, and not in it: it acts at every call."""
+    for entry in entries:
+        links = parts_of(entry.tx) if entry.tx.links or made(entry.tx, named_chain) else []
+        waiting = [i for i, link in enumerate(links) if "waits" in link.stages]
+        if not waiting:
+            continue
+        gathers = links[waiting[0]]
+        for place, some in (("before", links[: waiting[0]]), ("after", links[waiting[0] + 1 :])):
+            for part in [each for link in some for each in every_part(link)]:
+                reason = _at_every_call(part, place)
+                if reason is not None:
+                    yield (
+                        f"{part!r} stands {place} {gathers!r}, which makes a step of several gradients: {reason}. Put "
+                        "it inside, to act once a step."
+                    )
+
+
+def _at_every_call(tx: Transform, place: str) -> str | None:
+    """What is wrong with a transform that acts at every gradient, where several make a step."""
+    name = "" if tx.made_by is None else tx.made_by.function.__name__
+    if name == "add_noise":
+        before = "the noise is averaged with them, and smaller than it says"
+        return before if place == "before" else "it adds noise at every call, between these steps, too"
+    if place == "after":
+        return None
+    if name.startswith(("clip", "adaptive_grad_clip", "normalize")):
+        return "it changes each of them, and not their mean"
+    if tx.metric is not None or name in (trace.__name__, ema.__name__):
+        return "its memory is one of single gradients, and not of steps"
+    return None
 
 
 # Thresholds and averages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -15,6 +14,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
 from funcreg.composition import Term
 from funcreg.minimize import Problem, Solution
+from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
 from funcreg.transform import public_state
@@ -327,10 +327,9 @@ def cross_validate(
             "numbers. Are there such in data?"
         )
     if not bool(converged.all()):
-        warnings.warn(
+        warn_user(
             f"cross_validate: {int((~converged).sum())} of {converged.numel()} fits have not converged; see "
             "`converged`. A greater tol or max_steps may help, or columns of mean 0 and equal scale.",
-            stacklevel=2,
         )
     error = scores.std(0) / len(held_out) ** 0.5
     least = int(mean.argmin())

@@ -41,6 +41,8 @@ from funcreg.undocumented import dynamo_asks
 
 P = TypeVar("P", bound="Penalty")
 _AT_LEAST_0 = (0.0, math.inf)
+#: In the place of an argument that did not come.
+_LACKING: Any = inspect.Parameter.empty
 
 
 class Penalty(Remembering):
@@ -206,16 +208,18 @@ class Penalty(Remembering):
         return self
 
     @without_autocast
-    def __call__(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
+    def __call__(self, params: Params = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
         """The value, summed over all leaves: a 0-dim tensor, float32 at least."""
+        self._check_given(params=params)
         values, options = self.bind(*hyper, **options)
         check_params(params)
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
         return self._value(chosen, *values, **options)
 
     @without_autocast
-    def grad(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
+    def grad(self, params: Params = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
         """The gradient, the subgradient of least norm at a kink: a tree like the parameters."""
+        self._check_given("grad", params=params)
         values, options = self.bind(*hyper, **options)
         check_params(params)
         rest = None if mask is None else tree_map(torch.zeros_like, params)
@@ -224,8 +228,8 @@ class Penalty(Remembering):
     @without_autocast
     def prox(
         self,
-        params: Params,
-        step: Hyper,
+        params: Params = _LACKING,
+        step: Hyper = _LACKING,
         *hyper: Hyper,
         metric: Params | None = None,
         inner_steps: int | None = None,
@@ -242,12 +246,13 @@ class Penalty(Remembering):
             inner_steps: For a convex penalty without a closed form in a metric: the number of steps, at least 1, of a
                 descent that finds the point there with the proximal operator without a metric. 100 give 7 to 12 digits
                 where the metric of a leaf spans two orders of magnitude. None for the penalty's own rule.
+            mask: Leaves on which the penalty acts; the others stay as they are.
+            options: Static options of the penalty.
 
         Raises:
             ValueError: There is no rule in a metric, and no `inner_steps`.
-            mask: Leaves on which the penalty acts; the others stay as they are.
-            options: Static options of the penalty.
         """
+        self._check_given("prox", params=params, step=step)
         values, options = self.bind(*hyper, **options)
         check_params(params)
         _check("step", step, _AT_LEAST_0)
@@ -283,7 +288,9 @@ class Penalty(Remembering):
         return _on(mask, params, act, params)
 
     @without_autocast
-    def prox_dual(self, params: Params, step: Hyper, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
+    def prox_dual(
+        self, params: Params = _LACKING, step: Hyper = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any
+    ) -> Params:
         r"""The proximal operator of the conjugate :math:`g^*(z) = \sup_w \langle z, w \rangle - g(w)`.
 
         It is :math:`w - \text{step} \cdot \operatorname{prox}_{g / \text{step}}(w / \text{step})` for a convex penalty,
@@ -300,6 +307,7 @@ class Penalty(Remembering):
         Raises:
             ValueError: The penalty is not convex.
         """
+        self._check_given("prox_dual", params=params, step=step)
         if not self.is_convex(*hyper, **options):
             raise ValueError(
                 f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of "
@@ -432,8 +440,15 @@ class Penalty(Remembering):
 
     def __add__(self, other: Penalty) -> Penalty:
         if not isinstance(other, Penalty):
-            return NotImplemented
+            what = "a tensor" if isinstance(other, Tensor) else f"the {type(other).__name__} {other!r}"
+            raise TypeError(
+                f"{self.__name__} and {what} are added; expected penalties. In a loss stands the value, "
+                f"{self._as_called()}(params); a chain has add_penalty or proximal for a link."
+            )
         return Sum((*_terms(self), *_terms(other)))
+
+    def __radd__(self, other: Any) -> Penalty:
+        return self if _begins_a_sum(other) else self + other
 
     def __mul__(self, strength: Hyper) -> Penalty:
         if isinstance(strength, Penalty):
@@ -473,6 +488,17 @@ class Penalty(Remembering):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)
         return tuple(values), options
 
+    def _check_given(self, form: str = "", **given: Any) -> None:
+        """Raise an error, with the right way to write it, for arguments that did not come."""
+        lacking = [name for name, value in given.items() if value is _LACKING]
+        if not lacking:
+            return
+        name, row = self._as_called(), ", ".join([*given, *[p.name for p in self._hyper]])
+        call = f"{name}.{form}" if form else name
+        hint = "" if form else f". What takes a {self.kind} as an argument gets it as it is, {self.__name__}, uncalled."
+        hint = ". The step is the learning rate times the strength." if lacking == ["step"] else hint
+        raise TypeError(f"{call} lacks {' and '.join(lacking)}; expected {call}({row}){hint}")
+
     def _check_names(self, options: Collection[str]) -> None:
         known = {p.name for p in self._hyper} | self._options
         unknown = [name for name in options if name not in known]
@@ -487,8 +513,15 @@ class Penalty(Remembering):
         return takes + (f" and the keywords {', '.join(sorted(self._options))}" if self._options else "")
 
     def _how_strong(self) -> str:
-        name = self.__name__
-        return f"Its strength is a factor, 1e-4 * {name}(params), or strength=1e-4 of what takes {name} as an argument."
+        name = self._as_called()
+        return (
+            f"Its strength is a factor, 1e-4 * {name}(params), also of the step, {name}.prox(params, 1e-4 * rate); or "
+            f"strength=1e-4 of what takes {self.__name__} as an argument."
+        )
+
+    def _as_called(self) -> str:
+        """The name, such that a call or an attribute may follow."""
+        return f"({self.__name__})" if " " in self.__name__ else self.__name__
 
     def without_defaults(self, values: tuple[Hyper, ...]) -> tuple[Hyper, ...]:
         """Hyperparameters without the last ones that are what they would be anyway."""
@@ -560,6 +593,11 @@ class Sum(Penalty):
         for term in self._addends:
             term.times(weights).check(params)
         return weights
+
+
+def _begins_a_sum(x: Any) -> bool:
+    """Whether it is the 0 with which `sum` begins."""
+    return type(x) is int and x == 0
 
 
 def _made_again(function: Callable[..., Penalty], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Penalty:

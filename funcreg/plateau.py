@@ -49,6 +49,9 @@ def reduce_on_plateau(
     GPU, in an ensemble or compiled goes on without waiting, and each member has a plateau of its own.
     `torch.optim.lr_scheduler.ReduceLROnPlateau` waits for one value more than `patience`.
 
+    Where it stands is in the state: `tree_get(state, "scale")`, which times the learning rate is the one in effect. In
+    an `Optimizer` each parameter has it, `optimizer.state[parameter]["1.scale"]` if this is the second link.
+
     Args:
         factor: What the number is multiplied by, above 0 and below 1.
         patience: Number of values in a row without improvement after which it is.
@@ -69,6 +72,8 @@ def reduce_on_plateau(
         ...     scales.append(-float(updates["weight"]))
         >>> scales
         [1.0, 1.0, 1.0, 0.5, 0.5]
+        >>> tree_get(state, "scale")
+        tensor(0.5000, dtype=torch.float64)
     """
     check_range("factor", factor, 0.0, 1.0, open_low=True, open_high=True)
     share(rtol=rtol, min_scale=min_scale)

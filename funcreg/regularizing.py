@@ -34,7 +34,8 @@ def where_masked(mask: Mask | None, tx: Transform) -> Transform:
 def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str, Any]) -> None:
     """Raise an error, before the first step, if a penalty is not one or does not take these hyperparameters."""
     if not isinstance(penalty, Penalty):
-        what = f"a {type(penalty).__name__}" if isinstance(penalty, (dict, list, tuple, Tensor)) else repr(penalty)
+        shown = isinstance(penalty, (dict, list, tuple, Tensor, torch.nn.Module, torch.optim.Optimizer))
+        what = f"a {type(penalty).__name__}" if shown else repr(penalty)
         hint = ". Is it a value? Give the penalty itself, l1 and not l1(params)" if isinstance(penalty, Tensor) else ""
         raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty{hint}")
     penalty.bind(*hyper, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from math import gcd
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from funcreg._typing import Params
 from funcreg.families import Along, Groups, Place, gather, places_of, within
+from funcreg.notices import warn_user
 from funcreg.sharding import whole
 from funcreg.tree import flatten, gathered, listed, tree_paths
 
@@ -100,7 +100,7 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     families = [_Family(i, family, _used(leaves, family)) for i, family in enumerate(places_of(groups, params))]
     families = [family for family in families if len(family.used)]  # Penalized leaves may not be here.
     if (problem := _problem(names, leaves, families, groups, multiple)) is not None:
-        warnings.warn(problem, stacklevel=2)
+        warn_user(problem)
     for _, family, used in families:
         alive = _staying(used.any(0), family, multiple)
         for leaf, along in family:

@@ -93,6 +93,11 @@ def is_narrow(dtype: torch.dtype) -> bool:
     return dtype in _SIXTEEN
 
 
+def digits(dtype: torch.dtype) -> int:
+    """How many binary digits numbers of sixteen bits have."""
+    return _SIXTEEN[dtype][0]
+
+
 def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     r"""One of the two sixteen-bit numbers around each entry, the nearer the likelier: the mean is the entry.
 
@@ -103,9 +108,9 @@ def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         bits: Random integers like it, of which the last sixteen bits, or thirteen, count.
         dtype: `torch.bfloat16` or `torch.float16`.
     """
-    digits, least = _SIXTEEN[dtype]
+    places, least = _SIXTEEN[dtype]
     size = x.abs()
-    unit = (size.clamp(min=2.0**least).log2().floor() - (digits - 1)).exp2()
-    places = 24 - digits  # Of float32, behind the digits that stay.
-    steps = (size / unit + (bits & (2**places - 1)).to(x.dtype) * 2.0**-places).floor()
+    unit = (size.clamp(min=2.0**least).log2().floor() - (places - 1)).exp2()
+    behind = 24 - places  # Of float32, behind the digits that stay.
+    steps = (size / unit + (bits & (2**behind - 1)).to(x.dtype) * 2.0**-behind).floor()
     return torch.where(x.isfinite(), x.sign() * (steps * unit), x)

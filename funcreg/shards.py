@@ -52,13 +52,13 @@ class OnShards:
             made, memory = self._step(way).init(local(params), **local(extra))
             return spread(made, params), spread(memory, state)
 
-    def packed_state(self, params: Params, state: State) -> State:
+    def packed_state(self, params: Params, state: State, extra: dict[str, Any]) -> State:
         """The state as the step likes it beside parameters that stay where they are."""
-        way = self.way(params, params, state, {})
+        way = self.way(params, params, state, extra)
         if way is None:
             return state
         shards = local(params)
-        return spread(self._step(way).packed_state(shards, shards, local(state)), state)
+        return spread(self._step(way).packed_state(shards, shards, local(state), **local(extra)), state)
 
     def gradients(self, params: Params) -> Updates:
         """Zeros like parameters, in memory where a step on shards reads them without copying."""

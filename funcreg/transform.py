@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import types
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -13,7 +11,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
+from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number
 from funcreg.schedules import KnownSchedule
 from funcreg.tree import (
@@ -130,6 +130,13 @@ class Transform(Remembering):
         self.examples = examples
         self.factor = factor
         self._state = state
+        alone = [tx for tx in self.forwards_to if tx.examples]
+        if alone and not examples:
+            raise ValueError(
+                f"{alone[0]!r} takes gradients of single examples, which are clipped before anything else; a wrapper "
+                "would hand it sums of them, or trees like the parameters. Expected it alone, first in a chain, or in "
+                "inject_hyperparams. For MultiSteps, take a larger batch."
+            )
 
     kind = "transform"
 
@@ -155,9 +162,7 @@ class Transform(Remembering):
     def init(self, params: Params) -> State:
         """The state before the first update."""
         state = self.begin(params)
-        goes = "steps" in self.stages or "flips" in self.stages
-        if goes and self.covers is not None and self.covers is not everywhere:
-            _watch_raw(self, params, self.covers)
+        _watch_steps(self, params)
         return state
 
     def begin(self, params: Params) -> State:
@@ -232,23 +237,31 @@ def warn(message: str) -> None:
     """Warn of a line of the user's; not while code is traced or batched, where it was or will be run once more."""
     if torch.compiler.is_compiling() or is_transformed():
         return
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("funcreg."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warn_user(message)
 
 
-def _watch_raw(tx: Transform, params: Params, covers: Choice) -> None:
-    """Warn of leaves whose raw gradients are updates, while others take steps downhill."""
-    if torch.compiler.is_compiling() or is_transformed() or hidden(params):
+def raw_leaves(tx: Transform, params: Params) -> str | None:
+    """What is wrong with leaves whose raw gradients are updates, while others take steps downhill; None if none are."""
+    goes = "steps" in tx.stages or "flips" in tx.stages
+    if not goes or tx.covers is None or tx.covers is everywhere:
+        return None
+    raw = [name for name, covered in zip(tree_paths(params), tx.covers(params), strict=True) if not covered]
+    if not raw:
+        return None
+    return (
+        f"{tx!r} makes steps downhill at some leaves and lets the updates of others pass: {listed(raw)} would go "
+        "uphill, by the whole of their gradients. To hold them, write chain(freeze(mask), ...); to treat them "
+        "otherwise, take partition."
+    )
+
+
+def _watch_steps(tx: Transform, params: Params) -> None:
+    """Warn of steps that go uphill at some leaves, or that sixteen bits round away."""
+    if tx.covers is None or torch.compiler.is_compiling() or is_transformed() or hidden(params):
         return
-    raw = [name for name, covered in zip(tree_paths(params), covers(params), strict=True) if not covered]
-    if raw:
-        warn(
-            f"{tx!r} makes steps downhill at some leaves and lets the updates of others pass: {listed(raw)} would go "
-            "uphill, by the whole of their gradients. To hold them, write chain(freeze(mask), ...); to treat them "
-            "otherwise, take partition."
-        )
+    for said in (raw_leaves(tx, params), rounded_away(tx, params)):
+        if said is not None:
+            warn(said)
 
 
 # Autograd history that grows from step to step
@@ -435,7 +448,7 @@ def is_scheduled(*hyper: Hyper) -> bool:
     return any(callable(leaf) for value in hyper for leaf in flatten(value)[0])
 
 
-def at_step(value: Hyper, steps: Tensor | None) -> Hyper:
+def at_step(value: Hyper, steps: Tensor | int | None) -> Hyper:
     """A hyperparameter with the values that its schedules have at a step, and numbers of numpy as those of Python."""
     if isinstance(value, (Tensor, float, int)):
         return value
@@ -443,7 +456,7 @@ def at_step(value: Hyper, steps: Tensor | None) -> Hyper:
     return rebuild([_value(leaf, steps) for leaf in leaves])
 
 
-def _value(leaf: Any, steps: Tensor | None) -> Any:
+def _value(leaf: Any, steps: Tensor | int | None) -> Any:
     if not callable(leaf):
         return number(leaf)
     value = number(leaf(steps))
@@ -575,6 +588,14 @@ def _described(tx: Any, what: str) -> str:
         return f"{came} Are they to be given one by one, as in {what}(*transforms)?"
     if isinstance(tx, torch.optim.Optimizer):
         return f"{came} An optimizer of torch changes its parameters itself; take one of funcreg such as adamw."
+    kind, name = getattr(tx, "kind", None), getattr(tx, "__name__", repr(tx))
+    if isinstance(kind, str):
+        link = {
+            "penalty": f"A link of it is add_penalty({name}) before the step, or proximal({name}, step) after it.",
+            "constraint": f"A link of it is project({name}, ...), after the step.",
+            "selection": f"Leaves are chosen by masked(tx, {name}).",
+        }
+        return f"the {kind} {name}; expected a Transform. {link.get(kind, '')}".strip()
     if callable(tx):
         return f"{came} Is it called, as in identity()? A function of updates and params goes through stateless."
     return came

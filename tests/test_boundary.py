@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
 import itertools
@@ -1189,6 +1190,51 @@ def test_gradients_that_are_zero_are_no_reason_to_warn():
         for _ in range(4):
             fr.tree_map(lambda g, w: torch.add(w, 1.0, out=g), mine, square())
             step(params, mine, state)
+
+
+def by_numpy(g, x):
+    g.numpy()[...] = x.numpy()
+
+
+def by_dlpack(g, x):
+    torch.from_dlpack(g).copy_(x)
+
+
+def by_data(g, x):
+    g.data.copy_(x)
+
+
+def by_memory(g, x):
+    ctypes.memmove(g.data_ptr(), x.data_ptr(), x.nbytes)
+
+
+@pytest.mark.parametrize("write", [by_numpy, by_dlpack, by_data, by_memory])
+@pytest.mark.parametrize("signs", [False, True])
+def test_gradients_that_are_written_past_torch_are_no_reason_to_warn(write, signs):
+    step = fr.fuse(fr.sgd(0.01), donate=True, backend="eager")
+    params, state = step.init({"a": torch.ones(4, 5, device="cpu"), "b": torch.ones(7, device="cpu")})
+    mine = step.gradients(params)
+    expected = {name: w.clone() for name, w in params.items()}
+    generator = torch.Generator("cpu").manual_seed(0)
+    for _ in range(5):
+        for name, g in mine.items():
+            x = torch.randn(g.shape, generator=generator, device="cpu")
+            write(g, x.sign() if signs else x)
+            expected[name] -= 0.01 * (x.sign() if signs else x)
+        params, state = step(params, mine, state)  # Warnings are errors.
+    assert_equal(params, expected, 1e-6)
+
+
+def test_gradients_that_stay_what_they_are_are_noticed_at_the_second_such_step_in_a_row():
+    step = fr.fuse(fr.sgd(0.01), backend="eager")
+    params, state = step.init({"a": torch.ones(3)})
+    mine = step.gradients(params)
+    for turn in (True, False, True, False, True, False):  # Every other one is new.
+        if turn:
+            mine["a"].fill_(1.0)
+        params, state = step(params, mine, state)
+    with pytest.warns(UserWarning, match="nothing was written into the gradients"):
+        step(params, mine, state)
 
 
 # Gradients that are None

@@ -228,6 +228,27 @@ MISTAKEN = {
         ),
         [r"the same leaves decay, by add_decayed_weights.* and again by prox_sgd"],
     ),
+    "a mask around an optimizer": (
+        lambda: fr.masked(fr.adam(0.1), HEAD),
+        [r"masked\(adam.* makes steps downhill at some leaves.*: body.* would go uphill.*freeze"],
+    ),
+    "a part that takes no steps": (
+        lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.clip(1.0)}, {"head": "a", "body": "b"}),
+        [r"partition.*: body.* would go uphill"],
+    ),
+    "clipping of each of several gradients": (
+        lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.MultiSteps(fr.sgd(0.1), 4)),
+        [r"clip_by_global_norm\(1.0\) stands before MultiSteps.*each of them, and not their mean. Put it inside"],
+    ),
+    "noise and moments of several gradients": (
+        lambda: fr.named_chain(
+            ("noise", fr.add_noise(0.1, 0.0, 0)),
+            ("moments", fr.chain(fr.scale_by_adam(), fr.trace(0.9))),
+            ("steps", fr.MultiSteps(fr.sgd(0.1), 4)),
+            ("more", fr.add_noise(0.1, 0.0, 0)),
+        ),
+        ["averaged with them", "scale_by_adam.*memory", "trace.*memory", "stands after MultiSteps.* at every call"],
+    ),
     "a pattern that matches nothing": (
         lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
         [r"per_leaf has 'tail.\*', which matches no leaf"],
@@ -253,6 +274,9 @@ def test_links_out_of_order_are_warned_of():
 
 
 RIGHT = [
+    lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
+    lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
+    lambda: fr.chain(fr.freeze(HEAD), fr.masked(fr.adam(0.1), {"head": False, "body": True})),
     lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(SCHEDULE, mask=fr.matrices)),
     lambda: fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1)),
     lambda: fr.chain(fr.sgd(SCHEDULE), fr.soft_threshold(SCHEDULE), fr.project(fr.linf_ball, 1.0), fr.identity()),
@@ -300,7 +324,9 @@ def test_steps_that_sixteen_bits_lose_are_warned_of():
     assert "1/4096 of a weight in float16" in said
     for keep in (fr.with_master_weights, lambda tx: fr.with_stochastic_rounding(tx, 0)):
         assert described(keep(fr.adamw(0.1)), half).warnings == []
-    assert described(fr.masked(fr.adamw(0.1), {"w": False, "b": True}), half).warnings == []
+    assert described(fr.chain(fr.freeze({"w": True, "b": False}), fr.adamw(0.1)), half).warnings == []
+    (said,) = described(fr.masked(fr.adamw(0.1), {"w": False, "b": True}), half).warnings
+    assert "would go uphill" in said
 
 
 def test_the_leaves_of_each_pattern_are_counted():

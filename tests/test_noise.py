@@ -338,3 +338,21 @@ def test_what_are_no_gradients_of_examples_is_refused():
         fr.differentially_private_aggregate(1.0, 1.0, None)
     with pytest.raises(ValueError, match="nesterov is True; it has no effect without momentum"):
         fr.dpsgd(0.1, 1.0, 1.0, 0, nesterov=True)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: fr.MultiSteps(tx, 2),
+        lambda tx: fr.MultiSteps(fr.chain(tx), 2),
+        lambda tx: fr.apply_if_finite(tx, 3),
+        lambda tx: fr.masked(tx, True),
+        lambda tx: fr.with_master_weights(tx),
+        lambda tx: fr.lookahead(tx, 5, 0.5),
+        lambda tx: fr.ensemble(lambda h: tx, torch.ones(2)),
+        lambda tx: fr.chain(fr.MultiSteps(tx, 2), fr.scale(2.0)),
+    ],
+)
+def test_wrappers_around_what_takes_gradients_of_examples_are_refused(wrap):
+    with pytest.raises(ValueError, match=r"takes gradients of single examples.* take a larger batch"):
+        wrap(fr.dpsgd(0.1, 1.0, 1.0, seed=0))

@@ -469,6 +469,24 @@ def test_the_state_is_packed_beside_parameters_that_stay_where_they_are(large_to
             assert x.untyped_storage().nbytes() == x.nbytes
 
 
+@pytest.mark.parametrize(
+    "extra", [{"value": 1.0}, {"value": torch.tensor(1.0, device="cpu")}], ids=["number", "tensor"]
+)
+def test_the_state_is_packed_also_beside_extra_arguments(extra, monkeypatch):
+    monkeypatch.setattr(plan, "SEPARATE", {torch.device(DEVICE).type: (8, 20)})
+    factory = lambda lr: fr.chain(fr.adam(lr), fr.reduce_on_plateau(factor=0.5, patience=1))
+    (model, optimizer), (plain, reference) = made("eager", factory=factory, lr=0.1), made(factory=factory, lr=0.1)
+    for n in range(4):
+        backward(model, n)
+        backward(plain, n)
+        optimizer.step(**extra)
+        reference.step(**extra)
+        assert_equal(list(model.parameters()), list(plain.parameters()))
+    (step,) = optimizer._steps.values()
+    (made_plan,) = step._plans.values()
+    assert all([len(part._used) == 1 for part in made_plan.parts("state") if part.positions])
+
+
 @every_way
 def test_tied_weights_and_new_storages_are_followed(compile):
     model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Tanh(), nn.Linear(5, 5, bias=False))
@@ -663,6 +681,10 @@ WRONG = {
     "no return": (lambda: fr.Optimizer(P, lambda lr: None, lr=0.1), TypeError, "returned None; lacks it a return"),
     "a transform": (lambda: fr.Optimizer(P, fr.adamw(0.1)), TypeError, r"factory is adamw\(0.1\); expected a function"),
     "a class of torch": (lambda: fr.Optimizer(P, AdamW, lr=0.1), TypeError, "is the optimizer AdamW of torch"),
+    "gradients of examples": (
+        lambda: fr.Optimizer(P, lambda lr: fr.dpsgd(lr, 1.0, 1.0, 0), lr=0.1), TypeError,
+        "takes gradients of single examples; a parameter has that of their mean",
+    ),
     "a module": (lambda: fr.Optimizer(nn.Linear(2, 2), LASSO), TypeError, "expected its named_parameters"),
     "a schedule": (
         lambda: fr.Optimizer(P, LASSO, lr=fr.constant_schedule(1.0), strength=1.0), TypeError,
@@ -910,6 +932,11 @@ def test_the_loss_that_a_chain_lacks_is_asked_for():
         trained(model, optimizer, 1)
     with pytest.raises(TypeError, match=r"needs the value.* where the closure returns the loss"):
         optimizer.step(lambda: None)
+    model, optimizer = made(factory=PLATEAU, lr=1.0)
+    backward(model, 0)
+    with pytest.raises(TypeError, match=r"needs the value.*The closure returned None; lacks it `return loss`\?"):
+        optimizer.step(lambda: None)
+    optimizer.step(lambda: 3.0)  # A number is a value, too.
 
 
 SEARCHES = {

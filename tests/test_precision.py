@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
-from cases import TRANSFORMS, assert_equal, draw
+from cases import DEVICE, TRANSFORMS, assert_equal, draw
 from torch.func import vmap
 
 import funcreg as fr
@@ -390,3 +391,84 @@ def test_loss_scales_go_through_chains_and_out_of_range_are_refused():
     both = fr.with_master_weights(fr.apply_if_finite(fr.sgd(1.0), 3))
     half = params.half()
     assert both.update(half, both.init(half), half, loss_scale=4.0)[0].tolist() == [-0.25, -0.25]
+
+
+# What is said before the first step
+
+
+def sixteen(size, dtype=torch.bfloat16):
+    return {"w": (size * draws()).to(dtype), "b": torch.ones(3, device=DEVICE)}
+
+
+def draws():
+    return torch.randn(64, 64, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(DEVICE)
+
+
+#: Optimizers, sizes of weights, and whether most of their steps are rounded away, as a run of 300 steps shows.
+STILL = [
+    (lambda: fr.adamw(1e-3), 1.0, True),
+    (lambda: fr.adamw(1e-4), 0.1, True),
+    (lambda: fr.adamw(1e-5), 0.02, True),
+    (
+        lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adam(fr.warmup_cosine_decay_schedule(0.0, 1e-5, 5, 9))),
+        0.02,
+        True,
+    ),
+    (lambda: fr.lion(1e-5), 0.02, True),
+    (lambda: fr.chain(fr.adam(1e-5), fr.project(fr.linf_ball, 1.0), fr.identity()), 0.02, True),
+    (lambda: fr.adamw(1e-3), 0.1, False),
+    (lambda: fr.adamw(1e-4), 0.02, False),
+    (lambda: fr.adamw(1e-5, weight_decay=1e4), 0.02, False),  # The decay acts by itself.
+    (lambda: fr.sgd(1e-5), 0.02, False),  # Gradients may be of any size.
+    (lambda: fr.adam(lambda n: 1e-5), 0.02, False),  # As may be what a function says.
+    (lambda: fr.chain(fr.adam(1e-5), fr.scale(1e3)), 0.02, False),
+    (lambda: fr.lamb(1e-5), 0.02, False),
+    (lambda: fr.with_master_weights(fr.adamw(1e-5)), 0.02, False),
+    (lambda: fr.with_stochastic_rounding(fr.adamw(1e-5), 0), 0.02, False),
+    (lambda: fr.masked(fr.adamw(1e-5), {"w": False, "b": True}), 0.02, False),
+]
+
+
+@pytest.mark.parametrize(("make", "size", "still"), STILL)
+def test_steps_that_sixteen_bits_round_away_are_said_by_init(make, size, still):
+    for dtype in (torch.bfloat16, torch.float32):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            make().init(sixteen(size, dtype))
+        said = [each for each in said if "cannot follow" in str(each.message)]
+        assert len(said) == (still and dtype == torch.bfloat16), said
+        assert all(each.filename == __file__ for each in said)
+
+
+#: Without small weights and large steps, which grow by the noise of gradients.
+MEASURED = [(size, rate) for size in (1.0, 0.1, 0.02) for rate in (1e-3, 1e-4, 1e-5) if (size, rate) != (0.02, 1e-3)]
+
+
+@pytest.mark.parametrize(("size", "rate"), MEASURED)
+def test_what_is_said_of_rounding_is_so(size, rate):
+    params, tx = sixteen(size), fr.adamw(rate, weight_decay=1e-3 / rate)
+    first, generator = params["w"].float(), torch.Generator("cpu").manual_seed(1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        state = tx.init(params)
+    for _ in range(200):
+        noise = torch.randn(64, 64, generator=generator, device="cpu").to(DEVICE, torch.bfloat16)
+        updates, state = tx.update({"w": noise, "b": params["b"]}, state, params)
+        params = fr.apply_updates(params, updates)
+    decay = 1 - params["w"].float().norm() / first.norm()  # 0.18 without rounding, but for the noise.
+    assert (decay < 0.01) == bool(said)
+
+
+def test_it_is_said_by_every_door():
+    model = torch.nn.Linear(30, 30, device=DEVICE, dtype=torch.bfloat16)
+    params = dict(model.named_parameters())
+    with pytest.warns(UserWarning, match="cannot follow"):
+        fr.fuse(fr.adam(1e-5), backend="eager").init(params)
+    optimizer = fr.Optimizer(params, fr.adamw, lr=1e-5, compile=False)
+    model(torch.ones(2, 30, device=DEVICE, dtype=torch.bfloat16)).sum().backward()
+    with pytest.warns(UserWarning, match="makes steps of about 1e-05, .* of bias, weight cannot follow") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    held = {name: w.detach() for name, w in params.items()}
+    torch.compile(lambda p: fr.adam(1e-5).init(p), backend="eager", fullgraph=True)(held)  # Warnings are errors.
+    torch.func.vmap(lambda w: fr.adam(1e-5).init(w).__getitem__(0).mu)(held["weight"])

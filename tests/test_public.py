@@ -75,10 +75,12 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "undocumented"],
-    ["locality", "ranges", "recording", "tracing", "widths"],
+    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "notices", "undocumented"],
+    ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
+    ["rounding"],
+    ["coarse"],
     [
         "annealing",
         "checkpoint",
@@ -92,7 +94,6 @@ LAYERS = [
         "layers",
         "per_example",
         "plan",
-        "rounding",
         "selection",
         "transform",
     ],
@@ -105,6 +106,7 @@ LAYERS = [
         "ensemble",
         "hyperparams",
         "noise",
+        "optimizer_state",
         "penalty",
         "plateau",
         "precision",
@@ -113,7 +115,18 @@ LAYERS = [
         "shards",
         "trees",
     ],
-    ["coupled", "linesearch", "penalties", "per_leaf", "preconditioners", "trained", "wrappers"],
+    [
+        "coupled",
+        "factories",
+        "linesearch",
+        "optimizer_steps",
+        "parameter_names",
+        "penalties",
+        "per_leaf",
+        "preconditioners",
+        "trained",
+        "wrappers",
+    ],
     ["channels", "constraints", "lbfgs", "monitoring", "resizing", "runs", "separable"],
     ["groups", "projections", "regularizing", "spectral", "sweep"],
     [
@@ -131,7 +144,7 @@ LAYERS = [
         "report",
         "structured",
     ],
-    ["mistakes", "quadratic", "vectors"],
+    ["landing", "mistakes", "quadratic", "vectors"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path"],
 ]

@@ -511,6 +511,27 @@ def test_parameters_of_sixteen_bits_get_zeros_and_keep_their_dtype(name):
     assert w.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
+    w = nn.Parameter(torch.linspace(0.5, 1.0, 20, dtype=dtype))
+    optimizer = kind([w], 0.01)
+    handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
+    w.grad = torch.full_like(w, 0.25)
+    with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:
+        optimizer.step()
+    assert said[0].filename == __file__
+    for _ in range(10):
+        optimizer.step()  # Warnings are errors.
+    handle.remove()
+    for v, strength in ((w, 0.0), (w, 5.0), (w.detach().float().requires_grad_(), 1e-4)):
+        v.grad = torch.zeros_like(v)
+        other = optim.SGD([v], 0.01)
+        fr.regularize(other, fr.half_l2, strength=strength)
+        for _ in range(11):
+            other.step()  # Warnings are errors.
+
+
 def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():
     table, dense = nn.Embedding(6, 2, sparse=True), nn.Embedding(6, 2)
     dense.load_state_dict(table.state_dict())
@@ -612,17 +633,44 @@ def test_the_state_of_the_optimizer_is_as_it_was_and_resumes(row):
     assert_equal(v.detach(), w.detach(), atol=row.resumes)
 
 
-def test_copies_and_pickles_of_an_optimizer_are_without_it_as_documented():
+def saved(x):
+    """What comes back from a file."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def test_copies_and_pickles_of_an_optimizer_are_without_it_and_say_so():
     w = weight(3)
     optimizer = optim.SGD([w], 0.1)
     fr.regularize(optimizer, fr.l1, strength=1e6)
-    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), saved(optimizer)):
         (v,) = copied.param_groups[0]["params"]
-        stepped(copied, v)
+        assert copied.state_dict() == optimizer.state_dict()
+        with pytest.warns(UserWarning, match=r"this SGD is a copy, and is without regularize\(SGD, l1, .*as well"):
+            stepped(copied, v)
+        stepped(copied, v)  # It is said once.
         assert v.all()
         fr.regularize(copied, fr.l1, strength=1e6)
         stepped(copied, v)
         assert not v.any()
+
+
+def test_copies_that_are_regularized_again_and_those_without_a_penalty_say_nothing():
+    w = weight(3)
+    optimizer = optim.AdamW([w], 0.1)
+    handle = fr.regularize(optimizer, fr.l1, strength=0.1)
+    pair = copy.deepcopy({"w": w, "optimizer": optimizer})
+    assert pair["optimizer"].param_groups[0]["params"][0] is pair["w"]
+    fr.regularize(pair["optimizer"], fr.l1, strength=0.1)
+    for _ in range(2):
+        stepped(pair["optimizer"], pair["w"])
+        stepped(optimizer, w)
+    assert_equal(pair["w"].detach(), w.detach())
+    handle.remove()
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert "funcreg" not in str(pickle.dumps(optimizer))
+    stepped(copied, copied.param_groups[0]["params"][0])
 
 
 def test_what_it_returns_tells_the_value_and_takes_the_penalty_off():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -550,3 +551,92 @@ def test_a_function_that_expects_a_leaf_is_told_that_it_gets_the_tree():
 def test_arguments_by_the_names_of_torch_are_told_what_they_are_here(make, said):
     with pytest.raises(TypeError, match=said):
         make()
+
+
+# Calls that are written as for something else
+
+
+NET = torch.nn.Linear(3, 2)
+OPTIMIZER = torch.optim.SGD(NET.parameters(), lr=0.1)
+ANY: Any = fr  # What is wrong here, a type checker sees too.
+
+MISWRITTEN = {
+    "prox with a strength": (
+        lambda: ANY.l1.prox(LEAVES, strength=0.1),
+        r"l1\.prox lacks step; expected l1\.prox\(params, step\)\. The step is the learning rate times the strength",
+    ),
+    "prox of a sum": (
+        lambda: (0.1 * ANY.l1).prox(LEAVES),
+        r"\(0\.1 \* l1\)\.prox lacks step; expected \(0\.1 \* l1\)\.p",
+    ),
+    "prox with both": (
+        lambda: fr.l1.prox(LEAVES, 0.1, strength=0.1),
+        r"got strength\..* l1\.prox\(params, 1e-4 \* rate\)",
+    ),
+    "dual prox": (
+        lambda: ANY.l1.prox_dual(LEAVES),
+        r"l1\.prox_dual lacks step; expected l1\.prox_dual\(params, step\)",
+    ),
+    "a gradient with a strength": (
+        lambda: fr.l1.grad(LEAVES, lam=0.1),
+        r"got lam\. Its strength is a factor, 1e-4 \* l1",
+    ),
+    "one argument too many": (
+        lambda: fr.l1(LEAVES, 0.1),
+        r"l1 takes no hyperparameters; got 1.* Its strength is a factor",
+    ),
+    "a penalty called": (lambda: ANY.l1(), r"l1 lacks params; expected l1\(params\)\. What takes a penalty .* gets it"),
+    "a gradient of nothing": (
+        lambda: ANY.elastic.grad(),
+        r"elastic\.grad lacks params; expected .*\(params, alpha, rho\)",
+    ),
+    "a value for a penalty": (lambda: fr.add_penalty(ANY.l1(LEAVES)), r"the penalty itself, l1 and not l1\(params\)"),
+    "a layer for a penalty": (lambda: fr.regularize(OPTIMIZER, NET), "penalty is a Linear; expected a Penalty"),
+    "a penalty for a rate": (lambda: fr.prox_sgd(ANY.l1, ANY.l1), "learning_rate is the penalty l1; .* another order"),
+    "a penalty in a chain": (
+        lambda: fr.chain(ANY.l1),
+        r"is the penalty l1; .* add_penalty\(l1\) before the step, or pr",
+    ),
+    "a set in a chain": (lambda: fr.chain(ANY.max_norm), r"is the constraint max_norm; .* project\(max_norm, \.\.\.\)"),
+    "a mask for a transform": (
+        lambda: fr.masked(ANY.matrices, ANY.sgd(0.1)),
+        r"the selection matrices; .* masked\(tx, m",
+    ),
+    "a penalty in a loss": (lambda: torch.ones(()) + 0.1 * ANY.l1, r"a tensor are added; .* \(0\.1 \* l1\)\(params\)"),
+    "a penalty and a number": (lambda: ANY.l1 + 1.0, r"l1 and the float 1\.0 are added; expected penalties"),
+    "a module to regularize": (
+        lambda: fr.regularize(NET, fr.l1),
+        r"optimizer is a Linear; expected one of torch.* as in regularize\(optimizer, l1, strength=",
+    ),
+    "groups to regularize": (lambda: fr.regularize(OPTIMIZER.param_groups, fr.l1), "optimizer is a list; expected"),
+    "a class to regularize": (lambda: fr.regularize(torch.optim.SGD, fr.l1), "optimizer is the class SGD; expected"),
+    "arguments of regularize swapped": (lambda: fr.regularize(ANY.l1, OPTIMIZER), "optimizer is the penalty l1; exp"),
+    "parameters for a module": (
+        lambda: fr.regularize(OPTIMIZER, fr.l1, module=NET.parameters()),
+        "module is a generator; expected the torch.nn.Module",
+    ),
+    "an optimizer for parameters": (
+        lambda: fr.Optimizer(OPTIMIZER, fr.adamw, lr=0.1),
+        r"params is the optimizer SGD; expected parameters, .* regularize\(optimizer, l1\)",
+    ),
+    "a penalty for a factory": (
+        lambda: fr.Optimizer(NET.parameters(), ANY.l1),
+        r"factory is the penalty l1; .* lambda lr, strength: fr\.prox_adam\(lr, l1, strength=strength\)",
+    ),
+    "a transform for a factory": (
+        lambda: fr.Optimizer(NET.parameters(), ANY.adamw(1e-3)),
+        r"factory is adamw\(0\.001\); expected a function .* fr\.adamw itself .*\(params, fr\.adamw, lr=1e-3\)",
+    ),
+    "arguments of Optimizer swapped": (lambda: fr.Optimizer(fr.adamw, NET.parameters()), "factory is a generator; exp"),
+    "an optimizer for a factory": (lambda: fr.Optimizer(NET.parameters(), OPTIMIZER), "factory is a SGD; expected a f"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), MISWRITTEN.values(), ids=MISWRITTEN)
+def test_what_is_written_wrong_is_told_how_to_write_it(call, says):
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+def test_penalties_are_summed_by_sum():
+    assert repr(sum([fr.l1, 0.5 * fr.l2])) == "l1 + 0.5 * l2"

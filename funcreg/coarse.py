@@ -1,0 +1,87 @@
+"""Steps for which numbers of sixteen bits are too coarse: told from a learning rate and parameters, before the first.
+
+Optimizers that divide by the size of gradients make steps of about their learning rate. Where that is less than half
+the distance from a parameter to the next number of its dtype, the sum is the parameter again, at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Params
+from funcreg.ranges import number
+from funcreg.rounding import digits, is_narrow
+from funcreg.schedules import KnownSchedule
+from funcreg.tree import listed, tree_leaves, tree_paths
+
+#: Scalers whose results are of size 1 at most, or little more.
+_OF_SIZE_1 = {
+    *("scale_by_adam", "scale_by_amsgrad", "scale_by_adamax", "scale_by_yogi", "scale_by_rms", "scale_by_lion"),
+    "scale_by_sign",
+}
+
+
+def rounded_away(tx: Any, params: Params) -> str | None:
+    """What is wrong if most parameters of sixteen bits cannot move by steps of a transform; None if nothing is known.
+
+    It reads parameters, and so waits for their device.
+    """
+    rows = zip(tree_paths(params), tree_leaves(params), strict=True)
+    narrow = [(name, w.detach()) for name, w in rows if is_narrow(w.dtype) and _is_readable(w)]
+    rate = _step_size(tx) if narrow else None
+    if not rate:
+        return None
+    # Half the distance to the next number is 2 to the exponent of a number, less the digits.
+    least = {dtype: 2.0 ** (math.floor(math.log2(rate)) + 1 + digits(dtype)) for dtype in {w.dtype for _, w in narrow}}
+    still = sum([(w.abs() >= least[w.dtype]).sum().item() for _, w in narrow])
+    entries = sum([w.numel() for _, w in narrow])
+    if 2 * still <= entries:
+        return None
+    return (
+        f"{tx!r} makes steps of about {rate:g}, which {still} of {entries} entries of {listed(n for n, _ in narrow)} "
+        "cannot follow: in sixteen bits the next number is more than twice as far away, and what is added, decay and "
+        "penalties too, is rounded away. with_master_weights or with_stochastic_rounding around the optimizer keeps it."
+    )
+
+
+def _is_readable(w: Tensor) -> bool:
+    """Whether numbers may be read here and now."""
+    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(w) in (Tensor, torch.nn.Parameter) and w.device.type != "meta" and not capturing
+
+
+def _step_size(tx: Any) -> float | None:
+    """The greatest learning rate of a chain whose directions are of size 1; None for others."""
+    links = _links(tx)
+    names = ["" if link.made_by is None else link.made_by.function.__name__ for link in links]
+    last = max([i for i, name in enumerate(names) if name in _OF_SIZE_1], default=None)
+    if last is None:
+        return None
+    size, decay = 1.0, 0.0
+    for link, name in zip(links[last + 1 :], names[last + 1 :], strict=True):
+        if name == "add_decayed_weights":
+            decay += _greatest(link.made_by.args[0] if link.made_by.args else link.made_by.kwargs["weight_decay"])
+        elif link.rate is not None:
+            size *= abs(_greatest(link.rate))
+        elif not name.startswith("clip") and "lands" not in link.stages:
+            return None
+    # A decay may be large enough to act by itself.
+    return size if size < 1 and size * decay < 2.0**-8 else None
+
+
+def _links(tx: Any) -> list[Any]:
+    return [each for link in tx.links for each in _links(link)] if tx.links else [tx]
+
+
+def _greatest(value: Any) -> float:
+    """The greatest number that a hyperparameter is at any step; infinite if that is not known."""
+    if isinstance(value, KnownSchedule):
+        return max([_greatest(value(steps)) for steps in (0, *value.turns)], key=abs)
+    if isinstance(value, Tensor):
+        return value.item() if not value.ndim and _is_readable(value) else math.inf
+    value = number(value)
+    return float(value) if isinstance(value, (int, float)) else math.inf

@@ -1,0 +1,21 @@
+"""Warnings that point at the user's line: the first one outside of this package and of torch, which calls its hooks."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+
+#: What lies between the user's line and a warning: torch wraps steps of optimizers, Python context managers.
+_BETWEEN = ("funcreg", "torch", "contextlib", "functools")
+
+
+def warn_user(message: str) -> None:
+    """Warn of the line of the user's that led here; not while a compiler reads this call."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

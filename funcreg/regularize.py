@@ -41,6 +41,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
+    global_norm,
     listed,
     tree_leaves,
     widen,
@@ -325,6 +326,8 @@ class Regularization:
             if skipped.item():
                 return
             skipped = None
+        if _is_empty(optimizer):
+            return
         if self._restored:
             self._restored = False
             warn_user(
@@ -557,6 +560,16 @@ def _known(rate: Any) -> Any:
     if isinstance(rate, Tensor):
         return float(rate) if rate.device.type == "cpu" else id(rate)
     return rate
+
+
+def _is_empty(optimizer: Optimizer) -> bool:
+    """Whether a step has neither length nor gradient, such as torch makes to see the entries of a state."""
+    groups = optimizer.param_groups
+    if torch.compiler.is_compiling() or any([_known(group.get("lr", 1.0)) != 0 for group in groups]):
+        return False
+    grads = [w.grad for group in groups for w in group["params"] if w.grad is not None]
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return bool(grads) and not capturing and not any([g.is_sparse for g in grads]) and global_norm(grads).item() == 0
 
 
 def _has_numbers(moved: list[Moved]) -> bool:

@@ -7,7 +7,6 @@ compiled step is compiled once. It serves wherever a hyperparameter does: learni
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar, Schedule
 from funcreg.construction import Remembering, remembered
+from funcreg.notices import warn_user
 from funcreg.ranges import check_choice, check_range, flags, scalars
 
 #: A step later than that of any training, which int32 counts.
@@ -127,10 +127,9 @@ def polynomial_schedule(
 
 def _stays(init_value: Any, transition_steps: int) -> Schedule:
     """A schedule that never leaves its first value, which is hardly meant."""
-    warnings.warn(
+    warn_user(
         f"this schedule stays at its first value, {init_value}, for ever, as in optax, because its number of steps is "
-        f"{transition_steps}; if that is meant, take constant_schedule",
-        stacklevel=2,
+        f"{transition_steps}; if that is meant, take constant_schedule"
     )
     return constant_schedule(init_value)
 

@@ -199,12 +199,14 @@ def exponential_decay(
     def schedule(count: Any) -> Tensor:
         exponent = (double(count) - begin).clamp(min=0) / transition_steps
         rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
-        rate = torch.where(rate == 0, 1.0, rate)
+        is_constant = rate == 0
+        rate = torch.where(is_constant, 1.0, rate)
         value = init_value * rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
-        return torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
+        bounded = torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
+        return torch.where(is_constant, value, bounded)
 
     # Without an end the sign stays, and growth is without limit. By the last step any end is reached, but from 0.
     still = end_value is None or isinstance(init_value, Tensor) or init_value == 0

@@ -102,6 +102,11 @@ def test_a_schedule_that_never_leaves_its_first_value_says_so(make):
         make()
 
 
+def test_a_decay_of_rate_0_is_constant_whatever_its_end():
+    assert fr.exponential_decay(1.0, 2, 0.0, end_value=0.1)(5) == 1.0
+    assert fr.warmup_exponential_decay_schedule(0.0, 1.0, 2, 2, 0.0, end_value=0.5)(9) == 1.0
+
+
 def test_a_warm_up_of_no_steps_before_another_schedule_is_over():
     assert fr.warmup_cosine_decay_schedule(0.0, 0.1, 0, 10)(0) == 0.1
     assert fr.warmup_exponential_decay_schedule(0.0, 0.1, 0, 10, 0.5)(0) == 0.1

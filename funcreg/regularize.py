@@ -10,33 +10,29 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.constraints import Constraint
 from funcreg.construction import Call
 from funcreg.coupled import split_leaf
-from funcreg.denominators import Entries, Rule, buffered, gain, rule_of, unwrapped
+from funcreg.denominators import Entries, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
-from funcreg.fused import FusedStep
+from funcreg.landing import CompiledLanding, Task, laid_out, projects
 from funcreg.notices import warn_user
-from funcreg.penalty import Penalty, Sum
-from funcreg.proximal import land
+from funcreg.parameter_names import Moved, ParameterNames
+from funcreg.penalty import Penalty
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.rounding import is_narrow
-from funcreg.selection import plain_names, scaled_parameters
+from funcreg.selection import scaled_parameters
 from funcreg.transform import (
     Transform,
-    at_step,
-    check_fit,
     check_selection,
     flags,
     is_scheduled,
@@ -45,13 +41,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
-    Absent,
-    compute,
-    compute_wide,
     listed,
-    mask_leaves,
-    product,
-    scalar_device,
     tree_leaves,
     widen,
 )
@@ -154,15 +144,15 @@ def regularize(
     if compile is not None:
         flags(compile=compile)
     optimizer = unwrapped(optimizer)
-    rule = rule_of(optimizer, metric, _projects(penalty))
+    rule = rule_of(optimizer, metric, projects(penalty))
     task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
-    if _projects(penalty):
+    if projects(penalty):
         del given["strength"]  # Of which a set knows nothing.
     shown = {k: v for k, v in given.items() if v is not None}
     call = Call(regularize, (type(optimizer), penalty, *hyper), {**shown, **options})
-    made = Regularization(optimizer, task, _Names(optimizer, module, mask), compile, str(call))
-    if module is not None and not _projects(penalty):
+    made = Regularization(optimizer, task, ParameterNames(optimizer, module, mask), compile, str(call))
+    if module is not None and not projects(penalty):
         made.warn_of_scales(module)
     return made
 
@@ -177,251 +167,6 @@ def _described(optimizer: Any) -> str:
     return repr(optimizer) if isinstance(optimizer, (Transform, str)) else f"a {type(optimizer).__name__}"
 
 
-def _projects(penalty: Penalty) -> bool:
-    """Whether a penalty is a constraint, or made of nothing else."""
-    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
-        return isinstance(penalty, Constraint)
-    return all([_projects(term.penalty) for term in penalty.structure.parts()])
-
-
-# What is computed
-
-
-class Task(NamedTuple):
-    """A penalty with all that it takes, and the rule of the optimizer that it follows."""
-
-    penalty: Penalty
-    hyper: tuple[Hyper | Schedule, ...]
-    strength: Hyper | Schedule
-    options: dict[str, Any]
-    rule: Rule
-    inner_steps: int | None
-    max_step: Scalar | None
-
-    @property
-    def is_scheduled(self) -> bool:
-        return is_scheduled(self.strength, *self.hyper)
-
-    def at(self, steps: int) -> tuple[Hyper, ...]:
-        """Strength and hyperparameters at a step."""
-        strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))
-        if self.is_scheduled:
-            nonnegative(strength=strength)
-        return (strength, *hyper)
-
-    def inner(self, params: Params) -> int | None:
-        """How many inner steps are taken; None for the penalty's own rule."""
-        if self.inner_steps is not None or self.rule.source is None:
-            return self.inner_steps
-        _, *values = self.at(0)
-        return None if self.penalty.in_metric(params, *values, **self.options) else 1
-
-    def land(
-        self,
-        start: Params,
-        reached: Params,
-        sources: Params | None,
-        scalars: Sequence[Hyper],
-        values: Sequence[Hyper],
-        count: int | None,
-    ) -> Params:
-        """The proximal point of what an optimizer reached.
-
-        Args:
-            start: The parameters before the step, of which the first of inner steps needs to know.
-            reached: The parameters after it.
-            sources: What the metric is made of.
-            scalars: The step and what else the metric is made of, each one for all leaves or a tree.
-            values: Strength and hyperparameters.
-            count: Number of inner steps.
-        """
-        rate, *rest = scalars
-        h = None if sources is None else compute_wide(self.rule.metric, sources, hyper=rest)
-        if h is not None and self.max_step is not None:
-            h = compute_wide(lambda h, r, m: h.clamp(min=r / m), h, hyper=(rate, self.max_step))
-        step = product(reached, rate, values[0])
-        return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
-
-    def value(self, params: Params, steps: int) -> Tensor:
-        """Strength times penalty."""
-        strength, *values = self.at(steps)
-        return self.penalty.weighted_value(params, strength, *values, **self.options)
-
-    def check(self, params: Params) -> set[str]:
-        """The leaves that a proximal step touches, or the error that it would raise; without computing it, if possible.
-
-        Raises:
-            ValueError: There is no such step for these parameters.
-        """
-        values = self.at(0)
-        check_fit(params, None, *values)
-        try:
-            likes = {k: w if isinstance(w, Absent) else torch.empty_like(w, device="meta") for k, w in params.items()}
-            return self._touched(likes, values)
-        except (NotImplementedError, RuntimeError):  # Something has to see numbers.
-            return self._touched(params, values)
-
-    def _touched(self, params: Params, values: Sequence[Hyper]) -> set[str]:
-        h = None
-        if self.rule.source is not None:
-            h = {k: w if isinstance(w, Absent) else torch.ones_like(w.real) for k, w in params.items()}
-        step, count = product(params, 1.0, values[0]), self.inner(params)
-        landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
-        return {k for k, w in params.items() if not isinstance(w, Absent) and landed[k] is not w}
-
-
-class _Slots(NamedTuple):
-    """What a compiled step reads anew: scalars of each class of leaves, and values that follow a schedule."""
-
-    scalars: list[list[Tensor]]
-    values: list[Tensor]
-
-
-def _laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Params) -> list[Hyper]:
-    """Scalars of each class as hyperparameters: one for all leaves if there is one class, else trees."""
-    # Tensors are one if they are the same: inside a compiler, and on a device, their numbers are not known.
-    like = lambda x, first: x is first or (not isinstance(x, Tensor) and not isinstance(first, Tensor) and x == first)
-    same = lambda i: all([like(column[i], columns[0][i]) for column in columns])
-    spread = lambda i: {k: w if isinstance(w, Absent) else columns[classes[k]][i] for k, w in tree.items()}
-    return [columns[0][i] if same(i) else spread(i) for i in range(len(columns[0]))]
-
-
-class _Compiled:
-    """A compiled step for one set of leaves."""
-
-    def __init__(self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any) -> None:
-        leaves = tree_leaves(params)
-        exact = torch.float64 if any([w.dtype in (torch.float64, torch.complex128) for w in leaves]) else torch.float32
-        device = scalar_device(params)
-        slot = lambda: torch.zeros((), dtype=exact, device=device)
-        self._moving = [i for i, value in enumerate((task.strength, *task.hyper)) if callable(value)]
-        self._slots = _Slots([[slot() for _ in column] for column in columns], [slot() for _ in self._moving])
-        self._last: dict[int, Any] = {}
-        fixed = list(values)
-
-        def update(sources: Params, slots: _Slots, params: Params) -> tuple[Params, _Slots]:
-            given = list(fixed)
-            for i, value in zip(self._moving, slots.values, strict=True):
-                given[i] = value
-            h = None if task.rule.source is None else sources
-            scalars = slots.scalars
-            if task.penalty.couples_leaves:
-                scalars = [[scalars[0][0], *column[1:]] for column in scalars]
-            landed = task.land(params, params, h, _laid_out(scalars, classes, params), given, None)
-            # In the dtype of the parameters, or w + (0 - w) would not be 0.
-            return compute(lambda w, z: z - w, params, landed), slots
-
-        self._step = FusedStep(Transform(lambda params: self._slots, update), donate=True, loose=True)
-
-    def __call__(self, params: Params, sources: Params, columns: Any, values: Any) -> None:
-        given = [x for column in columns for x in column] + [values[i] for i in self._moving]
-        places = [x for column in self._slots.scalars for x in column] + self._slots.values
-        for i, (place, x) in enumerate(zip(places, given, strict=True)):
-            if isinstance(x, Tensor):
-                place.copy_(x)
-            elif self._last.get(i) != x:
-                place.fill_(x)
-            self._last[i] = None if isinstance(x, Tensor) else x
-        self._step(params, sources, self._slots)
-
-
-# Which leaves it is computed for
-
-
-class _Names:
-    """The names of the parameters of an optimizer, and which of them are penalized."""
-
-    def __init__(self, optimizer: Optimizer, module: nn.Module | None, mask: Mask | None) -> None:
-        self.module, self.mask = module, mask
-        self.read(optimizer)
-
-    def read(self, optimizer: Optimizer) -> None:
-        """Name all parameters that the optimizer has now."""
-        raw = _names(optimizer, self.module)
-        plain = plain_names(tuple(raw.values()))
-        short = plain if len(set(plain)) == len(plain) else tuple(raw.values())
-        self._plain = dict(zip(raw.values(), short, strict=True))
-        self.names = dict(zip(raw, short, strict=True))
-        params = self.params()
-        try:
-            bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
-        except ValueError as error:
-            if self.module is None and not any("param_names" in group for group in optimizer.param_groups):
-                raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
-            raise
-        # In the order of leaves, which is that of sorted keys.
-        self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
-        self.count = len(params)
-
-    def _own(self, mask: Mask) -> Mask:
-        """A mask by the names of the module as one by the names here."""
-        if not isinstance(mask, dict):
-            return mask
-        lost = [name for name, chosen in mask.items() if chosen is True and not self._knows(name)]
-        if lost:
-            raise ValueError(f"mask chooses {lost[0]!r}, which the optimizer does not hold; it holds {self._listed()}")
-        return self.renamed({name: chosen for name, chosen in mask.items() if self._knows(name)})
-
-    def renamed(self, tree: Any) -> Any:
-        """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
-        return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
-
-    def completed(self, tree: Any) -> Any:
-        """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
-        if not isinstance(tree, dict):
-            return tree
-        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **self.renamed(tree)}
-
-    def _knows(self, name: str) -> bool:
-        return name in self._plain or name in self._plain.values()
-
-    def _listed(self) -> str:
-        return ", ".join(list(self._plain.values())[:20])
-
-    def tree(self, leaves: dict[str, Any]) -> dict[str, Any]:
-        """A tree of some leaves, without the others."""
-        return {name: leaves.get(name, ABSENT) for name in self.names.values()}
-
-    def params(self) -> Params:
-        return {name: w.detach() for w, name in self.names.items()}
-
-    def penalized(self) -> dict[str, Tensor]:
-        return {name: w for w, name in self.names.items() if name in self.chosen}
-
-    def are_replaced(self) -> bool:
-        """Whether the module has none of these parameters any more."""
-        return self.module is not None and not any([w in self.names for w in self.module.parameters()])
-
-
-def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
-    """The names of all parameters: those in the module, those that the optimizer was given, or their places."""
-    known = {} if module is None else {w: name for name, w in module.named_parameters()}
-    found: dict[Tensor, str] = {}
-    for i, group in enumerate(optimizer.param_groups):
-        given = group.get("param_names")
-        for j, w in enumerate(group["params"]):
-            if module is not None and w not in known:
-                raise ValueError(
-                    f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
-                    f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
-                    "were replaced, as by to() or a wrapper?"
-                )
-            found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
-            if is_lazy(w):
-                raise ValueError(
-                    f"parameter '{found[w]}' is not initialized; run the module once, so that it gets its shape"
-                )
-    return found
-
-
-class _Moved(NamedTuple):
-    """A penalized parameter that a step has moved."""
-
-    name: str
-    w: Tensor
-    group: int
-
-
 class Regularization:
     """A penalty on an optimizer; see `regularize`.
 
@@ -433,7 +178,9 @@ class Regularization:
         said: The call, as it is written.
     """
 
-    def __init__(self, optimizer: Optimizer, task: Task, names: _Names, compile: bool | None, said: str) -> None:
+    def __init__(
+        self, optimizer: Optimizer, task: Task, names: ParameterNames, compile: bool | None, said: str
+    ) -> None:
         strength, *hyper = map(names.completed, (task.strength, *task.hyper))
         self._task = task._replace(strength=strength, hyper=tuple(hyper))
         self._names, self._said, self._compile = names, said, compile
@@ -445,11 +192,11 @@ class Regularization:
         self._starts: dict[Tensor, Tensor] = {}
         self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
         self._seen: tuple[list[Any], ...] = ()  # Parameters, their gradients as far as None, groups,
-        self._moving: list[_Moved] = []  # and what moves of them;
+        self._moving: list[Moved] = []  # and what moves of them;
         self._absent: Params = {}  # what stands for the others.
         self._counted: list[Any] = []
         self._classes: list[int] = []
-        self._layouts: dict[Any, _Compiled | None] = {}
+        self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = False
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
@@ -553,7 +300,7 @@ class Regularization:
             theirs, shared = other._task.penalty, self._names.penalized().keys() & other._names.penalized().keys()
             apart = {id(w) for w in self._names.penalized().values()}
             shared = [name for name, w in other._names.penalized().items() if id(w) in apart]
-            if shared and (mine is theirs or not (_projects(mine) or _projects(theirs))):
+            if shared and (mine is theirs or not (projects(mine) or projects(theirs))):
                 remedy = "remove() it first, or give one strength" if mine is theirs else "Regularize with their sum"
                 raise ValueError(
                     f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
@@ -596,11 +343,11 @@ class Regularization:
         if looks:
             self._say_all_became_zero(moved)
 
-    def _say_all_became_zero(self, moved: list[_Moved]) -> None:
+    def _say_all_became_zero(self, moved: list[Moved]) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
         leaves, strength = [m.w.detach() for m in moved], concrete(self._task.strength)
         meant = strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
-        if self._said_zero or meant or _projects(self._task.penalty) or _has_numbers(moved):
+        if self._said_zero or meant or projects(self._task.penalty) or _has_numbers(moved):
             return
         self._said_zero = True
         warn_user(
@@ -609,7 +356,7 @@ class Regularization:
             "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
         )
 
-    def _say_rounded(self, moved: list[_Moved], wide: Params, landed: Params) -> None:
+    def _say_rounded(self, moved: list[Moved], wide: Params, landed: Params) -> None:
         """Warn, once, if most of what the penalty would change in parameters of sixteen bits is rounded away."""
         changed, lost = 0, 0
         for m in moved:
@@ -626,7 +373,7 @@ class Regularization:
                 "a chain such as prox_adam."
             )
 
-    def _moved(self, optimizer: Optimizer) -> list[_Moved]:
+    def _moved(self, optimizer: Optimizer) -> list[Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
         params = [w for group in groups for w in group]
         if len(params) != self._names.count:
@@ -639,7 +386,7 @@ class Regularization:
         if any([w not in self._names.names for w, stays in zip(params, still, strict=True) if not stays]):
             self._names.read(optimizer)
         names, chosen = self._names.names, self._names.chosen
-        moved = [_Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
+        moved = [Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
         self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
         stays = {*names.values()}.difference([m.name for m in self._moving])
         self._absent = {name: ABSENT for name in names.values() if name in stays}
@@ -660,7 +407,7 @@ class Regularization:
                 "another hook of the optimizer, which came first, set gradients to None?",
             )
 
-    def _columns(self, groups: list[Entries], moved: list[_Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
+    def _columns(self, groups: list[Entries], moved: list[Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
         """The scalars of each class of parameters: those of one group that have seen as many steps."""
         rule = self._task.rule
         counted = [each["step"] for each in entries] if rule.counts else [m.group for m in moved]
@@ -690,7 +437,7 @@ class Regularization:
         return found
 
     def _land(
-        self, optimizer: Optimizer, moved: list[_Moved], values: Any, skipped: Tensor | None, looks: bool
+        self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool = False
     ) -> None:
         task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
         tree = lambda leaves: {**leaves, **self._absent}
@@ -709,7 +456,7 @@ class Regularization:
         if looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved]):
             wide = tree({m.name: widen(m.w.detach()) for m in moved})
             starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in moved})
-            scalars = _laid_out(columns, classes, wide)
+            scalars = laid_out(columns, classes, wide)
             self._say_rounded(moved, wide, task.land(starts, wide, sources, scalars, values, self._inner))
         if not keeps and skipped is None and self._may_compile(moved):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
@@ -721,13 +468,13 @@ class Regularization:
                 return
         reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
         starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
-        scalars = _laid_out(columns, classes, reached)
+        scalars = laid_out(columns, classes, reached)
         landed = task.land(starts, reached, sources, scalars, values, self._inner)
         for m in moved:
             z = landed[m.name]
             m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
 
-    def _check_all_moved(self, moved: list[_Moved]) -> None:
+    def _check_all_moved(self, moved: list[Moved]) -> None:
         """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
         still = self._touched - {m.name for m in moved}
         if still:
@@ -748,14 +495,14 @@ class Regularization:
             )
         return [(columns[0][0], *column[1:]) for column in columns]
 
-    def _may_compile(self, moved: list[_Moved]) -> bool:
+    def _may_compile(self, moved: list[Moved]) -> bool:
         if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
             return False
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
         self, params: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
-    ) -> _Compiled | None:
+    ) -> CompiledLanding | None:
         """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
         key = tuple(classes.items())
         if key not in self._layouts and len(self._layouts) < _LAYOUTS:
@@ -764,7 +511,7 @@ class Regularization:
             ]
             plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((params, sources))])
             fits = plain and not scheduled_trees
-            self._layouts[key] = _Compiled(self._task, params, classes, columns, values) if fits else None
+            self._layouts[key] = CompiledLanding(self._task, params, classes, columns, values) if fits else None
         return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:
@@ -814,7 +561,7 @@ def _known(rate: Any) -> Any:
     return rate
 
 
-def _has_numbers(moved: list[_Moved]) -> bool:
+def _has_numbers(moved: list[Moved]) -> bool:
     """Whether an entry is not zero, where that can be read without waiting for a device."""
     leaves = [m.w.detach() for m in moved]
     if torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):

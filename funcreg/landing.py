@@ -1,0 +1,163 @@
+"""What the hook of a regularized optimizer computes: the proximal point of what a step reached, plain or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcreg._typing import Hyper, Params, Scalar, Schedule
+from funcreg.constraints import Constraint
+from funcreg.denominators import Rule
+from funcreg.fused import FusedStep
+from funcreg.penalty import Penalty, Sum
+from funcreg.proximal import land
+from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
+from funcreg.tree import Absent, compute, compute_wide, product, scalar_device, tree_leaves
+
+
+def projects(penalty: Penalty) -> bool:
+    """Whether a penalty is a constraint, or made of nothing else."""
+    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+        return isinstance(penalty, Constraint)
+    return all([projects(term.penalty) for term in penalty.structure.parts()])
+
+
+class Task(NamedTuple):
+    """A penalty with all that it takes, and the rule of the optimizer that it follows."""
+
+    penalty: Penalty
+    hyper: tuple[Hyper | Schedule, ...]
+    strength: Hyper | Schedule
+    options: dict[str, Any]
+    rule: Rule
+    inner_steps: int | None
+    max_step: Scalar | None
+
+    @property
+    def is_scheduled(self) -> bool:
+        return is_scheduled(self.strength, *self.hyper)
+
+    def at(self, steps: int) -> tuple[Hyper, ...]:
+        """Strength and hyperparameters at a step."""
+        strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))
+        if self.is_scheduled:
+            nonnegative(strength=strength)
+        return (strength, *hyper)
+
+    def inner(self, params: Params) -> int | None:
+        """How many inner steps are taken; None for the penalty's own rule."""
+        if self.inner_steps is not None or self.rule.source is None:
+            return self.inner_steps
+        _, *values = self.at(0)
+        return None if self.penalty.in_metric(params, *values, **self.options) else 1
+
+    def land(
+        self,
+        start: Params,
+        reached: Params,
+        sources: Params | None,
+        scalars: Sequence[Hyper],
+        values: Sequence[Hyper],
+        count: int | None,
+    ) -> Params:
+        """The proximal point of what an optimizer reached.
+
+        Args:
+            start: The parameters before the step, of which the first of inner steps needs to know.
+            reached: The parameters after it.
+            sources: What the metric is made of.
+            scalars: The step and what else the metric is made of, each one for all leaves or a tree.
+            values: Strength and hyperparameters.
+            count: Number of inner steps.
+        """
+        rate, *rest = scalars
+        h = None if sources is None else compute_wide(self.rule.metric, sources, hyper=rest)
+        if h is not None and self.max_step is not None:
+            h = compute_wide(lambda h, r, m: h.clamp(min=r / m), h, hyper=(rate, self.max_step))
+        step = product(reached, rate, values[0])
+        return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
+
+    def value(self, params: Params, steps: int) -> Tensor:
+        """Strength times penalty."""
+        strength, *values = self.at(steps)
+        return self.penalty.weighted_value(params, strength, *values, **self.options)
+
+    def check(self, params: Params) -> set[str]:
+        """The leaves that a proximal step touches, or the error that it would raise; without computing it, if possible.
+
+        Raises:
+            ValueError: There is no such step for these parameters.
+        """
+        values = self.at(0)
+        check_fit(params, None, *values)
+        try:
+            likes = {k: w if isinstance(w, Absent) else torch.empty_like(w, device="meta") for k, w in params.items()}
+            return self._touched(likes, values)
+        except (NotImplementedError, RuntimeError):  # Something has to see numbers.
+            return self._touched(params, values)
+
+    def _touched(self, params: Params, values: Sequence[Hyper]) -> set[str]:
+        h = None
+        if self.rule.source is not None:
+            h = {k: w if isinstance(w, Absent) else torch.ones_like(w.real) for k, w in params.items()}
+        step, count = product(params, 1.0, values[0]), self.inner(params)
+        landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
+        return {k for k, w in params.items() if not isinstance(w, Absent) and landed[k] is not w}
+
+
+class _Slots(NamedTuple):
+    """What a compiled step reads anew: scalars of each class of leaves, and values that follow a schedule."""
+
+    scalars: list[list[Tensor]]
+    values: list[Tensor]
+
+
+def laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Params) -> list[Hyper]:
+    """Scalars of each class as hyperparameters: one for all leaves if there is one class, else trees."""
+    # Tensors are one if they are the same: inside a compiler, and on a device, their numbers are not known.
+    like = lambda x, first: x is first or (not isinstance(x, Tensor) and not isinstance(first, Tensor) and x == first)
+    same = lambda i: all([like(column[i], columns[0][i]) for column in columns])
+    spread = lambda i: {k: w if isinstance(w, Absent) else columns[classes[k]][i] for k, w in tree.items()}
+    return [columns[0][i] if same(i) else spread(i) for i in range(len(columns[0]))]
+
+
+class CompiledLanding:
+    """A compiled step for one set of leaves."""
+
+    def __init__(self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any) -> None:
+        leaves = tree_leaves(params)
+        exact = torch.float64 if any([w.dtype in (torch.float64, torch.complex128) for w in leaves]) else torch.float32
+        device = scalar_device(params)
+        slot = lambda: torch.zeros((), dtype=exact, device=device)
+        self._moving = [i for i, value in enumerate((task.strength, *task.hyper)) if callable(value)]
+        self._slots = _Slots([[slot() for _ in column] for column in columns], [slot() for _ in self._moving])
+        self._last: dict[int, Any] = {}
+        fixed = list(values)
+
+        def update(sources: Params, slots: _Slots, params: Params) -> tuple[Params, _Slots]:
+            given = list(fixed)
+            for i, value in zip(self._moving, slots.values, strict=True):
+                given[i] = value
+            h = None if task.rule.source is None else sources
+            scalars = slots.scalars
+            if task.penalty.couples_leaves:
+                scalars = [[scalars[0][0], *column[1:]] for column in scalars]
+            landed = task.land(params, params, h, laid_out(scalars, classes, params), given, None)
+            # In the dtype of the parameters, or w + (0 - w) would not be 0.
+            return compute(lambda w, z: z - w, params, landed), slots
+
+        self._step = FusedStep(Transform(lambda params: self._slots, update), donate=True, loose=True)
+
+    def __call__(self, params: Params, sources: Params, columns: Any, values: Any) -> None:
+        given = [x for column in columns for x in column] + [values[i] for i in self._moving]
+        places = [x for column in self._slots.scalars for x in column] + self._slots.values
+        for i, (place, x) in enumerate(zip(places, given, strict=True)):
+            if isinstance(x, Tensor):
+                place.copy_(x)
+            elif self._last.get(i) != x:
+                place.fill_(x)
+            self._last[i] = None if isinstance(x, Tensor) else x
+        self._step(params, sources, self._slots)

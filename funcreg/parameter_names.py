@@ -1,0 +1,107 @@
+"""The parameters of an optimizer of torch by name, and which of them a mask chooses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from funcreg._typing import Mask, Params
+from funcreg.selection import plain_names
+from funcreg.tree import ABSENT, mask_leaves
+
+
+class ParameterNames:
+    """The names of the parameters of an optimizer, and which of them are penalized."""
+
+    def __init__(self, optimizer: Optimizer, module: nn.Module | None, mask: Mask | None) -> None:
+        self.module, self.mask = module, mask
+        self.read(optimizer)
+
+    def read(self, optimizer: Optimizer) -> None:
+        """Name all parameters that the optimizer has now."""
+        raw = _names(optimizer, self.module)
+        plain = plain_names(tuple(raw.values()))
+        short = plain if len(set(plain)) == len(plain) else tuple(raw.values())
+        self._plain = dict(zip(raw.values(), short, strict=True))
+        self.names = dict(zip(raw, short, strict=True))
+        params = self.params()
+        try:
+            bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
+        except ValueError as error:
+            if self.module is None and not any("param_names" in group for group in optimizer.param_groups):
+                raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
+            raise
+        # In the order of leaves, which is that of sorted keys.
+        self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
+        self.count = len(params)
+
+    def _own(self, mask: Mask) -> Mask:
+        """A mask by the names of the module as one by the names here."""
+        if not isinstance(mask, dict):
+            return mask
+        lost = [name for name, chosen in mask.items() if chosen is True and not self._knows(name)]
+        if lost:
+            raise ValueError(f"mask chooses {lost[0]!r}, which the optimizer does not hold; it holds {self._listed()}")
+        return self.renamed({name: chosen for name, chosen in mask.items() if self._knows(name)})
+
+    def renamed(self, tree: Any) -> Any:
+        """A tree by the names of the module as one by the names here, without prefixes of wrappers."""
+        return {self._plain.get(name, name): x for name, x in tree.items()} if isinstance(tree, dict) else tree
+
+    def completed(self, tree: Any) -> Any:
+        """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
+        if not isinstance(tree, dict):
+            return tree
+        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **self.renamed(tree)}
+
+    def _knows(self, name: str) -> bool:
+        return name in self._plain or name in self._plain.values()
+
+    def _listed(self) -> str:
+        return ", ".join(list(self._plain.values())[:20])
+
+    def tree(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        """A tree of some leaves, without the others."""
+        return {name: leaves.get(name, ABSENT) for name in self.names.values()}
+
+    def params(self) -> Params:
+        return {name: w.detach() for w, name in self.names.items()}
+
+    def penalized(self) -> dict[str, Tensor]:
+        return {name: w for w, name in self.names.items() if name in self.chosen}
+
+    def are_replaced(self) -> bool:
+        """Whether the module has none of these parameters any more."""
+        return self.module is not None and not any([w in self.names for w in self.module.parameters()])
+
+
+def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
+    """The names of all parameters: those in the module, those that the optimizer was given, or their places."""
+    known = {} if module is None else {w: name for name, w in module.named_parameters()}
+    found: dict[Tensor, str] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names")
+        for j, w in enumerate(group["params"]):
+            if module is not None and w not in known:
+                raise ValueError(
+                    f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
+                    f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
+                    "were replaced, as by to() or a wrapper?"
+                )
+            found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
+            if is_lazy(w):
+                raise ValueError(
+                    f"parameter '{found[w]}' is not initialized; run the module once, so that it gets its shape"
+                )
+    return found
+
+
+class Moved(NamedTuple):
+    """A penalized parameter that a step has moved."""
+
+    name: str
+    w: Tensor
+    group: int

@@ -180,6 +180,10 @@ if hasattr(torch.optim, "Muon"):
     )
 
 
+#: Where an optimizer keeps what tells a copy of it that penalties are missing.
+NOTE_COPY = "_funcreg_note_copy"
+
+
 def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer itself, where a library has wrapped it in one that has no hooks of its own."""
     while not isinstance(vars(optimizer).get("state"), dict) and isinstance(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
+from funcreg.denominators import NOTE_COPY
 from funcreg.factories import check_complete, default_of, hyperparameters, is_number
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
@@ -390,6 +391,8 @@ class Optimizer(torch.optim.Optimizer):
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__setstate__({k: v if k == "_factory" else copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        if NOTE_COPY in vars(self):
+            vars(self)[NOTE_COPY](made)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:

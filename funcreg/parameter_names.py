@@ -74,9 +74,10 @@ class ParameterNames:
     def penalized(self) -> dict[str, Tensor]:
         return {name: w for w, name in self.names.items() if name in self.chosen}
 
-    def are_replaced(self) -> bool:
-        """Whether the module has none of these parameters any more."""
-        return self.module is not None and not any([w in self.names for w in self.module.parameters()])
+    def replaced(self) -> list[str]:
+        """The names of parameters that the module does not have any more."""
+        known = None if self.module is None else set(self.module.parameters())
+        return [] if known is None else [name for w, name in self.names.items() if w not in known]
 
 
 def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call
 from funcreg.coupled import split_leaf
-from funcreg.denominators import Entries, buffered, gain, rule_of, unwrapped
+from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.landing import CompiledLanding, Task, laid_out, projects
 from funcreg.notices import warn_user
@@ -205,8 +205,7 @@ class Regularization:
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         vars(optimizer).setdefault(_OWN, []).append(self)
-        # Not a method of the class: only optimizers with penalties are copied otherwise.
-        vars(optimizer)["__reduce_ex__"] = functools.partial(_reduced, self._optimizer)
+        _see_to_copies(optimizer)
 
     @property
     def strength(self) -> Any:
@@ -231,8 +230,7 @@ class Regularization:
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
             vars(optimizer)[_OWN].remove(self)
-            if not vars(optimizer)[_OWN]:
-                vars(optimizer).pop("__reduce_ex__", None)
+            _see_to_copies(optimizer)
 
     def penalty_value(self) -> Tensor:
         r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
@@ -393,18 +391,24 @@ class Regularization:
         self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
         stays = {*names.values()}.difference([m.name for m in self._moving])
         self._absent = {name: ABSENT for name in names.values() if name in stays}
+        if any(still) and not self._said_replaced:
+            self._say_replaced()
         return self._moving
 
-    def _say_nothing_moved(self) -> None:
-        if self._said_replaced:
-            return
-        if self._names.are_replaced():
+    def _say_replaced(self) -> None:
+        """Warn, once, of parameters that training can no longer reach."""
+        gone = [name for name in self._names.replaced() if name in self._names.chosen]
+        if gone:
             self._said_replaced = True
             warn_user(
-                f"{self!r} has no effect on this step: the optimizer holds parameters that its module no longer has, "
-                "as after load_state_dict(assign=True). Make a new optimizer, and regularize that.",
+                f"{self!r} has no effect on {listed(gone)}: the optimizer holds parameters that its module no longer "
+                "has, as after load_state_dict(assign=True), or where a layer is a new one. Make a new optimizer, and "
+                "regularize that."
             )
-        elif self.steps == 0 and self._names.chosen:  # None are chosen by mask=False, which is meant.
+
+    def _say_nothing_moved(self) -> None:
+        # None are chosen by mask=False, which is meant.
+        if self.steps == 0 and self._names.chosen and not self._said_replaced:
             warn_user(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
                 "another hook of the optimizer, which came first, set gradients to None?",
@@ -439,7 +443,9 @@ class Regularization:
                 found[i] = gain(groups[i], self._buffers[i])
         return found
 
-    def _land(self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool) -> None:
+    def _land(
+        self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool = False
+    ) -> None:
         task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
         tree = lambda leaves: {**leaves, **self._absent}
         # Without a look that makes an entry where there is none: the state stays what it was.
@@ -535,19 +541,34 @@ class _Lost:
         self._said = []
 
 
+def _see_to_copies(optimizer: Optimizer) -> None:
+    """Let copies of an optimizer notice that its penalties are missing; those of one without any are made as ever."""
+    said = [repr(each) for each in vars(optimizer)[_OWN]]
+    if said:
+        vars(optimizer)["__reduce_ex__"] = functools.partial(_reduced, weakref.ref(optimizer))
+        vars(optimizer)[NOTE_COPY] = functools.partial(_note_copy, said)
+    else:
+        vars(optimizer).pop("__reduce_ex__", None)
+        vars(optimizer).pop(NOTE_COPY, None)
+
+
 def _reduced(ref: weakref.ref[Optimizer], protocol: Any) -> Any:
     """How an optimizer is copied and pickled: as ever, and a hook of the copy notices that penalties are missing."""
     optimizer = ref()
     assert optimizer is not None  # It is being copied.
     function, args, state = type(optimizer).__reduce_ex__(optimizer, protocol)[:3]
-    return _copied, (function, args, state, [repr(each) for each in vars(optimizer).get(_OWN, [])])
+    return _copied, (function, args, state, vars(optimizer)[NOTE_COPY])
 
 
-def _copied(function: Callable[..., Any], args: tuple[Any, ...], state: Any, said: list[str]) -> Optimizer:
+def _copied(function: Callable[..., Any], args: tuple[Any, ...], state: Any, note: Any) -> Optimizer:
     made = function(*args)
     made.__setstate__(state)
-    made.register_step_post_hook(_Lost(said))
+    note(made)
     return made
+
+
+def _note_copy(said: list[str], made: Optimizer) -> None:
+    made.register_step_post_hook(_Lost(said))
 
 
 #: Where an optimizer keeps the penalties on it.

@@ -669,6 +669,16 @@ def test_copies_that_are_regularized_again_and_those_without_a_penalty_say_nothi
         stepped(pair["optimizer"], pair["w"])
         stepped(optimizer, w)
     assert_equal(pair["w"].detach(), w.detach())
+    own = fr.Optimizer([w], fr.sgd, lr=0.1, compile=False)
+    bound = fr.regularize(own, fr.max_norm, 0.1)
+    for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        with pytest.warns(
+            UserWarning, match=r"this Optimizer is a copy, and is without regularize\(Optimizer, max_norm"
+        ):
+            stepped(copied, copied.param_groups[0]["params"][0])
+    bound.remove()
+    copied = copy.deepcopy(own)
+    stepped(copied, copied.param_groups[0]["params"][0])
     handle.remove()
     copied = pickle.loads(pickle.dumps(optimizer))
     assert "funcreg" not in str(pickle.dumps(optimizer))
@@ -1124,6 +1134,20 @@ def test_parameters_that_the_module_no_longer_has_are_said():
     net(torch.ones(1, 3)).sum().backward()
     with pytest.warns(UserWarning, match=r"no longer has, as after load_state_dict\(assign=True\)"):
         optimizer.step()
+
+
+def test_a_layer_that_is_a_new_one_is_said_by_name():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(net.parameters())
+    fr.regularize(optimizer, fr.l1, strength=1e-6, module=net, mask=fr.matrices)
+    net[1] = nn.Linear(4, 3)
+    net(torch.ones(1, 3)).sum().backward()
+    with pytest.warns(UserWarning, match=r"no effect on 1\.weight: .* no longer has, .* a layer is a new one"):
+        optimizer.step()
+    optimizer.zero_grad()
+    net[0].bias.requires_grad_(False)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()  # It is said once.
 
 
 def test_a_strength_is_not_set_from_outside():

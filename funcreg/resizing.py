@@ -101,23 +101,40 @@ def resized(
     check_whole_module("resized", module)
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
+    check_rules(module, rules)
+    given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
+    smaller, unknown = narrowed(module, given, rules or {})
+    _settle(module, smaller, unknown, example_inputs)
+    return smaller
+
+
+def check_rules(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
+    """Raise an error unless these are rules for types that the module has."""
     for kind, rule in (rules or {}).items():
         if not isinstance(kind, type) or not callable(rule):
             raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
         if not any(isinstance(layer, kind) for layer in module.modules()):
             raise ValueError(f"rules has one for {kind.__name__}, and the module has no such layer")
-    given = _given(module, params)
+
+
+def narrowed(
+    module: nn.Module, given: dict[str, Tensor], rules: Mapping[type[nn.Module], Rule]
+) -> tuple[nn.Module, list[Stored]]:
+    """A copy of a module that holds these tensors, its layers as wide as they are, and what no rule knows in it.
+
+    Raises:
+        ValueError: A layer has not the parameters that belong to it, or layers do not meet.
+    """
     smaller = _copied(module, given)
-    unknown = _follow(module, smaller, {} if rules is None else rules)
+    unknown = _follow(module, smaller, rules)
     follow_configs(module, smaller)
     for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
         if type(old).forward is nn.Sequential.forward:
             _check_meeting(layers_in_sequence(old, name), layers_in_sequence(new, name))
-    _settle(module, smaller, unknown, example_inputs)
-    return smaller
+    return smaller, unknown
 
 
-def _given(module: nn.Module, params: Params) -> dict[str, Tensor]:
+def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
     """The tensors that are given, by their names, or an error if the module has not such ones."""
     known = tensors(module)
     given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
@@ -161,8 +178,8 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
         made = [x for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
         memo.update({id(x): x.detach().clone() for x in made})
     for name, leaf in given.items():
-        old, new = known[name], leaf.detach().clone()
-        memo.setdefault(id(old), nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        old = known[name]
+        memo.setdefault(id(old), nn.Parameter(leaf, old.requires_grad) if isinstance(old, nn.Parameter) else leaf)
     return copy.deepcopy(module, memo)
 
 
@@ -195,13 +212,8 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
         return
     agreement = Agreement(module, inputs)
-    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))  # Decided for all layers of a type at once.
-    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
     first = None
-    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), 64):
-        for each in unknown:
-            i = choice[kinds.index(_kind(smaller, each))]
-            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+    for _ in assignments(smaller, unknown):
         problem = agreement.problem(smaller)
         if problem is None:
             return
@@ -212,6 +224,17 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             "families given to remove_dead name all that belongs to a channel?"
         )
     raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
+
+
+def assignments(smaller: nn.Module, unknown: list[Stored]) -> Iterator[None]:
+    """Give numbers that nobody knows one choice of values after the other, the same for all layers of a type."""
+    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))
+    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
+    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), 64):
+        for each in unknown:
+            i = choice[kinds.index(_kind(smaller, each))]
+            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+        yield
 
 
 _HINT = (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from funcreg.agreement import arguments
 from funcreg.undocumented import tracing_tools
 
 
@@ -60,7 +61,7 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     Raises:
         ValueError: The module raises an error on them, or a tensor has no memory.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     parameters = {name: _ref(w) for name, w in module.named_parameters()}
     buffers = {name: _ref(x) for name, x in module.named_buffers()}
     modes = {layer: layer.training for layer in module.modules()}
@@ -98,21 +99,6 @@ def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
             storages.update([ref.storage for ref in refs_in([operation.args, operation.kwargs])])
         marked.append(operation._replace(needed=needed))
     return marked[::-1]
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if not isinstance(example_inputs, (tuple, list)):
-        raise TypeError(
-            f"example_inputs is a {type(example_inputs).__name__}; expected a tuple of the arguments of the module, or "
-            "a dict of its keyword arguments"
-        )
-    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
-        return example_inputs[0], example_inputs[1]
-    return tuple(example_inputs), {}
 
 
 class Unrecorded(ValueError):

@@ -25,11 +25,11 @@ class Agreement:
         if not found:
             raise ValueError(f"{type(module).__name__} gives no tensors on example_inputs that could be compared")
 
-    def problem(self, other: nn.Module) -> str | None:
+    def problem(self, other: nn.Module) -> Failure | str | None:
         """What is wrong with another network, None if its outputs are those of the first."""
         found = outputs(other, *self.inputs)
         if isinstance(found, Failure):
-            return f"it fails on example_inputs: {found}"
+            return found
         shapes = unlike(self.expected, found)
         if shapes is not None:
             return shapes
@@ -71,7 +71,7 @@ def outputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The tensors that a network gives in evaluation, or what went wrong; its random numbers are the same each time."""
     buffers = {name: x.clone() for name, x in network.named_buffers()}
     running: list[str] = []
-    with _evaluated(network), _followed(network, running), _drawing(network), torch.no_grad():
+    with _evaluated(network), _followed(network, running), drawing(network), torch.no_grad():
         try:
             return list(_tensors(functional_call(network, buffers, args, kwargs)))
         except Exception as error:
@@ -126,7 +126,7 @@ def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _drawing(network: nn.Module) -> Iterator[None]:
+def drawing(network: nn.Module) -> Iterator[None]:
     """Let a network draw from a generator that begins anew, and leave the user's as it was."""
     devices = list({w.device for w in network.parameters() if w.is_cuda})
     with torch.random.fork_rng(devices=devices):

@@ -342,7 +342,13 @@ def _running(
                 if dim == slot.dim:
                     found.flow.atoms.close(slot.rows.reshape(-1) + first, reason)
     left = [slots for i, slots in enumerate(found.families) if i not in reasons]
-    notes = [f"Give resized example_inputs, which tell what becomes of a number: {each}" for each in trial.unsettled]
+    numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
+    notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    if found.flow.unseen:
+        notes.append(
+            "Some parameters are not used in evaluation, and in training the module fails on example_inputs, so that "
+            f"their layers may not fit after: {found.flow.unseen}"
+        )
     return found._replace(families=left), notes if left else []
 
 

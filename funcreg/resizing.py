@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
-from funcreg.agreement import Agreement
+from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
@@ -212,12 +212,10 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
         return
     agreement = Agreement(module, inputs)
-    first = None
-    for _ in assignments(smaller, unknown):
-        problem = agreement.problem(smaller)
-        if problem is None:
-            return
-        first = first or problem
+    wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+    if wrong is None:
+        return
+    first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
     if not unknown:
         raise ValueError(
             f"the smaller network is not the module: {first}. Does the module hold the zeros itself, and do the "
@@ -226,15 +224,61 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
     raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
 
 
-def assignments(smaller: nn.Module, unknown: list[Stored]) -> Iterator[None]:
-    """Give numbers that nobody knows one choice of values after the other, the same for all layers of a type."""
+def settle(
+    smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]
+) -> Failure | str | None:
+    """Give numbers that nobody knows one choice of values after the other, the same for all layers of a type.
+
+    Returns:
+        None once nothing is wrong, else what was wrong first.
+    """
+    first, failed = None, set[tuple[Any, ...]]()
     kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))
-    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
-    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), 64):
+    for choice in _in_turn(smaller, unknown, kinds, failed):
         for each in unknown:
             i = choice[kinds.index(_kind(smaller, each))]
             each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
-        yield
+        wrong = problem()
+        if wrong is None:
+            return None
+        first = first or wrong
+        if isinstance(wrong, Failure):
+            failed.update(
+                [(kind, own) for kind, own in _by_type(kinds, choice) if kind in _around(smaller, wrong.path)]
+            )
+    return first
+
+
+#: How many choices of numbers are tried, and among how many.
+_TRIES, _CHOICES = 64, 1 << 14
+
+
+def _in_turn(
+    smaller: nn.Module, unknown: list[Stored], kinds: list[tuple[type, str]], failed: set[tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
+    """Choices for all kinds of numbers; at last those in which a module failed with the same numbers before."""
+    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
+    later: list[tuple[Any, ...]] = []
+    tries = 0
+    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), _CHOICES):
+        if not failed.isdisjoint(_by_type(kinds, choice)):
+            later.append(choice)
+        elif tries < _TRIES:
+            tries += 1
+            yield choice
+    yield from later[: _TRIES - tries]
+
+
+def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tuple[type, tuple[Any, ...]]]:
+    """The part of a choice that is for each type of module."""
+    types = dict.fromkeys(kind for kind, _ in kinds)
+    return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
+
+
+def _around(smaller: nn.Module, path: str) -> list[type]:
+    """The types of the modules around a place, and of that itself."""
+    names = path.split(".") if path else []
+    return [type(smaller.get_submodule(".".join(names[:i]))) for i in range(len(names) + 1)]
 
 
 _HINT = (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from funcreg.agreement import Failure, arguments, outputs, unlike
 from funcreg.families import Family
 from funcreg.removal import with_buffers, without
-from funcreg.resizing import as_given, assignments, narrowed
+from funcreg.resizing import as_given, narrowed, settle
 from funcreg.stored import Stored
 from funcreg.tree import listed
 from funcreg.widths import Rule
@@ -52,7 +52,7 @@ class Trial:
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
-        self.unsettled: dict[str, None] = {}  # Numbers that only outputs can tell.
+        self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
@@ -91,16 +91,15 @@ class Trial:
             smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules)
         except Exception as error:  # Of a rule of the user's, too.
             return f"resized refuses what is left: {_line(error)}"
-        first: Failure | str | None = None
-        for _ in assignments(smaller, unknown):
-            found = self._outputs(smaller)
-            wrong = found if isinstance(found, Failure) else unlike(self._expected, found)
-            if wrong is None:
-                self.unsettled.update(dict.fromkeys([_stores(smaller, [each]) for each in unknown]))
-                return None
-            first = first or wrong
-        assert first is not None
-        return self._said(smaller, first, unknown)
+        wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
+        if wrong is None:
+            self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
+            return None
+        return self._said(smaller, wrong, unknown)
+
+    def _wrong(self, smaller: nn.Module) -> Failure | str | None:
+        found = self._outputs(smaller)
+        return found if isinstance(found, Failure) else unlike(self._expected, found)
 
     def _outputs(self, network: nn.Module) -> list[Tensor] | Failure:
         with warnings.catch_warnings():

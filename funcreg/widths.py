@@ -262,16 +262,19 @@ def _multihead(place: Place) -> None:
     if any(x != width for x in found) or width % size:
         raise ValueError(
             f"'{place.name}', a {type(layer).__name__}, has queries, keys, values, an output and biases of widths "
-            f"{', '.join(f'{x:g}' for x in found)}; expected whole heads of {size} in all of them. Its heads are Along(0, size={size}, packed=3) in "
-            f"in_proj_weight and in_proj_bias, and Along(1, size={size}) in out_proj.weight"
+            f"{', '.join(f'{x:g}' for x in found)}; expected whole heads of {size} in all of them. Its "
+            f"heads are Along(0, size={size}, packed=3) in in_proj_weight and in_proj_bias, and Along(1, size={size}) "
+            "in out_proj.weight"
         )
     layer.num_heads = width // size
     if not width == layer.embed_dim == len(out.weight):
         if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
+            word = "fewer" if width < max(layer.embed_dim, len(out.weight)) else "more"
             raise ValueError(
-                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are others than its "
-                f"{layer.embed_dim} inputs and {len(out.weight)} outputs, which the code of torch.nn.MultiheadAttention does not take; resized knows "
-                "how to go on with that class alone, and not with one of your own"
+                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are {word} than its "
+                f"{layer.embed_dim} inputs and {len(out.weight)} outputs, which the code of "
+                "torch.nn.MultiheadAttention does not take; resized knows how to go on with that class alone, and not "
+                "with one of your own"
             )
         # Encoder layers choose their fused path by this name; attention itself goes by in_proj_weight.
         layer._qkv_same_embed_dim = False

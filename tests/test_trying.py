@@ -202,9 +202,7 @@ def test_a_number_that_only_outputs_can_tell_stays_and_is_noted():
     net, seen = network(lambda: Net(lambda net, x: net.part(x), part=Heads())), (drawn(2, 3, 16),)
     groups = fr.channel_groups(net, seen)
     assert groups.counts == [4]
-    assert groups.explain().endswith(
-        "\n\nGive resized example_inputs, which tell what becomes of a number: 'part', a Heads, stores heads=4"
-    )
+    assert groups.explain().endswith("\n\nGive resized example_inputs too, to tell what becomes of Heads.heads")
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)

@@ -329,8 +329,8 @@ class Generator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        up = lambda a, b: [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(True)]
-        self.net = nn.Sequential(nn.ConvTranspose2d(6, 16, 4, bias=False), nn.BatchNorm2d(16), nn.ReLU(True))
+        up = lambda a, b: [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(nn.ConvTranspose2d(6, 16, 4, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2))
         self.net.extend([*up(16, 8), nn.ConvTranspose2d(8, 3, 4, 2, 1, bias=False), nn.Tanh()])
 
     def forward(self, z):

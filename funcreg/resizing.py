@@ -227,7 +227,9 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
 def settle(
     smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]
 ) -> Failure | str | None:
-    """Give numbers that nobody knows one choice of values after the other, the same for all layers of a type.
+    """Give numbers that nobody knows one choice of values after the other.
+
+    First the same for all layers of a type, then for each layer by itself, as long as it is one that fails.
 
     Returns:
         None once nothing is wrong, else what was wrong first.
@@ -243,10 +245,9 @@ def settle(
             return None
         first = first or wrong
         if isinstance(wrong, Failure):
-            failed.update(
-                [(kind, own) for kind, own in _by_type(kinds, choice) if kind in _around(smaller, wrong.path)]
-            )
-    return first
+            around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
+            failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
+    return first if first is None or _settle_each(smaller, unknown, problem) else None
 
 
 #: How many choices of numbers are tried, and among how many.
@@ -275,10 +276,33 @@ def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tup
     return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
 
 
-def _around(smaller: nn.Module, path: str) -> list[type]:
-    """The types of the modules around a place, and of that itself."""
+def _around(path: str) -> list[str]:
+    """The names of a module and of those around it, from the inside."""
     names = path.split(".") if path else []
-    return [type(smaller.get_submodule(".".join(names[:i]))) for i in range(len(names) + 1)]
+    return [".".join(names[:i]) for i in range(len(names), -1, -1)]
+
+
+def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]) -> bool:
+    """Whether something is wrong, however the numbers of the module that fails are chosen; one after the other."""
+    here: dict[str, list[Stored]] = {}
+    for each in unknown:
+        here.setdefault(each.path, []).append(each)
+    choices = {path: itertools.product(*[(*each.others, each.value) for each in own]) for path, own in here.items()}
+    due = list(here)
+    for _ in range(4 * _TRIES):
+        for path in due:
+            choice = next(choices[path], None)
+            if choice is None:
+                return True
+            for each, value in zip(here[path], choice, strict=True):
+                each.assign(smaller, value)
+        wrong = problem()
+        if not isinstance(wrong, Failure):
+            return wrong is not None
+        due = [path for path in _around(wrong.path) if path in here][:1]
+        if not due:
+            return True
+    return True
 
 
 _HINT = (

@@ -53,6 +53,7 @@ class Trial:
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
+        self._guessed = False  # Whether the last that ran had such numbers.
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
@@ -65,14 +66,22 @@ class Trial:
 
     def problem(self, chosen: Sequence[int]) -> str | None:
         """What goes wrong without some of the groups of these families, None if nothing does."""
+        several = [self._about_half(chosen), [max(1, self._counts[i] - 1) for i in chosen]]
         tried: list[list[int]] = []
-        for left in (self._about_half(chosen), [max(1, self._counts[i] - 1) for i in chosen]):
-            if left not in tried:
-                tried.append(left)
-                found = self._problem_with(self._tree(chosen, left))
-                if found is not None:
-                    return found
+        for left in several:  # Which becomes longer on the way.
+            if left in tried:
+                continue
+            tried.append(left)
+            found = self._problem_with(self._tree(chosen, left))
+            if found is not None:
+                return found
+            if self._guessed and len(several) == 2:  # Numbers that fit once have to fit again.
+                several += [self._shares(chosen, 0), self._shares(chosen, 1)]
         return None
+
+    def _shares(self, chosen: Sequence[int], turn: int) -> list[int]:
+        """Of every second family a third of the groups, of the others all."""
+        return [max(1, self._counts[i] // 3) if (i + turn) % 2 == 0 else self._counts[i] for i in chosen]
 
     def _about_half(self, chosen: Sequence[int]) -> list[int]:
         """A half of the groups of each family, of every second pair less, so that layers come to differ in width."""
@@ -94,6 +103,7 @@ class Trial:
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
         if wrong is None:
             self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
+            self._guessed = bool(unknown)
             return None
         return self._said(smaller, wrong, unknown)
 

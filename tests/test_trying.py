@@ -112,7 +112,7 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     assert len(ran) == 3  # As it is, without a half of each family, and without one group of each.
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
-    assert len(ran) < 24  # Several numbers are tried for each of the few sets of families.
+    assert len(ran) < 40  # Several numbers are tried for each of the few sets of families.
 
 
 def test_layers_that_are_asked_for_and_cannot_go_are_an_error():

@@ -229,7 +229,7 @@ def settle(
 ) -> Failure | str | None:
     """Give numbers that nobody knows one choice of values after the other.
 
-    First the same for all layers of a type, then for each layer by itself, as long as it is one that fails.
+    First the same for all layers of a type, then for each layer that fails by itself.
 
     Returns:
         None once nothing is wrong, else what was wrong first.
@@ -247,7 +247,7 @@ def settle(
         if isinstance(wrong, Failure):
             around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
             failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
-    return first if first is None or _settle_each(smaller, unknown, problem) else None
+    return None if unknown and _settle_each(smaller, unknown, problem) else first
 
 
 #: How many choices of numbers are tried, and among how many.
@@ -283,7 +283,7 @@ def _around(path: str) -> list[str]:
 
 
 def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]) -> bool:
-    """Whether something is wrong, however the numbers of the module that fails are chosen; one after the other."""
+    """Whether nothing is wrong once the numbers of each module that fails are chosen by themselves."""
     here: dict[str, list[Stored]] = {}
     for each in unknown:
         here.setdefault(each.path, []).append(each)
@@ -293,16 +293,16 @@ def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Callable[[]
         for path in due:
             choice = next(choices[path], None)
             if choice is None:
-                return True
+                return False
             for each, value in zip(here[path], choice, strict=True):
                 each.assign(smaller, value)
         wrong = problem()
         if not isinstance(wrong, Failure):
-            return wrong is not None
+            return wrong is None
         due = [path for path in _around(wrong.path) if path in here][:1]
         if not due:
-            return True
-    return True
+            return False
+    return False
 
 
 _HINT = (

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcreg.agreement import Failure, arguments, outputs, unlike
-from funcreg.families import Family
+from funcreg.agreement import Agreement, Failure, arguments, outputs, unlike
+from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, settle
 from funcreg.stored import Stored
@@ -66,27 +66,19 @@ class Trial:
 
     def problem(self, chosen: Sequence[int]) -> str | None:
         """What goes wrong without some of the groups of these families, None if nothing does."""
-        several = [self._about_half(chosen), [max(1, self._counts[i] - 1) for i in chosen]]
-        tried: list[list[int]] = []
-        for left in several:  # Which becomes longer on the way.
-            if left in tried:
-                continue
-            tried.append(left)
+        for left in dict.fromkeys((self._about_half(chosen), tuple(max(1, self._counts[i] - 1) for i in chosen))):
+            self._guessed = False
             found = self._problem_with(self._tree(chosen, left))
             if found is not None:
                 return found
-            if self._guessed and len(several) == 2:  # Numbers that fit once have to fit again.
-                several += [self._shares(chosen, 0), self._shares(chosen, 1)]
+            if self._guessed and (found := self._difference(chosen, left)) is not None:
+                return found
         return None
 
-    def _shares(self, chosen: Sequence[int], turn: int) -> list[int]:
-        """Of every second family a third of the groups, of the others all."""
-        return [max(1, self._counts[i] // 3) if (i + turn) % 2 == 0 else self._counts[i] for i in chosen]
-
-    def _about_half(self, chosen: Sequence[int]) -> list[int]:
+    def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
         """A half of the groups of each family, of every second pair less, so that layers come to differ in width."""
         counts = [(self._counts[i], i // 2 % 2) for i in chosen]
-        return [max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts]
+        return tuple(max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts)
 
     def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
         """All tensors, with so many groups of these families."""
@@ -110,6 +102,28 @@ class Trial:
     def _wrong(self, smaller: nn.Module) -> Failure | str | None:
         found = self._outputs(smaller)
         return found if isinstance(found, Failure) else unlike(self._expected, found)
+
+    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+        """What goes wrong with the numbers that the weights have, which tell those in modules apart.
+
+        For this alone the leaves of families are copied, with zeros in the groups that go.
+        """
+        families, dead = [self.families[i] for i in chosen], dict(self._leaves)
+        for family, count in zip(families, left, strict=True):
+            for name, where in family.items():
+                for along in [each for each in parts(where) if each.penalized]:
+                    rows = gather(dead[name], along).clone()
+                    rows[count:] = 0
+                    dead[name] = scatter(rows, dead[name], along)
+        whole = narrowed(self.module, dead, {})[0]
+        smaller, unknown = narrowed(
+            self.module, as_given(self.module, without(dead, families, left, self._round_to)), self._rules
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            agreement = Agreement(whole, self._inputs)
+            wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+        return None if wrong is None else self._said(smaller, wrong, unknown)
 
     def _outputs(self, network: nn.Module) -> list[Tensor] | Failure:
         with warnings.catch_warnings():

@@ -294,6 +294,23 @@ def test_outputs_that_are_drawn_are_compared_with_the_same_numbers():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_what_is_used_in_training_alone_is_seen_with_buffers_as_they_were():
+    def run(net, x):
+        y = net.norm(net.first(x)).relu()
+        return net.last(y) + net.more(y) if net.training else net.last(y)
+
+    parts = {"first": nn.Linear(5, 8), "norm": nn.BatchNorm1d(8), "last": nn.Linear(8, 3), "more": nn.Linear(8, 3)}
+    net, seen = network(lambda: Net(run, **parts)), vectors()
+    before = copy.deepcopy(fr.with_buffers(net))
+    groups = fr.channel_groups(net, seen)
+    assert (list(groups[0])[-4:-2], groups.notes) == (["last.weight", "more.weight"], [])
+    torch.testing.assert_close(fr.with_buffers(net), before, rtol=0, atol=0)
+    groups = fr.channel_groups(net, (seen[0][:1],))  # Of one example there is no variance.
+    assert "more.weight" not in groups[0]
+    said = "Some parameters are not used in evaluation, and in training the module fails on example_inputs"
+    assert said in groups.explain()
+
+
 def test_how_many_groups_are_left_is_told():
     net, seen = network(Transformer), words()
     groups = fr.channel_groups(net, seen)

@@ -259,6 +259,23 @@ class Temporal(nn.Module):
         return F.relu(y + (x if self.down is None else self.down(x)))
 
 
+class Auxiliary(nn.Module):
+    """A classifier with a second one in the middle, which is there in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rest = (
+            conv_norm(3, 8, 3),
+            nn.Sequential(nn.Dropout2d(0.2), conv_norm(8, 12, 3), nn.Dropout(0.2)),
+        )
+        self.middle, self.end = nn.Linear(8, 5), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.end(self.rest(x).mean((2, 3)))
+        return y + 0.3 * self.middle(x.mean((2, 3))) if self.training else y
+
+
 class Gated(nn.Module):
     """CBAM: channels are gated by what is seen of them, then pixels by a map of all channels."""
 
@@ -599,6 +616,7 @@ NETWORKS = {
         rows(3, 16),
         0.6,
     ),
+    "a second classifier in training": (Auxiliary, pictures(), 0.6),
     "CBAM": (Gated, pictures(), 0.05),
     "GhostNet": (
         lambda: nn.Sequential(conv_norm(3, 8, 3), Ghost(8, 12), Ghost(12, 16), CONV(16, 3, 1)),

@@ -260,7 +260,7 @@ class Extinct(NamedTuple):
     """A family of which no group is left."""
 
     title: str  # The name of its first penalized leaf.
-    count: int
+    groups: int
     neck: bool | None  # Whether outputs are the same at every input without it; None if that is not known.
 
 

@@ -614,7 +614,7 @@ class Regularization:
         self._said_dead.update([each.title for each in new])
         if not new:
             return
-        which = listed([f"'{each.title}' ({each.count} groups)" for each in new])
+        which = listed([f"'{each.title}' ({each.groups} groups)" for each in new])
         unless = "" if any([each.neck for each in new]) else "unless something goes around it, "
         warnings.warn(
             f"all groups are dead in the family of {which} after {self.steps} steps of regularize("

@@ -14,7 +14,10 @@ from funcreg.tracing import Operation, Ref, refs_in
 
 # Entry by entry
 
-_ENTRYWISE = ("hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "rsub", "masked_fill", "special_erf")
+_ENTRYWISE = (
+    *("hardswish", "_prelu_kernel", "prelu", "leaky_relu", "log_sigmoid_forward", "rsub", "masked_fill"),
+    "special_erf",
+)
 #: What unknown entries may be, of either sign, small and large.
 SAMPLES = (
     *((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3), (-0.3, -0.6, -1.7)),

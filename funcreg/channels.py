@@ -16,7 +16,7 @@ from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
 from funcreg.removal import count_alive
-from funcreg.resizing import check_rules
+from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
 from funcreg.tracing import record
 from funcreg.tree import listed
@@ -260,11 +260,13 @@ def channel_groups(
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
     check_whole_module("channel_groups", module)
     if example_inputs is None:
+        if rules:
+            raise ValueError("rules has no effect without example_inputs, on which families are tried out; give both")
         families = sequence_groups(module, prefix, layers)
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
-    check_rules(module, rules)
+    check_copied(module, rules)
     flow = Flow(record(module, example_inputs), rule_of, lambda name: _packs_unequally(module, name))
     found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
     _check_some(found)

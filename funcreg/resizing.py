@@ -99,17 +99,17 @@ def resized(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     check_whole_module("resized", module)
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
-    check_rules(module, rules)
+    check_copied(module, rules)
     given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
     smaller, unknown = narrowed(module, given, rules or {})
     _settle(module, smaller, unknown, example_inputs)
     return smaller
 
 
-def check_rules(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
-    """Raise an error unless these are rules for types that the module has."""
+def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
+    """Raise an error unless a module can be copied with other widths, and has the types that rules are for."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
     for kind, rule in (rules or {}).items():
         if not isinstance(kind, type) or not callable(rule):
             raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")

@@ -97,6 +97,9 @@ def test_a_rule_that_resized_takes_is_taken_before_training_too():
     with pytest.raises(ValueError, match="rules has one for Conv2d, and the module has no such layer"):
         fr.channel_groups(net, seen, rules={CONV: narrow})
 
+    with pytest.raises(ValueError, match="rules has no effect without example_inputs, on which families are tried"):
+        fr.channel_groups(nn.Sequential(*linears(5, 6, 3)), rules=rules)
+
     def broken(layer, before):
         raise KeyError("width")
 
@@ -155,6 +158,21 @@ def test_a_width_that_is_written_in_the_code_keeps_the_channels_it_counts(batch)
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_a_generator_that_counts_its_channels_keeps_them_and_a_part_of_a_network_has_its_names():
+    class Generator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(6, 8 * 4), nn.BatchNorm2d(8)
+            self.up, self.last = nn.ConvTranspose2d(8, 6, 2, 2), nn.ConvTranspose2d(6, 3, 2, 2)
+
+        def forward(self, z):
+            return self.last(self.up(self.norm(self.first(z).view(-1, 8, 2, 2)).relu()).relu())
+
+    groups = fr.channel_groups(network(Generator), (drawn(4, 6),), prefix="generator")
+    assert groups.layers == [("generator.up",)]
+    assert "    generator.first.weight, dimension 0 of 32" in groups.explain().splitlines()
 
 
 def test_what_fails_is_found_among_layers_that_are_alike():
@@ -309,6 +327,13 @@ def test_what_is_used_in_training_alone_is_seen_with_buffers_as_they_were():
     assert "more.weight" not in groups[0]
     said = "Some parameters are not used in evaluation, and in training the module fails on example_inputs"
     assert said in groups.explain()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_module_compiled_by_torch_jit_is_refused_before_training():
+    net, seen = network(lambda: nn.Sequential(*linears(5, 6, 3))), vectors()
+    with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was made of"):
+        fr.channel_groups(torch.jit.trace(net, seen), seen)
 
 
 def test_how_many_groups_are_left_is_told():

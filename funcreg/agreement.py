@@ -35,7 +35,8 @@ class Agreement:
             return shapes
         for i, (a, b) in enumerate(zip(self.expected, found, strict=True)):
             if (a.is_floating_point() or a.is_complex()) and a.numel():
-                gap = torch.where(a == b, 0, (a - b).abs()).max()  # Infinities that mask something out are equal.
+                # Infinities that mask something out are equal, and what is no number in both.
+                gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).max()
                 size = a.abs().masked_fill(~a.isfinite(), 0).max()
                 if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
                     share = gap / size

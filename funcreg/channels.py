@@ -201,11 +201,11 @@ def channel_groups(
     another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
     (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
-    The families are tried out before they are offered, on a copy without memory: some of their groups are taken out by
-    the code of `remove_dead` and `resized`, and the forward has to run. Where it does not, because it holds a width as
-    a number that nothing tells, they are kept, and `explain()` names the module, what it holds, and the remedy. Shapes
-    do not tell everything: a number that scales, heads of one feature, or a width that meets another one by chance are
-    seen by `resized(..., example_inputs)` alone, which compares outputs.
+    The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
+    of `remove_dead` and `resized`, in a copy of these leaves, and outputs have to be the same. Where they are not,
+    because the forward holds a width or a count as a number that nothing tells, the families are kept, and `explain()`
+    names the module, what it holds, and the remedy. Where leaves of families take more than 2 GiB the forward has to
+    run and no more: a number that scales is seen by `resized(..., example_inputs)` alone.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
@@ -346,6 +346,8 @@ def _running(
     left = [slots for i, slots in enumerate(found.families) if i not in reasons]
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
     notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    if trial.uncompared:
+        notes.append("Outputs were not compared, because leaves are large: give resized example_inputs, which does")
     if found.flow.unseen:
         notes.append(
             "Some parameters are not used in evaluation, and in training the module fails on example_inputs, so that "

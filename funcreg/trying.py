@@ -1,8 +1,8 @@
-"""Families tried out before they are offered: taken out of a copy without memory, whose forward has to run then.
+"""Families tried out before they are offered: taken out of a copy, whose forward has to run, and to give the same.
 
 What `remove_dead` and `resized` do is done by their own code, so that what would be refused after training is known
-before. The leaves of families are single numbers there, expanded to the shapes that are left, and all other tensors
-are shared with the network: no weight is copied.
+before. At first the leaves of families are single numbers, expanded to the shapes that are left, and all other tensors
+are shared with the network. Where that runs, outputs are compared, with and without groups that are set to zero.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from funcreg.resizing import as_given, narrowed, settle
 from funcreg.stored import Stored
 from funcreg.tree import listed
 from funcreg.widths import Rule
+
+
+#: Bytes up to which leaves are copied.
+_COPIED = 1 << 31
 
 
 class Trial:
@@ -53,7 +58,7 @@ class Trial:
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
-        self._guessed = False  # Whether the last that ran had such numbers.
+        self.uncompared = False  # Whether leaves were too large to compare outputs.
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
@@ -67,11 +72,10 @@ class Trial:
     def problem(self, chosen: Sequence[int]) -> str | None:
         """What goes wrong without some of the groups of these families, None if nothing does."""
         for left in dict.fromkeys((self._about_half(chosen), tuple(max(1, self._counts[i] - 1) for i in chosen))):
-            self._guessed = False
-            found = self._problem_with(self._tree(chosen, left))
+            found = self._problem_with(chosen, left)
+            if found is None and self._compares(chosen):
+                found = self._difference(chosen, left)
             if found is not None:
-                return found
-            if self._guessed and (found := self._difference(chosen, left)) is not None:
                 return found
         return None
 
@@ -87,7 +91,8 @@ class Trial:
         of = lambda name, w: _number(w, shapes[name].shape) if name in self._numbers else w
         return {name: of(name, w) for name, w in self._leaves.items()}
 
-    def _problem_with(self, tree: dict[str, Tensor]) -> str | None:
+    def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+        tree = self._tree(chosen, left)
         try:
             smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules)
         except Exception as error:  # Of a rule of the user's, too.
@@ -95,16 +100,22 @@ class Trial:
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
         if wrong is None:
             self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
-            self._guessed = bool(unknown)
             return None
-        return self._said(smaller, wrong, unknown)
+        return self._said(smaller, wrong, unknown, chosen)
 
     def _wrong(self, smaller: nn.Module) -> Failure | str | None:
         found = self._outputs(smaller)
         return found if isinstance(found, Failure) else unlike(self._expected, found)
 
+    def _compares(self, chosen: Sequence[int]) -> bool:
+        """Whether the leaves of these families are small enough to be copied, to compare what is computed of them."""
+        names = {name for i in chosen for name in self.families[i]}
+        compares = sum([self._leaves[name].nbytes for name in names]) <= _COPIED
+        self.uncompared |= not compares
+        return compares
+
     def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
-        """What goes wrong with the numbers that the weights have, which tell those in modules apart.
+        """What goes wrong with the numbers that the weights have: outputs tell what shapes do not.
 
         For this alone the leaves of families are copied, with zeros in the groups that go.
         """
@@ -123,27 +134,33 @@ class Trial:
             warnings.simplefilter("ignore")
             agreement = Agreement(whole, self._inputs)
             wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
-        return None if wrong is None else self._said(smaller, wrong, unknown)
+        return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
 
     def _outputs(self, network: nn.Module) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They were given when the network itself ran.
             return outputs(network, *self._inputs)
 
-    def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored]) -> str:
+    def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
-        path = _around(self.module, wrong.path if isinstance(wrong, Failure) else "")
+        path = _around(self.module, wrong.path if isinstance(wrong, Failure) else self._holder(chosen))
         kind = type(self.module.get_submodule(path)).__name__
         here = [each for each in unknown if each.path == path] or list(unknown)
         if here:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
         else:
-            holds = f"{_named(self.module, path)} may have a width as a number in its code"
+            holds = f"{_named(self.module, path)} may have a width or a count as a number of its own, or in its code"
         what = f"the network fails without some of them {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
         return (
             f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
         )
+
+    def _holder(self, chosen: Sequence[int]) -> str:
+        """The innermost module that holds all leaves of some families."""
+        paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
+        alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return ".".join([parts[0] for parts in alike])
 
 
 def _line(error: Exception) -> str:

@@ -152,7 +152,10 @@ def test_a_width_that_is_written_in_the_code_keeps_the_channels_it_counts(batch)
     groups = fr.channel_groups(net, seen)
     assert groups.layers == [("conv1",), ("fc1",), ("fc2",)]
     said = groups.explain()
-    assert "LeNet, the network itself, may have a width as a number in its code. Let its forward take widths" in said
+    assert (
+        "LeNet, the network itself, may have a width or a count as a number of its own, or in its code. Let its forward take widths"
+        in said
+    )
     assert "(x.flatten(1), x.shape, -1 in a view), or give rules={LeNet: function}" in said
     assert "    conv2.weight, dimension 0 of 16" in said.splitlines()
     dead = without_half(net, groups)
@@ -226,6 +229,63 @@ def test_a_number_that_only_outputs_can_tell_stays_and_is_noted():
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
+class _Heads(nn.Module):
+    """Attention whose count of heads has a name that says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = [part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _shuffled(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+#: What is done between two layers by a number in the code, with which the second runs on other widths, too.
+COUNTED = {
+    "shuffle": _shuffled,
+    "norm of groups": lambda x: F.group_norm(x, 4),
+    "scale": lambda x: x * x.shape[1] ** -0.5,
+    "halves": lambda x: torch.cat([-x[:, 6:], x[:, :6]], 1) + x,
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_number_in_the_code_with_which_outputs_would_be_others_keeps_the_channels(name):
+    act = COUNTED[name]
+    forward = lambda net, x: net.b(act(net.a(x).relu()).relu())
+    net = network(lambda: Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(8, 4, 1), c=nn.Conv2d(3, 4, 1)))
+    try:
+        groups = fr.channel_groups(net, (drawn(2, 3, 4, 4),))
+    except ValueError as error:
+        assert "may have a width or a count" in str(error) or "found no channels" in str(error)
+        return
+    dead = without_half(net, groups)  # What is offered is exact.
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    seen = (drawn(2, 3, 4, 4),)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_heads_that_a_number_of_another_name_counts_are_kept_unless_there_is_a_rule():
+    net, seen = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())), (drawn(2, 3, 16),)
+    with pytest.raises(ValueError, match=r"'part', a _Heads, may have a width or a count .* rules={_Heads: function}"):
+        fr.channel_groups(net, seen)
+
+    def follow(layer, before):
+        layer.h = layer.out.in_features * before.h // before.out.in_features
+
+    groups = fr.channel_groups(net, seen, rules={_Heads: follow})
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), rules={_Heads: follow})
+    assert smaller.part.h == 2
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
 def test_attention_of_ones_own_that_is_not_exchanged_is_kept():
     class Mine(nn.MultiheadAttention):
         def forward(self, x):
@@ -265,7 +325,9 @@ def test_where_it_cannot_be_tried_out_that_is_noted():
     )
 
 
-def test_nothing_of_the_user_is_touched_and_no_weight_copied():
+@pytest.mark.parametrize("copied", [trying._COPIED, 0])
+def test_nothing_of_the_user_is_touched_and_large_weights_are_not_copied(monkeypatch, copied):
+    monkeypatch.setattr(trying, "_COPIED", copied)
     net, seen = network(lambda: GPT(2)).train(), words()
     net.h[0].register_forward_hook(lambda *_: None)
     before = copy.deepcopy(fr.with_buffers(net))
@@ -281,8 +343,9 @@ def test_nothing_of_the_user_is_touched_and_no_weight_copied():
         warnings.simplefilter("error")
         patch.setattr(torch.Tensor, "clone", clone)
         patch.setattr(torch.Tensor, "__deepcopy__", None)
-        fr.channel_groups(net, seen)
-    assert not any(shape in {tuple(w.shape) for w in net.parameters() if w.ndim > 1} for shape in made)
+        groups = fr.channel_groups(net, seen)
+    assert any(shape in {tuple(w.shape) for w in net.parameters() if w.ndim > 1} for shape in made) == (copied > 0)
+    assert ("Outputs were not compared" in groups.explain()) == (copied == 0)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.testing.assert_close(fr.with_buffers(net), before, rtol=0, atol=0)
     assert all(layer.training for layer in net.modules())

@@ -25,7 +25,6 @@ from funcreg.stored import Stored
 from funcreg.tree import listed
 from funcreg.widths import Rule
 
-
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 

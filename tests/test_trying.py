@@ -245,7 +245,6 @@ def _shuffled(x):
 
 #: What is done between two layers by a number in the code, with which the second runs on other widths, too.
 COUNTED = {
-    "shuffle": _shuffled,
     "norm of groups": lambda x: F.group_norm(x, 4),
     "scale": lambda x: x * x.shape[1] ** -0.5,
     "halves": lambda x: torch.cat([-x[:, 6:], x[:, :6]], 1) + x,
@@ -256,15 +255,20 @@ COUNTED = {
 def test_a_number_in_the_code_with_which_outputs_would_be_others_keeps_the_channels(name):
     act = COUNTED[name]
     forward = lambda net, x: net.b(act(net.a(x).relu()).relu())
-    net = network(lambda: Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(8, 4, 1), c=nn.Conv2d(3, 4, 1)))
-    try:
-        groups = fr.channel_groups(net, (drawn(2, 3, 4, 4),))
-    except ValueError as error:
-        assert "may have a width or a count" in str(error) or "found no channels" in str(error)
-        return
-    dead = without_half(net, groups)  # What is offered is exact.
-    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    net = network(lambda: Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(8, 4, 1)))
+    why = "unequal parts are taken" if name == "halves" else "Net, the network itself, may have a width or a count as"
+    with pytest.raises(ValueError, match=f"(?s)found no channels in Net that could go. Kept are.*{why}"):
+        fr.channel_groups(net, (drawn(2, 3, 4, 4),))
+
+
+def test_channels_that_are_shuffled_by_a_number_in_the_code_go_in_pairs():
+    forward = lambda net, x: net.b(_shuffled(net.a(x).relu()).relu())
+    net = network(lambda: Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(8, 4, 1)))
     seen = (drawn(2, 3, 4, 4),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [4]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 

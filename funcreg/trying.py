@@ -149,7 +149,7 @@ class Trial:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
         else:
             holds = f"{_named(self.module, path)} may have a width or a count as a number of its own, or in its code"
-        what = f"the network fails without some of them {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
+        what = f"without some of these channels the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
         return (
             f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"

@@ -586,6 +586,10 @@ MISWRITTEN = {
         r"l1 takes no hyperparameters; got 1.* Its strength is a factor",
     ),
     "a penalty called": (lambda: ANY.l1(), r"l1 lacks params; expected l1\(params\)\. What takes a penalty .* gets it"),
+    "a projection of nothing": (
+        lambda: ANY.l2_ball.project(),
+        r"l2_ball\.project lacks params; expected l2_ball\.project\(p",
+    ),
     "a gradient of nothing": (
         lambda: ANY.elastic.grad(),
         r"elastic\.grad lacks params; expected .*\(params, alpha, rho\)",

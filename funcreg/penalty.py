@@ -442,8 +442,8 @@ class Penalty(Remembering):
         if not isinstance(other, Penalty):
             what = "a tensor" if isinstance(other, Tensor) else f"the {type(other).__name__} {other!r}"
             raise TypeError(
-                f"{self.__name__} and {what} are added; expected penalties. In a loss stands the value, "
-                f"{self._as_called()}(params); a chain has add_penalty or proximal for a link."
+                f"unsupported operands for +, {self.__name__} and {what}; expected penalties. In a loss stands "
+                f"the value, {self._as_called()}(params); a chain has add_penalty or proximal for a link."
             )
         return Sum((*_terms(self), *_terms(other)))
 

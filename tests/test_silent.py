@@ -606,8 +606,8 @@ MISWRITTEN = {
         lambda: fr.masked(ANY.matrices, ANY.sgd(0.1)),
         r"the selection matrices; .* masked\(tx, m",
     ),
-    "a penalty in a loss": (lambda: torch.ones(()) + 0.1 * ANY.l1, r"a tensor are added; .* \(0\.1 \* l1\)\(params\)"),
-    "a penalty and a number": (lambda: ANY.l1 + 1.0, r"l1 and the float 1\.0 are added; expected penalties"),
+    "a penalty in a loss": (lambda: torch.ones(()) + 0.1 * ANY.l1, r"a tensor; expected .* \(0\.1 \* l1\)\(params\)"),
+    "a penalty and a number": (lambda: ANY.l1 + 1.0, r"l1 and the float 1\.0; expected penalties"),
     "a module to regularize": (
         lambda: fr.regularize(NET, fr.l1),
         r"optimizer is a Linear; expected one of torch.* as in regularize\(optimizer, l1, strength=",

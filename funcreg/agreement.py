@@ -1,11 +1,11 @@
-"""Whether two networks give the same outputs."""
+"""What networks give on example inputs, and whether two of them give the same."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,27 @@ class Agreement:
     """The outputs of a network on example inputs, and whether another one has them, too."""
 
     def __init__(self, module: nn.Module, inputs: Any) -> None:
-        self.args, self.kwargs = arguments(inputs)
+        self.inputs = arguments(inputs)
         self.module = module
-        self.expected = self._outputs(module)
-        if isinstance(self.expected, str):
-            raise ValueError(f"the module itself fails on example_inputs: {self.expected}")
-        if not self.expected:
+        found = outputs(module, *self.inputs)
+        if isinstance(found, Failure):
+            raise ValueError(f"the module itself fails on example_inputs: {found}")
+        self.expected = found
+        if not found:
             raise ValueError(f"{type(module).__name__} gives no tensors on example_inputs that could be compared")
 
-    def problem(self, other: nn.Module) -> str | None:
+    def problem(self, other: nn.Module) -> Failure | str | None:
         """What is wrong with another network, None if its outputs are those of the first."""
-        found = self._outputs(other)
-        if isinstance(found, str):
-            return f"it fails on example_inputs: {found}"
-        assert not isinstance(self.expected, str)  # Checked when it was made.
-        if len(found) != len(self.expected):
-            return f"it gives {len(found)} tensors, and the module {len(self.expected)}"
+        found = outputs(other, *self.inputs)
+        if isinstance(found, Failure):
+            return found
+        shapes = unlike(self.expected, found)
+        if shapes is not None:
+            return shapes
         for i, (a, b) in enumerate(zip(self.expected, found, strict=True)):
-            if a.shape != b.shape:
-                return f"output {i} of it has shape {tuple(b.shape)}, and that of the module {tuple(a.shape)}"
             if (a.is_floating_point() or a.is_complex()) and a.numel():
-                gap = torch.where(a == b, 0, (a - b).abs()).max()  # Infinities that mask something out are equal.
+                # Infinities that mask something out are equal, and what is no number in both.
+                gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).max()
                 size = a.abs().masked_fill(~a.isfinite(), 0).max()
                 if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
                     share = gap / size
@@ -45,24 +45,56 @@ class Agreement:
                 return f"output {i} of it differs from that of the module"
         return None
 
-    def _outputs(self, network: nn.Module) -> list[Tensor] | str:
-        """The tensors that a network gives in evaluation, or what went wrong and where."""
-        buffers = {name: x.clone() for name, x in network.named_buffers()}
-        running: list[str] = []
-        with _evaluated(network), _followed(network, running), torch.no_grad():
-            try:
-                return list(_tensors(functional_call(network, buffers, self.args, self.kwargs)))
-            except Exception as error:
-                where = running[-1] if running else ""
-                where = f"'{where}', a {type(network.get_submodule(where)).__name__}" if where else "its own forward"
-                return f"in {where}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+class Failure(NamedTuple):
+    """An error of a forward pass, and where it was raised."""
+
+    path: str  # Name of the module whose forward ran, empty for the network itself.
+    kind: str  # Its type.
+    error: str
+
+    def __str__(self) -> str:
+        where = f"'{self.path}', a {self.kind}" if self.path else "its own forward"
+        return f"in {where}: {self.error}"
+
+
+def unlike(expected: list[Tensor], found: list[Tensor]) -> str | None:
+    """How many outputs there are, or how they are shaped, where it is another number or shape."""
+    if len(found) != len(expected):
+        return f"it gives {len(found)} tensors, and the module {len(expected)}"
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a.shape != b.shape:
+            return f"output {i} of it has shape {tuple(b.shape)}, and that of the module {tuple(a.shape)}"
+    return None
+
+
+def outputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | Failure:
+    """The tensors that a network gives in evaluation, or what went wrong; its random numbers are the same each time."""
+    buffers = {name: x.clone() for name, x in network.named_buffers()}
+    running: list[str] = []
+    with _evaluated(network), _followed(network, running), drawing(network), torch.no_grad():
+        try:
+            return list(_tensors(functional_call(network, buffers, args, kwargs)))
+        except Exception as error:
+            path = running[-1] if running else ""
+            said = str(error).strip().partition("\n")[0]
+            return Failure(path, type(network.get_submodule(path)).__name__, f"{type(error).__name__}: {said}")
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, of a tensor, a tuple or a dict."""
+    """Positional and keyword arguments of a call, of a tensor, a tuple, a dict, or a tuple of both."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+    if not isinstance(inputs, (tuple, list)):
+        raise TypeError(
+            f"example_inputs is a {type(inputs).__name__}; expected a tuple of the arguments of the module, or a dict "
+            "of its keyword arguments"
+        )
+    if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs[0], inputs[1]
+    return tuple(inputs), {}
 
 
 @contextmanager
@@ -92,6 +124,18 @@ def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def drawing(network: nn.Module) -> Iterator[None]:
+    """Let a network draw from a generator that begins anew, and leave the user's as it was."""
+    devices = list({w.device for w in network.parameters() if w.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

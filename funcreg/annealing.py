@@ -14,7 +14,15 @@ from torch import Tensor
 from funcreg._typing import Scalar, Schedule
 from funcreg.construction import remembered
 from funcreg.ranges import check_range, concrete, scalars
-from funcreg.schedules import KnownSchedule, check_finite, check_positive, check_steps, double, interpolation
+from funcreg.schedules import (
+    KnownSchedule,
+    check_finite,
+    check_positive,
+    check_shares,
+    check_steps,
+    double,
+    interpolation,
+)
 
 
 @remembered
@@ -106,9 +114,7 @@ def cyclic_schedule(
     (decay_rate,) = scalars(decay_rate=decay_rate)
     check_range("rise", rise, 0.0, 1.0)
     down = 1 - rise if fall is None else fall
-    for name, value in (("rise", rise), ("fall", down)):
-        check_steps(**{name: value})
-        check_range(name, value, 0.0, 1.0)
+    check_shares(rise=rise, fall=down)
     if rise + down > 1 + 1e-9:
         raise ValueError(f"rise is {rise} and fall {down}; expected shares of a cycle that sum to at most 1")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, hold
+from funcreg.combine import chain, hold, pick
 from funcreg.construction import remembered
-from funcreg.ranges import check_range, flags, scalars
+from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate, scale_by_rms
 from funcreg.schedules import warmup_constant_schedule
@@ -28,7 +28,7 @@ from funcreg.transform import (
     share,
 )
 from funcreg.tree import beside, compute, compute_wide, kept_dtype, scalar_device, tree_leaves, tree_map
-from funcreg.wrappers import Named, around, check_period, pick
+from funcreg.wrappers import Named, around, check_period
 
 # Fast and slow weights
 
@@ -234,6 +234,7 @@ def schedule_free(
     check_transforms("schedule_free", [base_optimizer])
     if isinstance(learning_rate, (dict, list, tuple)):
         raise TypeError("learning_rate is a tree; expected a number, a tensor or a schedule: it weighs whole points")
+    single(learning_rate=learning_rate)
     finite_nonnegative(learning_rate=learning_rate)
     check_range("b1", b1, 0.0, 1.0, open_low=True)
     check_range("weight_lr_power", weight_lr_power, finite=True)

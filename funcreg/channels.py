@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from funcreg._typing import Params
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
+from funcreg.removal import count_alive
+from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
 from funcreg.tracing import record
 from funcreg.tree import listed
-from funcreg.widths import heads_before, packs_unequally
+from funcreg.trying import Trial, refused
+from funcreg.widths import Rule, heads_before, packs_unequally
 
 
 class ChannelGroups(list[Family]):
@@ -34,6 +38,7 @@ class ChannelGroups(list[Family]):
         kept: Why other dimensions of parameters are kept: their places by the reason.
         round_to: What numbers of channels stay multiples of in `remove_dead`.
         necks: For each family whether outputs are the same at every input once all of its groups are dead.
+        notes: What will be seen at the end alone, when the network is made smaller.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 6))
@@ -43,7 +48,7 @@ class ChannelGroups(list[Family]):
         channels of  groups  parameters each
         2                 6                6
         >>> print(groups.explain())  # doctest: +ELLIPSIS
-        6 groups in 1 families:
+        6 groups in 1 family:
         ...
         - normalized over channels (native_layer_norm, '1'):
             0.weight, dimension 0 of 4
@@ -59,11 +64,12 @@ class ChannelGroups(list[Family]):
         kept: dict[str, list[str]] | None = None,
         round_to: int = 1,
         necks: Sequence[bool] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__(families)
         self.counts, self.sizes, self.layers = list(counts), list(sizes), list(layers)
         self.kept = dict(kept or {})
-        self.round_to, self.necks = round_to, list(necks)
+        self.round_to, self.necks, self.notes = round_to, list(necks), list(notes)
 
     def __repr__(self) -> str:
         if len(self.counts) != len(self):
@@ -76,13 +82,33 @@ class ChannelGroups(list[Family]):
         ]
         return "\n".join(lines)
 
+    def left(self, params: Params) -> list[int]:
+        """How many groups of each family are not zero, to be watched while a network is trained.
+
+        Args:
+            params: Tree of its parameters, also with buffers.
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+            >>> groups = channel_groups(net, (torch.ones(1, 2),))
+            >>> with torch.no_grad():
+            ...     for w in (net[0].weight[0], net[0].bias[0], net[1].weight[:, 0]):
+            ...         w.zero_()
+            >>> groups.left(with_buffers(net))
+            [3]
+        """
+        return [alive.left for alive in count_alive(params, self)]
+
     def explain(self) -> str:
         """Which channels there are, and why the others are kept."""
-        lines = [f"{sum(self.counts)} groups in {len(self)} families:", repr(self)]
+        families = "1 family" if len(self) == 1 else f"{len(self)} families"
+        lines = [f"{sum(self.counts)} groups in {families}:", repr(self)]
         if self.kept:
             lines += ["", "Kept:"]
         for reason, places in _alike(self.kept).items():
             lines += [f"- {reason}:", *[f"    {place}" for place in places]]
+        if self.notes:
+            lines += ["", *dict.fromkeys(_patterns(self.notes).values())]
         return _Text("\n".join(lines))
 
 
@@ -160,6 +186,7 @@ def channel_groups(
     layers: Sequence[str] | None = None,
     types: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
     round_to: int = 1,
+    rules: Mapping[type[nn.Module], Rule] | None = None,
 ) -> list[Family]:
     """The channels of a network that can go without another output, as families of groups for `coupled`.
 
@@ -173,6 +200,12 @@ def channel_groups(
     have no exact proximal operator; it goes when the channel does, with the running statistics. A dead channel that is
     another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
     (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
+
+    The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
+    of `remove_dead` and `resized`, in a copy of these leaves, and outputs have to be the same. Where they are not,
+    because the forward holds a width or a count as a number that nothing tells, the families are kept, and `explain()`
+    names the module, what it holds, and the remedy. Where leaves of families take more than 2 GiB the forward has to
+    run and no more: a number that scales is seen by `resized(..., example_inputs)` alone.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
@@ -188,10 +221,12 @@ def channel_groups(
             `"*.mlp.*"`; by default all. With every second layer each norm is of all that belongs to a channel.
         types: Types of layers whose outputs form groups, such as `torch.nn.Conv2d`; by default all.
         round_to: Numbers of channels stay multiples of this one in `remove_dead`.
+        rules: For types of modules with numbers of their own what sets these, as `resized` takes them.
 
     Raises:
         ValueError: No channels can go; the module fails on the example inputs; without them, channels cannot be
-            followed through a layer; or `layers` or `types` names what has no channels that could go.
+            followed through a layer; or `layers`, `types` or `rules` names what is not there, or has no channels that
+            could go.
 
     Example:
         >>> net = torch.nn.Sequential(
@@ -225,36 +260,110 @@ def channel_groups(
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
     check_whole_module("channel_groups", module)
     if example_inputs is None:
+        if rules:
+            raise ValueError("rules has no effect without example_inputs, on which families are tried out; give both")
         families = sequence_groups(module, prefix, layers)
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
+    check_copied(module, rules)
     flow = Flow(record(module, example_inputs), rule_of, lambda name: _packs_unequally(module, name))
-    found = _families(flow, dict(module.named_parameters()))
-    owners = [tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes])) for slots in found]
-    kept = _kept(flow, {slot.name for slots in found for slot in slots})
-    if not found:
-        raise ValueError(
-            f"channel_groups found no channels in {type(module).__name__} that could go. Kept are\n{_reasons(kept)}"
-        )
-    chosen = _chosen(module, owners, layers, types)
-    found = [slots for slots, here in zip(found, chosen, strict=True) if here]
-    owners = [names for names, here in zip(owners, chosen, strict=True) if here]
-    shapes = {name: tuple(x.shape) for name, x in (*module.named_parameters(), *module.named_buffers())}
+    found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
+    _check_some(found)
+    some = _chosen(module, found.owners(), layers, types)
+    found = found._replace(families=[slots for slots, here in zip(found.families, some, strict=True) if here])
+    found, notes = _running(found, example_inputs, rules or {}, round_to)
+    if layers is None or len(layers):  # Of no layers there are none.
+        _check_some(found)
+        _check_layers(found, layers)
     inside = lambda name: f"{prefix}.{name}" if prefix else name
     parameters = dict(module.named_parameters())
     return ChannelGroups(
-        [
-            {inside(name): where for name, where in _family(slots, found, parameters, shapes, inside).items()}
-            for slots in found
-        ],
-        [len(slots[0].rows) for slots in found],
-        [_size(slots, parameters) for slots in found],
-        [tuple(map(inside, names)) for names in owners],
-        {reason: list(map(inside, places)) for reason, places in kept.items()},
+        found.written(inside),
+        [len(slots[0].rows) for slots in found.families],
+        [_size(slots, parameters) for slots in found.families],
+        [tuple(map(inside, names)) for names in found.owners()],
+        {reason: list(map(inside, places)) for reason, places in found.kept().items()},
         round_to,
-        () if prefix else flow.necks([_sets(flow, slots) for slots in found]),
+        () if prefix else flow.necks([_sets(flow, slots) for slots in found.families]),
+        notes,
     )
+
+
+class _Found(NamedTuple):
+    """Families that were found in a network."""
+
+    module: nn.Module
+    flow: Flow
+    families: list[list[_Slot]]
+
+    def owners(self) -> list[tuple[str, ...]]:
+        """For each family the layers whose outputs they are."""
+        return [
+            tuple(dict.fromkeys([slot.name.rpartition(".")[0] for slot in slots if slot.writes]))
+            for slots in self.families
+        ]
+
+    def written(self, inside: Callable[[str], str] = lambda name: name) -> list[Family]:
+        """The families as dicts."""
+        parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
+        shapes = {name: tuple(x.shape) for name, x in (*parameters.items(), *buffers.items())}
+        families = [_family(slots, self.families, parameters, shapes, inside) for slots in self.families]
+        return [{inside(name): where for name, where in family.items()} for family in families]
+
+    def kept(self) -> dict[str, list[str]]:
+        """The dimensions of parameters that are kept, by the reason."""
+        return _kept(self.flow)
+
+
+def _check_some(found: _Found) -> None:
+    if not found.families:
+        raise ValueError(
+            f"channel_groups found no channels in {type(found.module).__name__} that could go. Kept are\n"
+            f"{_reasons(found.kept())}"
+        )
+
+
+def _running(
+    found: _Found, inputs: Any, rules: Mapping[type[nn.Module], Rule], round_to: int
+) -> tuple[_Found, list[str]]:
+    """The families without which the network runs, and notes about what will be seen at the end alone."""
+    if not found.families:
+        return found, []
+    counts = [len(slots[0].rows) for slots in found.families]
+    trial = Trial(found.module, inputs, found.written(), counts, rules, round_to)
+    if trial.failure is not None:
+        return found, [
+            "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
+            f"{type(found.module).__name__} fails {trial.failure}"
+        ]
+    reasons = refused(trial)
+    for i, reason in reasons.items():
+        for slot in found.families[i]:
+            for dim, first, _ in found.flow.starts[slot.name]:
+                if dim == slot.dim:
+                    found.flow.atoms.close(slot.rows.reshape(-1) + first, reason)
+    left = [slots for i, slots in enumerate(found.families) if i not in reasons]
+    numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
+    notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    if trial.uncompared:
+        notes.append("Outputs were not compared, because leaves are large: give resized example_inputs, which does")
+    if found.flow.unseen:
+        notes.append(
+            "Some parameters are not used in evaluation, and in training the module fails on example_inputs, so that "
+            f"their layers may not fit after: {found.flow.unseen}"
+        )
+    return found._replace(families=left), notes if left else []
+
+
+def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:
+    """Raise a ValueError for the first of some layers that does not run without a part of its channels."""
+    known = [name for names in found.owners() for name in names]
+    for glob in layers or ():
+        if not any([fnmatchcase(name, glob) for name in known]):
+            raise ValueError(
+                f"layers has {glob!r}, whose channels are found and cannot go. Kept are\n{_reasons(found.kept())}"
+            )
 
 
 def _packs_unequally(module: nn.Module, name: str) -> bool:
@@ -351,7 +460,7 @@ def _is_free(slots: list[_Slot], found: list[list[_Slot]]) -> bool:
     return True
 
 
-def _kept(flow: Flow, offered: set[str]) -> dict[str, list[str]]:
+def _kept(flow: Flow) -> dict[str, list[str]]:
     """The dimensions of parameters that are kept, by the reason."""
     closed, found = flow.atoms.closed(), {}
     for name, places in flow.starts.items():

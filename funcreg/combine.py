@@ -28,6 +28,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     Selection,
+    beside,
     broadcast,
     chosen_by,
     compute,
@@ -39,6 +40,7 @@ from funcreg.tree import (
     reduce_leaves,
     scalar_device,
     total,
+    tree_leaves,
     tree_map,
     tree_paths,
     widen,
@@ -560,7 +562,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         go = finite | (errors > max_consecutive_errors)
         new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
         new = compute(lambda u, go: torch.where(go, u, torch.zeros_like(u)), new, hyper=(go,))
-        after = tree_map(lambda a, b: torch.where(go.to(a.device), a, b), after, state.inner_state)
+        after = pick(go, after, state.inner_state)
         count = state.total_notfinite + (~finite).to(torch.int32)
         return new, ApplyIfFiniteState(errors, finite, count, after)
 
@@ -575,3 +577,14 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         covers=inner.covers,
         forwards_to=[inner],
     )
+
+
+def pick(chosen: Tensor, new: Any, old: Any) -> Any:
+    """A tree where a condition holds, else another one like it, whose dtypes it takes."""
+    for name, x in zip(tree_paths(old), tree_leaves(old), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"'{name}' of a state is {x!r}; expected a tensor, for a wrapper chooses between this and the next one "
+                "by a condition that it does not read. Does init of a transform of yours make it? torch.tensor(...)."
+            )
+    return tree_map(lambda a, b: torch.where(beside(chosen, b), a.to(b.dtype), b), new, old)

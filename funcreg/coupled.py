@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from funcreg.families import (
     width_of,
 )
 from funcreg.penalty import Penalty, Sum
+from funcreg.removal import count_alive
 from funcreg.sharding import like, whole
 from funcreg.tree import chosen_by, flatten, leaves_like, mask_leaves, total, tree_leaves, tree_paths
 
@@ -253,6 +254,32 @@ def split_leaf(penalty: Penalty, chosen: Collection[str], params: Params) -> str
         if 0 < len(lost) < len(parts):
             return lost[0]
     return None
+
+
+class Extinct(NamedTuple):
+    """A family of which no group is left."""
+
+    title: str  # The name of its first penalized leaf.
+    groups: int
+    neck: bool | None  # Whether outputs are the same at every input without it; None if that is not known.
+
+
+def extinct(penalty: Penalty, params: Params) -> list[Extinct]:
+    """The families of `coupled`, also in a sum, all of whose groups are zero."""
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        return [each for term in penalty.structure.parts() for each in extinct(term.penalty, params)]
+    call = penalty.made_by
+    if call is None or call.function.__name__ != "coupled":
+        return []
+    groups = (*call.args, *call.kwargs.values())[1]
+    families = families_of(chosen_by(groups, params, "groups")[0])
+    counts, necks = count_alive(params, groups), getattr(groups, "necks", [])
+    necks = necks if len(necks) == len(families) else [None] * len(families)
+    return [
+        Extinct(next(name for name, along in family if along.penalized), alive.total, neck)
+        for family, alive, neck in zip(families, counts, necks, strict=True)
+        if alive.total and not alive.left
+    ]
 
 
 def _shared(hyper: Sequence[Hyper]) -> None:

@@ -510,7 +510,8 @@ def with_weight_decay(
     finite_nonnegative(weight_decay=weight_decay)
     check_selection(mask)
     before = [part for part in every_part(tx) if decay_of(part) is not None]
-    if before:
+    # Of two masks it is not known here whether they meet: one decay of a backbone and one of its head do not.
+    if before and (mask is None or not all(map(_is_masked, before))):
         warn(
             f"{tx!r} decays weights already, by {before[0]!r}; with_weight_decay adds to it. Is weight_decay=0.0 "
             "missing there?"
@@ -706,6 +707,10 @@ def _with_parts(value: Any, change: Callable[[Transform], Transform]) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)([_with_parts(each, change) for each in value])
     return value
+
+
+def _is_masked(tx: Transform) -> bool:
+    return tx.made_by is not None and arguments_of(tx.made_by).get("mask") is not None
 
 
 def decay_of(tx: Transform) -> Hyper | Schedule | None:

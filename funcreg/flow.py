@@ -71,6 +71,7 @@ class Flow:
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
         self.known: dict[Ref, Components] = {}
+        self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
         self.used: set[Ref] = set()

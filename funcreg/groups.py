@@ -113,8 +113,8 @@ def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) ->
     shift = start
     for _ in range(8):
         scale = weight + shift
-        phi = sum_groups(pulls / scale.square(), dims)
-        cubic = sum_groups(pulls / (scale * scale.square()), dims)
+        terms = pulls / scale.square()
+        phi, cubic = sum_groups(terms, dims), sum_groups(terms / scale, dims)
         gap = force / phi.sqrt() - shift - bend
         slope = force * cubic / (phi * phi.sqrt()) - 1
         falls = slope < -1e-6
@@ -167,6 +167,8 @@ def _group_mcp_metric(
         return w.clone()
     dims = group_dims(w, dim)
     alpha = alpha * group_sizes(w, dims, weights)
+    if not dims:
+        return _rescale(w, w.abs(), mcp_landing(w.abs(), step / h, alpha, gamma))
     bent = _turn(w, h, step * alpha, step / gamma, dims)
     return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
 
@@ -220,6 +222,8 @@ def _group_scad_metric(
         return w.clone()
     dims = group_dims(w, dim)
     alpha = alpha * group_sizes(w, dims, weights)
+    if not dims:
+        return _rescale(w, w.abs(), scad_landing(w.abs(), step / h, alpha, a))
     straight = _turn(w, h, step * alpha, 0.0, dims)
     bent = _turn(w, h, step * alpha * a / (a - 1), step / (a - 1), dims)
     return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)

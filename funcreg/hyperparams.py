@@ -183,13 +183,16 @@ def _by_name(
 
 
 #: What the annotation of an argument that may be a hyperparameter names; nothing, where there is none.
-_NUMERIC = ("Scalar", "Hyper", "Schedule", "float", "Tensor", "Any", "inspect._empty")
+_REAL = ("Scalar", "Hyper", "Schedule", "float", "Any", "inspect._empty")
+_NUMERIC = (*_REAL, "Tensor")
 
 
 def _is_hyper(value: Any, parameter: inspect.Parameter) -> bool:
     """Whether an argument is a number, a tensor, a schedule, or a dict of them."""
     if not any([name in str(parameter.annotation) for name in _NUMERIC]):
         return False
+    if "int" in str(parameter.annotation) and not any([name in str(parameter.annotation) for name in _REAL]):
+        return False  # A whole number, such as the key of a generator, also in a tensor.
     leaves = tree_leaves(value) if isinstance(value, dict) else [value]
     # A whole number among the options of a penalty, such as a dimension, is none.
     if parameter.kind is parameter.VAR_KEYWORD and any([isinstance(leaf, int) for leaf in leaves]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -80,8 +81,12 @@ class ParameterNames:
 
 
 def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
-    """The names of all parameters: those in the module, those that the optimizer was given, or their places."""
+    """The names of all parameters: those in the module, those that the optimizer was given, or their places.
+
+    Of two modules the optimizer may be given equal names; these have the group before them, or are named by place.
+    """
     known = {} if module is None else {w: name for name, w in module.named_parameters()}
+    often = Counter([name for group in optimizer.param_groups for name in group.get("param_names") or ()])
     found: dict[Tensor, str] = {}
     for i, group in enumerate(optimizer.param_groups):
         given = group.get("param_names")
@@ -92,7 +97,10 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
                     f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
                     "were replaced, as by to() or a wrapper?"
                 )
-            found[w] = known[w] if module is not None else given[j] if given else f"groups.{i}.params.{j}"
+            name = known[w] if module is not None else given[j] if given else None
+            if name is not None and module is None and often[name] > 1:
+                name = f"groups.{i}.{name}" if given.count(name) == 1 else None
+            found[w] = f"groups.{i}.params.{j}" if name is None else name
             if is_lazy(w):
                 raise ValueError(
                     f"parameter '{found[w]}' is not initialized; run the module once, so that it gets its shape"

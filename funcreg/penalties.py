@@ -273,12 +273,10 @@ def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple
     References:
         Deleu & Bengio, *Structured sparsity inducing adaptive optimizers for deep learning*, 2021, theorem 1.
     """
-
-    def over_group(x: Tensor) -> Tensor:
-        return x.sum(dims, keepdim=True) if dims else x
-
     if not w.numel():
         return w.clone()
+    if not dims:
+        return shrunk(w, threshold / h)
     norms = euclidean(h * w, dims)
     alive = norms > threshold
     # In units of the norm, so that no power of it leaves the range of float32.
@@ -287,17 +285,16 @@ def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple
     # The dead branch computes with ones, so that no derivative through it is NaN.
     pulls, weight = torch.where(alive, pulls, torch.ones_like(pulls)), torch.where(alive, h, torch.ones_like(h))
     force = torch.where(alive, threshold / unit, torch.ones_like(norms))
-    root = torch.where(alive, (norms - threshold) / unit, torch.ones_like(norms)) / (
-        weight.amax(dims, keepdim=True) if dims else weight
-    )
+    root = torch.where(alive, (norms - threshold) / unit, torch.ones_like(norms)) / weight.amax(dims, keepdim=True)
     for _ in range(6):  # 1e-9 at worst for metrics that span twelve orders of magnitude.
         scale = weight * root + force
-        phi = over_group(pulls / scale.square())
-        slope = -2 * over_group(weight * pulls / (scale * scale.square()))
-        root = root + 2 * phi * (1 - phi.sqrt()) / slope
-    shrunk = w * (weight * root / (weight * root + force))
+        terms = pulls / scale.square()
+        phi = terms.sum(dims, keepdim=True)
+        slope = (terms * weight / scale).sum(dims, keepdim=True)
+        root = root - phi * (1 - phi.sqrt()) / slope
+    landed = w * (weight * root / (weight * root + force))
     gone = torch.where(norms.isnan(), norms, torch.zeros_like(norms)).to(w.dtype)
-    return torch.where(alive, shrunk, gone) + 0.0
+    return torch.where(alive, landed, gone) + 0.0
 
 
 def _group_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

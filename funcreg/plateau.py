@@ -45,8 +45,8 @@ def reduce_on_plateau(
     r"""Multiply updates by a number that shrinks whenever a value has stopped improving.
 
     The value, a loss as a rule, comes with each update: `tx.update(grads, state, params, value=loss)`. It improves if
-    it is below :math:`(1 - \text{rtol}) \, \text{best} - \text{atol}`. Nothing is read from it: a step on a GPU, in an
-    ensemble or compiled goes on without waiting, and each member has a plateau of its own.
+    it is below :math:`\text{best} - \text{rtol} \, |\text{best}| - \text{atol}`. Nothing is read from it: a step on a
+    GPU, in an ensemble or compiled goes on without waiting, and each member has a plateau of its own.
     `torch.optim.lr_scheduler.ReduceLROnPlateau` waits for one value more than `patience`.
 
     Where it stands is in the state: `tree_get(state, "scale")`, which times the learning rate is the one in effect. In
@@ -101,7 +101,7 @@ def reduce_on_plateau(
         value = as_value("reduce_on_plateau", value, state.scale).detach()
         mean = (state.values * state.avg_value + value) / seen
         complete = seen == accumulation_size
-        better = mean < (1 - rtol) * state.best_value - atol
+        better = mean < (1 - rtol * state.best_value.sign()) * state.best_value - atol
         count = torch.where(better, 0, state.plateau_count + 1)
         cooling = state.cooldown_count > 0
         reduce = (count == patience) & ~cooling

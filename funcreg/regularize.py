@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call
-from funcreg.coupled import split_leaf
+from funcreg.coupled import extinct, split_leaf
 from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.landing import CompiledLanding, Task, laid_out, projects
@@ -41,6 +41,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
+    global_norm,
     listed,
     tree_leaves,
     widen,
@@ -48,8 +49,8 @@ from funcreg.tree import (
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
-#: Numbers of steps after which it is seen whether a weight is left: few, because a GPU is waited for.
-_LOOKS = (1, 10, 100, 1000)
+#: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
+_LOOKS, _AGAIN = (1, 10, 100), 1000
 #: Sets of leaves for which a compiled step is kept.
 _LAYOUTS = 4
 
@@ -198,6 +199,7 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = False
+        self._said_dead: set[str] = set()
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -323,6 +325,8 @@ class Regularization:
             if skipped.item():
                 return
             skipped = None
+        if _is_empty(optimizer):
+            return
         if self._restored:
             self._restored = False
             warn_user(
@@ -335,17 +339,18 @@ class Regularization:
             return
         values, self.steps = self._task.at(self.steps), self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
-        looks = self.steps in _LOOKS and _has_numbers(moved)  # Some layers begin with zeros, which a step of 0 leaves.
+        due = self.steps in _LOOKS or self.steps % _AGAIN == 0
+        looks = due and _has_numbers(moved)  # Some layers begin with zeros, which a step of 0 leaves.
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
             self._say_all_became_zero(moved)
+            self._say_what_died(optimizer, moved)
 
     def _say_all_became_zero(self, moved: list[Moved]) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
-        leaves, strength = [m.w.detach() for m in moved], concrete(self._task.strength)
-        meant = strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
-        if self._said_zero or meant or projects(self._task.penalty) or _has_numbers(moved):
+        leaves = [m.w.detach() for m in moved]
+        if self._said_zero or self._is_meant() or projects(self._task.penalty) or _has_numbers(moved):
             return
         self._said_zero = True
         warn_user(
@@ -370,6 +375,30 @@ class Regularization:
                 "float32, and compute in sixteen bits by autocast; or take Optimizer with with_master_weights around "
                 "a chain such as prox_adam."
             )
+
+    def _is_meant(self) -> bool:
+        """Whether a strength above 1 says that nothing is to be left."""
+        strength = concrete(self._task.strength)
+        return strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
+
+    def _say_what_died(self, optimizer: Optimizer, moved: list[Moved]) -> None:
+        """Warn, once for each, of families of `coupled` without which outputs are the same at every input."""
+        if self._said_zero or self._is_meant() or self.steps == 1:  # Some begin with zeros.
+            return
+        tree = self._names.tree({m.name: m.w.detach() for m in moved})
+        found = [each for each in extinct(self._task.penalty, tree) if each.neck is not False]
+        new = [each for each in found if each.title not in self._said_dead]
+        self._said_dead.update([each.title for each in new])
+        if not new:
+            return
+        which = listed([f"'{each.title}' ({each.groups} groups)" for each in new])
+        unless = "" if any([each.neck for each in new]) else "unless something goes around it, "
+        warn_user(
+            f"all groups are dead in the family of {which} after {self.steps} steps of regularize("
+            f"{type(optimizer).__name__}, {self._task.penalty.__name__}, ...): {unless}the network gives the same at "
+            "every input from now on. Its strength is too great for this family, or comes too early: lower it, or let "
+            "it grow from 0 as in strength=linear_schedule(0.0, 1e-3, steps).",
+        )
 
     def _moved(self, optimizer: Optimizer) -> list[Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
@@ -578,6 +607,16 @@ def _known(rate: Any) -> Any:
     if isinstance(rate, Tensor):
         return float(rate) if rate.device.type == "cpu" else id(rate)
     return rate
+
+
+def _is_empty(optimizer: Optimizer) -> bool:
+    """Whether a step has neither length nor gradient, such as torch makes to see the entries of a state."""
+    groups = optimizer.param_groups
+    if torch.compiler.is_compiling() or any([_known(group.get("lr", 1.0)) != 0 for group in groups]):
+        return False
+    grads = [w.grad for group in groups for w in group["params"] if w.grad is not None]
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return bool(grads) and not capturing and not any([g.is_sparse for g in grads]) and global_norm(grads).item() == 0
 
 
 def _has_numbers(moved: list[Moved]) -> bool:

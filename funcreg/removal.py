@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Params
-from funcreg.families import Along, Groups, Place, gather, places_of, within
+from funcreg.families import Along, Family, Groups, Place, gather, places_of, within
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
 from funcreg.tree import flatten, gathered, listed, tree_paths
@@ -95,25 +95,14 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
         raise ValueError(f"round_to is {multiple!r}; expected a whole number of at least 1")
     names = tree_paths(params)
     leaves, rebuild = flatten(gathered(params))
-    cuts: dict[int, _Cut] = {}
-    biases: dict[int, Tensor] = {}
     families = [_Family(i, family, _used(leaves, family)) for i, family in enumerate(places_of(groups, params))]
     families = [family for family in families if len(family.used)]  # Penalized leaves may not be here.
     if (problem := _problem(names, leaves, families, groups, multiple)) is not None:
         warn_user(problem)
-    for _, family, used in families:
-        alive = _staying(used.any(0), family, multiple)
-        for leaf, along in family:
-            if along.bias is not None:
-                _fold(names, leaves, leaf, along, alive, biases)
-            kept = cuts.setdefault(leaf, _Cut(leaves[leaf].shape, {})).kept
-            dim = along.dim % leaves[leaf].ndim
-            stays = within(alive, leaves[leaf], along)
-            kept[dim] = kept[dim] & stays if dim in kept else stays
-    for number, bias in biases.items():
-        leaves[number] = bias
+    staying = [(family.places, _staying(family.used.any(0), family.places, multiple)) for family in families]
+    made, cuts = _without(names, leaves, staying)
     by_name = {names[leaf]: cut for leaf, cut in cuts.items()}
-    smaller = rebuild([_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(leaves)])
+    smaller = rebuild(made)
     if not states:
         return smaller
     shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}
@@ -130,10 +119,62 @@ class _Family(NamedTuple):
     used: Tensor  # For each penalized leaf and each group whether an entry is not zero.
 
 
+class Alive(NamedTuple):
+    """How many groups a family has, and how many of them are not zero."""
+
+    total: int
+    left: int
+
+
+def count_alive(params: Params, groups: Groups) -> list[Alive]:
+    """For each family how many groups there are, and in how many of them a penalized entry is not zero."""
+    leaves = flatten(gathered(params))[0]
+    used = [_used(leaves, family) for family in places_of(groups, params)]
+    return [Alive(each.shape[1], int(each.any(0).sum())) for each in used]
+
+
 def _used(leaves: list[Tensor], family: list[Place]) -> Tensor:
     """For each penalized leaf of a family and each group whether an entry is not zero."""
     marks = [(gather(leaves[leaf], along) != 0).any(1).cpu() for leaf, along in family if along.penalized]
     return torch.stack(marks) if marks else torch.zeros(0, 0, dtype=torch.bool, device="cpu")
+
+
+def without(
+    params: dict[str, Tensor], families: Sequence[Family], left: Sequence[int], round_to: int
+) -> dict[str, Tensor]:
+    """Leaves by their names with only some groups of each family, whatever is in them.
+
+    Args:
+        params: The leaves.
+        families: The families.
+        left: How many groups of each stay, at least.
+        round_to: Numbers of channels stay multiples of this one.
+    """
+    names, (leaves, rebuild) = tree_paths(params), flatten(params)
+    staying: list[tuple[list[Place], Tensor]] = []
+    for places, count in zip(places_of(families, params), left, strict=True):
+        leaf, along = places[0]
+        alive = torch.arange(len(gather(leaves[leaf], along)), device="cpu") < count
+        staying.append((places, _staying(alive, places, round_to)))
+    return rebuild(_without(names, leaves, staying)[0])
+
+
+def _without(
+    names: list[str], leaves: list[Tensor], families: Sequence[tuple[list[Place], Tensor]]
+) -> tuple[list[Tensor], dict[int, _Cut]]:
+    """Leaves with only those groups of each family that stay, and what was cut of which."""
+    cuts: dict[int, _Cut] = {}
+    biases: dict[int, Tensor] = {}
+    for places, alive in families:
+        for leaf, along in places:
+            if along.bias is not None:
+                _fold(names, leaves, leaf, along, alive, biases)
+            kept = cuts.setdefault(leaf, _Cut(leaves[leaf].shape, {})).kept
+            dim = along.dim % leaves[leaf].ndim
+            stays = within(alive, leaves[leaf], along)
+            kept[dim] = kept[dim] & stays if dim in kept else stays
+    folded = [biases.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return [_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(folded)], cuts
 
 
 def _staying(alive: Tensor, family: list[Place], multiple: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
-from funcreg.agreement import Agreement
+from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
@@ -99,6 +99,15 @@ def resized(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     check_whole_module("resized", module)
+    check_copied(module, rules)
+    given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
+    smaller, unknown = narrowed(module, given, rules or {})
+    _settle(module, smaller, unknown, example_inputs)
+    return smaller
+
+
+def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
+    """Raise an error unless a module can be copied with other widths, and has the types that rules are for."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
     for kind, rule in (rules or {}).items():
@@ -106,18 +115,26 @@ def resized(
             raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
         if not any(isinstance(layer, kind) for layer in module.modules()):
             raise ValueError(f"rules has one for {kind.__name__}, and the module has no such layer")
-    given = _given(module, params)
+
+
+def narrowed(
+    module: nn.Module, given: dict[str, Tensor], rules: Mapping[type[nn.Module], Rule]
+) -> tuple[nn.Module, list[Stored]]:
+    """A copy of a module that holds these tensors, its layers as wide as they are, and what no rule knows in it.
+
+    Raises:
+        ValueError: A layer has not the parameters that belong to it, or layers do not meet.
+    """
     smaller = _copied(module, given)
-    unknown = _follow(module, smaller, {} if rules is None else rules)
+    unknown = _follow(module, smaller, rules)
     follow_configs(module, smaller)
     for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
         if type(old).forward is nn.Sequential.forward:
             _check_meeting(layers_in_sequence(old, name), layers_in_sequence(new, name))
-    _settle(module, smaller, unknown, example_inputs)
-    return smaller
+    return smaller, unknown
 
 
-def _given(module: nn.Module, params: Params) -> dict[str, Tensor]:
+def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
     """The tensors that are given, by their names, or an error if the module has not such ones."""
     known = tensors(module)
     given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
@@ -161,8 +178,8 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
         made = [x for x in vars(layer).values() if isinstance(x, Tensor) and not x.is_leaf]
         memo.update({id(x): x.detach().clone() for x in made})
     for name, leaf in given.items():
-        old, new = known[name], leaf.detach().clone()
-        memo.setdefault(id(old), nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        old = known[name]
+        memo.setdefault(id(old), nn.Parameter(leaf, old.requires_grad) if isinstance(old, nn.Parameter) else leaf)
     return copy.deepcopy(module, memo)
 
 
@@ -195,23 +212,97 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
         return
     agreement = Agreement(module, inputs)
-    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))  # Decided for all layers of a type at once.
-    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
-    first = None
-    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), 64):
-        for each in unknown:
-            i = choice[kinds.index(_kind(smaller, each))]
-            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
-        problem = agreement.problem(smaller)
-        if problem is None:
-            return
-        first = first or problem
+    wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+    if wrong is None:
+        return
+    first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
     if not unknown:
         raise ValueError(
             f"the smaller network is not the module: {first}. Does the module hold the zeros itself, and do the "
             "families given to remove_dead name all that belongs to a channel?"
         )
     raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
+
+
+def settle(
+    smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]
+) -> Failure | str | None:
+    """Give numbers that nobody knows one choice of values after the other.
+
+    First the same for all layers of a type, then for each layer that fails by itself.
+
+    Returns:
+        None once nothing is wrong, else what was wrong first.
+    """
+    first, failed = None, set[tuple[Any, ...]]()
+    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))
+    for choice in _in_turn(smaller, unknown, kinds, failed):
+        for each in unknown:
+            i = choice[kinds.index(_kind(smaller, each))]
+            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+        wrong = problem()
+        if wrong is None:
+            return None
+        first = first or wrong
+        if isinstance(wrong, Failure):
+            around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
+            failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
+    return None if unknown and _settle_each(smaller, unknown, problem) else first
+
+
+#: How many choices of numbers are tried, and among how many.
+_TRIES, _CHOICES = 64, 1 << 14
+
+
+def _in_turn(
+    smaller: nn.Module, unknown: list[Stored], kinds: list[tuple[type, str]], failed: set[tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
+    """Choices for all kinds of numbers; at last those in which a module failed with the same numbers before."""
+    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
+    later: list[tuple[Any, ...]] = []
+    tries = 0
+    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), _CHOICES):
+        if not failed.isdisjoint(_by_type(kinds, choice)):
+            later.append(choice)
+        elif tries < _TRIES:
+            tries += 1
+            yield choice
+    yield from later[: _TRIES - tries]
+
+
+def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tuple[type, tuple[Any, ...]]]:
+    """The part of a choice that is for each type of module."""
+    types = dict.fromkeys(kind for kind, _ in kinds)
+    return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
+
+
+def _around(path: str) -> list[str]:
+    """The names of a module and of those around it, from the inside."""
+    names = path.split(".") if path else []
+    return [".".join(names[:i]) for i in range(len(names), -1, -1)]
+
+
+def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]) -> bool:
+    """Whether nothing is wrong once the numbers of each module that fails are chosen by themselves."""
+    here: dict[str, list[Stored]] = {}
+    for each in unknown:
+        here.setdefault(each.path, []).append(each)
+    choices = {path: itertools.product(*[(*each.others, each.value) for each in own]) for path, own in here.items()}
+    due = list(here)
+    for _ in range(4 * _TRIES):
+        for path in due:
+            choice = next(choices[path], None)
+            if choice is None:
+                return False
+            for each, value in zip(here[path], choice, strict=True):
+                each.assign(smaller, value)
+        wrong = problem()
+        if not isinstance(wrong, Failure):
+            return wrong is None
+        due = [path for path in _around(wrong.path) if path in here][:1]
+        if not due:
+            return False
+    return False
 
 
 _HINT = (

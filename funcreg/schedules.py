@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar, Schedule
 from funcreg.construction import Remembering, remembered
+from funcreg.notices import warn_user
 from funcreg.ranges import check_choice, check_range, flags, scalars
 
 #: A step later than that of any training, which int32 counts.
@@ -53,9 +55,22 @@ def check_finite(low: float = -math.inf, **hyper: Scalar) -> tuple[Any, ...]:
 def check_steps(**counts: Any) -> None:
     """Raise an error for the first of these that is no number of steps; negative ones are none, as in optax."""
     for name, value in counts.items():
-        if isinstance(value, (torch.Tensor, dict, list, tuple)) or callable(value):
-            raise TypeError(f"{name} is {value!r}; expected a number of steps")
+        _check_number(name, value, "a number of steps")
         check_range(name, value, -math.inf, finite=True)
+        if 0 < value < 1:
+            raise ValueError(f"{name} is {value}; expected a number of steps. Are arguments in another order?")
+
+
+def check_shares(**shares: Any) -> None:
+    """Raise an error for the first of these that is no number from 0 to 1."""
+    for name, value in shares.items():
+        _check_number(name, value, "a share, from 0 to 1")
+        check_range(name, value, 0.0, 1.0)
+
+
+def _check_number(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, (torch.Tensor, dict, list, tuple)) or callable(value):
+        raise TypeError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_positive(name: str, value: int) -> None:
@@ -90,7 +105,8 @@ def polynomial_schedule(
         init_value: Value up to step `transition_begin`.
         end_value: Value from step `transition_begin + transition_steps` on.
         power: Exponent; 1 is a straight line.
-        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`.
+        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`,
+            with a warning.
         transition_begin: Number of steps before the transition.
 
     Example:
@@ -101,10 +117,24 @@ def polynomial_schedule(
     check_range("power", power, open_low=True, finite=True)
     (power,) = scalars(power=power)
     check_steps(transition_steps=transition_steps, transition_begin=transition_begin)
-    if transition_steps <= 0:
+    if transition_steps > 0:
+        return _polynomial(init_value, end_value, power, transition_steps, max(transition_begin, 0))
+    are_numbers = isinstance(init_value, (int, float)) and isinstance(end_value, (int, float))
+    if init_value is end_value or (are_numbers and init_value == end_value):
         return constant_schedule(init_value)
-    begin = max(transition_begin, 0)
+    return _stays(init_value, transition_steps)
 
+
+def _stays(init_value: Any, transition_steps: int) -> Schedule:
+    """A schedule that never leaves its first value, which is hardly meant."""
+    warn_user(
+        f"this schedule stays at its first value, {init_value}, for ever, as in optax, because its number of steps is "
+        f"{transition_steps}; if that is meant, take constant_schedule"
+    )
+    return constant_schedule(init_value)
+
+
+def _polynomial(init_value: Any, end_value: Any, power: Any, transition_steps: int, begin: int) -> Schedule:
     def schedule(count: Any) -> Tensor:
         share = 1 - (double(count) - begin).clamp(0, transition_steps) / transition_steps
         return (init_value - end_value) * share**power + end_value
@@ -121,7 +151,8 @@ def linear_schedule(
     Args:
         init_value: Value up to step `transition_begin`.
         end_value: Value from step `transition_begin + transition_steps` on.
-        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`.
+        transition_steps: Number of steps between the two; with 0 or fewer the value stays at `init_value`,
+            with a warning.
         transition_begin: Number of steps before the transition.
 
     Example:
@@ -144,7 +175,8 @@ def exponential_decay(
 
     Args:
         init_value: Value up to step `transition_begin`.
-        transition_steps: Number of steps in which the value is multiplied once by `decay_rate`.
+        transition_steps: Number of steps in which the value is multiplied once by `decay_rate`; with 0 or fewer it
+            stays at `init_value`, with a warning.
         decay_rate: Factor, at least 0; 0 keeps the value constant.
         transition_begin: Number of steps before the decay.
         staircase: Whether the exponent is rounded down to a whole number.
@@ -161,18 +193,20 @@ def exponential_decay(
     check_steps(transition_steps=transition_steps, transition_begin=transition_begin)
     flags(staircase=staircase)
     if transition_steps <= 0:
-        return constant_schedule(init_value)
+        return _stays(init_value, transition_steps)
     begin = max(transition_begin, 0)
 
     def schedule(count: Any) -> Tensor:
         exponent = (double(count) - begin).clamp(min=0) / transition_steps
         rate = torch.as_tensor(decay_rate, dtype=exponent.dtype, device=exponent.device)
-        rate = torch.where(rate == 0, 1.0, rate)
+        is_constant = rate == 0
+        rate = torch.where(is_constant, 1.0, rate)
         value = init_value * rate ** (exponent.floor() if staircase else exponent)
         if end_value is None:
             return value
         bound = torch.as_tensor(end_value, dtype=value.dtype, device=value.device)
-        return torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
+        bounded = torch.where(rate < 1, torch.maximum(value, bound), torch.minimum(value, bound))
+        return torch.where(is_constant, value, bounded)
 
     # Without an end the sign stays, and growth is without limit. By the last step any end is reached, but from 0.
     still = end_value is None or isinstance(init_value, Tensor) or init_value == 0
@@ -299,7 +333,7 @@ def linear_onecycle_schedule(
         final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
 
     Raises:
-        ValueError: `transition_steps` is not positive.
+        ValueError: `transition_steps` is not positive, or phases do not end one after another.
 
     Example:
         >>> schedule = linear_onecycle_schedule(100, 1.0, div_factor=10.0)
@@ -340,7 +374,7 @@ def cosine_onecycle_schedule(
         final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
 
     Raises:
-        ValueError: `transition_steps` is not positive.
+        ValueError: `transition_steps` is not positive, or the first phase ends with the last one.
 
     Example:
         >>> schedule = cosine_onecycle_schedule(100, 1.0, div_factor=10.0)
@@ -361,9 +395,14 @@ def cosine_onecycle_schedule(
 
 def _onecycle(transition_steps: int, div_factor: float, final_div_factor: float, **shares: float) -> None:
     check_positive("transition_steps", transition_steps)
-    for name, value in shares.items():
-        check_steps(**{name: value})
-        check_range(name, value, 0.0, 1.0)
+    check_shares(**shares)
+    ends = {name: int(value * transition_steps) for name, value in shares.items()}
+    for (name, end), (other, later) in pairwise([*ends.items(), ("transition_steps", int(transition_steps))]):
+        if end >= later:
+            raise ValueError(
+                f"{name} is {shares[name]}, step {end} of {transition_steps}, where {other} ends at step {later}; "
+                "expected phases that end one after another"
+            )
     for name, value in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
         check_range(name, value, open_low=True, finite=True)
         scalars(**{name: value})
@@ -410,7 +449,7 @@ def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_step
     Args:
         init_value: First value.
         peak_value: Value from step `warmup_steps` on.
-        warmup_steps: Number of steps of the rise.
+        warmup_steps: Number of steps of the rise; with 0 or fewer the value stays at `init_value`, with a warning.
 
     Example:
         >>> warmup_constant_schedule(0.0, 1.0, warmup_steps=4)(1)
@@ -456,7 +495,12 @@ def warmup_cosine_decay_schedule(
     zero = isinstance(peak_value, (int, float)) and peak_value == 0
     alpha = 0.0 if zero else end_value / peak_value
     decay = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
-    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), decay], [warmup_steps])
+    return join_schedules([_warm_up(init_value, peak_value, warmup_steps), decay], [warmup_steps])
+
+
+def _warm_up(init_value: Scalar, peak_value: Scalar, warmup_steps: int) -> Schedule:
+    """A rise before another schedule begins, which may take no step."""
+    return linear_schedule(init_value, peak_value, warmup_steps) if warmup_steps > 0 else constant_schedule(init_value)
 
 
 @remembered
@@ -537,7 +581,7 @@ def warmup_exponential_decay_schedule(
         >>> [round(float(schedule(count)), 2) for count in (0, 5, 10, 20, 30)]
         [0.0, 0.5, 1.0, 0.5, 0.25]
     """
-    rise = linear_schedule(init_value, peak_value, warmup_steps)
+    rise = _warm_up(init_value, peak_value, warmup_steps)
     decay = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
     return join_schedules([rise, decay], [warmup_steps])
 

@@ -14,7 +14,10 @@ from funcreg.tracing import Operation, Ref, refs_in
 
 # Entry by entry
 
-_ENTRYWISE = ("hardswish", "_prelu_kernel", "prelu", "log_sigmoid_forward", "rsub", "masked_fill", "special_erf")
+_ENTRYWISE = (
+    *("hardswish", "_prelu_kernel", "prelu", "leaky_relu", "log_sigmoid_forward", "rsub", "masked_fill"),
+    "special_erf",
+)
 #: What unknown entries may be, of either sign, small and large.
 SAMPLES = (
     *((0.7, -1.3, 2.9), (1.9, 0.4, -0.6), (-0.8, 2.2, 0.3), (-0.3, -0.6, -1.7)),
@@ -74,10 +77,17 @@ def _made(flow: Flow, operation: Operation) -> list[Components]:
     for ref in refs_in(operation.args):  # Its dtype and device are taken alone.
         flow.summed += [c.ids for c in flow.of(ref)]
     (made,) = operation.results
-    if not operation.name.endswith("zeros"):
+    if not operation.name.endswith("zeros") and operation.name != "new_empty":  # Noise is drawn into that.
         return [[]]
+    dead = 0.0 if operation.name.endswith("zeros") else UNKNOWN
     sizes = [[n if d == dim else 1 for d in range(len(made.shape))] for dim, n in enumerate(made.shape)]
-    return [[Component(flow.atoms.new(max(size)).reshape(size), 0.0) for size in sizes if max(size) > 1]]
+    return [[Component(flow.atoms.new(max(size)).reshape(size), dead) for size in sizes if max(size) > 1]]
+
+
+@rule("native_dropout")
+def _dropped(flow: Flow, operation: Operation) -> list[Components]:
+    kept = flow.of(operation.args[0])
+    return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in kept], kept]
 
 
 @rule("copy")

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from funcreg.agreement import arguments, drawing
 from funcreg.undocumented import tracing_tools
 
 
@@ -48,10 +49,13 @@ class Recording(NamedTuple):
     parameters: dict[str, Ref]
     buffers: dict[str, Ref]
     outputs: list[Ref]
+    unseen: str = ""  # Why it is not known what it does in training, where it uses other parameters then.
 
 
 def record(module: nn.Module, example_inputs: Any) -> Recording:
     """Run a module once, in evaluation and without gradients, and write down what it does.
+
+    Where it leaves parameters unused, it runs a second time, as in training, for it may take another branch there.
 
     Args:
         module: A module; its modes of training are restored.
@@ -60,15 +64,20 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     Raises:
         ValueError: The module raises an error on them, or a tensor has no memory.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     parameters = {name: _ref(w) for name, w in module.named_parameters()}
     buffers = {name: _ref(x) for name, x in module.named_buffers()}
     modes = {layer: layer.training for layer in module.modules()}
     recorder = _Recorder()
+    run = lambda: module(*args, **kwargs)
+    unseen = ""
     try:
         module.eval()
-        with torch.no_grad(), _named(module, recorder), _Plain(recorder), _mode(recorder):
-            made = module(*args, **kwargs)
+        made = [_written_down(module, recorder, run)]
+        used = {ref for each in recorder.operations for ref in refs_in([each.args, each.kwargs])}
+        if not used.issuperset(parameters.values()):
+            module.train()
+            unseen = _in_training(module, recorder, run, made)
     except Unrecorded:
         raise
     except Exception as error:
@@ -77,7 +86,28 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
         for layer, mode in modes.items():
             layer.training = mode
     outputs = [_ref(x) for x in tensors_in(made)]
-    return Recording(_needed(recorder.operations, outputs), parameters, buffers, outputs)
+    return Recording(_needed(recorder.operations, outputs), parameters, buffers, outputs, unseen)
+
+
+def _written_down(module: nn.Module, recorder: _Recorder, run: Callable[[], Any]) -> Any:
+    with torch.no_grad(), _named(module, recorder), _Plain(recorder), _mode(recorder), drawing(module):
+        return run()
+
+
+def _in_training(module: nn.Module, recorder: _Recorder, run: Callable[[], Any], made: list[Any]) -> str:
+    """Write down what a module does in training, too, with its buffers as they were in the end; or why it cannot be."""
+    before = [(x, x.clone()) for x in module.buffers()]
+    count = len(recorder.operations)
+    try:
+        made.append(_written_down(module, recorder, run))
+        return ""
+    except Exception as error:  # Such as of a normalization over a single example.
+        del recorder.operations[count:], recorder.running[:]
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    finally:
+        with torch.no_grad():
+            for x, old in before:
+                x.copy_(old)
 
 
 def refs_in(value: Any) -> list[Ref]:
@@ -98,21 +128,6 @@ def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
             storages.update([ref.storage for ref in refs_in([operation.args, operation.kwargs])])
         marked.append(operation._replace(needed=needed))
     return marked[::-1]
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if not isinstance(example_inputs, (tuple, list)):
-        raise TypeError(
-            f"example_inputs is a {type(example_inputs).__name__}; expected a tuple of the arguments of the module, or "
-            "a dict of its keyword arguments"
-        )
-    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
-        return example_inputs[0], example_inputs[1]
-    return tuple(example_inputs), {}
 
 
 class Unrecorded(ValueError):

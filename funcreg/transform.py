@@ -549,7 +549,9 @@ def share(**hyper: Hyper) -> None:
 
 
 def without_momentum(momentum: Scalar | None, **given: Any) -> None:
-    """Raise a ValueError for the first of these options of a momentum that has no effect, because there is none."""
+    """Raise a ValueError for a momentum out of range, or the first of its options without effect, as there is none."""
+    if momentum is not None:
+        below_one(momentum=momentum)
     for name, value in given.items():
         if momentum is None and value is not None and value is not False:
             raise ValueError(f"{name} is {value!r}; it has no effect without momentum. Give momentum=, such as 0.9.")

@@ -259,20 +259,22 @@ def _multihead(place: Place) -> None:
     biases = [x.shape[-1] for x in (layer.bias_k, layer.bias_v) if x is not None]
     biases += [] if layer.in_proj_bias is None else [len(layer.in_proj_bias) / 3]
     found = [*[len(w) for w in maps], out.weight.shape[1], *biases]
-    if any(x != width for x in found) or width % size or len(out.weight) != layer.embed_dim:
+    if any(x != width for x in found) or width % size:
         raise ValueError(
             f"'{place.name}', a {type(layer).__name__}, has queries, keys, values, an output and biases of widths "
-            f"{', '.join(f'{x:g}' for x in found)}, and {len(out.weight)} outputs; expected whole heads of {size} in "
-            f"all of them, and {layer.embed_dim} outputs. Its heads are Along(0, size={size}, packed=3) in "
-            f"in_proj_weight and in_proj_bias, and Along(1, size={size}) in out_proj.weight"
+            f"{', '.join(f'{x:g}' for x in found)}; expected whole heads of {size} in all of them. Its "
+            f"heads are Along(0, size={size}, packed=3) in in_proj_weight and in_proj_bias, and Along(1, size={size}) "
+            "in out_proj.weight"
         )
     layer.num_heads = width // size
-    if width != layer.embed_dim:
+    if not width == layer.embed_dim == len(out.weight):
         if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
+            word = "fewer" if width < max(layer.embed_dim, len(out.weight)) else "more"
             raise ValueError(
-                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are fewer than its "
-                f"{layer.embed_dim} inputs, which the code of torch.nn.MultiheadAttention does not take; resized knows "
-                "how to go on with that class alone, and not with one of your own"
+                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are {word} than its "
+                f"{layer.embed_dim} inputs and {len(out.weight)} outputs, which the code of "
+                "torch.nn.MultiheadAttention does not take; resized knows how to go on with that class alone, and not "
+                "with one of your own"
             )
         # Encoder layers choose their fused path by this name; attention itself goes by in_proj_weight.
         layer._qkv_same_embed_dim = False

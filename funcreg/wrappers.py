@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, freeze, partition
+from funcreg.combine import chain, freeze, partition, pick
 from funcreg.construction import Call, remembered
 from funcreg.ranges import check_range, flags, number
 from funcreg.transform import (
@@ -97,11 +97,6 @@ def around(
         covers=inner.covers,
         forwards_to=[inner, *also],
     )
-
-
-def pick(chosen: Tensor, new: Any, old: Any) -> Any:
-    """A tree where a condition holds, else another one like it, whose dtypes it takes."""
-    return tree_map(lambda a, b: torch.where(beside(chosen, b), a.to(b.dtype), b), new, old)
 
 
 def or_zeros(chosen: Tensor, updates: Updates) -> Updates:

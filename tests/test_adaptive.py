@@ -75,6 +75,16 @@ def test_plateaus_are_those_of_torch_with_one_value_more_of_patience():
     assert float(state.scale) < 0.2
 
 
+@pytest.mark.parametrize("offset", [-3.0, -1.0, 5.0])
+def test_a_plateau_of_negative_values_is_one(offset):
+    tx, params = fr.reduce_on_plateau(factor=0.5, patience=2), {"w": torch.ones(1)}
+    state, scales = tx.init(params), []
+    for value in (1.0, 1.0, 1.0, 0.5, 0.5, 0.6, 0.6):
+        _, state = tx.update(params, state, params, value=value + offset)
+        scales.append(state.scale.item())
+    assert scales == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25]
+
+
 def test_members_of_an_ensemble_have_plateaus_of_their_own():
     tx, params = fr.reduce_on_plateau(factor=0.5, patience=1), {"w": torch.ones(2, 3)}
     state = vmap(tx.init)(params)

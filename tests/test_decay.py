@@ -284,6 +284,8 @@ def test_a_second_decay_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fr.with_weight_decay(fr.adamw(0.1, weight_decay=0.0), "cautious", 0.1)
+        anchored = fr.with_weight_decay(fr.adam(0.1), "anchor", 0.5, mask=fr.select("backbone.*"))
+        fr.with_weight_decay(anchored, "decoupled", 0.1, mask=fr.select("head.*"))  # Of masks it is not known.
     with pytest.warns(UserWarning, match=r"sgd\(0.1\) stands after add_independent_weight_decay\(0.1\).*goes uphill"):
         fr.chain(fr.add_independent_weight_decay(0.1), fr.sgd(0.1))
 

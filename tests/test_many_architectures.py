@@ -5,6 +5,8 @@ Run by `pytest -m integration` where the libraries of the extra `integrations` a
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from networks import halve
@@ -270,12 +272,16 @@ def test_where_nothing_can_go_the_reason_is_told(name):
 
 
 @quiet
-def test_a_network_that_holds_numbers_nobody_knows_is_refused():
+def test_a_network_that_holds_numbers_nobody_knows_is_made_smaller_or_refused_before_training():
     sizes = {"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1]}
     model = made("Levit", "ForImageClassification", {**sizes, "key_dim": [4, 4, 4], "num_labels": 5})
     given = doubled(images())
     groups = fr.channel_groups(model, given)
+    assert re.search(r"a LevitAttention\w*, stores \w+=.*, and no other numbers there make it run", groups.explain())
+    assert "to tell what becomes of LevitAttention.key_dim" in groups.explain()
     dead = without_half(model, groups)
     tree = fr.remove_dead(fr.with_buffers(dead), groups)
-    with pytest.raises(ValueError, match=r"a LevitAttention, stores \w+=.*and resized knows no rule for it"):
-        fr.resized(dead, tree, given)
+    with pytest.raises(ValueError, match=r"a LevitAttention\w*, stores \w+=.*and resized knows no rule for it"):
+        fr.resized(dead, tree)
+    smaller = fr.resized(dead, tree, given)
+    torch.testing.assert_close(outputs(smaller, given), outputs(dead, given), rtol=1e-9, atol=1e-9)

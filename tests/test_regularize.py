@@ -17,8 +17,10 @@ from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, cpu_only, draw_f
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso
 from torch import Tensor, nn, optim
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.func import grad
 from torch.optim import lr_scheduler
+from torch.testing import assert_close
 
 import funcreg as fr
 from funcreg import denominators
@@ -1154,3 +1156,49 @@ def test_a_strength_is_not_set_from_outside():
     with pytest.raises(AttributeError, match=r"the strength of .* is not set from outside. Give .* a tensor"):
         handle.strength = 1.0
     assert handle.strength == 0.5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_two_modules_of_one_optimizer_may_have_equal_names(kind):
+    def trained(with_module):
+        torch.manual_seed(0)
+        first, second = nn.Linear(3, 3), nn.Linear(4, 3)
+        both, x = nn.ModuleList([first, second]), torch.randn(8, 4)
+        params = nn.Module.parameters if with_module else nn.Module.named_parameters
+        optimizer = kind([{"params": params(first)}, {"params": params(second), "lr": 0.01}], lr=0.1)
+        handle = fr.regularize(optimizer, fr.l1, strength=0.1, module=both if with_module else None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (first(x[:, :3]).square().mean() + second(x).mean()).backward()
+            optimizer.step()
+        return handle, list(both.parameters())
+
+    (handle, params), (_, expected) = trained(False), trained(True)
+    assert "4 of 4 parameters" in repr(handle)
+    assert_close(params, expected, rtol=0, atol=0)
+    assert_close(handle.penalty_value(), 0.1 * sum(w.abs().sum() for w in expected), rtol=1e-6, atol=0)
+
+
+def test_equal_names_of_one_group_are_places_and_masks_match_all_of_a_name():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([*first.named_parameters(), *second.named_parameters()], lr=0.1)
+    assert "4 of 4" in repr(fr.regularize(optimizer, fr.l1, strength=0.1))
+    groups = [{"params": first.named_parameters()}, {"params": second.named_parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert "2 of 4" in repr(fr.regularize(optimizer, fr.l1, strength=0.1, mask=fr.select("*weight")))
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_the_look_of_a_distributed_checkpoint_at_a_state_is_no_step(lr):
+    module = nn.Linear(3, 3)
+    before = [w.detach().clone() for w in module.parameters()]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, foreach=False)
+    handle = fr.regularize(optimizer, fr.max_norm, 0.01, strength=fr.linear_schedule(1.0, 2.0, 10))
+    get_optimizer_state_dict(module, optimizer)
+    assert handle.steps == 0
+    assert_close(list(module.parameters()), before, rtol=0, atol=0)
+    for w in module.parameters():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert handle.steps == 1
+    assert max(w.norm() for w in module.parameters()) <= 0.0175

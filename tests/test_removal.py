@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -129,3 +130,52 @@ def test_a_state_is_sliced_alone():
     _, mean = fr.remove_dead(fr.with_buffers(dead), groups, average)
     assert mean["0.weight"].shape == (4, 5)
     assert all((w == 1).all() for w in mean.values())
+
+
+# While a network is trained
+
+
+def steps(net, optimizer, count):
+    """What a loop is warned of."""
+    said = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        net(*vectors()).square().mean().mul(1e-3).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += [str(each.message) for each in caught]
+    return said
+
+
+def test_a_family_that_dies_while_a_network_is_trained_is_told_once_by_its_name():
+    net = network(layers(5, 7, 6, 3)).float()
+    groups = fr.channel_groups(net, (vectors()[0].float(),))
+    whole = {name: w.detach().clone() for name, w in net.named_parameters()}
+    first = fr.ChannelGroups(groups[:1], groups.counts[:1], necks=groups.necks[:1])
+    for given, end in (
+        (first, r": the network gives the same at every input from now on. Its strength .* grow from 0"),
+        (list(first), r": unless something goes around it, the network gives the same"),
+    ):
+        net.load_state_dict(whole)
+        optimizer = torch.optim.SGD(net.double().parameters(), lr=0.1)
+        penalty = 1e-6 * fr.half_l2 + fr.coupled(fr.group_lasso, given)  # Also in a sum.
+        fr.regularize(optimizer, penalty, strength=0.9, module=net)
+        said = steps(net, optimizer, 101)
+        assert len(said) == 1
+        assert "all groups are dead in the family of '0.weight' (7 groups) after 10" in said[0]
+        assert re.search(end, said[0])
+    net.load_state_dict(whole)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    fr.regularize(optimizer, fr.coupled(fr.group_lasso, first), strength=fr.linear_schedule(0, 1e-6, 50), module=net)
+    assert not steps(net, optimizer, 101)
+
+
+def test_a_block_that_dies_whole_beside_a_sum_is_no_warning():
+    net = residual()
+    groups = fr.channel_groups(net, vectors())
+    block = fr.ChannelGroups(groups[1:], groups.counts[1:], necks=groups.necks[1:])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    fr.regularize(optimizer, fr.coupled(fr.group_lasso, block), strength=0.9, module=net)
+    assert not steps(net, optimizer, 101)
+    assert block.left(dict(net.named_parameters())) == [0]

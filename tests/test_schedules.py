@@ -17,6 +17,8 @@ import funcreg as fr
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "optax.json").read_text())
 COUNTS = REFERENCE["counts"]
 
+pytestmark = pytest.mark.filterwarnings("ignore:this schedule stays")  # Some rows have no steps.
+
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -85,6 +87,30 @@ def test_the_height_of_a_schedule_may_be_batched_and_differentiated(make):
         unit = double(make(1.0)(count))
         assert_close(vmap(lambda v, n=count: make(v)(n))(heights), heights * unit, rtol=1e-14, atol=0)
         assert_close(vmap(grad(lambda v, n=count: make(v)(n)))(heights), unit.expand(3), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.linear_schedule(0.0, 0.1, 0),
+        lambda: fr.warmup_constant_schedule(0.0, 0.1, 0),
+        lambda: fr.exponential_decay(0.0, 0, 0.5),
+    ],
+)
+def test_a_schedule_that_never_leaves_its_first_value_says_so(make):
+    with pytest.warns(UserWarning, match=r"stays at its first value, 0.0, .* number of steps is 0"):
+        make()
+
+
+def test_a_decay_of_rate_0_is_constant_whatever_its_end():
+    assert fr.exponential_decay(1.0, 2, 0.0, end_value=0.1)(5) == 1.0
+    assert fr.warmup_exponential_decay_schedule(0.0, 1.0, 2, 2, 0.0, end_value=0.5)(9) == 1.0
+
+
+def test_a_warm_up_of_no_steps_before_another_schedule_is_over():
+    assert fr.warmup_cosine_decay_schedule(0.0, 0.1, 0, 10)(0) == 0.1
+    assert fr.warmup_exponential_decay_schedule(0.0, 0.1, 0, 10, 0.5)(0) == 0.1
+    assert fr.linear_schedule(0.1, 0.1, 0)(5) == 0.1
 
 
 @pytest.mark.parametrize(

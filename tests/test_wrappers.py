@@ -744,3 +744,40 @@ def test_lookahead_averages_zeros_away_and_the_optimizer_inside_makes_them_again
         updates, begun = prox.update({"w": params["w"] - goal}, begun, params)
         params = fr.apply_updates(params, updates)
     assert params["w"][1] == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tx: fr.apply_if_finite(tx, 2),
+        lambda tx: fr.MultiSteps(tx, 2),
+        lambda tx: fr.conditionally_mask(tx, lambda step: step > 0),
+        lambda tx: fr.lookahead(tx, 1, 0.5, reset_state=True),
+        lambda tx: fr.sam(tx, tx, 2),
+    ],
+)
+def test_a_number_in_a_state_that_is_chosen_by_a_condition_is_named(make):
+    counts = fr.Transform(lambda params: {"calls": 1}, lambda u, state, params: (u, {"calls": state["calls"] + 1}))
+    params = {"w": torch.ones(2)}
+    with pytest.raises(TypeError, match=r"'calls' of a state is \d; expected a tensor"):
+        make(counts).update(params, make(counts).init(params), params)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda key: fr.inject_hyperparams(fr.noisy_sgd)(1e-2, key=key),
+        lambda key: fr.inject_hyperparams(fr.add_noise)(1.0, 0.5, key),
+        lambda key: fr.inject_hyperparams(fr.dpsgd)(1e-2, 1.0, 0.5, seed=key),
+    ],
+    ids=["noisy_sgd", "add_noise", "dpsgd"],
+)
+@pytest.mark.parametrize("key", [3, torch.tensor(3)], ids=["int", "tensor"])
+def test_the_key_of_a_generator_is_no_hyperparameter(make, key):
+    tx, params = make(key), {"w": torch.ones(2)}
+    updates = {"w": torch.ones(3, 2)} if "dpsgd" in repr(tx) else params
+    state = tx.init(params)
+    assert "learning_rate" in state.hyperparams or "eta" in state.hyperparams
+    assert not {"key", "seed"} & state.hyperparams.keys()
+    again, _ = make(key).update(updates, make(key).init(params), params)
+    assert_equal(tx.update(updates, state, params)[0], again)

@@ -1,0 +1,273 @@
+"""Families tried out before they are offered: taken out of a copy, whose forward has to run, and to give the same.
+
+What `remove_dead` and `resized` do is done by their own code, so that what would be refused after training is known
+before. At first the leaves of families are single numbers, expanded to the shapes that are left, and all other tensors
+are shared with the network. Where that runs, outputs are compared, with and without groups that are set to zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcreg.agreement import Agreement, Failure, arguments, outputs, unlike
+from funcreg.families import Family, gather, parts, scatter
+from funcreg.removal import with_buffers, without
+from funcreg.resizing import as_given, narrowed, settle
+from funcreg.stored import Stored
+from funcreg.tree import listed
+from funcreg.widths import Rule
+
+#: Bytes up to which leaves are copied.
+_COPIED = 1 << 31
+
+
+class Trial:
+    """Whether a network runs without groups of its families.
+
+    Args:
+        module: The network. It stays as it is.
+        inputs: What it is called with.
+        families: The families.
+        counts: The number of groups of each.
+        rules: As `resized` takes them.
+        round_to: What numbers of channels stay multiples of.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Any,
+        families: Sequence[Family],
+        counts: Sequence[int],
+        rules: Mapping[type[nn.Module], Rule],
+        round_to: int,
+    ) -> None:
+        self.module, self.families = module, families
+        self._inputs, self._rules = arguments(inputs), rules
+        self._counts, self._round_to = counts, round_to
+        self._leaves = with_buffers(module)
+        self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
+        self._numbers = {name for family in families for name in family}
+        self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
+        self.uncompared = False  # Whether leaves were too large to compare outputs.
+        # Shapes may go by what is in tensors: so of the whole network with such leaves.
+        self._expected: list[Tensor] = []
+        self.failure: str | None = None  # Why nothing can be tried.
+        try:
+            found = self._outputs(narrowed(module, self._tree([], []), {})[0])
+            self.failure = f"{found}" if isinstance(found, Failure) else None
+            self._expected = [] if isinstance(found, Failure) else found
+        except Exception as error:  # Such as of modules that cannot be copied.
+            self.failure = f"to be copied: {_line(error)}"
+
+    def problem(self, chosen: Sequence[int]) -> str | None:
+        """What goes wrong without some of the groups of these families, None if nothing does."""
+        for left in dict.fromkeys((self._about_half(chosen), tuple(max(1, self._counts[i] - 1) for i in chosen))):
+            found = self._problem_with(chosen, left)
+            if found is None and self._compares(chosen):
+                found = self._difference(chosen, left)
+            if found is not None:
+                return found
+        return None
+
+    def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
+        """A half of the groups of each family, of every second pair less, so that layers come to differ in width."""
+        counts = [(self._counts[i], i // 2 % 2) for i in chosen]
+        return tuple(max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts)
+
+    def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
+        """All tensors, with so many groups of these families."""
+        families = [self.families[i] for i in chosen]
+        shapes = without(self._shapes, families, left, self._round_to) if families else self._shapes
+        of = lambda name, w: _number(w, shapes[name].shape) if name in self._numbers else w
+        return {name: of(name, w) for name, w in self._leaves.items()}
+
+    def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+        tree = self._tree(chosen, left)
+        try:
+            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules)
+        except Exception as error:  # Of a rule of the user's, too.
+            return f"resized refuses what is left: {_line(error)}"
+        wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
+        if wrong is None:
+            self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
+            return None
+        return self._said(smaller, wrong, unknown, chosen)
+
+    def _wrong(self, smaller: nn.Module) -> Failure | str | None:
+        found = self._outputs(smaller)
+        return found if isinstance(found, Failure) else unlike(self._expected, found)
+
+    def _compares(self, chosen: Sequence[int]) -> bool:
+        """Whether the leaves of these families are small enough to be copied, to compare what is computed of them."""
+        names = {name for i in chosen for name in self.families[i]}
+        compares = sum([self._leaves[name].nbytes for name in names]) <= _COPIED
+        self.uncompared |= not compares
+        return compares
+
+    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+        """What goes wrong with the numbers that the weights have: outputs tell what shapes do not.
+
+        For this alone the leaves of families are copied, with zeros in the groups that go.
+        """
+        families, dead = [self.families[i] for i in chosen], dict(self._leaves)
+        for family, count in zip(families, left, strict=True):
+            for name, where in family.items():
+                for along in [each for each in parts(where) if each.penalized]:
+                    rows = gather(dead[name], along).clone()
+                    rows[count:] = 0
+                    dead[name] = scatter(rows, dead[name], along)
+        whole = narrowed(self.module, dead, {})[0]
+        smaller, unknown = narrowed(
+            self.module, as_given(self.module, without(dead, families, left, self._round_to)), self._rules
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            agreement = Agreement(whole, self._inputs)
+            wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+        return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+
+    def _outputs(self, network: nn.Module) -> list[Tensor] | Failure:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # They were given when the network itself ran.
+            return outputs(network, *self._inputs)
+
+    def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
+        """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
+        path = _around(self.module, wrong.path if isinstance(wrong, Failure) else self._holder(chosen))
+        kind = type(self.module.get_submodule(path)).__name__
+        here = [each for each in unknown if each.path == path] or list(unknown)
+        if here:
+            holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
+        else:
+            holds = f"{_named(self.module, path)} may have a width or a count as a number of its own, or in its code"
+        what = f"the network fails without some of them {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
+        return (
+            f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
+            f"view), or give rules={{{kind}: function}} to channel_groups and resized"
+        )
+
+    def _holder(self, chosen: Sequence[int]) -> str:
+        """The innermost module that holds all leaves of some families."""
+        paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
+        alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return ".".join([parts[0] for parts in alike])
+
+
+def _line(error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
+
+
+def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of one number, whatever its shape: 1 for vectors, and what takes a mean for more dimensions."""
+    mean = 1 / max(1, math.prod(shape[1:])) if w.is_floating_point() or w.is_complex() else 0
+    return w.new_full((), mean).expand(shape)
+
+
+def _named(module: nn.Module, path: str) -> str:
+    kind = type(module.get_submodule(path)).__name__
+    return f"{path!r}, a {kind}," if path else f"{kind}, the network itself,"
+
+
+def _stores(module: nn.Module, several: Sequence[Stored]) -> str:
+    """Which module stores which numbers."""
+    path = several[0].path
+    show = lambda x: f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{x!r}"
+    return (
+        f"{_named(module, path)} stores {listed([f'{x.attribute}={show(x.value)}' for x in several if x.path == path])}"
+    )
+
+
+def _around(module: nn.Module, path: str) -> str:
+    """The innermost module around a place that is none of torch's own."""
+    while path and type(module.get_submodule(path)).__module__.startswith("torch.nn."):
+        path = path.rpartition(".")[0]
+    return path
+
+
+# Which families are to blame
+
+
+def refused(trial: Trial) -> dict[int, str]:
+    """The families without which the network does not run, by their numbers, with the reason.
+
+    Those of modules of one type are tried together, and apart only where that fails.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, family in enumerate(trial.families):
+        kinds.setdefault(frozenset(_in_type(trial.module, name) for name in family), []).append(i)
+    search = _Search(trial)
+    search.running(list(kinds.values()))
+    return search.reasons
+
+
+class _Search:
+    """Divides kinds of families until each of them runs, or is refused."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._problem = trial.problem
+        self.reasons: dict[int, str] = {}
+
+    def running(self, kinds: list[list[int]]) -> list[list[int]]:
+        """Those of some kinds of families without which the network runs; all others are refused."""
+        problem = self._problem([i for kind in kinds for i in kind]) if kinds else None
+        if problem is None:
+            return kinds
+        if len(kinds) == 1:
+            return self._apart(kinds[0], problem)
+        half = len(kinds) // 2
+        first, second = self.running(kinds[:half]), self.running(kinds[half:])
+        if first and second and self._problem([i for kind in first + second for i in kind]) is not None:
+            return [*first, *self._beside(first, second)]
+        return first + second
+
+    def _apart(self, kind: list[int], problem: str) -> list[list[int]]:
+        """What runs of one kind. Where the first and the last fail alike, all do."""
+        if len(kind) == 1:
+            self.reasons[kind[0]] = problem
+            return []
+        first, last = (self._problem([i]) for i in (kind[0], kind[-1]))
+        if first is not None and last is not None and (alike := _alike(first, last)) is not None:
+            self.reasons.update(dict.fromkeys(kind, alike))
+            return []
+        return self.running([[i] for i in kind])
+
+    def _beside(self, first: list[list[int]], second: list[list[int]]) -> Iterator[list[int]]:
+        """Those of some kinds that run, with which others do not run all together."""
+        taken = [i for kind in first for i in kind]
+        for kind in second:
+            problem = self._problem([*taken, *kind])
+            if problem is None:
+                taken += kind
+                yield kind
+            else:
+                self.reasons.update(dict.fromkeys(kind, problem))
+
+
+#: The number of a layer in a name, or of entries in a shape.
+_NUMBER = re.compile(r"\d+")
+
+
+def _alike(one: str, other: str) -> str | None:
+    """Two texts as one, with stars for the numbers by which alone they differ; None if they differ otherwise."""
+    if _NUMBER.sub("*", one) != _NUMBER.sub("*", other):
+        return None
+    numbers = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
+    stars = iter([a if a == b else "*" for a, b in numbers])
+    return _NUMBER.sub(lambda _: next(stars), one)
+
+
+def _in_type(module: nn.Module, name: str) -> tuple[str, str]:
+    """A leaf by its name inside of the innermost module that is none of torch's own, and the type of that."""
+    path = _around(module, name.rpartition(".")[0])
+    inside = name.removeprefix(f"{path}.") if path else name
+    return type(module.get_submodule(path)).__qualname__, _NUMBER.sub("*", inside)

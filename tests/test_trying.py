@@ -1,0 +1,430 @@
+"""Families are tried out before they are offered: what `resized` would refuse after training is kept at the start."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DEVICE
+from test_channels import CONV, Net, Transformer, drawn, images, linears, network, outputs, vectors, without_half, words
+from torch import nn
+
+import funcreg as fr
+from funcreg import trying
+
+
+class Packed(nn.Module):
+    """Attention as nanoGPT writes it: with the width of its input and counts of heads as numbers."""
+
+    def __init__(self, width=32, heads=8):
+        super().__init__()
+        self.n_head, self.n_embd = heads, width
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        b, t, c = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        q, k, v = (y.view(b, t, self.n_head, c // self.n_head).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
+
+
+class Narrow(Packed):
+    """The same with widths that are taken from tensors."""
+
+    def forward(self, x):
+        b, t, _ = x.size()
+        q, k, v = (y.view(b, t, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).chunk(3, dim=2))
+        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def narrow(layer, before):
+    layer.n_head = before.n_head * layer.c_proj.in_features // before.c_proj.in_features
+    layer.__class__ = Narrow
+
+
+class Block(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), Packed(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, layers=4):
+        super().__init__()
+        self.wte, self.h = nn.Embedding(11, 32), nn.ModuleList(Block() for _ in range(layers))
+        self.ln_f, self.lm_head = nn.LayerNorm(32), nn.Linear(32, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens)
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_heads_of_nanogpt_are_kept_and_it_is_said_what_would_help():
+    net, seen = network(GPT), words()
+    groups = fr.channel_groups(net, seen)
+    assert groups.layers == [(f"h.{i}.mlp.0",) for i in range(4)]
+    said = groups.explain()
+    assert "the network fails without some of them in 'h.*.attn', a Packed: RuntimeError: " in said
+    assert "'h.*.attn', a Packed, stores n_head=8, n_embd=32, and no other numbers there make it run" in said
+    assert "or give rules={Packed: function} to channel_groups and resized" in said
+    assert "    h.*.attn.c_attn.weight, dimension 0 of 96" in said.splitlines()
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_a_rule_that_resized_takes_is_taken_before_training_too():
+    net, seen, rules = network(GPT), words(), {Packed: narrow}
+    groups = fr.channel_groups(net, seen, rules=rules)
+    assert len(groups) == 8
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen, rules=rules)
+    assert [block.attn.n_head for block in smaller.h] == [4] * 4
+    assert all(type(block.attn) is Packed for block in net.h)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="rules has one for Conv2d, and the module has no such layer"):
+        fr.channel_groups(net, seen, rules={CONV: narrow})
+
+    with pytest.raises(ValueError, match="rules has no effect without example_inputs, on which families are tried"):
+        fr.channel_groups(nn.Sequential(*linears(5, 6, 3)), rules=rules)
+
+    def broken(layer, before):
+        raise KeyError("width")
+
+    said = fr.channel_groups(net, seen, rules={Packed: broken}).explain()
+    assert "resized refuses what is left: KeyError: 'width'" in said
+
+
+def test_layers_that_are_alike_are_tried_together(monkeypatch):
+    ran = []
+    real = trying.outputs
+    monkeypatch.setattr(trying, "outputs", lambda *args: (ran.append(1), real(*args))[1])
+    fr.channel_groups(network(lambda: GPT(6)), words(), rules={Packed: narrow})
+    assert len(ran) == 3  # As it is, without a half of each family, and without one group of each.
+    ran.clear()
+    fr.channel_groups(network(lambda: GPT(6)), words())
+    assert len(ran) < 40  # Several numbers are tried for each of the few sets of families.
+
+
+def test_layers_that_are_asked_for_and_cannot_go_are_an_error():
+    net, seen = network(GPT), words()
+    with pytest.raises(
+        ValueError, match=r"(?s)found no channels in GPT that could go\. Kept are.*a Packed, stores n_h"
+    ):
+        fr.channel_groups(net, seen, layers=["*.attn.*"])
+    with pytest.raises(
+        ValueError, match=r"layers has '\*\.attn\.\*', whose channels are found and cannot go\. Kept are"
+    ):
+        fr.channel_groups(net, seen, layers=["*.mlp.*", "*.attn.*"])
+    assert len(fr.channel_groups(net, seen, layers=["*.mlp.*"])) == 4
+
+
+class LeNet(nn.Module):
+    """As in a tutorial of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = CONV(3, 6, 3, padding=1), CONV(6, 16, 3, padding=1)
+        self.fc1, self.fc2, self.fc3 = linears(16 * 2 * 2, 12, 10, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = x.view(-1, 16 * 2 * 2)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+@pytest.mark.parametrize("batch", [2, 16])  # Where the batch is divided by it, shapes fail one layer later.
+def test_a_width_that_is_written_in_the_code_keeps_the_channels_it_counts(batch):
+    net, seen = network(LeNet), (drawn(batch, 3, 8, 8),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.layers == [("conv1",), ("fc1",), ("fc2",)]
+    said = groups.explain()
+    assert "LeNet, the network itself, may have a width or a count as a number of its own, or in its code. Let" in said
+    assert "(x.flatten(1), x.shape, -1 in a view), or give rules={LeNet: function}" in said
+    assert "    conv2.weight, dimension 0 of 16" in said.splitlines()
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_a_generator_that_counts_its_channels_keeps_them_and_a_part_of_a_network_has_its_names():
+    class Generator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(6, 8 * 4), nn.BatchNorm2d(8)
+            self.up, self.last = nn.ConvTranspose2d(8, 6, 2, 2), nn.ConvTranspose2d(6, 3, 2, 2)
+
+        def forward(self, z):
+            return self.last(self.up(self.norm(self.first(z).view(-1, 8, 2, 2)).relu()).relu())
+
+    groups = fr.channel_groups(network(Generator), (drawn(4, 6),), prefix="generator")
+    assert groups.layers == [("generator.up",)]
+    assert "    generator.first.weight, dimension 0 of 32" in groups.explain().splitlines()
+
+
+def test_what_fails_is_found_among_layers_that_are_alike():
+    class Viewing(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), 6)
+
+    layers = [nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), Viewing(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]
+    groups = fr.channel_groups(network(lambda: nn.Sequential(*layers)), vectors())
+    assert groups.layers == [("0",), ("4",)]
+    assert "in '3', a Viewing: RuntimeError: shape '[4, 6]' is invalid" in groups.explain()
+
+
+def test_what_does_not_run_together_is_offered_in_part():
+    class Tied(nn.Module):
+        """Two branches whose widths have to be one, though nothing is computed of both."""
+
+        def __init__(self):
+            super().__init__()
+            self.a1, self.a2, self.b1, self.b2 = *linears(5, 8, 3), *linears(5, 12, 3)
+
+        def forward(self, x):
+            a, b = self.a1(x).relu(), self.b1(x).relu()
+            if a.shape[-1] < 8 and b.shape[-1] < 12:
+                raise RuntimeError("one of the two has to be whole")
+            return self.a2(a) + self.b2(b)
+
+    groups = fr.channel_groups(network(Tied), vectors())
+    assert groups.layers == [("a1",)]
+    assert "RuntimeError: one of the two has to be whole" in groups.explain()
+
+
+def test_a_number_that_only_outputs_can_tell_stays_and_is_noted():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.scale = 4, 0.5
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    net, seen = network(lambda: Net(lambda net, x: net.part(x), part=Heads())), (drawn(2, 3, 16),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [4]
+    assert groups.explain().endswith("\n\nGive resized example_inputs too, to tell what becomes of Heads.heads")
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+class _Heads(nn.Module):
+    """Attention whose count of heads has a name that says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = [part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
+        return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _shuffled(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+#: What is done between two layers by a number in the code, with which the second runs on other widths, too.
+COUNTED = {
+    "shuffle": _shuffled,
+    "norm of groups": lambda x: F.group_norm(x, 4),
+    "scale": lambda x: x * x.shape[1] ** -0.5,
+    "halves": lambda x: torch.cat([-x[:, 6:], x[:, :6]], 1) + x,
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_number_in_the_code_with_which_outputs_would_be_others_keeps_the_channels(name):
+    act = COUNTED[name]
+    forward = lambda net, x: net.b(act(net.a(x).relu()).relu())
+    net = network(lambda: Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(8, 4, 1), c=nn.Conv2d(3, 4, 1)))
+    try:
+        groups = fr.channel_groups(net, (drawn(2, 3, 4, 4),))
+    except ValueError as error:
+        assert "may have a width or a count" in str(error) or "found no channels" in str(error)
+        return
+    dead = without_half(net, groups)  # What is offered is exact.
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    seen = (drawn(2, 3, 4, 4),)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_heads_that_a_number_of_another_name_counts_are_kept_unless_there_is_a_rule():
+    net, seen = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())), (drawn(2, 3, 16),)
+    with pytest.raises(ValueError, match=r"'part', a _Heads, may have a width or a count .* rules={_Heads: function}"):
+        fr.channel_groups(net, seen)
+
+    def follow(layer, before):
+        layer.h = layer.out.in_features * before.h // before.out.in_features
+
+    groups = fr.channel_groups(net, seen, rules={_Heads: follow})
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), rules={_Heads: follow})
+    assert smaller.part.h == 2
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_attention_of_ones_own_that_is_not_exchanged_is_kept():
+    class Mine(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    net, seen = network(lambda: Net(lambda net, x: x + net.a(x), a=Mine(12, 4, batch_first=True))), (drawn(2, 5, 12),)
+    with pytest.raises(
+        ValueError, match=r"(?s)Kept are.*resized refuses what is left: 'a' is a Mine, whose 6 features"
+    ):
+        fr.channel_groups(net, seen)
+
+
+def test_a_forward_that_goes_by_what_is_in_tensors_is_tried_out_too():
+    def run(net, x):
+        y = net.first(x)
+        rows = int((y.sum(-1) > 0).sum().item())
+        return net.last(y.relu())[: max(1, rows)].mean(0)
+
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert (groups.counts, groups.notes) == ([8], [])
+
+
+def test_where_it_cannot_be_tried_out_that_is_noted():
+    def run(net, x):
+        y = net.first(x)
+        if float(y.std(-1).max()) < 1e-9:
+            raise ArithmeticError("all features are the same")
+        return net.last(y.relu())
+
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [8]
+    assert groups.explain().endswith(
+        "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights Net fails "
+        "in its own forward: ArithmeticError: all features are the same"
+    )
+
+
+@pytest.mark.parametrize("copied", [trying._COPIED, 0])
+def test_nothing_of_the_user_is_touched_and_large_weights_are_not_copied(monkeypatch, copied):
+    monkeypatch.setattr(trying, "_COPIED", copied)
+    net, seen = network(lambda: GPT(2)).train(), words()
+    net.h[0].register_forward_hook(lambda *_: None)
+    before = copy.deepcopy(fr.with_buffers(net))
+    state = torch.random.get_rng_state()
+    made = []
+    real = torch.Tensor.clone
+
+    def clone(self, *args, **kwargs):
+        made.append(tuple(self.shape))
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(torch.Tensor, "clone", clone)
+        patch.setattr(torch.Tensor, "__deepcopy__", None)
+        groups = fr.channel_groups(net, seen)
+    assert any(shape in {tuple(w.shape) for w in net.parameters() if w.ndim > 1} for shape in made) == (copied > 0)
+    assert ("Outputs were not compared" in groups.explain()) == (copied == 0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.testing.assert_close(fr.with_buffers(net), before, rtol=0, atol=0)
+    assert all(layer.training for layer in net.modules())
+    assert all(len(layer._forward_hooks) == (layer is net.h[0]) for layer in net.modules())
+
+
+def test_a_batch_of_arguments_is_given_to_both():
+    def run(net, x, scale=1.0):
+        return net.last(net.first(x).relu() * scale)
+
+    net, (x,) = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    seen = ((x,), {"scale": 2.0})
+    groups = fr.channel_groups(net, seen)
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    torch.testing.assert_close(smaller(x), dead(x), rtol=1e-10, atol=1e-10)
+
+
+def test_outputs_that_are_drawn_are_compared_with_the_same_numbers():
+    def run(net, x):
+        return net.last((net.first(x) + torch.randn_like(x[:, :1])).relu())
+
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    params = {name: w.detach() for name, w in net.named_parameters()}
+    state = torch.random.get_rng_state()
+    fr.resized(net, params, seen)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_is_used_in_training_alone_is_seen_with_buffers_as_they_were():
+    def run(net, x):
+        y = net.norm(net.first(x)).relu()
+        return net.last(y) + net.more(y) if net.training else net.last(y)
+
+    parts = {"first": nn.Linear(5, 8), "norm": nn.BatchNorm1d(8), "last": nn.Linear(8, 3), "more": nn.Linear(8, 3)}
+    net, seen = network(lambda: Net(run, **parts)), vectors()
+    before = copy.deepcopy(fr.with_buffers(net))
+    groups = fr.channel_groups(net, seen)
+    assert (list(groups[0])[-4:-2], groups.notes) == (["last.weight", "more.weight"], [])
+    torch.testing.assert_close(fr.with_buffers(net), before, rtol=0, atol=0)
+    groups = fr.channel_groups(net, (seen[0][:1],))  # Of one example there is no variance.
+    assert "more.weight" not in groups[0]
+    said = "Some parameters are not used in evaluation, and in training the module fails on example_inputs"
+    assert said in groups.explain()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_module_compiled_by_torch_jit_is_refused_before_training():
+    net, seen = network(lambda: nn.Sequential(*linears(5, 6, 3))), vectors()
+    with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was made of"):
+        fr.channel_groups(torch.jit.trace(net, seen), seen)
+
+
+def test_how_many_groups_are_left_is_told():
+    net, seen = network(Transformer), words()
+    groups = fr.channel_groups(net, seen)
+    assert groups.left(fr.with_buffers(net)) == groups.counts == [4, 20]
+    assert groups.left(fr.with_buffers(without_half(net, groups))) == [2, 10]
+
+
+def test_one_family_is_one_family():
+    net = network(lambda: nn.Sequential(*linears(5, 6, 3)))
+    assert fr.channel_groups(net, vectors()).explain().startswith("6 groups in 1 family:")
+    net = network(lambda: nn.Sequential(*linears(5, 6, 4, 3)))
+    assert fr.channel_groups(net, vectors()).explain().startswith("10 groups in 2 families:")
+
+
+def test_heads_of_attention_without_a_sum_around_it_go_with_its_inputs_and_outputs():
+    def run(net, x):
+        return net.last(net.attention(y := net.first(x), y, y)[0].relu())
+
+    parts = {"attention": nn.MultiheadAttention(12, 4, batch_first=True), "last": nn.Linear(12, 3)}
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 12), **parts)), (drawn(2, 7, 5),)
+    groups = fr.channel_groups(net, seen)
+    assert sorted(groups.counts) == [4, 12, 12]
+    dead = without_half(net, fr.ChannelGroups(groups[:2], groups.counts[:2]))
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_images_of_half_precision_and_other_devices_are_tried_where_they_are(groups):
+    net = nn.Sequential(CONV(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), CONV(8, 4, 1, groups=4 if groups else 1))
+    net = net.append(CONV(4, 2, 1)).bfloat16().eval().to(DEVICE)
+    assert fr.channel_groups(net, (images()[0].bfloat16(),)).counts

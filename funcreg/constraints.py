@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.construction import written
 from funcreg.penalties import Dim, group_dims, shrunk
-from funcreg.penalty import Penalty
+from funcreg.penalty import LACKING, Penalty
 from funcreg.ranges import check_range, concrete, flags
 from funcreg.tree import (
     compute,
@@ -161,7 +161,7 @@ class Constraint(Penalty):
 
     def project(
         self,
-        params: Params,
+        params: Params = LACKING,
         *hyper: Hyper,
         metric: Params | None = None,
         inner_steps: int | None = None,
@@ -178,6 +178,7 @@ class Constraint(Penalty):
             mask: Leaves on which the constraint acts; the others stay as they are.
             options: Static options of the constraint.
         """
+        self._check_given("project", params=params)
         return self.prox(params, 0.0, *hyper, metric=metric, inner_steps=inner_steps, mask=mask, **options)
 
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:

@@ -25,19 +25,18 @@ class Freshness:
         self._numbers: dict[int, Tensor] = {}
         self.is_told = False  # Whether there is nothing more to find out.
 
-    def stale(self, vectors: list[int], leaves: dict[int, Tensor], spared: Callable[[], list[bool]]) -> list[int]:
+    def stale(self, vectors: list[int], leaves: list[Tensor], spared: Callable[[], list[bool]]) -> list[int]:
         """Which leaves nothing was written into at the last two calls; asked at every call, until it is told.
 
         Args:
             vectors: What the memory of these leaves is known by.
-            leaves: The leaves by their places.
-            spared: Whether it makes no difference what a leaf holds, for all places.
+            leaves: The leaves.
+            spared: Whether it makes no difference what a leaf holds, for each of them.
         """
-        versions = undocumented.versions(list(leaves.values()))
-        same = vectors == self._vectors
-        old = [i for i, before, now in zip(leaves, self._versions, versions, strict=False) if before == now]
-        self._vectors, self._versions = vectors, versions
-        if not same or not old or _is_captured(leaves[old[0]]):
+        before, self._versions = self._versions, undocumented.versions(leaves)
+        same, self._vectors = vectors == self._vectors, vectors
+        old = [i for i, (x, y) in enumerate(zip(before, self._versions, strict=True)) if x == y] if same else []
+        if not old or _is_captured(leaves[old[0]]):
             self._numbers = {}
             return []
         skipped = spared()

@@ -402,14 +402,19 @@ class FusedStep(_Planned):
     def _check_gradients_are_new(self, call: Call, checked: _Checked, params: Params) -> None:
         """Warn where nothing was written into gradients of `gradients` since the last calls."""
         parts = [part for part in checked.plan.parts("gradient") if part in call.vectors and part.starts[-1]]
-        places = [i - checked.count for part in parts for i in part.positions if call.arguments[i].numel()]
-        if not places:
+        read = [i for part in parts for i in part.positions if call.arguments[i].numel()]
+        if not read:
             return
+
+        def spared() -> list[bool]:
+            all_of = None if self._tx.spares is None else self._tx.spares(params)
+            return [all_of is not None and all_of[i - checked.count] for i in read]
+
         vectors = [id(call.vectors[part]) for part in parts]
-        spared = lambda: [False] * checked.count if self._tx.spares is None else self._tx.spares(params)
-        stale = self._freshness.stale(vectors, {i: call.arguments[i + checked.count] for i in places}, spared)
+        stale = self._freshness.stale(vectors, [call.arguments[i] for i in read], spared)
         if stale:
-            names = [name for i, name in enumerate(tree_paths(params)) if i in stale]
+            places = {read[i] - checked.count for i in stale}
+            names = [name for i, name in enumerate(tree_paths(params)) if i in places]
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
                 "which was taken with the same numbers, as the one before. By default zero_grad() takes them away from "

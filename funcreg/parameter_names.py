@@ -89,7 +89,7 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
     often = Counter([name for group in optimizer.param_groups for name in group.get("param_names") or ()])
     found: dict[Tensor, str] = {}
     for i, group in enumerate(optimizer.param_groups):
-        given = group.get("param_names")
+        given = group.get("param_names") or []
         for j, w in enumerate(group["params"]):
             if module is not None and w not in known:
                 raise ValueError(

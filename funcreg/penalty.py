@@ -42,7 +42,7 @@ from funcreg.undocumented import dynamo_asks
 P = TypeVar("P", bound="Penalty")
 _AT_LEAST_0 = (0.0, math.inf)
 #: In the place of an argument that did not come.
-_LACKING: Any = inspect.Parameter.empty
+LACKING: Any = inspect.Parameter.empty
 
 
 class Penalty(Remembering):
@@ -208,7 +208,7 @@ class Penalty(Remembering):
         return self
 
     @without_autocast
-    def __call__(self, params: Params = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
+    def __call__(self, params: Params = LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:
         """The value, summed over all leaves: a 0-dim tensor, float32 at least."""
         self._check_given(params=params)
         values, options = self.bind(*hyper, **options)
@@ -217,7 +217,7 @@ class Penalty(Remembering):
         return self._value(chosen, *values, **options)
 
     @without_autocast
-    def grad(self, params: Params = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
+    def grad(self, params: Params = LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Params:
         """The gradient, the subgradient of least norm at a kink: a tree like the parameters."""
         self._check_given("grad", params=params)
         values, options = self.bind(*hyper, **options)
@@ -228,8 +228,8 @@ class Penalty(Remembering):
     @without_autocast
     def prox(
         self,
-        params: Params = _LACKING,
-        step: Hyper = _LACKING,
+        params: Params = LACKING,
+        step: Hyper = LACKING,
         *hyper: Hyper,
         metric: Params | None = None,
         inner_steps: int | None = None,
@@ -289,7 +289,7 @@ class Penalty(Remembering):
 
     @without_autocast
     def prox_dual(
-        self, params: Params = _LACKING, step: Hyper = _LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any
+        self, params: Params = LACKING, step: Hyper = LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any
     ) -> Params:
         r"""The proximal operator of the conjugate :math:`g^*(z) = \sup_w \langle z, w \rangle - g(w)`.
 
@@ -442,8 +442,8 @@ class Penalty(Remembering):
         if not isinstance(other, Penalty):
             what = "a tensor" if isinstance(other, Tensor) else f"the {type(other).__name__} {other!r}"
             raise TypeError(
-                f"{self.__name__} and {what} are added; expected penalties. In a loss stands the value, "
-                f"{self._as_called()}(params); a chain has add_penalty or proximal for a link."
+                f"unsupported operands for +, {self.__name__} and {what}; expected penalties. In a loss stands "
+                f"the value, {self._as_called()}(params); a chain has add_penalty or proximal for a link."
             )
         return Sum((*_terms(self), *_terms(other)))
 
@@ -490,7 +490,7 @@ class Penalty(Remembering):
 
     def _check_given(self, form: str = "", **given: Any) -> None:
         """Raise an error, with the right way to write it, for arguments that did not come."""
-        lacking = [name for name, value in given.items() if value is _LACKING]
+        lacking = [name for name, value in given.items() if value is LACKING]
         if not lacking:
             return
         name, row = self._as_called(), ", ".join([*given, *[p.name for p in self._hyper]])

@@ -586,6 +586,10 @@ MISWRITTEN = {
         r"l1 takes no hyperparameters; got 1.* Its strength is a factor",
     ),
     "a penalty called": (lambda: ANY.l1(), r"l1 lacks params; expected l1\(params\)\. What takes a penalty .* gets it"),
+    "a projection of nothing": (
+        lambda: ANY.l2_ball.project(),
+        r"l2_ball\.project lacks params; expected l2_ball\.project\(p",
+    ),
     "a gradient of nothing": (
         lambda: ANY.elastic.grad(),
         r"elastic\.grad lacks params; expected .*\(params, alpha, rho\)",
@@ -602,8 +606,8 @@ MISWRITTEN = {
         lambda: fr.masked(ANY.matrices, ANY.sgd(0.1)),
         r"the selection matrices; .* masked\(tx, m",
     ),
-    "a penalty in a loss": (lambda: torch.ones(()) + 0.1 * ANY.l1, r"a tensor are added; .* \(0\.1 \* l1\)\(params\)"),
-    "a penalty and a number": (lambda: ANY.l1 + 1.0, r"l1 and the float 1\.0 are added; expected penalties"),
+    "a penalty in a loss": (lambda: torch.ones(()) + 0.1 * ANY.l1, r"a tensor; expected .* \(0\.1 \* l1\)\(params\)"),
+    "a penalty and a number": (lambda: ANY.l1 + 1.0, r"l1 and the float 1\.0; expected penalties"),
     "a module to regularize": (
         lambda: fr.regularize(NET, fr.l1),
         r"optimizer is a Linear; expected one of torch.* as in regularize\(optimizer, l1, strength=",

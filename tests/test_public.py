@@ -89,11 +89,13 @@ LAYERS = [
         "factorizing",
         "families",
         "group_values",
+        "inputs",
         "layers",
         "per_example",
         "plan",
         "rounding",
         "selection",
+        "summaries",
         "transform",
     ],
     [

@@ -227,8 +227,8 @@ class Problem:
         )
         if forward_depth() > 1:
             raise NotImplementedError(
-                "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected one "
-                "of them in reverse: torch.func.hessian(f), or jacfwd(jacrev(f))"
+                "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected "
+                "one of them in reverse: torch.func.hessian(f), or jacfwd(jacrev(f))"
             )
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)

@@ -52,7 +52,7 @@ def _shapes(result: Any) -> str:
 
 def _converged(converged: Tensor, what: str) -> str:
     count, done = converged.numel(), int(converged.sum())
-    return f"all {what} converged" if done == count else f"{done} of {count} {what} converged"
+    return f"all {what} converged" if done == count else f"only {done} of {count} {what} converged"
 
 
 def _counted(steps: int) -> str:
@@ -74,10 +74,8 @@ def solution_line(found: Any) -> str:
     leaves = tree_leaves(found.params)
     entries = sum(w.numel() for w in leaves)
     alive = sum(int((w != 0).sum()) for w in leaves)
-    done = "converged" if bool(found.converged) else "NOT converged"
-    return (
-        f"Solution({done} in {_counted(int(steps))}, residual {float(residual):.1e}, {alive} of {entries} entries not zero)"
-    )
+    done = f"{'converged' if bool(found.converged) else 'NOT converged'} in {_counted(int(steps))}"
+    return f"Solution({done}, residual {float(residual):.1e}, {alive} of {entries} entries not zero)"
 
 
 def solution_text(found: Any) -> str:
@@ -105,11 +103,8 @@ def path_line(path: Any) -> str:
     if not _readable(tree_leaves(tuple(path))) or path.strengths.ndim != 1:
         return _shapes(path)
     ends = f"{float(path.strengths.amax()):.4g} to {float(path.strengths.amin()):.4g}"
-    done = _converged(path.converged, "of them" if len(path.strengths) > 1 else "")
-    return (
-        f"Path({len(path.strengths)} strengths from {ends}, {' '.join(done.split())}, residuals of at most "
-        f"{float(path.residuals.amax()):.1e})"
-    )
+    residuals = f"residuals of at most {float(path.residuals.amax()):.1e}"
+    return f"Path({len(path.strengths)} strengths from {ends}, {_converged(path.converged, 'fits')}, {residuals})"
 
 
 def path_text(path: Any) -> str:

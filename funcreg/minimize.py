@@ -410,8 +410,10 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     s = _State(*s)
     hessian = hessian if _is_small(s.x) else None
     n, wait = 0, _EVERY
-    # A Hessian costs as much as so many steps as it has rows, or somewhat less.
+    # A Hessian costs as much as so many steps as it has rows, or somewhat less; near a solution it ends the descent.
     then = 0 if hessian is not None else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
+    if hessian is None and _is_dense(s.x) and _is_near(flat, tensors, s):
+        then = s.x.shape[-1] // 64
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
             before = s.residual
@@ -488,14 +490,24 @@ def _model_minimum(
     return Quadratic(*quadratic), descent, steps
 
 
+def _is_near(flat: Flat, tensors: Any, s: _State) -> bool:
+    """Whether the start is no zero, and few of its zeros and other entries change in a proximal step."""
+    landed = _landed(flat, tensors, s)
+    changed = ((landed == 0) != (s.x == 0)).sum(-1)
+    return bool((s.x != 0).any()) and int(changed.amax()) <= s.x.shape[-1] // 8
+
+
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
     """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
+    alive = ((s.x != 0) | (_landed(flat, tensors, s) != 0)) & ~s.done.unsqueeze(-1)
+    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+
+
+def _landed(flat: Flat, tensors: Any, s: _State) -> Tensor:
     land = flat.over_members(
         lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors)
     )
-    landed = land(tensors, s.x, s.slope, s.rate, s.metric)
-    alive = ((s.x != 0) | (landed != 0)) & ~s.done.unsqueeze(-1)
-    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+    return land(tensors, s.x, s.slope, s.rate, s.metric)
 
 
 # Linear equations of a fixed point

@@ -22,6 +22,7 @@ from funcreg.quadratic import (
     Rules,
     begin,
     chosen,
+    convex,
     diagonal_metric,
     greatest_curvature,
     is_lost,
@@ -437,9 +438,11 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
         if not 1 <= len(places) <= _DENSE:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
             return _State(*tried(tensors, s)), 0, 0
-    known = () if hessian is None else (hessian,)
-    inside = (s.x.index_select(-1, places), s.slope.index_select(-1, places), *known)
-    quadratic, descent, steps = _model_minimum(part, tensors, s.done, inside, budget)
+    x, slope = (v.index_select(-1, places) for v in (s.x, s.slope))
+    if hessian is None:
+        hessian = part.over_members(lambda tensors, x: _hessian(part, x, tensors))(tensors, x)
+    hessian = convex(hessian, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
+    quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, hessian), budget)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
         flat.over_members(
@@ -460,19 +463,18 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
 
 
 def _model_minimum(
-    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, ...], budget: int
+    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, Tensor, Tensor], budget: int
 ) -> tuple[Quadratic, Descent, int]:
-    """Models of the loss at a vector, from the slope and perhaps the Hessian there, and descents to their minima."""
+    """Models of the loss at a vector, from the slope and the Hessian there, and descents to their minima."""
     tol = flat.tol / 4
     rules = lambda tensors: Rules(
         lambda x, step, metric: flat.land(x, step, metric, tensors), lambda x: flat.value(x, tensors), flat.separable
     )
 
-    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor | None = None) -> Any:
-        found = _hessian(flat, x, tensors) if hessian is None else hessian
-        metric = diagonal_metric(found) if flat.in_metric else torch.ones_like(x)
-        rate = greatest_curvature(found, metric)
-        made = Quadratic(x, slope, found, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor) -> Any:
+        metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
+        rate = greatest_curvature(hessian, metric)
+        made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
         return made, begin(made, rules(tensors))
 
     stepped, jumped = (

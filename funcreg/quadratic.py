@@ -59,6 +59,31 @@ def diagonal_metric(hessian: Tensor) -> Tensor:
     return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(found))
 
 
+def convex(hessians: Tensor, moves: Callable[[], Tensor]) -> Tensor:
+    """Hessians as they are where models have minima, or else with the magnitudes of their eigenvalues.
+
+    Args:
+        hessians: Symmetric matrices.
+        moves: Function to bools, which entries are not held at zero by the penalty: a model that curves downwards
+            along others has a minimum nearby all the same.
+    """
+    if bool(_curves_upwards(hessians).all()):
+        return hessians
+    one, alive = torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device), moves()
+    inside = alive.unsqueeze(-1) & alive.unsqueeze(-2)
+    lost = ~_curves_upwards(torch.where(inside, hessians, one)) & hessians.isfinite().all(-1).all(-1)
+    lost = lost[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(lost, hessians, one))
+    return torch.where(lost, (vectors * values.abs().unsqueeze(-2)) @ vectors.mT, hessians)
+
+
+def _curves_upwards(hessians: Tensor) -> Tensor:
+    top = hessians.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    one = torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device)
+    rounding = torch.finfo(top.dtype).eps ** 0.5 * top
+    return torch.linalg.cholesky_ex(hessians + rounding[..., None, None] * one)[1] == 0
+
+
 def greatest_curvature(hessian: Tensor, metric: Tensor) -> Tensor:
     r"""A bound of the eigenvalues in a metric, at most :math:`n^{1/8}` times the greatest."""
     root = metric.sqrt()

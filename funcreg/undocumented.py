@@ -222,4 +222,5 @@ def forward_depth() -> int:
     Torch leaves terms out of the forward derivative of a forward derivative of a custom function. Without the count,
     such derivatives are wrong, and nobody says so.
     """
-    return int(getattr(getattr(torch._functorch, "eager_transforms", None), "JVP_NESTING", 0))
+    transforms: Any = getattr(getattr(torch, "_functorch", None), "eager_transforms", None)
+    return int(getattr(transforms, "JVP_NESTING", 0))

@@ -561,3 +561,15 @@ def test_a_constraint_has_no_strength():
 def test_names_of_other_functions_are_said(name, said):
     with pytest.raises(TypeError, match=f"minimize got {name}=.*{said}"):
         fr.minimize(lambda w: w.square().sum(), zeros(2), fr.l1, **{name: 1.0})
+
+
+def test_where_a_loss_curves_downwards_models_have_minima_too():
+    x, y = standard(load_diabetes)
+    y, generator = (y - y.mean()) / y.std(), torch.Generator().manual_seed(0)
+    begin = {"a": 0.3 * normal(generator, 10, 4), "b": zeros(4), "c": 0.3 * normal(generator, 4), "d": zeros()}
+    loss = lambda p, x, y: (torch.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"] - y).square().mean() / 2
+    found = fr.minimize(loss, begin, fr.l1, strength=0.02, args=(x, y), mask=fr.select("a", "c"))
+    assert found.converged
+    assert found.steps < 300  # With models that have no minima, more.
+    each = vmap(lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x, y), mask=fr.select("a", "c")))
+    assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()

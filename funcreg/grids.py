@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +106,8 @@ def _is_distribution(values: Any) -> bool:
 def _drawn(axes: dict[str, Any], draws: int, seed: int) -> list[Config]:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws is {draws!r}; expected a number of at least 1")
+    if not any(map(_is_distribution, axes.values())):
+        return _drawn_once(axes, draws, seed)
     columns: dict[str, list[Any]] = {}
     with torch.random.fork_rng(()):
         torch.manual_seed(seed)
@@ -116,6 +120,24 @@ def _drawn(axes: dict[str, Any], draws: int, seed: int) -> list[Config]:
             else:
                 columns[name] = [values[k] for k in torch.randint(len(values), (draws,)).tolist()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _drawn_once(axes: dict[str, list[Any]], draws: int, seed: int) -> list[Config]:
+    """Some combinations of a grid, none of them twice."""
+    combinations = math.prod(map(len, axes.values()))
+    if draws > combinations:
+        raise ValueError(
+            f"draws is {draws}, and the grid has {combinations} combinations; expected fewer. Without draws= each is "
+            "trained once; seeds= trains each several times."
+        )
+    configs = []
+    for place in random.Random(seed).sample(range(combinations), draws):
+        config = {}
+        for name, values in axes.items():
+            place, k = divmod(place, len(values))
+            config[name] = values[k]
+        configs.append(config)
+    return configs
 
 
 # Who takes them
@@ -140,15 +162,37 @@ def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[.
     if unknown:
         raise TypeError(
             f"the factory takes {', '.join(own) or 'no hyperparameters'}, and neither it nor the loss names "
-            f"'{unknown[0]}', which is in the grid"
+            f"'{unknown[0]}', which is in the grid.{_near(unknown[0], [name for name in own if name not in names])}"
         )
     try:
         inspect.signature(make).bind(**dict.fromkeys(to_make))
     except TypeError as error:
-        raise TypeError(f"the factory lacks hyperparameters of the grid, {', '.join(names)}: {error}") from error
+        raise TypeError(
+            f"the factory lacks hyperparameters of the grid, {', '.join(names)}: {error}. What is the same for all "
+            f"members goes into a function, as in lambda {', '.join(names)}: {getattr(make, '__name__', 'make')}(...)."
+        ) from error
     except ValueError:
         pass  # A function that is not written in Python has no signature: its call says what it lacks.
     return Split(to_make, tuple(others))
+
+
+#: What others call a hyperparameter that has one of these names here.
+_CALLED = {
+    **dict.fromkeys(("lr", "eta", "rate", "step_size"), "learning_rate"),
+    **dict.fromkeys(("alpha", "lam", "lambda_", "lmbda", "reg", "penalty_strength", "weight"), "strength"),
+    **dict.fromkeys(("wd", "decay", "l2"), "weight_decay"),
+    **dict.fromkeys(("beta1", "beta_1"), "b1"),
+    **dict.fromkeys(("beta2", "beta_2"), "b2"),
+    "epsilon": "eps",
+    "learning_rate": "lr",
+}
+
+
+def _near(name: str, names: list[str]) -> str:
+    """The name that may have been meant, as a sentence."""
+    found = difflib.get_close_matches(name, names, 1)
+    found = [_CALLED[name.lower()]] if _CALLED.get(name.lower()) in names else found
+    return f" Did you mean '{found[0]}'?" if found else ""
 
 
 def _names(function: Callable[..., Any]) -> tuple[list[str], bool]:

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.constraints import Constraint
 from funcreg.coupled import check_groups_are_whole
+from funcreg.inputs import as_tensors, check_call, check_names, explained
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.quadratic import (
@@ -19,19 +21,31 @@ from funcreg.quadratic import (
     Quadratic,
     Rules,
     begin,
+    chosen,
+    convex,
     diagonal_metric,
     greatest_curvature,
+    is_lost,
+    judged,
+    moved,
     newton,
-    noise,
     step,
+    unless_done,
 )
 from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty
 from funcreg.sharding import check_whole
+from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, tree_leaves, tree_paths
+from funcreg.tree import check_params, tree_leaves, tree_map, tree_paths
+from funcreg.undocumented import forward_depth
 from funcreg.vectors import Flat, flat_problem
 
+#: What others call what is called otherwise here.
+_ELSEWHERE = {
+    "strengths": "it solves for one strength=; regularization_path solves for many, and vmap maps it over them",
+    "data": "what the loss takes after params are its args=",
+}
 #: Residuals that a dtype reaches where gradients are not far from 1.
 _REACHED = {torch.float64: 1e-8, torch.float32: 1e-5}
 #: Objectives of which a new one has to be below the greatest.
@@ -56,6 +70,8 @@ class Solution(NamedTuple):
 
     Example:
         >>> found = minimize(lambda w: (w - 1).square().sum() / 2, torch.zeros(2), l1, strength=0.25)
+        >>> found
+        Solution(converged in 1 step, residual 0.0e+00, 2 of 2 entries not zero)
         >>> found.params, found.converged
         (tensor([0.7500, 0.7500]), tensor(True))
     """
@@ -64,6 +80,12 @@ class Solution(NamedTuple):
     residual: Tensor  # Their `kkt_residual`.
     steps: Tensor  # Number of proximal steps on the loss and on models of it, int64.
     converged: Tensor  # Whether the residual is at most the tolerance.
+
+    def __repr__(self) -> str:
+        return solution_line(self)
+
+    def __str__(self) -> str:
+        return solution_text(self)
 
 
 def minimize(
@@ -98,7 +120,8 @@ def minimize(
         penalty: A penalty with a proximal operator, or a constraint.
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, or a tree of them like the parameters.
-        args: What else the loss takes: trees of tensors.
+        args: What else the loss takes: trees of tensors. Arrays of numpy or pandas become tensors, in the dtype of
+            `params`.
         mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
         tol: Greatest `kkt_residual` of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
             1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1.
@@ -130,9 +153,11 @@ def minimize(
         Bertrand et al., *Implicit differentiation for fast hyperparameter selection in non-smooth convex learning*,
         2022.
     """
-    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    check_names("minimize", options, _ELSEWHERE)
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
     problem.check(params, strength, args)
-    return problem.solve(params, strength, args)
+    check_call(loss, args)
+    return problem.solve(params, strength, as_tensors(args, "args", params))
 
 
 @dataclass(frozen=True)
@@ -151,6 +176,8 @@ class Problem:
         """Raise an error, before any work, for what is no problem."""
         nonnegative(strength=strength)
         check_penalty(self.penalty, self.hyper, self.options)
+        if isinstance(self.penalty, Constraint) and not (isinstance(strength, (int, float)) and strength == 1):
+            raise ValueError(f"{self.penalty!r} holds whatever its strength; expected no strength=")
         check_selection(self.mask)
         check_params(params)
         check_whole("minimize", tree_paths(params), tree_leaves(params))
@@ -187,16 +214,22 @@ class Problem:
         return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
     def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
+        start = tree_map(lambda w: w.detach(), params)  # The solution has no derivative in the place of the start.
         flat, tensors = flat_problem(
             self.loss,
             self.penalty,
-            (params, strength, self.hyper, args),
+            (start, strength, self.hyper, args),
             self.mask,
             self.options,
             self.tolerance(params),
             self.max_steps,
             kept,
         )
+        if forward_depth() > 1:
+            raise NotImplementedError(
+                "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected "
+                "one of them in reverse: torch.func.hessian(f), or jacfwd(jacrev(f))"
+            )
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)
 
@@ -298,16 +331,8 @@ def _step(flat: Flat, tensors: Any, s: _State) -> _State:
     """A proximal gradient step."""
     z = _proximal_step(flat, s.x, s.slope, s.rate, s.metric, tensors)
     slope, value = grad_and_value(flat.read)(z, tensors)
-    objective = value + flat.value(z, tensors)
-    move = z - s.x
-    length = (s.metric * move.square()).sum()
-    bound = s.recent.amax()
-    taken = (objective <= bound - 5e-5 * s.rate * length + noise(objective)) & slope.isfinite().all()
-    curvature = (move * (slope - s.slope)).sum() / length
-    known = curvature.isfinite() & (length > 0)
-    wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
-    wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
-    rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
+    objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+    taken, rate, length = judged(s, s.metric, z, slope, objective)
     return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 
@@ -341,14 +366,10 @@ def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple
 
     # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.
     places, slopes, objectives, residuals = (torch.stack(each) for each in zip(*map(reach, points), strict=True))
-    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
-    closer = (residuals < s.residual / 2) & (objectives <= s.recent.amax() + noise(objectives))
-    order = torch.where(closer.any(), torch.where(closer, residuals, torch.inf), objectives)
-    one = order.argmin()[None]
-    z, slope, objective = (x.index_select(0, one)[0] for x in (places, slopes, objectives))
-    taken = closer.any() | (objective < s.recent[-1])
+    best, near, taken = chosen(s, s.residual, objectives, residuals)
+    z, slope, objective = (x.index_select(0, best)[0] for x in (places, slopes, objectives))
     after = _moved(flat, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
-    return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since)), closer.any()
+    return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since)), near
 
 
 def _moved(
@@ -363,17 +384,13 @@ def _moved(
     still: Tensor,
 ) -> _State:
     """The state after a step, if it was taken, and if this member is not done."""
-    x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
-    recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
+    x, slope, recent, lower = moved(s, taken, z, slope, objective)
     residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
-    lower = taken & (objective < s.recent.amin() - noise(objective))
-    better = (residual < 0.99 * s.best) | lower
-    since = torch.where(better, 0, s.since + 1)
-    limits = torch.finfo(x.dtype)
-    done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | (rate > limits.max / 1e9)
+    since = torch.where((residual < 0.99 * s.best) | lower, 0, s.since + 1)
+    done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | is_lost(rate)
     best = torch.minimum(residual, s.best)
     after = _State(x, slope, recent, rate, s.metric, residual, best, since, s.steps + 1, done)
-    return _State(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))
+    return unless_done(s.done, s, after)
 
 
 # The descent, of all members
@@ -392,8 +409,10 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     s = _State(*s)
     hessian = hessian if _is_small(s.x) else None
     n, wait = 0, _EVERY
-    # A Hessian costs as much as so many steps as it has rows, or somewhat less.
+    # A Hessian costs as much as so many steps as it has rows, or somewhat less; near a solution it ends the descent.
     then = 0 if hessian is not None else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
+    if hessian is None and _is_dense(s.x) and _is_near(flat, tensors, s):
+        then = s.x.shape[-1] // 64
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
             before = s.residual
@@ -417,9 +436,11 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
         if not 1 <= len(places) <= _DENSE:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
             return _State(*tried(tensors, s)), 0, 0
-    known = () if hessian is None else (hessian,)
-    inside = (s.x.index_select(-1, places), s.slope.index_select(-1, places), *known)
-    quadratic, descent, steps = _model_minimum(part, tensors, s.done, inside, budget)
+    x, slope = (v.index_select(-1, places) for v in (s.x, s.slope))
+    if hessian is None:
+        hessian = part.over_members(lambda tensors, x: _hessian(part, x, tensors))(tensors, x)
+    hessian = convex(hessian, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
+    quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, hessian), budget)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
         flat.over_members(
@@ -440,19 +461,18 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
 
 
 def _model_minimum(
-    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, ...], budget: int
+    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, Tensor, Tensor], budget: int
 ) -> tuple[Quadratic, Descent, int]:
-    """Models of the loss at a vector, from the slope and perhaps the Hessian there, and descents to their minima."""
+    """Models of the loss at a vector, from the slope and the Hessian there, and descents to their minima."""
     tol = flat.tol / 4
     rules = lambda tensors: Rules(
         lambda x, step, metric: flat.land(x, step, metric, tensors), lambda x: flat.value(x, tensors), flat.separable
     )
 
-    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor | None = None) -> Any:
-        found = _hessian(flat, x, tensors) if hessian is None else hessian
-        metric = diagonal_metric(found) if flat.in_metric else torch.ones_like(x)
-        rate = greatest_curvature(found, metric)
-        made = Quadratic(x, slope, found, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor) -> Any:
+        metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
+        rate = greatest_curvature(hessian, metric)
+        made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
         return made, begin(made, rules(tensors))
 
     stepped, jumped = (
@@ -470,14 +490,24 @@ def _model_minimum(
     return Quadratic(*quadratic), descent, steps
 
 
+def _is_near(flat: Flat, tensors: Any, s: _State) -> bool:
+    """Whether the start is no zero, and few of its zeros and other entries change in a proximal step."""
+    landed = _landed(flat, tensors, s)
+    changed = ((landed == 0) != (s.x == 0)).sum(-1)
+    return bool((s.x != 0).any()) and int(changed.amax()) <= s.x.shape[-1] // 8
+
+
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
     """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
+    alive = ((s.x != 0) | (_landed(flat, tensors, s) != 0)) & ~s.done.unsqueeze(-1)
+    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+
+
+def _landed(flat: Flat, tensors: Any, s: _State) -> Tensor:
     land = flat.over_members(
         lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors)
     )
-    landed = land(tensors, s.x, s.slope, s.rate, s.metric)
-    alive = ((s.x != 0) | (landed != 0)) & ~s.done.unsqueeze(-1)
-    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+    return land(tensors, s.x, s.slope, s.rate, s.metric)
 
 
 # Linear equations of a fixed point

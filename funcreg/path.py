@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, SupportsIndex
@@ -13,13 +14,24 @@ from torch.func import grad, vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
 from funcreg.composition import Term
+from funcreg.constraints import Constraint
+from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.ranges import check_range
+from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
+from funcreg.undocumented import is_batched, without_levels
 
+#: What others call what is called otherwise here.
+_ELSEWHERE = {
+    "strength": "it chooses from many, and strengths= gives those; minimize solves for one",
+    "alphas": "strengths= gives them",
+    "lambdas": "strengths= gives them",
+    "cv": "folds= gives their number, or the places that each holds out",
+}
 #: Strengths that are solved at once, of a quadratic loss however far apart they are.
 _TOGETHER = 5
 #: Shares of the strength before, down to which others are solved with it: without screening, and with it.
@@ -51,6 +63,12 @@ class Path(NamedTuple):
     sparsity: Tensor  # Shares of exact zeros on the leaves of the mask.
     steps: Tensor
     converged: Tensor
+
+    def __repr__(self) -> str:
+        return path_line(self)
+
+    def __str__(self) -> str:
+        return path_text(self)
 
 
 def regularization_path(
@@ -104,9 +122,15 @@ def regularization_path(
         descent*, 2010.
         Tibshirani et al., *Strong rules for discarding predictors in lasso-type problems*, 2012.
     """
-    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
+    check_names(
+        "regularization_path", options, {**_ELSEWHERE, "data": "what the loss takes after params are its args="}
+    )
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
     problem.check(params, 1.0, args)
-    objective = lambda point: loss(point, *args)
+    check_call(loss, args)
+    args = as_tensors(args, "args", params)
+    objective = lambda point: problem.loss(point, *args)
+    _check_strengths("regularization_path", problem, objective, params, strengths)
     start = _null(objective, params, problem)
     falling, order = _strengths(strengths, count, ratio, problem, objective, start)
     found: list[Solution] = []
@@ -122,10 +146,32 @@ def regularization_path(
     return Path(strengths, whole.params, losses, whole.residual, zeros, whole.steps, whole.converged)
 
 
+def _check_strengths(
+    call: str, problem: Problem, objective: Callable[[Params], Tensor], params: Params, strengths: Any
+) -> None:
+    """Raise an error where there is no choice of strengths: for constraints, without penalized leaves, under `vmap`."""
+    if isinstance(problem.penalty, Constraint):
+        raise ValueError(f"{problem.penalty!r} is the same for all strengths; minimize finds the one solution")
+    if not any(_penalized(problem, params)):
+        raise ValueError(
+            f"{problem.penalty!r} acts on no leaf, so that all strengths have one solution; is mask right?"
+        )
+    seen = [objective(params), *tree_leaves([strengths, *problem.hyper])]
+    if any([isinstance(x, Tensor) and is_batched(without_levels(x)) for x in seen]):
+        raise TypeError(
+            f"{call} was called inside of vmap, where the numbers by which it chooses strengths and entries cannot be "
+            "read. Map minimize over strengths or data, or call it once for each member."
+        )
+
+
+def _penalized(problem: Problem, params: Params) -> list[bool]:
+    values, options = problem.penalty.bind(*problem.hyper, **problem.options)
+    return Term(problem.penalty, (), values, tuple(options.items()), problem.mask).acts(params)
+
+
 def _null(objective: Callable[[Params], Tensor], params: Params, problem: Problem) -> Params:
     """Zeros, and what carries no penalty at the minimum."""
-    values, options = problem.penalty.bind(*problem.hyper, **problem.options)
-    penalized = Term(problem.penalty, (), values, tuple(options.items()), problem.mask).acts(params)
+    penalized = _penalized(problem, params)
     if all(penalized):
         return tree_map(torch.zeros_like, params)
     return null_model(objective, params, flatten(params)[1](penalized))
@@ -142,7 +188,7 @@ def _strengths(
     """Strengths in falling order, and where each that was given lies among them."""
     like = tree_leaves(start)[0]
     if given is not None:
-        values = torch.as_tensor(given, dtype=like.dtype, device=None if isinstance(given, Tensor) else "cpu")
+        values = _as_strengths(given, like.dtype)
         if values.ndim != 1 or not len(values):
             raise ValueError(f"strengths have shape {tuple(values.shape)}; expected a list of numbers")
         check_range("strengths", values, 0.0)
@@ -154,20 +200,29 @@ def _strengths(
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
     slopes = grad(objective)(start)
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
-    if most.isnan():
+    known = float(most.detach())
+    if math.isnan(known):
         raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
-    if float(most) == 0:
+    if known == 0:
         raise ValueError(
             "the gradient of the loss at zero is 0, so that zero is the solution for every strength and no path can "
             "begin. Are the targets constant, or do they not come in?"
         )
-    if not float(most) < float("inf"):
+    if math.isinf(known):
         raise ValueError(
-            f"lambda_max of {problem.penalty!r} is {float(most)}; no path can begin there. A penalty without zeros, "
+            f"lambda_max of {problem.penalty!r} is {known}; no path can begin there. A penalty without zeros, "
             "such as half_l2, has no greatest strength: give strengths=."
         )
     shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
+
+
+def _as_strengths(given: Any, dtype: torch.dtype) -> Tensor:
+    plain = list(given) if isinstance(given, Iterable) and not hasattr(given, "__array__") else given
+    try:
+        return torch.as_tensor(plain, dtype=dtype, device=None if isinstance(given, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"strengths is {str(given)[:60]!r}; expected a list of numbers, or a tensor") from error
 
 
 def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int = 1) -> list[Tensor]:
@@ -256,6 +311,12 @@ class CrossValidation(NamedTuple):
     params: Params  # Fitted to all data with the best strength.
     converged: Tensor  # For each score, whether its fit has.
 
+    def __repr__(self) -> str:
+        return choice_line(self)
+
+    def __str__(self) -> str:
+        return choice_text(self)
+
 
 def cross_validate(
     loss: Callable[..., Tensor],
@@ -300,18 +361,14 @@ def cross_validate(
         >>> found.params != 0
         tensor([ True, False, False, False, False])
     """
-    problem = Problem(loss, penalty, hyper, mask, tol, max_steps, options)
-    problem.check(params, 1.0, data)
-
-    if not all([isinstance(x, Tensor) and x.ndim for x in tree_leaves(data)]):
-        raise TypeError(
-            "data holds what is no tensor with one entry a sample; close the loss over what is the same for all"
-        )
-    samples = {len(x) for x in tree_leaves(data)}
-    if len(samples) != 1:
-        raise ValueError(f"data have {sorted(samples)} samples; expected tensors with one entry a sample")
-    held_out = _folds(folds, samples.pop(), tree_leaves(data)[0].device)
-    objective = lambda point: loss(point, *data)
+    check_names("cross_validate", options, {**_ELSEWHERE, "args": "what the loss takes after params are its data="})
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
+    problem.check(params, 1.0, ())
+    data = as_data(data, params)
+    check_call(loss, data)
+    held_out = _folds(folds, len(tree_leaves(data)[0]), tree_leaves(data)[0].device)
+    objective = lambda point: problem.loss(point, *data)
+    _check_strengths("cross_validate", problem, objective, params, strengths)
     start = _null(objective, params, problem)
     falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,31 @@ def diagonal_metric(hessian: Tensor) -> Tensor:
     return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(found))
 
 
+def convex(hessians: Tensor, moves: Callable[[], Tensor]) -> Tensor:
+    """Hessians as they are where models have minima, or else with the magnitudes of their eigenvalues.
+
+    Args:
+        hessians: Symmetric matrices.
+        moves: Function to bools, which entries are not held at zero by the penalty: a model that curves downwards
+            along others has a minimum nearby all the same.
+    """
+    if bool(_curves_upwards(hessians).all()):
+        return hessians
+    one, alive = torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device), moves()
+    inside = alive.unsqueeze(-1) & alive.unsqueeze(-2)
+    lost = ~_curves_upwards(torch.where(inside, hessians, one)) & hessians.isfinite().all(-1).all(-1)
+    lost = lost[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(lost, hessians, one))
+    return torch.where(lost, (vectors * values.abs().unsqueeze(-2)) @ vectors.mT, hessians)
+
+
+def _curves_upwards(hessians: Tensor) -> Tensor:
+    top = hessians.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    one = torch.eye(hessians.shape[-1], dtype=hessians.dtype, device=hessians.device)
+    rounding = torch.finfo(top.dtype).eps ** 0.5 * top
+    return torch.linalg.cholesky_ex(hessians + rounding[..., None, None] * one)[1] == 0
+
+
 def greatest_curvature(hessian: Tensor, metric: Tensor) -> Tensor:
     r"""A bound of the eigenvalues in a metric, at most :math:`n^{1/8}` times the greatest."""
     root = metric.sqrt()
@@ -75,6 +100,82 @@ def noise(objective: Tensor) -> Tensor:
     return 16 * torch.finfo(objective.dtype).eps * objective.abs()
 
 
+# How a descent goes on, on a model or on the loss itself
+
+
+class Place(Protocol):
+    """What any descent knows of where it is."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def slope(self) -> Tensor: ...
+
+    @property
+    def recent(self) -> Tensor: ...
+
+    @property
+    def rate(self) -> Tensor: ...
+
+    @property
+    def done(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=tuple[Tensor, ...])
+
+
+def judged(s: Place, metric: Tensor, z: Tensor, slope: Tensor, objective: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a proximal gradient step to z is taken, the rate of the next one, and the squared length of this one.
+
+    It is taken if it goes below the greatest of the last objectives. The next one has the length of Barzilai and
+    Borwein.
+    """
+    move = z - s.x
+    length = (metric * move.square()).sum()
+    taken = objective <= s.recent.amax() - 5e-5 * s.rate * length + noise(objective)
+    curvature = (move * (slope - s.slope)).sum() / length
+    known = curvature.isfinite() & (length > 0)
+    wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
+    wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
+    rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
+    return taken, rate, length
+
+
+def chosen(s: Place, error: Tensor, objectives: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of several points is best, an index in a row; whether one comes near; and whether the best is taken.
+
+    It is the one with the least error of those that more than halve it and go uphill no more than a step may, or else
+    the lowest.
+    """
+    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
+    closer = (errors < error / 2) & (objectives <= s.recent.amax() + noise(objectives))
+    order = torch.where(closer.any(), torch.where(closer, errors, torch.inf), objectives)
+    best = order.argmin()[None]
+    return best, closer.any(), closer.any() | (objectives.index_select(0, best)[0] < s.recent[-1])
+
+
+def moved(s: Place, taken: Tensor, z: Tensor, slope: Tensor, objective: Tensor) -> tuple[Tensor, ...]:
+    """The vector, its slope and the last objectives after a step, if it was taken; and whether it was the lowest."""
+    recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
+    lower = taken & (objective < s.recent.amin() - noise(objective))
+    return torch.where(taken, z, s.x), torch.where(taken, slope, s.slope), recent, lower
+
+
+def is_lost(rate: Tensor) -> Tensor:
+    """Whether steps have become too short for numbers."""
+    return rate > torch.finfo(rate.dtype).max / 1e9
+
+
+def unless_done(done: Tensor, before: S, after: S) -> S:
+    """The state after a step, and of a descent that is done the one before."""
+    kept = [torch.where(done, old, new) for old, new in zip(before, after, strict=True)]
+    return type(before)(*kept)
+
+
+# The descent on a model
+
+
 def begin(model: Quadratic, rules: Rules) -> Descent:
     """The descent before its first step."""
     objective = rules.value(model.origin)
@@ -87,14 +188,7 @@ def begin(model: Quadratic, rules: Rules) -> Descent:
 def step(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     """A proximal gradient step of the length of Barzilai and Borwein; a descent that is done stays."""
     z, slope, objective, error = _landed(model, rules, s.rate, s.x, s.slope)
-    move = z - s.x
-    length = (model.metric * move.square()).sum()
-    taken = objective <= s.recent.amax() - 5e-5 * s.rate * length + noise(objective)
-    curvature = (move * (slope - s.slope)).sum() / length
-    known = curvature.isfinite() & (length > 0)
-    wanted = torch.where(known & (curvature > 0), curvature, s.rate / 4)
-    wanted = torch.minimum(torch.maximum(wanted, s.rate / 100), s.rate * 100)
-    rate = torch.where(taken, wanted, torch.maximum(2 * s.rate, torch.where(known, curvature, s.rate)))
+    taken, rate, _ = judged(s, model.metric, z, slope, objective)
     return _after(s, taken, z, slope, objective, error, tol, rate, s.steps + 1)
 
 
@@ -116,13 +210,8 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
         return _landed(model, rules, s.rate, x, model.gradient + model.hessian @ (x - model.origin))
 
     *places, objectives, errors = vmap(reach)(points)
-    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
-    closer = (errors < s.error / 2) & (objectives <= s.recent.amax() + noise(objectives))
-    # The one that is nearest, or else the lowest.
-    order = torch.where(closer.any(), torch.where(closer, errors, torch.inf), objectives)
-    best = order.argmin()[None]
+    best, _, taken = chosen(s, s.error, objectives, errors)
     z, slope, objective, error = (x.index_select(0, best)[0] for x in (*places, objectives, errors))
-    taken = closer.any() | (objective < s.recent[-1])
     return _after(s, taken, z, slope, objective, error, tol, s.rate, s.steps)
 
 
@@ -150,11 +239,8 @@ def _after(
     steps: Tensor,
 ) -> Descent:
     """The descent after a step, if it was taken, and if it is not done."""
-    x, slope = torch.where(taken, z, s.x), torch.where(taken, slope, s.slope)
-    recent = torch.where(taken, torch.cat([s.recent[1:], objective[None]]), s.recent)
+    x, slope, recent, lower = moved(s, taken, z, slope, objective)
     error = torch.where(taken, error, s.error)
-    better = (error < 0.99 * s.error) | (taken & (objective < s.recent.amin() - noise(objective)))
-    since = torch.where(better, 0, s.since + (steps - s.steps))
-    done = (error <= tol) | (since > _PATIENCE) | (rate > torch.finfo(x.dtype).max / 1e9)
-    after = Descent(x, slope, recent, rate, error, since, steps, done)
-    return Descent(*(torch.where(s.done, old, new) for old, new in zip(s, after, strict=True)))
+    since = torch.where((error < 0.99 * s.error) | lower, 0, s.since + (steps - s.steps))
+    done = (error <= tol) | (since > _PATIENCE) | is_lost(rate)
+    return unless_done(s.done, s, Descent(x, slope, recent, rate, error, since, steps, done))

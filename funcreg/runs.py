@@ -145,6 +145,8 @@ class Run:
                 batch = next(self.splits.batches(torch.Generator().manual_seed(0), self.device))
                 one = tree_map(lambda x: x[0], batch) if self.folds > 1 else batch
                 self.model.check({name: _to(config[name], self.device) for name in self.names.loss}, one)
+                if self.splits.valid and self.model.score is not None:
+                    self.model.check_score(next(self.splits.validation(0, self.device))[1])
 
     def _group(self, shared: Config, size: int) -> Group:
         make, model, names = self.make, self.model, self.names
@@ -166,7 +168,10 @@ class Run:
                 return model.loss(*args, **for_loss(hyper)), own
 
             grads, (value, changed) = grad_and_value(objective, has_aux=True)(params)
-            updates, after = transform(hyper).update(grads, state, params)
+            tx = transform(hyper)
+            value_fn = lambda params: objective(params)[0]
+            extra = tx.accepted({"value": value, "grad": grads, "value_fn": value_fn})
+            updates, after = tx.update(grads, state, params, **extra)
             new = (apply_updates(params, updates), changed, after)
             if alive is not None:  # A member that is out keeps all it has; nothing is compiled anew for it.
                 new = tree_map(lambda a, b: torch.where(alive, a, b), new, (params, buffers, state))
@@ -254,13 +259,21 @@ class Run:
             trees: Any = (block.params, block.buffers)
             if self.folds > 1:
                 trees = tree_map(lambda w, fold=fold: w[:, fold], trees)
-            pieces = [
-                [share * x for x in block.group.measure(*trees, block.hyper, batch)]
-                for share, batch in self.splits.validation(fold, self.device)
-            ]
-            columns.append([sum(each) for each in zip(*pieces, strict=True)])
+            columns.append(self._of_fold(block, trees, fold))
         loss, score = (torch.stack(list(each), 1) for each in zip(*columns, strict=True))
         return self._as_rows(loss, block), self._as_rows(score, block)
+
+    def _of_fold(self, block: Block, trees: Any, fold: int) -> tuple[Tensor, Tensor]:
+        """Losses and scores of the members of a block on the validation rows of a fold."""
+        mapped = self.model.maps_score
+        losses, found, batches = [], [], []
+        for share, batch in self.splits.validation(fold, self.device):
+            loss, other = block.group.measure(*trees, block.hyper, batch)
+            losses.append(share * loss)
+            found.append(share * other if mapped else other)
+            batches += [] if mapped else [batch]
+        score = torch.stack(found).sum(0) if mapped else self.model.scores(trees[0], found, batches)
+        return torch.stack(losses).sum(0), score
 
     def _values(self, epoch: int = -1) -> Tensor:
         """What is minimized at an epoch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,17 @@ from torch import Tensor
 
 from funcreg.ensemble import seeded
 from funcreg.grids import Config, configurations, split_names
+from funcreg.inputs import as_data
+from funcreg.notices import warn_user
 from funcreg.runs import Run
-from funcreg.trained import Model, as_data, make_splits
+from funcreg.summaries import table
+from funcreg.trained import Model, make_splits
 from funcreg.transform import Transform
 from funcreg.tree import tree_map
 
 Progress = Callable[[dict[str, Any]], Any]
+#: Rows that are printed, at most.
+_MOST = 40
 
 
 class Sweep:
@@ -75,19 +81,30 @@ class Sweep:
 
     def hyper(self, row: int | None = None) -> Config:
         """The hyperparameters of a row, of the best one if none is given: a configuration for another sweep."""
-        chosen = self.rows[self.ranking[0] if row is None else row]
+        chosen = self.rows[self._index(row)]
         return {name: chosen[name] for name in self._model.hyper}
 
-    def member(self, row: int | None = None, fold: int = 0) -> Any:
+    def member(self, row: int | None = None, fold: int | None = None) -> Any:
         """The parameters of a row, of the best one if none is given, as `module.load_state_dict` takes them.
 
-        Of a sweep that began with a tree of parameters it is a tree like that one.
+        Of a sweep that began with a tree of parameters it is a tree like that one. Each fold has parameters of its own,
+        which have not seen the rows that it holds out: `fold` says which. To have those of all rows, train the best
+        configuration once more, `sweep(..., [result.hyper()], data, validation=0)`.
         """
-        k = self.ranking[0] if row is None else row
-        at = (k, fold) if "folds" in self.rows[k] else (k,)
-        if "folds" not in self.rows[k] and fold:
-            raise ValueError(f"fold is {fold}, and there are no folds")
+        k = self._index(row)
+        count = len(self.rows[k].get("folds", ()))
+        if not count and fold is not None and fold != 0:
+            raise ValueError(f"fold is {fold!r}, and there are no folds")
+        if count and fold is None:
+            raise ValueError(
+                f"the sweep had {count} folds, and its members have parameters for each; give fold=, from 0 to "
+                f"{count - 1}. For a training on all rows: sweep(..., [result.hyper()], data, validation=0).member()."
+            )
+        at = (k, _place("fold", fold, count)) if count else (k,)
         return self._model.loadable(*(tree_map(lambda w: w[at].clone(), tree) for tree in (self.params, self.buffers)))
+
+    def _index(self, row: int | None) -> int:
+        return self.ranking[0] if row is None else _place("row", row, len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,9 +113,21 @@ class Sweep:
         columns = [name for name in self.rows[0] if name != "folds"]
         if len({row["seed"] for row in self.rows}) == 1:
             columns.remove("seed")
-        cells = [columns, *([_cell(self.rows[k][name]) for name in columns] for k in self.ranking)]
-        widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-        return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+        shown = self.ranking if len(self.rows) <= _MOST else self.ranking[: _MOST - 5]
+        lines = table([columns, *([_cell(self.rows[k][name]) for name in columns] for k in shown)])
+        rest = len(self.rows) - len(shown)
+        return lines + (f"\n... {rest} more, in .rows" if rest else "")
+
+
+def _place(name: str, given: Any, count: int) -> int:
+    """An index, which may count from the end, or an error that says from where to where there are any."""
+    try:
+        index = operator.index(given)
+    except TypeError as error:
+        raise TypeError(f"{name} is {given!r}; expected a whole number") from error
+    if isinstance(given, bool) or not -count <= index < count:
+        raise IndexError(f"{name} is {given!r}; expected a whole number from 0 to {count - 1}")
+    return index % count
 
 
 def _cell(value: Any) -> str:
@@ -142,10 +171,12 @@ def sweep(
             is called for each seed; or a tree of parameters.
         loss: Of a module, `loss(outputs, *targets)`; of a tree, `loss(params, *batch)`. A mean over the rows of a
             batch. Hyperparameters that `make` does not take and `loss` names go to it by keyword.
-        make: From the hyperparameters of one member, by keyword, to its transform.
+        make: From the hyperparameters of one member, by keyword, to its transform. Those that take `value`, `grad` or
+            `value_fn`, such as `reduce_on_plateau`, `polyak_sgd` and `lbfgs`, get those of the batch.
         grid: From names of hyperparameters to lists or tensors of values, of which all combinations are trained; or a
             list of dicts, one for each configuration. With `draws`, values may be distributions of torch or scipy.
-        data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. A tuple of inputs stands for
+        data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. Arrays of numpy or pandas and
+            lists of numbers become tensors in the dtype of the parameters. A tuple of inputs stands for
             several arguments of the module, a dict for keywords.
         epochs: Number of passes over the training rows.
         batch_size: Rows in a batch. What does not fill the last batch of an epoch waits for the next one.
@@ -156,7 +187,9 @@ def sweep(
         folds: Number of folds, or a list of pairs of row indices (for training, for validation): every configuration is
             trained on each.
         score: Function of the arguments of `loss` to a number that is better if higher, a mean over rows. It ranks
-            rows instead of the loss, which decides between equal scores.
+            rows instead of the loss, which decides between equal scores. One that reads numbers from tensors, such as a
+            metric of scikit-learn, is called for one member after the other, with tensors on the CPU and all validation
+            rows at once.
         patience: Stop members that have not improved on validation rows for so many epochs; they keep their best
             parameters. Without it, members have the parameters of the last epoch.
         halving: Successive halving: after :math:`E/\eta^k` of :math:`E` epochs go on with the best of
@@ -200,8 +233,9 @@ def sweep(
             raise TypeError(f"{name} is {function!r}; expected a function")
     names = split_names(list(configs[0]), make, loss)
     trained = Model(model, loss, score, seeds, list(configs[0]))
-    tensors = as_data(data)
-    splits = make_splits(tensors, validation, folds, batch_size, seed)
+    start = trained.start[0]
+    tensors = as_data(data, start)
+    splits = make_splits(tensors, validation, folds, batch_size, seed, start)
     if not splits.valid and score is not None:
         raise ValueError("score came without validation rows; give validation= or folds=")
 
@@ -218,7 +252,13 @@ def sweep(
         return run
 
     run = seeded(train, seed)
-    return Sweep(run.rows(), run.params, run.buffers, run.history(), trained)
+    rows = run.rows()
+    if all([row["status"] == "diverged" for row in rows]):
+        warn_user(
+            f"all {len(rows)} rows of the sweep have diverged: their parameters are the last that were finite. Are the "
+            "learning rates too great, or is there NaN in data?"
+        )
+    return Sweep(rows, run.params, run.buffers, run.history(), trained)
 
 
 def _check_counts(**counts: Any) -> None:

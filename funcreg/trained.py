@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 
 from funcreg.ensemble import seeded, stack
 from funcreg.grids import Config
-from funcreg.tree import check_params, tree_leaves, tree_map, tree_paths
+from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
+from funcreg.tree import check_params, tree_leaves, tree_map
 
 
 class Model:
@@ -35,6 +37,7 @@ class Model:
         hyper: list[str],
     ) -> None:
         self.loss, self.score, self.hyper = loss, score, hyper
+        self.maps_score = True  # Whether it is called by vmap, or for one member after the other.
         self.seeds = list(range(seeds) if isinstance(seeds, int) else seeds)
         if not self.seeds:
             raise ValueError(f"seeds is {seeds!r}; expected at least one")
@@ -85,20 +88,90 @@ class Model:
         outputs = functional_call(module, own, args if isinstance(args, tuple) else (args,), kwargs)
         return (outputs, *targets), {name: own[name] for name in buffers}
 
-    def measured(self, params: Any, buffers: Any, hyper: Config, batch: Any) -> tuple[Tensor, Tensor]:
-        """Loss and score on validation rows; where there is no score, the loss stands in its place."""
+    def measured(self, params: Any, buffers: Any, hyper: Config, batch: Any) -> tuple[Tensor, Any]:
+        """Loss and score on validation rows; instead of a score that no map takes, the outputs of a module.
+
+        Where there is no score, the loss stands in its place.
+        """
         args, _ = self.arguments(params, buffers, batch, False)
         value = self.loss(*args, **hyper)
-        return value, value if self.score is None else torch.as_tensor(self.score(*args)).to(value.dtype)
+        if self.score is None or not self.maps_score:
+            return value, value if self.score is None or self._training is None else args[0]
+        return value, torch.as_tensor(self.score(*args)).to(value.device, value.dtype)
+
+    def scores(self, params: Any, outputs: list[Any], batches: list[Any]) -> Tensor:
+        """The scores of some members, one after the other, on all of several pieces of rows, on the CPU."""
+        stacked = params if self._training is None else tree_map(lambda *pieces: torch.cat(pieces, 1), *outputs)
+        rows = tree_map(lambda *pieces: torch.cat(pieces), *batches)
+        targets = rows if self._training is None else rows[1:]
+        found = [
+            _as_number(self._scored((tree_map(lambda w, k=k: w[k], stacked), *targets)))
+            for k in range(len(tree_leaves(params)[0]))
+        ]
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
+
+    def _scored(self, args: tuple[Any, ...]) -> Any:
+        """The score of one member; NaN where its outputs are not finite, which a library may refuse."""
+        args = tree_map(lambda x: x.detach().to("cpu"), args)
+        if self.score is None or not all([bool(x.isfinite().all()) for x in tree_leaves(args[0])]):
+            return math.nan
+        return self.score(*args)
+
+    # What is wrong is said before any training, where each call is of one member
 
     def check(self, hyper: Config, batch: Any) -> None:
-        """Call the loss once for one member, where errors say what is wrong, and see what it returns."""
+        """Call the loss for one member, where errors say what is wrong, and then by `vmap` for those of all seeds."""
         params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
-        args, _ = seeded(lambda: self.arguments(params, buffers, batch, True), 0)
-        value = self.loss(*args, **hyper)
+        try:
+            args, _ = seeded(lambda: self.arguments(params, buffers, batch, True), 0)
+        except (RuntimeError, TypeError) as error:
+            cause = misfit(error, {"the parameters": params, "data": batch})
+            if not cause:
+                raise
+            raise TypeError(f"the module failed on a batch: {first_line(error)}. {cause}") from error
+        try:
+            value = self.loss(*args, **hyper)
+        except (RuntimeError, TypeError, ValueError) as error:
+            cause = misfit(error, {"argument": args}, self.loss)
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"the loss failed: {first_line(error)}. It was given {_shapes(args)}. {cause}") from error
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             came = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"loss returned {came}; expected a scalar, the mean over the rows of a batch")
+
+        def one(params: Any, buffers: Any) -> Tensor:
+            return self.loss(*self.arguments(params, buffers, batch, True)[0], **hyper)
+
+        try:
+            seeded(lambda: vmap(grad(one), randomness="different")(*self.start), 0)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                "model and loss run for one member, but not for all at once under vmap: "
+                f"{first_line(error)}. {NO_NUMBERS}"
+            ) from error
+
+    def check_score(self, batch: Any) -> None:
+        """Call the score by `vmap` or, if it reads numbers from tensors, for one member, and see what it returns."""
+
+        def one(params: Any, buffers: Any) -> Tensor:
+            return torch.as_tensor(self.score(*self.arguments(params, buffers, batch, False)[0]))  # pyright: ignore[reportOptionalCall]  # There is one.
+
+        try:
+            shape = seeded(lambda: vmap(one, randomness="different")(*self.start), 0).shape[1:]
+        except Exception:  # Whatever a library raises for a tensor without numbers; another cause is raised below anew.
+            self.maps_score = False
+            params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
+            args, _ = seeded(lambda: self.arguments(params, buffers, batch, False), 0)
+            try:
+                value = self._scored(args)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(
+                    f"the score failed: {first_line(error)}. Called like the loss, it was given {_shapes(args)}."
+                ) from error
+            _as_number(value)
+        else:
+            if shape:
+                raise ValueError(f"score returned shape {tuple(shape)}; expected a number, a mean over rows")
 
     def repeated(self, configs: int, folds: int) -> tuple[Any, Any]:
         """Where members begin: configurations one after another, each with all seeds; of folds, one dimension more."""
@@ -120,28 +193,6 @@ class Model:
 
 
 # Data
-
-
-def as_data(data: Any) -> tuple[Any, ...]:
-    """Data as a tuple of trees of tensors with one row an example."""
-    if isinstance(data, torch.utils.data.TensorDataset):
-        data = data.tensors
-    if not isinstance(data, (tuple, list)) or not data:
-        kind = type(data).__name__
-        hint = " Collect a dataset into tensors, one row an example." if hasattr(data, "__getitem__") else ""
-        if isinstance(data, torch.utils.data.DataLoader):
-            hint = " A sweep makes its own batches: give it the tensors that the loader reads."
-        raise TypeError(f"data is a {kind}; expected a tuple of tensors, (inputs, *targets).{hint}")
-    tensors = tree_map(lambda x: torch.as_tensor(x) if hasattr(x, "__array__") else x, tuple(data))
-    counts: dict[str, int] = {}
-    for name, x in zip(tree_paths(tensors), tree_leaves(tensors), strict=True):
-        if not isinstance(x, Tensor) or not x.ndim:
-            raise TypeError(f"data has {x!r} at '{name}'; expected a tensor with one row an example")
-        counts[name] = len(x)
-    if len(set(counts.values())) > 1:
-        came = ", ".join(f"{count} at '{name}'" for name, count in counts.items())
-        raise ValueError(f"data have different numbers of rows: {came}")
-    return tensors
 
 
 def taken(data: Any, rows: Tensor, device: torch.device) -> Any:
@@ -177,7 +228,9 @@ class Splits(NamedTuple):
             yield len(piece) / len(rows), taken(self.valid_data, piece, device)
 
 
-def make_splits(data: Any, validation: Any, folds: int | Iterable[Any] | None, batch_size: int, seed: int) -> Splits:
+def make_splits(
+    data: Any, validation: Any, folds: int | Iterable[Any] | None, batch_size: int, seed: int, params: Any
+) -> Splits:
     """Rows for training and for validation, by one share, other data, or folds."""
     count = len(tree_leaves(data)[0])
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -195,7 +248,7 @@ def make_splits(data: Any, validation: Any, folds: int | Iterable[Any] | None, b
             raise ValueError(f"{share:g} of {count} rows for validation leaves none on one side")
         train, valid = [shuffled[held:]], [shuffled[:held]] if held else []
     else:
-        other, train = as_data(validation), [shuffled]
+        other, train = as_data(validation, params, "validation"), [shuffled]
         valid = [torch.arange(len(tree_leaves(other)[0]), device="cpu")]
     size = min(batch_size, *(len(rows) for rows in train))
     if not size or any(not len(rows) for rows in valid):
@@ -222,3 +275,17 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
         ):
             raise ValueError(f"folds hold {rows}; expected row indices, whole numbers from 0 to {count - 1}")
     return train, valid
+
+
+def _shapes(args: tuple[Any, ...]) -> str:
+    """What a loss is called with, for an error text."""
+    kinds = [f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in args]
+    return " and ".join(kinds)
+
+
+def _as_number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        came = f"shape {tuple(score.shape)}" if hasattr(score, "shape") else repr(score)
+        raise ValueError(f"score returned {came}; expected a number, better if higher") from error

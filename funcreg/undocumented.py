@@ -214,3 +214,13 @@ def described(x: Any) -> Any:
         return type(x)
     bits = (x.requires_grad, x.is_neg(), x.is_conj(), x.is_inference())
     return type(x), x.shape, x.dtype, x.device, x.layout, x.stride() if x.layout is torch.strided else None, bits
+
+
+def forward_depth() -> int:
+    """How many forward derivatives of `torch.func` are taken of each other.
+
+    Torch leaves terms out of the forward derivative of a forward derivative of a custom function. Without the count,
+    such derivatives are wrong, and nobody says so.
+    """
+    transforms: Any = getattr(getattr(torch, "_functorch", None), "eager_transforms", None)
+    return int(getattr(transforms, "JVP_NESTING", 0))

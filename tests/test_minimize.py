@@ -13,7 +13,7 @@ from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -23,6 +23,7 @@ from torch.nn.functional import (
 )
 
 import funcreg as fr
+from funcreg.undocumented import forward_depth
 
 
 def number(x: float) -> Tensor:
@@ -505,3 +506,70 @@ def test_maps_over_maps_of_losses_of_torch_whose_targets_a_map_shares(of):
     found = vmap(vmap(one, in_dims=(0, None)), in_dims=(None, 0))(strengths, data)
     for i, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
         torch.testing.assert_close(found[i, k], one(strengths[k], data[i]), rtol=0, atol=1e-8)
+
+
+# Second derivatives
+
+
+@pytest.mark.parametrize("penalty", [fr.l1, fr.half_l2], ids=["l1", "half_l2"])
+def test_second_derivatives_are_those_of_differences_or_refused(penalty):
+    x, y = made(60, 8)
+    size = lambda strength: (
+        fr.minimize(squares, {"w": zeros(8)}, penalty, strength=strength, args=(x, y), tol=1e-12)
+        .params["w"]
+        .square()
+        .sum()
+    )
+    at = number(0.05)
+    expected = between(grad(size), at)
+    for second in (grad(grad(size)), hessian(size), grad(lambda s: jvp(size, (s,), (torch.ones_like(s),))[1])):
+        torch.testing.assert_close(second(at), expected, rtol=1e-5, atol=0)
+    with pytest.raises(NotImplementedError, match="in reverse"):
+        jacfwd(jacfwd(size))(at)
+
+
+def test_without_the_count_forward_derivatives_of_each_other_go_unnoticed(monkeypatch):
+    monkeypatch.setattr(torch._functorch.eager_transforms, "JVP_NESTING", 0)
+    assert forward_depth() == 0
+
+
+# What users meet
+
+
+def test_a_start_that_requires_a_gradient_gives_a_solution_that_does_not():
+    x, y = made(40, 8)
+    begin = {"w": torch.nn.Parameter(zeros(8))}
+    found = fr.minimize(squares, begin, fr.l1, strength=0.1, args=(x, y))
+    assert not found.params["w"].requires_grad
+    leaf = y.clone().requires_grad_()
+    assert fr.minimize(squares, begin, fr.l1, strength=0.1, args=(x, leaf)).params["w"].requires_grad
+
+
+def test_a_loss_that_draws_numbers_is_named():
+    x, y = made(40, 8)
+    loss = lambda p: (torch.nn.functional.dropout(x, 0.5) @ p["w"] - y).square().mean()
+    with pytest.raises(TypeError, match=r"It draws random numbers, as dropout does.*eval\(\)"):
+        fr.minimize(loss, {"w": zeros(8)}, fr.l1)
+
+
+def test_a_constraint_has_no_strength():
+    with pytest.raises(ValueError, match="holds whatever its strength"):
+        fr.minimize(lambda w: w.square().sum(), zeros(2), fr.simplex, strength=0.5)
+
+
+@pytest.mark.parametrize(("name", "said"), [("strengths", "regularization_path"), ("data", "args=")])
+def test_names_of_other_functions_are_said(name, said):
+    with pytest.raises(TypeError, match=f"minimize got {name}=.*{said}"):
+        fr.minimize(lambda w: w.square().sum(), zeros(2), fr.l1, **{name: 1.0})
+
+
+def test_where_a_loss_curves_downwards_models_have_minima_too():
+    x, y = standard(load_diabetes)
+    y, generator = (y - y.mean()) / y.std(), torch.Generator().manual_seed(0)
+    begin = {"a": 0.3 * normal(generator, 10, 4), "b": zeros(4), "c": 0.3 * normal(generator, 4), "d": zeros()}
+    loss = lambda p, x, y: (torch.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"] - y).square().mean() / 2
+    found = fr.minimize(loss, begin, fr.l1, strength=0.02, args=(x, y), mask=fr.select("a", "c"))
+    assert found.converged
+    assert found.steps < 300  # With models that have no minima, more.
+    each = vmap(lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x, y), mask=fr.select("a", "c")))
+    assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()

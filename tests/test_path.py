@@ -189,3 +189,79 @@ def test_folds_are_numbers_of_any_kind_or_masks():
     for folds in (None, 2.5, "ab"):
         with pytest.raises(TypeError, match="folds is"):
             choose(folds)
+
+
+# What users meet
+
+
+def test_paths_and_choices_have_derivatives():
+    x, y = standard(load_diabetes)
+    y, generator = y / 50, torch.Generator().manual_seed(0)
+    way = normal(generator, len(y))
+    losses = {
+        "path": lambda y: fr.regularization_path(
+            squares, {"w": zeros(10)}, fr.l1, strengths=[0.5, 0.1], args=(x, y)
+        ).params["w"],
+        "choice": lambda y: (
+            fr.cross_validate(squares, {"w": zeros(10)}, fr.l1, strengths=[0.5, 0.1], data=(x, y)).scores
+        ),
+    }
+    for f in losses.values():
+        size = lambda y, f=f: f(y).square().sum()
+        numeric = (size(y + 1e-4 * way) - size(y - 1e-4 * way)) / 2e-4
+        torch.testing.assert_close((grad(size)(y) * way).sum(), numeric, rtol=1e-5, atol=0)
+    strengths = torch.tensor([0.5, 0.1], dtype=torch.float64, device=DEVICE)
+    size = lambda strengths: (
+        fr.regularization_path(squares, {"w": zeros(10)}, fr.l1, strengths=strengths, args=(x, y))
+        .params["w"]
+        .square()
+        .sum()
+    )
+    way = torch.tensor([1.0, -2.0], dtype=torch.float64, device=DEVICE)
+    numeric = (size(strengths + 1e-4 * way) - size(strengths - 1e-4 * way)) / 2e-4
+    torch.testing.assert_close((grad(size)(strengths) * way).sum(), numeric, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_path_of_its_own_strengths_has_derivatives_without_a_warning():
+    x, y = standard(load_diabetes)
+    leaf = y.clone().requires_grad_()
+    fr.regularization_path(squares, {"w": zeros(10)}, fr.l1, count=3, args=(x, leaf)).params["w"].sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_inside_of_maps_paths_and_choices_say_what_to_map():
+    x, y = standard(load_diabetes)
+    targets = torch.stack([y, y.flip(0)])
+    path = lambda y, **options: fr.regularization_path(squares, {"w": zeros(10)}, fr.l1, args=(x, y), **options).params
+    choice = lambda y: fr.cross_validate(squares, {"w": zeros(10)}, fr.l1, data=(x, y)).mean
+    held = lambda y: fr.regularization_path(lambda w: squares({"w": w}, x, y), zeros(10), fr.l1).params
+    for f in (path, lambda y: path(y, strengths=[1.0]), choice, held):
+        with pytest.raises(TypeError, match="Map minimize over strengths or data"):
+            vmap(f)(targets)
+
+
+@pytest.mark.parametrize("call", [fr.regularization_path, fr.cross_validate])
+@pytest.mark.parametrize(("change", "error", "said"), [
+    ({"penalty": fr.nonnegative}, ValueError, "is the same for all strengths"),
+    ({"mask": False}, ValueError, "acts on no leaf"),
+    ({"strengths": "auto"}, TypeError, "strengths is 'auto'"),
+    ({"strengths": [None]}, TypeError, "expected a list of numbers"),
+    ({"strength": 0.5}, TypeError, "strengths= gives those"),
+    ({"alphas": [0.5]}, TypeError, "strengths= gives them"),
+    ({"cv": 5}, TypeError, "folds= gives"),
+])  # fmt: skip
+def test_what_no_path_has_is_said(call, change, error, said):
+    given = {"penalty": fr.l1} | change
+    x = torch.eye(10, dtype=torch.float64, device=DEVICE)
+    data = {"args" if call is fr.regularization_path else "data": (x, x[0])}
+    with pytest.raises(error, match=said):
+        call(squares, {"w": zeros(10)}, given.pop("penalty"), **data, **given)
+
+
+@pytest.mark.parametrize("strengths", [(20.0, 2.0, 0.2), np.array([20.0, 2.0, 0.2]), iter([20.0, 2.0, 0.2])], ids=str)
+def test_strengths_are_lists_of_any_kind(strengths):
+    x, y = standard(load_diabetes)
+    path = fr.regularization_path(squares, begin(10), fr.l1, strengths=strengths, args=(x, y), **WEIGHTS)
+    assert path.strengths.tolist() == [20.0, 2.0, 0.2]
+    assert path.converged.all()

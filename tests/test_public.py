@@ -91,10 +91,12 @@ LAYERS = [
         "factorizing",
         "families",
         "group_values",
+        "inputs",
         "layers",
         "per_example",
         "plan",
         "selection",
+        "summaries",
         "transform",
     ],
     [

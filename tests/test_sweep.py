@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import draw, normal
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import KFold
 from torch import nn, tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -210,7 +211,8 @@ def test_a_member_is_the_same_alone_and_among_others(options):
     together = train(GRID, **{name: x for name, x in options.items() if name not in shared})
     for k in range(len(together)):
         alone = train([together.hyper(k)])
-        assert_close(together.member(k), alone.member(), rtol=1e-4, atol=1e-5)
+        fold = 0 if "folds" in options else None
+        assert_close(together.member(k, fold), alone.member(0, fold), rtol=1e-4, atol=1e-5)
         for name in ("loss", "train_loss", "epoch", "epochs", "status"):
             expected = alone.rows[0][name]
             assert together.rows[k][name] == (pytest.approx(expected, rel=1e-4) if name.endswith("loss") else expected)
@@ -541,3 +543,211 @@ def test_log_uniform_wants_a_range():
         fr.log_uniform(0.0, 1.0)
     with pytest.raises(ValueError, match=r"high is 0\.1"):
         fr.log_uniform(0.1, 0.1)
+
+
+# Chains that take the loss, or the objective
+
+
+def test_chains_that_take_the_loss_are_trained_as_in_a_loop():
+    x, y = data(40)
+    held = data(20, seed=1)
+    make = lambda lr: fr.chain(fr.adam(lr), fr.reduce_on_plateau(factor=0.5, patience=1, rtol=0.5))
+    result = fr.sweep(plain, F.cross_entropy, make, {"lr": [0.01, 0.1]}, (x, y), epochs=6, validation=held)
+    loss = lambda params: F.cross_entropy(functional_call(module, params, (x,)), y)
+    module = plain()
+    for k, lr in enumerate((0.01, 0.1)):
+        params, tx = fr.unstack(fr.init_ensemble(plain, [0]).params)[0], make(lr)
+        state = tx.init(params)
+        for _ in range(6):
+            grads, value = grad_and_value(loss)(params)
+            updates, state = tx.update(grads, state, params, value=value)
+            params = fr.apply_updates(params, updates)
+        assert state[1].scale < 1
+        assert_close(result.member(k), params, rtol=1e-4, atol=1e-5)
+
+
+TAKERS = {
+    "polyak": (lambda most: fr.polyak_sgd(most), {"most": [0.1, 0.5]}),
+    "a line search": (
+        lambda trials: fr.chain(fr.sgd(1.0), fr.scale_by_backtracking_linesearch(trials)),
+        {"trials": [4, 8]},
+    ),
+    "lbfgs": (lambda size: fr.lbfgs(memory_size=size), {"size": [2, 3]}),
+    "inside others": (
+        lambda lr: fr.apply_if_finite(fr.chain(fr.sgd(lr), fr.reduce_on_plateau()), 3),
+        {"lr": [0.1, 0.5]},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"folds": 2}], ids=["plain", "folds"])
+@pytest.mark.parametrize(("make", "grid"), TAKERS.values(), ids=TAKERS)
+def test_chains_that_take_the_objective_are_trained(make, grid, options):
+    static = [name for name in grid if name in ("trials", "size")]
+    train = lambda grid: fr.sweep(plain, F.cross_entropy, make, grid, data(), epochs=2, static=static, **options)
+    result, name = train(grid), next(iter(grid))
+    assert [row["status"] for row in result.rows] == ["done", "done"]
+    alone = train([{name: grid[name][1]}])
+    fold = 1 if "folds" in options else None
+    assert_close(result.member(1, fold), alone.member(0, fold), rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiled_step_takes_the_loss():
+    train = lambda compile: fr.sweep(
+        plain, F.cross_entropy, fr.polyak_sgd, {"max_learning_rate": [0.1, 0.5]}, data(), epochs=2, compile=compile
+    )
+    assert_close(train("eager").params, train(False).params, rtol=1e-5, atol=1e-6)
+
+
+# Scores of any kind
+
+
+def by_numpy(outputs, y):
+    return float(np.mean(outputs.numpy().argmax(-1) == y.numpy()))
+
+
+def by_sklearn(outputs, y):
+    return accuracy_score(y, outputs.argmax(-1))
+
+
+def by_item(outputs, y):
+    return sum(int(o.argmax() == t) for o, t in zip(outputs, y, strict=True)) / len(y)
+
+
+@pytest.mark.parametrize("options", [{}, {"folds": 2}, {"patience": 1}, {"chunk_size": 3}], ids=str)
+@pytest.mark.parametrize("score", [by_numpy, by_sklearn, by_item])
+def test_a_score_that_is_no_function_of_torch_is_called_for_one_member_after_the_other(score, options):
+    train = lambda score: fr.sweep(normed, F.cross_entropy, prox, GRID, data(), epochs=2, score=score, **options)
+    found, expected = train(score), train(accuracy)
+    assert [row["score"] for row in found.rows] == pytest.approx([row["score"] for row in expected.rows])
+    assert_close(found.params, expected.params, rtol=0, atol=0)
+
+
+def test_a_score_of_all_rows_is_not_the_mean_over_pieces():
+    held = data(1500, seed=3)
+    f1 = lambda outputs, y: f1_score(y, outputs.argmax(-1), average="macro")
+    options = {"epochs": 1, "validation": held, "score": f1}
+    result = fr.sweep(normed, F.cross_entropy, prox, GRID, data(), **options)
+    for k, row in enumerate(result.rows):
+        module = normed().eval()
+        module.load_state_dict(result.member(k))
+        assert row["score"] == pytest.approx(f1(module(held[0]).detach().cpu(), held[1].cpu()))
+
+
+def test_scores_of_trees_get_the_parameters():
+    x, y = data()
+    loss = lambda params, x, y: F.cross_entropy(x @ params["w"], y)
+    score = lambda params, x, y: accuracy_score(y, (x @ params["w"]).argmax(-1))
+    params = {"w": torch.zeros(6, 2)}
+    result = fr.sweep(params, loss, fr.sgd, {"learning_rate": [0.1, 1.0]}, (x, y), epochs=3, score=score)
+    assert result.best["score"] > 0.6
+
+
+def test_members_that_diverge_have_no_score_of_a_library():
+    with pytest.warns(UserWarning, match="all 2 rows of the sweep have diverged"):
+        result = fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": [1e38, 2e38]}, data(), epochs=3,
+                          batch_size=8, score=by_sklearn)  # fmt: skip
+    assert {row["status"] for row in result.rows} == {"diverged"}
+
+
+# What users bring
+
+
+def arrays(dtype=np.float64):
+    x, y = data()
+    return x.cpu().numpy().astype(dtype), y.cpu().numpy()
+
+
+def test_arrays_have_the_dtype_of_the_network():
+    train = lambda data: fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data, epochs=1).params
+    assert_close(train(arrays()), train(data()), rtol=0, atol=0)
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x):
+        out = self.fc(x)
+        return out * 2 if out.sum() > 0 else out
+
+
+MISFITS = {
+    "float64": ({"data": (data()[0].double(), data()[1])}, "the module failed on a batch.*float64: data at '0'"),
+    "float32": ({"model": lambda: plain().double()}, "the module failed on a batch.*float32: data at '0'"),
+    "float classes": ({"data": (data()[0], data()[1].float())}, r"the loss failed.*torch.float32.*y.long\(\)"),
+    "whole inputs": ({"data": (data()[0].long(), data()[1])}, "the module failed on a batch.*int64: data at '0'"),
+    "reads": ({"model": Reads}, "not for all at once under vmap"),
+    "loss reads": ({"loss": lambda o, y: F.cross_entropy(o, y) * (2 if o.sum() > 0 else 1)}, "not for all at once"),
+    "score": ({"score": lambda y, outputs: accuracy_score(y, outputs)}, r"the score failed: ValueError.*\(12, 2\)"),
+    "score of two": ({"score": lambda outputs: 1.0}, "the score failed: TypeError"),
+    "text": ({"data": (np.array([["a"] * 6] * 60), arrays()[1])}, "data at '0' is a ndarray of <U1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_named(changes, said):
+    with pytest.raises(TypeError, match=said):
+        _wrong(**changes)
+
+
+@pytest.mark.parametrize(("score", "said"), [
+    (lambda outputs, y: (outputs.argmax(-1) == y).double(), r"score returned shape \(12,\)"),
+    (lambda outputs, y: None, "score returned None"),
+    (lambda outputs, y: np.ones(3), r"score returned shape \(3,\)"),
+])  # fmt: skip
+def test_a_score_is_a_number(score, said):
+    with pytest.raises(ValueError, match=said):
+        _wrong(score=score)
+
+
+@pytest.mark.parametrize(("make", "grid", "said"), [
+    (fr.adamw, {"lr": [0.1]}, "Did you mean 'learning_rate'"),
+    (fr.adamw, {"learning_rate": [0.1], "weigth_decay": [0.1]}, "Did you mean 'weight_decay'"),
+    (prox, {"lr": [0.1], "strenght": [0.1]}, "Did you mean 'strength'"),
+    (prox, {"lr": [0.1], "alpha": [0.1]}, "Did you mean 'strength'"),
+    (fr.prox_adam, {"learning_rate": [0.1], "strength": [0.1]}, "'penalty'.*as in lambda learning_rate, strength"),
+])  # fmt: skip
+def test_names_that_are_near_are_said(make, grid, said):
+    with pytest.raises(TypeError, match=said):
+        _wrong(make=make, grid=grid)
+
+
+def test_draws_from_lists_are_different():
+    draw = lambda n, seed=0: fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=1, draws=n, seed=seed).rows
+    rows = [(row["lr"], row["strength"]) for row in draw(4)]
+    assert sorted(rows) == [(0.01, 0.0), (0.01, 0.03), (0.1, 0.0), (0.1, 0.03)]
+    with pytest.raises(ValueError, match="draws is 5, and the grid has 4 combinations"):
+        draw(5)
+
+
+# Members
+
+
+def test_members_are_asked_for_by_row_and_fold():
+    train = lambda **options: fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=1, **options)
+    result = train()
+    assert_close(result.member(-1), result.member(3), rtol=0, atol=0)
+    for row in (4, -5):
+        with pytest.raises(IndexError, match=f"row is {row}; expected a whole number from 0 to 3"):
+            result.member(row)
+        with pytest.raises(IndexError, match="row is"):
+            result.hyper(row)
+    with pytest.raises(TypeError, match="row is 'best'"):
+        result.member("best")
+    with pytest.raises(ValueError, match="there are no folds"):
+        result.member(0, fold=1)
+    result = train(folds=2)
+    with pytest.raises(ValueError, match=r"had 2 folds.*give fold=, from 0 to 1.*validation=0"):
+        result.member()
+    with pytest.raises(IndexError, match="fold is 2; expected a whole number from 0 to 1"):
+        result.member(0, fold=2)
+    assert_close(result.member(2, fold=1)["0.weight"], result.params["0.weight"][2, 1], rtol=0, atol=0)
+
+
+def test_a_long_table_is_cut():
+    grid = {"learning_rate": torch.linspace(0.01, 0.1, 50)}
+    lines = str(fr.sweep(plain, F.cross_entropy, fr.sgd, grid, data(), epochs=1)).splitlines()
+    assert len(lines) == 37
+    assert lines[-1] == "... 15 more, in .rows"

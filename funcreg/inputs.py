@@ -24,7 +24,8 @@ def is_array(x: Any) -> bool:
 def as_tensors(tree: Any, name: str, params: Params) -> Any:
     """A tree whose arrays are tensors: beside the parameters and, of floating point, in their dtype.
 
-    An array has the dtype of the library that made it, a tensor that which its user chose: it stays as it is.
+    An array has the dtype of the library that made it, a tensor that which its user chose: it stays as it is. Sparse
+    rows (CSR), through which torch does not differentiate, become sparse coordinates.
 
     Args:
         tree: Tree of arrays, tensors and whatever else.
@@ -34,9 +35,11 @@ def as_tensors(tree: Any, name: str, params: Params) -> Any:
     Raises:
         TypeError: An array holds no numbers.
     """
-    if not any(map(is_array, tree_leaves(tree))):
+    in_rows = lambda x: isinstance(x, Tensor) and x.layout is torch.sparse_csr
+    if not any([is_array(x) or in_rows(x) for x in tree_leaves(tree)]):
         return tree
-    return map_with_path(lambda path, x: _tensor(x, _at(name, path), params) if is_array(x) else x, tree)
+    made = map_with_path(lambda path, x: _tensor(x, _at(name, path), params) if is_array(x) else x, tree)
+    return tree_map(lambda x: x.to_sparse() if in_rows(x) else x, made)
 
 
 def _at(name: str, path: tuple[Any, ...]) -> str:

@@ -18,11 +18,11 @@ from funcreg.constraints import Constraint
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import check_range
 from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state
-from funcreg.tree import flatten, tree_leaves, tree_map
+from funcreg.tree import flatten, tree_leaves, tree_map, wide
 from funcreg.undocumented import is_batched, without_levels
 
 #: What others call what is called otherwise here.
@@ -131,8 +131,9 @@ def regularization_path(
     args = as_tensors(args, "args", params)
     objective = lambda point: problem.loss(point, *args)
     _check_strengths("regularization_path", problem, objective, params, strengths)
-    start = _null(objective, params, problem)
-    falling, order = _strengths(strengths, count, ratio, problem, objective, start)
+    free = _free(problem, params)
+    start = _null(objective, params, free)
+    falling, order = _strengths(strengths, count, ratio, problem, objective, start, free)
     found: list[Solution] = []
     before = falling[0]
     size = sum(w.numel() for w in tree_leaves(start))
@@ -169,12 +170,32 @@ def _penalized(problem: Problem, params: Params) -> list[bool]:
     return Term(problem.penalty, (), values, tuple(options.items()), problem.mask).acts(params)
 
 
-def _null(objective: Callable[[Params], Tensor], params: Params, problem: Problem) -> Params:
+def _free(problem: Problem, params: Params) -> list[Tensor]:
+    """For each leaf which entries carry no penalty: all where it does not act, and those whose weight is 0."""
+    leaves, rebuild = flatten(params)
+    acts = _penalized(problem, params)
+    if not isinstance(problem.penalty, Sum):  # What has no weights acts on all entries of a leaf.
+        return [torch.full_like(w, not here, dtype=torch.bool) for w, here in zip(leaves, acts, strict=True)]
+    # A penalty that makes zeros takes small entries to 0, and one that does not makes them smaller.
+    signs = [1 - 2 * (torch.arange(w.numel(), device=w.device) % 2).reshape(w.shape) for w in leaves]
+    small = [1e-6 * sign.to(wide(w.dtype)) for w, sign in zip(leaves, signs, strict=True)]
+    landed = problem.penalty.prox(rebuild(small), 1.0, *problem.hyper, mask=problem.mask, **problem.options)
+    stays = [z == w for z, w in zip(tree_leaves(landed), small, strict=True)]
+    separable = problem.penalty.separable is True
+    return [x if separable else torch.full_like(x, bool(x.all())) for x in stays]
+
+
+def _null(objective: Callable[[Params], Tensor], params: Params, free: list[Tensor]) -> Params:
     """Zeros, and what carries no penalty at the minimum."""
-    penalized = _penalized(problem, params)
-    if all(penalized):
-        return tree_map(torch.zeros_like, params)
-    return null_model(objective, params, flatten(params)[1](penalized))
+    leaves, rebuild = flatten(params)
+    places = [x.reshape(-1).nonzero()[:, 0] for x in free]
+
+    def whole(values: list[Tensor]) -> Params:
+        rows = zip(leaves, places, values, strict=True)
+        return rebuild([w.new_zeros(w.numel()).index_copy(0, at, x).reshape(w.shape) for w, at, x in rows])
+
+    start = [w.detach().reshape(-1).index_select(0, at) for w, at in zip(leaves, places, strict=True)]
+    return whole(null_model(lambda values: objective(whole(values)), start, mask=False))
 
 
 def _strengths(
@@ -184,6 +205,7 @@ def _strengths(
     problem: Problem,
     objective: Callable[[Params], Tensor],
     start: Params,
+    free: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Strengths in falling order, and where each that was given lies among them."""
     like = tree_leaves(start)[0]
@@ -198,11 +220,17 @@ def _strengths(
     if type(count) is not int or count < 1:
         raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
-    slopes = grad(objective)(start)
+    leaves, rebuild = flatten(grad(objective)(start))
+    slopes = rebuild([torch.where(x, 0, g) for g, x in zip(leaves, free, strict=True)])
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
     known = float(most.detach())
     if math.isnan(known):
         raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
+    if known == 0 and any([bool(g.any()) for g in tree_leaves(slopes)]):
+        raise ValueError(
+            f"the gradient of the loss at zero points nowhere that {problem.penalty!r} lets parameters go, so that "
+            "zero is the solution for every strength and no path can begin. Is it one-sided, and the sign another one?"
+        )
     if known == 0:
         raise ValueError(
             "the gradient of the loss at zero is 0, so that zero is the solution for every strength and no path can "
@@ -369,8 +397,9 @@ def cross_validate(
     held_out = _folds(folds, len(tree_leaves(data)[0]), tree_leaves(data)[0].device)
     objective = lambda point: problem.loss(point, *data)
     _check_strengths("cross_validate", problem, objective, params, strengths)
-    start = _null(objective, params, problem)
-    falling, _ = _strengths(strengths, count, ratio, problem, objective, start)
+    free = _free(problem, params)
+    start = _null(objective, params, free)
+    falling, _ = _strengths(strengths, count, ratio, problem, objective, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged = torch.empty_like(scores, dtype=torch.bool)
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.

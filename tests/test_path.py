@@ -17,6 +17,10 @@ import funcreg as fr
 WEIGHTS = {"mask": fr.select("w")}
 
 
+def bare(params, x, y):
+    return (x @ params["w"] - y).square().mean() / 2
+
+
 def begin(columns):
     return {"w": zeros(columns), "b": zeros()}
 
@@ -265,3 +269,49 @@ def test_strengths_are_lists_of_any_kind(strengths):
     path = fr.regularization_path(squares, begin(10), fr.l1, strengths=strengths, args=(x, y), **WEIGHTS)
     assert path.strengths.tolist() == [20.0, 2.0, 0.2]
     assert path.converged.all()
+
+
+@pytest.mark.parametrize("call", ["path", "choice"])
+def test_what_has_the_weight_0_is_fitted_as_what_the_mask_leaves_out(call):
+    x, y = standard(load_diabetes)
+    weighted = {"w": 1.0, "b": 0.0} * fr.l1
+    if call == "path":
+        solve = lambda penalty, **mask: fr.regularization_path(
+            squares, begin(10), penalty, args=(x, y), count=5, ratio=0.1, **mask
+        )
+    else:
+        solve = lambda penalty, **mask: fr.cross_validate(
+            squares, begin(10), penalty, data=(x, y), folds=3, count=5, ratio=0.1, **mask
+        )
+    found, expected = solve(weighted), solve(fr.l1, **WEIGHTS)
+    torch.testing.assert_close(found.strengths, expected.strengths, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.params, expected.params, rtol=1e-7, atol=1e-7)
+
+
+def test_single_entries_and_groups_may_have_the_weight_0():
+    x, y = standard(load_diabetes)
+    weights = torch.ones(10, dtype=torch.float64, device=DEVICE)
+    weights[[2, 7]] = 0
+    path = fr.regularization_path(squares, begin(10), {"w": weights, "b": 0.0} * fr.l1, args=(x, y), count=4)
+    assert path.converged.all()
+    assert (path.params["w"][0] != 0).nonzero()[:, 0].tolist() == [2, 7]
+    groups = {"w": 1.0, "b": 0.0} * fr.group_lasso.given(dim=None)
+    masked = fr.regularization_path(squares, begin(10), fr.group_lasso, args=(x, y), count=3, dim=None, **WEIGHTS)
+    path = fr.regularization_path(squares, begin(10), groups, args=(x, y), count=3)
+    torch.testing.assert_close(path.strengths, masked.strengths, rtol=1e-12, atol=0)
+
+
+def test_a_penalty_of_one_side_that_holds_all_at_zero_says_so():
+    x = torch.ones(4, 2, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"points nowhere that nonnegative_form\(l1\) lets parameters go.*one-sided"):
+        fr.regularization_path(bare, {"w": zeros(2)}, fr.nonnegative_form(fr.l1), args=(x, -x[:, 0]))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")  # Torch's own, that it may change.
+def test_designs_of_sparse_rows_are_those_of_dense_ones():
+    x, y = standard(load_diabetes)
+    x = torch.where(x.abs() < 1, 0, x)
+    options = {"args": (x.to_sparse_csr(), y), "strength": 1.0}
+    found = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **options)
+    dense = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **{**options, "args": (x, y)})
+    torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)

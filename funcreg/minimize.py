@@ -437,10 +437,10 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
             return _State(*tried(tensors, s)), 0, 0
     x, slope = (v.index_select(-1, places) for v in (s.x, s.slope))
-    if hessian is None:
-        hessian = part.over_members(lambda tensors, x: _hessian(part, x, tensors))(tensors, x)
-    hessian = convex(hessian, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
-    quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, hessian), budget)
+    hessians = part.over_members(lambda tensors, x: _hessian(part, x, tensors))
+    curvature: Tensor = hessians(tensors, x) if hessian is None else hessian
+    curvature = convex(curvature, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
+    quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, curvature), budget)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
         flat.over_members(

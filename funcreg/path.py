@@ -265,7 +265,8 @@ def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int
     most = max(1, min(_ENTRIES // kept**2, _TERMS // (kept * max(rows, 1))) // folds)
     share = _NEAR_SCREENED if size >= _SCREENED else 0.0 if quadratic else _NEAR
     least = _TOGETHER if quadratic else 1
-    numbers, sizes, first = strengths.tolist(), [], 0
+    numbers = [float(x) for x in strengths.detach().cpu()]  # Under derivatives torch 2.9 makes no list of a tensor.
+    sizes, first = [], 0
     for k, number in enumerate(numbers):
         far = k - first >= least and number < share * numbers[max(first - 1, 0)]
         if k - first == most or far:

@@ -13,7 +13,7 @@ from torch.func import grad_and_value, vmap
 
 from funcreg.grids import Config, Split, grouped
 from funcreg.trained import Model, Splits
-from funcreg.transform import Transform
+from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import apply_updates, tree_leaves, tree_map
 
 #: Share of rows that are out of training, from which on the others are stacked anew.
@@ -102,9 +102,9 @@ class Run:
         """The blocks of a group, from its configurations."""
         varying = [name for name in self.configs[0] if name not in shared]
         columns = {name: self._column([self.configs[k][name] for k in rows]) for name in varying}
-        self._check(shared, columns, rows)
+        takes = self._check(shared, columns, rows)
         count = math.ceil(len(rows) / min(chunk_size or len(rows), len(rows)))
-        group = self._group(shared, math.ceil(len(rows) / count))
+        group = self._group(shared, math.ceil(len(rows) / count), takes)
         index = torch.tensor(rows, device=self.device)
         params, buffers = (tree_map(lambda w: w[index], tree) for tree in (self.params, self.buffers))
         blocks = []
@@ -120,8 +120,12 @@ class Run:
         whole = all(isinstance(value, int) for value in values)
         return torch.tensor(values, dtype=torch.int64 if whole else self._dtype, device="cpu")
 
-    def _check(self, shared: Config, columns: dict[str, Tensor], rows: list[int]) -> None:
-        """Make the transform of each configuration here, where hyperparameters have values, and call the loss once."""
+    def _check(self, shared: Config, columns: dict[str, Tensor], rows: list[int]) -> list[str]:
+        """Make the transform of each configuration here, where hyperparameters have values, and call the loss once.
+
+        What comes back are the names of the extra arguments that the transforms take.
+        """
+        takes: list[str] = []
         for place, row in enumerate(rows):
             config = {**shared, **{name: h[place] for name, h in columns.items()}}
             try:
@@ -140,6 +144,7 @@ class Run:
                 name = getattr(self.make, "__name__", "make")
                 hint = " Is a return missing?" if tx is None else ""
                 raise TypeError(f"{name} returned {tx!r} with {self.configs[row]}; expected a Transform.{hint}")
+            takes += [name for name in FOR_ANY if name not in takes and tx.accepts(name)]
             if not place:
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.
                 batch = next(self.splits.batches(torch.Generator().manual_seed(0), self.device))
@@ -147,8 +152,9 @@ class Run:
                 self.model.check({name: _to(config[name], self.device) for name in self.names.loss}, one)
                 if self.splits.valid and self.model.score is not None:
                     self.model.check_score(next(self.splits.validation(0, self.device))[1])
+        return takes
 
-    def _group(self, shared: Config, size: int) -> Group:
+    def _group(self, shared: Config, size: int, takes: list[str]) -> Group:
         make, model, names = self.make, self.model, self.names
 
         def transform(hyper: dict[str, Tensor]) -> Transform:
@@ -168,10 +174,9 @@ class Run:
                 return model.loss(*args, **for_loss(hyper)), own
 
             grads, (value, changed) = grad_and_value(objective, has_aux=True)(params)
-            tx = transform(hyper)
-            value_fn = lambda params: objective(params)[0]
-            extra = tx.accepted({"value": value, "grad": grads, "value_fn": value_fn})
-            updates, after = tx.update(grads, state, params, **extra)
+            known = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
+            extra = {name: known[name] for name in takes}
+            updates, after = transform(hyper).update(grads, state, params, **extra)
             new = (apply_updates(params, updates), changed, after)
             if alive is not None:  # A member that is out keeps all it has; nothing is compiled anew for it.
                 new = tree_map(lambda a, b: torch.where(alive, a, b), new, (params, buffers, state))

@@ -208,7 +208,7 @@ class _Recorder:
 
     def _infer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shape, dtype and device of what an operation makes; a list of them for several tensors."""
-        with self._fake_mode():
+        with self._fake_mode:
             fake = lambda value: torch.empty(value.shape, dtype=value.dtype, device=value.device)
             named = {name: substituted(arg, fake) for name, arg in kwargs.items()}
             out = func(*(substituted(arg, fake) for arg in args), **named)
@@ -227,7 +227,7 @@ def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Rec
     """
     dispatch_mode, fake_mode = tracing_tools()
     found = Record([x.value for x in placeholders if isinstance(x, _Placeholder)])
-    recorder = _Recorder(found, fake_mode)
+    recorder = _Recorder(found, fake_mode())
 
     class Recording(dispatch_mode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

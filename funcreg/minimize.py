@@ -409,10 +409,8 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     s = _State(*s)
     hessian = hessian if _is_small(s.x) else None
     n, wait = 0, _EVERY
-    # A Hessian costs as much as so many steps as it has rows, or somewhat less; near a solution it ends the descent.
+    # A Hessian costs as much as so many steps as it has rows, or somewhat less.
     then = 0 if hessian is not None else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
-    if hessian is None and _is_dense(s.x) and _is_near(flat, tensors, s):
-        then = s.x.shape[-1] // 64
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
             before = s.residual
@@ -488,13 +486,6 @@ def _model_minimum(
             before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent))
             helped = bool((descent.error < before / 2).any())
     return Quadratic(*quadratic), descent, steps
-
-
-def _is_near(flat: Flat, tensors: Any, s: _State) -> bool:
-    """Whether the start is no zero, and few of its zeros and other entries change in a proximal step."""
-    landed = _landed(flat, tensors, s)
-    changed = ((landed == 0) != (s.x == 0)).sum(-1)
-    return bool((s.x != 0).any()) and int(changed.amax()) <= s.x.shape[-1] // 8
 
 
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:

@@ -45,10 +45,11 @@ def resized(
     `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads follow its
     projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
 
-    A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or a
-    count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show that outputs are
-    equal, or there is a rule for it. That layers still meet is checked inside each `torch.nn.Sequential`; elsewhere
-    the example inputs show it, or the first call.
+    A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
+    that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
+    that outputs are equal, or there is a rule for it. That layers still meet is checked inside each
+    `torch.nn.Sequential`. Elsewhere, and of counts of other names or in the code, the example inputs show it;
+    `channel_groups` has tried that out for what it offers.
 
     Args:
         module: The network. It stays as it was.

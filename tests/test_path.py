@@ -263,7 +263,11 @@ def test_what_no_path_has_is_said(call, change, error, said):
         call(squares, {"w": zeros(10)}, given.pop("penalty"), **data, **given)
 
 
-@pytest.mark.parametrize("strengths", [(20.0, 2.0, 0.2), np.array([20.0, 2.0, 0.2]), iter([20.0, 2.0, 0.2])], ids=str)
+@pytest.mark.parametrize(
+    "strengths",
+    [(20.0, 2.0, 0.2), np.array([20.0, 2.0, 0.2]), iter([20.0, 2.0, 0.2])],
+    ids=["tuple", "array", "iterator"],
+)
 def test_strengths_are_lists_of_any_kind(strengths):
     x, y = standard(load_diabetes)
     path = fr.regularization_path(squares, begin(10), fr.l1, strengths=strengths, args=(x, y), **WEIGHTS)

@@ -30,14 +30,17 @@ def rounded_away(tx: Any, params: Params) -> str | None:
 
     It reads parameters, and so waits for their device.
     """
-    rows = zip(tree_paths(params), tree_leaves(params), strict=True)
-    narrow = [(name, w.detach()) for name, w in rows if is_narrow(w.dtype) and _is_readable(w)]
+    leaves = tree_leaves(params)
+    frozen = [False] * len(leaves) if tx.frozen is None else tx.frozen(params)
+    rows = zip(tree_paths(params), leaves, frozen, strict=True)
+    narrow = [(name, w.detach()) for name, w, held in rows if is_narrow(w.dtype) and _is_readable(w) and not held]
     rate = _step_size(tx) if narrow else None
     if not rate:
         return None
-    # Half the distance to the next number is 2 to the exponent of a number, less the digits.
+    # Half the distance to the next number is 2 to the exponent of a number, less the digits. Below the least of these
+    # it is less.
     least = {dtype: 2.0 ** (math.floor(math.log2(rate)) + 1 + digits(dtype)) for dtype in {w.dtype for _, w in narrow}}
-    still = sum([(w.abs() >= least[w.dtype]).sum().item() for _, w in narrow])
+    still = sum([(w.abs() > least[w.dtype]).sum().item() for _, w in narrow])
     entries = sum([w.numel() for _, w in narrow])
     if 2 * still <= entries:
         return None
@@ -78,10 +81,9 @@ def _links(tx: Any) -> list[Any]:
 
 
 def _greatest(value: Any) -> float:
-    """The greatest number that a hyperparameter is at any step; infinite if that is not known."""
+    """The greatest number that a hyperparameter is at any step; infinite if that is not known, as of a tensor."""
     if isinstance(value, KnownSchedule):
-        return max([_greatest(value(steps)) for steps in (0, *value.turns)], key=abs)
-    if isinstance(value, Tensor):
-        return value.item() if not value.ndim and _is_readable(value) else math.inf
+        found = [value(steps) for steps in (0, *value.turns)]
+        return max([x.item() if isinstance(x, Tensor) and _is_readable(x) else _greatest(x) for x in found], key=abs)
     value = number(value)
     return float(value) if isinstance(value, (int, float)) else math.inf

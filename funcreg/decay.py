@@ -511,7 +511,7 @@ def with_weight_decay(
     check_selection(mask)
     before = [part for part in every_part(tx) if decay_of(part) is not None]
     # Of two masks it is not known here whether they meet: one decay of a backbone and one of its head do not.
-    if before and (mask is None or not all(map(_is_masked, before))):
+    if before and (mask is None or not all([_is_masked_otherwise(part, mask) for part in before])):
         warn(
             f"{tx!r} decays weights already, by {before[0]!r}; with_weight_decay adds to it. Is weight_decay=0.0 "
             "missing there?"
@@ -709,8 +709,9 @@ def _with_parts(value: Any, change: Callable[[Transform], Transform]) -> Any:
     return value
 
 
-def _is_masked(tx: Transform) -> bool:
-    return tx.made_by is not None and arguments_of(tx.made_by).get("mask") is not None
+def _is_masked_otherwise(tx: Transform, mask: Mask) -> bool:
+    own = None if tx.made_by is None else arguments_of(tx.made_by).get("mask")
+    return own is not None and own is not mask and repr(own) != repr(mask)
 
 
 def decay_of(tx: Transform) -> Hyper | Schedule | None:

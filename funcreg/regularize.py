@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -200,6 +200,7 @@ class Regularization:
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = False
         self._said_dead: set[str] = set()
+        self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
         if task.rule.note is not None or self._inner is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
@@ -400,6 +401,12 @@ class Regularization:
             "it grow from 0 as in strength=linear_schedule(0.0, 1e-3, steps).",
         )
 
+    def _keeps_pace(self, groups: list[Entries], values: Sequence[Hyper]) -> bool:
+        """Whether learning rates and strength are no greater than at the last look: in a warm-up steps are small."""
+        before, now = self._pace, [_known(group.get("lr", 1.0)) for group in groups]
+        self._pace = now = [*now, *[x for x in values[:1] if isinstance(x, (int, float))]]
+        return len(before) == len(now) and all([x <= y for x, y in zip(now, before, strict=True)])
+
     def _moved(self, optimizer: Optimizer) -> list[Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
         params = [w for group in groups for w in group]
@@ -486,7 +493,8 @@ class Regularization:
         if task.rule.source is not None:
             rows = zip(moved, entries, strict=True)
             sources = tree({m.name: task.rule.source(m.w, each, groups[m.group], note(m.w)) for m, each in rows})
-        if looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved]):
+        narrow = looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved])
+        if narrow and self._keeps_pace(groups, values):
             wide = tree({m.name: widen(m.w.detach()) for m in moved})
             starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in moved})
             scalars = laid_out(columns, classes, wide)

@@ -281,6 +281,8 @@ def test_the_greatest_rate_is_that_of_the_whole_schedule():
 def test_a_second_decay_is_warned_of():
     with pytest.warns(UserWarning, match=r"adamw\(0.1\) decays weights already, by add_decayed_weights\(0.0001"):
         fr.with_weight_decay(fr.adamw(0.1), "cautious", 0.1)
+    with pytest.warns(UserWarning, match="decays weights already"):
+        fr.with_weight_decay(fr.adamw(0.1, mask=fr.matrices), "cautious", 0.1, mask=fr.matrices)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fr.with_weight_decay(fr.adamw(0.1, weight_decay=0.0), "cautious", 0.1)

@@ -521,9 +521,11 @@ def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
     handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
     w.grad = torch.full_like(w, 0.25)
     with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:
-        optimizer.step()
+        for _ in range(10):
+            optimizer.step()
+    assert len(said) == 1
     assert said[0].filename == __file__
-    for _ in range(10):
+    for _ in range(100):
         optimizer.step()  # Warnings are errors.
     handle.remove()
     for v, strength in ((w, 0.0), (w, 5.0), (w.detach().float().requires_grad_(), 1e-4)):
@@ -532,6 +534,18 @@ def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
         fr.regularize(other, fr.half_l2, strength=strength)
         for _ in range(11):
             other.step()  # Warnings are errors.
+
+
+def test_small_steps_of_a_warm_up_are_no_loss():
+    w = nn.Parameter(torch.linspace(0.5, 1.0, 20, dtype=torch.bfloat16))
+    optimizer = optim.SGD([w], 0.5)
+    fr.regularize(optimizer, fr.half_l2, strength=0.1)
+    scheduler = lr_scheduler.LinearLR(optimizer, 1e-4, total_iters=50)
+    for _ in range(120):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()  # Warnings are errors.
+        scheduler.step()
+    assert w.max() < 0.1
 
 
 def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():

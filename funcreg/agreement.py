@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from funcreg.tree import tree_map, widen
+
 
 class Agreement:
     """The outputs of a network on example inputs, and whether another one has them, too."""
@@ -30,20 +32,7 @@ class Agreement:
         found = outputs(other, *self.inputs)
         if isinstance(found, Failure):
             return found
-        shapes = unlike(self.expected, found)
-        if shapes is not None:
-            return shapes
-        for i, (a, b) in enumerate(zip(self.expected, found, strict=True)):
-            if (a.is_floating_point() or a.is_complex()) and a.numel():
-                # Infinities that mask something out are equal, and what is no number in both.
-                gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).max()
-                size = a.abs().masked_fill(~a.isfinite(), 0).max()
-                if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
-                    share = gap / size
-                    return f"output {i} of it differs from that of the module by {share:.1e} of the largest entry"
-            elif not torch.equal(a, b):
-                return f"output {i} of it differs from that of the module"
-        return None
+        return unlike(self.expected, found) or unequal(self.expected, found)
 
 
 class Failure(NamedTuple):
@@ -68,11 +57,26 @@ def unlike(expected: list[Tensor], found: list[Tensor]) -> str | None:
     return None
 
 
-def outputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | Failure:
-    """The tensors that a network gives in evaluation, or what went wrong; its random numbers are the same each time."""
+def unequal(expected: list[Tensor], found: list[Tensor]) -> str | None:
+    """Which of some outputs differ by more than rounding, and by how much."""
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if (a.is_floating_point() or a.is_complex()) and a.numel():
+            # Infinities that mask something out are equal, and what is no number in both.
+            gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).max()
+            size = a.abs().masked_fill(~a.isfinite(), 0).max()
+            if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
+                share = gap / size
+                return f"output {i} of it differs from that of the module by {share:.1e} of the largest entry"
+        elif not torch.equal(a, b):
+            return f"output {i} of it differs from that of the module"
+    return None
+
+
+def outputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> list[Tensor] | Failure:
+    """The tensors that a network gives in evaluation, or what went wrong; its random numbers are those of a seed."""
     buffers = {name: x.clone() for name, x in network.named_buffers()}
     running: list[str] = []
-    with _evaluated(network), _followed(network, running), drawing(network), torch.no_grad():
+    with _evaluated(network), _followed(network, running), drawing(network, seed), torch.no_grad():
         try:
             return list(_tensors(functional_call(network, buffers, args, kwargs)))
         except Exception as error:
@@ -95,6 +99,11 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs[0], inputs[1]
     return tuple(inputs), {}
+
+
+def widened(inputs: Any) -> Any:
+    """Inputs in float32 where they have sixteen bits: rounding would hide what outputs are to tell."""
+    return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
 @contextmanager
@@ -127,14 +136,14 @@ def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def drawing(network: nn.Module) -> Iterator[None]:
+def drawing(network: nn.Module, seed: int = 0) -> Iterator[None]:
     """Let a network draw from a generator that begins anew, and leave the user's as it was."""
     devices = list({w.device for w in network.parameters() if w.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
+                torch.cuda.manual_seed(seed)
         yield
 
 

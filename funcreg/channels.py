@@ -202,10 +202,10 @@ def channel_groups(
     (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
-    of `remove_dead` and `resized`, in a copy of these leaves, and outputs have to be the same. Where they are not,
-    because the forward holds a width or a count as a number that nothing tells, the families are kept, and `explain()`
-    names the module, what it holds, and the remedy. Where leaves of families take more than 2 GiB the forward has to
-    run and no more: a number that scales is seen by `resized(..., example_inputs)` alone.
+    of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they
+    are not, because the forward holds a width or a count as a number that nothing tells, the families are kept, and
+    `explain()` names the module, what it holds, and the remedy. Where a network takes more than 2 GiB, or draws random
+    numbers in evaluation, it has to run and no more, and `explain()` says so.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
@@ -346,8 +346,10 @@ def _running(
     left = [slots for i, slots in enumerate(found.families) if i not in reasons]
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
     notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
-    if trial.uncompared:
-        notes.append("Outputs were not compared, because leaves are large: give resized example_inputs, which does")
+    if trial.uncompared is not None:
+        notes.append(
+            f"Outputs were not compared, because {trial.uncompared}: give resized example_inputs, if that helps"
+        )
     if found.flow.unseen:
         notes.append(
             "Some parameters are not used in evaluation, and in training the module fails on example_inputs, so that "

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
-from funcreg.agreement import Agreement, Failure
+from funcreg.agreement import Agreement, Failure, widened
 from funcreg.coupled import layers_in_sequence
+from funcreg.rounding import is_narrow
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
-from funcreg.tree import listed, tree_leaves, tree_paths
+from funcreg.tree import listed, tree_leaves, tree_paths, widen
 from funcreg.widths import (
     CONVOLUTIONS,
     NORMS,
@@ -212,8 +213,7 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
         if unknown:
             raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
         return
-    agreement = Agreement(module, inputs)
-    wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+    wrong = settle(smaller, unknown, _comparison(module, smaller, inputs))
     if wrong is None:
         return
     first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
@@ -223,6 +223,26 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             "families given to remove_dead name all that belongs to a channel?"
         )
     raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
+
+
+def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Callable[[], Failure | str | None]:
+    """What is wrong with a smaller network; both compute in float32, if that can be, where they have sixteen bits."""
+    if any([is_narrow(x.dtype) for x in tensors(module).values()]):
+        try:
+            agreement = Agreement(_widened(module), widened(inputs))
+        except ValueError:  # Dtypes stand in the code.
+            return _comparison_as_they_are(module, smaller, inputs)
+        return lambda: agreement.problem(_widened(smaller))
+    return _comparison_as_they_are(module, smaller, inputs)
+
+
+def _comparison_as_they_are(module: nn.Module, smaller: nn.Module, inputs: Any) -> Callable[[], Failure | str | None]:
+    agreement = Agreement(module, inputs)
+    return lambda: agreement.problem(smaller)
+
+
+def _widened(module: nn.Module) -> nn.Module:
+    return _copied(module, {name: widen(x.detach()) for name, x in tensors(module).items() if is_narrow(x.dtype)})
 
 
 def settle(

@@ -2,14 +2,17 @@
 
 What `remove_dead` and `resized` do is done by their own code, so that what would be refused after training is known
 before. At first the leaves of families are single numbers, expanded to the shapes that are left, and all other tensors
-are shared with the network. Where that runs, outputs are compared, with and without groups that are set to zero.
+are shared with the network. Where that runs, outputs are compared, with and without groups that are set to zero, of a
+network with weights that are drawn.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -17,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcreg.agreement import Agreement, Failure, arguments, outputs, unlike
+from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike, widened
 from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, settle
 from funcreg.stored import Stored
-from funcreg.tree import listed
-from funcreg.widths import Rule
+from funcreg.tree import listed, widen
+from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
@@ -57,7 +60,7 @@ class Trial:
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
-        self.uncompared = False  # Whether leaves were too large to compare outputs.
+        self.uncompared: str | None = None  # Why outputs were not compared.
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
@@ -72,8 +75,8 @@ class Trial:
         """What goes wrong without some of the groups of these families, None if nothing does."""
         for left in dict.fromkeys((self._about_half(chosen), tuple(max(1, self._counts[i] - 1) for i in chosen))):
             found = self._problem_with(chosen, left)
-            if found is None and self._compares(chosen):
-                found = self._difference(chosen, left)
+            if found is None and self._comparable is not None:
+                found = self._difference(chosen, left, *self._comparable)
             if found is not None:
                 return found
         return None
@@ -106,19 +109,38 @@ class Trial:
         found = self._outputs(smaller)
         return found if isinstance(found, Failure) else unlike(self._expected, found)
 
-    def _compares(self, chosen: Sequence[int]) -> bool:
-        """Whether the leaves of these families are small enough to be copied, to compare what is computed of them."""
-        names = {name for i in chosen for name in self.families[i]}
-        compares = sum([self._leaves[name].nbytes for name in names]) <= _COPIED
-        self.uncompared |= not compares
-        return compares
+    @functools.cached_property
+    def _comparable(self) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors and inputs of a network whose outputs tell what shapes do not; None where none do.
 
-    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
-        """What goes wrong with the numbers that the weights have: outputs tell what shapes do not.
-
-        For this alone the leaves of families are copied, with zeros in the groups that go.
+        Weights are drawn, because those that a network has may hide what is wrong: a last layer that begins at zero, a
+        scale of 1e-5, sixteen bits. Where it does not run with such weights, it is to run with its own.
         """
-        families, dead = [self.families[i] for i in chosen], dict(self._leaves)
+        if sum([w.nbytes for w in self._leaves.values()]) > _COPIED:
+            self.uncompared = "its tensors are large"
+            return None
+        drawn = {name: _drawn(self.module, name, w) for name, w in sorted(self._leaves.items())}
+        wide = {name: widen(w) if w.is_floating_point() else w for name, w in drawn.items()}
+        own = {name: drawn[name].to(w.dtype) for name, w in self._leaves.items()}
+        for tree, inputs in ((wide, widened(self._inputs)), (own, self._inputs), (self._leaves, self._inputs)):
+            network = narrowed(self.module, tree, {})[0]
+            first, again = (self._outputs(network, inputs, seed) for seed in (0, 1))
+            if isinstance(first, Failure) or isinstance(again, Failure) or not first:
+                continue
+            if any([bool(x.isnan().any()) for x in first]):
+                continue
+            if unlike(first, again) or unequal(first, again):
+                self.uncompared = "they depend on random numbers"
+                return None
+            return tree, inputs
+        self.uncompared = "they are no numbers"
+        return None
+
+    def _difference(
+        self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor], inputs: Any
+    ) -> str | None:
+        """What goes wrong with outputs, when groups are zero in a network with these tensors, and gone."""
+        families, dead = [self.families[i] for i in chosen], dict(tree)
         for family, count in zip(families, left, strict=True):
             for name, where in family.items():
                 for along in [each for each in parts(where) if each.penalized]:
@@ -131,14 +153,14 @@ class Trial:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            agreement = Agreement(whole, self._inputs)
+            agreement = Agreement(whole, inputs)
             wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
 
-    def _outputs(self, network: nn.Module) -> list[Tensor] | Failure:
+    def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They were given when the network itself ran.
-            return outputs(network, *self._inputs)
+            return outputs(network, *(self._inputs if inputs is None else inputs), seed)
 
     def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
@@ -171,6 +193,19 @@ def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of one number, whatever its shape: 1 for vectors, and what takes a mean for more dimensions."""
     mean = 1 / max(1, math.prod(shape[1:])) if w.is_floating_point() or w.is_complex() else 0
     return w.new_full((), mean).expand(shape)
+
+
+def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
+    """Random numbers of usual size for a parameter; a buffer as it is."""
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    if own not in layer._parameters or not w.is_floating_point():
+        return w
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    if w.ndim < 2:
+        return (0.5 + torch.rand(w.shape, generator=generator, device="cpu")).to(w.device)
+    takes = w[0].numel() if isinstance(layer, CONVOLUTIONS) else max(w.shape[1:])
+    return (torch.randn(w.shape, generator=generator, device="cpu") / max(1, takes) ** 0.5).to(w.device)
 
 
 def _named(module: nn.Module, path: str) -> str:

@@ -521,8 +521,7 @@ def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
     handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
     w.grad = torch.full_like(w, 0.25)
     with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:
-        for _ in range(10):
-            optimizer.step()
+        [optimizer.step() for _ in range(10)]
     assert len(said) == 1
     assert said[0].filename == __file__
     for _ in range(100):

@@ -112,7 +112,8 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     real = trying.outputs
     monkeypatch.setattr(trying, "outputs", lambda *args: (ran.append(1), real(*args))[1])
     fr.channel_groups(network(lambda: GPT(6)), words(), rules={Packed: narrow})
-    assert len(ran) == 3  # As it is, without a half of each family, and without one group of each.
+    # As it is, with drawn weights and two seeds, without a half of each family, and without one group of each.
+    assert len(ran) == 5
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
     assert len(ran) < 40  # Several numbers are tried for each of the few sets of families.
@@ -270,6 +271,41 @@ def test_channels_that_are_shuffled_by_a_number_in_the_code_go_in_pairs():
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1e-5, 0.02])
+def test_weights_that_hide_what_is_wrong_do_not(dtype, scale):
+    net = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())).to(dtype)
+    with torch.no_grad():
+        for w in net.parameters():
+            w.mul_(scale)
+    with pytest.raises(ValueError, match="may have a width or a count"):
+        fr.channel_groups(net, (drawn(2, 3, 16).to(dtype),))
+
+
+def test_networks_that_draw_are_not_compared_and_that_is_noted():
+    forward = lambda net, x: net.last(F.dropout(net.first(x).relu(), 0.2))
+    groups = fr.channel_groups(network(lambda: Net(forward, first=nn.Linear(5, 8), last=nn.Linear(8, 2))), vectors())
+    assert groups.counts == [8]
+    assert "Outputs were not compared, because they depend on random numbers" in groups.explain()
+
+
+def test_sixteen_bits_are_compared_in_float32():
+    net = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())).float()
+    dead = copy.deepcopy(net).to(torch.bfloat16)
+    with torch.no_grad():
+        for k in (0, 1, 2):
+            dead.part.qkv.weight[16 * k + 8 : 16 * k + 16] = 0
+            dead.part.qkv.bias[16 * k + 8 : 16 * k + 16] = 0
+        dead.part.out.weight[:, 8:] = 0
+        dead.part.out.weight.mul_(0.1)
+    tree = fr.with_buffers(dead)
+    rows = torch.cat([torch.arange(8, device=DEVICE) + 16 * k for k in (0, 1, 2)])
+    tree["part.qkv.weight"], tree["part.qkv.bias"] = tree["part.qkv.weight"][rows], tree["part.qkv.bias"][rows]
+    tree["part.out.weight"] = tree["part.out.weight"][:, :8]
+    with pytest.raises(ValueError, match="the smaller network is not the module: output 0 of it differs"):
+        fr.resized(dead, tree, (drawn(2, 3, 16).to(torch.bfloat16),))
 
 
 def test_heads_that_a_number_of_another_name_counts_are_kept_unless_there_is_a_rule():

@@ -160,7 +160,8 @@ class Trial:
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They were given when the network itself ran.
-            return outputs(network, *(self._inputs if inputs is None else inputs), seed)
+            args, kwargs = self._inputs if inputs is None else inputs
+            return outputs(network, args, kwargs, seed)
 
     def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""

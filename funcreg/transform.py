@@ -14,7 +14,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
 from funcreg.notices import warn_user
-from funcreg.ranges import check_range, flags, number
+from funcreg.ranges import check_range, flags, number, scalars
 from funcreg.schedules import KnownSchedule
 from funcreg.tree import (
     broadcast,
@@ -551,6 +551,7 @@ def share(**hyper: Hyper) -> None:
 def without_momentum(momentum: Scalar | None, **given: Any) -> None:
     """Raise a ValueError for a momentum out of range, or the first of its options without effect, as there is none."""
     if momentum is not None:
+        scalars(momentum=momentum)
         below_one(momentum=momentum)
     for name, value in given.items():
         if momentum is None and value is not None and value is not False:

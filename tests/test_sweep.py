@@ -607,7 +607,7 @@ def test_the_compiled_step_takes_the_loss():
 
 
 def by_numpy(outputs, y):
-    return float(np.mean(outputs.numpy().argmax(-1) == y.numpy()))
+    return float(np.mean(outputs.cpu().numpy().argmax(-1) == y.cpu().numpy()))
 
 
 def by_sklearn(outputs, y):

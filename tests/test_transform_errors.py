@@ -55,7 +55,7 @@ HYPER = {
     "proximal step": (lambda x: fr.proximal(fr.l1, x), NEGATIVE),
     "soft_threshold threshold": (fr.soft_threshold, NEGATIVE),
     "sgd learning_rate": (fr.sgd, RATE),
-    "sgd decay": (lambda x: fr.sgd(0.1, x), DECAY),
+    "sgd momentum": (lambda x: fr.sgd(0.1, x), DECAY),
     "adam learning_rate": (fr.adam, RATE),
     "adam b1": (lambda x: fr.adam(0.1, x), DECAY),
     "adamw weight_decay": (lambda x: fr.adamw(0.1, weight_decay=x), RATE),
@@ -330,7 +330,7 @@ CALLS = {
         lambda: fr.partition({"a": fr.sgd}, "a"),
         r"of partition, labelled 'a', is a function; expected a Transform. Is it called",
     ),
-    "mask and transform swapped": (lambda: fr.masked(fr.matrices, fr.sgd(0.1)), "of masked is a .*; expected a Transf"),
+    "mask and transform swapped": (lambda: fr.masked(fr.matrices, fr.sgd(0.1)), "masked is the selection matrices; "),
     "a transform for a mask": (
         lambda: fr.add_decayed_weights(0.1, mask=fr.sgd(0.1)),
         r"mask is the transform sgd\(0\.1\); expected a tree of bools, or a function",

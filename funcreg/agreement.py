@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from funcreg.tree import tree_map, widen
-
 
 class Agreement:
     """The outputs of a network on example inputs, and whether another one has them, too."""
@@ -99,11 +97,6 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs[0], inputs[1]
     return tuple(inputs), {}
-
-
-def widened(inputs: Any) -> Any:
-    """Inputs in float32 where they have sixteen bits: rounding would hide what outputs are to tell."""
-    return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
 @contextmanager

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
-from funcreg.agreement import Agreement, Failure, widened
+from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
 from funcreg.rounding import is_narrow
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
-from funcreg.tree import listed, tree_leaves, tree_paths, widen
+from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
 from funcreg.widths import (
     CONVOLUTIONS,
     NORMS,
@@ -243,6 +243,11 @@ def _comparison_as_they_are(module: nn.Module, smaller: nn.Module, inputs: Any) 
 
 def _widened(module: nn.Module) -> nn.Module:
     return _copied(module, {name: widen(x.detach()) for name, x in tensors(module).items() if is_narrow(x.dtype)})
+
+
+def widened(inputs: Any) -> Any:
+    """Inputs in float32 where they have sixteen bits: rounding would hide what outputs are to tell."""
+    return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
 def settle(

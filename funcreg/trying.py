@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike, widened
+from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
-from funcreg.resizing import as_given, narrowed, settle
+from funcreg.resizing import as_given, narrowed, settle, widened
 from funcreg.stored import Stored
 from funcreg.tree import listed, widen
 from funcreg.widths import CONVOLUTIONS, Rule

@@ -227,18 +227,14 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
 
 def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Callable[[], Failure | str | None]:
     """What is wrong with a smaller network; both compute in float32, if that can be, where they have sixteen bits."""
-    if any([is_narrow(x.dtype) for x in tensors(module).values()]):
-        try:
-            agreement = Agreement(_widened(module), widened(inputs))
-        except ValueError:  # Dtypes stand in the code.
-            return _comparison_as_they_are(module, smaller, inputs)
-        return lambda: agreement.problem(_widened(smaller))
-    return _comparison_as_they_are(module, smaller, inputs)
-
-
-def _comparison_as_they_are(module: nn.Module, smaller: nn.Module, inputs: Any) -> Callable[[], Failure | str | None]:
-    agreement = Agreement(module, inputs)
-    return lambda: agreement.problem(smaller)
+    narrow = any([is_narrow(x.dtype) for x in tensors(module).values()])
+    try:
+        agreement = Agreement(_widened(module), widened(inputs)) if narrow else Agreement(module, inputs)
+    except ValueError:
+        if not narrow:
+            raise
+        narrow, agreement = False, Agreement(module, inputs)  # Dtypes stand in its code.
+    return lambda: agreement.problem(_widened(smaller) if narrow else smaller)
 
 
 def _widened(module: nn.Module) -> nn.Module:

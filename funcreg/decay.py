@@ -715,6 +715,7 @@ def _is_masked_otherwise(tx: Transform, mask: Mask) -> bool:
 
 
 def decay_of(tx: Transform) -> Hyper | Schedule | None:
-    """The weight decay of a transform that was made with one, unless it is the number 0."""
+    """The weight decay of a transform that was made with one, unless it is known to be 0."""
     value = None if tx.made_by is None else arguments_of(tx.made_by).get("weight_decay")
-    return None if isinstance(value, (int, float)) and value == 0 else value
+    known = concrete(value)
+    return None if known is not None and not torch.as_tensor(known, device="cpu").any() else value

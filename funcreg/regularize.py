@@ -198,7 +198,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
-        self._restored = self._said_zero = self._said_replaced = self._said_rounded = False
+        self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -440,8 +440,10 @@ class Regularization:
             )
 
     def _say_nothing_moved(self) -> None:
+        """Warn, once, if no step had an effect so far."""
         # None are chosen by mask=False, which is meant.
-        if self.steps == 0 and self._names.chosen and not self._said_replaced:
+        if self.steps == 0 and self._names.chosen and not (self._said_replaced or self._said_still):
+            self._said_still = True
             warn_user(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
                 "another hook of the optimizer, which came first, set gradients to None?",
@@ -463,6 +465,11 @@ class Regularization:
         for i in firsts:
             group = moved[i].group
             rate, *rest = rule.scalars(entries[i], groups[group])
+            if isinstance(rate, (int, float)) and not rate >= 0:
+                raise ValueError(
+                    f"param group {group} has the learning rate {groups[group].get('lr')}, with which its step goes "
+                    "uphill; expected a number of at least 0"
+                )
             columns.append((rate * factors[group] if group in factors else rate, *rest))
         return columns
 

@@ -295,6 +295,7 @@ RIGHT = [
     lambda: fr.prox_adam(0.1, fr.per_leaf({"*weight": 0.1 * fr.l1, "*filters": fr.group_lasso})),
     lambda: fr.prox_adam(0.1, 0.1 * fr.l1.given(mask=fr.matrices) + fr.group_lasso.given(mask=fr.matrices)),
     lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.lbfgs(linesearch=None)),
+    lambda: fr.with_weight_decay(fr.adamw(0.1, weight_decay=torch.tensor(0.0)), "cautious", 0.1, mask=fr.matrices),
     lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.chain(fr.scale(-1.0), fr.scale(0.1))}, {"head": "a", "body": "b"}),
 ]
 

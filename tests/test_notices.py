@@ -59,13 +59,14 @@ def group_option():
     fr.Optimizer([{"params": [nn.Parameter(torch.ones(1))], "decay": 0.1}], lambda lr: fr.sgd(lr), lr=0.1)
 
 
-def regularized_without_gradient(through=None):
+def regularized_without_gradient(through=None, steps=1):
     def run():
         _, optimizer = one(grad=False)
         fr.regularize(optimizer, fr.l1, strength=0.1)
         if through == "a scheduler":
             torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        optimizer.step()
+        for _ in range(steps):
+            optimizer.step()
 
     return run
 
@@ -160,6 +161,7 @@ WARNED = {
     },
     "no gradient of a penalty": (regularized_without_gradient(), "has no effect on this step"),
     "the same under a scheduler": (regularized_without_gradient("a scheduler"), "has no effect on this step"),
+    "the same at each step": (regularized_without_gradient(steps=3), "has no effect on this step"),
     "no weight left": (all_zero, "entries are zero after 1 steps"),
     "a schedule that was restored": (restored, "was restored"),
     "parameters that are gone": (replaced, "module no longer has"),

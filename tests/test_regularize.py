@@ -907,6 +907,15 @@ def test_wrong_input_is_told_before_the_first_step(call, kind, match):
         call()
 
 
+def test_a_learning_rate_below_zero_is_told():
+    w = weight(3)
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1)
+    optimizer.param_groups[0]["lr"] = -0.1
+    with pytest.raises(ValueError, match=r"param group 0 has the learning rate -0.1, with which its step goes uphill"):
+        stepped(optimizer, w)
+
+
 def test_a_failed_call_leaves_the_optimizer_alone():
     w = weight(3)
     optimizer = optim.SGD([w], 0.1)

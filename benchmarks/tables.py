@@ -47,6 +47,18 @@ def step(found: Numbers) -> Rows:
     return rows
 
 
+def loops(found: Numbers) -> Rows:
+    """Steps of the loops that people have, each in units of torch's fused optimizer and a softshrink loop."""
+    workloads = found["workloads"]
+    rows = [["one step, with L1", *(WORKLOADS[name] for name in workloads)]]
+    for optimizer, ways in next(iter(workloads.values())).items():
+        times = [each[optimizer] for each in workloads.values()]
+        paces = [statistics.median([way["reference seconds"] for way in each.values()]) for each in times]
+        rows.append([f"{optimizer} fused, softshrink loop", *(f"1.00 ({1e3 * pace:.1f} ms)" for pace in paces)])
+        rows += [[way, *(f"{each[way]['ratio']:.2f}" for each in times)] for way in ways]
+    return rows
+
+
 def penalty(found: Numbers) -> Rows:
     names = list(next(iter(found["rows"].values())))
     rows = [["value and gradient, 300 tensors, 10.7M", *(f"`{name}`" for name in names)]]
@@ -205,7 +217,7 @@ def speed(found: Numbers) -> Rows:
 #: From the name of a table to what makes it and the file of its numbers.
 TABLES: dict[str, tuple[Callable[[Numbers], Rows], str]] = {
     **{f.__name__: (f, f.__name__) for f in (step, penalty, ensemble, chains, first_call, memory, scaling, training)},
-    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, smaller, gpu, sharded)},
+    **{f.__name__: (f, f.__name__) for f in (sweep, paths, which_l1, support, smaller, gpu, sharded, loops)},
     "speed": (speed, "step"),
 }
 

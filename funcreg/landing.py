@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule
+from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.denominators import Rule
 from funcreg.fused import FusedStep
+from funcreg.memory import Pieces
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
 from funcreg.tree import Absent, compute, compute_wide, product, scalar_device, tree_leaves
+
+#: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.
+_SMALL = 1 << 14
 
 
 def projects(penalty: Penalty) -> bool:
@@ -106,6 +111,49 @@ class Task(NamedTuple):
         step, count = product(params, 1.0, values[0]), self.inner(params)
         landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
         return {k for k, w in params.items() if not isinstance(w, Absent) and landed[k] is not w}
+
+
+def acts_on_entries(task: Task) -> bool:
+    """Whether a penalty is one rule for each entry, with numbers that are the same for all leaves."""
+    strength, *hyper = task.at(0)
+    parts = Term(task.penalty, (), tuple(hyper), tuple(task.options.items())).parts()
+    numbers = [strength, *[x for part in parts for x in (*part.factors, *part.hyper)]]
+    single = all([isinstance(x, (int, float)) or (isinstance(x, Tensor) and not x.ndim) for x in numbers])
+    return single and all([part.penalty.separable is True and part.mask is None for part in parts])
+
+
+def land_end_to_end(
+    task: Task,
+    leaves: dict[str, Tensor],
+    sources: dict[str, Tensor] | None,
+    columns: Sequence[Sequence[Any]],
+    classes: dict[str, int],
+    values: Sequence[Hyper],
+) -> dict[str, Tensor]:
+    """The proximal points of leaves, of which small ones of one class are a single leaf, for a rule for each entry."""
+    runs: dict[Any, list[str]] = {}
+    for name, w in leaves.items():
+        with_source = (w,) if sources is None else (w, sources[name])
+        small = w.numel() <= _SMALL and all(
+            [type(x) is Tensor and x.layout == torch.strided and x.shape == w.shape for x in with_source]
+        )
+        key = (classes[name], *[(x.dtype, x.device) for x in with_source]) if small else name
+        runs.setdefault(key, []).append(name)
+    names = {",".join(run): run for run in runs.values()}
+    pieces = {label: Pieces([leaves[name].shape for name in run]) for label, run in names.items() if len(run) > 1}
+
+    def joined(of: dict[str, Tensor]) -> dict[str, Tensor]:
+        one = lambda label, run: torch.cat(pieces[label].flat([of[name] for name in run]))
+        return {label: one(label, run) if label in pieces else of[label] for label, run in names.items()}
+
+    reached = joined(leaves)
+    scalars = laid_out(columns, {label: classes[run[0]] for label, run in names.items()}, reached)
+    landed = task.land(reached, reached, None if sources is None else joined(sources), scalars, values, None)
+    found = {}
+    for label, run in names.items():
+        made = pieces[label].of(landed[label]) if label in pieces else [landed[label]]
+        found.update(zip(run, made, strict=True))
+    return found
 
 
 class _Slots(NamedTuple):

@@ -180,10 +180,13 @@ def check_sign(name: str, value: Any) -> None:
     known = concrete(value)
     if known is None or (isinstance(known, Tensor) and (known.is_complex() or not known.numel())):
         return
-    if isinstance(known, Tensor) and known.ndim and bool((known < 0).any()):
-        least = torch.where(known < 0, known, torch.zeros_like(known)).amin().item()
-        raise ValueError(f"{name} has the entry {least}; expected numbers of at least 0{_cause(least, 0.0, '')}")
-    if not (isinstance(known, Tensor) and known.ndim) and known < 0:
+    if isinstance(known, Tensor) and known.ndim:
+        least = known.amin().item()  # In one pass; NaN wherever there is one.
+        if least != least:
+            least = torch.where(known < 0, known, torch.zeros_like(known)).amin().item()
+        if least < 0:
+            raise ValueError(f"{name} has the entry {least}; expected numbers of at least 0{_cause(least, 0.0, '')}")
+    elif known < 0:
         raise ValueError(f"{name} is {float(known)}; expected a number of at least 0{_cause(float(known), 0.0, '')}")
 
 

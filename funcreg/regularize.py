@@ -23,7 +23,7 @@ from funcreg.construction import Call
 from funcreg.coupled import extinct, split_leaf
 from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
-from funcreg.landing import CompiledLanding, Task, laid_out, projects
+from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
 from funcreg.penalty import Penalty
@@ -188,6 +188,7 @@ class Regularization:
         self._optimizer = weakref.ref(optimizer)
         self.steps = 0
         self._inner = self._checked()
+        self._acts_on_entries = self._inner is None and acts_on_entries(self._task)
         self._check_once(optimizer)
         self._notes: dict[Tensor, Any] = {}
         self._starts: dict[Tensor, Tensor] = {}
@@ -514,10 +515,14 @@ class Regularization:
             if compiled is not None:
                 compiled(params, read_from, columns, values)
                 return
-        reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
-        starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
-        scalars = laid_out(columns, classes, reached)
-        landed = task.land(starts, reached, sources, scalars, values, self._inner)
+        if self._acts_on_entries and not keeps:
+            leaves = {m.name: m.w.detach() for m in moved}
+            landed = land_end_to_end(task, leaves, sources, columns, classes, values)
+        else:
+            reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
+            starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
+            scalars = laid_out(columns, classes, reached)
+            landed = task.land(starts, reached, sources, scalars, values, self._inner)
         for m in moved:
             z = landed[m.name]
             m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))

@@ -44,6 +44,8 @@ def any_sharded(values: Sequence[Any]) -> bool:
     """Whether one of some values is a `DTensor`."""
     if torch.compiler.is_compiling() or _distributed() is None:
         return False
+    if not is_transformed(lambda: list(values)):  # None is inside of another tensor.
+        return holds_sharded(values)
     return any([is_sharded(x) for x in values])
 
 

@@ -958,6 +958,34 @@ def test_entries_without_gradients_go_to_zero_at_once_or_by_a_bounded_step():
         assert_equal(w.detach(), torch.tensor([1.87, left]), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_leaves_of_any_shape_and_group_land_by_their_own_steps(dtype):
+    """Small ones are computed with end to end; here one after the other, by the formula."""
+    shapes = [(), (3,), (0, 2), (4, 5), (130, 140), (2, 3, 4, 4), (7, 1), (5,)]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [nn.Parameter(normal(generator, *shape).to(dtype)) for shape in shapes]
+    leaves[5].data = leaves[5].data.to(memory_format=torch.channels_last)
+    rates = [0.1, 0.02]
+    optimizer = optim.Adam([{"params": leaves[i::2], "lr": rate} for i, rate in enumerate(rates)], eps=0.1)
+    reached: list[Tensor] = []
+    optimizer.register_step_post_hook(lambda *_: reached.extend([w.detach().clone() for w in leaves]))
+    fr.regularize(optimizer, fr.elastic, 0.3, 0.5, compile=False)
+    for step in range(3):
+        for i, w in enumerate(leaves):
+            w.grad = None if step == 0 and i == 3 else torch.ones_like(w)  # That one counts a step less.
+        reached.clear()
+        optimizer.step()
+        for i, (w, z) in enumerate(zip(leaves, reached, strict=True)):
+            if w.grad is None:
+                assert_equal(w.detach(), z)
+                continue
+            state = optimizer.state[w]
+            correction = 1 - 0.999 ** float(state["step"])
+            size = rates[i % 2] * 0.15 / ((state["exp_avg_sq"].double() / correction).sqrt() + 0.1)
+            z = z.double().sign() * (z.double().abs() - size).clamp(min=0) / (1 + size)
+            assert_close(w.detach(), z.to(dtype), rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=0)
+
+
 # Compiled
 
 

@@ -718,6 +718,8 @@ def running_sum(x: Tensor) -> Tensor:
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root with derivative 0 at 0, of any order: both branches of a `where` are differentiated."""
+    if bare(x):
+        return x.sqrt()
     zero = x == 0
     return torch.where(zero, torch.zeros_like(x), torch.where(zero, torch.ones_like(x), x).sqrt())
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcreg.widths import SIZES, changes, head_count, tensors
+from funcreg.widths import HEAD_COUNTS, SIZES, changes, head_count, tensors
 
 
 class Stored(NamedTuple):
@@ -54,7 +54,9 @@ _OTHER_COUNTS = (
 )
 
 
-def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
+def stored_widths(
+    module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str], inside_heads: bool = False
+) -> Iterator[Stored]:
     """The numbers in a module that may be widths which changed, and that a forward mentions.
 
     Numbers with the name of a width that nothing mentions are set to what it is.
@@ -77,9 +79,9 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
                 count = head_count(layer, before, key, number) if own is not None else None
                 if count is not None:
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
-                elif others := _others(key, number, moves):
+                elif others := _others(key, number, moves, inside_heads and near):
                     yield Stored(path, f"{name}.{key}", number, others)
-        elif others := _others(name, value, moves):
+        elif others := _others(name, value, moves, inside_heads and near):
             yield Stored(path, name, value, others)
     for child, inner in layer._modules.items():
         for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
@@ -99,15 +101,19 @@ def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bo
     return moves, near
 
 
-def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
-    """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
-    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
+def _others(name: str, value: Any, moves: dict[int, set[int]], inside_heads: bool = False) -> tuple[Any, ...]:
+    """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed.
+
+    Counts divide a width and leave what each has of it; so do widths of heads, of which there are as many as before.
+    """
+    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS) or (inside_heads and name in HEAD_COUNTS):
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
-        if _is_count(name) and value > 1:  # As many fewer as what it divides is narrower.
+        if (_is_count(name) or inside_heads) and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
-        return tuple(sorted(found - {value}, reverse=True))
+        others = sorted(found - {value}, reverse=True)
+        return (value, *others) if others and inside_heads else tuple(others)  # It may count the heads.
     if isinstance(value, Tensor):
         return (value,) if any(n in moves for n in value.shape) else ()
     if isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
@@ -42,6 +43,7 @@ class Trial:
         counts: The number of groups of each.
         rules: As `resized` takes them.
         round_to: What numbers of channels stay multiples of.
+        inside_heads: Whether features inside heads are among them, from whose number no scale may come.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Trial:
         counts: Sequence[int],
         rules: Mapping[type[nn.Module], Rule],
         round_to: int,
+        inside_heads: bool = False,
     ) -> None:
         self.module, self.families = module, families
         self._inputs, self._rules = arguments(inputs), rules
-        self._counts, self._round_to = counts, round_to
+        self._counts, self._round_to, self._inside_heads = counts, round_to, inside_heads
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
@@ -96,7 +99,7 @@ class Trial:
     def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
         tree = self._tree(chosen, left)
         try:
-            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules)
+            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules, self._inside_heads)
         except Exception as error:  # Of a rule of the user's, too.
             return f"resized refuses what is left: {_line(error)}"
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
@@ -106,8 +109,33 @@ class Trial:
         return self._said(smaller, wrong, unknown, chosen)
 
     def _wrong(self, smaller: nn.Module) -> Failure | str | None:
-        found = self._outputs(smaller)
-        return found if isinstance(found, Failure) else unlike(self._expected, found)
+        with _Numbers() as seen:
+            found = self._outputs(smaller)
+        wrong = found if isinstance(found, Failure) else unlike(self._expected, found)
+        return wrong or self._other_number(seen)
+
+    def _other_number(self, seen: _Numbers) -> str | None:
+        """The first of the numbers with which a smaller network computes that the network itself does not have.
+
+        Where the scale of scores comes from the number of features outputs may not tell it: a single key has all the
+        weight, whatever its score.
+        """
+        whole = self._numbers_of_whole if self._inside_heads else []
+        for (name, one), (other_name, other) in zip(whole, seen.found, strict=False):
+            if (name, one) != (other_name, other):
+                return _OtherNumber(
+                    f"without some of these channels the forward computes {other_name} by {_shown(other)}, which was "
+                    f"{name} by {_shown(one)}: the scale of scores seems to come from the number of features, as in "
+                    "q.size(-1) ** -0.5. Let the module store a scale of its own"
+                )
+        return None
+
+    @functools.cached_property
+    def _numbers_of_whole(self) -> list[tuple[str, tuple[float, ...]]]:
+        network = narrowed(self.module, self._tree([], []), {})[0]
+        with _Numbers() as seen:
+            self._outputs(network)
+        return seen.found
 
     @functools.cached_property
     def _comparable(self) -> tuple[dict[str, Tensor], Any] | None:
@@ -148,14 +176,18 @@ class Trial:
                     rows[count:] = 0
                     dead[name] = scatter(rows, dead[name], along)
         whole = narrowed(self.module, dead, {})[0]
-        smaller, unknown = narrowed(
-            self.module, as_given(self.module, without(dead, families, left, self._round_to)), self._rules
-        )
+        given = as_given(self.module, without(dead, families, left, self._round_to))
+        smaller, unknown = narrowed(self.module, given, self._rules, self._inside_heads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             agreement = Agreement(whole, inputs)
-            wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+            wrong = settle(smaller, unknown, lambda: self._unequal(agreement, smaller))
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+
+    def _unequal(self, agreement: Agreement, smaller: nn.Module) -> Failure | str | None:
+        with _Numbers() as seen:
+            wrong = agreement.problem(smaller)
+        return wrong if isinstance(wrong, Failure) else self._other_number(seen) or wrong
 
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
@@ -165,6 +197,8 @@ class Trial:
 
     def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
+        if isinstance(wrong, _OtherNumber):
+            return wrong
         path = _around(self.module, wrong.path if isinstance(wrong, Failure) else self._holder(chosen))
         kind = type(self.module.get_submodule(path)).__name__
         here = [each for each in unknown if each.path == path] or list(unknown)
@@ -183,6 +217,37 @@ class Trial:
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
         alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join([parts[0] for parts in alike])
+
+
+class _OtherNumber(str):
+    """What is wrong with a network that computes with a number of its shapes."""
+
+    __slots__ = ()
+
+
+class _Numbers(TorchFunctionMode):
+    """Writes down the numbers that tensors are computed with, and the functions that take them, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[float, ...]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        given = [*args, *(kwargs or {}).values()]
+        counts = _ARITHMETIC.search(name) is not None
+        numbers = [float(x) for x in given if isinstance(x, float) or (counts and type(x) is int)]
+        if numbers:
+            self.found.append((name, tuple(numbers)))
+        return func(*args, **(kwargs or {}))
+
+
+#: Functions that compute with whole numbers, where others take them for sizes and dimensions.
+_ARITHMETIC = re.compile("mul|div|pow|tensor|full")
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return ", ".join([f"{x:.4g}" for x in numbers])
 
 
 def _line(error: Exception) -> str:

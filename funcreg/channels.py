@@ -15,9 +15,9 @@ from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
+from funcreg.ranges import flags
 from funcreg.removal import count_alive
 from funcreg.resizing import check_copied
-from funcreg.ranges import flags
 from funcreg.sharding import check_whole_module
 from funcreg.tracing import record
 from funcreg.tree import listed
@@ -277,7 +277,6 @@ def channel_groups(
     check_copied(module, rules)
     flow = _followed(module, example_inputs, inside_heads)
     found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
-    found = found.closed(found.turned())
     _check_some(found)
     some = _chosen(module, found.owners(), layers, types)
     found = found._replace(families=[slots for slots, here in zip(found.families, some, strict=True) if here])
@@ -338,15 +337,15 @@ class _Found(NamedTuple):
         """For each family why it may go only if it is tried out, None if it is exact anyhow."""
         return [self.flow.multiplied(_sets(self.flow, slots)) for slots in self.families]
 
-    def turned(self) -> dict[int, str]:
-        """The families of features of queries and keys that a buffer goes with, by their numbers, with the reason."""
-        parameters, found = dict(self.module.named_parameters()), dict[int, str]()
-        for i, multiplied in enumerate(self.multiplied()):
+    def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
+        """Why families are refused, with the buffer that goes with features of queries and keys."""
+        parameters, multiplied, found = dict(self.module.named_parameters()), self.multiplied(), dict(reasons)
+        for i, reason in reasons.items():
             buffers = [slot.name for slot in self.families[i] if slot.name not in parameters]
-            if multiplied is not None and buffers:
+            if multiplied[i] is not None and buffers:
                 found[i] = (
-                    f"features of queries and keys are turned by '{buffers[0]}', as rotary embeddings do, and its entries "
-                    "are those of all layers"
+                    f"features of queries and keys are scaled by '{buffers[0]}', or turned by it in pairs as rotary "
+                    f"embeddings do, and cannot go with its entries: {reason}"
                 )
         return found
 
@@ -379,7 +378,8 @@ def _running(
     if not found.families:
         return found, []
     counts = [len(slots[0].rows) for slots in found.families]
-    trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads)
+    multiplied = [reason is not None for reason in found.multiplied()]
+    trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads, multiplied)
     if trial.failure is not None:
         untried = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
         return found.closed(untried), [
@@ -389,7 +389,7 @@ def _running(
     reasons = refused(trial)
     if pairs := _pairs(found, reasons):
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
-    found = found.closed(reasons)
+    found = found.closed(found.turned(reasons))
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
     notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
     if trial.uncompared is not None:
@@ -437,7 +437,7 @@ def _together(found: _Found, reasons: Mapping[int, str], pairs: Mapping[int, int
             slots[slot.name, slot.dim] = slot._replace(rows=rows)
         families[i] = list(slots.values())
     joined = {*pairs, *pairs.values()}
-    found = found.closed({i: reason for i, reason in reasons.items() if i not in joined})
+    found = found.closed(found.turned({i: reason for i, reason in reasons.items() if i not in joined}))
     gone = {*reasons} - {*pairs}
     return found._replace(families=[slots for i, slots in enumerate(families) if i not in gone])
 

@@ -201,7 +201,8 @@ def _attention(flow: Flow, operation: Operation) -> list[Components]:
         flow.meet_heads(flow.of(ref), len(ref.shape))
     features = [] if flow.inside is None else _features(flow, operation)
     for ref in (query, key, value, *([] if mask is None else [mask])):
-        going = flow.of(ref) if flow.inside is None or ref == mask else _across(flow, ref)
+        whole = flow.inside is None or ref == mask
+        going = [c for c in flow.of(ref) if whole or c.dims != {len(ref.shape) - 1}]
         reason = flow.reason("features of an attention head, which goes whole")
         kept = flow.atoms.rigid(going, [len(ref.shape) - 1, len(ref.shape) - 2], reason)
         operands.append([_for_queries(component, heads) for component in kept])
@@ -227,11 +228,6 @@ def _features(flow: Flow, operation: Operation) -> Components:
             flow.atoms.close(ids, flow.reason("attention takes the scale of scores from the number of features"))
         flow.multiply(ids, any([c.dead == 0 for c in group.values()]))
     return apart[2]
-
-
-def _across(flow: Flow, ref: Ref) -> Components:
-    """What does not go by the features of heads."""
-    return [c for c in flow.of(ref) if c.dims != {len(ref.shape) - 1}]
 
 
 def _for_queries(component: Component, heads: int) -> Component:

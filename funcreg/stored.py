@@ -64,8 +64,9 @@ def stored_widths(
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves, near = _moves(layer, before)
     own, named = _mentioned(layer), mentioned(smaller, path)
+    unchanged = {*HEAD_COUNTS} if inside_heads else set[str]()  # Heads are narrower, and not fewer.
     for name, value in list(vars(layer).items()):
-        if name in _INTERNAL or name in known:
+        if name in _INTERNAL or name in known or name in unchanged:
             continue
         readers = own if _is_count(name) else named
         # Functions outside of the module read counts from it, too, as those of attention do.
@@ -74,7 +75,7 @@ def stored_widths(
             if now is not None:
                 setattr(layer, name, now)
         elif _is_config(value):
-            for key in sorted(own or vars(value)):
+            for key in sorted({*(own or vars(value))} - unchanged):
                 number = getattr(value, key, None)
                 count = head_count(layer, before, key, number) if own is not None else None
                 if count is not None:
@@ -106,7 +107,7 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], inside_heads: boo
 
     Counts divide a width and leave what each has of it; so do widths of heads, of which there are as many as before.
     """
-    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS) or (inside_heads and name in HEAD_COUNTS):
+    if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from funcreg.attention import NarrowAttention
@@ -449,7 +450,14 @@ def _of_attention(place: Place) -> Iterable[str]:
             f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "
             f"{had.queries} heads of queries and {had.keys} of keys. Does the family of its heads name all of its "
-            f"projections, with size={had.size}?"
+            f"projections, with size={had.size}? Features of all heads go with inside_heads=True"
+        )
+    whole = _went_whole(place, had.size)
+    if place.inside_heads is whole:
+        raise ValueError(
+            f"{'whole heads' if whole else 'features of all heads'} were taken out of '{place.name}', a "
+            f"{type(layer).__name__}, and resized got inside_heads={place.inside_heads}; expected the opposite, as "
+            "channel_groups was told"
         )
     for names, old, new in (
         (SIZES, had.size, has.size),
@@ -475,6 +483,28 @@ def _narrower(place: Place, had: Heads) -> Heads:
             "features in each of them. Were whole heads taken out?"
         )
     return had._replace(size=size)
+
+
+def _went_whole(place: Place, size: int) -> bool | None:
+    """Whether whole heads are gone from the queries of attention; None where nothing is, or it cannot be told."""
+    old, new = (_first_column(layer) for layer in (place.before, place.layer))
+    if old is None or new is None or len(old) == len(new) or (old.device, old.dtype) != (new.device, new.dtype):
+        return None
+    stays = torch.isin(old, new)  # Entries are equal as long as one network is made of the other.
+    if int(stays.sum()) != len(new) or len(old) % size:
+        return None
+    heads = stays.reshape(-1, size)
+    return bool((heads.any(1) == heads.all(1)).all())
+
+
+def _first_column(layer: Any) -> Tensor | None:
+    """What makes queries of the first input, for each feature of each head."""
+    child: Any = next(
+        (layer._modules[name] for name in (*_QUERIES, *_PACKED) if layer._modules.get(name) is not None), None
+    )
+    if isinstance(child, nn.Linear):
+        return child.weight.detach()[:, 0]
+    return child.weight.detach()[0] if child is not None and is_conv1d(child) else None
 
 
 def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:

@@ -278,6 +278,9 @@ def channel_groups(
     flow = _followed(module, example_inputs, inside_heads)
     found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
     _check_some(found)
+    if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
+        found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
+        _check_some(found)
     some = _chosen(module, found.owners(), layers, types)
     found = found._replace(families=[slots for slots, here in zip(found.families, some, strict=True) if here])
     found, notes = _running(found, example_inputs, rules or {}, round_to, inside_heads)

@@ -25,6 +25,7 @@ from funcreg.widths import (
     Place,
     Rule,
     changes,
+    check_heads,
     follow,
     follow_bare,
     follow_configs,
@@ -109,6 +110,7 @@ def resized(
     given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
     flags(inside_heads=inside_heads)
     smaller, unknown = narrowed(module, given, rules or {}, inside_heads)
+    check_heads(module, smaller, inside_heads, tuple(rules or ()))
     _settle(module, smaller, unknown, example_inputs)
     return smaller
 

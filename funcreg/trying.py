@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from funcreg.stored import Stored
 from funcreg.tree import listed, widen
 from funcreg.widths import CONVOLUTIONS, Rule
 
+#: Functions in the order in which they were called, and the numbers that they were given.
+_Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 
@@ -69,11 +71,14 @@ class Trial:
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
         self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
+        self._computed_with: _Computed = []
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
         try:
-            found = self._outputs(narrowed(module, self._tree([], []), {})[0])
+            network = narrowed(module, self._tree([], []), {})[0]
+            with self._written_down() as self._computed_with:
+                found = self._outputs(network)
             self.failure = f"{found}" if isinstance(found, Failure) else None
             self._expected = [] if isinstance(found, Failure) else found
         except Exception as error:  # Such as of modules that cannot be copied.
@@ -127,21 +132,21 @@ class Trial:
         with self._written_down() as numbers:
             found = self._outputs(smaller)
         wrong = found if isinstance(found, Failure) else unlike(self._expected, found)
-        return wrong or self._other_number(numbers)
+        return wrong or self._other_number(self._computed_with, numbers)
 
     @contextlib.contextmanager
-    def _written_down(self) -> Iterator[list[tuple[str, tuple[float, ...]]]]:
+    def _written_down(self) -> Iterator[_Computed]:
         """The numbers that a network computes with, if features inside heads are tried out; no mode is on else."""
         with _Numbers() if self._inside_heads else contextlib.nullcontext(_Numbers()) as seen:
             yield seen.found
 
-    def _other_number(self, numbers: Sequence[tuple[str, tuple[float, ...]]]) -> str | None:
-        """The first of the numbers with which a smaller network computes that the network itself does not have.
+    def _other_number(self, whole: _Computed, smaller: _Computed) -> str | None:
+        """The first of the numbers that a smaller network computes with which the whole one does not have.
 
         Where the scale of scores comes from the number of features outputs may not tell it: a single key has all the
         weight, whatever its score.
         """
-        for (name, one), (other_name, other) in zip(self._numbers_of_whole, numbers, strict=False):
+        for (name, one), (other_name, other) in zip(whole, smaller, strict=False):
             if (name, one) != (other_name, other):
                 self._scale = (
                     f"without some of these channels it computes {other_name} by {_shown(other)}, which was {name} by "
@@ -150,15 +155,6 @@ class Trial:
                 )
                 return self._scale
         return None
-
-    @functools.cached_property
-    def _numbers_of_whole(self) -> list[tuple[str, tuple[float, ...]]]:
-        if not self._inside_heads:
-            return []
-        network = narrowed(self.module, self._tree([], []), {})[0]
-        with self._written_down() as numbers:
-            self._outputs(network)
-        return numbers
 
     @functools.cached_property
     def _comparable(self) -> tuple[dict[str, Tensor], Any] | None:
@@ -203,14 +199,15 @@ class Trial:
         smaller, unknown = narrowed(self.module, given, self._rules, self._inside_heads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            agreement = Agreement(whole, inputs)
-            wrong = settle(smaller, unknown, lambda: self._unequal(agreement, smaller))
+            with self._written_down() as numbers:
+                agreement = Agreement(whole, inputs)
+            wrong = settle(smaller, unknown, lambda: self._unequal(agreement, smaller, numbers))
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
 
-    def _unequal(self, agreement: Agreement, smaller: nn.Module) -> Failure | str | None:
+    def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
         with self._written_down() as numbers:
             wrong = agreement.problem(smaller)
-        return wrong if isinstance(wrong, Failure) else self._other_number(numbers) or wrong
+        return wrong if isinstance(wrong, Failure) else self._other_number(whole, numbers) or wrong
 
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
@@ -247,7 +244,7 @@ class _Numbers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, tuple[float, ...]]] = []
+        self.found: _Computed = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").strip("_")

@@ -452,13 +452,6 @@ def _of_attention(place: Place) -> Iterable[str]:
             f"{had.queries} heads of queries and {had.keys} of keys. Does the family of its heads name all of its "
             f"projections, with size={had.size}? Features of all heads go with inside_heads=True"
         )
-    whole = _went_whole(place, had.size)
-    if place.inside_heads is whole:
-        raise ValueError(
-            f"{'whole heads' if whole else 'features of all heads'} were taken out of '{place.name}', a "
-            f"{type(layer).__name__}, and resized got inside_heads={place.inside_heads}; expected the opposite, as "
-            "channel_groups was told"
-        )
     for names, old, new in (
         (SIZES, had.size, has.size),
         (_HEADS, had.queries, has.queries),
@@ -485,12 +478,29 @@ def _narrower(place: Place, had: Heads) -> Heads:
     return had._replace(size=size)
 
 
-def _went_whole(place: Place, size: int) -> bool | None:
+def check_heads(module: nn.Module, smaller: nn.Module, inside_heads: bool, known: tuple[type[nn.Module], ...]) -> None:
+    """Raise a ValueError for the first attention whose features went where heads are told to go, or the other way.
+
+    A width may be of fewer heads as well as of narrower ones; entries of weights tell, while one network is made of
+    the other. What is known by rules is left out.
+    """
+    for (name, before), layer in zip(module.named_modules(), smaller.modules(), strict=True):
+        had = None if isinstance(before, known) else heads_before(before)
+        whole = None if had is None else _went_whole(before, layer, had.size)
+        if whole is inside_heads:
+            raise ValueError(
+                f"{'whole heads' if whole else 'features of all heads'} were taken out of '{name}', a "
+                f"{type(layer).__name__}, and resized got inside_heads={inside_heads}; expected the opposite, as "
+                "channel_groups was told, or a rule for this type if the rows of a head do not follow each other"
+            )
+
+
+def _went_whole(before: Any, layer: Any, size: int) -> bool | None:
     """Whether whole heads are gone from the queries of attention; None where nothing is, or it cannot be told."""
-    old, new = (_first_column(layer) for layer in (place.before, place.layer))
+    old, new = _first_column(before), _first_column(layer)
     if old is None or new is None or len(old) == len(new) or (old.device, old.dtype) != (new.device, new.dtype):
         return None
-    stays = torch.isin(old, new)  # Entries are equal as long as one network is made of the other.
+    stays = torch.isin(old, new)
     if int(stays.sum()) != len(new) or len(old) % size:
         return None
     heads = stays.reshape(-1, size)

@@ -326,6 +326,12 @@ def test_features_of_all_layers_are_offered_and_the_others_kept():
     assert "attention takes the scale of scores from the number of features" in groups.explain()
 
 
+def test_layers_that_are_asked_for_go_with_what_shares_their_width():
+    net, seen = network(EXACT["blocks"][0]), sequence()
+    groups = fr.channel_groups(net, seen, layers=["*.key"], inside_heads=True)
+    assert groups.layers == [("1.attention.query", "1.attention.key", "1.attention.value")]
+
+
 def test_where_it_has_no_effect_or_is_no_bool_is_an_error():
     mlp = nn.Sequential(*linears(5, 4, 3)).double().to(DEVICE)
     with pytest.raises(ValueError, match="multiplies no two tensors of channels"):

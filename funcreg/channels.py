@@ -193,8 +193,8 @@ def channel_groups(
     """The channels of a network that can go without another output, as families of groups for `coupled`.
 
     The module runs once on the example inputs, and channels are followed through all that it does: layers of any
-    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole, and recurrent layers,
-    whose hidden units go from all gates, layers and directions, if they begin with zeros. A channel has its
+    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole unless features inside them
+    are asked for, and recurrent layers, whose hidden units go from all gates, layers and directions, if they begin with zeros. A channel has its
     filter and bias, in all layers whose outputs are summed, and the scale and shift of a normalization after them:
     once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
     out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
@@ -232,7 +232,7 @@ def channel_groups(
     Raises:
         ValueError: No channels can go; the module fails on the example inputs; without them, channels cannot be
             followed through a layer; or `layers`, `types` or `rules` names what is not there, or has no channels that
-            could go.
+            could go; or `inside_heads` is given for a network without attention.
 
     Example:
         >>> net = torch.nn.Sequential(

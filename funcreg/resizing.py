@@ -46,8 +46,8 @@ def resized(
 
     What layers say about their widths follows: linear layers, convolutions (transposed, depthwise, of groups that go
     whole or become narrower alike), normalizations, embeddings, `MultiheadAttention`, recurrent layers, `Bilinear` and
-    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads follow its
-    projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
+    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads, or the
+    widths of these with `inside_heads`, follow its projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
@@ -73,7 +73,8 @@ def resized(
             another kind changes its width, some parameters or buffers of a layer are of another width than others, as
             without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
             parameters that are tied are given different values, a module stores a width that nobody knows of, a layer
-            of a `torch.nn.Sequential` gives other channels than the next one takes, or outputs are others.
+            of a `torch.nn.Sequential` gives other channels than the next one takes, heads were taken out of attention
+            whole and `inside_heads` is True or the other way round, or outputs are others.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

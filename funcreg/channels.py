@@ -192,16 +192,16 @@ def channel_groups(
 ) -> list[Family]:
     """The channels of a network that can go without another output, as families of groups for `coupled`.
 
-    The module runs once on the example inputs, and channels are followed through all that it does: layers of any
-    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole unless features inside them
-    are asked for, and recurrent layers, whose hidden units go from all gates, layers and directions, if they begin with zeros. A channel has its
-    filter and bias, in all layers whose outputs are summed, and the scale and shift of a normalization after them:
-    once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
-    out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
-    these do not form groups. Where they do, the slice is not penalized a second time, because groups that overlap
-    have no exact proximal operator; it goes when the channel does, with the running statistics. A dead channel that is
-    another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
-    (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
+    The module runs once on the example inputs, and channels are followed through all that it does: layers of any kind,
+    residual sums, gates, concatenations, splits and views, attention, whose heads go whole unless features inside them
+    are asked for, and recurrent layers, whose hidden units go from all gates, layers and directions, if they begin with
+    zeros. A channel has its filter and bias, in all layers whose outputs are summed, and the scale and shift of a
+    normalization after them: once all of these are zero it is zero at every input, whatever the layers that read it, so
+    that it can be taken out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too,
+    if the outputs of these do not form groups. Where they do, the slice is not penalized a second time, because groups
+    that overlap have no exact proximal operator; it goes when the channel does, with the running statistics. A dead
+    channel that is another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can
+    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
     of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they

@@ -46,8 +46,9 @@ def resized(
 
     What layers say about their widths follows: linear layers, convolutions (transposed, depthwise, of groups that go
     whole or become narrower alike), normalizations, embeddings, `MultiheadAttention`, recurrent layers, `Bilinear` and
-    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads, or the
-    widths of these with `inside_heads`, follow its projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
+    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads, or the widths of these
+    with `inside_heads`, follow its projections. All else stays as it was: names of parameters, ties between them,
+    hooks, `requires_grad`, modes.
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show

@@ -14,6 +14,7 @@ from test_trying import GPT, words
 from torch import nn
 
 import funcreg as fr
+from funcreg import trying
 
 WIDTH, HEADS, KEYS, VALUES = 12, 3, 8, 6
 SCALE = KEYS**-0.5
@@ -324,6 +325,28 @@ def test_features_of_all_layers_are_offered_and_the_others_kept():
     groups = fr.channel_groups(net, tokens, inside_heads=True)
     assert all("mlp" in names[0] for names in groups.layers)  # nanoGPT scales by the number of features.
     assert "attention takes the scale of scores from the number of features" in groups.explain()
+
+
+def test_large_networks_whose_outputs_are_not_compared_have_no_scale_from_shapes_either(monkeypatch):
+    monkeypatch.setattr(trying, "_COPIED", 0)
+    for what, layers in (("div", [("v",)]), ("by hand", [("q", "k"), ("v",)])):
+        make = FROM_SHAPES[what] if what in FROM_SHAPES else EXACT[what][0]
+        groups = fr.channel_groups(network(make), sequence(), inside_heads=True)
+        assert groups.layers == layers
+        assert "Outputs were not compared" in groups.explain()
+
+
+def test_queries_and_keys_stay_where_nothing_can_be_tried_out():
+    def run(net, x):
+        q, k, v = split(net, x)
+        if float(q.std(-1).max()) < 1e-9:
+            raise ArithmeticError("all features are the same")
+        return read(net, SCALE * q @ k.mT, v)
+
+    groups = fr.channel_groups(network(lambda: attention(run)), sequence(), inside_heads=True)
+    assert groups.layers == [("v",)]
+    assert "a product of two tensors of channels, whose scale may go by their number (" in groups.explain()
+    assert "Not tried out" in groups.explain()
 
 
 def test_layers_that_are_asked_for_go_with_what_shares_their_width():

@@ -15,6 +15,7 @@ from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
+from funcreg.ranges import flags
 from funcreg.removal import count_alive
 from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
@@ -187,19 +188,20 @@ def channel_groups(
     types: type[nn.Module] | tuple[type[nn.Module], ...] | None = None,
     round_to: int = 1,
     rules: Mapping[type[nn.Module], Rule] | None = None,
+    inside_heads: bool = False,
 ) -> list[Family]:
     """The channels of a network that can go without another output, as families of groups for `coupled`.
 
-    The module runs once on the example inputs, and channels are followed through all that it does: layers of any
-    kind, residual sums, gates, concatenations, splits and views, attention, whose heads go whole, and recurrent layers,
-    whose hidden units go from all gates, layers and directions, if they begin with zeros. A channel has its
-    filter and bias, in all layers whose outputs are summed, and the scale and shift of a normalization after them:
-    once all of these are zero it is zero at every input, whatever the layers that read it, so that it can be taken
-    out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too, if the outputs of
-    these do not form groups. Where they do, the slice is not penalized a second time, because groups that overlap
-    have no exact proximal operator; it goes when the channel does, with the running statistics. A dead channel that is
-    another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can take what it gives
-    (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
+    The module runs once on the example inputs, and channels are followed through all that it does: layers of any kind,
+    residual sums, gates, concatenations, splits and views, attention, whose heads go whole unless features inside them
+    are asked for, and recurrent layers, whose hidden units go from all gates, layers and directions, if they begin with
+    zeros. A channel has its filter and bias, in all layers whose outputs are summed, and the scale and shift of a
+    normalization after them: once all of these are zero it is zero at every input, whatever the layers that read it, so
+    that it can be taken out (`remove_dead`, `resized`). The slices of layers that read it have a part in its norm, too,
+    if the outputs of these do not form groups. Where they do, the slice is not penalized a second time, because groups
+    that overlap have no exact proximal operator; it goes when the channel does, with the running statistics. A dead
+    channel that is another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can
+    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
     of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they
@@ -222,11 +224,15 @@ def channel_groups(
         types: Types of layers whose outputs form groups, such as `torch.nn.Conv2d`; by default all.
         round_to: Numbers of channels stay multiples of this one in `remove_dead`.
         rules: For types of modules with numbers of their own what sets these, as `resized` takes them.
+        inside_heads: Whether features inside the heads of attention form groups, in place of whole heads. A feature
+            goes from all heads of a layer at once, for these have one width: of values alone where the code leaves
+            their width free, of queries and keys together where the scale of scores is a number of its own, and of all
+            three where they share one width. Give `resized` the same option.
 
     Raises:
         ValueError: No channels can go; the module fails on the example inputs; without them, channels cannot be
             followed through a layer; or `layers`, `types` or `rules` names what is not there, or has no channels that
-            could go.
+            could go; or `inside_heads` is given for a network without attention.
 
     Example:
         >>> net = torch.nn.Sequential(
@@ -258,21 +264,26 @@ def channel_groups(
         example_inputs, prefix = None, example_inputs
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
+    flags(inside_heads=inside_heads)
     check_whole_module("channel_groups", module)
     if example_inputs is None:
-        if rules:
-            raise ValueError("rules has no effect without example_inputs, on which families are tried out; give both")
+        if rules or inside_heads:
+            name = "rules" if rules else "inside_heads"
+            raise ValueError(f"{name} has no effect without example_inputs, on which families are tried out; give both")
         families = sequence_groups(module, prefix, layers)
         if types is None and round_to == 1:
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
     check_copied(module, rules)
-    flow = Flow(record(module, example_inputs), rule_of, lambda name: _packs_unequally(module, name))
+    flow = _followed(module, example_inputs, inside_heads)
     found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
     _check_some(found)
+    if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
+        found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
+        _check_some(found)
     some = _chosen(module, found.owners(), layers, types)
     found = found._replace(families=[slots for slots, here in zip(found.families, some, strict=True) if here])
-    found, notes = _running(found, example_inputs, rules or {}, round_to)
+    found, notes = _running(found, example_inputs, rules or {}, round_to, inside_heads)
     if layers is None or len(layers):  # Of no layers there are none.
         _check_some(found)
         _check_layers(found, layers)
@@ -288,6 +299,20 @@ def channel_groups(
         () if prefix else flow.necks([_sets(flow, slots) for slots in found.families]),
         notes,
     )
+
+
+def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
+    """The channels of a forward pass; inside heads once these are known from a first pass over what it did."""
+    recording, unequal = record(module, inputs), lambda name: _packs_unequally(module, name)
+    flow = Flow(recording, rule_of, unequal)
+    if not inside_heads:
+        return flow
+    if not flow.multiplies:
+        raise ValueError(
+            f"inside_heads has no effect, because {type(module).__name__} multiplies no two tensors of channels, as "
+            "attention does with queries and keys"
+        )
+    return Flow(recording, rule_of, unequal, flow.heads())
 
 
 class _Found(NamedTuple):
@@ -311,6 +336,31 @@ class _Found(NamedTuple):
         families = [_family(slots, self.families, parameters, shapes, inside) for slots in self.families]
         return [{inside(name): where for name, where in family.items()} for family in families]
 
+    def multiplied(self) -> list[str | None]:
+        """For each family why it may go only if it is tried out, None if it is exact anyhow."""
+        return [self.flow.multiplied(_sets(self.flow, slots)) for slots in self.families]
+
+    def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
+        """Why families are refused, with the buffer that goes with features of queries and keys."""
+        parameters, multiplied, found = dict(self.module.named_parameters()), self.multiplied(), dict(reasons)
+        for i, reason in reasons.items():
+            buffers = [slot.name for slot in self.families[i] if slot.name not in parameters]
+            if multiplied[i] is not None and buffers:
+                found[i] = (
+                    f"features of queries and keys are scaled by '{buffers[0]}', or turned by it in pairs as rotary "
+                    f"embeddings do, and cannot go with its entries: {reason}"
+                )
+        return found
+
+    def closed(self, reasons: Mapping[int, str]) -> _Found:
+        """The families without some of them, by their numbers, which are kept for these reasons."""
+        for i, reason in reasons.items():
+            for slot in self.families[i]:
+                for dim, first, _ in self.flow.starts[slot.name]:
+                    if dim == slot.dim:
+                        self.flow.atoms.close(slot.rows.reshape(-1) + first, reason)
+        return self._replace(families=[slots for i, slots in enumerate(self.families) if i not in reasons])
+
     def kept(self) -> dict[str, list[str]]:
         """The dimensions of parameters that are kept, by the reason."""
         return _kept(self.flow)
@@ -325,25 +375,24 @@ def _check_some(found: _Found) -> None:
 
 
 def _running(
-    found: _Found, inputs: Any, rules: Mapping[type[nn.Module], Rule], round_to: int
+    found: _Found, inputs: Any, rules: Mapping[type[nn.Module], Rule], round_to: int, inside_heads: bool
 ) -> tuple[_Found, list[str]]:
     """The families without which the network runs, and notes about what will be seen at the end alone."""
     if not found.families:
         return found, []
     counts = [len(slots[0].rows) for slots in found.families]
-    trial = Trial(found.module, inputs, found.written(), counts, rules, round_to)
+    multiplied = [reason is not None for reason in found.multiplied()]
+    trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads, multiplied)
     if trial.failure is not None:
-        return found, [
+        untried = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
+        return found.closed(untried), [
             "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
             f"{type(found.module).__name__} fails {trial.failure}"
         ]
     reasons = refused(trial)
-    for i, reason in reasons.items():
-        for slot in found.families[i]:
-            for dim, first, _ in found.flow.starts[slot.name]:
-                if dim == slot.dim:
-                    found.flow.atoms.close(slot.rows.reshape(-1) + first, reason)
-    left = [slots for i, slots in enumerate(found.families) if i not in reasons]
+    if pairs := _pairs(found, reasons):
+        return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
+    found = found.closed(found.turned(reasons))
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
     notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
     if trial.uncompared is not None:
@@ -355,7 +404,45 @@ def _running(
             "Some parameters are not used in evaluation, and in training the module fails on example_inputs, so that "
             f"their layers may not fit after: {found.flow.unseen}"
         )
-    return found._replace(families=left), notes if left else []
+    return found, notes if found.families else []
+
+
+def _pairs(found: _Found, reasons: Mapping[int, str]) -> dict[int, int]:
+    """Features of queries and keys, and those of values beside them, that cannot go one without the other.
+
+    A module that holds one width for all three may run without the same number of features of each.
+    """
+    if found.flow.inside is None:
+        return {}
+    owners = [{name.rpartition(".")[0] for name in names} for names in found.owners()]
+    multiplied, pairs = found.multiplied(), dict[int, int]()
+    of_heads = found.flow.atoms.find(found.flow.inside)
+    for i in [i for i in reasons if multiplied[i] is not None]:
+        for j in [j for j in reasons if multiplied[j] is None and j not in pairs.values()]:
+            sets = _sets(found.flow, found.families[j])
+            alike = owners[i] == owners[j] and len(sets) == len(found.families[i][0].rows)
+            if alike and bool(torch.isin(sets, of_heads).all()):
+                pairs[i] = j
+                break
+    return pairs
+
+
+def _together(found: _Found, reasons: Mapping[int, str], pairs: Mapping[int, int]) -> _Found:
+    """The families once some are one with others, group by group, and the others that were refused are closed."""
+    families = list(found.families)
+    for i, j in pairs.items():
+        one, other = _sets(found.flow, families[i]), _sets(found.flow, families[j])
+        found.flow.atoms.join(one, other, "")
+        slots = {(slot.name, slot.dim): slot for slot in families[i]}
+        for slot in families[j]:
+            same = slots.get((slot.name, slot.dim))
+            rows = slot.rows if same is None else torch.cat([same.rows, slot.rows], 1)
+            slots[slot.name, slot.dim] = slot._replace(rows=rows)
+        families[i] = list(slots.values())
+    joined = {*pairs, *pairs.values()}
+    found = found.closed(found.turned({i: reason for i, reason in reasons.items() if i not in joined}))
+    gone = {*reasons} - {*pairs}
+    return found._replace(families=[slots for i, slots in enumerate(families) if i not in gone])
 
 
 def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:

@@ -57,6 +57,8 @@ class Flow:
         rule_of: The rule of each operation.
         packs_unequally: Whether a module, by its name, is attention that packs more queries than keys and values, and
             `resized` knows how many heads it has of each.
+        inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
+            None if heads go whole.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Flow:
         recording: Recording,
         rule_of: Callable[[Operation], Rule],
         packs_unequally: Callable[[str], bool] = lambda name: False,
+        inside: Tensor | None = None,
     ) -> None:
         self.atoms = Atoms()
+        self.inside = inside
         self._recording = recording
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
@@ -80,6 +84,9 @@ class Flow:
         # Atoms that go only if the weights that read them are penalized, or a bias takes what they give.
         self.demands: list[tuple[Tensor, str, Fold | None]] = []
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
+        self.multiplies = False  # Whether some atoms come to a product of two tensors.
+        self._heads: list[Tensor] = []  # Atoms that came to a product of two tensors as those of heads.
+        self._multiplied: list[tuple[Tensor, str]] = []  # Atoms over which such a product sums, where they may go.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
         self._uses = _uses(recording)
@@ -147,6 +154,38 @@ class Flow:
             return None
         found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
         return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def heads(self) -> Tensor:
+        """The atoms of heads, and of their features."""
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *self._heads])
+
+    def meet_heads(self, components: Components, ndim: int) -> None:
+        """Note which atoms come to a product of two tensors by a dimension that is none of the two of its matrices."""
+        self.multiplies = self.multiplies or bool(components)
+        self._heads += [c.ids.reshape(-1) for c in components if c.dims - {ndim - 1, ndim - 2}]
+
+    def by_features(self, components: Components) -> Components:
+        """Components that a view has given several dimensions, by the last of these if they are of heads."""
+        if self.inside is None:
+            return components
+        made: Components = []
+        for c in components:
+            here = len(c.dims) > 1 and bool(torch.isin(c.ids, self.inside).any())
+            made += self.atoms.rigid([c], sorted(c.dims)[:-1], "") if here else [c]
+        return made
+
+    def multiply(self, ids: Tensor, dead: bool) -> None:
+        """End the way of channels in a product of two tensors, whose scale may go by their number."""
+        reason = self.reason("a product of two tensors of channels, whose scale may go by their number")
+        if self.inside is None or not dead:
+            self.atoms.close(ids, reason)
+        else:
+            self._multiplied.append((ids.reshape(-1), reason))
+
+    def multiplied(self, sets: Tensor) -> str | None:
+        """Why some sets may go only if all numbers of the forward pass are tried out, if they may not else."""
+        found = [reason for ids, reason in self._multiplied if torch.isin(self.atoms.find(ids), sets).any()]
+        return found[0] if found else None
 
     def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:
         """The atoms of one of several unequal parts, as of queries, keys and values; None if they cannot go.

@@ -85,6 +85,9 @@ def _contract(
 ) -> Components:
     """The atoms of a product of matrices of these shapes; `read` says which of them is a weight."""
     over = max(len(shapes[0]), len(shapes[1])) - 1  # The dimension of the sum, once each has one for the other's.
+    if read is None:
+        flow.meet_heads(a, len(shapes[0]))
+        flow.meet_heads(b, len(shapes[1]))
     a, b = _summed(flow, a, len(shapes[0]) - 1), _summed(flow, b, len(shapes[1]) - 2)
     left = [Component(ids.unsqueeze(-1), dead) for ids, dead in a]
     right = [Component(ids.unsqueeze(-3), dead) for ids, dead in b]
@@ -115,7 +118,7 @@ def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
     ids = next(iter(group.values())).ids
     flow.summed.append(ids)
     if read is None:
-        flow.atoms.close(ids, flow.reason("a product of two tensors of channels, whose scale may go by their number"))
+        flow.multiply(ids, any([c.dead == 0 for c in group.values()]))
         return
     if read in group:
         flow.atoms.read(group[read].ids)
@@ -189,23 +192,42 @@ def _added(flow: Flow, made: Components, shape: Sequence[int], bias: Ref) -> Com
 
 
 def _attention(flow: Flow, operation: Operation) -> list[Components]:
-    """Heads go whole: a feature less of queries and keys would change the scale of their products."""
+    """Heads go whole, or by their features: of queries and keys together, unless the scale goes by their number."""
     query, key, value = operation.args[:3]
     mask = argument(operation, "attn_mask") or argument(operation, "attn_bias")
     heads = query.shape[-3] if len(query.shape) > 3 else 1
     operands, shapes = [], []
+    for ref in (query, key, value):
+        flow.meet_heads(flow.of(ref), len(ref.shape))
+    features = [] if flow.inside is None else _features(flow, operation)
     for ref in (query, key, value, *([] if mask is None else [mask])):
-        kept = flow.rigid(ref, [-1, -2], "features of an attention head, which goes whole")
+        whole = flow.inside is None or ref == mask
+        going = [c for c in flow.of(ref) if whole or c.dims != {len(ref.shape) - 1}]
+        reason = flow.reason("features of an attention head, which goes whole")
+        kept = flow.atoms.rigid(going, [len(ref.shape) - 1, len(ref.shape) - 2], reason)
         operands.append([_for_queries(component, heads) for component in kept])
         have = ref.shape[-3] if len(ref.shape) > 2 else 1
         shapes.append([*ref.shape[:-3], 1 if have == 1 else heads, 1, 1])
     met = flow.atoms.meet(operands, shapes, flow.reason("they meet heads that are kept"))
-    return [
-        [
-            Component(next(iter(group.values())).ids, 0.0 if 2 in group and group[2].dead == 0 else UNKNOWN)
-            for group in grouped_by_dims(met)
-        ]
+    made = [
+        Component(next(iter(group.values())).ids, 0.0 if 2 in group and group[2].dead == 0 else UNKNOWN)
+        for group in grouped_by_dims(met)
     ]
+    return [made + features]
+
+
+def _features(flow: Flow, operation: Operation) -> Components:
+    """The features of values, once those of queries and keys have met."""
+    apart = [[c for c in flow.of(ref) if c.dims == {len(ref.shape) - 1}] for ref in operation.args[:3]]
+    flat = [[Component(ids.reshape(-1), dead) for ids, dead in each] for each in apart[:2]]
+    met = flow.atoms.meet(flat, [operation.args[0].shape[-1:]] * 2, flow.reason("they meet entries of no channel"))
+    for group in grouped_by_dims(met):
+        ids = next(iter(group.values())).ids
+        flow.summed.append(ids)
+        if argument(operation, "scale") is None:
+            flow.atoms.close(ids, flow.reason("attention takes the scale of scores from the number of features"))
+        flow.multiply(ids, any([c.dead == 0 for c in group.values()]))
+    return apart[2]
 
 
 def _for_queries(component: Component, heads: int) -> Component:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from funcreg._typing import Params
 from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
+from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
@@ -24,6 +25,7 @@ from funcreg.widths import (
     Place,
     Rule,
     changes,
+    check_heads,
     follow,
     follow_bare,
     follow_configs,
@@ -38,13 +40,15 @@ def resized(
     example_inputs: Any = None,
     *,
     rules: Mapping[type[nn.Module], Rule] | None = None,
+    inside_heads: bool = False,
 ) -> nn.Module:
     """A copy of a module with the parameters and buffers that are given, its layers as wide as these are.
 
     What layers say about their widths follows: linear layers, convolutions (transposed, depthwise, of groups that go
     whole or become narrower alike), normalizations, embeddings, `MultiheadAttention`, recurrent layers, `Bilinear` and
-    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads follow its
-    projections. All else stays as it was: names of parameters, ties between them, hooks, `requires_grad`, modes.
+    `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads, or the widths of these
+    with `inside_heads`, follow its projections. All else stays as it was: names of parameters, ties between them,
+    hooks, `requires_grad`, modes.
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
@@ -61,6 +65,8 @@ def resized(
             does after `regularize`.
         rules: For types of modules with numbers of their own what sets these, called as `rule(layer, before)` with the
             layer that has its new parameters, its children done, and the layer as it was.
+        inside_heads: Whether heads of attention are narrower where its projections are, and not fewer: what
+            `channel_groups` was told.
 
     Raises:
         TypeError: What is given is no module, no tree of tensors, or no rules for types.
@@ -68,7 +74,8 @@ def resized(
             another kind changes its width, some parameters or buffers of a layer are of another width than others, as
             without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
             parameters that are tied are given different values, a module stores a width that nobody knows of, a layer
-            of a `torch.nn.Sequential` gives other channels than the next one takes, or outputs are others.
+            of a `torch.nn.Sequential` gives other channels than the next one takes, heads were taken out of attention
+            whole and `inside_heads` is True or the other way round, or outputs are others.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -103,7 +110,9 @@ def resized(
     check_whole_module("resized", module)
     check_copied(module, rules)
     given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
-    smaller, unknown = narrowed(module, given, rules or {})
+    flags(inside_heads=inside_heads)
+    smaller, unknown = narrowed(module, given, rules or {}, inside_heads)
+    check_heads(module, smaller, inside_heads, tuple(rules or ()))
     _settle(module, smaller, unknown, example_inputs)
     return smaller
 
@@ -120,7 +129,7 @@ def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None
 
 
 def narrowed(
-    module: nn.Module, given: dict[str, Tensor], rules: Mapping[type[nn.Module], Rule]
+    module: nn.Module, given: dict[str, Tensor], rules: Mapping[type[nn.Module], Rule], inside_heads: bool = False
 ) -> tuple[nn.Module, list[Stored]]:
     """A copy of a module that holds these tensors, its layers as wide as they are, and what no rule knows in it.
 
@@ -128,7 +137,7 @@ def narrowed(
         ValueError: A layer has not the parameters that belong to it, or layers do not meet.
     """
     smaller = _copied(module, given)
-    unknown = _follow(module, smaller, rules)
+    unknown = _follow(module, smaller, rules, inside_heads)
     follow_configs(module, smaller)
     for (name, old), new in zip(module.named_modules(), smaller.modules(), strict=True):
         if type(old).forward is nn.Sequential.forward:
@@ -185,7 +194,9 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _follow(module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> list[Stored]:
+def _follow(
+    module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module], Rule], inside_heads: bool
+) -> list[Stored]:
     """Make what the layers say of their widths what these are, and find the numbers that no rule knows."""
     before, layers = dict(module.named_modules()), dict(smaller.named_modules())
     alone = [name for name, layer in layers.items() if not layer._modules]
@@ -198,13 +209,14 @@ def _follow(module: nn.Module, smaller: nn.Module, rules: Mapping[type[nn.Module
             rule = next((rules[kind] for kind in type(layer).__mro__ if kind in rules), None)
             if rule is not None:
                 rule(layer, old)
-            elif (found := follow(Place(name, layer, old, came))) is not None:
+            elif (found := follow(Place(name, layer, old, came, inside_heads))) is not None:
                 known[name] = found
         elif not layer._modules and not tensors(layer):
             follow_bare(layer, came)
         if gives(layer):
             came.append((gives(old), gives(layer)))
-    return [each for name, found in known.items() for each in stored_widths(module, smaller, name, found)]
+    several = [stored_widths(module, smaller, name, found, inside_heads) for name, found in known.items()]
+    return [each for stored in several for each in stored]
 
 
 def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs: Any) -> None:

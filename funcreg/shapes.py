@@ -139,6 +139,7 @@ def _viewed(flow: Flow, operation: Operation) -> list[Components]:
 
 def _regroup(flow: Flow, components: Components, old: Sequence[int], new: Sequence[int]) -> Components:
     made = flow.atoms.settle([Component(regrouped(ids, old, new), dead) for ids, dead in components])
+    made = flow.by_features(made)
     # Entries that go by two dimensions at once do not go by one.
     for i, component in enumerate(made):
         if any([component.dims & other.dims for other in made[:i]]):

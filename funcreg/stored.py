@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from funcreg.widths import SIZES, changes, head_count, tensors
+from funcreg.widths import HEAD_COUNTS, SIZES, changes, head_count, heads_before, tensors
 
 
 class Stored(NamedTuple):
@@ -54,7 +54,9 @@ _OTHER_COUNTS = (
 )
 
 
-def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str]) -> Iterator[Stored]:
+def stored_widths(
+    module: nn.Module, smaller: nn.Module, path: str, known: frozenset[str], inside_heads: bool = False
+) -> Iterator[Stored]:
     """The numbers in a module that may be widths which changed, and that a forward mentions.
 
     Numbers with the name of a width that nothing mentions are set to what it is.
@@ -62,8 +64,11 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves, near = _moves(layer, before)
     own, named = _mentioned(layer), mentioned(smaller, path)
+    unchanged = {*HEAD_COUNTS} if inside_heads else set[str]()  # Heads are narrower, and not fewer.
+    held = vars(before).values() if inside_heads and near and heads_before(before) is None else ()
+    beside = {value for value in held if type(value) is int}
     for name, value in list(vars(layer).items()):
-        if name in _INTERNAL or name in known:
+        if name in _INTERNAL or name in known or name in unchanged:
             continue
         readers = own if _is_count(name) else named
         # Functions outside of the module read counts from it, too, as those of attention do.
@@ -72,14 +77,14 @@ def stored_widths(module: nn.Module, smaller: nn.Module, path: str, known: froze
             if now is not None:
                 setattr(layer, name, now)
         elif _is_config(value):
-            for key in sorted(own or vars(value)):
+            for key in sorted({*(own or vars(value))} - unchanged):
                 number = getattr(value, key, None)
                 count = head_count(layer, before, key, number) if own is not None else None
                 if count is not None:
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
-                elif others := _others(key, number, moves):
+                elif others := _others(key, number, moves, beside):
                     yield Stored(path, f"{name}.{key}", number, others)
-        elif others := _others(name, value, moves):
+        elif others := _others(name, value, moves, beside):
             yield Stored(path, name, value, others)
     for child, inner in layer._modules.items():
         for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
@@ -99,15 +104,24 @@ def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bo
     return moves, near
 
 
-def _others(name: str, value: Any, moves: dict[int, set[int]]) -> tuple[Any, ...]:
-    """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed."""
+def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] = frozenset()) -> tuple[Any, ...]:
+    """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed.
+
+    Args:
+        name: The name of the number.
+        value: The number.
+        moves: For each width that changed what it became.
+        beside: Numbers that may count heads, of which there are as many as before: it may be the width of one.
+    """
     if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
-        if _is_count(name) and value > 1:  # As many fewer as what it divides is narrower.
+        divides = _is_count(name) or any([value * count in moves for count in beside])
+        if divides and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
-        return tuple(sorted(found - {value}, reverse=True))
+        others = sorted(found - {value}, reverse=True)
+        return (value, *others) if others and beside else tuple(others)  # It may be one that counts heads itself.
     if isinstance(value, Tensor):
         return (value,) if any(n in moves for n in value.shape) else ()
     if isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):

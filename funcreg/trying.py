@@ -8,6 +8,7 @@ network with weights that are drawn.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -15,10 +16,11 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
@@ -28,6 +30,8 @@ from funcreg.stored import Stored
 from funcreg.tree import listed, widen
 from funcreg.widths import CONVOLUTIONS, Rule
 
+#: Functions in the order in which they were called, and the numbers that they were given.
+_Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 
@@ -42,6 +46,8 @@ class Trial:
         counts: The number of groups of each.
         rules: As `resized` takes them.
         round_to: What numbers of channels stay multiples of.
+        inside_heads: Whether features inside heads are among them, from whose number no scale may come.
+        multiplied: Whether each family is of features of queries and keys, which may have to be as many as of values.
     """
 
     def __init__(
@@ -52,20 +58,27 @@ class Trial:
         counts: Sequence[int],
         rules: Mapping[type[nn.Module], Rule],
         round_to: int,
+        inside_heads: bool = False,
+        multiplied: Sequence[bool] = (),
     ) -> None:
         self.module, self.families = module, families
         self._inputs, self._rules = arguments(inputs), rules
         self._counts, self._round_to = counts, round_to
+        self._inside_heads, self._multiplied = inside_heads, multiplied
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
+        self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
+        self._computed_with: _Computed = []
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
         try:
-            found = self._outputs(narrowed(module, self._tree([], []), {})[0])
+            network = narrowed(module, self._tree([], []), {})[0]
+            with self._written_down() as self._computed_with:
+                found = self._outputs(network)
             self.failure = f"{found}" if isinstance(found, Failure) else None
             self._expected = [] if isinstance(found, Failure) else found
         except Exception as error:  # Such as of modules that cannot be copied.
@@ -73,7 +86,8 @@ class Trial:
 
     def problem(self, chosen: Sequence[int]) -> str | None:
         """What goes wrong without some of the groups of these families, None if nothing does."""
-        for left in dict.fromkeys((self._about_half(chosen), tuple(max(1, self._counts[i] - 1) for i in chosen))):
+        for left in dict.fromkeys(self._left(chosen)):
+            self._scale = None
             found = self._problem_with(chosen, left)
             if found is None and self._comparable is not None:
                 found = self._difference(chosen, left, *self._comparable)
@@ -81,10 +95,19 @@ class Trial:
                 return found
         return None
 
+    def _left(self, chosen: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """How many groups of each family stay, in turn."""
+        yield self._about_half(chosen)
+        yield tuple([max(1, self._counts[i] - 1) for i in chosen])
+        if self._inside_heads and any([self._multiplied[i] for i in chosen]):
+            # Less of queries and keys alone, which the same number of all would hide to be wrong.
+            yield tuple([n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]])
+
     def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
-        """A half of the groups of each family, of every second pair less, so that layers come to differ in width."""
-        counts = [(self._counts[i], i // 2 % 2) for i in chosen]
-        return tuple(max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts)
+        """A half of the groups of each family, of some less, so that layers come to differ in width."""
+        each = 1 if self._inside_heads else 2  # Families of one layer are pairs, or those of one kind come in turn.
+        counts = [(self._counts[i], i // each % 2) for i in chosen]
+        return tuple([max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts])
 
     def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
         """All tensors, with so many groups of these families."""
@@ -96,7 +119,7 @@ class Trial:
     def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
         tree = self._tree(chosen, left)
         try:
-            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules)
+            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules, self._inside_heads)
         except Exception as error:  # Of a rule of the user's, too.
             return f"resized refuses what is left: {_line(error)}"
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
@@ -106,8 +129,32 @@ class Trial:
         return self._said(smaller, wrong, unknown, chosen)
 
     def _wrong(self, smaller: nn.Module) -> Failure | str | None:
-        found = self._outputs(smaller)
-        return found if isinstance(found, Failure) else unlike(self._expected, found)
+        with self._written_down() as numbers:
+            found = self._outputs(smaller)
+        wrong = found if isinstance(found, Failure) else unlike(self._expected, found)
+        return wrong or self._other_number(self._computed_with, numbers)
+
+    @contextlib.contextmanager
+    def _written_down(self) -> Iterator[_Computed]:
+        """The numbers that a network computes with, if features inside heads are tried out; no mode is on else."""
+        with _Numbers() if self._inside_heads else contextlib.nullcontext(_Numbers()) as seen:
+            yield seen.found
+
+    def _other_number(self, whole: _Computed, smaller: _Computed) -> str | None:
+        """The first of the numbers that a smaller network computes with which the whole one does not have.
+
+        Where the scale of scores comes from the number of features outputs may not tell it: a single key has all the
+        weight, whatever its score.
+        """
+        for (name, one), (other_name, other) in zip(whole, smaller, strict=False):
+            if (name, one) != (other_name, other):
+                self._scale = (
+                    f"without some of these channels it computes {other_name} by {_shown(other)}, which was {name} by "
+                    f"{_shown(one)}: the scale of scores seems to come from the number of features, as in "
+                    "q.size(-1) ** -0.5. Let the module store a scale of its own"
+                )
+                return self._scale
+        return None
 
     @functools.cached_property
     def _comparable(self) -> tuple[dict[str, Tensor], Any] | None:
@@ -148,14 +195,19 @@ class Trial:
                     rows[count:] = 0
                     dead[name] = scatter(rows, dead[name], along)
         whole = narrowed(self.module, dead, {})[0]
-        smaller, unknown = narrowed(
-            self.module, as_given(self.module, without(dead, families, left, self._round_to)), self._rules
-        )
+        given = as_given(self.module, without(dead, families, left, self._round_to))
+        smaller, unknown = narrowed(self.module, given, self._rules, self._inside_heads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            agreement = Agreement(whole, inputs)
-            wrong = settle(smaller, unknown, lambda: agreement.problem(smaller))
+            with self._written_down() as numbers:
+                agreement = Agreement(whole, inputs)
+            wrong = settle(smaller, unknown, lambda: self._unequal(agreement, smaller, numbers))
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+
+    def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
+        with self._written_down() as numbers:
+            wrong = agreement.problem(smaller)
+        return wrong if isinstance(wrong, Failure) else self._other_number(whole, numbers) or wrong
 
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
         with warnings.catch_warnings():
@@ -165,6 +217,8 @@ class Trial:
 
     def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
+        if self._scale is not None:  # All else that was tried fails, too, in another way.
+            return f"in {_named(self.module, _around(self.module, self._holder(chosen)))} {self._scale}"
         path = _around(self.module, wrong.path if isinstance(wrong, Failure) else self._holder(chosen))
         kind = type(self.module.get_submodule(path)).__name__
         here = [each for each in unknown if each.path == path] or list(unknown)
@@ -183,6 +237,33 @@ class Trial:
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
         alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join([parts[0] for parts in alike])
+
+
+class _Numbers(TorchFunctionMode):
+    """Writes down the numbers that tensors are computed with, and the functions that take them, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: _Computed = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").strip("_")
+        given = [*args, *(kwargs or {}).values()]
+        counts = _ARITHMETIC.search(name) is not None
+        numbers = [float(x) for x in given if isinstance(x, float) or (counts and type(x) is int)]
+        if name == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
+            numbers.append((args[0] if args else (kwargs or {})["query"]).shape[-1] ** -0.5)
+        if numbers:
+            self.found.append((name, tuple(numbers)))
+        return func(*args, **(kwargs or {}))
+
+
+#: Functions that compute with whole numbers, where others take them for sizes and dimensions.
+_ARITHMETIC = re.compile("mul|div|pow|tensor|full")
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return ", ".join([f"{x:.4g}" for x in numbers])
 
 
 def _line(error: Exception) -> str:

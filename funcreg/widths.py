@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from funcreg.attention import NarrowAttention
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     layer: Any  # With its new parameters.
     before: Any  # As it was.
     came: Sequence[tuple[int, int]]  # What each layer before it gave, and gives.
+    inside_heads: bool = False  # Whether a narrower attention has narrower heads, and not fewer of them.
 
 
 def follow(place: Place) -> frozenset[str] | None:
@@ -352,6 +354,7 @@ _PACKED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "t
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "proj", "out_lin", "wo", "to_out", "out", "o")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+HEAD_COUNTS = (*_HEADS, *_KEY_HEADS)
 _REPEATS = ("num_key_value_groups", "n_rep")
 _TOGETHER = ("all_head_size", "split_size", "inner_dim")
 
@@ -366,8 +369,17 @@ class Heads(NamedTuple):
 
 def heads(layer: Any, size: int = 0) -> Heads | None:
     """The heads of a module of attention; None if it is none that is known, no heads if they are not whole."""
-    children = layer._modules
     size = next((vars(layer)[name] for name in SIZES if isinstance(vars(layer).get(name), int)), size)
+    q, k, v = _projected(layer)
+    if not (size and q and k and v):
+        return None
+    whole = q % size == 0 and k % size == 0 and v == k and q % k == 0
+    return Heads(size, q // size, k // size) if whole else Heads(size, 0, 0)
+
+
+def _projected(layer: Any) -> tuple[int, int, int]:
+    """The widths of queries, keys and values of all heads, 0 where they are not known."""
+    children = layer._modules
     q, k, v, packed = (
         next((gives(children[name]) for name in names if children.get(name) is not None), 0)
         for names in (_QUERIES, _KEYS, _VALUES, _PACKED)
@@ -376,10 +388,7 @@ def heads(layer: Any, size: int = 0) -> Heads | None:
         rest = packed - (0 if q else _width_together(layer) or packed // 3)  # Queries may be packed, too.
         q = q or packed - rest
         k = v = rest // 2 if rest % 2 == 0 else 0
-    if not (size and q and k and v):
-        return None
-    whole = q % size == 0 and k % size == 0 and v == k and q % k == 0
-    return Heads(size, q // size, k // size) if whole else Heads(size, 0, 0)
+    return q, k, v
 
 
 def _width_together(layer: Any) -> int:
@@ -435,16 +444,16 @@ def _of_attention(place: Place) -> Iterable[str]:
     had = heads_before(before)
     if had is None or not had.queries:
         return
-    has = heads(layer, had.size)
+    has = _narrower(place, had) if place.inside_heads else heads(layer, had.size)
     if has is None or not has.queries or (_packs(layer) and has.queries * had.keys != had.queries * has.keys):
         raise ValueError(
             f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "
             f"{had.queries} heads of queries and {had.keys} of keys. Does the family of its heads name all of its "
-            f"projections, with size={had.size}?"
+            f"projections, with size={had.size}? Features of all heads go with inside_heads=True"
         )
     for names, old, new in (
-        (SIZES, had.size, had.size),
+        (SIZES, had.size, has.size),
         (_HEADS, had.queries, has.queries),
         (_KEY_HEADS, had.keys, has.keys),
         (_REPEATS, had.queries // had.keys, has.queries // has.keys),
@@ -454,6 +463,58 @@ def _of_attention(place: Place) -> Iterable[str]:
             if vars(before).get(name) == old:
                 setattr(layer, name, new)
                 yield name
+
+
+def _narrower(place: Place, had: Heads) -> Heads:
+    """As many heads as before, of as many features as there are queries and keys for."""
+    q, k, v = _projected(place.layer)
+    size, rest = divmod(q, had.queries)
+    if rest or k != size * had.keys or v % had.keys:
+        raise ValueError(
+            f"the projections of '{place.name}', a {type(place.layer).__name__}, are of widths {q}, {k} and {v}; with "
+            f"inside_heads=True expected {had.queries} heads of queries and {had.keys} of keys, as before, and as many "
+            "features in each of them. Were whole heads taken out?"
+        )
+    return had._replace(size=size)
+
+
+def check_heads(module: nn.Module, smaller: nn.Module, inside_heads: bool, known: tuple[type[nn.Module], ...]) -> None:
+    """Raise a ValueError for the first attention whose features went where heads are told to go, or the other way.
+
+    A width may be of fewer heads as well as of narrower ones; entries of weights tell, while one network is made of
+    the other. What is known by rules is left out.
+    """
+    for (name, before), layer in zip(module.named_modules(), smaller.modules(), strict=True):
+        had = None if isinstance(before, known) else heads_before(before)
+        whole = None if had is None else _went_whole(before, layer, had.size)
+        if whole is inside_heads:
+            raise ValueError(
+                f"{'whole heads' if whole else 'features of all heads'} were taken out of '{name}', a "
+                f"{type(layer).__name__}, and resized got inside_heads={inside_heads}; expected the opposite, as "
+                "channel_groups was told, or a rule for this type if the rows of a head do not follow each other"
+            )
+
+
+def _went_whole(before: Any, layer: Any, size: int) -> bool | None:
+    """Whether whole heads are gone from the queries of attention; None where nothing is, or it cannot be told."""
+    old, new = _first_column(before), _first_column(layer)
+    if old is None or new is None or len(old) == len(new) or (old.device, old.dtype) != (new.device, new.dtype):
+        return None
+    stays = torch.isin(old, new)
+    if int(stays.sum()) != len(new) or len(old) % size:
+        return None
+    heads = stays.reshape(-1, size)
+    return bool((heads.any(1) == heads.all(1)).all())
+
+
+def _first_column(layer: Any) -> Tensor | None:
+    """What makes queries of the first input, for each feature of each head."""
+    child: Any = next(
+        (layer._modules[name] for name in (*_QUERIES, *_PACKED) if layer._modules.get(name) is not None), None
+    )
+    if isinstance(child, nn.Linear):
+        return child.weight.detach()[:, 0]
+    return child.weight.detach()[0] if child is not None and is_conv1d(child) else None
 
 
 def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:
@@ -486,6 +547,7 @@ def follow_configs(module: nn.Module, smaller: nn.Module) -> None:
         news: list[tuple[Sequence[str], Any, Any]] = []
         if had is not None and has is not None and has.queries:
             news += [(_HEADS, had.queries, has.queries), (_KEY_HEADS, had.keys, has.keys)]
+            news += [(SIZES, had.size, has.size)] if has.size != had.size else []
         hidden = "intermediate_size"
         news.append(((hidden,), vars(before).get(hidden), vars(layer).get(hidden)))
         for names, old, new in news:

@@ -87,3 +87,32 @@ def test_widths_are_multiples_where_hardware_likes_them():
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), given)
     convolutions = [layer for layer in smaller.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert all(layer.out_channels % 8 == 0 for layer in convolutions)
+
+
+@quiet
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["ViT", "BERT", "GPT-2", "T5"])
+def test_features_inside_heads_go_where_the_scale_is_stored(name, attention):
+    make, inputs, *_ = NETWORKS[name]
+    torch.manual_seed(0)
+    model, given = halve(make().double().eval(), []), cast(inputs(), torch.float64)
+    model.set_attn_implementation(attention)
+    heads, groups = fr.channel_groups(model, given), fr.channel_groups(model, given, inside_heads=True)
+    assert len(groups) >= len(heads)
+    dead = without_half(model, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), given, inside_heads=True)
+    error = gap(outputs(smaller, given), outputs(dead, given))
+    print(f"{name}: {1 - in_blocks(smaller) / in_blocks(model):.0%} of blocks gone, error {error:.1e}")
+    assert error < 1e-10
+    assert 1 - in_blocks(smaller) / in_blocks(model) > 0.4
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("name", "reason"), [("Llama", "rotary_emb.inv_freq"), ("Qwen3", "reduced over channels.*q_norm")]
+)
+def test_features_inside_heads_stay_where_they_are_turned_or_normalized(name, reason):
+    model = halve(decoder(name), []).eval()
+    groups = fr.channel_groups(model, tokens(), inside_heads=True)
+    assert all("mlp" in layer for names in groups.layers for layer in names)
+    assert re.search(reason, groups.explain())

@@ -52,6 +52,8 @@ class Structure:
             small groups are kept by what scales larger ones. Weights of the penalty are one number for each group.
         curvature: From the hyperparameters to :math:`q`, for a penalty :math:`\frac{q}{2} \|w - c\|^2`.
         parts: From the hyperparameters and options to the terms of a penalty that is itself a sum.
+        interval: Whether it bounds each entry by an interval: the least of a convex function of one number in an
+            interval is the end that lies nearest to its minimum, so that it may follow any convex separable penalty.
 
     Example:
         Soft thresholding keeps signs, and all that :math:`|w|` needs is its sign; so does this one:
@@ -75,6 +77,7 @@ class Structure:
     groups: Callable[..., tuple[int, ...]] | None = None
     curvature: Callable[..., Hyper] | None = None
     parts: Callable[..., Sequence[Term]] | None = None
+    interval: bool = False
 
 
 class Term(NamedTuple):
@@ -292,6 +295,13 @@ def _arranged(
 def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], possible: dict[Kept, bool]) -> bool:
     """Whether the proximal operator of `last` leaves subgradients of `first` subgradients."""
     inner, outer = first.penalty.structure, last.penalty.structure
+    if (
+        outer.interval
+        and not inner.interval
+        and first.penalty.separable is True
+        and not any(map(torch.is_complex, leaves))
+    ):
+        return first.penalty.is_convex(*first.hyper, **dict(first.options))
     kept = [need for need in inner.needs if need in outer.keeps and possible[need]]
     if any(need != "directions" for need in kept):
         return True
@@ -308,6 +318,7 @@ def _why_not(terms: Sequence[Term], uniform: bool) -> str:
     return (
         f"{said} has a value and a gradient, but{where} no proximal operator that is known to "
         "be exact: that of one term spoils what that of another found. Exact are sums of anything with half_l2 or l2, "
-        "l1 with group penalties, and groups nested in each other. Keep the proximal operator of one term and put the "
+        "l1 with group penalties, groups nested in each other, and bounds (box, nonnegative) on convex penalties of "
+        "single entries. Keep the proximal operator of one term and put the "
         "other into the loss or add_penalty; or give each its own leaves with given(mask=...)."
     )

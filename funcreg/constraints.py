@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
+from funcreg.composition import Structure
 from funcreg.construction import written
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.penalty import LACKING, Penalty
@@ -61,6 +62,7 @@ class Constraint(Penalty):
         separable: Whether each entry is bounded by itself.
         couples_leaves: Whether the projection of one leaf depends on others.
         convex: Whether the set is convex.
+        structure: What sums with this constraint may rely on; see `Structure`.
 
     Example:
         Parameters that are all the same, in one leaf:
@@ -84,6 +86,7 @@ class Constraint(Penalty):
         separable: bool = False,
         couples_leaves: bool = True,
         convex: bool = True,
+        structure: Structure | None = None,
     ) -> None:
         flags(convex=convex)
 
@@ -136,6 +139,7 @@ class Constraint(Penalty):
             couples_leaves=couples_leaves,
             has_gradient=False,
             convex=convex,
+            structure=structure,
         )
         self._made = (
             type(self),
@@ -150,6 +154,7 @@ class Constraint(Penalty):
                 "separable": separable,
                 "couples_leaves": couples_leaves,
                 "convex": convex,
+                "structure": structure,
             },
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
@@ -217,6 +222,7 @@ def constraint(
     missed: Callable[..., Tensor] | None = None,
     residual: Callable[..., Tensor] | None = None,
     convex: bool = True,
+    structure: Structure | None = None,
 ) -> Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
@@ -237,9 +243,10 @@ def constraint(
             plus a normal of the set; by default the residual of the projection, :math:`w - P(w - g)`. The slack is how
             far, relative to its size, a sum or norm of a leaf may be off a bound by rounding.
         convex: Whether the set is convex.
+        structure: What sums with this constraint may rely on; see `Structure`.
 
     Example:
-        >>> @constraint(separable=True, real=True)
+        >>> @constraint(separable=True, real=True, convex=False)
         ... def whole(w):
         ...     "Whole numbers."
         ...     return w.round()
@@ -259,6 +266,7 @@ def constraint(
         "missed": missed,
         "residual": residual,
         "convex": convex,
+        "structure": structure,
     }
     weighed = metric
 
@@ -301,12 +309,18 @@ def constraint(
             separable=separable,
             couples_leaves=False,
             convex=convex,
+            structure=structure,
         ).made_from(constraint, given, rule)
 
     return lift
 
 
 # Groups
+
+
+_INTERVAL = Structure(interval=True)
+#: Of balls that hold 0 and are the same in each direction of an axis.
+_KEEPS_SIGNS = Structure(keeps=("signs",))
 
 
 def grouped(w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -400,7 +414,7 @@ def _nonnegative_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return torch.where(w > 0, g, g.clamp(max=0))
 
 
-@constraint(separable=True, real=True, residual=_nonnegative_normal)
+@constraint(separable=True, real=True, residual=_nonnegative_normal, structure=_INTERVAL)
 def nonnegative(w: Tensor) -> Tensor:
     r"""No entry below zero, :math:`w_i \ge 0`.
 
@@ -455,7 +469,7 @@ def _box_normal(w: Tensor, g: Tensor, slack: Scalar, lower: Scalar, upper: Scala
     return torch.where(at_high & (high < math.inf), left.clamp(min=0), left)
 
 
-@constraint(separable=True, check=check_bounds, real=True, residual=_box_normal)
+@constraint(separable=True, check=check_bounds, real=True, residual=_box_normal, structure=_INTERVAL)
 def box(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     r"""Each entry in an interval, :math:`l_i \le w_i \le u_i`.
 
@@ -478,7 +492,7 @@ def _linf_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0)
     return _ball_normal(w, g, slack / 32, radius, ())
 
 
-@constraint(separable=True, bounds={"radius": _AT_LEAST_0}, residual=_linf_ball_normal)
+@constraint(separable=True, bounds={"radius": _AT_LEAST_0}, residual=_linf_ball_normal, structure=_INTERVAL)
 def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""No entry larger than a radius, :math:`\max_i |w_i| \le r`.
 
@@ -546,7 +560,7 @@ def _max_norm_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, 
     return _ball_normal(w, g, slack, radius, group_dims(w, dim))
 
 
-@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal)
+@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal, structure=_KEEPS_SIGNS)
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -565,7 +579,7 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal)
+@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal, structure=_KEEPS_SIGNS)
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 
@@ -711,7 +725,7 @@ def _l1_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *
     return ungrouped(torch.where(torch.zeros_like(size) + radius == 0, torch.zeros_like(left), left), w, dims)
 
 
-@constraint(metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l1_ball_normal)
+@constraint(metric=_l1_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l1_ball_normal, structure=_KEEPS_SIGNS)
 def l1_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Sum of magnitudes within a radius, :math:`\sum_{i \in g} |w_i| \le r`: the lasso as a constraint.
 

@@ -615,7 +615,14 @@ def _tree_residual(
     return forest.shrink(g + strength * forest.slope(w), strength, zero)
 
 
-@penalty(gradient=_tree_gradient, proximal=_tree_proximal, residual=_tree_residual, separable=False, inner_steps=100)
+@penalty(
+    gradient=_tree_gradient,
+    proximal=_tree_proximal,
+    residual=_tree_residual,
+    separable=False,
+    structure=Structure(keeps=("signs",)),
+    inner_steps=100,
+)
 def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
     r"""Sum of the norms of nested groups, :math:`\sum_g c_g \|w_g\|_2`: what lies deeper vanishes first.
 

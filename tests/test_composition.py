@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_equal, draw, flat
+from cases import DEVICE, assert_equal, draw, flat, normal
 from torch.func import vmap
 
 import funcreg as fr
@@ -118,6 +118,45 @@ def test_joint_norms_follow_l1_where_they_say_that_they_keep_signs():
     )
     w = draw()
     assert_equal((joint + fr.l1).prox(w, 0.2), joint_prox(fr.l1.prox(w, 0.2), 0.2), rtol=1e-12)
+
+
+#: Sums with a constraint, or with trees of groups, for 1 to 3 entries.
+BOUNDED = {
+    "l1, bounds around 0": fr.l1 + fr.box.given(-0.4, 0.7),
+    "l1, bounds above 0": 0.5 * fr.l1 + fr.box.given(0.2, 0.7),
+    "an elastic net of at least 0": fr.nonnegative + fr.elastic.given(0.8, 0.5),
+    "huber and bounds": fr.huber.given(0.3) + fr.linf_ball.given(0.5),
+    "l1 in a ball": fr.l1 + fr.l2_ball.given(0.6),
+    "l1 with rows in balls": 0.5 * fr.l1 + fr.half_l2 + fr.max_norm.given(0.6, dim=None),
+    "l1 in a ball of l1": fr.l1 + fr.l1_ball.given(0.6),
+    "l1 and nested groups": 0.5 * fr.l1 + fr.tree_lasso.given(groups=((0, (1,)), (2,))),
+}
+
+
+@pytest.mark.parametrize("metric", [False, True], ids=["plain", "in a metric"])
+@pytest.mark.parametrize("total", BOUNDED.values(), ids=BOUNDED)
+def test_bounds_follow_what_they_leave_a_solution(total, metric):
+    """Nothing near the point, nor on a grid, is better; and it is where the residual of its equation is 0."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.tensor([[1.3, -0.9, 0.4], [0.1, -0.2, 2.0], [0.6, 0.0, -0.5]], dtype=torch.float64, device=DEVICE)
+    h = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, device=DEVICE)
+    line = torch.linspace(-1, 1, 41, dtype=torch.float64, device=DEVICE)
+    grid = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
+    for x in w:
+        if metric and not total.in_metric(x):
+            continue
+        weights = h if metric else torch.ones_like(h)
+        z = total.prox(x, 0.4, metric=h) if metric else total.prox(x, 0.4)
+        near = z + 0.01 * normal(generator, 500, 3)
+        at = vmap(lambda z, x=x, weights=weights: 0.5 * (weights * (z - x).square()).sum() + 0.4 * total(z))
+        assert at(z[None]).isfinite()
+        assert (at(z[None]) <= at(torch.cat([grid, near])) + 1e-12).all()
+        assert_equal(total.residual(z, weights * (z - x) / 0.4), torch.zeros_like(z), atol=1e-12)
+
+
+def test_bounds_on_what_is_not_convex_are_refused():
+    with pytest.raises(ValueError, match="no proximal operator that is known"):
+        (fr.mcp.given(1.0, 3.0) + fr.nonnegative).prox(torch.ones(2), 0.1)
 
 
 def test_factors_may_be_tensors_of_an_ensemble():

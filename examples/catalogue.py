@@ -26,7 +26,7 @@ PAGE = pathlib.Path(__file__).parent / "catalogue.md"
 #: What hyperparameters and options without a default are given, by name.
 GIVEN: dict[str, Any] = {
     "alpha": 1.0, "rho": 0.2, "beta": 0.1, "strength": 2.0, "gamma": 3.0, "a": 3.7, "epsilon": 0.1, "threshold": 1.0,
-    "delta": 1.0, "anchor": 0.25, "fisher": 1.0, "lower": -1.0, "upper": 1.0, "radius": 6.0, "total": 6.0, "k": 20,
+    "delta": 1.0, "anchor": 0.25, "fisher": 1.0, "lower": -1.0, "upper": 1.0, "radius": 6.0, "total": 6.0, "k": 3,
     "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "kappa": 2.0, "matrix": torch.eye(2, 48, dtype=torch.float64),
     "factor": 1.0, "groups": ((0, (1, 2)), (3, (4, 5))),
     "weights": torch.linspace(2, 1, 48, dtype=torch.float64).reshape(6, 8),
@@ -182,7 +182,7 @@ def effects(penalty: fr.Penalty, w: Tensor) -> str:
     """What is seen of a matrix while the step of the proximal operator grows."""
     hyper, options = arguments(penalty)
     centre = GIVEN["anchor"] if "anchor" in inspect.signature(penalty).parameters else 0.0
-    path = [penalty.prox(w, step, *hyper, **options) - centre for step in STEPS]
+    path = [w - centre, *[penalty.prox(w, step, *hyper, **options) - centre for step in STEPS]]
     steps = [Seen(w - centre, z, before) for before, z in itertools.pairwise(path)]
     moved = [s for s in steps if (s.z != s.w).any() and (s.z != 0).sum() > 2]
 
@@ -193,6 +193,7 @@ def effects(penalty: fr.Penalty, w: Tensor) -> str:
         return [text for sees, text in kinds if moved and all(map(sees, moved))]
 
     zeros = ever((zeroes_rows, "zeroes rows"), (zeroes_entries, "zeroes entries"))
+    zeros = zeros[-1:] if hasattr(penalty, "project") else zeros  # All at once: rows vanish with their entries.
     levels = ever(
         (cuts_large_entries, "cuts large magnitudes to one level"),
         (levels_magnitudes, "makes magnitudes equal"),

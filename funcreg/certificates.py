@@ -245,7 +245,8 @@ def duality_gap(
         options: Static options of the penalty, such as `dim`.
 
     Raises:
-        ValueError: The penalty is not a sum of norms and ridges, or has no norm in it.
+        ValueError: The penalty is not a sum of norms and ridges, has no norm in it, or leaves parameters without a
+            charge.
 
     Shape:
         A 0-dim tensor.
@@ -285,11 +286,23 @@ def duality_gap(
     for term in smooth:
         grads = compute(lambda g, s: g + s, grads, term.grad(params))
     size = lambda_max(grads, Sum(tuple(norms)))
+    _check_feasible(penalty, size, grads)
     share = (1 / size).clamp(max=1.0)  # Of the gradient that is feasible in the dual problem; all of it at a solution.
     along = total(reduce_leaves(lambda g, w: g * w, grads, params))
     ridges = total([term.value(params) for term in smooth]) * (1 - share).square()
     gap = divergence(share).sum() / samples + ridges + share * along + Sum(tuple(norms))(params)
     return gap.to(along.dtype)
+
+
+def _check_feasible(penalty: Penalty, size: Tensor, grads: Params) -> None:
+    """Raise an error if no multiple of a gradient is feasible in the dual problem, as far as numbers are known."""
+    known = concrete(size)
+    if isinstance(known, Tensor) and known == math.inf and all([bool(g.isfinite().all()) for g in tree_leaves(grads)]):
+        raise ValueError(
+            f"duality_gap of {penalty.__name__}: expected norms, which are 0 at zero alone. This one charges nothing "
+            "for some parameters that are not zero (a weight of 0, constants in a total variation), along which no "
+            "multiple of the gradient is feasible in the dual problem. kkt_residual certifies its solutions."
+        )
 
 
 _LOSSES = {"squared": _squared, "logistic": _logistic}

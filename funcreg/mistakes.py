@@ -17,7 +17,7 @@ from funcreg.construction import written
 from funcreg.decay import arguments_of, decay_of, every_part, parts_of
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
-from funcreg.regularizing import add_penalty, proximal, soft_threshold
+from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, trace
 from funcreg.transform import Transform, raw_leaves
@@ -72,6 +72,7 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
         *_penalty_before_a_denominator(links),
         *_changes_after_landing(links),
         *_constant_thresholds(links),
+        *_projections_in_another_metric(links),
         *_averages_of_zeros(entries),
         *_penalties_of_vectors(links, whole),
         *_penalized_twice(links),
@@ -252,6 +253,20 @@ def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
             yield (
                 f"{entry.tx!r} solves a problem of another strength than it seems, because {', and '.join(reasons)}. "
                 "prox_sgd and prox_adam scale it as they must."
+            )
+
+
+def _projections_in_another_metric(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        found = entry.argument("constraint" if made(entry.tx, project) else "penalty")
+        if not made(entry.tx, project, proximal) or not isinstance(found, Constraint) or found.separable is True:
+            continue
+        divides = next((each for each in links[:i] if _divides(each) and _meet(entry, each)), None)
+        if divides is not None:
+            yield (
+                f"{entry.tx!r} goes to the nearest point of the set, and {divides.tx!r} gives each entry a step size "
+                "of its own: where entries depend on each other, they end in the set, but not at its best point. "
+                "prox_adam, or proximal_step, goes to the nearest point in the metric of the steps."
             )
 
 

@@ -629,8 +629,9 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     A group is a tuple of indices and of groups inside it, and `...` stands for all indices that are written nowhere.
     In `groups=((0, (1, 2), (3, (4,))),)` there is one tree: nothing in it stays without the group of all five, and 4
     not without 3. `groups=((0, 1), (2, 3, 4))` are two trees of one group each. The proximal operator shrinks groups
-    from the leaves of the trees to their roots, which is exact because groups are nested or apart. In a diagonal
-    metric, where there is no closed form, `inner_steps` find the point, by default 100.
+    from the leaves of the trees to their roots, which is exact because groups are nested or apart. Indices that no
+    group holds carry no penalty. In a diagonal metric, where there is no closed form, `inner_steps` find the point, by
+    default 100.
 
     Args:
         groups: Tuple of groups. Indices count slices along `axis`, such as the rows of a matrix.

@@ -119,6 +119,9 @@ def test_the_gap_refuses_what_has_no_dual_norm():
     unknown = fr.Penalty(fr.global_norm, lambda p: p, lambda p, step, metric=None: p)
     with pytest.raises(ValueError, match="global_norm is neither"):
         fr.duality_gap(predict, params, targets, fr.l1 + unknown)
+    for free in (fr.total_variation, {"w": 0.0} * fr.l1):
+        with pytest.raises(ValueError, match="along which no multiple of the gradient is feasible"):
+            fr.duality_gap(predict, params, targets, free)
     with pytest.raises(ValueError, match="loss is 'hinge'; expected one of 'squared', 'logistic'"):
         fr.duality_gap(predict, params, targets, fr.l1, loss="hinge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="targets have shape"):

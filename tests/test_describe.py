@@ -202,6 +202,10 @@ MISTAKEN = {
         lambda: fr.chain(fr.adam(0.1), fr.scale(-1.0)),
         [r"scale\(-1.0\) turns the sign that scale_by_learning_rate\(0.1\) has turned: updates go uphill"],
     ),
+    "a projection that does not see the metric": (
+        lambda: fr.chain(fr.adam(0.1), fr.project(fr.simplex)),
+        [r"project\(simplex\) goes to the nearest point of the set, and scale_by_adam.* not at its best point"],
+    ),
     "a mean of zeros": (
         lambda: fr.lookahead(fr.prox_adam(0.1, fr.l1, mask=fr.matrices), 5, 0.5),
         [r"lookahead averages the parameters of prox_adam.*exactly zero"],
@@ -276,6 +280,8 @@ def test_links_out_of_order_are_warned_of():
 RIGHT = [
     lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
     lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
+    lambda: fr.prox_adam(0.1, fr.simplex),
+    lambda: fr.chain(fr.sgd(0.1, momentum=0.9), fr.project(fr.simplex)),
     lambda: fr.chain(fr.freeze(HEAD), fr.masked(fr.adam(0.1), {"head": False, "body": True})),
     lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(SCHEDULE, mask=fr.matrices)),
     lambda: fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1)),

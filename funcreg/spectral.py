@@ -175,7 +175,9 @@ def _keep(ctx: Any, w: Tensor, *rest: Any) -> None:
 
 
 def _kept(ctx: Any) -> tuple[Tensor, Any, tuple[Any, ...]]:
-    w, *tensors = ctx.saved_tensors
+    # Views, as a pull-back may be called after its `vjp` has ended: torch then fails to differentiate in the saved
+    # tensors, which are wrapped for a level that is gone. Every operation takes that wrapper off.
+    w, *tensors = [t.view_as(t) for t in ctx.saved_tensors]
     new = iter(tensors)
     rest = tuple(next(new) if number is None else number for number in ctx.numbers)
     return w, rest[:4], rest[4:]

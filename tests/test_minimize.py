@@ -309,6 +309,55 @@ def test_derivatives_beyond_matrices(monkeypatch):
         torch.testing.assert_close(derivative(f)(at), expected, rtol=1e-5, atol=1e-6)
 
 
+SPECTRAL = {
+    "nuclear": (0.05, lambda c: (fr.nuclear, (), {"strength": c})),
+    "spectral": (0.05, lambda c: (fr.spectral, (), {"strength": c})),
+    "spectral_mcp": (0.15, lambda c: (fr.spectral_mcp, (c, 3.0), {})),
+    "schatten": (0.02, lambda c: (fr.schatten, (), {"strength": c, "p": 0.5})),
+    "rank_envelope": (0.02, lambda c: (fr.rank_envelope, (1.0,), {"strength": c})),
+    "on_singular_values": (0.15, lambda c: (fr.on_singular_values(fr.mcp), (c, 3.0), {})),
+    "spectral_ball": (0.15, lambda c: (fr.spectral_ball, (c,), {})),
+    "nuclear_ball": (0.3, lambda c: (fr.nuclear_ball, (c,), {})),
+    "stiefel": (0.5, lambda c: (fr.stiefel, (), {})),
+}
+
+
+def of_low_rank(make):
+    """From a number to the solution that a penalty of singular values has for it, and to a number made of that."""
+    x, y = made(60, 12)
+    loss = lambda w, y: (x @ w.reshape(-1) - y).square().mean() / 2
+    start = torch.eye(3, 4, dtype=torch.float64, device=DEVICE)
+
+    def solution(c):
+        penalty, hyper, options = make(c)
+        moved = y + c * x[:, 0]  # `stiefel` has no number: its solution depends on the data.
+        return fr.minimize(loss, start, penalty, *hyper, args=(moved,), tol=1e-11, **options).params
+
+    return solution, lambda c: solution(c).square().sum() + solution(c).sum()
+
+
+@pytest.mark.parametrize(("at", "make"), SPECTRAL.values(), ids=SPECTRAL)
+def test_derivatives_through_singular_values(at, make):
+    solution, size = of_low_rank(make)
+    expected = between(solution, number(at), 1e-5)
+    assert (expected.abs() > 1e-3).any()
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(solution)(number(at)), expected, rtol=1e-5, atol=1e-6)
+    leaf = number(at).requires_grad_()
+    size(leaf).backward()
+    torch.testing.assert_close(leaf.grad, between(size, number(at), 1e-5), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rank_envelope", "spectral_ball"])
+def test_second_derivatives_through_singular_values_also_mapped(name):
+    at, make = SPECTRAL[name]
+    size = of_low_rank(make)[1]
+    expected = between(grad(size), number(at), 1e-5)
+    torch.testing.assert_close(grad(grad(size))(number(at)), expected, rtol=1e-5, atol=1e-6)
+    points = torch.stack([number(at), number(1.01 * at)])
+    torch.testing.assert_close(vmap(grad(size))(points), torch.stack([grad(size)(c) for c in points]))
+
+
 @pytest.mark.parametrize("make", [
     lambda c: fr.prox_sgd(0.5, fr.l1, strength=c),
     lambda c: fr.prox_adam(0.3, fr.l1, strength=c, b2=0.9),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, assert_equal, draw, flat, normal
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 import funcreg as fr
 
@@ -52,6 +52,16 @@ def test_derivatives_are_those_of_small_differences(f, shape):
     torch.testing.assert_close(torch.einsum("ijkl,kl->ij", jacobian, d), exact, rtol=1e-11, atol=1e-12)
     batch = torch.stack([w, d])
     torch.testing.assert_close(vmap(jacrev(f))(batch)[0], jacobian, rtol=1e-11, atol=1e-12)
+
+
+@every_map
+def test_pull_backs_are_differentiated_in_what_they_pull_and_after_the_call_that_made_them(f):
+    w, d = random(3, 4), random(3, 4, seed=1)
+    pull = vjp(f, w)[1]
+    # What pulls back is linear: its own pull-back pushes forward.
+    pushed = vjp(lambda v: pull(v)[0], torch.zeros_like(w))[1](d)[0]
+    torch.testing.assert_close(pushed, jvp(f, (w,), (d,))[1], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(vmap(lambda v: pull(v)[0])(d[None])[0], pull(d)[0])
 
 
 @every_map

@@ -229,7 +229,8 @@ class Graphs:
 
     def _graph(self, f: Callable[..., Any], given: Any, held: list[Tensor]) -> Any:
         try:
-            return _Graph(f, given, held, self._backend, self._say)
+            with torch.inference_mode(False):  # Nothing is differentiated inside of it.
+                return _Graph(f, given, held, self._backend, self._say)
         except Exception as error:  # The function is then called as it is, and says itself what is wrong with it.
             self._say(error)
             return str(error)

@@ -14,7 +14,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.constraints import Constraint
 from funcreg.coupled import check_groups_are_whole
 from funcreg.graphs import Graphs, Same, key_of, like, with_more
-from funcreg.inputs import as_tensors, check_call, check_names, explained
+from funcreg.inputs import RANDOM, as_tensors, check_call, check_names, explained
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.quadratic import (
@@ -319,10 +319,11 @@ def _is_small(x: Tensor) -> bool:
     return 1 <= x.shape[-1] <= _SMALL
 
 
-def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor]:
-    """The state before the first step; and the Hessian, if it is a small matrix; and whether the loss is flat."""
+def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
+    """The state before the first step, the Hessian, if it is a small matrix, and whether the loss is flat, or drawn."""
     x = flat.begin(tensors)
     slope, value = grad_and_value(flat.read)(x, tensors)
+    is_drawn = (flat.read(x, tensors) - value).abs() > torch.finfo(value.dtype).eps ** 0.5 * value.abs()
     hessian, metric = x, torch.ones_like(x)
     if _is_small(x):
         hessian = _hessian(flat, x, tensors)
@@ -337,7 +338,7 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor]:
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
     done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
-    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat
+    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat, is_drawn
 
 
 def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
@@ -481,7 +482,9 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
         flat, tensors = _with_graphs(flat, flat.graphs, tensors)
     start = flat.over_members(lambda tensors: _start(flat, tensors), "start")
     proximal = flat.over_members(lambda tensors, s: _step(flat, tensors, _State(*s)), "step")
-    s, hessian, flat_there = start(tensors)
+    s, hessian, flat_there, is_drawn = start(tensors)
+    if bool(is_drawn.any()):
+        raise TypeError(f"the loss is not the same at two calls with the same parameters. {RANDOM}")
     if bool(flat_there.all()):
         warn_user(
             "the gradient and the curvature of the loss are 0 at params: does it depend on them? A detach(), .data or "

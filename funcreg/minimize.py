@@ -248,7 +248,6 @@ class Problem:
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)
 
-
     def _graphs(self, given: tuple[Params, Hyper, Any, tuple[Any, ...]]) -> Graphs:
         """Graphs of what computes alike for all numbers in the tensors of a problem."""
         leaves, spec = structure(given)

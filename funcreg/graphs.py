@@ -94,8 +94,19 @@ def watch(f: Callable[..., Any], *known: Tensor) -> tuple[Hashable, list[Tensor]
     Raises:
         CannotRecordError: It reads a number from a tensor, or draws random numbers.
     """
+    try:
+        return _watch(f, known, differentiate=True)
+    except CannotRecordError:
+        raise
+    except RuntimeError:  # Tensors of inference mode, which the function may hold, take no part in autograd.
+        return _watch(f, known, differentiate=False)
+
+
+def _watch(
+    f: Callable[..., Any], known: Sequence[Tensor], *, differentiate: bool
+) -> tuple[Hashable, list[Tensor]]:
     watcher = _Watcher(known)
-    with torch.enable_grad(), _watching()(watcher):
+    with torch.set_grad_enabled(differentiate), _watching()(watcher):
         found = f(*known)
     for x in found if isinstance(found, tuple) else (found,):
         watcher.add_derivatives(x)
@@ -229,8 +240,7 @@ class Graphs:
 
     def _graph(self, f: Callable[..., Any], given: Any, held: list[Tensor]) -> Any:
         try:
-            with torch.inference_mode(False):  # Nothing is differentiated inside of it.
-                return _Graph(f, given, held, self._backend, self._say)
+            return _Graph(f, given, held, self._backend, self._say)
         except Exception as error:  # The function is then called as it is, and says itself what is wrong with it.
             self._say(error)
             return str(error)

@@ -223,6 +223,7 @@ class Problem:
         solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
         return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
+    @torch.inference_mode(False)  # Inside of it, torch 2.9 takes every derivative for 0.
     def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
         start = tree_map(lambda w: w.detach(), params)  # The solution has no derivative in the place of the start.
         given, graphs = (start, strength, self.hyper, args), None

@@ -298,7 +298,12 @@ def test_graphs_are_recorded_in_inference_mode():
     with torch.inference_mode():
         found, expected, count = both(solve)
         close(found.params, expected.params)
+        x, y = (t.clone() for t in made(50))
     assert count > 3
+    assert found.steps > 0
+    held = lambda params: squares(params, x, y)
+    solve = lambda compile: fr.minimize(held, begin(), fr.l1, strength=0.2, compile=compile)
+    close(*(each.params for each in both(solve)[:2]))
 
 
 def test_only_so_many_graphs_are_kept(monkeypatch):

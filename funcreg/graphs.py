@@ -102,9 +102,7 @@ def watch(f: Callable[..., Any], *known: Tensor) -> tuple[Hashable, list[Tensor]
         return _watch(f, known, differentiate=False)
 
 
-def _watch(
-    f: Callable[..., Any], known: Sequence[Tensor], *, differentiate: bool
-) -> tuple[Hashable, list[Tensor]]:
+def _watch(f: Callable[..., Any], known: Sequence[Tensor], *, differentiate: bool) -> tuple[Hashable, list[Tensor]]:
     watcher = _Watcher(known)
     with torch.set_grad_enabled(differentiate), _watching()(watcher):
         found = f(*known)

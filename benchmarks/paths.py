@@ -3,7 +3,7 @@
 Lasso and l1 logistic regression beside scikit-learn's and skglm's coordinate descent in compiled code, which is what
 to use where the problem is on their list; and a problem that neither has. Every way must reach the same solutions.
 Times are those of whole paths, the median of rounds in turn; of a compiled path also that of its first call, with
-nothing in the caches of the compiler.
+nothing in the caches of the compiler (not where screening leaves many sizes, each with graphs of its own).
 
     python benchmarks/paths.py --write  # In an environment with scikit-learn, and skglm if it is to have its rows.
 """
@@ -63,7 +63,9 @@ def made(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y - y.mean()
 
 
-def ours(loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], strengths: list[float]) -> dict[str, Way]:
+def ours(
+    loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], strengths: list[float], compiled: bool
+) -> dict[str, Way]:
     def path(compile: bool | str = False) -> np.ndarray:
         return found(fr.regularization_path(loss, w, penalty, strengths=strengths, args=args, compile=compile))
 
@@ -74,7 +76,8 @@ def ours(loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], st
         assert all([bool(each.converged) for each in solved])
         return torch.stack([each.params for each in solved]).numpy()
 
-    return {PATH: path, RECORDED: lambda: path("eager"), COMPILED: lambda: path(True), LOOP: loop}
+    ways: dict[str, Way] = {PATH: path, RECORDED: lambda: path("eager")}
+    return ways | ({COMPILED: lambda: path(True)} if compiled else {}) | {LOOP: loop}
 
 
 def found(path: fr.Path) -> np.ndarray:
@@ -86,7 +89,7 @@ def lasso(name: str, x: np.ndarray, y: np.ndarray, count: int, ratio: float) -> 
     most = float(np.abs(x.T @ y).max() / len(y))
     strengths = np.geomspace(most, most * ratio, count)
     tensors = torch.tensor(x), torch.tensor(y)
-    ways = ours(squares, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist())
+    ways = ours(squares, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist(), count == 100)
     descent: Any = lasso_path
     ways[SKLEARN] = lambda: descent(x, y, alphas=strengths, tol=1e-10, max_iter=100_000)[1].T
     if importlib.util.find_spec("skglm"):
@@ -101,7 +104,9 @@ def classes(count: int) -> Problem:
     x, y = standard(data.data), 2.0 * data.target - 1
     strengths = np.geomspace(1, 1e-2, count) * np.abs(x.T @ y).max() / len(y) / 2
     tensors = torch.tensor(x), torch.tensor(y)
-    ways = ours(logistic, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist())
+    ways = ours(
+        logistic, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist(), count == 100
+    )
 
     def by_sklearn() -> np.ndarray:
         options: dict[str, Any] = {"l1_ratio": 1} if "l1_ratio" in _new else {"penalty": "l1"}
@@ -130,7 +135,7 @@ def groups(count: int) -> Problem:
     w = torch.zeros(x.shape[1], 10, dtype=torch.float64)
     most = float(fr.lambda_max(torch.func.grad(softmax)(w, x, y), fr.group_lasso))
     strengths = np.geomspace(most, most / 10, count).tolist()
-    ways = ours(softmax, w, fr.group_lasso, (x, y), strengths)
+    ways = ours(softmax, w, fr.group_lasso, (x, y), strengths, True)
     return f"softmax with group lasso, digits, {x.shape[0]} x {x.shape[1]} x 10, {count} strengths", ways
 
 

@@ -2,7 +2,8 @@
 
 Lasso and l1 logistic regression beside scikit-learn's and skglm's coordinate descent in compiled code, which is what
 to use where the problem is on their list; and a problem that neither has. Every way must reach the same solutions.
-Times are those of whole paths, the median of rounds in turn.
+Times are those of whole paths, the median of rounds in turn; of a compiled path also that of its first call, with
+nothing in the caches of the compiler (not where screening leaves many sizes, each with graphs of its own).
 
     python benchmarks/paths.py --write  # In an environment with scikit-learn, and skglm if it is to have its rows.
 """
@@ -10,7 +11,9 @@ Times are those of whole paths, the median of rounds in turn.
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -26,11 +29,14 @@ from sklearn.linear_model import LogisticRegression, lasso_path
 from torch import Tensor
 
 import funcreg as fr
+from funcreg import graphs
 
 #: Solutions as arrays, a row for each strength.
 Way = Callable[[], np.ndarray]
 Problem = tuple[str, dict[str, Way]]
 PATH, LOOP, SKLEARN, SKGLM = "`regularization_path`", "a loop of `minimize`, warm", "scikit-learn", "skglm"
+RECORDED, COMPILED = '`compile="eager"`', "`compile=True`"
+FIRST = "its first call"
 
 
 def squares(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -57,9 +63,11 @@ def made(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return x, y - y.mean()
 
 
-def ours(loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], strengths: list[float]) -> dict[str, Way]:
-    def path() -> np.ndarray:
-        return found(fr.regularization_path(loss, w, penalty, strengths=strengths, args=args))
+def ours(
+    loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], strengths: list[float], compiled: bool
+) -> dict[str, Way]:
+    def path(compile: bool | str = False) -> np.ndarray:
+        return found(fr.regularization_path(loss, w, penalty, strengths=strengths, args=args, compile=compile))
 
     def loop() -> np.ndarray:
         solved = [fr.minimize(loss, w, penalty, strength=strengths[0], args=args)]
@@ -68,7 +76,8 @@ def ours(loss: Any, w: Tensor, penalty: fr.Penalty, args: tuple[Tensor, ...], st
         assert all([bool(each.converged) for each in solved])
         return torch.stack([each.params for each in solved]).numpy()
 
-    return {PATH: path, LOOP: loop}
+    ways: dict[str, Way] = {PATH: path, RECORDED: lambda: path("eager")}
+    return ways | ({COMPILED: lambda: path(True)} if compiled else {}) | {LOOP: loop}
 
 
 def found(path: fr.Path) -> np.ndarray:
@@ -80,7 +89,7 @@ def lasso(name: str, x: np.ndarray, y: np.ndarray, count: int, ratio: float) -> 
     most = float(np.abs(x.T @ y).max() / len(y))
     strengths = np.geomspace(most, most * ratio, count)
     tensors = torch.tensor(x), torch.tensor(y)
-    ways = ours(squares, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist())
+    ways = ours(squares, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist(), count == 100)
     descent: Any = lasso_path
     ways[SKLEARN] = lambda: descent(x, y, alphas=strengths, tol=1e-10, max_iter=100_000)[1].T
     if importlib.util.find_spec("skglm"):
@@ -95,7 +104,9 @@ def classes(count: int) -> Problem:
     x, y = standard(data.data), 2.0 * data.target - 1
     strengths = np.geomspace(1, 1e-2, count) * np.abs(x.T @ y).max() / len(y) / 2
     tensors = torch.tensor(x), torch.tensor(y)
-    ways = ours(logistic, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist())
+    ways = ours(
+        logistic, torch.zeros(x.shape[1], dtype=torch.float64), fr.l1, tensors, strengths.tolist(), count == 100
+    )
 
     def by_sklearn() -> np.ndarray:
         options: dict[str, Any] = {"l1_ratio": 1} if "l1_ratio" in _new else {"penalty": "l1"}
@@ -124,7 +135,7 @@ def groups(count: int) -> Problem:
     w = torch.zeros(x.shape[1], 10, dtype=torch.float64)
     most = float(fr.lambda_max(torch.func.grad(softmax)(w, x, y), fr.group_lasso))
     strengths = np.geomspace(most, most / 10, count).tolist()
-    ways = ours(softmax, w, fr.group_lasso, (x, y), strengths)
+    ways = ours(softmax, w, fr.group_lasso, (x, y), strengths, True)
     return f"softmax with group lasso, digits, {x.shape[0]} x {x.shape[1]} x 10, {count} strengths", ways
 
 
@@ -141,12 +152,24 @@ def problems(quick: bool) -> list[Problem]:
     ]
 
 
+def fresh(solve: Way) -> np.ndarray:
+    """Solutions of a first call, with nothing in the caches of the compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        graphs._compiled.clear()
+        return solve()
+
+
 def main() -> None:
     options = start(__doc__)
     table: dict[str, Any] = {}
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name, ways in problems(options.quick):
-        expected = {way: solve() for way, solve in ways.items()}  # And all that compiles at a first call.
+        expected, first = {}, {}
+        for way, solve in ways.items():  # And all that compiles at a first call.
+            begin = time.perf_counter()
+            expected[way] = fresh(solve) if way == COMPILED else solve()
+            first[way] = time.perf_counter() - begin
         for way, weights in expected.items():
             np.testing.assert_allclose(weights, expected[PATH], atol=1e-5 * np.abs(expected[PATH]).max(), err_msg=way)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -155,7 +178,11 @@ def main() -> None:
                 begin = time.perf_counter()
                 solve()
                 seconds[way].append(time.perf_counter() - begin)
-        table[name] = {way: statistics.median(times) for way, times in seconds.items()}
+        table[name] = {}
+        for way, times in seconds.items():
+            table[name][way] = statistics.median(times)
+            if way == COMPILED:
+                table[name][FIRST] = first[way]
         print(name, {way: f"{each:.4f} s" for way, each in table[name].items()})
     report("paths", {"rows": table}, options.write)
 

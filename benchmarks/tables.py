@@ -84,7 +84,7 @@ def paths(found: Numbers) -> Rows:
     ways = list(dict.fromkeys(way for times in found["rows"].values() for way in times))
     rows = [["seconds of a path", *ways]]
     for name, times in found["rows"].items():
-        rows.append([name, *(f"{times[way]:.3g}" if way in times else "not there" for way in ways)])
+        rows.append([name, *(f"{times[way]:.3g}" if way in times else "—" for way in ways)])
     return rows
 
 

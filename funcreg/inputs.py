@@ -167,13 +167,15 @@ def _under_vmap(error: Exception) -> str:
     """Why a function cannot be mapped, if that is the cause."""
     said = str(error)
     if "random" in said and "vmap" in said:
-        return (
-            "It draws random numbers, as dropout does, and so has another minimum at each call. Put the module into "
-            "eval(), or draw once, before."
-        )
+        return RANDOM
     return f"It runs under vmap, for several members or directions at once. {NO_NUMBERS}" if "vmap" in said else ""
 
 
+#: Why a loss that is another one at each call has no minimum.
+RANDOM = (
+    "It draws random numbers, as dropout does, and so has another minimum at each call. Put the module into "
+    "eval(), or draw once, before."
+)
 #: What no function does that vmap maps.
 NO_NUMBERS = (
     "There no number can be read from a tensor, as x.item(), float(x) and `if x > 0` do (torch.where chooses), and "

@@ -13,9 +13,10 @@ from torch.func import grad_and_value, vjp, vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.constraints import Constraint
 from funcreg.coupled import check_groups_are_whole
-from funcreg.inputs import as_tensors, check_call, check_names, explained
+from funcreg.graphs import Graphs, Same, key_of, like, with_more
+from funcreg.inputs import RANDOM, as_tensors, check_call, check_names, explained
 from funcreg.notices import warn_user
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.quadratic import (
     Descent,
     Quadratic,
@@ -37,7 +38,7 @@ from funcreg.regularizing import check_penalty
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, tree_leaves, tree_map, tree_paths
+from funcreg.tree import check_params, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
 from funcreg.undocumented import forward_depth
 from funcreg.vectors import Flat, flat_problem
 
@@ -98,6 +99,7 @@ def minimize(
     mask: Mask | None = None,
     tol: float | None = None,
     max_steps: int = 10_000,
+    compile: bool | str | Callable[..., Any] = False,
     **options: Any,
 ) -> Solution:
     r"""Minimize :math:`f(w) + \lambda g(w)`: proximal gradient steps, and minima of quadratic models of the loss.
@@ -127,9 +129,14 @@ def minimize(
             1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1.
         max_steps: Number of steps, on the loss and on its models, after which to give up, at least 0; `converged` is
             then False.
+        compile: Whether to compile steps, for calls to come with other numbers in tensors of the same shapes; or a
+            backend of `torch.compile`. `"eager"` records steps, and runs them without a compiler. What the loss does
+            in Python is then done anew only where it computes something else; a loss of which there is no graph is
+            minimized as ever, and a warning says why.
         options: Static options of the penalty, such as `dim`.
 
     Raises:
+        TypeError: `compile` is no backend.
         ValueError: A number is out of range, or the loss is no scalar.
 
     Example:
@@ -154,7 +161,7 @@ def minimize(
         2022.
     """
     check_names("minimize", options, _ELSEWHERE)
-    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options, compile)
     problem.check(params, strength, args)
     check_call(loss, args)
     return problem.solve(params, strength, as_tensors(args, "args", params))
@@ -171,6 +178,7 @@ class Problem:
     tol: float | None
     max_steps: int
     options: dict[str, Any]
+    compile: bool | str | Callable[..., Any]
 
     def check(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> None:
         """Raise an error, before any work, for what is no problem."""
@@ -190,6 +198,8 @@ class Problem:
             raise TypeError("params are complex; expected real ones, such as torch.view_as_real makes")
         if not isinstance(args, tuple):
             raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
+        if not (isinstance(self.compile, (bool, str)) or callable(self.compile)):
+            raise TypeError(f"compile is {self.compile!r}; expected True, False or a backend of torch.compile")
 
     def _check_tolerance(self, params: Params) -> None:
         if self.tol is None:
@@ -213,18 +223,24 @@ class Problem:
         solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
         return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
+    @torch.inference_mode(False)  # Inside of it, torch 2.9 takes every derivative for 0.
     def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
         start = tree_map(lambda w: w.detach(), params)  # The solution has no derivative in the place of the start.
+        given, graphs = (start, strength, self.hyper, args), None
+        if self.compile:
+            given = (start, *tree_map(lambda x: _as_tensor(x, start), (strength, self.hyper)), args)
+            graphs = self._graphs(given)
         flat, tensors = flat_problem(
             self.loss,
             self.penalty,
-            (start, strength, self.hyper, args),
+            given,
             self.mask,
             self.options,
             self.tolerance(params),
             self.max_steps,
             kept,
         )
+        flat = replace(flat, graphs=graphs, penalty_is_known=_is_known(self.penalty))
         if forward_depth() > 1:
             raise NotImplementedError(
                 "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected "
@@ -232,6 +248,44 @@ class Problem:
             )
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)
+
+    def _graphs(self, given: tuple[Params, Hyper, Any, tuple[Any, ...]]) -> Graphs:
+        """Graphs of what computes alike for all numbers in the tensors of a problem."""
+        leaves, spec = structure(given)
+        numbers, rest = [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if not isinstance(x, Tensor)]
+        mask = None if self.mask is None else tuple(mask_leaves(self.mask, given[0]))
+        key = (
+            spec,
+            tuple(map(like, numbers)),
+            key_of([rest, self.options]),
+            _key_of_penalty(self.penalty),
+            mask,
+            self.tolerance(given[0]),
+        )
+        return Graphs(key, "inductor" if self.compile is True else self.compile, "minimize")
+
+
+def _as_tensor(x: Any, params: Params) -> Any:
+    """A number as a tensor, so that graphs serve for other numbers."""
+    like = tree_leaves(params)
+    return torch.tensor(x, dtype=wide(like[0].dtype), device=like[0].device) if isinstance(x, float) and like else x
+
+
+def _key_of_penalty(penalty: Penalty) -> Any:
+    """What tells a penalty from others; sums of the same terms are the same."""
+    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+        return Same(penalty)
+    return tuple(
+        (_key_of_penalty(term.penalty), key_of([term.factors, term.hyper, term.options]), Same(term.mask))
+        for term in penalty.structure.parts()
+    )
+
+
+def _is_known(penalty: Penalty) -> bool:
+    """Whether it is one of the library's own, or a sum of them: nothing that it computes changes between calls."""
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        return all([_is_known(term.penalty) for term in penalty.structure.parts()])
+    return penalty.__module__.startswith("funcreg.") and penalty.made_by is None
 
 
 def _coarsest(params: Params) -> torch.dtype:
@@ -265,10 +319,11 @@ def _is_small(x: Tensor) -> bool:
     return 1 <= x.shape[-1] <= _SMALL
 
 
-def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor]:
-    """The state before the first step; and the Hessian, if it is a small matrix; and whether the loss is flat."""
+def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
+    """The state before the first step, the Hessian, if it is a small matrix, and whether the loss is flat, or drawn."""
     x = flat.begin(tensors)
     slope, value = grad_and_value(flat.read)(x, tensors)
+    is_drawn = (flat.read(x, tensors) - value).abs() > torch.finfo(value.dtype).eps ** 0.5 * value.abs()
     hessian, metric = x, torch.ones_like(x)
     if _is_small(x):
         hessian = _hessian(flat, x, tensors)
@@ -283,7 +338,7 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor]:
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
     done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
-    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat
+    return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat, is_drawn
 
 
 def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
@@ -396,11 +451,40 @@ def _moved(
 # The descent, of all members
 
 
+def _with_graphs(flat: Flat, graphs: Graphs, tensors: Any) -> tuple[Flat, Any]:
+    """A problem with graphs of what its loss computes, if there are any, and the tensors as these take them."""
+    if 0 in flat.sizes:
+        return replace(flat, graphs=None), tensors
+    member = list(tensors)
+    for dims in reversed(flat.levels):
+        member = [t if dim is None else t.select(0, 0) for t, dim in zip(member, dims, strict=True)]
+    x = flat.begin(member)
+    known = [x if x.is_inference() else x.detach().requires_grad_(), *member]
+    known += [] if flat.kept is None else [flat.kept]
+
+    def computes(x: Tensor, *known: Tensor) -> Any:
+        tensors = known[: len(member)]
+        value = flat.read(x, tensors)
+        if flat.penalty_is_known:
+            return value
+        one = torch.ones_like(x)
+        step = flat.land(x, one.amax(), one, tensors)
+        return value, step, flat.value(x, tensors), flat.residual(x, one, tensors)
+
+    shape = (flat.levels, flat.sizes, None if flat.kept is None else len(flat.kept))
+    found = graphs.knowing(computes, shape, known)
+    return replace(flat, graphs=found), tuple(graphs.arranged(tensors))
+
+
 def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     """The solution, its residual, steps, whether it has converged, and the step and metric for its derivatives."""
-    start = flat.over_members(lambda tensors: _start(flat, tensors))
-    proximal = flat.over_members(lambda tensors, s: _step(flat, tensors, _State(*s)))
-    s, hessian, flat_there = start(tensors)
+    if flat.graphs is not None:
+        flat, tensors = _with_graphs(flat, flat.graphs, tensors)
+    start = flat.over_members(lambda tensors: _start(flat, tensors), "start")
+    proximal = flat.over_members(lambda tensors, s: _step(flat, tensors, _State(*s)), "step")
+    s, hessian, flat_there, is_drawn = start(tensors)
+    if bool(is_drawn.any()):
+        raise TypeError(f"the loss is not the same at two calls with the same parameters. {RANDOM}")
     if bool(flat_there.all()):
         warn_user(
             "the gradient and the curvature of the loss are 0 at params: does it depend on them? A detach(), .data or "
@@ -430,19 +514,20 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
     part, places = flat, torch.arange(s.x.shape[-1], device=s.x.device)
     if not _is_dense(s.x):
         places = _support(flat, tensors, s)
-        part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes)
+        part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes, graphs=flat.graphs)
         if not 1 <= len(places) <= _DENSE:
-            tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)))
+            tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)), "newton")
             return _State(*tried(tensors, s)), 0, 0
     x, slope = (v.index_select(-1, places) for v in (s.x, s.slope))
-    hessians = part.over_members(lambda tensors, x: _hessian(part, x, tensors))
+    hessians = part.over_members(lambda tensors, x: _hessian(part, x, tensors), "hessian")
     curvature: Tensor = hessians(tensors, x) if hessian is None else hessian
     curvature = convex(curvature, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
     quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, curvature), budget)
     goal = s.x.index_copy(-1, places, descent.x)
     whole, part_way = (
         flat.over_members(
-            lambda tensors, s, goal, steps, shares=shares: _towards(flat, tensors, _State(*s), goal, steps, shares)
+            lambda tensors, s, goal, steps, shares=shares: _towards(flat, tensors, _State(*s), goal, steps, shares),
+            ("towards", shares),
         )
         for shares in (_SHARES[:1], _SHARES)
     )
@@ -474,10 +559,10 @@ def _model_minimum(
         return made, begin(made, rules(tensors))
 
     stepped, jumped = (
-        flat.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)))
-        for f in (step, newton)
+        flat.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)), name)
+        for f, name in ((step, "step of a model"), (newton, "newton of a model"))
     )
-    quadratic, descent = flat.over_members(model)(tensors, *inside)
+    quadratic, descent = flat.over_members(model, "model")(tensors, *inside)
     descent, steps, every = Descent(*descent), 0, 1 if _is_small(inside[0]) else _EVERY // 2
     helped = False
     while steps < min(budget, _INNER) and not bool((descent.done | given_up).all()):
@@ -491,12 +576,13 @@ def _model_minimum(
 def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
     """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
     alive = ((s.x != 0) | (_landed(flat, tensors, s) != 0)) & ~s.done.unsqueeze(-1)
-    return alive.reshape(-1, alive.shape[-1]).any(0).nonzero()[:, 0]
+    alive = alive.reshape(-1, alive.shape[-1]).any(0)
+    return alive.nonzero()[:, 0] if flat.graphs is None else with_more(alive)
 
 
 def _landed(flat: Flat, tensors: Any, s: _State) -> Tensor:
     land = flat.over_members(
-        lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors)
+        lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors), "landed"
     )
     return land(tensors, s.x, s.slope, s.rate, s.metric)
 

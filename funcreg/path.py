@@ -15,6 +15,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
+from funcreg.graphs import with_more
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
@@ -83,6 +84,7 @@ def regularization_path(
     mask: Mask | None = None,
     tol: float | None = None,
     max_steps: int = 10_000,
+    compile: bool | str | Callable[..., Any] = False,
     **options: Any,
 ) -> Path:
     r"""Solutions of :math:`f + \lambda g` for many strengths, from the one on that makes all zero down.
@@ -103,6 +105,7 @@ def regularization_path(
         mask: Leaves on which the penalty acts.
         tol: Greatest `kkt_residual` of a solution.
         max_steps: Steps for each strength after which to give up.
+        compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty, such as `dim`.
 
     Raises:
@@ -125,7 +128,7 @@ def regularization_path(
     check_names(
         "regularization_path", options, {**_ELSEWHERE, "data": "what the loss takes after params are its args="}
     )
-    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options, compile)
     problem.check(params, 1.0, args)
     check_call(loss, args)
     args = as_tensors(args, "args", params)
@@ -296,7 +299,8 @@ def _solved_with_screening(problem: Problem, args: Any, start: Params, before: T
     kept = (flat(moved) != 0) | (flat(start) != 0)
     tol = problem.tolerance(start)
     while not bool(kept.all()):
-        found = _together(problem, args, start, strengths, kept.nonzero()[:, 0])
+        places = with_more(kept) if problem.compile else kept.nonzero()[:, 0]
+        found = _together(problem, args, start, strengths, places)
 
         def residuals(point: Params, strength: Tensor) -> tuple[Tensor, Tensor]:
             g = slopes(point)
@@ -316,7 +320,15 @@ def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kep
     solve = lambda strength: problem.solve(start, strength, args, kept)
     if len(strengths) == 1:
         return tree_map(lambda x: x.unsqueeze(0), solve(strengths[0]))
-    return vmap(solve)(strengths)
+    if not problem.compile:
+        return vmap(solve)(strengths)
+    return tree_map(lambda x: x[: len(strengths)], vmap(solve)(_filled(strengths)))
+
+
+def _filled(strengths: Tensor) -> Tensor:
+    """Strengths, with the last one again up to a power of 2: a graph serves for one number of members."""
+    more = (1 << (len(strengths) - 1).bit_length()) - len(strengths)
+    return torch.cat([strengths, strengths[-1:].expand(more)])
 
 
 @public_state
@@ -360,6 +372,7 @@ def cross_validate(
     mask: Mask | None = None,
     tol: float | None = None,
     max_steps: int = 10_000,
+    compile: bool | str | Callable[..., Any] = False,
     **options: Any,
 ) -> CrossValidation:
     r"""Choose a strength by the loss on held-out samples; all folds and some strengths at a time in one ensemble.
@@ -378,6 +391,7 @@ def cross_validate(
         mask: Leaves on which the penalty acts.
         tol: Greatest `kkt_residual` of a solution.
         max_steps: Steps for each strength after which to give up.
+        compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty.
 
     Example:
@@ -391,7 +405,7 @@ def cross_validate(
         tensor([ True, False, False, False, False])
     """
     check_names("cross_validate", options, {**_ELSEWHERE, "args": "what the loss takes after params are its data="})
-    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options)
+    problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options, compile)
     problem.check(params, 1.0, ())
     data = as_data(data, params)
     check_call(loss, data)
@@ -476,12 +490,13 @@ def _scores(
     begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
 
     def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Tensor, Params]:
-        found = vmap(lambda strength: problem.solve(begin, strength, training))(some)
+        solve = lambda strength: problem.solve(begin, strength, training)
+        found = vmap(solve)(_filled(some) if problem.compile else some)
         # One after the other: mapped over maps, `mse_loss` and others of torch fail on targets that a map shares.
         losses = torch.stack(
             [problem.loss(tree_map(lambda w, k=k: w[k], found.params), *testing) for k in range(len(some))]
         )
-        return losses, found.converged, tree_map(lambda w: w[-1], found.params)
+        return losses, found.converged[: len(some)], tree_map(lambda w: w[-1], found.params)
 
     columns, converged = [], []
     size = sum(w.numel() for w in tree_leaves(start))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from funcreg.grids import Config, Split, grouped
+from funcreg.lowering import say_once
 from funcreg.trained import Model, Splits
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import apply_updates, tree_leaves, tree_map
@@ -193,7 +194,7 @@ class Run:
         freezing, plain = self._over_members(step, 4, 1), together
         if self._compile:  # One code for all epochs: that which freezes, if members can stop.
             backend = "inductor" if self._compile is True else self._compile
-            freezing = plain = torch.compile(freezing if self._stops else plain, fullgraph=True, backend=backend)
+            freezing = plain = _compiled(freezing if self._stops else plain, backend, takes)
         over_rows = vmap(measure, in_dims=(0, 0, 0, None), randomness="different")
         return Group(freezing, plain, self._over_init(init), over_rows, size)
 
@@ -390,6 +391,31 @@ class Run:
                 row["folds"] = kept["loss"][k].tolist()
             rows.append(row)
         return rows
+
+
+def _compiled(step: Callable[..., Any], backend: str | Callable[..., Any], takes: list[str]) -> Callable[..., Any]:
+    """A step compiled, or as it is where that takes too long or does not work."""
+    if "value_fn" in takes:
+        say_once(
+            "sweep runs chains that take value_fn, as line searches do, without a compiler, with equal results: it "
+            "would compile the loss once for each trial, for minutes"
+        )
+        return step
+    chosen = compiled = torch.compile(step, fullgraph=True, backend=backend)
+
+    def call(*args: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except Exception as error:
+            if chosen is not compiled:
+                raise
+            found = step(*args)  # Or the error of the step itself.
+            chosen = step
+            say_once(f"sweep runs without a compiler, with equal results: {' '.join(str(error).split())[:300]}")
+            return found
+
+    return call
 
 
 def _rungs(rows: int, epochs: int, halving: int) -> dict[int, int]:

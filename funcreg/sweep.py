@@ -196,6 +196,7 @@ def sweep(
             :math:`\eta = ` `halving` rows, for all k that leave one.
         chunk_size: Most rows that are mapped over at once, for less memory.
         compile: Whether to compile the training step as a whole, for some seconds; or a backend of `torch.compile`.
+            Chains that take `value_fn` are not compiled, nor what the compiler does not take: a warning says so.
         static: Names of hyperparameters that `make` needs as numbers of Python, such as a count of entries.
         progress: True for a bar (of tqdm if it is installed), or a function that is given a dict after each epoch:
             `epoch`, `epochs`, `members` still in training, and the best `loss` or `score` so far.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
+from funcreg.graphs import Graphs
 from funcreg.penalty import Penalty
 from funcreg.tree import flatten, product, tree_leaves, wide
 
@@ -33,9 +34,13 @@ class Flat:
     tol: float
     max_steps: int
     own: int  # How many of the tensors are parameters.
+    kept: Tensor | None  # Places of the entries that may move, in a vector of all; None for all.
     #: For each enclosing `vmap`, from the inside out: which tensors have members along their first dimension.
     levels: tuple[tuple[int | None, ...], ...] = ()
     sizes: tuple[int, ...] = ()  # How many members each has.
+    #: Graphs of functions of members; None to call them as they are.
+    graphs: Graphs | None = None
+    penalty_is_known: bool = True  # Whether all that it computes is known from its name.
 
     def mapped(self, dims: tuple[int | None, ...], size: int, tensors: list[Tensor]) -> tuple[Flat, list[Tensor]]:
         """The problem of a stack of members, whose tensors have them along their first dimension, and the tensors."""
@@ -56,11 +61,17 @@ class Flat:
                 spread[i] = x
         return replace(self, levels=tuple(levels), sizes=sizes), spread
 
-    def over_members(self, f: Callable[..., Any], tuples: int = 1) -> Callable[..., Any]:
-        """A function of some tuples like the tensors, and of what has one entry for each member, for all members."""
+    def over_members(self, f: Callable[..., Any], name: Hashable = None, tuples: int = 1) -> Callable[..., Any]:
+        """A function of some tuples like the tensors, and of what has one entry for each member, for all members.
+
+        Args:
+            f: The function for one member.
+            name: What it is called among graphs; None for what none is made of.
+            tuples: Number of tuples.
+        """
         for dims in self.levels:
             f = _vmapped(f, dims, tuples)
-        return f
+        return f if self.graphs is None or name is None else self.graphs.of(name, f, self.kept)
 
 
 def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -> Callable[..., Any]:
@@ -151,6 +162,7 @@ def flat_problem(
             tol=tol,
             max_steps=max_steps,
             own=len(own),
+            kept=kept,
         )
 
     return of_places(kept), [leaves[i] for i in places]

@@ -461,6 +461,22 @@ def test_where_a_hessian_of_all_would_be_too_large_those_that_are_not_zero_have_
     np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected == 0)
 
 
+def test_models_of_more_rows_than_torch_factorizes_right_in_several_threads():
+    script = """
+        import torch, funcreg as fr
+        torch.set_num_threads(2)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(300, 200, dtype=torch.float64, generator=generator)
+        y = x[:, :5].sum(1) + torch.randn(300, dtype=torch.float64, generator=generator)
+        loss = lambda w, x, y: (x @ w - y).square().mean() / 2
+        found = fr.minimize(loss, torch.zeros(200, dtype=torch.float64), fr.l1, strength=1e-3, args=(x, y))
+        assert found.converged and found.steps < 100, found
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "MKL" not in run.stderr + run.stdout
+
+
 def test_columns_far_from_zero_beside_an_intercept():
     x, y = standard(load_diabetes)
     begin, mask = {"w": zeros(10), "b": zeros()}, fr.select("w")

@@ -79,7 +79,7 @@ LAYERS = [
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["rounding"],
+    ["graphs", "rounding"],
     ["coarse"],
     [
         "annealing",

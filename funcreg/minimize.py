@@ -334,7 +334,7 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
     is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0)
     rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
     objective = value + flat.value(x, tensors)
-    residual = flat.residual(x, slope, tensors)
+    residual = _left(flat, x, slope, rate, metric, tensors)
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
     done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
@@ -364,6 +364,16 @@ def _hessian_times(flat: Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
 
 def _proximal_step(flat: Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
     return flat.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
+
+
+def _left(flat: Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+    """The residual at x; of a penalty that is not convex no less than the move of a proximal step, as a gradient."""
+    if flat.convex or not x.shape[-1]:
+        return flat.residual(x, slope, tensors)
+    move = (_proximal_step(flat, x, slope, rate, metric, tensors) - x).abs() - 4 * torch.finfo(x.dtype).eps * x.abs()
+    step = (rate * metric * move.clamp(min=0.0)).amax()
+    # Without a rule the residual is the move of a step of length 1, which may go elsewhere from any point.
+    return torch.maximum(flat.residual(x, slope, tensors), step) if flat.has_rule else step
 
 
 def _landing_times(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Callable[[Tensor], Tensor]:
@@ -417,7 +427,8 @@ def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple
 
     def reach(z: Tensor) -> tuple[Tensor, ...]:
         slope, value = grad_and_value(flat.read)(z, tensors)
-        return z, slope, value + flat.value(z, tensors), flat.residual(z, slope, tensors)
+        objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+        return z, slope, objective, _left(flat, z, slope, s.rate, s.metric, tensors)
 
     # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.
     places, slopes, objectives, residuals = (torch.stack(each) for each in zip(*map(reach, points), strict=True))
@@ -440,7 +451,9 @@ def _moved(
 ) -> _State:
     """The state after a step, if it was taken, and if this member is not done."""
     x, slope, recent, lower = moved(s, taken, z, slope, objective)
-    residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
+    residual = _left(flat, x, slope, rate, s.metric, tensors)
+    if flat.convex:  # Else it depends on the length of the next step, too.
+        residual = torch.where(taken, residual, s.residual)
     since = torch.where((residual < 0.99 * s.best) | lower, 0, s.since + 1)
     done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | is_lost(rate)
     best = torch.minimum(residual, s.best)

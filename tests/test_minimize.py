@@ -593,17 +593,17 @@ def rows_of(w, x, y):
     return plain(w[0], x, y) + (w[1] ** 2).sum() / 2
 
 
-EVERY_ZERO = {
-    "l0": fr.l0,
-    "l_half": fr.l_half,
-    "l_two_thirds": fr.l_two_thirds,
-    "nonnegative l_half": fr.nonnegative_form(fr.l_half),
-    "l_half and ridge": fr.l_half + 0.1 * fr.half_l2,
-    "l0 and l1": 0.5 * fr.l0 + 0.1 * fr.l1,
-    "group_l0": fr.group_l0,
-    "group_l_half": fr.group_l_half,
-    "schatten": fr.schatten.given(p=0.5),
-    "l_half of singular values": fr.on_singular_values(fr.l_half),
+EVERY_ZERO = {  # A penalty, and on what: a vector, or a matrix whose second row is best at 0.
+    "l0": (fr.l0, plain, (10,)),
+    "l_half": (fr.l_half, plain, (10,)),
+    "l_two_thirds": (fr.l_two_thirds, plain, (10,)),
+    "nonnegative l_half": (fr.nonnegative_form(fr.l_half), plain, (10,)),
+    "l_half and ridge": (fr.l_half + 0.1 * fr.half_l2, plain, (10,)),
+    "l0 and l1": (0.5 * fr.l0 + 0.1 * fr.l1, plain, (10,)),
+    "group_l0": (fr.group_l0, rows_of, (2, 10)),
+    "group_l_half": (fr.group_l_half, rows_of, (2, 10)),
+    "schatten": (fr.schatten.given(p=0.5), rows_of, (2, 10)),
+    "l_half of singular values": (fr.on_singular_values(fr.l_half), rows_of, (2, 10)),
 }
 
 
@@ -611,10 +611,8 @@ EVERY_ZERO = {
 @pytest.mark.parametrize("compile", [False, "eager"])
 def test_where_every_zero_is_stationary_a_solution_is_what_proximal_steps_find(name, compile):
     x, y = sparse()
-    penalty = EVERY_ZERO[name]
-    loss, begin = (
-        (rows_of, zeros(2, 10)) if "group" in name or name[0] == "s" or "values" in name else (plain, zeros(10))
-    )
+    penalty, loss, shape = EVERY_ZERO[name]
+    begin = zeros(*shape)
     objective = lambda w: loss(w, x, y) + 0.1 * penalty(w)
     found = fr.minimize(loss, begin, penalty, strength=0.1, args=(x, y), compile=compile)
     tx, w = fr.prox_sgd(0.4, penalty, strength=0.1), begin

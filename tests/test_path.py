@@ -8,7 +8,7 @@ import torch
 from cases import DEVICE, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
-from test_minimize import EVERY_ZERO, logistic, plain, rows_of, sparse, squares, standard, zeros
+from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
 from torch.func import grad, vmap
 from torch.nn.functional import mse_loss, softplus
 
@@ -324,9 +324,8 @@ def test_designs_of_sparse_rows_are_those_of_dense_ones():
 @pytest.mark.parametrize("name", EVERY_ZERO)
 def test_where_every_zero_is_stationary_paths_leave_it(name):
     x, y = sparse()
-    grouped = "group" in name or name[0] == "s" or "values" in name
-    loss, begin = (rows_of, zeros(2, 10)) if grouped else (plain, zeros(10))
-    path = fr.regularization_path(loss, begin, EVERY_ZERO[name], args=(x, y), count=8, ratio=0.02)
+    penalty, loss, shape = EVERY_ZERO[name]
+    path = fr.regularization_path(loss, zeros(*shape), penalty, args=(x, y), count=8, ratio=0.02)
     assert path.converged.all()
     assert path.sparsity[0] == 1
     assert path.sparsity[1:].max() < 1
@@ -342,7 +341,7 @@ def test_paths_and_choices_where_every_zero_is_stationary_find_the_support(penal
     chosen = fr.cross_validate(plain, zeros(80), penalty, data=(x, y), count=8, ratio=0.02)
     assert (chosen.params != 0)[:3].all()
     assert chosen.converged.all()
-    # In units of the gradient, however columns are scaled, and beside an intercept.
+    # However columns are scaled, and beside an intercept.
     scaled = lambda p: ((x * 10.0) @ p["w"] + p["b"] - y - 5).square().mean() / 2
     path = fr.regularization_path(scaled, {"w": zeros(80), "b": zeros()}, penalty, count=5, ratio=0.02, **WEIGHTS)
     assert path.sparsity[0] == 1

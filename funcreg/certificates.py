@@ -124,6 +124,16 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     found = concrete(vanish(size) & ~vanish(torch.nextafter(size, torch.zeros_like(size))))
     if isinstance(found, Tensor) and bool(found):
         return size
+    return least_strength(size, vanish)
+
+
+def least_strength(size: Tensor, vanish: Callable[[Tensor], Tensor]) -> Tensor:
+    """The least strength, exact to the last bit, from which on a function is true; infinite if there is none.
+
+    Args:
+        size: Tensor of float64, of how large gradients are: strengths go up to :math:`2^{200}` times as much.
+        vanish: From a strength to a bool.
+    """
     limits = torch.finfo(size.dtype)
     known = torch.where(size.isnan(), torch.ones_like(size), size)  # A step is a number; what lands is NaN anyway.
     low, high = torch.full_like(size, limits.tiny), (known * 2.0**200).clamp(max=limits.max)

@@ -78,7 +78,7 @@ class Solution(NamedTuple):
     """
 
     params: Params  # With exact zeros.
-    residual: Tensor  # Their `kkt_residual`.
+    residual: Tensor  # Their `kkt_residual`; where a penalty is not convex also the move of a step, see `minimize`.
     steps: Tensor  # Number of proximal steps on the loss and on models of it, int64.
     converged: Tensor  # Whether the residual is at most the tolerance.
 
@@ -111,6 +111,11 @@ def minimize(
     and are taken back where the objective grows. The end is a certificate: `kkt_residual` of at most `tol`. Where the
     loss or the penalty is not convex this is a stationary point, and it depends on `params`.
 
+    For a penalty that is not convex that is not enough: with `l0` or `l_half`, whose slope at zero is infinite, zeros
+    are stationary whatever the loss. So a solution is also a fixed point of the proximal step, of the length at which
+    the descent ends: `residual` is the greater of `kkt_residual` and of how far that step moves, divided by its length,
+    which has the units of the gradient. Where there is no rule for `kkt_residual`, as for `schatten`, it is the latter.
+
     The solution has derivatives in `strength`, the hyperparameters and `args`, by the implicit function theorem: for
     `torch.func.grad`, `jvp` and `backward`. Tensors that the loss holds without getting them as `args` are constants.
     Under `vmap` (over strengths, folds, data) members that are done stop moving. In a function that `torch.compile`
@@ -125,7 +130,7 @@ def minimize(
         args: What else the loss takes: trees of tensors. Arrays of numpy or pandas become tensors, in the dtype of
             `params`.
         mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
-        tol: Greatest `kkt_residual` of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
+        tol: Greatest residual of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
             1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1.
         max_steps: Number of steps, on the loss and on its models, after which to give up, at least 0; `converged` is
             then False.
@@ -249,6 +254,22 @@ class Problem:
         x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
         return Solution(flat.tree(x), residual, steps, converged)
 
+    @torch.inference_mode(False)
+    def landing(self, params: Params, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+        """From a strength to where the first proximal step of the descent lands, as a vector of all parameters."""
+        start, one = tree_map(lambda w: w.detach(), params), torch.ones((), device=tree_leaves(params)[0].device)
+        given = (start, one, self.hyper, args)
+        flat, tensors = flat_problem(
+            self.loss, self.penalty, given, self.mask, self.options, self.tolerance(params), self.max_steps
+        )
+        s = _start(flat, tensors)[0]
+
+        def land(strength: Tensor) -> Tensor:
+            known = [strength if t is one else t for t in tensors]
+            return _proximal_step(flat, s.x, s.slope, s.rate, s.metric, known)
+
+        return land
+
     def _graphs(self, given: tuple[Params, Hyper, Any, tuple[Any, ...]]) -> Graphs:
         """Graphs of what computes alike for all numbers in the tensors of a problem."""
         leaves, spec = structure(given)
@@ -328,17 +349,32 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
     if _is_small(x):
         hessian = _hessian(flat, x, tensors)
         metric = diagonal_metric(hessian) if flat.in_metric else metric
-        rate = greatest_curvature(hessian, metric)
+        rate = _first_rate(flat, tensors, hessian, metric)
     else:
         rate = _curvature(flat, x, tensors, slope)
     is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0)
     rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
     objective = value + flat.value(x, tensors)
-    residual = flat.residual(x, slope, tensors)
+    residual = _left(flat, x, slope, rate, metric, tensors)
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
     done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
     return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat, is_drawn
+
+
+def _first_rate(flat: Flat, tensors: Any, hessian: Tensor, metric: Tensor) -> Tensor:
+    """One over the length of a first step on a model, in the metric.
+
+    Where every zero is stationary only steps leave it, and longer ones leave more of them: each entry goes as far as it
+    would alone, and what goes uphill is taken back.
+    """
+    rate = greatest_curvature(hessian, metric)
+    if flat.convex or not flat.in_metric:
+        return rate
+    one = torch.ones_like(rate)
+    held = flat.land(torch.full_like(metric, torch.finfo(metric.dtype).eps ** 2), one, metric, tensors) == 0
+    left = flat.residual(torch.zeros_like(metric), torch.where(held, -1e30, 0.0).to(metric.dtype), tensors)
+    return torch.where(held.any() & (left == 0), one, rate)
 
 
 def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
@@ -364,6 +400,16 @@ def _hessian_times(flat: Flat, x: Tensor, tensors: Any, v: Tensor) -> Tensor:
 
 def _proximal_step(flat: Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
     return flat.land(x - slope / (rate * metric), 1 / rate, metric, tensors)
+
+
+def _left(flat: Flat, x: Tensor, slope: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+    """The residual at x; of a penalty that is not convex no less than the move of a proximal step, as a gradient."""
+    if flat.convex or not x.shape[-1]:
+        return flat.residual(x, slope, tensors)
+    move = (_proximal_step(flat, x, slope, rate, metric, tensors) - x).abs() - 4 * torch.finfo(x.dtype).eps * x.abs()
+    step = (rate * metric * move.clamp(min=0.0)).amax()
+    # Without a rule the residual is the move of a step of length 1, which may go elsewhere from any point.
+    return torch.maximum(flat.residual(x, slope, tensors), step) if flat.has_rule else step
 
 
 def _landing_times(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> Callable[[Tensor], Tensor]:
@@ -417,7 +463,8 @@ def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple
 
     def reach(z: Tensor) -> tuple[Tensor, ...]:
         slope, value = grad_and_value(flat.read)(z, tensors)
-        return z, slope, value + flat.value(z, tensors), flat.residual(z, slope, tensors)
+        objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+        return z, slope, objective, _left(flat, z, slope, s.rate, s.metric, tensors)
 
     # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.
     places, slopes, objectives, residuals = (torch.stack(each) for each in zip(*map(reach, points), strict=True))
@@ -440,7 +487,9 @@ def _moved(
 ) -> _State:
     """The state after a step, if it was taken, and if this member is not done."""
     x, slope, recent, lower = moved(s, taken, z, slope, objective)
-    residual = torch.where(taken, flat.residual(x, slope, tensors), s.residual)
+    residual = _left(flat, x, slope, rate, s.metric, tensors)
+    if flat.convex:  # Else it depends on the length of the next step, too.
+        residual = torch.where(taken, residual, s.residual)
     since = torch.where((residual < 0.99 * s.best) | lower, 0, s.since + 1)
     done = (residual <= flat.tol) | (since > _PATIENCE) | (taken & still) | is_lost(rate)
     best = torch.minimum(residual, s.best)
@@ -554,7 +603,7 @@ def _model_minimum(
 
     def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor) -> Any:
         metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
-        rate = greatest_curvature(hessian, metric)
+        rate = _first_rate(flat, tensors, hessian, metric)
         made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
         return made, begin(made, rules(tensors))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.certificates import kkt_residual, lambda_max, null_model, sparsity
+from funcreg.certificates import kkt_residual, lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.graphs import with_more
@@ -60,7 +60,7 @@ class Path(NamedTuple):
     strengths: Tensor
     params: Params  # Stacked along a first dimension.
     losses: Tensor  # Without the penalty.
-    residuals: Tensor
+    residuals: Tensor  # Those of `minimize`.
     sparsity: Tensor  # Shares of exact zeros on the leaves of the mask.
     steps: Tensor
     converged: Tensor
@@ -92,6 +92,9 @@ def regularization_path(
     Strengths fall geometrically from `lambda_max`, at the loss's minimum over what carries no penalty. Some at a time
     are solved as one ensemble, from the last solution before them. Entries that the sequential strong rule holds for
     zero are left out of the work; where the residual of the whole problem says otherwise they come back in.
+
+    With a penalty that is not convex, the greatest strength is that from which on the first proximal step of `minimize`
+    leaves all at zero; nothing is left out of the work; and solutions are what `minimize` finds, not always minima.
 
     Args:
         loss: `loss(params, *args)`, a scalar with a first and second derivative.
@@ -136,7 +139,7 @@ def regularization_path(
     _check_strengths("regularization_path", problem, objective, params, strengths)
     free = _free(problem, params)
     start = _null(objective, params, free)
-    falling, order = _strengths(strengths, count, ratio, problem, objective, start, free)
+    falling, order = _strengths(strengths, count, ratio, problem, args, start, free)
     found: list[Solution] = []
     before = falling[0]
     size = sum(w.numel() for w in tree_leaves(start))
@@ -206,7 +209,7 @@ def _strengths(
     count: int,
     ratio: float,
     problem: Problem,
-    objective: Callable[[Params], Tensor],
+    args: tuple[Any, ...],
     start: Params,
     free: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -223,9 +226,11 @@ def _strengths(
     if type(count) is not int or count < 1:
         raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
-    leaves, rebuild = flatten(grad(objective)(start))
+    leaves, rebuild = flatten(grad(lambda point: problem.loss(point, *args))(start))
     slopes = rebuild([torch.where(x, 0, g) for g, x in zip(leaves, free, strict=True)])
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
+    if not _is_convex(problem) and any([bool(g.any()) for g in tree_leaves(slopes)]):
+        most = _greatest(problem, args, start, free, slopes)
     known = float(most.detach())
     if math.isnan(known):
         raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
@@ -246,6 +251,18 @@ def _strengths(
         )
     shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
+
+
+def _is_convex(problem: Problem) -> bool:
+    return problem.penalty.is_convex(*problem.hyper, **problem.options)
+
+
+def _greatest(problem: Problem, args: Any, start: Params, free: list[Tensor], slopes: Params) -> Tensor:
+    """The strength from which on the first step leaves zeros as they are: where not convex, its length matters."""
+    land, kept = problem.landing(start, args), torch.cat([x.reshape(-1) for x in free])
+    size = torch.stack([g.detach().abs().amax().double() for g in tree_leaves(slopes) if g.numel()]).amax()
+    found = least_strength(size, lambda strength: ((land(strength) == 0) | kept).all())
+    return found * (1 + 16 * torch.finfo(tree_leaves(start)[0].dtype).eps)  # However the steps of an ensemble round.
 
 
 def _as_strengths(given: Any, dtype: torch.dtype) -> Tensor:
@@ -288,7 +305,8 @@ def _is_quadratic(objective: Callable[[Params], Tensor], start: Params) -> bool:
 
 def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
     """Solutions for some strengths at once, from that of one before."""
-    if sum(w.numel() for w in tree_leaves(start)) < _SCREENED:
+    # Where a penalty is not convex, a residual does not tell of all that a proximal step would bring back in.
+    if sum(w.numel() for w in tree_leaves(start)) < _SCREENED or not _is_convex(problem):
         return _together(problem, args, start, strengths, None)
     penalty, hyper, options = problem.penalty, problem.hyper, {"mask": problem.mask, **problem.options}
     slopes = grad(lambda point: problem.loss(point, *args))
@@ -414,7 +432,7 @@ def cross_validate(
     _check_strengths("cross_validate", problem, objective, params, strengths)
     free = _free(problem, params)
     start = _null(objective, params, free)
-    falling, _ = _strengths(strengths, count, ratio, problem, objective, start, free)
+    falling, _ = _strengths(strengths, count, ratio, problem, data, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged = torch.empty_like(scores, dtype=torch.bool)
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.

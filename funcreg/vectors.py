@@ -14,7 +14,7 @@ from torch.func import vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
 from funcreg.graphs import Graphs
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.tree import flatten, product, tree_leaves, wide
 
 
@@ -31,6 +31,8 @@ class Flat:
     narrowed: Callable[[Tensor], Flat]  # The problem of some places of the vector, where the others are 0.
     in_metric: bool  # Whether the penalty has a rule in a metric.
     separable: bool  # Whether it is a sum over entries.
+    convex: bool  # Whether the penalty is.
+    has_rule: bool  # Whether the residual is that of a rule, in units of the gradient.
     tol: float
     max_steps: int
     own: int  # How many of the tensors are parameters.
@@ -78,6 +80,12 @@ def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -
     return lambda *given: vmap(f, in_dims=(*[dims] * tuples, *[0] * (len(given) - tuples)))(*given)
 
 
+def _has_rule(penalty: Penalty) -> bool:
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        return all([_has_rule(term.penalty) for term in penalty.structure.parts()])
+    return penalty.has_residual
+
+
 def flat_problem(
     loss: Callable[..., Tensor],
     penalty: Penalty,
@@ -106,6 +114,7 @@ def flat_problem(
     shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
     dtype = functools.reduce(torch.promote_types, map(wide, dtypes), torch.float32)
     in_metric = penalty.in_metric(given[0], *given[2], mask=mask, **options)
+    convex = penalty.is_convex(*given[2], **options)
 
     def filled(tensors: Any) -> Any:
         found = list(leaves)
@@ -159,6 +168,8 @@ def flat_problem(
             narrowed=lambda some: of_places(some if kept is None else kept.index_select(0, some)),
             in_metric=in_metric,
             separable=penalty.separable is True,
+            convex=convex,
+            has_rule=_has_rule(penalty),
             tol=tol,
             max_steps=max_steps,
             own=len(own),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -638,3 +639,109 @@ def test_where_a_loss_curves_downwards_models_have_minima_too():
     assert found.steps < 300  # With models that have no minima, more.
     each = vmap(lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x, y), mask=fr.select("a", "c")))
     assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()
+
+
+# Penalties for which every zero is stationary
+
+
+def sparse(rows: int = 60, columns: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = normal(generator, rows, columns)
+    return x, 3 * x[:, 0] - 2 * x[:, 1] + x[:, 2] + 0.5 * normal(generator, rows)
+
+
+def plain(w, x, y):
+    return (x @ w - y).square().mean() / 2
+
+
+def rows_of(w, x, y):
+    return plain(w[0], x, y) + (w[1] ** 2).sum() / 2
+
+
+EVERY_ZERO = {  # A penalty, and on what: a vector, or a matrix whose second row is best at 0.
+    "l0": (fr.l0, plain, (10,)),
+    "l_half": (fr.l_half, plain, (10,)),
+    "l_two_thirds": (fr.l_two_thirds, plain, (10,)),
+    "nonnegative l_half": (fr.nonnegative_form(fr.l_half), plain, (10,)),
+    "l_half and ridge": (fr.l_half + 0.1 * fr.half_l2, plain, (10,)),
+    "l0 and l1": (0.5 * fr.l0 + 0.1 * fr.l1, plain, (10,)),
+    "group_l0": (fr.group_l0, rows_of, (2, 10)),
+    "group_l_half": (fr.group_l_half, rows_of, (2, 10)),
+    "schatten": (fr.schatten.given(p=0.5), rows_of, (2, 10)),
+    "l_half of singular values": (fr.on_singular_values(fr.l_half), rows_of, (2, 10)),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_ZERO)
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_where_every_zero_is_stationary_a_solution_is_what_proximal_steps_find(name, compile):
+    x, y = sparse()
+    penalty, loss, shape = EVERY_ZERO[name]
+    begin = zeros(*shape)
+    objective = lambda w: loss(w, x, y) + 0.1 * penalty(w)
+    found = fr.minimize(loss, begin, penalty, strength=0.1, args=(x, y), compile=compile)
+    tx, w = fr.prox_sgd(0.4, penalty, strength=0.1), begin
+    state = tx.init(w)
+    for _ in range(150):
+        updates, state = tx.update(grad(loss)(w, x, y), state, w)
+        w = w + updates
+    assert found.converged
+    assert (found.params != 0).any()
+    assert objective(found.params) <= objective(w) + 1e-9
+    again = fr.minimize(loss, found.params, penalty, strength=0.1, args=(x, y), compile=compile)
+    torch.testing.assert_close(again.params, found.params, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("begin", ["zeros", "ones", "the minimum of the loss"])
+def test_the_best_of_all_supports(begin):
+    x, y = sparse()
+    start = {
+        "zeros": zeros(10),
+        "ones": zeros(10) + 1,
+        "the minimum of the loss": torch.linalg.lstsq(x, y[:, None])[0][:, 0],
+    }
+    supports = [list(s) for k in range(5) for s in itertools.combinations(range(10), k)]
+    for strength in (0.02, 0.1, 0.5):
+        fits = [torch.linalg.lstsq(x[:, s], y[:, None])[0][:, 0] if s else zeros(0) for s in supports]
+        least = min(float(plain(w, x[:, s], y)) + strength * len(s) for w, s in zip(fits, supports, strict=True))
+        found = fr.minimize(plain, start[begin], fr.l0, strength=strength, args=(x, y))
+        assert found.converged
+        assert float(plain(found.params, x, y) + strength * fr.l0(found.params)) == pytest.approx(least, abs=1e-9)
+
+
+def test_members_of_such_a_map_are_those_of_a_loop():
+    x, y = sparse()
+    one = lambda strength: fr.minimize(plain, zeros(10), fr.l_half, strength=strength, args=(x, y))
+    strengths = torch.tensor([0.05, 0.1, 100.0], dtype=torch.float64, device=DEVICE)
+    found = vmap(one)(strengths)
+    assert found.converged.all()
+    assert (found.params[:2] != 0).any(1).all()
+    assert not found.params[2].any()
+    for k, strength in enumerate(strengths):
+        torch.testing.assert_close(found.params[k], one(strength).params, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("penalty", [fr.l0, fr.l_half], ids=["l0", "l_half"])
+def test_such_zeros_are_left_where_a_hessian_of_all_would_be_too_large(penalty):
+    x, y = sparse(rows=200, columns=600)
+    found = fr.minimize(plain, zeros(600), penalty, strength=0.1, args=(x, y))
+    assert found.converged
+    assert (found.params[:3] != 0).all()
+
+
+def test_such_solutions_have_derivatives():
+    x, y = sparse()
+    f = lambda strength: fr.minimize(plain, zeros(10), fr.l_half, strength=strength, args=(x, y), tol=1e-11).params
+    torch.testing.assert_close(jacrev(f)(number(0.1)), between(f, number(0.1)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "entropy",
+    [lambda w: -torch.special.entr(w).sum(), lambda w: torch.special.xlogy(w, w).sum(), lambda w: (w * w.log()).sum()],
+    ids=["entr", "xlogy", "log"],
+)
+def test_a_slope_that_is_infinite_on_the_boundary(entropy):
+    costs = torch.tensor([0.3, 2.0, -1.0, 5.0, 0.0], dtype=torch.float64, device=DEVICE)
+    found = fr.minimize(lambda w: costs @ w + entropy(w), torch.full_like(costs, 0.2), fr.simplex)
+    assert found.converged
+    torch.testing.assert_close(found.params, torch.softmax(-costs, 0), rtol=0, atol=1e-8)

@@ -8,7 +8,7 @@ import torch
 from cases import DEVICE, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
-from test_minimize import logistic, squares, standard, zeros
+from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
 from torch.func import grad, vmap
 from torch.nn.functional import mse_loss, softplus
 
@@ -319,3 +319,31 @@ def test_designs_of_sparse_rows_are_those_of_dense_ones():
     found = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **options)
     dense = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **{**options, "args": (x, y)})
     torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", EVERY_ZERO)
+def test_where_every_zero_is_stationary_paths_leave_it(name):
+    x, y = sparse()
+    penalty, loss, shape = EVERY_ZERO[name]
+    path = fr.regularization_path(loss, zeros(*shape), penalty, args=(x, y), count=8, ratio=0.02)
+    assert path.converged.all()
+    assert path.sparsity[0] == 1
+    assert path.sparsity[1:].max() < 1
+    assert (path.losses.diff() <= 1e-9).all()
+
+
+@pytest.mark.parametrize("penalty", [fr.l0, fr.l_half], ids=["l0", "l_half"])
+def test_paths_and_choices_where_every_zero_is_stationary_find_the_support(penalty):
+    x, y = sparse(rows=120, columns=80)
+    wanted = torch.arange(80, device=DEVICE) < 3
+    path = fr.regularization_path(plain, zeros(80), penalty, args=(x, y), count=12, ratio=0.02)
+    assert ((path.params != 0) == wanted).all(1).any()
+    chosen = fr.cross_validate(plain, zeros(80), penalty, data=(x, y), count=8, ratio=0.02)
+    assert (chosen.params != 0)[:3].all()
+    assert chosen.converged.all()
+    # However columns are scaled, and beside an intercept.
+    scaled = lambda p: ((x * 10.0) @ p["w"] + p["b"] - y - 5).square().mean() / 2
+    path = fr.regularization_path(scaled, {"w": zeros(80), "b": zeros()}, penalty, count=5, ratio=0.02, **WEIGHTS)
+    assert path.sparsity[0] == 1
+    assert path.sparsity[2] < 1
+    assert path.converged.all()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
+from funcreg.equations import solved
 from funcreg.penalties import group_dims
 from funcreg.penalty import penalty
 from funcreg.tree import euclidean
@@ -157,7 +158,7 @@ class _Equations:
         if within is not None:
             stiff = within @ stiff @ within + self.unit - within
             rows = (within * rows.unsqueeze(-2)).sum(-1)
-        return self.image(torch.linalg.solve_ex(stiff, rows)[0])  # It reads no error.
+        return self.image(solved(stiff, rows))
 
     def connected(self, joined: Tensor) -> Tensor:
         """For each pair of entries whether a way leads from one to the other, of entries equal to the next ones."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.constraints import check_bounds, clamp, constraint, grouped, simplex_excess, ungrouped
+from funcreg.equations import solved
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers
 from funcreg.spectral import as_matrix
@@ -289,7 +290,7 @@ def _tied(gram: Tensor, pull: Tensor, active: Tensor) -> Tensor:
     # Conditions may depend on each other: a little is added.
     little = torch.where(active, 64 * torch.finfo(gram.dtype).eps, 1.0).to(gram.dtype)
     stiff = torch.where(both, gram, torch.zeros_like(gram)) + torch.diag_embed(little)
-    found = torch.linalg.solve_ex(stiff, torch.where(active, pull, torch.zeros_like(pull)))[0]  # It reads no error.
+    found = solved(stiff, torch.where(active, pull, torch.zeros_like(pull)))
     return torch.where(active, found, torch.zeros_like(pull))
 
 
@@ -456,7 +457,7 @@ def _solved(positive: Tensor, off: Tensor, little: Tensor) -> tuple[Tensor, Tens
     there = positive.to(off.dtype)
     upper = torch.cat([torch.diag_embed(there.sum(-1)), there], -1)
     gram = torch.cat([upper, torch.cat([there.mT, torch.diag_embed(there.sum(-2))], -1)], -2)
-    found = torch.linalg.solve_ex(gram + torch.diag_embed(torch.zeros_like(off) + little), off)[0]
+    found = solved(gram + torch.diag_embed(torch.zeros_like(off) + little), off)
     return found[: there.shape[0]], found[there.shape[0] :]
 
 

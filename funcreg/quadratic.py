@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from funcreg.equations import solved
+
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
 #: How Newton steps are damped: a loss that is flat along some direction makes a Jacobian singular.
 _DAMPS = (1e-10, 1e-3)
-#: Rows up to which several matrices at once have an LU factorization. With more than 150, several threads and MKL that
-#: of torch 2.9 to 2.13 is wrong (pytorch issue 142815).
-_LU = 128
 #: Shares of a Newton step that are tried.
 _SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Steps without progress after which rounding is held to be all that moves.
@@ -204,7 +203,7 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     jacobian = pull(torch.ones_like(landed))[0][:, None] * inner if rules.separable else vmap(pull)(one)[0] @ inner
     damps = torch.tensor(_DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
     matrices = one - jacobian + damps[:, None, None] * one
-    ways = _solved(matrices, (landed - s.x).expand(len(damps), -1)[..., None])[..., 0]
+    ways = solved(matrices, (landed - s.x).expand(len(damps), -1))
     ways = torch.where(ways.isfinite().all(-1, keepdim=True), ways, torch.zeros_like(ways))
     shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
     points = s.x + (shares[:, None, None] * ways).reshape(-1, len(s.x))
@@ -216,14 +215,6 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     best, _, taken = chosen(s, s.error, objectives, errors)
     z, slope, objective, error = (x.index_select(0, best)[0] for x in (*places, objectives, errors))
     return _after(s, taken, z, slope, objective, error, tol, s.rate, s.steps)
-
-
-def _solved(matrices: Tensor, b: Tensor) -> Tensor:
-    """Solutions of linear equations; not finite where a matrix is singular."""
-    if matrices.shape[-1] <= _LU:
-        return torch.linalg.solve_ex(matrices, b)[0]
-    q, upper = torch.linalg.qr(matrices)
-    return torch.linalg.solve_triangular(upper, q.mT @ b, upper=True)
 
 
 def _landed(model: Quadratic, rules: Rules, rate: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections import OrderedDict
@@ -52,6 +53,26 @@ def nearby(z, seed, size):
     return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
 
 
+@functools.cache
+def drawn(first, count, scale=1.0):
+    """Trees of some seeds, stacked: laws over many trees are mapped over them."""
+    return stacked([draw(seed, scale=scale) for seed in range(first, first + count)])
+
+
+def stacked(trees):
+    return fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def around(z, sizes):
+    """Twenty trees at each of some distances from one, stacked."""
+    return fr.tree_map(lambda a, d: torch.cat([a + size * d for size in sizes]), z, drawn(0, 20))
+
+
+def worths(case, x, others, step, metric=None):
+    """What the proximal operator minimizes, at each of some trees."""
+    return vmap(lambda z: objective(case, x, z, step, metric))(others)
+
+
 def tiny_members():
     """Three trees of matrices, stacked along a first dimension."""
     trees = [{"a": draw(seed)["head"].weight, "b": draw(seed + 9)["head"].weight} for seed in range(3)]
@@ -88,9 +109,9 @@ def test_prox_minimizes_its_objective(case, step):
     x = draw()
     z = case.prox(x, step)
     least = objective(case, x, z, step)
-    candidates = [nearby(z, seed, size) for seed in range(20) for size in (1e-6, 1e-3, 0.1, 1.0)]
-    candidates += [x, fr.tree_map(torch.zeros_like, x), *(fr.tree_map(lambda a, t=t: t * a, x) for t in (0.25, 0.75))]
-    assert all(objective(case, x, other, step) >= least - 1e-12 for other in candidates)
+    assert (worths(case, x, around(z, (1e-6, 1e-3, 0.1, 1.0)), step) >= least - 1e-12).all()
+    shares = stacked([fr.tree_map(lambda a, t=t: t * a, x) for t in (0.0, 0.25, 0.75, 1.0)])
+    assert (worths(case, x, shares, step) >= least - 1e-12).all()
 
 
 @every_convex_penalty
@@ -99,9 +120,8 @@ def test_what_prox_takes_away_is_a_subgradient_where_it_lands(case, step):
     x = draw()
     z = case.prox(x, step)
     slope = (flat(x) - flat(z)) / step
-    for seed in range(30):
-        other = draw(seed + 50, scale=2.0)
-        assert case.value(other) >= case.value(z) + slope @ (flat(other) - flat(z)) - 1e-10
+    above = lambda other: case.value(other) - slope @ flat(other)
+    assert (vmap(above)(drawn(50, 30, 2.0)) >= case.value(z) - slope @ flat(z) - 1e-10).all()
 
 
 @every_convex_penalty
@@ -118,9 +138,8 @@ def test_the_dual_prox_lands_at_a_subgradient_of_what_it_takes_away(case, step):
     x = draw(scale=2.0)
     z = case.penalty.prox_dual(x, step, *case.hyper, **case.options)
     y = fr.tree_map(lambda a, b: (a - b) / step, x, z)  # z is in the subdifferential at y, as y is in its dual at z.
-    for seed in range(30):
-        other = draw(seed + 50, scale=2.0)
-        assert case.value(other) >= case.value(y) + flat(z) @ (flat(other) - flat(y)) - 1e-10
+    above = lambda other: case.value(other) - flat(z) @ flat(other)
+    assert (vmap(above)(drawn(50, 30, 2.0)) >= case.value(y) - flat(z) @ flat(y) - 1e-10).all()
     whole = fr.tree_map(
         lambda a, b: a + b, case.prox(x, 1.0), case.penalty.prox_dual(x, 1.0, *case.hyper, **case.options)
     )
@@ -545,9 +564,7 @@ def test_a_metric_weighs_the_distance(case):
     for step in (0.0, 0.3, 2.0, 1e4):
         z = case.prox(x, step, metric=h)
         least = objective(case, x, z, step, h)
-        for seed in range(20):
-            for size in (1e-5, 1e-2, 1.0):
-                assert objective(case, x, nearby(z, seed, size), step, h) >= least - 1e-9
+        assert (worths(case, x, around(z, (1e-5, 1e-2, 1.0)), step, h) >= least - 1e-9).all()
     constant = fr.tree_map(lambda w: torch.full_like(w, 4.0), x)
     assert_equal(case.prox(x, 2.0, metric=constant), case.prox(x, 0.5), rtol=1e-12, atol=1e-14)
     assert flat(grad(lambda p: flat(case.prox(p, 0.5, metric=h)).sum())(x)).isfinite().all()
@@ -561,9 +578,7 @@ def test_inner_steps_find_the_proximal_operator_in_a_metric(case):
     if case.metric:
         assert_equal(z, case.prox(x, 0.7, metric=h), rtol=1e-8, atol=1e-9)
     least = objective(case, x, z, 0.7, h)
-    for seed in range(20):
-        for size in (1e-5, 1e-2, 1.0):
-            assert objective(case, x, nearby(z, seed, size), 0.7, h) >= least - 1e-9
+    assert (worths(case, x, around(z, (1e-5, 1e-2, 1.0)), 0.7, h) >= least - 1e-9).all()
     constant = fr.tree_map(lambda w: torch.full_like(w, 4.0), x)
     assert_equal(case.prox(x, 2.0, metric=constant, inner_steps=1), case.prox(x, 0.5), rtol=1e-12, atol=1e-14)
     half = fr.tree_map(lambda w: w.bfloat16(), x)

@@ -229,13 +229,15 @@ def _follower(sums: bool) -> Any:
     return Follow()
 
 
+#: From an operation and what its arguments are like to the shape, strides and dtype of what it makes.
 _layouts: dict[Any, Any] = {}
 
 
 def _made(func: Any, args: Any, kwargs: Any) -> Any:
     """What an operation makes of tensors without memory.
 
-    Torch computes shapes and dtypes in Python, which takes a tenth of a millisecond: those of new real tensors are kept.
+    Torch computes shapes and dtypes in Python, which takes a tenth of a millisecond: those of real tensors are kept,
+    unless an operation writes or gives a view.
     """
     tensors = list(_tensors((*args, *kwargs.values())))
     dtypes = {x.dtype for x in tensors if x.dtype != torch.bool}

@@ -13,7 +13,7 @@ from torch.func import vmap
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
 from funcreg.transform import Choice, Transform, everywhere
-from funcreg.tree import Selection, check_mask, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
+from funcreg.tree import Selection, check_mask, flatten, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
 
 
 @remembered
@@ -64,11 +64,18 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
         # What is no stack of members is the same for all.
         over = tree_map(lambda x: 0 if isinstance(x, Tensor) and x.ndim else None, extra)
 
-        def one(updates: Updates, state: State, params: Params, extra: dict[str, Any], *h: Hyper) -> Any:
-            tx = make(*h)
-            return tx.update(updates, state, params, **tx.accepted(extra))
+        # Trees are taken apart here: where this is traced, `vmap` would take longer for it than all the rest.
+        leaves, rebuild = flatten((updates, state, params))
+        rebuilt: list[Callable[[Iterable[Any]], Any]] = []
 
-        return vmap(one, in_dims=(0, 0, 0, over, *(0 for _ in hyper)))(updates, state, params, extra, *hyper)
+        def one(leaves: list[Tensor], extra: dict[str, Any], *h: Hyper) -> list[Tensor]:
+            tx, (updates, state, params) = make(*h), rebuild(leaves)
+            found, join = flatten(tx.update(updates, state, params, **tx.accepted(extra)))
+            rebuilt.append(join)
+            return found
+
+        found = vmap(one, in_dims=(0, over, *(0 for _ in hyper)))(leaves, extra, *hyper)
+        return rebuilt[0](found)
 
     def of_member(choose: Choice | None) -> Choice | None:
         return None if choose is None else lambda params: choose(tree_map(lambda w: w[0], params))

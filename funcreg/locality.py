@@ -214,7 +214,7 @@ def _follower(sums: bool) -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            out = func(*args, **kwargs)
+            out = _made(func, args, kwargs)
             name = func.overloadpacket.__name__
             moves = name in _VIEWS
             self.record.append((func, None if moves else tuple(map(_plain, (*args, *kwargs.values())))))
@@ -227,6 +227,43 @@ def _follower(sums: bool) -> Any:
             return out
 
     return Follow()
+
+
+#: From an operation and what its arguments are like to the shape, strides and dtype of what it makes.
+_layouts: dict[Any, Any] = {}
+
+
+def _made(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation makes of tensors without memory.
+
+    Torch computes shapes and dtypes in Python, which takes a tenth of a millisecond: those of real tensors are kept,
+    unless an operation writes or gives a view.
+    """
+    tensors = list(_tensors((*args, *kwargs.values())))
+    dtypes = {x.dtype for x in tensors if x.dtype != torch.bool}
+    aliases = any([out.alias_info is not None for out in func._schema.returns]) or func._schema.is_mutable
+    if aliases or not tensors or len(dtypes) > 1 or any([x.is_complex() or x.device.type != "meta" for x in tensors]):
+        return func(*args, **kwargs)
+    key = func, torch.get_default_dtype(), _shaped(args), _shaped(tuple(kwargs.items()))
+    try:
+        kept = _layouts.get(key)
+    except TypeError:  # An argument has no hash.
+        return func(*args, **kwargs)
+    if kept is not None:
+        return torch.empty_strided(kept[0], kept[1], dtype=kept[2], device="meta")
+    out = func(*args, **kwargs)
+    if isinstance(out, Tensor) and out.device.type == "meta":
+        if len(_layouts) > 10_000:
+            _layouts.clear()
+        _layouts[key] = out.shape, out.stride(), out.dtype
+    return out
+
+
+def _shaped(x: Any) -> Any:
+    """An argument with what its tensors are like: 1, 1.0 and True are not the same."""
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_shaped, x))
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
 
 
 def _plain(x: Any) -> Any:

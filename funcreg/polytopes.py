@@ -16,7 +16,7 @@ from funcreg._typing import Hyper, Scalar
 from funcreg.constraints import check_bounds, clamp, constraint, grouped, simplex_excess, ungrouped
 from funcreg.equations import solved
 from funcreg.penalties import Dim, group_dims
-from funcreg.ranges import check_numbers
+from funcreg.ranges import check_numbers, concrete
 from funcreg.spectral import as_matrix
 
 _AT_LEAST_0 = (0.0, math.inf)
@@ -243,7 +243,8 @@ def _nearest(x: Tensor, rows: Tensor, offsets: Tensor, equal: Tensor) -> Tensor:
 
     The dual problem has multipliers of at least 0, and is solved by the active set method of Lawson and Hanson. Each
     step solves for the active ones; then either adds the condition that is broken most, or, where a multiplier would
-    be negative, goes as far as none is and drops that one. All problems of a batch take equally many steps.
+    be negative, goes as far as none is and drops that one. All problems of a batch take equally many steps: until no
+    condition comes or goes, where numbers can be read.
     """
     rows, offsets = _of_length_1(rows, offsets)
     gram = rows @ rows.mT
@@ -264,10 +265,18 @@ def _nearest(x: Tensor, rows: Tensor, offsets: Tensor, equal: Tensor) -> Tensor:
         over = pull - _times(gram, multipliers)
         broken = torch.where(active | (over <= rounding / 8), -math.inf, over)
         worst = (places == broken.argmax(-1, keepdim=True)) & (broken > 0)
-        active = torch.where(stuck, active & ~dropped, active | worst)
+        before, active = active, torch.where(stuck, active & ~dropped, active | worst)
+        if _is_known(active == before):
+            break
     # In closed form once more, for the derivative, and for the last digits.
     z = _held(x, rows, offsets, active & (equal | (_tied(gram, pull, active) > 0)))
     return torch.where(x.isnan().any(-1, keepdim=True), torch.full_like(z, math.nan), z) + 0.0
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether all entries are true, and can be read: not while a function is traced or batched, or on a GPU."""
+    known = concrete(x)
+    return isinstance(known, Tensor) and bool(known.all())
 
 
 def _of_length_1(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,6 +429,7 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     alpha, beta = torch.zeros_like(fixed[:, 0]), torch.zeros_like(fixed[0])
     lengths = torch.cat([4.0 ** -torch.arange(15, dtype=m.dtype, device=m.device), torch.zeros_like(beta[:1])])
     best, least = (alpha, beta), torch.full_like(rows.sum(), math.inf)
+    rounding = 2 * torch.finfo(m.dtype).eps * (fixed.abs().amax() + rows.amax() + columns.amax())
     for _ in range(min(100, 5 + 2 * sum(m.shape))):
         alpha = _thresholds(fixed - beta, rows.unsqueeze(-1)).squeeze(-1)
         beta = _thresholds((fixed - alpha.unsqueeze(-1)).mT, columns.unsqueeze(-1)).squeeze(-1)
@@ -434,7 +444,9 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         x = (fixed - alpha.unsqueeze(-1) - beta).relu()
         now = torch.maximum((x.sum(-1) - rows).abs().amax(), (x.sum(-2) - columns).abs().amax())
         best = (torch.where(now < least, alpha, best[0]), torch.where(now < least, beta, best[1]))
-        least = torch.minimum(now, least)
+        last, least = least, torch.minimum(now, least)
+        if _is_known(torch.maximum(now, last) <= rounding):
+            break
     start = m - best[0].unsqueeze(-1) - best[1]
     positive = start > 0
     x = torch.where(positive, start, torch.zeros_like(start))

@@ -147,6 +147,7 @@ class _Recorder:
         self._captured: dict[int, _Placeholder] = {}
         self._done: dict[Any, Any] = {}  # From an operation and its arguments to what came out.
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
+        self._fakes: dict[Any, Tensor] = {}  # From a shape, dtype and device to a fake tensor that is never written.
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the result of an operation."""
@@ -209,14 +210,19 @@ class _Recorder:
     def _infer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shape, dtype and device of what an operation makes; a list of them for several tensors."""
         with self._fake_mode:
-            fake = lambda value: torch.empty(value.shape, dtype=value.dtype, device=value.device)
-            named = {name: substituted(arg, fake) for name, arg in kwargs.items()}
-            out = func(*(substituted(arg, fake) for arg in args), **named)
+            named = {name: substituted(arg, self._fake) for name, arg in kwargs.items()}
+            out = func(*(substituted(arg, self._fake) for arg in args), **named)
         if isinstance(out, Tensor):
             return tuple(out.shape), out.dtype, out.device
         if isinstance(out, (list, tuple)) and all(isinstance(each, Tensor) for each in out):
             return [(tuple(each.shape), each.dtype, each.device) for each in out]
         raise CannotRecordError(f"{func} reads a number from a tensor")
+
+    def _fake(self, value: Value) -> Tensor:
+        like = value.shape, value.dtype, value.device
+        if like not in self._fakes:
+            self._fakes[like] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return self._fakes[like]
 
 
 def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Record:

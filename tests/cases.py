@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 import funcreg as fr
 from funcreg.construction import remembered
 from funcreg.tree import reduce_leaves, total
+from funcreg.undocumented import is_traced, is_transformed
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
 DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")
@@ -51,13 +53,30 @@ def known(number: Any) -> Tensor:
 
 def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A nested tree of a matrix, vectors and a filter bank, with zeros among the entries."""
+    return _tree(_with_zeros, ((4, 3), (4,), (3, 2, 2, 2), (5,)), seed, dtype, scale)
+
+
+def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
+    """A tree like that of `draw`, without zeros, whose leaves have last dimensions of four."""
+    return _tree(normal, ((3, 4), (4,), (2, 2, 1, 4), (4,)), seed, dtype, scale)
+
+
+def _with_zeros(generator: torch.Generator, *shape: int) -> Tensor:
+    x = normal(generator, *shape)
+    return torch.where(uniform(generator, *shape, dtype=torch.float32) < 0.1, 0.0, x)
+
+
+def _tree(numbers: Callable[..., Tensor], shapes: Any, seed: int, dtype: torch.dtype, scale: float) -> dict[str, Any]:
+    # Tensors that are made inside a transform of torch.func or a mode belong to it.
+    drawn = _leaves.__wrapped__ if is_traced() or is_transformed() else _leaves
+    weight, bias, filters, vector = [leaf.clone() for leaf in drawn(numbers, shapes, seed, dtype, scale)]
+    return {"head": Layer(weight, bias), "body": {"filters": filters, "scale": (vector,)}}
+
+
+@functools.lru_cache(maxsize=4096)
+def _leaves(numbers: Callable[..., Tensor], shapes: Any, seed: int, dtype: torch.dtype, scale: float) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape: int) -> Tensor:
-        x = normal(generator, *shape) * scale
-        return torch.where(uniform(generator, *shape, dtype=torch.float32) < 0.1, 0.0, x).to(dtype)
-
-    return {"head": Layer(leaf(4, 3), leaf(4)), "body": {"filters": leaf(3, 2, 2, 2), "scale": (leaf(5),)}}
+    return [(scale * numbers(generator, *shape)).to(dtype) for shape in shapes]
 
 
 def flat(tree: Any) -> Tensor:
@@ -66,9 +85,19 @@ def flat(tree: Any) -> Tensor:
 
 def assert_equal(a: Any, b: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
     """Trees of one structure whose leaves agree in value, dtype and shape."""
-    assert fr.tree_paths(a) == fr.tree_paths(b)
-    for path, x, y in zip(fr.tree_paths(a), fr.tree_leaves(a), fr.tree_leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, path=path: f"{path}: {m}")
+    paths = fr.tree_paths(a)
+    assert paths == fr.tree_paths(b)
+    for path, x, y in zip(paths, fr.tree_leaves(a), fr.tree_leaves(b), strict=True):
+        if not _agree(x, y, rtol, atol):
+            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, at=path: f"{at}: {m}")
+
+
+def _agree(x: Any, y: Any, rtol: float, atol: float) -> bool:
+    """Whether two plain tensors agree; what says why they do not is slow."""
+    if type(x) is not Tensor or type(y) is not Tensor or x.layout != torch.strided or y.layout != torch.strided:
+        return False
+    alike = (x.dtype, x.shape, x.device) == (y.dtype, y.shape, y.device)
+    return alike and torch.allclose(x, y, rtol=rtol, atol=atol, equal_nan=True)
 
 
 # Penalties
@@ -567,13 +596,6 @@ class ConstraintCase:
 
     def project(self, params: Any, **kwargs: Any) -> Any:
         return self.penalty.project(params, *self.hyper, **self.options, **kwargs)
-
-
-def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
-    """A tree like that of `draw`, whose leaves have last dimensions of four."""
-    generator = torch.Generator().manual_seed(seed)
-    leaf = lambda *shape: (scale * normal(generator, *shape)).to(dtype)
-    return {"head": Layer(leaf(3, 4), leaf(4)), "body": {"filters": leaf(2, 2, 1, 4), "scale": (leaf(4),)}}
 
 
 def _size(w: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -37,10 +37,18 @@ def _skip_what_torch_measures() -> None:
         guards.profile_guard_manager = lambda *arguments: 0.0  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def _seed() -> None:
+    """Begin with the same random numbers; for each device that may come, torch keeps where it was asked to."""
+    if torch.device(DEVICE).type == "cpu":
+        torch.default_generator.manual_seed(0)
+    else:
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Every test begins with the same random numbers, no compiled code, and no warning said that is said once."""
-    torch.manual_seed(0)
+    _seed()
     lowering._said.clear()
     _skip_what_torch_measures()
     modules = len(sys.modules)

@@ -50,9 +50,12 @@ def test_projections_are_allowed(case, scale):
 
 @every_constraint
 def test_the_value_is_zero_in_the_set_and_infinite_outside(case):
-    for tree in (*members(case, draw_fours()), *(draw_fours(seed, scale=5.0) for seed in range(5))):
-        outside = any(case.violation(leaf) > 1e-12 for leaf in fr.tree_leaves(tree))
-        assert case.value(tree) == (math.inf if outside else 0.0)
+    trees = [*members(case, draw_fours()), *(draw_fours(seed, scale=5.0) for seed in range(5))]
+    outside = [any(case.violation(leaf) > 1e-12 for leaf in fr.tree_leaves(tree)) for tree in trees]
+    expected = [math.inf if each else 0.0 for each in outside]
+    assert vmap(case.value)(fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)).tolist() == expected
+    for first in {expected.index(each) for each in expected}:  # One of each kind alone.
+        assert case.value(trees[first]) == expected[first]
 
 
 @every_constraint

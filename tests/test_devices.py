@@ -36,8 +36,9 @@ def devices(tree):
 
 
 def numbers_and_tensors(hyper):
-    """Hyperparameters, and again with those that are no whole numbers in tensors."""
-    return [hyper, [torch.tensor(h, device="cpu") if isinstance(h, float) else h for h in hyper]]
+    """Hyperparameters, and again with those that are no whole numbers in tensors, if there are some."""
+    tensors = [torch.tensor(h, device="cpu") if isinstance(h, float) else h for h in hyper]
+    return [hyper, tensors] if any(isinstance(h, float) for h in hyper) else [hyper]
 
 
 @pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)

@@ -62,7 +62,7 @@ def start(world: int, folder: Path, groups: list[str], patience: float = 60.0) -
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     "groups",
-    [["penalties"], ["constraints", "transforms"], ["others", "steps", "loops"], ["users"]],
+    [["penalties", "constraints", "transforms"], ["others", "steps", "loops", "users"]],
     ids=" and ".join,
 )
 def test_sharded_parameters_give_what_whole_ones_give(world, groups, tmp_path):

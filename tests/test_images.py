@@ -38,11 +38,14 @@ def dual(x, step, steps=20000):
         z[:, 1:] -= step * right
         return z
 
-    for _ in range(steps):
+    for n in range(steps):
         new = q + differences(image(q)) / (8 * step)
         new = new / new.square().sum(0).sqrt().clamp(min=1)
         t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+        moved = n % 100 == 99 and (new - p).abs().max()
         q, p = new + (before - 1) / t * (new - p), new
+        if n % 100 == 99 and moved <= 1e-14:
+            break
     return image(p), p
 
 

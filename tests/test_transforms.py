@@ -85,15 +85,15 @@ def test_update_leaves_its_arguments_as_they_were(case):
 
 
 @every_transform
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_state_and_updates_keep_structure_shape_and_dtype(case, dtype):
-    tx, params = case.make(), draw(dtype=dtype)
-    state = tx.init(params)
-    updates, after, _ = run(tx, steps=3, dtype=dtype)
-    assert fr.tree_paths(after) == fr.tree_paths(state)
+def test_state_and_updates_keep_structure_shape_and_dtype(case):
     describe = lambda tree: [(x.dtype, x.shape, x.device) for x in fr.tree_leaves(tree)]
-    assert describe(after) == describe(state)
-    assert describe(updates) == describe(case.updates_like(params))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        tx, params = case.make(), draw(dtype=dtype)
+        state = tx.init(params)
+        updates, after, _ = run(tx, steps=3, dtype=dtype)
+        assert fr.tree_paths(after) == fr.tree_paths(state)
+        assert describe(after) == describe(state)
+        assert describe(updates) == describe(case.updates_like(params))
 
 
 @every_transform
@@ -179,23 +179,16 @@ def test_chains_made_inside_a_compiled_vmap_are_those_of_a_loop(case):
 PURE = ["sgd", "adamw", "prox_adam of groups", "chain", "partition", "apply_if_finite", "scale_by_learning_rate"]
 
 
-# Steps that do not donate, of every transform, are in test_plan.py: what compilers trace of them differs in its end.
-# What AOTAutograd makes of a graph takes seconds, and differs by its operations: for some rows of all kinds.
-@pytest.mark.parametrize(
-    ("case", "donate", "backend"),
-    [
-        pytest.param(case, donate, "aot_eager" if name in PURE else "eager", id=f"{donate}-{name}")
-        for name, case in TRANSFORMS.items()
-        for donate in (False, True)
-        if donate or name in PURE
-    ],
-)
-def test_fused_steps_are_the_eager_ones_and_compile_once(case, donate, backend):
+# Steps of every transform with a backend that only runs graphs are in test_plan.py. What AOTAutograd makes of a graph
+# takes seconds, and differs by its operations: for some rows of all kinds.
+@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("donate", [False, True])
+def test_fused_steps_are_the_eager_ones_and_compile_once(name, donate):
     def small(seed):
         return {"head": draw(seed)["head"]}
 
-    tx = case.make()
-    counter = CompileCounterWithBackend(backend)
+    tx = TRANSFORMS[name].make()
+    counter = CompileCounterWithBackend("aot_eager")
     step = fr.fuse(tx, donate=donate, backend=counter)
     params, state = step.init(small(0))
     expected, eager = small(0), tx.init(small(0))
@@ -268,14 +261,12 @@ def test_state_goes_through_a_file(case, tmp_path):
 
 
 @every_transform
-@pytest.mark.parametrize(
-    "params",
-    [{}, (), {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}, {"a": None}],
-)
-def test_trees_without_leaves_or_entries_are_taken(case, params):
-    tx = case.make()
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert fr.tree_paths(updates) == fr.tree_paths(params)
+def test_trees_without_leaves_or_entries_are_taken(case):
+    entries = {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}
+    for params in ({}, (), {"a": None}, *entries):
+        tx = case.make()
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert fr.tree_paths(updates) == fr.tree_paths(params)
 
 
 @every_transform

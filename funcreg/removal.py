@@ -14,6 +14,7 @@ from funcreg.families import Along, Family, Groups, Place, gather, places_of, wi
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
 from funcreg.tree import flatten, gathered, listed, tree_paths
+from funcreg.wrapping import matched, without_wrappers
 
 
 def with_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -302,9 +303,10 @@ def _cut(leaf: Tensor, cut: _Cut) -> Tensor:
 def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
     """A state whose leaves that are like parameters are sliced as these are."""
     leaves, rebuild = flatten(state)
-    made = []
-    for path, leaf in zip(tree_paths(state), leaves, strict=True):
-        name = next((end for end in _ends(path) if end in shapes), None)
+    plain = dict(zip(without_wrappers(tuple(shapes)), shapes, strict=True))
+    paths, made = tree_paths(state), []
+    for path, short, leaf in zip(paths, without_wrappers(tuple(paths)), leaves, strict=True):
+        name = next((plain[end] for end in _ends(short) if end in plain), None)
         made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes))
     return rebuild(made)
 
@@ -382,7 +384,7 @@ def _cut_torch_state(
     state: dict[str, Any], cuts: dict[str, _Cut], shapes: dict[str, torch.Size], named: list[str]
 ) -> dict[str, Any]:
     """The state dict of a torch optimizer, whose parameters have these names."""
-    numbers = _numbers(state)
+    numbers, named = _numbers(state), list(matched(tuple(named), tuple(shapes)))
     unknown = [name for name in named if name not in shapes]
     if len(named) != len(numbers) or unknown:
         raise ValueError(

@@ -24,6 +24,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_paths,
 )
+from funcreg.wrapping import plain_names
 
 #: What a shape is compared with: sizes, None for any size, one `...` for any number of sizes, or a function of it.
 Shape = tuple[Any, ...] | Callable[[tuple[int, ...]], bool]
@@ -255,28 +256,8 @@ def _matches(name: str, text: str, flags: int) -> bool:
     return fnmatch.fnmatchcase(name, text) if flags < 0 else re.fullmatch(text, name, flags) is not None
 
 
-#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing,
-#: Fabric, which has a name for it without its other wrappers, too.
-_WRAPPERS = (
-    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-    *("_forward_module", "_original_module"),
-)
-
-
-def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of parameters as they are without wrappers and parametrizations."""
-    rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
-    while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
-        rows = [row[1:] for row in rows]
-    for row in rows:
-        if len(row) > 2 and row[-3] == "parametrizations" and row[-1].startswith("original"):
-            row[-3:] = [row[-2]]
-    return tuple(".".join(row) for row in rows)
-
-
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (named_by, plain_names):
-    vars(_constant)["_dynamo_marked_constant"] = True
+vars(named_by)["_dynamo_marked_constant"] = True
 
 
 # Roles

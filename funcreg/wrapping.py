@@ -50,8 +50,8 @@ def inner_module(module: nn.Module) -> nn.Module:
     """The module inside torch.compile, data parallel, activation checkpointing or Fabric, else the module itself."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return inner_module(module.module)
-    for name in ("_orig_mod", "_checkpoint_wrapped_module", "_original_module"):
-        inner = module._modules.get(name)
-        if inner is not None:
-            return inner_module(inner)
+    children = dict(module.named_children())
+    for name in ("_orig_mod", "_checkpoint_wrapped_module", "_original_module", "_forward_module"):
+        if name in children:
+            return inner_module(children[name])
     return module

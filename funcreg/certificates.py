@@ -326,7 +326,8 @@ def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
     r"""The share of entries that are exactly zero, from 0 to 1.
 
     Args:
-        params: A tree of tensors, or a module: its parameters, where it is pruned those that it computes with.
+        params: A tree of tensors, or a module: its parameters, where it is pruned or parametrized the weights
+            that it computes with.
         mask: Leaves that are counted; by default all.
 
     Shape:

@@ -23,6 +23,7 @@ from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.trying import Trial, refused
 from funcreg.widths import Rule, heads_before, packs_unequally
+from funcreg.wrapping import inner_module, without_wrappers
 
 
 class ChannelGroups(list[Family]):
@@ -214,7 +215,8 @@ def channel_groups(
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
 
     Args:
-        module: A module. Without example inputs it has to be `torch.nn.Sequential`, also nested, of linear layers,
+        module: A module; of one that torch.compile or data parallel wraps the module inside, by whose names families
+            are called. Without example inputs it has to be `torch.nn.Sequential`, also nested, of linear layers,
             convolutions, `BatchNorm`, pooling, dropout, `Flatten`, and activations that take 0 to 0.
         example_inputs: What the module is called with: a tensor, a tuple of arguments, a dict of keyword arguments, or
             a tuple of such a tuple and such a dict. A small batch will do.
@@ -266,6 +268,8 @@ def channel_groups(
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
     flags(inside_heads=inside_heads)
     check_whole_module("channel_groups", module)
+    if (inner := inner_module(module)) is not module:
+        module, layers = inner, None if layers is None else without_wrappers(tuple(layers))
     if example_inputs is None:
         if rules or inside_heads:
             name = "rules" if rules else "inside_heads"

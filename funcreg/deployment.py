@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,10 +200,30 @@ class Pruned(NamedTuple):
 
 
 def computed_parameters(params: Params | nn.Module) -> Params:
-    """The parameters of a module, where it is pruned those that it computes with; a tree as it is."""
+    """The parameters of a module, where it is pruned or parametrized the weights it computes with; a tree as it is."""
     if not isinstance(params, nn.Module):
         return params
-    return from_prune(params).params if prune.is_pruned(params) else dict(params.named_parameters())
+    found = from_prune(params).params if prune.is_pruned(params) else dict(params.named_parameters())
+    for path, layer in params.named_modules():
+        own: Any = getattr(layer, "parametrizations", {}) if parametrize.is_parametrized(layer) else {}
+        prefix = f"{path}." if path else ""
+        for name, parametrizations in own.items():
+            inside = f"{prefix}parametrizations.{name}."
+            found = {called: w for called, w in found.items() if not called.startswith(inside)}
+            found[f"{prefix}{name}"] = _computed(parametrizations)
+    return found
+
+
+@torch.no_grad()
+def _computed(parametrizations: nn.Module) -> Tensor:
+    """The weight that parametrizations compute in evaluation, where spectral norm does not go on with its vectors."""
+    training = [layer for layer in parametrizations.modules() if layer.training]
+    parametrizations.eval()
+    try:
+        return parametrizations().detach()
+    finally:
+        for layer in training:
+            layer.training = True
 
 
 def from_prune(module: nn.Module) -> Pruned:

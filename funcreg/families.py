@@ -13,6 +13,7 @@ from torch import Tensor
 from funcreg._typing import Params
 from funcreg.ranges import flags
 from funcreg.tree import chosen_by, hidden, listed, tree_leaves, tree_paths
+from funcreg.wrapping import matched
 
 
 class Along(NamedTuple):
@@ -171,11 +172,16 @@ def places_of(groups: Groups, params: Params) -> list[list[Place]]:
         return []
     masked = hidden(params)
     places: list[list[Place]] = []
-    for family in families_of(chosen_by(groups, params, "groups")[0]):
+    families = families_of(chosen_by(groups, params, "groups")[0])
+    called = [name for family in families for where in family for name in (where[0], where[1].bias) if name is not None]
+    called = tuple(dict.fromkeys(called))
+    own = dict(zip(called, matched(called, tuple(names)), strict=True))  # Wrappers of the module may have come or gone.
+    for family in families:
         found: list[Place] = []
         for name, along in family:
-            if name in numbers:
-                found.append(Place(numbers[name], along))
+            if own[name] in numbers:
+                bias = None if along.bias is None else own[along.bias]
+                found.append(Place(numbers[own[name]], along if bias == along.bias else along._replace(bias=bias)))
             elif along.penalized and not masked:
                 raise ValueError(f"groups names '{name}', which is no leaf; {_known(names, leaves)}")
         counts = [_count(names[leaf], leaves[leaf], along) for leaf, along in found]

@@ -30,7 +30,7 @@ from funcreg.penalty import Penalty
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.rounding import is_narrow
-from funcreg.selection import scaled_parameters
+from funcreg.selection import computed_from
 from funcreg.transform import (
     Transform,
     check_selection,
@@ -284,16 +284,15 @@ class Regularization:
             )
 
     def warn_of_scales(self, module: nn.Module) -> None:
-        """Warn of penalized parameters whose scale is lost before they are weights."""
-        lost = scaled_parameters(module)
-        found = {name: lost[w] for name, w in self._names.penalized().items() if w in lost}
-        if found:
-            name, kind = next(iter(found.items()))
-            warn_user(
-                f"{self!r} penalizes {listed(found)}, which {kind} divides by a norm of its own: shrinking '{name}' "
-                "changes nothing but the strength of later steps, and only its exact zeros are zeros of the weight. "
-                "Leave them out with mask=, or take the parametrization off.",
-            )
+        """Warn of penalized parameters from which a parametrization computes the weight, once for each kind."""
+        computed, kinds = computed_from(module), dict[Any, list[str]]()
+        for name, w in self._names.penalized().items():
+            if w in computed:
+                kinds.setdefault(computed[w], []).append(name)
+        for (kind, effect), found in kinds.items():
+            name = found[0]
+            size = f"{name[:-2]}_g" if name.endswith("_v") else name.replace("original1", "original0")
+            warn_user(f"{self!r} penalizes {listed(found)}, {kind}: {effect.format(name=name, size=size)}.")
 
     def _check_once(self, optimizer: Optimizer) -> None:
         """Raise an error if another penalty is on the same parameters already."""

@@ -14,6 +14,7 @@ from funcreg.families import Along, Family, Groups, Place, gather, places_of, wi
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
 from funcreg.tree import flatten, gathered, listed, tree_paths
+from funcreg.wrapping import matched, without_wrappers
 
 
 def with_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -35,8 +36,8 @@ def with_buffers(module: nn.Module) -> dict[str, Tensor]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {name: tensor.detach() for name, tensor in named}
+    parameters = {name: w.detach() for name, w in module.named_parameters()}
+    return {**parameters, **{name: nn.Buffer(x.detach()) for name, x in module.named_buffers()}}
 
 
 class _Cut(NamedTuple):
@@ -46,7 +47,9 @@ class _Cut(NamedTuple):
     kept: dict[int, Tensor]  # By dimension the entries that stay.
 
 
-def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | None = None) -> Any:
+def remove_dead(
+    params: Params, groups: Groups, *states: Any, round_to: int | None = None, names: Sequence[str] | None = None
+) -> Any:
     """A smaller tree, without the groups all of whose penalized entries are zero.
 
     Leaves that no family names stay as they are; buffers may be among the leaves (`with_buffers`), and are sliced if
@@ -59,16 +62,21 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
         params: Tree of parameters, also with the buffers of their module.
         groups: The families that the penalty had; see `coupled`.
         states: Trees that hold others like the parameters, to be sliced as these are: the state of an optimizer, an
-            average of weights, `optimizer.state_dict()` of a torch optimizer that has the parameters in their order
-            or by their names. With them a tuple comes back. They are sliced and no more: no bias in them takes a
-            constant, which is right for moments. An average of weights has its own entries where a channel is dead
-            today, and is another network without them: begin it anew from the smaller parameters.
+            average of weights, `optimizer.state_dict()` of a torch optimizer that was made of
+            `module.named_parameters()`, also in groups with names of their own, or of `module.parameters()` in one
+            group, whose order is that of the tree. With them a tuple comes back. They are sliced and no more: no bias
+            in them takes a constant, which is right for moments. An average of weights has its own entries where a
+            channel is dead today, and is another network without them: begin it anew from the smaller parameters.
         round_to: Numbers of channels stay multiples of this one, for hardware that likes them; dead channels fill
             them up. By default what `channel_groups` was told, else 1.
+        names: The names of the parameters of a torch optimizer, in the order in which its groups have them, where its
+            state does not say them: `[known[w] for group in optimizer.param_groups for w in group["params"]]` with
+            `known = {w: name for name, w in module.named_parameters()}`.
 
     Raises:
-        ValueError: A leaf has not the groups that its family has, or a state has a leaf of another shape than its
-            parameter.
+        ValueError: A leaf has not the groups that its family has, a state has a leaf of another shape than its
+            parameter, or a state of a torch optimizer does not say which parameters it is for: it has no names, and
+            several groups or another number of parameters than the tree.
 
     Warns:
         UserWarning: Nothing is taken out, with how near to zero the smallest group is and what keeps groups that are
@@ -93,22 +101,28 @@ def remove_dead(params: Params, groups: Groups, *states: Any, round_to: int | No
     multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         raise ValueError(f"round_to is {multiple!r}; expected a whole number of at least 1")
-    names = tree_paths(params)
+    if names is not None and not any([_is_of_torch(state) for state in states]):
+        raise ValueError("names has no effect without the state_dict of a torch optimizer; give both, or neither")
+    paths = tree_paths(params)
     leaves, rebuild = flatten(gathered(params))
     families = [_Family(i, family, _used(leaves, family)) for i, family in enumerate(places_of(groups, params))]
     families = [family for family in families if len(family.used)]  # Penalized leaves may not be here.
-    if (problem := _problem(names, leaves, families, groups, multiple)) is not None:
+    if (problem := _problem(paths, leaves, families, groups, multiple)) is not None:
         warn_user(problem)
     staying = [(family.places, _staying(family.used.any(0), family.places, multiple)) for family in families]
-    made, cuts = _without(names, leaves, staying)
-    by_name = {names[leaf]: cut for leaf, cut in cuts.items()}
+    made, cuts = _without(paths, leaves, staying)
+    by_name = {paths[leaf]: cut for leaf, cut in cuts.items()}
     smaller = rebuild(made)
     if not states:
         return smaller
-    shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}
-    if isinstance(params, dict) and set(params) == set(shapes):  # In the order of the module, not of the alphabet.
-        shapes = {name: shapes[name] for name in params}
-    return smaller, *[_cut_state(state, by_name, shapes) for state in states]
+    shapes = {name: leaf.shape for name, leaf in zip(paths, leaves, strict=True)}
+    order = None if names is None else list(names)
+    cut = lambda state: (
+        _cut_torch_state(state, by_name, shapes, order or _names_in(state, params, shapes))
+        if _is_of_torch(state)
+        else _cut_state(state, by_name, shapes)
+    )
+    return smaller, *[cut(state) for state in states]
 
 
 class _Family(NamedTuple):
@@ -288,12 +302,11 @@ def _cut(leaf: Tensor, cut: _Cut) -> Tensor:
 
 def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
     """A state whose leaves that are like parameters are sliced as these are."""
-    if isinstance(state, dict) and set(state) == {"state", "param_groups"}:
-        return _cut_torch_state(state, cuts, shapes)
     leaves, rebuild = flatten(state)
-    made = []
-    for path, leaf in zip(tree_paths(state), leaves, strict=True):
-        name = next((end for end in _ends(path) if end in shapes), None)
+    plain = dict(zip(without_wrappers(tuple(shapes)), shapes, strict=True))
+    paths, made = tree_paths(state), []
+    for path, short, leaf in zip(paths, without_wrappers(tuple(paths)), leaves, strict=True):
+        name = next((plain[end] for end in _ends(short) if end in plain), None)
         made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes))
     return rebuild(made)
 
@@ -318,22 +331,79 @@ def _cut_like(leaf: Any, path: str, name: str, cuts: dict[str, _Cut], shapes: di
     return _cut(whole(leaf), cuts[name]) if name in cuts else leaf
 
 
-def _cut_torch_state(state: dict[str, Any], cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> dict[str, Any]:
-    """The state dict of a torch optimizer, its parameters by number."""
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    named = [name for group in state["param_groups"] for name in group.get("param_names", ())]
-    if len(named) != len(numbers):
-        named = list(shapes)[: len(numbers)]
+# States of torch's optimizers
+
+
+def _is_of_torch(state: Any) -> bool:
+    return isinstance(state, dict) and set(state) == {"state", "param_groups"}
+
+
+def _numbers(state: dict[str, Any]) -> list[Any]:
+    """What a state dict calls its parameters: numbers, or names in those of distributed checkpoints."""
+    return [number for group in state["param_groups"] for number in group["params"]]
+
+
+def _names_in(state: dict[str, Any], params: Params, shapes: dict[str, torch.Size]) -> list[str]:
+    """The names of the parameters of a state dict that says them, or whose order can only be that of the tree."""
+    numbers = _numbers(state)
+    named = [name for group in state["param_groups"] for name in group.get("param_names") or ()]
+    if len(named) == len(numbers):
+        return named
+    if all([isinstance(number, str) for number in numbers]):
+        return numbers
+    order = _parameters_in_order(params)
+    if len(state["param_groups"]) > 1 or order is None or len(order) != len(numbers):
+        which = listed(shapes if order is None else order)
+        raise ValueError(
+            f"the state of an optimizer is for {len(numbers)} parameters in {len(state['param_groups'])} groups, and "
+            f"does not say their names; the tree has the parameters {which}. Only of one group that was made of all "
+            "of them, as module.parameters() in the order of with_buffers(module), are the names known. Make the "
+            "optimizer of module.named_parameters(), or its groups of lists of (name, parameter), or give names=, "
+            "the names in the order of its groups."
+        )
+    return order
+
+
+def _parameters_in_order(params: Params) -> list[str] | None:
+    """The names of the parameters of a tree in the order that it has them, or None where only a sorted one is known."""
+    if isinstance(params, (list, tuple)) and all([isinstance(leaf, Tensor) for leaf in params]):
+        return tree_paths(params)
+    if not isinstance(params, dict) or not all([isinstance(leaf, Tensor) for leaf in params.values()]):
+        return None
+    return [name for name, leaf in params.items() if not _is_buffer(name, leaf)]
+
+
+def _is_buffer(name: str, leaf: Tensor) -> bool:
+    """Whether a leaf is a buffer, as `with_buffers` marks it, or by what a `state_dict` calls it."""
+    own = name.rpartition(".")[2]
+    counts = not (leaf.is_floating_point() or leaf.is_complex())
+    return isinstance(leaf, nn.Buffer) or counts or own in ("running_mean", "running_var")
+
+
+def _cut_torch_state(
+    state: dict[str, Any], cuts: dict[str, _Cut], shapes: dict[str, torch.Size], named: list[str]
+) -> dict[str, Any]:
+    """The state dict of a torch optimizer, whose parameters have these names."""
+    numbers, named = _numbers(state), list(matched(tuple(named), tuple(shapes)))
     unknown = [name for name in named if name not in shapes]
     if len(named) != len(numbers) or unknown:
         raise ValueError(
             f"the state of an optimizer is for {len(numbers)} parameters, {listed(named)}, and the tree has the leaves "
             f"{listed(shapes)}; expected it of the same ones. Make the optimizer from module.named_parameters()."
         )
+    if len(set(named)) < len(named):
+        twice = next(name for name in named if named.count(name) > 1)
+        raise ValueError(
+            f"the state of an optimizer has two parameters that are called '{twice}', as of two modules; expected "
+            "each name once. Give names=, or the optimizer other names."
+        )
     names = dict(zip(numbers, named, strict=True))
     own = lambda x: x.clone() if isinstance(x, Tensor) else x  # torch's optimizers write into what they are given.
     made = {
-        number: {key: own(_cut_like(x, f"{number}.{key}", names[number], cuts, shapes)) for key, x in entries.items()}
+        number: {
+            key: own(_cut_like(x, f"{number}.{key} ('{names[number]}')", names[number], cuts, shapes))
+            for key, x in entries.items()
+        }
         for number, entries in state["state"].items()
     }
     return {**state, "state": made}

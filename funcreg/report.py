@@ -82,7 +82,8 @@ def report(
     which for norms adds up to the value.
 
     Args:
-        params: Tree of tensors, or a module: its parameters, where it is pruned those that it computes with.
+        params: Tree of tensors, or a module: its parameters, where it is pruned or parametrized the weights
+            that it computes with.
         penalty: A penalty whose value is shared out; by default none.
         hyper: Its hyperparameters.
         strength: What multiplies it: number of at least 0, tensor, or a tree of them like the parameters.

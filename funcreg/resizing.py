@@ -32,6 +32,7 @@ from funcreg.widths import (
     gives,
     tensors,
 )
+from funcreg.wrapping import inner_module, matched
 
 
 def resized(
@@ -48,7 +49,8 @@ def resized(
     whole or become narrower alike), normalizations, embeddings, `MultiheadAttention`, recurrent layers, `Bilinear` and
     `PReLU`, and of Hugging Face `Conv1D`, normalizations, and attention, whose counts of heads, or the widths of these
     with `inside_heads`, follow its projections. All else stays as it was: names of parameters, ties between them,
-    hooks, `requires_grad`, modes.
+    hooks, `requires_grad`, modes. Of a module that torch.compile or data parallel wraps the one inside is copied, and
+    comes back without the wrapper: compile or wrap it anew.
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
@@ -108,6 +110,7 @@ def resized(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     check_whole_module("resized", module)
+    module = inner_module(module)
     check_copied(module, rules)
     given = {name: leaf.detach().clone() for name, leaf in as_given(module, params).items()}
     flags(inside_heads=inside_heads)
@@ -148,7 +151,8 @@ def narrowed(
 def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
     """The tensors that are given, by their names, or an error if the module has not such ones."""
     known = tensors(module)
-    given = dict(zip(tree_paths(params), tree_leaves(params), strict=True))
+    names = matched(tuple(tree_paths(params)), tuple(known))  # Of another wrapper, or of none.
+    given = dict(zip(names, tree_leaves(params), strict=True))
     if not given:
         raise ValueError("resized got a tree without leaves; expected parameters and buffers by their names")
     first: dict[int, str] = {}  # The name under which each tensor of the module was given first.

@@ -24,6 +24,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_paths,
 )
+from funcreg.wrapping import plain_names
 
 #: What a shape is compared with: sizes, None for any size, one `...` for any number of sizes, or a function of it.
 Shape = tuple[Any, ...] | Callable[[tuple[int, ...]], bool]
@@ -255,28 +256,8 @@ def _matches(name: str, text: str, flags: int) -> bool:
     return fnmatch.fnmatchcase(name, text) if flags < 0 else re.fullmatch(text, name, flags) is not None
 
 
-#: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing,
-#: Fabric, which has a name for it without its other wrappers, too.
-_WRAPPERS = (
-    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-    *("_forward_module", "_original_module"),
-)
-
-
-def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of parameters as they are without wrappers and parametrizations."""
-    rows = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
-    while rows and all(row[0] == "module" and len(row) > 1 for row in rows):  # Data parallel, or an average of models.
-        rows = [row[1:] for row in rows]
-    for row in rows:
-        if len(row) > 2 and row[-3] == "parametrizations" and row[-1].startswith("original"):
-            row[-3:] = [row[-2]]
-    return tuple(".".join(row) for row in rows)
-
-
 # What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (named_by, plain_names):
-    vars(_constant)["_dynamo_marked_constant"] = True
+vars(named_by)["_dynamo_marked_constant"] = True
 
 
 # Roles
@@ -397,25 +378,51 @@ def reasons(mask: Mask, params: Params) -> list[str]:
     return found
 
 
-#: What divides a parameter by its norm, by the names of torch's classes.
-_NORMS = {
-    "_WeightNorm": "weight norm",
-    "_SpectralNorm": "spectral norm",
-    "_Orthogonal": "an orthogonal parametrization",
+class Computed(NamedTuple):
+    """What computes a weight from a parameter."""
+
+    kind: str
+    effect: str  # What a penalty of the parameter does to the weight.
+
+
+#: What computes weights from parameters, by the names of torch's classes, and what a penalty of the parameter does.
+_KINDS = {
+    "_WeightNorm": Computed(
+        "the direction of weight norm",
+        "shrinking it changes nothing but the strength of later steps, and once all of a direction is zero, it is "
+        "divided by its norm of zero: the loss becomes NaN. Leave it out, as in mask=matrices & ~select({name!r}), and "
+        "penalize the size beside it, {size!r}: where that is zero, so are the weights",
+    ),
+    "_SpectralNorm": Computed(
+        "what spectral norm divides by its largest singular value",
+        "shrinking it changes nothing but the strength of later steps, its exact zeros alone are zeros of the weight, "
+        "and once all of it is zero the loss becomes NaN. Leave it out with mask=, or take the parametrization off",
+    ),
+    "_Orthogonal": Computed(
+        "what an orthogonal parametrization makes a rotation of",
+        "its zeros are no zeros of the weight, whose norm stays the same. Leave it out with mask=, or take the "
+        "parametrization off",
+    ),
 }
 
 
-def scaled_parameters(module: torch.nn.Module) -> dict[Tensor, str]:
-    """The parameters of a module from which a parametrization takes the scale, and what it is called."""
-    found: dict[Tensor, str] = {}
+def computed_from(module: torch.nn.Module) -> dict[Tensor, Computed]:
+    """The parameters of a module from which something else than pruning computes the weight, and what that is."""
+    found: dict[Tensor, Computed] = {}
     for layer in module.modules():
         for parametrizations in getattr(layer, "parametrizations", {}).values():
-            kinds = [_NORMS[name] for name in (type(p).__name__ for p in parametrizations) if name in _NORMS]
+            names = [type(p).__name__ for p in parametrizations]
+            known = [_KINDS[name] for name in names if name in _KINDS]
+            unknown = Computed(
+                f"what {names[0]} computes a weight from",
+                "its zeros and its size need not be those of the weight, which sparsity(module) counts. Leave it out "
+                "with mask= if they are not",
+            )
             # Of weight norm the first is the size, the second the direction.
             last = [w for name, w in parametrizations.named_parameters(recurse=False) if name != "original0"]
-            found.update({w: kinds[0] for w in last if kinds})
+            found.update(dict.fromkeys(last, known[0] if known else unknown))
         for hook in layer._forward_pre_hooks.values():  # The functions that came before parametrizations.
-            kind, name = _NORMS.get(f"_{type(hook).__name__}"), getattr(hook, "name", None)
+            kind, name = _KINDS.get(f"_{type(hook).__name__}"), getattr(hook, "name", None)
             for own in (f"{name}_v", f"{name}_orig"):
                 if kind is not None and isinstance(getattr(layer, own, None), torch.nn.Parameter):
                     found[getattr(layer, own)] = kind

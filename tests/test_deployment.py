@@ -353,3 +353,21 @@ def test_a_smaller_net_is_compiled_by_inductor():
     x = batch(5, 1, 6, 6, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(smaller)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_what_is_counted_of_a_parametrized_module_is_the_weights_that_it_computes_with(kind):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    getattr(nn.utils.parametrizations, kind)(net[0])
+    with torch.no_grad():
+        last = list(net[0].parametrizations.weight.parameters(recurse=False))[-1]
+        last[1, 1:] = 0
+    before = {name: x.clone() for name, x in net.state_dict().items()}
+    net.train()
+    share = fr.sparsity(net, mask=fr.select("0.weight"))
+    assert all(layer.training for layer in net.modules())
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    net.eval()
+    assert share == (net[0].weight == 0).float().mean()
+    assert (share == 0) == (kind == "orthogonal")
+    assert sorted(row["name"] for row in fr.report(net).rows) == ["0.bias", "0.weight", "1.bias", "1.weight"]

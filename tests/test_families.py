@@ -303,6 +303,89 @@ def test_the_state_of_a_torch_optimizer_is_sliced_as_its_parameters_are(named):
         fr.remove_dead(tree, groups, {"state": {}, "param_groups": [{"params": list(range(70))}]})
 
 
+def rows_dead():
+    """Layers of one shape with two dead units each, at other places in each, and their groups."""
+    net = nn.Sequential(*[nn.Linear(6, 6, dtype=torch.float64) for _ in range(4)])
+    groups = [{f"{i}.weight": 0, f"{i}.bias": 0, f"{i + 1}.weight": fr.Along(1, penalized=False)} for i in range(3)]
+    with torch.no_grad():
+        for i in range(3):
+            net[i].weight[i : i + 2], net[i].bias[i : i + 2] = 0, 0
+    return net, groups
+
+
+def by_layer(net, named):
+    """Groups of an optimizer in another order than the network's."""
+    return [{"params": list(net[i].named_parameters(f"{i}") if named else net[i].parameters())} for i in (2, 0, 3, 1)]
+
+
+def counted_steps(net, groups):
+    optimizer = torch.optim.Adam(groups, lr=0.0)
+    for w in net.parameters():
+        w.grad = torch.arange(w.numel(), dtype=w.dtype).view_as(w)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("told", ["by names", "by names=", "by distributed names"])
+def test_moments_are_those_of_their_parameters_whatever_the_order_of_groups(told):
+    net, families = rows_dead()
+    optimizer = counted_steps(net, by_layer(net, told == "by names"))
+    known = {w: name for name, w in net.named_parameters()}
+    order = [known[w] for group in optimizer.param_groups for w in group["params"]]
+    state = optimizer.state_dict()
+    if told == "by distributed names":
+        state = {
+            "state": {order[number]: entries for number, entries in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [order[n] for n in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+    tree = fr.with_buffers(net)
+    options = {"names": order} if told == "by names=" else {}
+    _, moments = fr.remove_dead(tree, families, state, **options)
+    gradients, expected = {name: w.grad for name, w in net.named_parameters()}, {}
+    for i in range(4):
+        stays = [n for n in range(6) if i == 3 or n not in (i, i + 1)]
+        read = [n for n in range(6) if i == 0 or n not in (i - 1, i)]
+        expected[f"{i}.weight"] = gradients[f"{i}.weight"][stays][:, read]
+        expected[f"{i}.bias"] = gradients[f"{i}.bias"][stays]
+    numbers = [number for group in moments["param_groups"] for number in group["params"]]
+    found = {name: 10 * moments["state"][number]["exp_avg"] for name, number in zip(order, numbers, strict=True)}
+    torch.testing.assert_close(found, expected)
+
+
+def test_moments_whose_parameters_are_not_known_are_refused():
+    net, families = rows_dead()
+    tree, grouped = fr.with_buffers(net), counted_steps(net, by_layer(net, False)).state_dict()
+    with pytest.raises(ValueError, match=r"8 parameters in 4 groups, and does not say their names.*named_parameters"):
+        fr.remove_dead(tree, families, grouped)
+    some = counted_steps(net, [*net[1:].parameters()]).state_dict()  # The first layer is frozen.
+    with pytest.raises(ValueError, match="6 parameters in 1 groups, and does not say their names"):
+        fr.remove_dead(tree, families, some)
+    nested = {str(i): {"weight": net[i].weight.detach(), "bias": net[i].bias.detach()} for i in range(4)}
+    with pytest.raises(ValueError, match="does not say their names"):  # A nested tree has its own order.
+        fr.remove_dead(nested, families, counted_steps(net, [*net.parameters()]).state_dict())
+    with pytest.raises(ValueError, match="names has no effect without the state_dict"):
+        fr.remove_dead(tree, families, names=list(tree))
+    with pytest.raises(ValueError, match=r"two parameters that are called '0\.weight'"):
+        fr.remove_dead(tree, families, grouped, names=["0.weight"] * 8)
+
+
+def test_buffers_among_parameters_do_not_move_the_order_of_an_optimizer():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net.register_buffer("scale", torch.ones(4))
+    families = dict.fromkeys(("2.weight", "2.bias", "3.weight", "3.bias"), 0)
+    families |= {name: fr.Along(at, penalized=False) for name, at in (("4.weight", 1), ("3.running_mean", 0))}
+    with torch.no_grad():
+        for name in ("2.weight", "2.bias", "3.weight", "3.bias"):
+            net.get_parameter(name)[1] = 0
+    state = counted_steps(net, net.parameters()).state_dict()
+    for tree in (fr.with_buffers(net), {name: x for name, x in net.state_dict().items() if name != "scale"}):
+        _, smaller = fr.remove_dead(tree, families, state)
+        bias = smaller["state"][5]["exp_avg"]  # Of the second linear layer.
+        torch.testing.assert_close(10 * bias, torch.tensor([0.0, 2.0, 3.0]))
+
+
 def test_functional_calls_take_the_tree_of_parameters_and_buffers():
     net, _ = small()
     x = normal(torch.Generator().manual_seed(1), 4, 3).double()

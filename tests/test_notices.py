@@ -165,7 +165,7 @@ WARNED = {
     "no weight left": (all_zero, "entries are zero after 1 steps"),
     "a schedule that was restored": (restored, "was restored"),
     "parameters that are gone": (replaced, "module no longer has"),
-    "a scale that is lost": (scaled, "divides by a norm"),
+    "a scale that is lost": (scaled, "the direction of weight norm"),
     "old gradients": (stale, "nothing was written into the gradients"),
     "no compiler": (broken_compiler, "without compiled kernels"),
     "what cannot be recorded": (not_recorded, "computed leaf by leaf"),

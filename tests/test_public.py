@@ -75,7 +75,10 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "equations", "memory", "notation", "notices", "undocumented"],
+    [
+        *("_typing", "agreement", "atoms", "attention", "equations", "memory", "notation", "notices", "undocumented"),
+        "wrapping",
+    ],
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],

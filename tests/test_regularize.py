@@ -1137,22 +1137,56 @@ def test_a_step_that_leaves_some_or_is_meant_to_leave_none_is_not_warned_of(pena
 # Parameters that are not what they seem
 
 
-SCALED = {
-    "weight norm": nn.utils.parametrizations.weight_norm,
-    "spectral norm": nn.utils.parametrizations.spectral_norm,
-    "an orthogonal parametrization": nn.utils.parametrizations.orthogonal,
+class Halved(nn.Module):
+    def forward(self, w):
+        return w / 2
+
+
+def halved(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Halved())
+
+
+#: What computes a weight from a parameter, and what a penalty of it is said to do.
+COMPUTED = {
+    "weight norm": (
+        nn.utils.parametrizations.weight_norm,
+        r"original1, the direction of weight norm: .*becomes NaN.* ~select\('0\.param.*original1'\).*\.original0'",
+    ),
+    "the older weight norm": (nn.utils.weight_norm, r"weight_v, the direction of weight norm: .*'0\.weight_g'"),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm, "its largest singular value: .*zeros of the weight"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "makes a rotation of: its zeros are no zeros of the weight"),
+    "another": (halved, r"what Halved computes a weight from: its zeros and its size need not be"),
 }
 
 
-@pytest.mark.parametrize(("kind", "wrap"), SCALED.items())
-def test_a_parameter_whose_scale_is_lost_is_warned_of(kind, wrap):
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(("wrap", "said"), COMPUTED.values(), ids=COMPUTED)
+def test_a_parameter_from_which_a_weight_is_computed_is_warned_of(wrap, said):
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     wrap(net[0])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=rf"penalizes 0\..*weight.*, which {kind} divides by a norm"):
+    with pytest.warns(UserWarning, match=said):
         fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.matrices).remove()
     fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("2.weight"))
     fr.regularize(optimizer, fr.max_norm, 3.0, module=net, mask=fr.matrices)
+
+
+def test_the_remedy_for_directions_is_as_it_is_said():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 64)), nn.ReLU(), nn.Linear(64, 3))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    mask = fr.matrices & ~fr.select("0.parametrizations.weight.original1")
+    fr.regularize(optimizer, fr.l1, strength=4e-3, module=net, mask=mask)  # Warnings are errors.
+    x = torch.randn(64, 20)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), x[:, :3].argmax(1))
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite()
+    dead = net[0].parametrizations.weight.original0[:, 0] == 0
+    assert dead.any()
+    assert (net[0].weight[dead] == 0).all()
 
 
 def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():

@@ -19,6 +19,7 @@ from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
 from funcreg.denominators import NOTE_COPY
 from funcreg.factories import check_complete, default_of, hyperparameters, is_number
+from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.notices import warn_user
@@ -264,8 +265,10 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:
         self._read_groups()
         fresh = not self.state
-        known = self._parts.find(self._chains, self.param_groups, self.state)
-        found = [(part, [p.grad for p in part.params]) for part in known]
+        frozen = self._frozen()
+        known = self._parts.find(self._chains, self.param_groups, self.state, frozen)
+        gradient = lambda p: None if p in frozen else p.grad
+        found = [(part, list(map(gradient, part.params))) for part in known]
         found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
         parts = [part for part, _ in found]
         if not parts and fresh:
@@ -289,6 +292,11 @@ class Optimizer(torch.optim.Optimizer):
                 for p, entries in part.entries(tree_leaves(state)).items():
                     self.state[p].update(entries)
         self._parts.packed = True
+
+    def _frozen(self) -> set[Tensor]:
+        """The parameters that count as without a gradient, whatever was left in theirs."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p for p, frozen in zip(params, frozen_beside_others(params), strict=True) if frozen}
 
     def _say_nothing_moves(self) -> None:
         """Warn, once, of a first step without any gradient."""

@@ -23,6 +23,7 @@ from funcreg.construction import Call
 from funcreg.coupled import extinct, split_leaf
 from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
+from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
@@ -80,7 +81,8 @@ def regularize(
     but LBFGS: in the metric if there is one, else to the nearest point.
 
     A parameter without a gradient in a step stays where it is, as the optimizer leaves it; steps that a `GradScaler`
-    skips are none. An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
+    skips are none. A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was
+    left in it, with which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
     :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
@@ -200,6 +202,7 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
+        self._said_frozen = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -414,20 +417,37 @@ class Regularization:
         if len(params) != self._names.count:
             self._names.read(optimizer)
             self._inner = self._checked()
-        still = [w.grad is None for w in params]
+        still = [g is None for g in gradients_of(params)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
             return self._moving
         if any([w not in self._names.names for w, stays in zip(params, still, strict=True) if not stays]):
             self._names.read(optimizer)
         names, chosen = self._names.names, self._names.chosen
-        moved = [Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
+        places = [i for i, group in enumerate(groups) for _ in group]
+        rows = zip(params, places, still, strict=True)
+        moved = [Moved(names[w], w, i) for w, i, stays in rows if not stays]
         self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
         stays = {*names.values()}.difference([m.name for m in self._moving])
         self._absent = {name: ABSENT for name in names.values() if name in stays}
         if any(still) and not self._said_replaced:
             self._say_replaced()
+        if any(still) and not self._said_frozen:
+            self._say_frozen(optimizer, params)
         return self._moving
+
+    def _say_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:
+        """Warn, once, of frozen parameters that the optimizer moves on, by a gradient that was left in them."""
+        rows = zip(params, frozen_beside_others(params), strict=True)
+        held = [self._names.names[w] for w, frozen in rows if frozen and w.grad is not None]
+        names = [name for name in held if name in self._names.chosen]
+        if names:
+            self._said_frozen = True
+            warn_user(
+                f"{self!r} leaves out {listed(names)}, frozen by requires_grad=False. But grad is not None there, so "
+                f"that {type(optimizer).__name__} may move it on, by momentum or weight decay. Set grad to None, as "
+                "zero_grad() does by default."
+            )
 
     def _say_replaced(self) -> None:
         """Warn, once, of parameters that training can no longer reach."""

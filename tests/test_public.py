@@ -75,7 +75,7 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
-    ["_typing", "agreement", "atoms", "attention", "memory", "notation", "notices", "undocumented"],
+    ["_typing", "agreement", "atoms", "attention", "frozen", "memory", "notation", "notices", "undocumented"],
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.construction import Call
+from funcreg.construction import Call, written
 from funcreg.coupled import extinct, split_leaf
-from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
+from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, inner_optimizers, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
@@ -147,6 +147,7 @@ def regularize(
     if compile is not None:
         flags(compile=compile)
     optimizer = unwrapped(optimizer)
+    _check_moves_itself(optimizer, penalty)
     rule = rule_of(optimizer, metric, projects(penalty))
     task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
@@ -158,6 +159,17 @@ def regularize(
     if module is not None and not projects(penalty):
         made.warn_of_scales(module)
     return made
+
+
+def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
+    """Raise an error for a wrapper, whose hooks are not called where the optimizer inside it takes a step."""
+    inside = inner_optimizers(optimizer)
+    if inside:
+        calls = listed([f"regularize(optimizer.{name}, {written(penalty)}, ...)" for name in inside])
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {listed(inside)}, which takes its steps: a hook on the outer one may "
+            f"never be called, as in SAM, and does not see the state. Expected the optimizer inside, {calls}."
+        )
 
 
 def _described(optimizer: Any) -> str:

@@ -1252,3 +1252,40 @@ def test_the_look_of_a_distributed_checkpoint_at_a_state_is_no_step(lr):
     optimizer.step()
     assert handle.steps == 1
     assert max(w.norm() for w in module.parameters()) <= 0.0175
+
+
+# Wrappers that hold the optimizer which takes the steps
+
+
+class Sharpness(optim.Optimizer):
+    """Users call `second_step`, past the hooks of this one."""
+
+    def __init__(self, params, several=False):
+        super().__init__(params, {"lr": 0.1})
+        inner = optim.SGD(self.param_groups)
+        self.base_optimizer = [inner] if several else inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
+class WithReference(optim.SGD):
+    """Takes its steps itself."""
+
+    def __init__(self, params, other):
+        super().__init__(params, 0.1)
+        self.other = other
+
+
+@pytest.mark.parametrize("given", [(fr.l1, {}), (fr.l1, {"metric": lambda s, g: 1.0}), (fr.linf_ball, {})], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_that_takes_its_steps(given, several):
+    (penalty, options), hyper = given, (0.1,) if given[0] is fr.linf_ball else ()
+    w = weight(4, 3)
+    outer, name = Sharpness([w], several), r"base_optimizer\[0\]" if several else "base_optimizer"
+    with pytest.raises(ValueError, match=rf"Sharpness holds {name}, .* regularize\(optimizer.{name}, {penalty.__name__}, "):
+        fr.regularize(outer, penalty, *hyper, strength=50.0, **options)
+    inner = outer.base_optimizer[0] if several else outer.base_optimizer
+    fr.regularize(inner, penalty, *hyper, strength=50.0, **options)
+    fr.regularize(WithReference([w], inner), penalty, *hyper, strength=50.0, **options)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, split_leaf
-from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, inner_optimizers, rule_of, unwrapped
+from funcreg.denominators import NOTE_COPY, Entries, Rule, buffered, gain, inner_optimizers, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
@@ -82,8 +82,9 @@ def regularize(
 
     A parameter without a gradient in a step stays where it is, as the optimizer leaves it; steps that a `GradScaler`
     skips are none. A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was
-    left in it, with which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
-    :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise `eps`, or give `max_step`.
+    left in it, with which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row
+    of an embedding, a dead unit) has the metric :math:`\epsilon` under Adam, and goes to zero at once; leave it out
+    with `mask`, raise `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
     without it, as their first step warns: call `regularize` again on these, and after the model was built anew, before
@@ -196,9 +197,9 @@ class Regularization:
     def __init__(
         self, optimizer: Optimizer, task: Task, names: ParameterNames, compile: bool | None, said: str
     ) -> None:
-        strength, *hyper = map(names.completed, (task.strength, *task.hyper))
-        self._task = task._replace(strength=strength, hyper=tuple(hyper))
         self._names, self._said, self._compile = names, said, compile
+        self._given = task.strength, *task.hyper
+        self._task = task
         self._optimizer = weakref.ref(optimizer)
         self.steps = 0
         self._inner = self._checked()
@@ -214,7 +215,7 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
-        self._said_frozen = False
+        self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -238,7 +239,17 @@ class Regularization:
         )
 
     def __repr__(self) -> str:
-        return f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+        on = f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+        return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: the penalty and its parameters, without the optimizer, on which it has no hook.
+
+        Modules that hold a handle are copied and saved with it.
+        """
+        kept: dict[str, Any] = {"_task": self._task._replace(rule=_NO_RULE), "_optimizer": _no_optimizer}
+        empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
+        return {**vars(self), **kept, **empty, "_is_copy": True}
 
     def remove(self) -> None:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
@@ -268,12 +279,16 @@ class Regularization:
         known = isinstance(state, dict) and isinstance(state.get("buffers", {}), dict)
         if not known or type(state.get("steps")) is not int or state["steps"] < 0:
             raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
+        if self._is_copy:
+            warn_user(f"{self!r} has no effect: call regularize on the optimizer of these parameters, and load that.")
         self.steps, self._buffers, self._restored = state["steps"], dict(state.get("buffers", {})), False
 
     # Checks
 
     def _checked(self) -> int | None:
         """The number of inner steps, after a try that raises the errors of the first step now."""
+        strength, *hyper = map(self._names.completed, self._given)
+        self._task = self._task._replace(strength=strength, hyper=tuple(hyper))
         leaves = self._names.penalized()
         if self._task.rule.source is not None:
             for name, w in leaves.items():
@@ -317,11 +332,16 @@ class Regularization:
             theirs, shared = other._task.penalty, self._names.penalized().keys() & other._names.penalized().keys()
             apart = {id(w) for w in self._names.penalized().values()}
             shared = [name for name, w in other._names.penalized().items() if id(w) in apart]
-            if shared and (mine is theirs or not (projects(mine) or projects(theirs))):
-                remedy = "remove() it first, or give one strength" if mine is theirs else "Regularize with their sum"
+            alike = mine is theirs or written(mine) == written(theirs)
+            if shared and (alike or not (projects(mine) or projects(theirs))):
+                again = (
+                    "remove() it first, on what regularize returned then; where a cell of a notebook is run again, "
+                    "let it make the optimizer, too"
+                )
+                remedy = again if alike else "Regularize with their sum, as in regularize(optimizer, a + b)"
                 raise ValueError(
                     f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
-                    f"that of both. {remedy}, as in regularize(optimizer, a + b)."
+                    f"that of both. {remedy}."
                 )
 
     # The step
@@ -429,6 +449,7 @@ class Regularization:
         if len(params) != self._names.count:
             self._names.read(optimizer)
             self._inner = self._checked()
+            self._layouts = {}  # Of trees of strengths that may have gained leaves.
         still = [g is None for g in gradients_of(params)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
@@ -649,6 +670,17 @@ def _note_copy(said: list[str], made: Optimizer) -> None:
     made.register_step_post_hook(_Lost(said))
 
 
+def _no_optimizer() -> None:
+    """What the optimizer of a copy is."""
+
+
+def _no_step(*_: Any) -> Any:
+    raise RuntimeError("a copy of a regularization takes no steps")
+
+
+#: What a copy has for the step and the metric of an optimizer, and what it does not have of steps.
+_NO_RULE = Rule(_no_step, metric=_no_step)
+_OF_STEPS = ("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_absent", "_counted", "_classes", "_pace")
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)

@@ -95,9 +95,10 @@ def regularize(
         penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
-            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is
-            very strong, 1e-5 to 1e-2 usual. Where it makes zeros of everything, or of all groups of a
-            family of `coupled` that everything goes through, a warning says so, unless it is a number above 1.
+            of steps, or a tree of them by the names of parameters, of those that `mask` chooses, and with `module` also
+            of those that the optimizer gets later. For a mean loss 1 is very strong, 1e-5 to 1e-2 usual. Where it makes
+            zeros of everything, or of all groups of a family of `coupled` that everything goes through, a warning says
+            so, unless it is a number above 1.
         module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
             unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
             left out of names.

@@ -48,8 +48,8 @@ class Optimizer(torch.optim.Optimizer):
     A chain acts on the parameters of its group as on one tree, so a global norm is that of a group. A parameter
     without a gradient counts as a gradient of zero there, and neither it nor its state moves; it has no state before
     its first gradient. Nor does one move that is frozen, `requires_grad=False`, beside others, also where a gradient
-    was left in it, by which torch would move it on. Parameters that get theirs at a later step than others of the group start counters of their own
-    and are a tree of their own, as if they were added by `add_param_group` then.
+    was left in it, by which torch would move it on. Parameters that get theirs at a later step than others of the group
+    start counters of their own and are a tree of their own, as if they were added by `add_param_group` then.
 
     Args:
         params: Parameters, `model.named_parameters()` or a dict of them, or a list of dicts: groups with values of

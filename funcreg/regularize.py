@@ -305,6 +305,16 @@ class Regularization:
             self._check_groups_are_whole()
             return self._task.inner(tree)
 
+    def _check_added(self) -> None:
+        """The same after the optimizer got other parameters."""
+        try:
+            self._inner = self._checked()
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The optimizer got other parameters after regularize: with module=, trees of strengths may "
+                "name those that come later."
+            ) from error
+
     def _check_groups_are_whole(self) -> None:
         """Raise an error if a mask leaves out a part of a group that spans leaves."""
         lost = split_leaf(self._task.penalty, self._names.chosen, self._names.params())
@@ -449,7 +459,7 @@ class Regularization:
         params = [w for group in groups for w in group]
         if len(params) != self._names.count:
             self._names.read(optimizer)
-            self._inner = self._checked()
+            self._check_added()
             self._layouts = {}  # Of trees of strengths that may have gained leaves.
         still = [g is None for g in gradients_of(params)]
         seen = [*map(id, params)], still, [*map(len, groups)]

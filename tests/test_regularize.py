@@ -1359,6 +1359,11 @@ def test_a_tree_of_strengths_may_name_parameters_that_the_optimizer_gets_later(n
         assert_close({k: w.detach() for k, w in moved.items()}, expected)
         if grouped is not model:
             optimizer.add_param_group({"params": model[0].parameters()})
+    late, only = optim.SGD(model[1].parameters(), 0.1), {k: v for k, v in strength.items() if "1." in k}
+    fr.regularize(late, fr.l1, strength=only, module=module)
+    late.add_param_group({"params": model[0].parameters()})
+    with pytest.raises(ValueError, match=r"lacks '0.bias'.* got other parameters after regularize"):
+        late.step()
     with pytest.raises(ValueError, match="'typo', unknown to the parameters"):
         fr.regularize(optim.SGD(model.parameters(), 0.1), fr.l1, strength={**strength, "typo": 1.0}, module=module)
 

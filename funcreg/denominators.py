@@ -193,6 +193,25 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def inner_optimizers(optimizer: Optimizer) -> list[str]:
+    """The attributes of a wrapper, such as SAM, in which it holds the optimizers that move its parameters.
+
+    A class whose step is torch's own takes its steps itself, whatever else it holds.
+    """
+    kind = type(optimizer)
+    known = next((base for base in kind.__mro__ if base in RULES or base in REFUSED), None)
+    if known is not None and inspect.unwrap(kind.step) is inspect.unwrap(known.step):
+        return []
+    params = lambda each: {id(w) for group in each.param_groups for w in group["params"]}
+    found = []
+    for name, held in vars(optimizer).items():
+        several = isinstance(held, (list, tuple))
+        for i, each in enumerate(held if several else [held]):
+            if isinstance(each, Optimizer) and each is not optimizer and params(each) & params(optimizer):
+                found.append(f"{name}[{i}]" if several else name)
+    return found
+
+
 def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | None, projects: bool) -> Rule:
     """The rule for an optimizer, with the metric that a user gave, or an error that says why there is none.
 

@@ -19,7 +19,9 @@ from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Remembering, remembered
 from funcreg.freshness import Freshness
+from funcreg.frozen import frozen_beside_others
 from funcreg.lowering import Compiler, say_once
+from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
 from funcreg.ranges import flags
@@ -249,11 +251,15 @@ class FusedStep(_Planned):
 
         Each leaf has a storage of its own, so that it saves at its own size.
 
+        They are all moved by the step. Of a module with frozen parameters give it those that require a gradient; a
+        warning names frozen ones beside others.
+
         Args:
             params: Tree of parameters.
             extra: Extra arguments like those of the step, if a transform needs some.
         """
         check_params(params)
+        self._warn_of_frozen(params)
         params = tree_map(lambda w: w.detach(), params)
         if is_spread(params):
             return self._on_shards.init(params, _with_tensors(extra))
@@ -269,6 +275,25 @@ class FusedStep(_Planned):
             if plan is not None:
                 made = plan.packed(made, "parameter", "state")
         return restored(specs[0], made[0]), restored(specs[2], made[2])
+
+    def _warn_of_frozen(self, params: Params) -> None:
+        """Warn of frozen parameters beside others, of which the step would make parameters like these."""
+        frozen = frozen_beside_others(tree_leaves(params))
+        if not any(frozen):
+            return
+        rows = zip(tree_paths(params), frozen, self._spared(params), strict=True)
+        names = [name for name, held, spared in rows if held and not spared]
+        if names:
+            warn_user(
+                f"init got {listed(names)} with requires_grad=False beside others that require a gradient. backward() "
+                "writes no gradient for what is frozen, and with gradients of zero a penalty takes it to zero, weight "
+                "decay shrinks it. Leave it out, {name: w for name, w in model.named_parameters() if w.requires_grad}, "
+                "or hold it, chain(freeze(mask), ...)."
+            )
+
+    def _spared(self, params: Params) -> list[bool]:
+        """For each parameter whether it makes no difference what its gradient holds."""
+        return [False] * len(tree_leaves(params)) if self._tx.spares is None else self._tx.spares(params)
 
     def packed_state(self, params: Params, grads: Updates, state: State, **extra: Any) -> State:
         """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
@@ -407,8 +432,8 @@ class FusedStep(_Planned):
             return
 
         def spared() -> list[bool]:
-            all_of = None if self._tx.spares is None else self._tx.spares(params)
-            return [all_of is not None and all_of[i - checked.count] for i in read]
+            all_of = self._spared(params)
+            return [all_of[i - checked.count] for i in read]
 
         vectors = [id(call.vectors[part]) for part in parts]
         stale = self._freshness.stale(vectors, [call.arguments[i] for i in read], spared)
@@ -417,8 +442,10 @@ class FusedStep(_Planned):
             names = [name for i, name in enumerate(tree_paths(params)) if i in places]
             say_once(
                 f"nothing was written into the gradients of step.gradients at {listed(names)} since the last step, "
-                "which was taken with the same numbers, as the one before. By default zero_grad() takes them away from "
-                "the parameters of a module, so that backward() writes elsewhere; use zero_grad(set_to_none=False)."
+                "which was taken with the same numbers, as the one before. Something put other tensors into the grad "
+                "of the parameters, so that backward() writes elsewhere: zero_grad() does by default, use "
+                "zero_grad(set_to_none=False); so does DistributedDataParallel(gradient_as_bucket_view=True). Or the "
+                "module has other parameters by now, as after load_state_dict(assign=True)."
             )
 
 

@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line: the first one outside of this package and of torch, which calls its hooks."""
+"""Warnings that point at the user's line: the first one outside of this package and of what calls its hooks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import warnings
 
 import torch
 
-#: What lies between the user's line and a warning: torch wraps steps of optimizers, Python context managers.
+#: What lies between the user's line and a warning: torch wraps steps of optimizers, Python context managers, and
+#: trainers call them.
 _BETWEEN = ("funcreg", "torch", "contextlib", "functools")
+_BETWEEN += ("lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "transformers", "skorch")
 
 
 def warn_user(message: str) -> None:

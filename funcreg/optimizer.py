@@ -19,6 +19,7 @@ from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
 from funcreg.denominators import NOTE_COPY
 from funcreg.factories import check_complete, default_of, hyperparameters, is_number
+from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.notices import warn_user
@@ -46,8 +47,9 @@ class Optimizer(torch.optim.Optimizer):
 
     A chain acts on the parameters of its group as on one tree, so a global norm is that of a group. A parameter
     without a gradient counts as a gradient of zero there, and neither it nor its state moves; it has no state before
-    its first gradient. Parameters that get theirs at a later step than others of the group start counters of their own
-    and are a tree of their own, as if they were added by `add_param_group` then.
+    its first gradient. Nor does one move that is frozen, `requires_grad=False`, beside others, also where a gradient
+    was left in it, by which torch would move it on. Parameters that get theirs at a later step than others of the group
+    start counters of their own and are a tree of their own, as if they were added by `add_param_group` then.
 
     Args:
         params: Parameters, `model.named_parameters()` or a dict of them, or a list of dicts: groups with values of
@@ -264,8 +266,10 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:
         self._read_groups()
         fresh = not self.state
-        known = self._parts.find(self._chains, self.param_groups, self.state)
-        found = [(part, [p.grad for p in part.params]) for part in known]
+        frozen = self._frozen()
+        known = self._parts.find(self._chains, self.param_groups, self.state, frozen)
+        gradient = lambda p: None if p in frozen else p.grad
+        found = [(part, list(map(gradient, part.params))) for part in known]
         found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
         parts = [part for part, _ in found]
         if not parts and fresh:
@@ -289,6 +293,11 @@ class Optimizer(torch.optim.Optimizer):
                 for p, entries in part.entries(tree_leaves(state)).items():
                     self.state[p].update(entries)
         self._parts.packed = True
+
+    def _frozen(self) -> set[Tensor]:
+        """The parameters that count as without a gradient, whatever was left in theirs."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p for p, frozen in zip(params, frozen_beside_others(params), strict=True) if frozen}
 
     def _say_nothing_moves(self) -> None:
         """Warn, once, of a first step without any gradient."""

@@ -7,7 +7,7 @@ alone is in the state of each.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,10 @@ class Parts:
         """Read states anew: they were loaded, or may not be those of the chains."""
         self._known = None
 
-    def find(self, chains: Sequence[Transform], groups: Groups, state: Entries) -> list[Part]:
-        """All parts; parameters with a gradient and without a state begin here."""
+    def find(
+        self, chains: Sequence[Transform], groups: Groups, state: Entries, frozen: Collection[Tensor] = ()
+    ) -> list[Part]:
+        """All parts; parameters with a gradient, not frozen and without a state, begin here."""
         held = [p for group in groups for p in group["params"]]
         same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
         if self._known is None or not same or len(state) != self._count:  # Loaded, replaced, or cleared.
@@ -94,7 +96,8 @@ class Parts:
             return self._known
         made = []
         for i, group in enumerate(groups):
-            new = [j for j, p in enumerate(group["params"]) if p.grad is not None and p not in self._begun]
+            begins = lambda p: p.grad is not None and p not in self._begun and p not in frozen
+            new = [j for j, p in enumerate(group["params"]) if begins(p)]
             if new:
                 made.append(_begin(chains[i].init, groups, i, new))
         parts = [*self._known, *[part for part, _ in made]]

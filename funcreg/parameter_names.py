@@ -19,15 +19,17 @@ class ParameterNames:
 
     def __init__(self, optimizer: Optimizer, module: nn.Module | None, mask: Mask | None) -> None:
         self.module, self.mask = module, mask
+        self.names: dict[Tensor, str] = {}
         self.read(optimizer)
 
     def read(self, optimizer: Optimizer) -> None:
-        """Name all parameters that the optimizer has now."""
+        """Name all parameters that the optimizer has now; those that it had keep their names."""
         raw = _names(optimizer, self.module)
-        plain = plain_names(tuple(raw.values()))
-        short = plain if len(set(plain)) == len(plain) else tuple(raw.values())
-        self._plain = dict(zip(raw.values(), short, strict=True))
-        self.names = dict(zip(raw, short, strict=True))
+        new = [w for w in raw if w not in self.names]
+        plain = {**self.names, **dict(zip(new, plain_names(tuple([raw[w] for w in new])), strict=True))}
+        short = {w: plain[w] for w in raw}
+        self.names = short if len(set(short.values())) == len(short) else raw
+        self._plain = {name: self.names[w] for w, name in raw.items()}
         params = self.params()
         try:
             bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
@@ -56,7 +58,15 @@ class ParameterNames:
         """A tree of hyperparameters by the names here; those that the mask leaves out need no value."""
         if not isinstance(tree, dict):
             return tree
-        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **self.renamed(tree)}
+        given = {name: x for name, x in self.renamed(tree).items() if name not in self._later()}
+        return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **given}
+
+    def _later(self) -> set[str]:
+        """The names in the module of parameters that the optimizer may get later."""
+        if self.module is None:
+            return set()
+        known = tuple([name for name, w in self.module.named_parameters() if w not in self.names])
+        return {*known, *plain_names(known)} - {*self.names.values()}
 
     def _knows(self, name: str) -> bool:
         return name in self._plain or name in self._plain.values()

@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.construction import Call
+from funcreg.construction import Call, written
 from funcreg.coupled import extinct, split_leaf
-from funcreg.denominators import NOTE_COPY, Entries, buffered, gain, rule_of, unwrapped
+from funcreg.denominators import NOTE_COPY, Entries, Rule, buffered, gain, inner_optimizers, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
+from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
@@ -80,8 +81,10 @@ def regularize(
     but LBFGS: in the metric if there is one, else to the nearest point.
 
     A parameter without a gradient in a step stays where it is, as the optimizer leaves it; steps that a `GradScaler`
-    skips are none. An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
-    :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise `eps`, or give `max_step`.
+    skips are none. A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was
+    left in it, with which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row
+    of an embedding, a dead unit) has the metric :math:`\epsilon` under Adam, and goes to zero at once; leave it out
+    with `mask`, raise `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
     without it, as their first step warns: call `regularize` again on these, and after the model was built anew, before
@@ -92,9 +95,10 @@ def regularize(
         penalty: A penalty :math:`g` with a proximal operator, a sum of such, or a constraint.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         strength: :math:`\lambda`: number of at least 0, tensor, which may be changed in place, schedule from the number
-            of steps, or a tree of them by the names of parameters, of those that `mask` chooses. For a mean loss 1 is
-            very strong, 1e-5 to 1e-2 usual. Where it makes zeros of everything, or of all groups of a
-            family of `coupled` that everything goes through, a warning says so, unless it is a number above 1.
+            of steps, or a tree of them by the names of parameters, of those that `mask` chooses, and with `module` also
+            of those that the optimizer gets later. For a mean loss 1 is very strong, 1e-5 to 1e-2 usual. Where it makes
+            zeros of everything, or of all groups of a family of `coupled` that everything goes through, a warning says
+            so, unless it is a number above 1.
         module: The module with these parameters, for their names: needed for masks, trees and groups that go by names,
             unless the optimizer was made from `named_parameters()`. Prefixes of wrappers (`module.`, `_orig_mod.`) are
             left out of names.
@@ -145,6 +149,7 @@ def regularize(
     if compile is not None:
         flags(compile=compile)
     optimizer = unwrapped(optimizer)
+    _check_moves_itself(optimizer, penalty)
     rule = rule_of(optimizer, metric, projects(penalty))
     task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
@@ -156,6 +161,17 @@ def regularize(
     if module is not None and not projects(penalty):
         made.warn_of_scales(module)
     return made
+
+
+def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
+    """Raise an error for a wrapper, whose hooks are not called where the optimizer inside it takes a step."""
+    inside = inner_optimizers(optimizer)
+    if inside:
+        calls = listed([f"regularize(optimizer.{name}, {written(penalty)}, ...)" for name in inside])
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {listed(inside)}, which takes its steps: a hook on the outer one may "
+            f"never be called, as in SAM, and does not see the state. Expected the optimizer inside, {calls}."
+        )
 
 
 def _described(optimizer: Any) -> str:
@@ -182,9 +198,9 @@ class Regularization:
     def __init__(
         self, optimizer: Optimizer, task: Task, names: ParameterNames, compile: bool | None, said: str
     ) -> None:
-        strength, *hyper = map(names.completed, (task.strength, *task.hyper))
-        self._task = task._replace(strength=strength, hyper=tuple(hyper))
         self._names, self._said, self._compile = names, said, compile
+        self._given = task.strength, *task.hyper
+        self._task = task
         self._optimizer = weakref.ref(optimizer)
         self.steps = 0
         self._inner = self._checked()
@@ -200,6 +216,7 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
+        self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
@@ -223,7 +240,17 @@ class Regularization:
         )
 
     def __repr__(self) -> str:
-        return f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+        on = f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+        return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: the penalty and its parameters, without the optimizer, on which it has no hook.
+
+        Modules that hold a handle are copied and saved with it.
+        """
+        kept: dict[str, Any] = {"_task": self._task._replace(rule=_NO_RULE), "_optimizer": _no_optimizer}
+        empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
+        return {**vars(self), **kept, **empty, "_is_copy": True}
 
     def remove(self) -> None:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
@@ -253,12 +280,16 @@ class Regularization:
         known = isinstance(state, dict) and isinstance(state.get("buffers", {}), dict)
         if not known or type(state.get("steps")) is not int or state["steps"] < 0:
             raise ValueError(f"state is {state!r}; expected what state_dict() of such a handle returns")
+        if self._is_copy:
+            warn_user(f"{self!r} has no effect: call regularize on the optimizer of these parameters, and load that.")
         self.steps, self._buffers, self._restored = state["steps"], dict(state.get("buffers", {})), False
 
     # Checks
 
     def _checked(self) -> int | None:
         """The number of inner steps, after a try that raises the errors of the first step now."""
+        strength, *hyper = map(self._names.completed, self._given)
+        self._task = self._task._replace(strength=strength, hyper=tuple(hyper))
         leaves = self._names.penalized()
         if self._task.rule.source is not None:
             for name, w in leaves.items():
@@ -273,6 +304,16 @@ class Regularization:
             self._touched = self._task.check(tree)
             self._check_groups_are_whole()
             return self._task.inner(tree)
+
+    def _check_added(self) -> None:
+        """The same after the optimizer got other parameters."""
+        try:
+            self._inner = self._checked()
+        except ValueError as error:
+            raise ValueError(
+                f"{error} The optimizer got other parameters after regularize: with module=, trees of strengths may "
+                "name those that come later."
+            ) from error
 
     def _check_groups_are_whole(self) -> None:
         """Raise an error if a mask leaves out a part of a group that spans leaves."""
@@ -301,11 +342,16 @@ class Regularization:
             theirs, shared = other._task.penalty, self._names.penalized().keys() & other._names.penalized().keys()
             apart = {id(w) for w in self._names.penalized().values()}
             shared = [name for name, w in other._names.penalized().items() if id(w) in apart]
-            if shared and (mine is theirs or not (projects(mine) or projects(theirs))):
-                remedy = "remove() it first, or give one strength" if mine is theirs else "Regularize with their sum"
+            alike = mine is theirs or written(mine) == written(theirs)
+            if shared and (alike or not (projects(mine) or projects(theirs))):
+                again = (
+                    "remove() it first, on what regularize returned then; where a cell of a notebook is run again, "
+                    "let it make the optimizer, too"
+                )
+                remedy = again if alike else "Regularize with their sum, as in regularize(optimizer, a + b)"
                 raise ValueError(
                     f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
-                    f"that of both. {remedy}, as in regularize(optimizer, a + b)."
+                    f"that of both. {remedy}."
                 )
 
     # The step
@@ -412,21 +458,39 @@ class Regularization:
         params = [w for group in groups for w in group]
         if len(params) != self._names.count:
             self._names.read(optimizer)
-            self._inner = self._checked()
-        still = [w.grad is None for w in params]
+            self._check_added()
+            self._layouts = {}  # Of trees of strengths that may have gained leaves.
+        still = [g is None for g in gradients_of(params)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
             return self._moving
         if any([w not in self._names.names for w, stays in zip(params, still, strict=True) if not stays]):
             self._names.read(optimizer)
         names, chosen = self._names.names, self._names.chosen
-        moved = [Moved(names[w], w, i) for i, group in enumerate(groups) for w in group if w.grad is not None]
+        places = [i for i, group in enumerate(groups) for _ in group]
+        rows = zip(params, places, still, strict=True)
+        moved = [Moved(names[w], w, i) for w, i, stays in rows if not stays]
         self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
         stays = {*names.values()}.difference([m.name for m in self._moving])
         self._absent = {name: ABSENT for name in names.values() if name in stays}
         if any(still) and not self._said_replaced:
             self._say_replaced()
+        if any(still) and not self._said_frozen:
+            self._say_frozen(optimizer, params)
         return self._moving
+
+    def _say_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:
+        """Warn, once, of frozen parameters that the optimizer moves on, by a gradient that was left in them."""
+        rows = zip(params, frozen_beside_others(params), strict=True)
+        held = [self._names.names[w] for w, frozen in rows if frozen and w.grad is not None]
+        names = [name for name in held if name in self._names.chosen]
+        if names:
+            self._said_frozen = True
+            warn_user(
+                f"{self!r} leaves out {listed(names)}, frozen by requires_grad=False. But grad is not None there, so "
+                f"that {type(optimizer).__name__} may move it on, by momentum or weight decay. Set grad to None, as "
+                "zero_grad() does by default."
+            )
 
     def _say_replaced(self) -> None:
         """Warn, once, of parameters that training can no longer reach."""
@@ -616,6 +680,17 @@ def _note_copy(said: list[str], made: Optimizer) -> None:
     made.register_step_post_hook(_Lost(said))
 
 
+def _no_optimizer() -> None:
+    """What the optimizer of a copy is."""
+
+
+def _no_step(*_: Any) -> Any:
+    raise RuntimeError("a copy of a regularization takes no steps")
+
+
+#: What a copy has for the step and the metric of an optimizer, and what it does not have of steps.
+_NO_RULE = Rule(_no_step, metric=_no_step)
+_OF_STEPS = ("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_absent", "_counted", "_classes", "_pace")
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)

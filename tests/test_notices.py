@@ -180,6 +180,29 @@ WARNED = {
 }
 
 
+def half_frozen():
+    model = nn.Sequential(nn.Linear(2, 2, device="cpu"), nn.Linear(2, 1, device="cpu"))
+    model(torch.ones(1, 2, device="cpu")).sum().backward()
+    model[0].requires_grad_(False)
+    return model
+
+
+def frozen_in_a_step():
+    fr.fuse(fr.adam(0.1), backend="eager").init(dict(half_frozen().named_parameters()))
+
+
+def frozen_under_an_optimizer():
+    model = half_frozen()
+    optimizer = torch.optim.Adam(model.parameters())
+    fr.regularize(optimizer, fr.l1, strength=1e-3, module=model)
+    optimizer.step()
+    optimizer.step()
+
+
+WARNED["frozen parameters of a step"] = (frozen_in_a_step, "init got 0.bias, 0.weight with requires_grad=False")
+WARNED["frozen parameters with gradients"] = (frozen_under_an_optimizer, "leaves out 0.weight, 0.bias, frozen by")
+
+
 @pytest.mark.parametrize(("warns", "says"), WARNED.values(), ids=WARNED)
 def test_a_warning_points_at_the_users_line(warns, says):
     with warnings.catch_warnings(record=True) as caught:

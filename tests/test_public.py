@@ -76,8 +76,8 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     [
-        *("_typing", "agreement", "atoms", "attention", "equations", "memory", "notation", "notices", "undocumented"),
-        "wrapping",
+        *("_typing", "agreement", "atoms", "attention", "equations", "frozen", "memory", "notation", "notices"),
+        *("undocumented", "wrapping"),
     ],
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],

@@ -1286,3 +1286,130 @@ def test_the_look_of_a_distributed_checkpoint_at_a_state_is_no_step(lr):
     optimizer.step()
     assert handle.steps == 1
     assert max(w.norm() for w in module.parameters()) <= 0.0175
+
+
+# Wrappers that hold the optimizer which takes the steps
+
+
+class Sharpness(optim.Optimizer):
+    """Users call `second_step`, past the hooks of this one."""
+
+    def __init__(self, params, several=False):
+        super().__init__(params, {"lr": 0.1})
+        inner = optim.SGD(self.param_groups)
+        self.base_optimizer = [inner] if several else inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
+class WithReference(optim.SGD):
+    """Takes its steps itself."""
+
+    def __init__(self, params, other):
+        super().__init__(params, 0.1)
+        self.other = other
+
+
+@pytest.mark.parametrize("given", [(fr.l1, {}), (fr.l1, {"metric": lambda s, g: 1.0}), (fr.linf_ball, {})], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_that_takes_its_steps(given, several):
+    (penalty, options), hyper = given, (0.1,) if given[0] is fr.linf_ball else ()
+    w = weight(4, 3)
+    outer, name = Sharpness([w], several), r"base_optimizer\[0\]" if several else "base_optimizer"
+    with pytest.raises(
+        ValueError, match=rf"Sharpness holds {name}, .* regularize\(optimizer.{name}, {penalty.__name__}, "
+    ):
+        fr.regularize(outer, penalty, *hyper, strength=50.0, **options)
+    inner = outer.base_optimizer[0] if several else outer.base_optimizer
+    fr.regularize(inner, penalty, *hyper, strength=50.0, **options)
+    fr.regularize(WithReference([w], inner), penalty, *hyper, strength=50.0, **options)
+
+
+def test_a_penalty_that_is_written_alike_is_the_same():
+    """As where a cell of a notebook is run again."""
+    optimizer = optim.SGD([weight(4, 3)], 0.1)
+    fr.regularize(optimizer, 0.5 * fr.l1)
+    with pytest.raises(ValueError, match=r"remove\(\) it first, on what regularize returned"):
+        fr.regularize(optimizer, 0.5 * fr.l1)
+    with pytest.raises(ValueError, match="Regularize with their sum"):
+        fr.regularize(optimizer, 0.4 * fr.l1)
+
+
+# A handle in a module
+
+
+def loaded(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), loaded], ids=str)
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW, optim.Adadelta])
+def test_a_module_that_holds_a_handle_is_copied_with_it(copied, kind):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).to(DEVICE)
+    optimizer = kind(model.parameters(), lr=0.01)
+    model.penalty = handle = fr.regularize(optimizer, fr.l1, strength=2e-3, module=model, mask=fr.matrices)
+    before = sum([2e-3 * w.detach().abs().sum() for w in model.parameters() if w.ndim > 1])
+    other = copied(model)
+    assert_close(other.penalty.penalty_value(), before)
+    assert "(a copy, which no optimizer follows)" in repr(other.penalty)
+    assert "copy" not in repr(handle)
+    other.penalty.remove()  # Takes nothing off the first.
+    with torch.no_grad():
+        other[0].weight.zero_()  # The copy has parameters of its own.
+    assert other.penalty.penalty_value() < before
+    assert_close(handle.penalty_value(), before)
+    with pytest.warns(UserWarning, match="has no effect: call regularize on the optimizer"):
+        other.penalty.load_state_dict(handle.state_dict())
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert handle.steps == 1
+    other.penalty = fr.regularize(kind(other.parameters()), fr.l1, module=other)
+
+
+# Groups that are added later
+
+
+@pytest.mark.parametrize("named", ["by the module", "by wrapped names"])
+def test_a_tree_of_strengths_may_name_parameters_that_the_optimizer_gets_later(named):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).to(DEVICE)
+    prefix = "module." if named == "by wrapped names" else ""
+    strength = {f"{prefix}{name}": 0.5 * (1 + i) for i, (name, _) in enumerate(model.named_parameters())}
+    optimizer = optim.SGD(model[1].parameters(), 0.1)
+    module = nn.DataParallel(model) if prefix else model
+    fr.regularize(optimizer, fr.l1, strength=strength, module=module)
+    for grouped in (model[1], model):
+        before = {name: w.detach().clone() for name, w in model.named_parameters()}
+        for w in model.parameters():
+            w.grad = torch.zeros_like(w)
+        optimizer.step()
+        moved = {f"{prefix}{name}": w for name, w in model.named_parameters() if w in {*grouped.parameters()}}
+        expected = {name: fr.l1.prox(before[name.removeprefix(prefix)], 0.1 * strength[name]) for name in moved}
+        assert_close({k: w.detach() for k, w in moved.items()}, expected)
+        if grouped is not model:
+            optimizer.add_param_group({"params": model[0].parameters()})
+    late, only = optim.SGD(model[1].parameters(), 0.1), {k: v for k, v in strength.items() if "1." in k}
+    fr.regularize(late, fr.l1, strength=only, module=module)
+    late.add_param_group({"params": model[0].parameters()})
+    with pytest.raises(ValueError, match=r"lacks '0.bias'.* got other parameters after regularize"):
+        late.step()
+    with pytest.raises(ValueError, match="'typo', unknown to the parameters"):
+        fr.regularize(optim.SGD(model.parameters(), 0.1), fr.l1, strength={**strength, "typo": 1.0}, module=module)
+
+
+def test_names_stay_what_they_were_where_others_are_added():
+    model, extra = nn.DataParallel(nn.Sequential(nn.Linear(4, 4))).to(DEVICE), nn.Linear(4, 2).to(DEVICE)
+    optimizer = optim.SGD(model.named_parameters(), 0.1)
+    fr.regularize(optimizer, fr.l1, strength=1e3, mask=fr.select("0.weight"))
+    optimizer.add_param_group({"params": list(extra.named_parameters())})
+    for w in [*model.parameters(), *extra.parameters()]:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert not model.module[0].weight.any()
+    assert model.module[0].bias.any()
+    assert extra.weight.any()

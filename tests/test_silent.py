@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cases import CONSTRAINTS, PENALTIES, assert_equal, cpu_only, draw
-from torch import tensor
+from torch import nn, tensor
 from torch.func import vmap
+from torch.testing import assert_close
 
 import funcreg as fr
 
@@ -644,3 +645,55 @@ def test_what_is_written_wrong_is_told_how_to_write_it(call, says):
 
 def test_penalties_are_summed_by_sum():
     assert repr(sum([fr.l1, 0.5 * fr.l2])) == "l1 + 0.5 * l2"
+
+
+# Frozen parameters
+
+
+def half_frozen():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).to("cpu")
+    model(torch.ones(2, 3, device="cpu")).sum().backward()
+    model[0].requires_grad_(False)
+    return model
+
+
+def held(parameters):
+    return {name: w.detach().clone() for name, w in parameters.items() if name.startswith("0")}
+
+
+@pytest.mark.parametrize("where", ["regularize", "Optimizer"])
+def test_a_penalty_leaves_frozen_parameters_with_gradients_of_zero_as_they_were(where):
+    model = half_frozen()
+    if where == "regularize":
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        fr.regularize(optimizer, fr.l1, strength=1e-3, module=model)
+    else:
+        chain = lambda lr: fr.prox_adam(lr, fr.l1, strength=1e-3, weight_decay=0.1)
+        optimizer = fr.Optimizer(model.named_parameters(), chain, lr=0.1, compile=False)
+    before = held(dict(model.named_parameters()))
+    optimizer.zero_grad(set_to_none=False)
+    model(torch.ones(2, 3, device="cpu")).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    assert_close(held(dict(model.named_parameters())), before, rtol=0, atol=0)
+    assert len(caught) == (where == "regularize")
+    model[0].requires_grad_(True)  # It thaws, and moves from then on.
+    model(torch.ones(2, 3, device="cpu")).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_a_step_names_frozen_parameters_that_it_would_move():
+    params = dict(half_frozen().named_parameters())
+    with pytest.warns(UserWarning, match=r"init got 0.bias, 0.weight with requires_grad=False"):
+        fr.fuse(fr.prox_adam(0.1, fr.l1), backend="eager").init(params)
+    is_first = {name: name.startswith("0") for name in params}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fr.fuse(fr.chain(fr.freeze(is_first), fr.prox_adam(0.1, fr.l1)), backend="eager").init(params)
+        step = fr.fuse(fr.prox_adam(0.1, fr.l1), backend="eager")
+        step.init({name: w for name, w in params.items() if w.requires_grad})
+        step.init({name: w.detach() for name, w in params.items()})  # Of gradients by torch.func.
+        step.init({"w": torch.ones(2, requires_grad=True), "anchor": torch.ones(2)})

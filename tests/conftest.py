@@ -26,6 +26,11 @@ def _freeze() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    named = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    assert not named, f"{named[0]} has an address in its name, which is another one in each worker: give it ids="
+
+
 def pytest_collection_finish() -> None:
     _freeze()
 

@@ -1312,7 +1312,11 @@ class WithReference(optim.SGD):
         self.other = other
 
 
-@pytest.mark.parametrize("given", [(fr.l1, {}), (fr.l1, {"metric": lambda s, g: 1.0}), (fr.linf_ball, {})], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [(fr.l1, {}), (fr.l1, {"metric": lambda s, g: 1.0}), (fr.linf_ball, {})],
+    ids=["a penalty", "in a metric", "a constraint"],
+)
 @pytest.mark.parametrize("several", [False, True])
 def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_that_takes_its_steps(given, several):
     (penalty, options), hyper = given, (0.1,) if given[0] is fr.linf_ball else ()
@@ -1347,7 +1351,11 @@ def loaded(x):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), loaded], ids=str)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 @pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW, optim.Adadelta])
 def test_a_module_that_holds_a_handle_is_copied_with_it(copied, kind):
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).to(DEVICE)

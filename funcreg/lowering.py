@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ def say_once(message: str) -> None:
 
 
 # Compilation
+
+
+#: Inductor on a CPU fails to fuse some reductions with what is written in place (`KeyError: 'buf11'`), but not all.
+_LESS_FUSED = {"max_fusion_size": 4}
 
 
 class Compiler:
@@ -65,20 +70,22 @@ class Compiler:
 
     def _compile(self, graph: fx.GraphModule, args: Sequence[Tensor], any_size: bool, polymorphic: bool) -> Any:
         """Compile only: nothing that the step was given is read or written, so that what fails has changed nothing."""
-        directly = lambda: undocumented.compile_directly(graph, args, self.backend, any_size)
-        by_torch_compile = lambda: self._by_torch_compile(graph, args)
+        directly = functools.partial(undocumented.compile_directly, graph, args, self.backend, any_size)
+        by_torch_compile = functools.partial(self._by_torch_compile, graph, args)
+        ways = [by_torch_compile] if polymorphic else [directly, by_torch_compile]
+        several = [{}, _LESS_FUSED] if self.backend == "inductor" else [{}]
         reason = ""
-        for compile in [by_torch_compile] if polymorphic else [directly, by_torch_compile]:
+        for way, options in [(way, options) for options in several for way in ways]:
             try:
                 with undocumented.imports_may_warn():
-                    return graph if undocumented.compilation_is_forbidden() else compile()
+                    return graph if undocumented.compilation_is_forbidden() else way(options)
             except Exception as error:
                 reason = reason or " ".join(str(error).split())[:300]
         say_once(f"fuse runs without compiled kernels, with equal results; compilation failed: {reason}")
         return graph
 
-    def _by_torch_compile(self, graph: fx.GraphModule, args: Sequence[Tensor]) -> Any:
-        compiled = torch.compile(graph, backend=self.backend, dynamic=True)
+    def _by_torch_compile(self, graph: fx.GraphModule, args: Sequence[Tensor], options: dict[str, Any]) -> Any:
+        compiled = torch.compile(graph, backend=self.backend, dynamic=True, options=options or None)
         compiled(*[torch.empty_like(x) for x in args])  # It compiles when it is called.
         return compiled
 

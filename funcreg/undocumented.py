@@ -36,8 +36,10 @@ def tracing_tools() -> tuple[Any, Any]:
     return TorchDispatchMode, FakeTensorMode
 
 
-def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: Any, any_size: bool) -> Compiled:
-    """Hand a graph of ATen operations to the backend itself.
+def compile_directly(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], backend: Any, any_size: bool, options: dict[str, Any] | None = None
+) -> Compiled:
+    """Hand a graph of ATen operations to the backend itself, Inductor with options of `torch.compile`.
 
     `torch.compile` would trace the graph a second time, and check its arguments before every call, which costs more
     than most kernels take. Without `make_fx` or the backends' own functions, `torch.compile` is used.
@@ -53,7 +55,7 @@ def compile_directly(graph: fx.GraphModule, inputs: Sequence[Tensor], backend: A
             from torch._inductor import compile as inductor
 
             with _own_processor_checks():
-                compiled: Any = inductor(traced, examples, options={"cpp.vec_isa_ok": True})
+                compiled: Any = inductor(traced, examples, options={"cpp.vec_isa_ok": True, **(options or {})})
                 return compiled
         return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, examples)
 

@@ -115,6 +115,27 @@ def test_the_compiled_step_is_the_plain_one_up_to_rounding():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lands", ["a penalty of groups", "a constraint"])
+def test_momentum_and_sums_over_rows_compile_where_a_leaf_is_left_out(lands):
+    """Where Inductor fails to fuse all of it; a warning of that is an error."""
+    make = {
+        "a penalty of groups": lambda lr: fr.prox_sgd(lr, fr.group_lasso, strength=0.2, momentum=0.9, mask=fr.matrices),
+        "a constraint": lambda lr: fr.chain(fr.sgd(lr, momentum=0.9), fr.project(fr.max_norm, 0.5, mask=fr.matrices)),
+    }[lands]
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in ((8, 27), (8,))]
+        optimizer = fr.Optimizer(params, make, lr=0.1, compile=compile)
+        for _ in range(3):
+            for w in params:
+                w.grad = torch.ones_like(w)
+            optimizer.step()
+        found.append([w.detach() for w in params])
+    assert_equal(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_it_is_compiled_by_default(compilations):
     model = network(torch.float32)
     optimizer = fr.Optimizer(model.named_parameters(), LASSO, lr=1e-2, strength=1e-3)

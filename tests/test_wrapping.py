@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from cases import DEVICE, normal
 from torch import nn
 
 import funcreg as fr
 
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+X = normal(torch.Generator().manual_seed(0), 4, 6, dtype=torch.float32)
 
 
 def compiled(net):
@@ -36,7 +37,7 @@ def network():
         for w in (net[0][0].weight, net[0][0].bias, net[0][1].weight, net[0][1].bias):
             w[2:5] = 0
         net[1].weight[:, 2:5] = 0
-    return net.eval()
+    return net.eval().to(DEVICE)
 
 
 @every_wrapper
@@ -91,4 +92,4 @@ def test_layers_may_be_called_as_in_the_wrapper():
 
 def test_a_name_that_is_in_no_wrapper_is_an_error():
     with pytest.raises(ValueError, match=r"'_orig_mod\.1\.weight', which is no leaf"):
-        fr.coupled(fr.group_lasso, {"_orig_mod.1.weight": 0})({"0.weight": torch.ones(2, 2)})
+        fr.coupled(fr.group_lasso, {"_orig_mod.1.weight": 0})({"0.weight": torch.ones(2, 2, device=DEVICE)})

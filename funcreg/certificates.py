@@ -120,10 +120,12 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
         return _largest(landed) == 0
 
     size = _largest(downhill).to(torch.float64)
-    # The greatest entry is the answer for the most common penalty, which two steps show.
-    found = concrete(vanish(size) & ~vanish(torch.nextafter(size, torch.zeros_like(size))))
-    if isinstance(found, Tensor) and bool(found):
-        return size
+    known = concrete(size)
+    if isinstance(known, Tensor) and not known.isnan():
+        # The greatest entry is the answer for the most common penalty, which two steps show.
+        found = concrete(vanish(size) & ~vanish(torch.nextafter(size, torch.zeros_like(size))))
+        if isinstance(found, Tensor) and found:
+            return size
     return least_strength(size, vanish)
 
 

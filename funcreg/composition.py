@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.construction import written
+from funcreg.ranges import flags
 from funcreg.tree import (
     Selection,
     broadcast,
@@ -78,6 +79,9 @@ class Structure:
     curvature: Callable[..., Hyper] | None = None
     parts: Callable[..., Sequence[Term]] | None = None
     interval: bool = False
+
+    def __post_init__(self) -> None:
+        flags(interval=self.interval)
 
 
 class Term(NamedTuple):

@@ -21,11 +21,16 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "__array__") and not isinstance(x, (Tensor, type))
 
 
+def is_sparse_matrix(x: Any) -> bool:
+    """Whether this is a sparse matrix of scipy."""
+    return hasattr(x, "tocoo") and not isinstance(x, (Tensor, type))
+
+
 def as_tensors(tree: Any, name: str, params: Params) -> Any:
     """A tree whose arrays are tensors: beside the parameters and, of floating point, in their dtype.
 
     An array has the dtype of the library that made it, a tensor that which its user chose: it stays as it is. Sparse
-    rows (CSR), through which torch does not differentiate, become sparse coordinates.
+    rows (CSR), through which torch does not differentiate, become sparse coordinates, as do sparse matrices of scipy.
 
     Args:
         tree: Tree of arrays, tensors and whatever else.
@@ -36,10 +41,19 @@ def as_tensors(tree: Any, name: str, params: Params) -> Any:
         TypeError: An array holds no numbers.
     """
     in_rows = lambda x: isinstance(x, Tensor) and x.layout is torch.sparse_csr
-    if not any([is_array(x) or in_rows(x) for x in tree_leaves(tree)]):
+    if not any([is_array(x) or is_sparse_matrix(x) or in_rows(x) for x in tree_leaves(tree)]):
         return tree
+    tree = tree_map(lambda x: _coordinates(x, params) if is_sparse_matrix(x) else x, tree)
     made = map_with_path(lambda path, x: _tensor(x, _at(name, path), params) if is_array(x) else x, tree)
     return tree_map(lambda x: x.to_sparse() if in_rows(x) else x, made)
+
+
+def _coordinates(x: Any, params: Params) -> Tensor:
+    """A sparse matrix of scipy as a tensor of coordinates."""
+    found = x.tocoo()
+    places = torch.stack([torch.as_tensor(rows).long() for rows in (found.row, found.col)])
+    made = torch.sparse_coo_tensor(places, torch.as_tensor(found.data), tuple(found.shape), check_invariants=True)
+    return _beside(made, params).coalesce()
 
 
 def _at(name: str, path: tuple[Any, ...]) -> str:
@@ -95,6 +109,12 @@ def as_data(data: Any, params: Params, name: str = "data") -> tuple[Any, ...]:
         )
     parts = [_of_numbers(x, _at(name, (k,)), params) for k, x in enumerate(data)]
     tensors = as_tensors(tuple(parts), name, params)
+    sparse = [place for place, x in zip(tree_paths(tensors), tree_leaves(tensors), strict=True) if _is_sparse(x)]
+    if sparse:
+        raise TypeError(
+            f"{name} is sparse at '{sparse[0]}', of which torch takes no rows for folds and batches; expected dense "
+            "tensors, x.to_dense() or x.toarray()."
+        )
     counts: dict[str, int] = {}
     for place, x in zip(tree_paths(tensors), tree_leaves(tensors), strict=True):
         if not isinstance(x, Tensor) or not x.ndim:
@@ -107,6 +127,10 @@ def as_data(data: Any, params: Params, name: str = "data") -> tuple[Any, ...]:
         came = ", ".join(f"{count} at '{place}'" for place, count in counts.items())
         raise ValueError(f"{name} have different numbers of rows: {came}")
     return tensors
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.layout is not torch.strided
 
 
 def _hint(data: Any) -> str:

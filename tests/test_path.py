@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from cases import DEVICE, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes
@@ -315,10 +316,18 @@ def test_a_penalty_of_one_side_that_holds_all_at_zero_says_so():
 def test_designs_of_sparse_rows_are_those_of_dense_ones():
     x, y = standard(load_diabetes)
     x = torch.where(x.abs() < 1, 0, x)
-    options = {"args": (x.to_sparse_csr(), y), "strength": 1.0}
-    found = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **options)
-    dense = fr.minimize(bare, {"w": zeros(10)}, fr.l1, **{**options, "args": (x, y)})
-    torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)
+    dense = fr.minimize(bare, {"w": zeros(10)}, fr.l1, args=(x, y), strength=1.0)
+    for design in (
+        x.to_sparse_csr(),
+        scipy.sparse.csr_array(x.cpu().numpy()),
+        scipy.sparse.coo_matrix(x.cpu().numpy()),
+    ):
+        found = fr.minimize(bare, {"w": zeros(10)}, fr.l1, args=(design, y), strength=1.0)
+        torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)
+    path = fr.regularization_path(bare, {"w": zeros(10)}, fr.l1, strengths=[2.0, 1.0], args=(design, y))
+    torch.testing.assert_close(path.params["w"][1], dense.params["w"], rtol=1e-8, atol=1e-8)
+    with pytest.raises(TypeError, match="data is sparse at '0', of which torch takes no rows.*to_dense"):
+        fr.cross_validate(bare, {"w": zeros(10)}, fr.l1, data=(design, y))
 
 
 @pytest.mark.parametrize("name", EVERY_ZERO)

@@ -326,7 +326,7 @@ def test_designs_of_sparse_rows_are_those_of_dense_ones():
         torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)
     path = fr.regularization_path(bare, {"w": zeros(10)}, fr.l1, strengths=[2.0, 1.0], args=(design, y))
     torch.testing.assert_close(path.params["w"][1], dense.params["w"], rtol=1e-8, atol=1e-8)
-    with pytest.raises(TypeError, match="data is sparse at '0', of which torch takes no rows.*to_dense"):
+    with pytest.raises(TypeError, match=r"data is sparse at '0', of which torch takes no rows.*to_dense"):
         fr.cross_validate(bare, {"w": zeros(10)}, fr.l1, data=(design, y))
 
 

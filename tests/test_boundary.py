@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import importlib
 import io
 import itertools
 import os
@@ -959,6 +960,11 @@ def test_all_trees_of_a_run_may_be_kept():
 # Undocumented torch, taken away
 
 
+def _with_inductor(take: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """Take something away once Inductor is imported: it would keep what is there in its place for good."""
+    return lambda patch: importlib.import_module("torch._inductor.compile_fx") and take(patch)
+
+
 def missing(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
     """Modules that cannot be imported."""
     return lambda patch: [patch.setitem(sys.modules, name, None) for name in names] and None
@@ -1021,8 +1027,8 @@ TAKEN = {
     "no dispatch modes": missing(MODES),
     "no TorchDispatchMode": without(MODES, "TorchDispatchMode"),
     "no proxies": missing(PROXIES),
-    "no make_fx": without(PROXIES, "make_fx"),
-    "another make_fx": changed(PROXIES, "make_fx"),
+    "no make_fx": _with_inductor(without(PROXIES, "make_fx")),
+    "another make_fx": _with_inductor(changed(PROXIES, "make_fx")),
     "no lookup_backend": without("torch._dynamo", "lookup_backend"),
     "another lookup_backend": changed("torch._dynamo", "lookup_backend"),
     "no lock of torch.compile": without("torch._dynamo.convert_frame", "compile_lock"),
@@ -1068,7 +1074,7 @@ INDUCTOR = {
     "no Inductor of that name": without("torch._inductor", "compile"),
     "another signature": changed("torch._inductor", "compile"),
     "processor checks without a cache": lambda patch: uncached(patch),
-    "no make_fx": without(PROXIES, "make_fx"),
+    "no make_fx": _with_inductor(without(PROXIES, "make_fx")),
 }
 
 

@@ -139,7 +139,7 @@ def land_end_to_end(
         )
         key = (classes[name], *[(x.dtype, x.device) for x in with_source]) if small else name
         runs.setdefault(key, []).append(name)
-    names = {",".join(run): run for run in runs.values()}
+    names = {run[0]: run for run in runs.values()}
     pieces = {label: Pieces([leaves[name].shape for name in run]) for label, run in names.items() if len(run) > 1}
 
     def joined(of: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.func import functionalize
 
 from funcreg import undocumented
 from funcreg.lowering import say_once
-from funcreg.recording import CannotRecordError, Record, placeholder, record
+from funcreg.recording import CannotRecordError, Record, constant, placeholder, record
 from funcreg.tree import restored, structure, tree_leaves
 
 _aten = torch.ops.aten
@@ -56,12 +56,7 @@ class Same:
 def key_of(tree: Any) -> Hashable:
     """Structures, numbers and texts by what they are, other leaves by identity."""
     leaves, spec = structure(tree)
-    return spec, *(_constant(x) if isinstance(x, (int, float, complex, str)) else Same(x) for x in leaves)
-
-
-def _constant(x: Any) -> Hashable:
-    """A constant: 1, 1.0 and True are not the same, nor are 0.0 and -0.0; NaN is the same as NaN."""
-    return type(x), repr(x) if isinstance(x, (float, complex)) else x
+    return spec, *(constant(x) if isinstance(x, (int, float, complex, str)) else Same(x) for x in leaves)
 
 
 def like(x: Tensor) -> Hashable:
@@ -181,7 +176,7 @@ class _Watcher:
                 return Same, self._numbers[id(arg)]
             self.held.append(arg)
             return Tensor, self._number(arg), like(arg)
-        return tuple([self._key(x) for x in arg]) if isinstance(arg, (list, tuple)) else _constant(arg)
+        return tuple([self._key(x) for x in arg]) if isinstance(arg, (list, tuple)) else constant(arg)
 
 
 # Graphs

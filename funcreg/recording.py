@@ -129,8 +129,8 @@ def placeholder(like: Any, count: int = 0) -> Tensor:
 
 
 def constant(arg: Any) -> tuple[Any, ...]:
-    """A constant as a key: 1, 1.0 and True are not the same, nor are 0.0 and -0.0."""
-    return (type(arg), arg, str(arg)) if type(arg) is float and arg == 0 else (type(arg), arg)
+    """A constant as a key: 1, 1.0 and True are not the same, nor are 0.0 and -0.0; NaN is the same as NaN."""
+    return type(arg), repr(arg) if isinstance(arg, (float, complex)) else arg
 
 
 def _hashable(arg: Any) -> Any:

@@ -62,7 +62,8 @@ def remove_dead(
         params: Tree of parameters, also with the buffers of their module.
         groups: The families that the penalty had; see `coupled`.
         states: Trees that hold others like the parameters, to be sliced as these are: the state of an optimizer, an
-            average of weights, `optimizer.state_dict()` of a torch optimizer that was made of
+            average of weights, a dict in which names of parameters are within others, `state.0.weight.exp_avg`, as
+            distributed checkpoints have it; `optimizer.state_dict()` of a torch optimizer that was made of
             `module.named_parameters()`, also in groups with names of their own, or of `module.parameters()` in one
             group, whose order is that of the tree. With them a tuple comes back. They are sliced and no more: no bias
             in them takes a constant, which is right for moments. An average of weights has its own entries where a
@@ -211,7 +212,7 @@ def _problem(names: list[str], leaves: list[Tensor], families: list[_Family], gr
     if families and not dead:
         return (
             f"remove_dead found no dead group, and takes nothing out: in each of the {total} groups some penalized "
-            f"entry is not zero. {_nearest(names, leaves, families)}. Exact zeros come from the proximal step of the "
+            f"entry is not zero. {_nearest(names, leaves, families)} Exact zeros come from the proximal step of the "
             "penalty, regularize(optimizer, coupled(group_lasso, groups), strength=...) or an optimizer such as "
             "prox_adam, and not from a term in the loss; and the strength has to be great enough"
         )
@@ -261,7 +262,7 @@ def _nearest(names: list[str], leaves: list[Tensor], families: list[_Family]) ->
     if count:
         return f"In {count} groups of the family {what}. Does a mask leave that out, or has it another optimizer?"
     (least, _, where), greatest = min(norms), max([norm for _, norm, _ in norms])
-    return f"The nearest to zero is in the family of {where}, of norm {least:.2g}; the greatest is {greatest:.2g}"
+    return f"The nearest to zero is in the family of {where}, of norm {least:.2g}; the greatest is {greatest:.2g}."
 
 
 def _fold(
@@ -307,6 +308,9 @@ def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size])
     paths, made = tree_paths(state), []
     for path, short, leaf in zip(paths, without_wrappers(tuple(paths)), leaves, strict=True):
         name = next((plain[end] for end in _ends(short) if end in plain), None)
+        if name is None and isinstance(leaf, Tensor):  # Named as `state.0.weight.exp_avg`.
+            inner = (plain[part] for part in _beginnings(short) if part in plain)
+            name = next((name for name in inner if leaf.shape == shapes[name]), None)
         made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes))
     return rebuild(made)
 
@@ -317,6 +321,12 @@ def _ends(path: str) -> Iterator[str]:
     while path:
         _, _, path = path.partition(".")
         yield path
+
+
+def _beginnings(path: str) -> Iterator[str]:
+    """What is left of a dotted path without its last parts, and of that without its first ones."""
+    while path := path.rpartition(".")[0]:
+        yield from filter(None, _ends(path))
 
 
 def _cut_like(leaf: Any, path: str, name: str, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:

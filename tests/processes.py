@@ -624,6 +624,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Check]]] = {
 
 def run(rank: int, world: int, folder: str, groups: list[str], only: str = "") -> None:
     """Run all checks of some groups in one process, and write what failed; stop at one that others do not reach."""
+    faulthandler.enable()  # Where a process was that memory or a signal ended.
     faulthandler.dump_traceback_later(float(os.environ.get("FUNCREG_LIMIT", "400")), exit=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "CPU process group does not support alltoall")

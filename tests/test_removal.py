@@ -132,6 +132,22 @@ def test_a_state_is_sliced_alone():
     assert all((w == 1).all() for w in mean.values())
 
 
+def test_a_state_that_has_names_within_its_own_is_sliced():
+    net = network(layers(5, 7, 3))
+    groups = fr.channel_groups(net, vectors())
+    dead = without_half(net, groups)
+    moments = {
+        name: {"exp_avg": w.detach(), "step": torch.tensor(3.0, device=DEVICE)} for name, w in dead.named_parameters()
+    }
+    flat = {f"state.{name}.{key}": x for name, own in moments.items() for key, x in own.items()}
+    flat["param_groups.0.weight.betas"] = (0.9, 0.999)
+    smaller, by_name, of_checkpoint = fr.remove_dead(fr.with_buffers(dead), groups, moments, flat)
+    assert smaller["0.weight"].shape == (4, 5)
+    for name in moments:
+        torch.testing.assert_close(by_name[name]["exp_avg"], smaller[name])
+        torch.testing.assert_close(of_checkpoint[f"state.{name}.exp_avg"], smaller[name])
+
+
 # While a network is trained
 
 

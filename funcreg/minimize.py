@@ -199,8 +199,12 @@ class Problem:
         self._check_tolerance(params)
         if type(self.max_steps) is not int or self.max_steps < 0:
             raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")
-        if any([w.is_complex() for w in tree_leaves(params)]):
-            raise TypeError("params are complex; expected real ones, such as torch.view_as_real makes")
+        for path, w in zip(tree_paths(params), tree_leaves(params), strict=True):
+            if w.is_complex():
+                raise TypeError(
+                    f"leaf '{path}' is {w.dtype}; expected real parameters. Give torch.view_as_real(w) to a "
+                    "loss that reads torch.view_as_complex(w); their l1 is group_lasso with dim=-1."
+                )
         if not isinstance(args, tuple):
             raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
         if not (isinstance(self.compile, (bool, str)) or callable(self.compile)):

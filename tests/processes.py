@@ -200,6 +200,16 @@ def alone(world: int) -> Iterator[Check]:
     yield "one raises", leave
 
 
+def aborted(world: int) -> Iterator[Check]:
+    """A check that ends one process by a signal when it is first run."""
+
+    def abort() -> None:
+        if dist.get_rank() and os.path.basename(sys.argv[3]) != "again":
+            os.abort()
+
+    yield "one is ended", abort
+
+
 # All else
 
 
@@ -616,6 +626,7 @@ GROUPS: dict[str, Callable[[int], Iterator[Check]]] = {
     "steps": steps,
     "loops": loops,
     "alone": alone,
+    "aborted": aborted,
 }
 
 

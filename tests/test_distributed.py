@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 pytestmark = [
     pytest.mark.distributed,
+    pytest.mark.filterwarnings("default::test_distributed.EndedBySignal"),
     pytest.mark.skipif(sys.platform == "win32", reason="groups of processes are ended by a signal of POSIX"),
 ]
 
@@ -23,8 +25,29 @@ HERE = Path(__file__).parent
 LIMIT = 600.0
 
 
+class EndedBySignal(UserWarning):
+    """A process was ended by a signal, and its checks were started once more."""
+
+
 def start(world: int, folder: Path, groups: list[str], patience: float = 60.0) -> list[dict[str, str | None]]:
-    """What each of several processes found; all are ended as soon as one fails, or when time is up."""
+    """What each of several processes found; all are ended as soon as one fails, or when time is up.
+
+    funcreg is Python alone: a signal such as SIGABRT comes from what is below it. One was seen in about a hundred runs,
+    where valgrind finds no access that is wrong. The checks are started once more then, and what the processes said is
+    a warning in the summary.
+    """
+    codes, said = processes(world, folder, groups, patience)
+    if min(codes) < 0 and -min(codes) != signal.SIGKILL:
+        warnings.warn(EndedBySignal(said), stacklevel=1)
+        folder = folder / "again"
+        folder.mkdir()
+        codes, said = processes(world, folder, groups, patience)
+    assert not any(codes), said
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def processes(world: int, folder: Path, groups: list[str], patience: float) -> tuple[list[int], str]:
+    """How each of several processes ended, and the last of what they said; they meet in a folder of their own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FUNCREG_LIMIT": str(LIMIT - 20)}
     environment["FUNCREG_PATIENCE"] = str(patience)
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
@@ -41,10 +64,11 @@ def start(world: int, folder: Path, groups: list[str], patience: float = 60.0) -
         for rank, log in enumerate(logs)
     ]
     end = time.monotonic() + LIMIT
+    first = []
     try:
         while time.monotonic() < end:
-            codes = [process.poll() for process in started]
-            if any(codes) or all(code == 0 for code in codes):
+            first = [code for process in started if (code := process.poll())]  # Before the others are ended.
+            if first or all(process.poll() == 0 for process in started):
                 break
             time.sleep(0.1)
     finally:
@@ -55,8 +79,7 @@ def start(world: int, folder: Path, groups: list[str], patience: float = 60.0) -
         for log in logs:
             log.close()
     text = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(world))
-    assert all(process.returncode == 0 for process in started), text
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return first or [process.returncode for process in started], text
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -78,6 +101,13 @@ def test_a_process_that_raises_alone_is_found_soon(tmp_path):
     found = start(2, tmp_path, ["alone"], patience=5.0)
     assert time.monotonic() - begin < 60
     assert "not all alike" in str(found[0])
+
+
+def test_a_process_that_a_signal_ended_is_started_once_more_and_said(tmp_path):
+    with pytest.warns(EndedBySignal, match="Aborted"):  # With where it was.
+        found = start(2, tmp_path, ["aborted"], patience=5.0)
+    assert [*map(len, found)] == [1, 1]
+    assert not any([why for own in found for why in own.values()])
 
 
 def train(world: int, *options: str) -> str:

@@ -684,8 +684,9 @@ class _Solve(torch.autograd.Function):
         flat = ctx.flat
         pull = flat.over_members(lambda tensors, *rest: _pull(flat, tensors, *rest))
         found = pull(tuple(tensors), x, rate, metric, slopes[0])
-        for dims in reversed(flat.levels):  # What is the same for all members gets the sum of their slopes.
-            found = [g if dim == 0 else g.sum(0) for g, dim in zip(found, dims, strict=True)]
+        for i in range(len(tensors)):  # What is the same for all members gets the sum of their slopes.
+            shared = [place for place, dims in enumerate(reversed(flat.levels)) if dims[i] is None]
+            found[i] = found[i].sum(shared) if shared else found[i]
         return None, *(g if t.is_floating_point() else None for g, t in zip(found, tensors, strict=True))
 
     @staticmethod

@@ -574,6 +574,26 @@ def test_maps_over_maps_of_losses_of_torch_whose_targets_a_map_shares(of):
         torch.testing.assert_close(found[i, k], one(strengths[k], data[i]), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3, 2)], ids=str)
+def test_derivatives_of_maps_over_maps_are_those_of_loops(shape):
+    """Data along the outermost map, strengths along the next, and along the last what both share."""
+    x, y = made(30, 3)
+    data = torch.stack([x, x.flip(1), x.roll(1, 1)])[: shape[0]]
+    strengths = torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64, device=DEVICE)[: shape[1]]
+    shifts = torch.tensor([0.0, 0.5], dtype=torch.float64, device=DEVICE)
+    one = lambda x, s, c: (
+        fr.minimize(squares, {"w": zeros(3)}, fr.l1, strength=s, args=(x, y + c), tol=1e-12).params["w"].square().sum()
+    )
+    inner = lambda x, s: vmap(lambda c: one(x, s, c))(shifts) if len(shape) == 3 else one(x, s, shifts[0])
+    maps = lambda data, strengths: vmap(lambda x: vmap(lambda s: inner(x, s))(strengths))(data).sum()
+    count = 2 if len(shape) == 3 else 1
+    loops = lambda data, strengths: sum(one(x, s, c) for x in data for s in strengths for c in shifts[:count])
+    for k in (0, 1):
+        expected = grad(loops, k)(data, strengths)
+        torch.testing.assert_close(grad(maps, k)(data, strengths), expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(jacfwd(maps, k)(data, strengths), expected, rtol=1e-7, atol=1e-9)
+
+
 # Second derivatives
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vjp, vmap
+from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 from torch.nn.functional import softplus
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
@@ -19,6 +19,7 @@ from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
 from funcreg.tree import check_params, compute, flatten, keep, mask_leaves, reduce_leaves, total, tree_leaves, tree_map
+from funcreg.undocumented import has_tangents, is_transformed
 
 
 def kkt_residual(
@@ -115,18 +116,38 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))
     downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
 
-    def vanish(strength: Tensor) -> Tensor:
-        landed = penalty.prox(downhill, strength, *hyper, **options)
-        return _largest(landed) == 0
-
-    size = _largest(downhill).to(torch.float64)
+    land = lambda strength: penalty.prox(downhill, strength, *hyper, **options)
+    vanish = lambda strength: _largest(land(strength)) == 0
+    size = _largest(downhill).to(torch.float64).detach()
     known = concrete(size)
     if isinstance(known, Tensor) and not known.isnan():
         # The greatest entry is the answer for the most common penalty, which two steps show.
         found = concrete(vanish(size) & ~vanish(torch.nextafter(size, torch.zeros_like(size))))
         if isinstance(found, Tensor) and found:
-            return size
-    return least_strength(size, vanish)
+            return _with_derivatives(size, land)
+    return _with_derivatives(least_strength(size, vanish), land)
+
+
+def _with_derivatives(least: Tensor, land: Callable[[Tensor], Params]) -> Tensor:
+    """The least strength, as a function of all that the landing depends on.
+
+    Just below it what lands is small and not zero: its length along its direction has the least strength as its root.
+    Two of Newton's steps from a constant to a root have its first and second derivatives.
+    """
+    least = least.detach()
+    root, below = torch.where((least > 0) & least.isfinite(), least, 1.0), 1 - 2.0**-26
+    landed = land(root * below)
+    if not any([x.requires_grad for x in tree_leaves(landed)]) and not (is_transformed() or has_tangents()):
+        return least
+    unit = _largest(landed).detach()
+    direction = tree_map(lambda x: x.detach() / torch.where(unit > 0, unit, 1.0), landed)
+    along = lambda x, d: (x.conj() * d).real if x.is_complex() else x * d
+    length = lambda strength: total(reduce_leaves(along, land(strength), direction))
+    for _ in range(2):  # At the root itself what lands is flat.
+        slope, value = grad_and_value(length)(root * below)
+        falls = slope < 0
+        root = root * below - torch.where(falls, value / torch.where(falls, slope, -1.0), 0.0)
+    return least + torch.where(least == 0, 0.0, root - root.detach())
 
 
 def least_strength(size: Tensor, vanish: Callable[[Tensor], Tensor]) -> Tensor:

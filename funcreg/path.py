@@ -230,7 +230,7 @@ def _strengths(
     slopes = rebuild([torch.where(x, 0, g) for g, x in zip(leaves, free, strict=True)])
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
     if not _is_convex(problem) and any([bool(g.any()) for g in tree_leaves(slopes)]):
-        most = _greatest(problem, args, start, free, slopes)
+        most = _NoDerivative.apply(_greatest(problem, args, start, free, slopes).detach(), most)
     known = float(most.detach())
     if math.isnan(known):
         raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
@@ -263,6 +263,28 @@ def _greatest(problem: Problem, args: Any, start: Params, free: list[Tensor], sl
     size = torch.stack([g.detach().abs().amax().double() for g in tree_leaves(slopes) if g.numel()]).amax()
     found = least_strength(size, lambda strength: ((land(strength) == 0) | kept).all())
     return found * (1 + 16 * torch.finfo(tree_leaves(start)[0].dtype).eps)  # However the steps of an ensemble round.
+
+
+class _NoDerivative(torch.autograd.Function):
+    """A strength that depends on others, with no derivative in them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(strength: Tensor, others: Tensor) -> Tensor:
+        return strength.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        raise NotImplementedError(
+            "the strengths that a path of a penalty that is not convex begins with have no derivatives; give strengths="
+        )
+
+    jvp = backward
 
 
 def _as_strengths(given: Any, dtype: torch.dtype) -> Tensor:

@@ -55,9 +55,10 @@ def of_magnitudes(
         return sign(w) * landing(w.abs(), step, *hyper) + 0.0  # +0.0 also from -0.0.
 
     def residual(w: Tensor, g: Tensor, strength: Scalar, *hyper: Scalar) -> Tensor:
-        pull = strength * slope(torch.zeros_like(w.abs()), *hyper)
-        # No strength times an infinite slope is no pull.
-        at_zero = shrunk(g, pull.nan_to_num(0.0, posinf=math.inf))
+        steep = slope(torch.zeros_like(w.abs()), *hyper)
+        holds = steep.isinf() & (strength != 0)  # No strength times an infinite slope is no pull.
+        pulled = shrunk(g, strength * torch.where(steep.isinf(), 0.0, steep))
+        at_zero = torch.where(holds, 0 * sign(g), pulled)  # NaN goes through the sign.
         return torch.where(w == 0, at_zero, g + strength * gradient(w, *hyper))
 
     return penalty(
@@ -107,6 +108,11 @@ def _power(size: Tensor, exponent: float) -> Tensor:
     return torch.where(zero, torch.zeros_like(size), torch.where(zero, 1.0, size) ** exponent)
 
 
+def _ratio(step: Scalar, size: Tensor, exponent: float) -> Tensor:
+    """A step in units of sizes and of a power of them; 0 also where the inverse of a size is infinite."""
+    return (step / size / size**exponent).nan_to_num(0.0, posinf=math.inf)
+
+
 def l_half_slope(size: Tensor) -> Tensor:
     return 0.5 * size**-0.5
 
@@ -115,7 +121,7 @@ def l_half_landing(size: Tensor, step: Scalar) -> Tensor:
     alive = ~(size <= 1.5 * step ** (2 / 3))
     safe = torch.where(alive, size, 1.0)
     # In units of the size; the greatest value is that of the jump.
-    force = (step / safe / safe**0.5).clamp(max=(2 / 3) ** 1.5)
+    force = _ratio(step, safe, 0.5).clamp(max=(2 / 3) ** 1.5)
     angle = torch.acos(-(0.75 * 3**0.5) * force)
     root = (1 + torch.cos(angle * (2 / 3))) * (2 / 3)
     # The equation of the root once more: exact without a step, and a digit better with one.
@@ -148,7 +154,7 @@ def l_two_thirds_landing(size: Tensor, step: Scalar) -> Tensor:
     alive = ~(size <= 2 * (2 / 3 * step) ** 0.75)
     safe = torch.where(alive, size, 1.0)
     # The root of v^4 - v + force, in units of the size; the greatest force is that of the jump, 2^(-4/3).
-    force = (2 / 3 * step / safe / safe ** (1 / 3)).clamp(max=2 ** (-4 / 3))
+    force = (2 / 3 * _ratio(step, safe, 1 / 3)).clamp(max=2 ** (-4 / 3))
     cube = (1 / 16 + (1 / 256 - force**3 / 27).sqrt()) ** (1 / 3)
     half = (2 * (cube + force / 3 / cube)).sqrt()
     root = (half + (2 / half - half.square()).sqrt()) / 2

@@ -10,7 +10,7 @@ from cases import DEVICE, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
-from torch.func import grad, vmap
+from torch.func import grad, jacfwd, vmap
 from torch.nn.functional import mse_loss, softplus
 
 import funcreg as fr
@@ -225,6 +225,41 @@ def test_paths_and_choices_have_derivatives():
     way = torch.tensor([1.0, -2.0], dtype=torch.float64, device=DEVICE)
     numeric = (size(strengths + 1e-4 * way) - size(strengths - 1e-4 * way)) / 2e-4
     torch.testing.assert_close((grad(size)(strengths) * way).sum(), numeric, rtol=1e-5, atol=0)
+
+
+def test_derivatives_in_data_reach_folds_and_the_strengths_of_a_path():
+    x, y = standard(load_diabetes)
+    x, y = x[:60, :4], y[:60] / 50
+    size = lambda p: p.square().sum()
+    of = {
+        "choice": lambda c: (
+            fr.cross_validate(bare, {"w": zeros(4)}, fr.l1, data=(c * x, y), folds=2, strengths=[0.5, 0.1]).scores.sum()
+        ),
+        "path": lambda c: (
+            size(fr.regularization_path(bare, {"w": zeros(4)}, fr.l1, args=(c * x, y), count=3, ratio=0.1).params["w"])
+        ),
+        "elastic": lambda c: size(
+            fr.regularization_path(bare, {"w": zeros(4)}, fr.elastic, c, 0.5, args=(x, c * y), count=3).params["w"]
+        ),
+    }
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    for name, f in of.items():
+        expected = (f(one + 1e-5) - f(one - 1e-5)) / 2e-5
+        torch.testing.assert_close(grad(f)(one), expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_path_that_is_not_convex_has_derivatives_where_strengths_are_given_or_says_so():
+    x, y = standard(load_diabetes)
+    begun = lambda c, **strengths: (
+        fr.regularization_path(bare, begin(4), fr.l0, args=(x[:60, :4], c * y[:60] / 50), count=2, **strengths)
+        .params["w"]
+        .sum()
+    )
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    for derivative in (grad, jacfwd):
+        with pytest.raises(NotImplementedError, match="give strengths="):
+            derivative(begun)(one)
+    assert grad(lambda c: begun(c, strengths=[1e-4]))(one) != 0
 
 
 @pytest.mark.filterwarnings("error")

@@ -667,6 +667,33 @@ def test_lambda_max_is_where_zero_becomes_a_solution(case):
         return
     assert not flat(case.prox(grads, largest * (1 + 1e-12))).any()
     assert flat(case.prox(grads, largest * (1 - 1e-9))).any()
+    # It grows with the gradients in proportion: that is its derivative along them, and there is no second one.
+    grown = lambda c: fr.lambda_max(fr.tree_map(lambda g: c * g, grads), case.penalty, *case.hyper, **case.options)
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    torch.testing.assert_close(grad(grown)(one), largest, rtol=1e-7, atol=0)
+    tracked = one.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(grown(tracked), tracked)
+    torch.testing.assert_close(slope, largest, rtol=1e-7, atol=0)
+
+
+def test_lambda_max_has_derivatives_in_what_penalties_are_made_of():
+    grads = draw()
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    of = {
+        "elastic": lambda c: fr.lambda_max(grads, fr.elastic, c, 0.5),
+        "a share": lambda c: fr.lambda_max(grads, fr.elastic, 2.0, 0.5 * c),
+        "a share of one": lambda c: fr.lambda_max(grads, fr.elastic, c, 1.0),
+        "a multiple": lambda c: fr.lambda_max(grads, 0.5 * c * fr.l1),
+        "a sum": lambda c: fr.lambda_max(grads, c * fr.l1 + 0.5 * fr.group_lasso.given()),
+        "sparse_group_lasso": lambda c: fr.lambda_max(grads, fr.sparse_group_lasso, 1.0, 0.5 * c),
+    }
+    for name, f in of.items():
+        expected = (f(one + 1e-5) - f(one - 1e-5)) / 2e-5
+        second = (grad(f)(one + 1e-5) - grad(f)(one - 1e-5)) / 2e-5
+        say = lambda m, name=name: f"{name}: {m}"
+        torch.testing.assert_close(grad(f)(one), expected, rtol=1e-6, atol=1e-8, msg=say)
+        torch.testing.assert_close(grad(grad(f))(one), second, rtol=1e-5, atol=1e-6, msg=say)
+        torch.testing.assert_close(vmap(grad(f))(one.expand(2)), expected.expand(2), rtol=1e-6, atol=1e-8, msg=say)
 
 
 def test_lambda_max_has_its_closed_forms():

@@ -193,7 +193,8 @@ def test_prox_is_monotone_and_between_the_entry_and_the_centre(entry):
 def test_step_zero_is_the_identity_to_the_last_bit(entry, dtype):
     x = torch.cat([torch.randn(200), 1e-3 * torch.randn(200), 1e4 * torch.randn(50), torch.tensor([0.0, -0.0])])
     tiny = torch.finfo(dtype).tiny
-    x = torch.cat([x.to(dtype), torch.tensor([tiny, -tiny, math.inf, -math.inf]).to(dtype)])
+    ends = torch.tensor([tiny, -tiny, tiny / 16, -tiny / 8, math.inf, -math.inf], dtype=torch.float64)
+    x = torch.cat([x.to(dtype), ends.to(dtype)])
     for hyper in entry.hypers:
         for step in (0.0, torch.tensor(0.0), torch.zeros_like(x)):
             assert torch.equal(entry.penalty.prox(x, step, *hyper), x)
@@ -275,6 +276,10 @@ def test_the_residual_is_zero_at_a_point_that_cannot_be_bettered(entry):
         assert fr.kkt_residual(z, z - b, entry.penalty, *hyper, strength=strength) <= 1e-13
     hyper = entry.hypers[0]
     assert fr.kkt_residual(b, torch.ones_like(b), entry.penalty, *hyper, strength=0.0) == 1
+    left = lambda s: fr.kkt_residual(b, 0.3 * b, entry.penalty, *hyper, strength=s)
+    at = torch.tensor(0.4, dtype=torch.float64)
+    slope = (left(at + 1e-6) - left(at - 1e-6)) / 2e-6
+    torch.testing.assert_close(torch.func.grad(left)(at), slope, rtol=1e-5, atol=1e-8)
     assert entry.penalty.residual(b, b * math.nan, *hyper).isnan().all()
 
 

@@ -348,7 +348,8 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
     """The state before the first step, the Hessian, if it is a small matrix, and whether the loss is flat, or drawn."""
     x = flat.begin(tensors)
     slope, value = grad_and_value(flat.read)(x, tensors)
-    is_drawn = (flat.read(x, tensors) - value).abs() > torch.finfo(value.dtype).eps ** 0.5 * value.abs()
+    once, again = flat.read(x, tensors), flat.read(x, tensors)
+    is_drawn = (once - again).abs() > torch.finfo(value.dtype).eps ** 0.5 * value.abs()
     hessian, metric = x, torch.ones_like(x)
     if _is_small(x):
         hessian = _hessian(flat, x, tensors)
@@ -356,13 +357,13 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
         rate = _first_rate(flat, tensors, hessian, metric)
     else:
         rate = _curvature(flat, x, tensors, slope)
-    is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0)
+    is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0) & ~value.isnan()
     rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
     objective = value + flat.value(x, tensors)
-    residual = _left(flat, x, slope, rate, metric, tensors)
+    residual = torch.where(value.isnan(), value, _left(flat, x, slope, rate, metric, tensors))
     zero = torch.zeros_like(value, dtype=torch.int64)
     recent = torch.where(objective.isfinite(), objective, torch.inf).expand(_HISTORY).clone()
-    done = (residual <= flat.tol) | ~slope.isfinite().all()  # From NaN no step leads anywhere.
+    done = (residual <= flat.tol) | residual.isnan() | ~slope.isfinite().all()  # From NaN no step leads anywhere.
     return _State(x, slope, recent, rate, metric, residual, residual, zero, zero, done), hessian, is_flat, is_drawn
 
 

@@ -18,6 +18,7 @@ from funcreg._typing import Scalar, Schedule
 from funcreg.construction import Remembering, remembered
 from funcreg.notices import warn_user
 from funcreg.ranges import check_choice, check_range, flags, scalars
+from funcreg.undocumented import is_batched
 
 #: A step later than that of any training, which int32 counts.
 _LATE = 2**31 - 1
@@ -42,7 +43,10 @@ class KnownSchedule(Remembering):
         self.turns = tuple([min(math.ceil(count), _LATE) for count in turns if count > 0])
 
     def __call__(self, count: Any) -> Scalar:
-        return self._value(count)
+        value = self._value(count)
+        if isinstance(value, Tensor) or not isinstance(count, Tensor) or torch.compiler.is_dynamo_compiling():
+            return value
+        return torch.full_like(count, value, dtype=torch.float64) if is_batched(count) else value  # As `vmap` asks.
 
 
 def check_finite(low: float = -math.inf, **hyper: Scalar) -> tuple[Any, ...]:

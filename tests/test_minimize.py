@@ -507,6 +507,9 @@ def test_what_is_not_a_number_ends_at_once():
         found = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x.index_fill(0, torch.tensor([3]), broken), y))
         assert found.steps == 0
         assert not found.converged
+    nothing = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x[:0], y[:0]))  # The mean of no rows.
+    assert nothing.residual.isnan()
+    assert not nothing.converged
 
 
 def test_a_loss_that_hides_its_parameters_is_named():

@@ -180,6 +180,14 @@ def test_constant_targets_have_no_path():
         fr.regularization_path(squares, {"w": zeros(4)}, fr.l1, args=(x, zeros(4)))
 
 
+def test_targets_of_one_class_have_a_path_whose_loss_is_nearly_zero():
+    x, y = standard(load_breast_cancer)
+    path = fr.regularization_path(
+        logistic, begin(5), fr.l1, args=(x[:50, :5], torch.ones_like(y[:50])), count=3, **WEIGHTS
+    )
+    assert (path.params["b"] > 10).all()
+
+
 def test_folds_are_numbers_of_any_kind_or_masks():
     x, y = standard(load_diabetes)
     choose = lambda folds: fr.cross_validate(
@@ -232,11 +240,11 @@ def test_derivatives_in_data_reach_folds_and_the_strengths_of_a_path():
     x, y = x[:60, :4], y[:60] / 50
     size = lambda p: p.square().sum()
     of = {
-        "choice": lambda c: (
-            fr.cross_validate(bare, {"w": zeros(4)}, fr.l1, data=(c * x, y), folds=2, strengths=[0.5, 0.1]).scores.sum()
-        ),
-        "path": lambda c: (
-            size(fr.regularization_path(bare, {"w": zeros(4)}, fr.l1, args=(c * x, y), count=3, ratio=0.1).params["w"])
+        "choice": lambda c: fr.cross_validate(
+            bare, {"w": zeros(4)}, fr.l1, data=(c * x, y), folds=2, strengths=[0.5, 0.1]
+        ).scores.sum(),
+        "path": lambda c: size(
+            fr.regularization_path(bare, {"w": zeros(4)}, fr.l1, args=(c * x, y), count=3, ratio=0.1).params["w"]
         ),
         "elastic": lambda c: size(
             fr.regularization_path(bare, {"w": zeros(4)}, fr.elastic, c, 0.5, args=(x, c * y), count=3).params["w"]
@@ -245,7 +253,9 @@ def test_derivatives_in_data_reach_folds_and_the_strengths_of_a_path():
     one = torch.ones((), dtype=torch.float64, device=DEVICE)
     for name, f in of.items():
         expected = (f(one + 1e-5) - f(one - 1e-5)) / 2e-5
-        torch.testing.assert_close(grad(f)(one), expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            grad(f)(one), expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_a_path_that_is_not_convex_has_derivatives_where_strengths_are_given_or_says_so():

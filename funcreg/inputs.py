@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from funcreg._typing import Params
 from funcreg.tree import dotted, leaf_paths, listed, map_with_path, tree_leaves, tree_map, tree_paths
+from funcreg.undocumented import is_transformed
 
 # Arrays
 
@@ -45,14 +46,18 @@ def as_tensors(tree: Any, name: str, params: Params) -> Any:
         return tree
     tree = tree_map(lambda x: _coordinates(x, params) if is_sparse_matrix(x) else x, tree)
     made = map_with_path(lambda path, x: _tensor(x, _at(name, path), params) if is_array(x) else x, tree)
-    return tree_map(lambda x: x.to_sparse() if in_rows(x) else x, made)
+    try:
+        return tree_map(lambda x: x.to_sparse() if in_rows(x) else x, made)
+    except RuntimeError as error:
+        raise TypeError(f"{name} holds sparse rows (CSR), which torch.func cannot read; give x.to_sparse()") from error
 
 
 def _coordinates(x: Any, params: Params) -> Tensor:
     """A sparse matrix of scipy as a tensor of coordinates."""
     found = x.tocoo()
     places = torch.stack([torch.as_tensor(rows).long() for rows in (found.row, found.col)])
-    made = torch.sparse_coo_tensor(places, torch.as_tensor(found.data), tuple(found.shape), check_invariants=True)
+    check = not is_transformed()  # There torch cannot read what it would check.
+    made = torch.sparse_coo_tensor(places, torch.as_tensor(found.data), tuple(found.shape), check_invariants=check)
     return _beside(made, params).coalesce()
 
 

@@ -707,9 +707,11 @@ class _Solve(torch.autograd.Function):
         return _Solve.apply(flat, *moved), (0,) * 6
 
 
-def _landing(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any) -> tuple[Any, Any, list[int]]:
+def _landing(
+    flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors: Any, sparse: bool = True
+) -> tuple[Any, Any, list[int]]:
     """The proximal step from x as a function of the vector, and of the real tensors, and which these are."""
-    which = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+    which = [i for i, t in enumerate(tensors) if t.is_floating_point() and (sparse or t.layout is torch.strided)]
 
     def land(x: Tensor, tensors: Any = tensors) -> Tensor:
         return _proximal_step(flat, x, grad_and_value(flat.read)(x, tensors)[0], rate, metric, tensors)
@@ -740,7 +742,7 @@ def _pull(flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slo
 
 def _push(flat: Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
     """How the solution moves when the tensors do."""
-    _, of_real, which = _landing(flat, x, rate, metric, tensors)
+    _, of_real, which = _landing(flat, x, rate, metric, tensors, sparse=False)  # Torch has no tangents of sparse ones.
     real, along = tuple(tensors[i] for i in which), tuple(tangents[i] for i in which)
     # What pulls back is linear: its own pull-back pushes forward, also where a loss has no forward derivative.
     pull = vjp(of_real, *real)[1]

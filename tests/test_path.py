@@ -369,6 +369,17 @@ def test_designs_of_sparse_rows_are_those_of_dense_ones():
     ):
         found = fr.minimize(bare, {"w": zeros(10)}, fr.l1, args=(design, y), strength=1.0)
         torch.testing.assert_close(found.params, dense.params, rtol=1e-8, atol=1e-8)
+    total = lambda s, x: fr.minimize(bare, {"w": zeros(10)}, fr.l1, args=(x, y), strength=s).params["w"].sum()
+    at = torch.tensor(1.0, dtype=torch.float64, device=DEVICE)
+    for coordinates in (x.to_sparse(), design):
+        for derivative in (grad, jacfwd):
+            expected = derivative(lambda s: total(s, x))(at)
+            torch.testing.assert_close(
+                derivative(lambda s, x=coordinates: total(s, x))(at), expected, rtol=1e-7, atol=0
+            )
+    rows = x.to_sparse_csr()
+    with pytest.raises(TypeError, match=r"sparse rows \(CSR\), which torch.func cannot read; give x.to_sparse"):
+        grad(lambda s: total(s, rows))(at)
     path = fr.regularization_path(bare, {"w": zeros(10)}, fr.l1, strengths=[2.0, 1.0], args=(design, y))
     torch.testing.assert_close(path.params["w"][1], dense.params["w"], rtol=1e-8, atol=1e-8)
     with pytest.raises(TypeError, match=r"data is sparse at '0', of which torch takes no rows.*to_dense"):

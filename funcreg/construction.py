@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -50,6 +50,35 @@ class Remembering:
 
 def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     return function(*args, **kwargs)
+
+
+def held_tensors(value: Any) -> list[Tensor]:
+    """The tensors that something was made with: those in penalties, sums of them, and containers of both."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in _parts(value)[1] for tensor in held_tensors(part)]
+
+
+def made_with(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Something made again, with other tensors in the order of `held_tensors`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    make, parts = _parts(value)
+    return make([made_with(part, tensors) for part in parts]) if held_tensors(parts) else value
+
+
+def _parts(value: Any) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+    """What something is made of, and how."""
+    if isinstance(value, Remembering):  # As it pickles: a name, or a function and its arguments.
+        made = value.__reduce_ex__(4)
+        return (lambda parts: value, []) if isinstance(made, str) else (lambda parts: made[0](*parts), list(made[1]))
+    if isinstance(value, dict):
+        return lambda parts: type(value)(zip(value, parts, strict=True)), list(value.values())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return lambda parts: type(value)(*parts), list(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), list(value)
+    return lambda parts: value, []
 
 
 #: What arguments of torch's optimizers are called here.

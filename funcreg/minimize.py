@@ -116,8 +116,9 @@ def minimize(
     the descent ends: `residual` is the greater of `kkt_residual` and of how far that step moves, divided by its length,
     which has the units of the gradient. Where there is no rule for `kkt_residual`, as for `schatten`, it is the latter.
 
-    The solution has derivatives in `strength`, the hyperparameters and `args`, by the implicit function theorem: for
-    `torch.func.grad`, `jvp` and `backward`. Tensors that the loss holds without getting them as `args` are constants.
+    The solution has derivatives in `strength`, the hyperparameters, `args` and the tensors that a penalty of the library
+    holds, as in `c * l1 + d * group_lasso`, by the implicit function theorem: for `torch.func.grad`, `jvp` and
+    `backward`. Tensors that the loss, or a rule of a user's penalty, holds without getting them as `args` are constants.
     Under `vmap` (over strengths, folds, data) members that are done stop moving. In a function that `torch.compile`
     compiles it is left as it is, with a break in the graph: when to stop depends on numbers.
 

@@ -13,9 +13,11 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
+from funcreg.construction import held_tensors, made_with
 from funcreg.graphs import Graphs
 from funcreg.penalty import Penalty, Sum
 from funcreg.tree import flatten, product, tree_leaves, wide
+from funcreg.undocumented import has_tangents, is_batched
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ def _has_rule(penalty: Penalty) -> bool:
     return penalty.has_residual
 
 
+def _followed(penalty: Penalty) -> list[Tensor]:
+    """The tensors that a penalty holds, as in `c * l1`, if there are derivatives in one of them, or maps over it."""
+    held = held_tensors(penalty)
+    return held if any([x.requires_grad or is_batched(x) for x in held]) or has_tangents() else []
+
+
 def flat_problem(
     loss: Callable[..., Tensor],
     penalty: Penalty,
@@ -108,7 +116,8 @@ def flat_problem(
         max_steps: Number of steps after which to give up.
         kept: Places of the entries that may move, in a vector of all; None for all.
     """
-    leaves, rebuild = flatten(given)
+    held = _followed(penalty)
+    leaves, rebuild = flatten((*given, held))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     own, tree = flatten(given[0])
     shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
@@ -121,6 +130,9 @@ def flat_problem(
         for i, tensor in zip(places, tensors, strict=True):
             found[i] = tensor
         return rebuild(found)
+
+    def holding(held: list[Tensor]) -> Penalty:
+        return made_with(penalty, iter(held)) if held else penalty
 
     def of_places(kept: Tensor | None) -> Flat:
         def vector(tree: Params) -> Tensor:
@@ -145,18 +157,20 @@ def flat_problem(
             return value.to(dtype)
 
         def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
-            point, (_, force, values, _) = unpacked(x), filled(tensors)
+            point, (_, force, values, _, held) = unpacked(x), filled(tensors)
             h = unpacked(metric, 1.0) if in_metric else None
-            return vector(penalty.prox(point, product(point, step, force), *values, metric=h, mask=mask, **options))
+            return vector(
+                holding(held).prox(point, product(point, step, force), *values, metric=h, mask=mask, **options)
+            )
 
         def value(x: Tensor, tensors: Any) -> Tensor:
-            _, force, values, _ = filled(tensors)
-            return penalty.weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
+            _, force, values, _, held = filled(tensors)
+            return holding(held).weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
 
         def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
-            _, force, values, _ = filled(tensors)
+            _, force, values, _, held = filled(tensors)
             point, grads = unpacked(x), unpacked(slope)
-            return kkt_residual(point, grads, penalty, *values, strength=force, mask=mask, **options).to(dtype)
+            return kkt_residual(point, grads, holding(held), *values, strength=force, mask=mask, **options).to(dtype)
 
         return Flat(
             read,

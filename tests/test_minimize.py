@@ -577,6 +577,36 @@ def test_maps_over_maps_of_losses_of_torch_whose_targets_a_map_shares(of):
         torch.testing.assert_close(found[i, k], one(strengths[k], data[i]), rtol=0, atol=1e-8)
 
 
+HELD = {
+    "a multiple": lambda c: c * fr.l1,
+    "a sum": lambda c: c * fr.l1 + 0.1 * fr.half_l2,
+    "hyperparameters": lambda c: fr.elastic.given(c, 0.5),
+    "weights": lambda c: {"w": c * torch.linspace(0.5, 1.5, 8, dtype=torch.float64, device=DEVICE)} * fr.l1,
+    "parts": lambda c: fr.per_leaf({"w": c * fr.l1}),
+    "one side": lambda c: fr.nonnegative_form(c * fr.l1),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_derivatives_and_maps_follow_the_tensors_that_a_penalty_holds(name):
+    x, y = made(40, 8)
+    solved = lambda c, penalty=None: fr.minimize(
+        squares, {"w": zeros(8)}, penalty or HELD[name](c), strength=0.2, args=(x, y), tol=1e-12
+    ).params["w"]
+    size = lambda c: solved(c).square().sum()
+    at = torch.tensor([0.5, 0.8], dtype=torch.float64, device=DEVICE)
+    expected = torch.stack([between(size, c) for c in at])
+    tracked = at[0].clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(size(tracked), tracked)[0], expected[0], rtol=1e-5, atol=1e-8)
+    for derivative in (grad, jacfwd):
+        torch.testing.assert_close(vmap(derivative(size))(at), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(vmap(solved)(at), torch.stack([solved(c) for c in at]), rtol=0, atol=1e-9)
+    path = lambda c: fr.regularization_path(
+        squares, {"w": zeros(8)}, HELD[name](c), strengths=[0.3, 0.2], args=(x, y), tol=1e-12
+    ).params["w"]
+    torch.testing.assert_close(grad(lambda c: path(c)[1].square().sum())(at[0]), expected[0], rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3, 2)], ids=str)
 def test_derivatives_of_maps_over_maps_are_those_of_loops(shape):
     """Data along the outermost map, strengths along the next, and along the last what both share."""

@@ -45,6 +45,7 @@ from funcreg.tree import (
     tree_paths,
     widen,
 )
+from funcreg.undocumented import is_compiling
 
 
 @remembered
@@ -131,7 +132,7 @@ def _spared_by(transforms: Sequence[Transform]) -> Choice:
 
 def _check_order(transforms: Sequence[Transform]) -> None:
     """Warn of links that take what another one made for what it is not: a step for a gradient, zeros for steps."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     for i, tx in enumerate(transforms):
         before = transforms[:i]

@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from funcreg.ranges import concrete
+from funcreg.undocumented import is_compiling
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
                 raise TypeError(f"{function.__name__} got {theirs}=, as in torch.optim; here that is {ours}")
         made = function(*args, **kwargs)
         # What hands an argument through did not make it. A compiler needs neither name nor pickle.
-        if isinstance(made, Remembering) and not torch.compiler.is_compiling() and all(made is not arg for arg in args):
+        if isinstance(made, Remembering) and not is_compiling() and all(made is not arg for arg in args):
             made.made_by = Call(make, args, kwargs)
         return made
 

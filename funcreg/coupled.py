@@ -32,6 +32,7 @@ from funcreg.penalty import Penalty, Sum
 from funcreg.removal import count_alive
 from funcreg.sharding import like, whole
 from funcreg.tree import chosen_by, flatten, leaves_like, mask_leaves, total, tree_leaves, tree_paths
+from funcreg.undocumented import is_compiling
 
 
 @remembered
@@ -218,7 +219,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
 def check_groups_are_whole(penalty: Penalty, mask: Mask | None, params: Params) -> None:
     """Raise a ValueError if a mask leaves out a part of a group of `coupled`, which would never be zero as a whole."""
-    if (mask is None and not isinstance(penalty, Sum)) or torch.compiler.is_compiling():
+    if (mask is None and not isinstance(penalty, Sum)) or is_compiling():
         return
     names = tree_paths(params)
     bools = [True] * len(names) if mask is None else mask_leaves(mask, params)

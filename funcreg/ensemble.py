@@ -14,6 +14,7 @@ from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
 from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import Selection, check_mask, flatten, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
+from funcreg.undocumented import is_compiling
 
 
 @remembered
@@ -40,7 +41,7 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
                 [-1.0000, -1.0000, -1.0000]])}
     """
     members = _members(make, hyper)
-    made = [_member(make, hyper, k) for k in range(1 if torch.compiler.is_compiling() else members)]
+    made = [_member(make, hyper, k) for k in range(1 if is_compiling() else members)]
 
     def init(params: Params) -> State:
         for name, leaf in zip(tree_paths(params), tree_leaves(params), strict=True):
@@ -319,6 +320,6 @@ def stacked(mask: Mask) -> Selection:
     """
     check_mask(mask)
     selection = Selection(lambda params: mask_leaves(mask, _first(params)))
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         selection.made_by = Call(stacked, (mask,), {})
     return selection

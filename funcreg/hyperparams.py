@@ -14,6 +14,7 @@ from funcreg.construction import Call, Remembering, remembered
 from funcreg.ranges import number
 from funcreg.transform import Transform, at_step, counter, dtypes, public_state
 from funcreg.tree import leaves_like, scalar_device, tree_leaves, tree_map
+from funcreg.undocumented import is_compiling
 
 
 @public_state
@@ -111,7 +112,7 @@ class Injected(Remembering):
         """The transform that the factory makes of these arguments, with their numbers in its state."""
         call = _Call(self.factory, self._static, args, kwargs)
         tx = _injected(call, self._dtype)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             tx.made_by = Call(self, args, kwargs)
         return tx
 
@@ -146,7 +147,7 @@ class _Call:
                 *[values[label] for label in self._positions], **{label: values[label] for label in self._names}
             )
         except TypeError as error:
-            if torch.compiler.is_compiling() or "missing" in str(error):
+            if is_compiling() or "missing" in str(error):
                 raise
             raise TypeError(
                 f"{error}. inject_hyperparams hands numbers over as tensors; what {_name(self.factory)} takes "

@@ -39,7 +39,7 @@ from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
 from funcreg.tree import check_params, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
-from funcreg.undocumented import forward_depth
+from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import Flat, flat_problem
 
 #: What others call what is called otherwise here.
@@ -116,9 +116,9 @@ def minimize(
     the descent ends: `residual` is the greater of `kkt_residual` and of how far that step moves, divided by its length,
     which has the units of the gradient. Where there is no rule for `kkt_residual`, as for `schatten`, it is the latter.
 
-    The solution has derivatives in `strength`, the hyperparameters, `args` and the tensors that a penalty of the library
-    holds, as in `c * l1 + d * group_lasso`, by the implicit function theorem: for `torch.func.grad`, `jvp` and
-    `backward`. Tensors that the loss, or a rule of a user's penalty, holds without getting them as `args` are constants.
+    The solution has derivatives in `strength`, the hyperparameters, `args` and tensors in a penalty, as in
+    `c * l1 + d * group_lasso.given()`, by the implicit function theorem: for `torch.func.grad`, `jvp` and `backward`.
+    Tensors that the loss, or a user's own rule, holds without getting them as `args` are constants.
     Under `vmap` (over strengths, folds, data) members that are done stop moving. In a function that `torch.compile`
     compiles it is left as it is, with a break in the graph: when to stop depends on numbers.
 
@@ -230,7 +230,7 @@ class Problem:
     def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
         """The solution; if only some entries may move, with their places in a vector of all."""
         # When to stop depends on numbers, which no graph can hold.
-        solved = torch.compiler.disable(self._solve) if torch.compiler.is_compiling() else self._solve
+        solved = torch.compiler.disable(self._solve) if is_compiling() else self._solve
         return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
     @torch.inference_mode(False)  # Inside of it, torch 2.9 takes every derivative for 0.

@@ -37,7 +37,7 @@ from funcreg.tree import (
     tree_map,
     without_autocast,
 )
-from funcreg.undocumented import dynamo_asks
+from funcreg.undocumented import dynamo_asks, is_compiling
 
 P = TypeVar("P", bound="Penalty")
 _AT_LEAST_0 = (0.0, math.inf)
@@ -431,7 +431,7 @@ class Penalty(Remembering):
             )
         if not isinstance(strength, float) or not strength >= 0:
             # A compiler would trace how the name of a sum is written.
-            name = "the strength" if torch.compiler.is_compiling() else f"the strength of {self.__name__}"
+            name = "the strength" if is_compiling() else f"the strength of {self.__name__}"
             _check(name, strength, _AT_LEAST_0)
         if not _single(strength) and not self.weighable:
             raise _one_number(self, strength)

@@ -29,6 +29,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_paths,
 )
+from funcreg.undocumented import is_compiling
 
 #: A glob or a regular expression over dotted names, or a mask.
 Pattern = str | re.Pattern[str] | Mask
@@ -110,7 +111,7 @@ class PerLeaf(Sum):
 
     @property
     def __name__(self) -> str:
-        return "per_leaf" if torch.compiler.is_compiling() else f"per_leaf({written(self._given)})"
+        return "per_leaf" if is_compiling() else f"per_leaf({written(self._given)})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return per_leaf, (self._given,)

@@ -47,6 +47,7 @@ from funcreg.tree import (
     tree_leaves,
     widen,
 )
+from funcreg.undocumented import is_compiling
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
@@ -612,7 +613,7 @@ class Regularization:
         return [(columns[0][0], *column[1:]) for column in columns]
 
     def _may_compile(self, moved: list[Moved]) -> bool:
-        if self._inner is not None or self._compile is False or torch.compiler.is_compiling():
+        if self._inner is not None or self._compile is False or is_compiling():
             return False
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
@@ -706,7 +707,7 @@ def _known(rate: Any) -> Any:
 def _is_empty(optimizer: Optimizer) -> bool:
     """Whether a step has neither length nor gradient, such as torch makes to see the entries of a state."""
     groups = optimizer.param_groups
-    if torch.compiler.is_compiling() or any([_known(group.get("lr", 1.0)) != 0 for group in groups]):
+    if is_compiling() or any([_known(group.get("lr", 1.0)) != 0 for group in groups]):
         return False
     grads = [w.grad for group in groups for w in group["params"] if w.grad is not None]
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -716,7 +717,7 @@ def _is_empty(optimizer: Optimizer) -> bool:
 def _has_numbers(moved: list[Moved]) -> bool:
     """Whether an entry is not zero, where that can be read without waiting for a device."""
     leaves = [m.w.detach() for m in moved]
-    if torch.compiler.is_compiling() or not all(map(_is_readable, leaves)):
+    if is_compiling() or not all(map(_is_readable, leaves)):
         return False
     return any([bool(w.any()) for w in leaves])  # Mostly the first leaf has some.
 

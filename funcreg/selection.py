@@ -24,6 +24,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_paths,
 )
+from funcreg.undocumented import is_compiling
 from funcreg.wrapping import plain_names
 
 #: What a shape is compared with: sizes, None for any size, one `...` for any number of sizes, or a function of it.
@@ -213,7 +214,7 @@ def select(
         return [_fact(patterns, hit, leaf, fits, limits) for hit, leaf, fits in rows]
 
     selection = Selection(choose, facts=facts)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         kwargs = {"module": found, "min_ndim": min_ndim, "shape": shape}
         defaults = {"module": None, "min_ndim": 0, "shape": None}
         selection.made_by = Call(select, patterns, {k: v for k, v in kwargs.items() if v != defaults[k]})
@@ -318,7 +319,7 @@ def no_bias_norm_embed(module: torch.nn.Module) -> Selection:
         lambda params: [not role for role in roles(params)],
         facts=lambda params: [role or "a weight" for role in roles(params)],
     )
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         made.made_by = Call(no_bias_norm_embed, (found,), {})
     return made
 

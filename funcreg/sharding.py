@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from funcreg.locality import Cuts, Result, Summed, completing, local_result, summed_result
-from funcreg.undocumented import is_batched, is_transformed, without_levels
+from funcreg.undocumented import is_batched, is_compiling, is_transformed, without_levels
 
 
 def _distributed() -> Any:
@@ -34,7 +34,7 @@ def is_sharded(x: Any) -> bool:
 
     In compiled code none is: there operations are on sharded tensors themselves.
     """
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or is_compiling():
         return False
     found = _distributed()
     return found is not None and isinstance(without_levels(x), getattr(found, "DTensor", ()))
@@ -42,7 +42,7 @@ def is_sharded(x: Any) -> bool:
 
 def any_sharded(values: Sequence[Any]) -> bool:
     """Whether one of some values is a `DTensor`."""
-    if torch.compiler.is_compiling() or _distributed() is None:
+    if is_compiling() or _distributed() is None:
         return False
     if not is_transformed(lambda: list(values)):  # None is inside of another tensor.
         return holds_sharded(values)

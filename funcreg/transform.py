@@ -33,7 +33,7 @@ from funcreg.tree import (
     tree_paths,
     without_autocast,
 )
-from funcreg.undocumented import dynamo_asks, is_transformed
+from funcreg.undocumented import dynamo_asks, is_compiling, is_transformed
 
 T = TypeVar("T")
 #: From parameters to one bool a leaf.
@@ -235,7 +235,7 @@ def everywhere(params: Params) -> list[bool]:
 
 def warn(message: str) -> None:
     """Warn of a line of the user's; not while code is traced or batched, where it was or will be run once more."""
-    if torch.compiler.is_compiling() or is_transformed():
+    if is_compiling() or is_transformed():
         return
     warn_user(message)
 
@@ -257,7 +257,7 @@ def raw_leaves(tx: Transform, params: Params) -> str | None:
 
 def _watch_steps(tx: Transform, params: Params) -> None:
     """Warn of steps that go uphill at some leaves, or that sixteen bits round away."""
-    if tx.covers is None or torch.compiler.is_compiling() or is_transformed() or hidden(params):
+    if tx.covers is None or is_compiling() or is_transformed() or hidden(params):
         return
     for said in (raw_leaves(tx, params), rounded_away(tx, params)):
         if said is not None:
@@ -279,7 +279,7 @@ def _watch_history(params: Params, state: State) -> None:
     not for so many steps: so the number of updates is written to the graph, at the node that brought each of them its
     parameters or its state.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
+    if is_compiling() or not torch.is_grad_enabled() or is_transformed():
         return
     leaves = tree_leaves(params)
     if not any([leaf.requires_grad for leaf in leaves]):
@@ -512,7 +512,7 @@ def _each(hyper: dict[str, Hyper], low: float = 0.0, **options: Any) -> None:
 
 def _check_leaf(name: str, leaf: Any, low: float, options: dict[str, Any]) -> None:
     check_range(name, leaf, low, **options)
-    if callable(leaf) and not torch.compiler.is_compiling() and not is_transformed():
+    if callable(leaf) and not is_compiling() and not is_transformed():
         for count in (0, *(leaf.turns if isinstance(leaf, KnownSchedule) else ())):
             steps = torch.tensor(count, dtype=torch.int32, device="cpu")
             check_range(f"{name} at step {count}", _value(leaf, steps), low, **options)

@@ -22,7 +22,15 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
 from funcreg.ranges import flags
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
-from funcreg.undocumented import dynamo_asks, has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.undocumented import (
+    dynamo_asks,
+    has_tangents,
+    is_batched,
+    is_compiling,
+    is_traced,
+    is_transformed,
+    without_levels,
+)
 
 Path = tuple[Any, ...]
 
@@ -1010,7 +1018,7 @@ class Selection(Remembering):
 
     def __invert__(self) -> Selection:
         made = Selection(lambda params: [not chosen for chosen in self._choose(params)])
-        return made if torch.compiler.is_compiling() else made._made_by(operator.invert, self)
+        return made if is_compiling() else made._made_by(operator.invert, self)
 
     __rand__, __ror__ = __and__, __or__
 
@@ -1019,7 +1027,7 @@ class Selection(Remembering):
         made = Selection(
             lambda params: [f(a, b) for a, b in zip(self._choose(params), mask_bools(other, params), strict=True)]
         )
-        return made if torch.compiler.is_compiling() else made._made_by(f, self, other)
+        return made if is_compiling() else made._made_by(f, self, other)
 
     def _made_by(self, function: Callable[..., Any], *args: Any) -> Selection:
         self.made_by = Call(function, args, {})

@@ -44,6 +44,7 @@ from funcreg.tree import (
     tree_map,
     zeros,
 )
+from funcreg.undocumented import is_compiling
 
 #: optax's older name of `partition`.
 multi_transform = partition
@@ -393,7 +394,7 @@ class MultiSteps(Transform):
             covers=opt.covers,
             forwards_to=[opt],
         )
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             given = {
                 "use_grad_mean": (use_grad_mean, True),
                 "should_skip_update_fn": (should_skip_update_fn, None),

@@ -182,6 +182,12 @@ def test_imports_point_down_and_only_tree_imports_optree():
             assert outside <= set(sys.stdlib_module_names), module
 
 
+def test_only_one_module_asks_torch_whether_something_is_compiled():
+    """What it says is true in all threads while one of them compiles: `undocumented.is_compiling` knows of this one."""
+    asking = {path.stem for path in (ROOT / "funcreg").glob("*.py") if "compiler.is_compiling" in path.read_text()}
+    assert asking == {"undocumented"}
+
+
 def test_torch_and_optree_are_all_it_needs():
     script = """
         import sys, torch, optree

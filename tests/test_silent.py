@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -700,3 +702,52 @@ def test_a_step_names_frozen_parameters_that_it_would_move():
         step.init({name: w for name, w in params.items() if w.requires_grad})
         step.init({name: w.detach() for name, w in params.items()})  # Of gradients by torch.func.
         step.init({"w": torch.ones(2, requires_grad=True), "anchor": torch.ones(2)})
+
+
+# While another thread compiles, nothing here is compiled
+
+
+@pytest.fixture
+def compiling_beside():
+    """Another thread in the middle of a compilation."""
+    begun, over = threading.Event(), threading.Event()
+
+    def backend(graph, inputs):
+        begun.set()
+        assert over.wait(60)
+        return graph
+
+    def work():
+        torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(3, device="cpu"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(60)
+    assert torch.compiler.is_compiling()  # Torch says so in every thread.
+    yield
+    over.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("compiling_beside")
+def test_while_another_thread_compiles_checks_names_and_pickles_are_those_of_always():
+    with pytest.raises(ValueError, match="at member 1 of the ensemble: strength is -1"):
+        fr.ensemble(lambda s: fr.prox_sgd(0.1, fr.l1, strength=s), tensor([1.0, -1.0], device="cpu"))
+    for made in (fr.chain(fr.clip(1.0), fr.adam(0.1)), ~fr.matrices, fr.select("a") & fr.matrices):
+        assert "locals" not in repr(made)
+        assert repr(pickle.loads(pickle.dumps(made))) == repr(made)
+    with pytest.warns(UserWarning, match="uphill"):
+        fr.chain(fr.adam(0.1), fr.add_decayed_weights(0.1)).init(LEAVES)
+
+
+@pytest.mark.usefixtures("compiling_beside")
+def test_while_another_thread_compiles_a_hook_says_no_zeros_that_are_not_there():
+    model = nn.Linear(3, 2, device="cpu")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    fr.regularize(optimizer, fr.l1, strength=1e-6, compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3, device="cpu")).square().sum().backward()
+            optimizer.step()

@@ -190,6 +190,7 @@ class _Planned(Remembering):
     def _plan(self, trees: _Trees, columns: _Columns, specs: _Trees) -> Plan | None:
         """The plan for trees like these, made if they are new; None if that is impossible."""
         key = (tuple(specs), *(tuple(map(_like, column)) for column in columns))
+        _check_memory(trees[0], columns[0])
         try:
             known = self._plans.get(key)
             if key in self._plans and (known is None or known.is_valid):
@@ -217,6 +218,16 @@ class _Planned(Remembering):
         checked = _Checked(plan, trees, specs, arguments, len(columns[0]), donated)
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
         return checked, checked.located(arguments, list(map(Tensor.data_ptr, arguments)))
+
+
+def _check_memory(params: Params, leaves: list[Any]) -> None:
+    """Raise an error for parameters without numbers."""
+    are_meta = [x.is_meta for x in leaves]
+    if any(are_meta):
+        raise ValueError(
+            f"leaf '{tree_paths(params)[are_meta.index(True)]}' is on the meta device, without memory to step in; "
+            "expected parameters that have numbers, as after module.to_empty(device=...) and its initialization"
+        )
 
 
 def _like(x: Any) -> tuple[Any, ...]:

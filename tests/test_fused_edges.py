@@ -224,6 +224,20 @@ def test_steps_of_several_threads():
     assert not wrong
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_parameters_without_memory_are_named(donate):
+    params = {"a": {"b": torch.ones(3, device="meta")}}
+    tx = fr.adam(0.1)
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    for call in (
+        lambda: step.init(params),
+        lambda: step(params, params, tx.init(params)),
+        lambda: fr.value_and_grad(fr.l1, backend="eager")(params),
+    ):
+        with pytest.raises(ValueError, match=r"leaf 'a\.b' is on the meta device.*to_empty"):
+            call()
+
+
 def test_gradients_that_lie_in_donated_memory_are_refused_at_every_step():
 
     def update(updates, state, params):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from funcreg._typing import Mask, Params
 from funcreg.selection import plain_names
-from funcreg.tree import ABSENT, mask_leaves
+from funcreg.tree import ABSENT, listed, mask_leaves
 
 
 class ParameterNames:
@@ -36,10 +36,18 @@ class ParameterNames:
         except ValueError as error:
             if self.module is None and not any("param_names" in group for group in optimizer.param_groups):
                 raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
+            if tied := self._tied():
+                raise ValueError(f"{error}. Tied parameters go by their first name: {listed(tied)}.") from error
             raise
         # In the order of leaves, which is that of sorted keys.
         self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
         self.count = len(params)
+
+    def _tied(self) -> list[str]:
+        """The other names of parameters that are in the module more than once, and the first of each."""
+        every = [] if self.module is None else self.module.named_parameters(remove_duplicate=False)
+        pairs = [(plain_names((name,))[0], self.names[w]) for name, w in every if w in self.names]
+        return [f"{again} is {first}" for again, first in pairs if again != first]
 
     def _own(self, mask: Mask) -> Mask:
         """A mask by the names of the module as one by the names here."""

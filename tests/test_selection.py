@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cases import assert_equal, draw, flat
+from cases import DEVICE, assert_equal, draw, flat
 from torch import nn
 from torch.func import grad, vmap
 
@@ -419,3 +419,17 @@ def test_what_chooses_no_leaves_is_no_pattern(parts, message):
 def test_a_stack_has_members():
     with pytest.raises(ValueError, match="the leaf 'scale' has no dimensions; expected members along the first"):
         fr.stacked(fr.matrices)({"scale": torch.tensor(1.0), "w": torch.ones(2, 3, 4)})
+
+
+def test_a_mask_that_asks_for_a_tied_weight_by_its_other_name_is_told_the_first():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(4, 3, device=DEVICE), nn.Linear(3, 4, device=DEVICE)
+            self.head.weight = self.embedding.weight
+
+    net = Tied()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for mask in (fr.select("head.weight"), {"head.weight": True}):
+        with pytest.raises(ValueError, match=r"by their first name: head\.weight is embedding\.weight"):
+            fr.regularize(optimizer, fr.l1, module=net, mask=mask)

@@ -54,11 +54,13 @@ def as_tensors(tree: Any, name: str, params: Params) -> Any:
 
 def _coordinates(x: Any, params: Params) -> Tensor:
     """A sparse matrix of scipy as a tensor of coordinates."""
-    found = x.tocoo()
-    places = torch.stack([torch.as_tensor(rows).long() for rows in (found.row, found.col)])
-    check = not is_transformed()  # There torch cannot read what it would check.
-    made = torch.sparse_coo_tensor(places, torch.as_tensor(found.data), tuple(found.shape), check_invariants=check)
-    return _beside(made, params).coalesce()
+    rows = x.tocsr(copy=True)
+    rows.sum_duplicates()  # And sorts them. Inside of torch.func torch cannot, nor read what it would check.
+    found = rows.tocoo()
+    places = torch.stack([torch.as_tensor(at).long() for at in (found.row, found.col)])
+    entries, shape = _beside(torch.as_tensor(found.data), params), tuple(found.shape)
+    places = places.to(entries.device)
+    return torch.sparse_coo_tensor(places, entries, shape, check_invariants=not is_transformed(), is_coalesced=True)
 
 
 def _at(name: str, path: tuple[Any, ...]) -> str:

@@ -723,7 +723,6 @@ def compiling_beside():
     thread = threading.Thread(target=work)
     thread.start()
     assert begun.wait(60)
-    assert torch.compiler.is_compiling()  # Torch says so in every thread.
     yield
     over.set()
     thread.join()

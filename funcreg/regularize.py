@@ -373,9 +373,10 @@ class Regularization:
 
     def _check_rates(self, optimizer: Optimizer) -> None:
         """Raise an error if leaves that share groups have learning rates of their own from the start."""
-        if not self._task.penalty.couples_leaves:
-            return
         groups, rule = optimizer.param_groups, self._task.rule
+        anyhow = projects(self._task.penalty) and rule.source is None and not rule.buffers  # After a step of any size.
+        if anyhow or not self._task.penalty.couples_leaves:
+            return
         rates = [_known(group.get("lr", 1.0)) for group in groups]
         if rule.buffers:
             rates = [_buffered_rate(rate, group) for rate, group in zip(rates, groups, strict=True)]
@@ -450,8 +451,8 @@ class Regularization:
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
-            self._say_all_became_zero(moved)
-            self._say_what_died(optimizer, moved)
+            self._say_all_became_zero(self._leaves)
+            self._say_what_died(optimizer)
         self._taken += 1
         if self._taken == _PATIENCE:
             self._say_never_moved(optimizer)
@@ -490,11 +491,11 @@ class Regularization:
         strength = concrete(self._task.strength)
         return strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
 
-    def _say_what_died(self, optimizer: Optimizer, moved: list[Moved]) -> None:
+    def _say_what_died(self, optimizer: Optimizer) -> None:
         """Warn, once for each, of families of `coupled` without which outputs are the same at every input."""
         if self._said_zero or self._is_meant() or self.steps == 1:  # Some begin with zeros.
             return
-        tree = self._names.tree({m.name: m.w.detach() for m in moved})
+        tree = self._names.tree({m.name: m.w.detach() for m in self._leaves})
         found = [each for each in extinct(self._task.penalty, tree) if each.neck is not False]
         new = [each for each in found if each.title not in self._said_dead]
         self._said_dead.update([each.title for each in new])

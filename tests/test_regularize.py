@@ -584,6 +584,29 @@ def test_leaves_that_never_have_a_gradient_are_said_once():
     )
 
 
+def test_nothing_is_called_dead_for_a_part_that_is_zero():
+    params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(4, seed=2)}
+    optimizer = optim.SGD(params.items(), 0.1)
+    strength = lambda n: 1e3 * (n == 9)
+    handle = fr.regularize(optimizer, fr.coupled(fr.group_lasso, [{"a": 0, "b": 0}, {"c": 0}]), strength=strength)
+    for i in range(10):
+        for w in params.values():
+            w.grad = None
+        stepped(optimizer, *list(params.values())[: 1 if i else 3])
+    assert handle.steps == 10
+    assert not params["a"].any()
+    assert params["b"].all()
+
+
+def test_a_set_that_couples_leaves_follows_any_optimizer_and_rates():
+    a, b = weight(3, 3), weight(3, 3, seed=1)
+    optimizer = optim.Rprop([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.2}], 0.1)
+    ball = fr.Constraint(lambda params: fr.tree_map(lambda w: 0.5 * w / fr.global_norm(params), params))
+    fr.regularize(optimizer, ball)
+    stepped(optimizer, a, b)
+    assert_close(torch.cat([a, b]).norm().detach(), torch.tensor(0.5, dtype=torch.float64))
+
+
 def test_groups_that_are_frozen_or_not_in_the_optimizer_are_told_at_once():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     units = lambda *layers: fr.coupled(fr.group_lasso, fr.channel_groups(net, layers=layers or None))

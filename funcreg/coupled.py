@@ -245,16 +245,66 @@ def split_leaf(penalty: Penalty, chosen: Collection[str], params: Params) -> str
             if lost is not None:
                 return lost
         return None
-    call = penalty.made_by
-    if call is None or call.function.__name__ != "coupled":
+    if not is_coupled(penalty):
         return None
-    groups = (*call.args, *call.kwargs.values())[1]
-    for family in families_of(chosen_by(groups, params, "groups")[0]):
+    for family in families_of(chosen_by(_groups_of(penalty), params, "groups")[0]):
         parts = [name for name, along in family if along.penalized and name in names]
         lost = [name for name in parts if name not in chosen]
         if 0 < len(lost) < len(parts):
             return lost[0]
     return None
+
+
+def linked(penalty: Penalty, params: Params) -> list[set[str]]:
+    """Sets of names of leaves that are landed together: the families of `coupled`, also in a sum, that share no leaf.
+
+    Families with a leaf in common are one set. Of a penalty of another kind that couples leaves all are one.
+    """
+    found: list[set[str]] = []
+    for family in _families(penalty, params):
+        shared = [each for each in found if each & family]
+        found = [each for each in found if not each & family]
+        found.append(family.union(*shared))
+    return found
+
+
+def is_coupled(penalty: Penalty) -> bool:
+    """Whether a penalty is one that `coupled` made, not a sum with it."""
+    return penalty.made_by is not None and penalty.made_by.function.__name__ == "coupled"
+
+
+def _families(penalty: Penalty, params: Params) -> list[set[str]]:
+    names = tree_paths(params)
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        found: list[set[str]] = []
+        for term in penalty.structure.parts():
+            own = {name for name, acts in zip(names, term.places(params), strict=True) if acts}
+            found += [family & own for family in _families(term.penalty, params)]
+        return [family for family in found if family]
+    if not penalty.couples_leaves:
+        return []
+    if not is_coupled(penalty):
+        return [set(names)]
+    places = places_of(_groups_of(penalty), params)
+    found = [{names[place.leaf] for place in family if place.along.penalized} for family in places]
+    return [family for family in found if family]
+
+
+def _groups_of(penalty: Penalty) -> Groups:
+    """The groups that `coupled` was given."""
+    call = penalty.made_by
+    assert call is not None  # It is made by coupled.
+    return (*call.args, *call.kwargs.values())[1]
+
+
+def named_leaves(penalty: Penalty, params: Params) -> list[str]:
+    """The names of leaves that `coupled`, also in a sum, has in its groups and penalizes."""
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        return [name for term in penalty.structure.parts() for name in named_leaves(term.penalty, params)]
+    if not is_coupled(penalty):
+        return []
+    families = families_of(chosen_by(_groups_of(penalty), params, "groups")[0])
+    return [name for family in families for name, along in family if along.penalized]
 
 
 class Extinct(NamedTuple):
@@ -269,10 +319,9 @@ def extinct(penalty: Penalty, params: Params) -> list[Extinct]:
     """The families of `coupled`, also in a sum, all of whose groups are zero."""
     if isinstance(penalty, Sum) and penalty.structure.parts is not None:
         return [each for term in penalty.structure.parts() for each in extinct(term.penalty, params)]
-    call = penalty.made_by
-    if call is None or call.function.__name__ != "coupled":
+    if not is_coupled(penalty):
         return []
-    groups = (*call.args, *call.kwargs.values())[1]
+    groups = _groups_of(penalty)
     families = families_of(chosen_by(groups, params, "groups")[0])
     counts, necks = count_alive(params, groups), getattr(groups, "necks", [])
     necks = necks if len(necks) == len(families) else [None] * len(families)

@@ -124,14 +124,15 @@ def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
 def _adafactor(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
     least, floor = group["eps"]
     least = torch.finfo(w.dtype).eps if least is None else least
-    g = widen(w.grad)  # pyright: ignore[reportArgumentType]  # What has moved has a gradient.
-    if g.ndim > 1:
+    if w.ndim > 1:
         row, column = widen(state["row_var"]), widen(state["col_var"])
         square = row @ column / row.mean(-2, keepdim=True).clamp(min=least)
     else:
         square = widen(state["variance"])
     root = square.clamp(min=least * least).sqrt()
-    clip = ((g / root).square().mean().sqrt() / group["d"]).clamp(min=1.0)
+    if w.grad is None:  # It shares groups with what has moved.
+        return root / note.clamp(min=floor)
+    clip = ((widen(w.grad) / root).square().mean().sqrt() / group["d"]).clamp(min=1.0)
     return root * (clip / note.clamp(min=floor))
 
 

@@ -161,7 +161,10 @@ def _known(names: list[str], leaves: list[Any]) -> str:
         return f"{known}. Of a module give the tree of its parameters and buffers: with_buffers(module)"
     if all(["params" in name.split(".") for name in names]):
         return f"{known}. Parameters of an optimizer have no names without module=, the module of them"
-    return known
+    return (
+        f"{known}. Parameters that are frozen or that an optimizer was not given are no leaves there: leave their "
+        "layers out, as by channel_groups(..., layers=...), or give them as well"
+    )
 
 
 def places_of(groups: Groups, params: Params) -> list[list[Place]]:

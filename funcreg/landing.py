@@ -17,7 +17,7 @@ from funcreg.memory import Pieces
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal import land
 from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
-from funcreg.tree import Absent, compute, compute_wide, product, scalar_device, tree_leaves
+from funcreg.tree import ABSENT, Absent, compute, compute_wide, product, scalar_device, tree_leaves
 
 #: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.
 _SMALL = 1 << 14
@@ -67,6 +67,7 @@ class Task(NamedTuple):
         scalars: Sequence[Hyper],
         values: Sequence[Hyper],
         count: int | None,
+        common: Scalar | None = None,
     ) -> Params:
         """The proximal point of what an optimizer reached.
 
@@ -77,11 +78,16 @@ class Task(NamedTuple):
             scalars: The step and what else the metric is made of, each one for all leaves or a tree.
             values: Strength and hyperparameters.
             count: Number of inner steps.
+            common: For leaves that take one step, and may have others, which then are in the metric: that step.
         """
         rate, *rest = scalars
         h = None if sources is None else compute_wide(self.rule.metric, sources, hyper=rest)
         if h is not None and self.max_step is not None:
             h = compute_wide(lambda h, r, m: h.clamp(min=r / m), h, hyper=(rate, self.max_step))
+        if common is not None:
+            if h is not None and isinstance(rate, dict):
+                h = compute_wide(lambda h, r, c: h * (c / r), h, hyper=(rate, common))
+            rate = common
         step = product(reached, rate, values[0])
         return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
 
@@ -156,6 +162,42 @@ def land_end_to_end(
     return found
 
 
+class Sets(NamedTuple):
+    """Which leaves of a penalty that couples leaves take one step."""
+
+    first: dict[str, int]
+    """By the name of a leaf the class whose step it takes."""
+    apart: bool
+    """Whether leaves that take one step may be landed without the others."""
+
+
+def land_in_sets(
+    task: Task,
+    start: Params,
+    reached: Params,
+    sources: Params | None,
+    columns: Sequence[Sequence[Any]],
+    classes: dict[str, int],
+    values: Sequence[Hyper],
+    count: int | None,
+    sets: Sets,
+) -> Params:
+    """The proximal points for a penalty that couples leaves: the leaves of each set with the step that they share."""
+    scalars, found = laid_out(columns, classes, reached), dict(reached)
+    for first in dict.fromkeys(sets.first.values()):
+        own = {name for name, number in sets.first.items() if number == first}
+        whole = not sets.apart or len(own) == len(sets.first)
+        trees = [x if whole or not isinstance(x, dict) else _only(x, own) for x in (start, reached, sources, *scalars)]
+        begin, goal, h, *numbers = trees
+        landed = task.land(begin, goal, h, numbers, values, count, columns[first][0])
+        found.update({name: landed[name] for name in own})
+    return found
+
+
+def _only(tree: Params, names: set[str]) -> Params:
+    return {name: x if name in names else ABSENT for name, x in tree.items()}
+
+
 class _Slots(NamedTuple):
     """What a compiled step reads anew: scalars of each class of leaves, and values that follow a schedule."""
 
@@ -175,7 +217,9 @@ def laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Pa
 class CompiledLanding:
     """A compiled step for one set of leaves."""
 
-    def __init__(self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any) -> None:
+    def __init__(
+        self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any, sets: Sets | None
+    ) -> None:
         leaves = tree_leaves(params)
         exact = torch.float64 if any([w.dtype in (torch.float64, torch.complex128) for w in leaves]) else torch.float32
         device = scalar_device(params)
@@ -191,9 +235,10 @@ class CompiledLanding:
                 given[i] = value
             h = None if task.rule.source is None else sources
             scalars = slots.scalars
-            if task.penalty.couples_leaves:
-                scalars = [[scalars[0][0], *column[1:]] for column in scalars]
-            landed = task.land(params, params, h, laid_out(scalars, classes, params), given, None)
+            if sets is None:
+                landed = task.land(params, params, h, laid_out(scalars, classes, params), given, None)
+            else:
+                landed = land_in_sets(task, params, params, h, scalars, classes, given, None, sets)
             # In the dtype of the parameters, or w + (0 - w) would not be 0.
             return compute(lambda w, z: z - w, params, landed), slots
 

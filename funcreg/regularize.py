@@ -20,18 +20,27 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call, written
-from funcreg.coupled import extinct, split_leaf
+from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import NOTE_COPY, Entries, Rule, buffered, gain, inner_optimizers, rule_of, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.frozen import frozen_beside_others, gradients_of
-from funcreg.landing import CompiledLanding, Task, acts_on_entries, laid_out, land_end_to_end, projects
+from funcreg.landing import (
+    CompiledLanding,
+    Sets,
+    Task,
+    acts_on_entries,
+    laid_out,
+    land_end_to_end,
+    land_in_sets,
+    projects,
+)
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
 from funcreg.penalty import Penalty
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.rounding import is_narrow
-from funcreg.selection import computed_from
+from funcreg.selection import computed_from, plain_names
 from funcreg.transform import (
     Transform,
     check_selection,
@@ -48,11 +57,16 @@ from funcreg.tree import (
     widen,
 )
 from funcreg.undocumented import is_compiling
+from funcreg.wrapping import matched
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
 #: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
 _LOOKS, _AGAIN = (1, 10, 100), 1000
+#: Steps after which a leaf that never had a gradient is said, where others of its groups have.
+_PATIENCE = 100
+#: What a metric is made of for a leaf that the optimizer has never moved: so much that the leaf stays where it is.
+_IMMOVABLE = 1e8
 #: Sets of leaves for which a compiled step is kept.
 _LAYOUTS = 4
 
@@ -81,11 +95,13 @@ def regularize(
     and others if `metric` is given. A constraint, as in `regularize(optimizer, max_norm, 3.0)`, follows any optimizer
     but LBFGS: in the metric if there is one, else to the nearest point.
 
-    A parameter without a gradient in a step stays where it is, as the optimizer leaves it; steps that a `GradScaler`
-    skips are none. A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was
-    left in it, with which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row
-    of an embedding, a dead unit) has the metric :math:`\epsilon` under Adam, and goes to zero at once; leave it out
-    with `mask`, raise `eps`, or give `max_step`.
+    A parameter without a gradient in a step stays where it is, as the optimizer leaves it; where `coupled` has it in
+    groups with others, it counts in their norms, and a warning names it if it had none in a hundred steps. The
+    parameters of one family have one learning rate, families may have others. Steps that a `GradScaler` skips are none.
+    A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was left in it, with
+    which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row of an embedding,
+    a dead unit) has the metric :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise
+    `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
     without it, as their first step warns: call `regularize` again on these, and after the model was built anew, before
@@ -207,12 +223,17 @@ class Regularization:
         self._inner = self._checked()
         self._acts_on_entries = self._inner is None and acts_on_entries(self._task)
         self._check_once(optimizer)
+        self._check_rates(optimizer)
         self._notes: dict[Tensor, Any] = {}
         self._starts: dict[Tensor, Tensor] = {}
         self._buffers: dict[int, Scalar] = {}  # The sum of the weights of gradients in the buffers of a group.
         self._seen: tuple[list[Any], ...] = ()  # Parameters, their gradients as far as None, groups,
         self._moving: list[Moved] = []  # and what moves of them;
+        self._held: set[Moved] = set()  # what stays, and may share groups with what moves;
+        self._leaves: list[Moved] = []  # both;
         self._absent: Params = {}  # what stands for the others.
+        self._ever: set[str] = set()  # What has moved in any of the steps
+        self._taken = 0  # that were seen.
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
@@ -227,6 +248,7 @@ class Regularization:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
         vars(optimizer).setdefault(_OWN, []).append(self)
         _see_to_copies(optimizer)
+        self._say_none_can_die(optimizer)
 
     @property
     def strength(self) -> Any:
@@ -301,10 +323,15 @@ class Regularization:
                         "take SGD."
                     )
         tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
+        self._check_names_are_held()
         with torch.no_grad():
-            self._touched = self._task.check(tree)
+            touched = self._task.check(tree)
             self._check_groups_are_whole()
-            return self._task.inner(tree)
+            inner = self._task.inner(tree)
+        found = [each & touched for each in linked(self._task.penalty, tree)]
+        alone = touched.difference(*found) if self._task.penalty.couples_leaves else set()
+        self._linked = [each for each in found if each] + [{name} for name in sorted(alone)]
+        return inner
 
     def _check_added(self) -> None:
         """The same after the optimizer got other parameters."""
@@ -324,6 +351,39 @@ class Regularization:
                 f"mask leaves out '{lost}', a part of groups of {self._task.penalty!r}, which span leaves and so "
                 "would never be zero as a whole. Drop mask=: the groups say already what is penalized."
             )
+
+    def _check_names_are_held(self) -> None:
+        """Raise an error if groups name parameters of the module that the optimizer was not given."""
+        params, module = self._names.params(), self._names.module
+        if module is None or not self._task.penalty.couples_leaves:
+            return
+        named = tuple(dict.fromkeys(named_leaves(self._task.penalty, params)))
+        lost = [name for name in matched(named, tuple(params)) if name not in params]
+        raw = dict(module.named_parameters())
+        own = dict(zip(plain_names(tuple(raw)), raw.values(), strict=True))
+        found = [name for name in plain_names(tuple(lost)) if name in own]
+        if found:
+            why = (
+                " They are frozen, requires_grad=False." if not any([own[name].requires_grad for name in found]) else ""
+            )
+            raise ValueError(
+                f"groups names {listed(map(repr, found))}, of the module, but not among the "
+                f"{len(params)} parameters that the optimizer was given.{why} Leave their layers out of the groups, as "
+                "by channel_groups(..., layers=...), or give them to the optimizer."
+            )
+
+    def _check_rates(self, optimizer: Optimizer) -> None:
+        """Raise an error if leaves that share groups have learning rates of their own from the start."""
+        groups, rule = optimizer.param_groups, self._task.rule
+        anyhow = projects(self._task.penalty) and rule.source is None and not rule.buffers  # After a step of any size.
+        if anyhow or not self._task.penalty.couples_leaves:
+            return
+        rates = [_known(group.get("lr", 1.0)) for group in groups]
+        if rule.buffers:
+            rates = [_buffered_rate(rate, group) for rate, group in zip(rates, groups, strict=True)]
+        places = {self._names.names[w]: i for i, group in enumerate(groups) for w in group["params"]}
+        for each in self._linked:
+            self._check_one_rate({name: places[name] for name in each}, rates)
 
     def warn_of_scales(self, module: nn.Module) -> None:
         """Warn of penalized parameters from which a parametrization computes the weight, once for each kind."""
@@ -392,8 +452,11 @@ class Regularization:
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
-            self._say_all_became_zero(moved)
-            self._say_what_died(optimizer, moved)
+            self._say_all_became_zero(self._leaves)
+            self._say_what_died(optimizer)
+        self._taken += 1
+        if self._taken == _PATIENCE:
+            self._say_never_moved(optimizer)
 
     def _say_all_became_zero(self, moved: list[Moved]) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
@@ -429,11 +492,11 @@ class Regularization:
         strength = concrete(self._task.strength)
         return strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
 
-    def _say_what_died(self, optimizer: Optimizer, moved: list[Moved]) -> None:
+    def _say_what_died(self, optimizer: Optimizer) -> None:
         """Warn, once for each, of families of `coupled` without which outputs are the same at every input."""
         if self._said_zero or self._is_meant() or self.steps == 1:  # Some begin with zeros.
             return
-        tree = self._names.tree({m.name: m.w.detach() for m in moved})
+        tree = self._names.tree({m.name: m.w.detach() for m in self._leaves})
         found = [each for each in extinct(self._task.penalty, tree) if each.neck is not False]
         new = [each for each in found if each.title not in self._said_dead]
         self._said_dead.update([each.title for each in new])
@@ -471,9 +534,14 @@ class Regularization:
         places = [i for i, group in enumerate(groups) for _ in group]
         rows = zip(params, places, still, strict=True)
         moved = [Moved(names[w], w, i) for w, i, stays in rows if not stays]
-        self._seen, self._moving = seen, [m for m in moved if m.name in chosen]
+        self._seen, self._moving, self._counted = seen, [m for m in moved if m.name in chosen], []
+        self._ever.update([m.name for m in self._moving])
         stays = {*names.values()}.difference([m.name for m in self._moving])
-        self._absent = {name: ABSENT for name in names.values() if name in stays}
+        held = stays.intersection(set().union(*self._linked))
+        rows = zip(params, places, strict=True)
+        self._leaves = [Moved(names[w], w, i) for w, i in rows if names[w] in held or names[w] not in stays]
+        self._held = {m for m in self._leaves if m.name in held}
+        self._absent = {name: ABSENT for name in names.values() if name in stays - held}
         if any(still) and not self._said_replaced:
             self._say_replaced()
         if any(still) and not self._said_frozen:
@@ -504,6 +572,30 @@ class Regularization:
                 "regularize that."
             )
 
+    def _say_never_moved(self, optimizer: Optimizer) -> None:
+        """Warn of leaves that share groups with others, and never had a gradient in many steps."""
+        never = sorted(set().union(*self._linked) - self._ever)
+        if never:
+            warn_user(
+                f"{listed(map(repr, never))} had no gradient in any of {self._taken} steps of regularize("
+                f"{type(optimizer).__name__}, {self._task.penalty.__name__}, ...): they stay where they are, and keep "
+                "the groups of which they are a part from becoming zero. Are they frozen, or not used by the loss? "
+                "Leave their layers out of the groups, as by channel_groups(..., layers=...)."
+            )
+
+    def _say_none_can_die(self, optimizer: Optimizer) -> None:
+        """Warn if every family of groups has a leaf that is frozen."""
+        params = [w for group in optimizer.param_groups for w in group["params"]]
+        rows = zip(params, frozen_beside_others(params), strict=True)
+        frozen = [self._names.names[w] for w, is_frozen in rows if is_frozen]
+        if self._linked and all([each.intersection(frozen) for each in self._linked]):
+            named = [repr(name) for name in frozen if name in set().union(*self._linked)]
+            warn_user(
+                f"in each family of groups of {self._task.penalty.__name__} something is frozen, by "
+                f"requires_grad=False: {listed(named)}. As long as it is, no group can become zero. Leave these layers "
+                "out of the groups, as by channel_groups(..., layers=...)."
+            )
+
     def _say_nothing_moved(self) -> None:
         """Warn, once, if no step had an effect so far."""
         # None are chosen by mask=False, which is meant.
@@ -515,20 +607,21 @@ class Regularization:
             )
 
     def _columns(self, groups: list[Entries], moved: list[Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
-        """The scalars of each class of parameters: those of one group that have seen as many steps."""
-        rule = self._task.rule
-        counted = [each["step"] for each in entries] if rule.counts else [m.group for m in moved]
+        """The scalars of each class of parameters: those of one group that have seen as many steps, or stay."""
+        rule, leaves = self._task.rule, self._leaves
+        counted = [each["step"] for each in entries] if rule.counts else [m.group for m in leaves]
         if len(counted) != len(self._counted) or not all(map(operator.is_, counted, self._counted)):
             # Counters that were the same, and have counted together since, are the same: read once, for devices.
             self._counted = counted
-            keys = list(zip([m.group for m in moved], _numbers(counted), strict=True))
+            stay = [rule.counts and m in self._held for m in leaves]
+            keys = list(zip([m.group for m in leaves], _numbers(counted), stay, strict=True))
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
             self._classes = [numbers[key] for key in keys]
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
-        factors = self._gains(groups, {m.group for m in moved}) if rule.buffers else {}
+        factors = self._gains(groups, {m.group for m in leaves}, {m.group for m in moved}) if rule.buffers else {}
         columns = []
         for i in firsts:
-            group = moved[i].group
+            group = leaves[i].group
             rate, *rest = rule.scalars(entries[i], groups[group])
             if isinstance(rate, (int, float)) and not rate >= 0:
                 raise ValueError(
@@ -538,79 +631,127 @@ class Regularization:
             columns.append((rate * factors[group] if group in factors else rate, *rest))
         return columns
 
-    def _gains(self, groups: list[Entries], moved: set[int]) -> dict[int, Scalar]:
+    def _gains(self, groups: list[Entries], wanted: set[int], moved: set[int]) -> dict[int, Scalar]:
         """By how much the directions of some groups exceed a gradient, also while a scheduler changes momentum."""
         found: dict[int, Scalar] = {}
-        for i in moved:
+        for i in wanted:
             momentum = groups[i]["momentum"]
             if isinstance(momentum, Tensor) or momentum != 0:
-                self._buffers[i] = buffered(groups[i], self._buffers.get(i))
+                if i in moved or i not in self._buffers:
+                    self._buffers[i] = buffered(groups[i], self._buffers.get(i))
                 found[i] = gain(groups[i], self._buffers[i])
         return found
 
     def _land(
         self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool = False
     ) -> None:
-        task, groups, note = self._task, optimizer.param_groups, self._notes.get if self._notes else lambda w: None
-        tree = lambda leaves: {**leaves, **self._absent}
+        task, groups = self._task, optimizer.param_groups
+        tree, leaves = lambda leaves: {**leaves, **self._absent}, self._leaves
         # Without a look that makes an entry where there is none: the state stays what it was.
-        entries = [optimizer.state.get(m.w, {}) for m in moved]
-        columns = self._columns(groups, moved, entries)
-        if task.penalty.couples_leaves:
-            self._check_all_moved(moved)
-            columns = self._one_rate(columns)
+        entries = [optimizer.state.get(m.w, {}) for m in leaves]
+        known = optimizer.state.get(moved[0].w, {})  # For the scalars of leaves that have no state yet.
+        columns = self._columns(groups, moved, [each or known for each in entries])
+        sets = self._sets(moved, columns, groups) if task.penalty.couples_leaves else None
         keeps = torch.is_grad_enabled()
-        classes = {m.name: i for m, i in zip(moved, self._classes, strict=True)}
+        classes = {m.name: i for m, i in zip(leaves, self._classes, strict=True)}
         sources = None
         if task.rule.source is not None:
-            rows = zip(moved, entries, strict=True)
-            sources = tree({m.name: task.rule.source(m.w, each, groups[m.group], note(m.w)) for m, each in rows})
+            rows = zip(leaves, entries, strict=True)
+            sources = tree({m.name: self._source(m, each, groups[m.group]) for m, each in rows})
         narrow = looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved])
         if narrow and self._keeps_pace(groups, values):
-            wide = tree({m.name: widen(m.w.detach()) for m in moved})
-            starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in moved})
-            scalars = laid_out(columns, classes, wide)
-            self._say_rounded(moved, wide, task.land(starts, wide, sources, scalars, values, self._inner))
-        if not keeps and skipped is None and self._may_compile(moved):
+            wide = tree({m.name: widen(m.w.detach()) for m in leaves})
+            starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in leaves})
+            self._say_rounded(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
+        written = self._written(moved)
+        if not keeps and skipped is None and self._may_compile(leaves):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
-            read_from = tree({m.name: m.w.grad for m in moved}) if sources is None else sources
-            params = tree({m.name: m.w for m in moved})
-            compiled = self._layout(params, read_from, classes, columns, values)
+            read_from = sources
+            if read_from is None:
+                read_from = tree({m.name: torch.zeros_like(m.w) if m.w.grad is None else m.w.grad for m in leaves})
+            params = tree({m.name: m.w for m in leaves})
+            compiled = self._layout(params, read_from, classes, columns, values, sets)
             if compiled is not None:
+                before = [(m.w, m.w.detach().clone()) for m in leaves if m not in written] if self._held else []
                 compiled(params, read_from, columns, values)
+                for w, x in before:
+                    w.copy_(x)
                 return
         if self._acts_on_entries and not keeps:
-            leaves = {m.name: m.w.detach() for m in moved}
-            landed = land_end_to_end(task, leaves, sources, columns, classes, values)
+            reached = {m.name: m.w.detach() for m in leaves}
+            landed = land_end_to_end(task, reached, sources, columns, classes, values)
         else:
-            reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in moved})
-            starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in moved})
-            scalars = laid_out(columns, classes, reached)
-            landed = task.land(starts, reached, sources, scalars, values, self._inner)
-        for m in moved:
+            reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in leaves})
+            starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in leaves})
+            landed = self._landed(starts, reached, sources, columns, classes, values, sets)
+        for m in written:
             z = landed[m.name]
             m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
 
-    def _check_all_moved(self, moved: list[Moved]) -> None:
-        """Raise an error if a leaf stood still whose group, which spans leaves, moved."""
-        still = self._touched - {m.name for m in moved}
-        if still:
+    def _landed(
+        self,
+        starts: Params,
+        reached: Params,
+        sources: Params | None,
+        columns: Any,
+        classes: Any,
+        values: Any,
+        sets: Any,
+    ) -> Params:
+        if sets is not None:
+            return land_in_sets(self._task, starts, reached, sources, columns, classes, values, self._inner, sets)
+        return self._task.land(starts, reached, sources, laid_out(columns, classes, reached), values, self._inner)
+
+    def _source(self, m: Moved, state: Entries, group: Entries) -> Tensor:
+        """What the metric of a leaf is made of."""
+        source = self._task.rule.source
+        assert source is not None
+        if not state and m in self._held:  # It has never had a gradient.
+            return torch.full_like(m.w, _IMMOVABLE, dtype=widen(m.w).dtype)
+        return source(m.w, state, group, self._notes.get(m.w))
+
+    def _written(self, moved: list[Moved]) -> list[Moved]:
+        """The leaves that are landed: those that moved, and of a set that couples leaves all, or it would not hold."""
+        if not self._held or not projects(self._task.penalty):
+            return moved
+        frozen = [m.name for m in self._held if not m.w.requires_grad]
+        if frozen:
             raise ValueError(
-                f"{self._task.penalty!r} couples leaves, and '{min(still)}' has no gradient in this step, so that its "
-                "part of a group would stand still. Is it frozen, or not used by this loss? Leave it out of the groups."
+                f"{self._task.penalty.__name__} couples leaves, and {listed(frozen)} of them are frozen, by "
+                "requires_grad=False, so that the set may not be reached. Leave them out of it."
+            )
+        return self._leaves
+
+    def _check_one_rate(self, places: dict[str, int], rates: Any) -> None:
+        """Raise an error if leaves that share groups, by their param groups, take steps of several lengths."""
+        names = sorted(places)
+        other = next((name for name in names if rates[places[name]] != rates[places[names[0]]]), None)
+        if other is not None:
+            raise ValueError(
+                f"{self._task.penalty.__name__} couples leaves, which have to take one step; those of '{names[0]}' and "
+                f"'{other}', which share groups, differ, {rates[places[names[0]]]} and {rates[places[other]]} (the "
+                "learning rate, times 1 / (1 - momentum) for a buffer). Give their param groups one learning rate and "
+                "momentum, leave their layers out of the groups, as by channel_groups(..., layers=...), or regularize "
+                "leaf by leaf, with group_lasso."
             )
 
-    def _one_rate(self, columns: list[tuple[Scalar, ...]]) -> list[tuple[Scalar, ...]]:
-        """The columns with one rate for all leaves, or an error where they have several."""
-        rates = [_known(column[0]) for column in columns]
-        if any([rate != rates[0] for rate in rates]):
-            said = " and ".join(map(str, dict.fromkeys(rates)))
-            raise ValueError(
-                f"{self._task.penalty!r} couples leaves, which have to take one step; those of the param groups "
-                f"differ, {said} (the learning rate, times 1 / (1 - momentum) for a buffer). Give the groups that it "
-                "couples one learning rate and momentum, or regularize leaf by leaf, with group_lasso."
-            )
-        return [(columns[0][0], *column[1:]) for column in columns]
+    def _sets(self, moved: list[Moved], columns: list[tuple[Scalar, ...]], groups: list[Entries]) -> Sets:
+        """Which leaves take one step: those that share groups, and what has the same learning rate."""
+        rule, numbers = self._task.rule, dict(zip([m.name for m in self._leaves], self._classes, strict=True))
+        rates: dict[int, Any] = {}
+        for m in self._leaves:
+            rates[m.group] = _known(groups[m.group]["lr"] if rule.counts else columns[numbers[m.name]][0])
+        places, moving = {m.name: m.group for m in self._leaves}, {m.name for m in moved}
+        firsts: dict[Any, int] = {}
+        first: dict[str, int] = {}
+        for each in self._linked:
+            names = sorted(each)
+            own = [name for name in names if name in moving]
+            self._check_one_rate({name: places[name] for name in own}, rates)
+            name = next(iter(own), names[0])
+            number = firsts.setdefault(rates[places[name]], numbers[name])
+            first.update(dict.fromkeys(names, number))
+        return Sets(first, is_coupled(self._task.penalty))
 
     def _may_compile(self, moved: list[Moved]) -> bool:
         if self._inner is not None or self._compile is False or is_compiling():
@@ -618,17 +759,17 @@ class Regularization:
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
-        self, params: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any
+        self, params: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any, sets: Sets | None
     ) -> CompiledLanding | None:
         """The compiled step for these leaves; None if they come in more than a few sets, or are no plain tensors."""
-        key = tuple(classes.items())
+        key = tuple(classes.items()), None if sets is None else tuple(sets.first.items())
         if key not in self._layouts and len(self._layouts) < _LAYOUTS:
             scheduled_trees = [
                 x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
             ]
             plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((params, sources))])
             fits = plain and not scheduled_trees
-            self._layouts[key] = CompiledLanding(self._task, params, classes, columns, values) if fits else None
+            self._layouts[key] = CompiledLanding(self._task, params, classes, columns, values, sets) if fits else None
         return self._layouts.get(key)
 
     def _loaded(self, optimizer: Optimizer) -> None:
@@ -691,7 +832,10 @@ def _no_step(*_: Any) -> Any:
 
 #: What a copy has for the step and the metric of an optimizer, and what it does not have of steps.
 _NO_RULE = Rule(_no_step, metric=_no_step)
-_OF_STEPS = ("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_absent", "_counted", "_classes", "_pace")
+_OF_STEPS = (
+    *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
+    *("_counted", "_classes", "_pace"),
+)
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)
@@ -702,6 +846,14 @@ def _known(rate: Any) -> Any:
     if isinstance(rate, Tensor):
         return float(rate) if rate.device.type == "cpu" else id(rate)
     return rate
+
+
+def _buffered_rate(rate: Any, group: Entries) -> Any:
+    """The rate of a group whose buffer has been filled; a pair of numbers where one of them is a tensor's identity."""
+    momentum = group["momentum"]
+    if isinstance(momentum, Tensor) or isinstance(group["lr"], Tensor):
+        return rate, _known(momentum)
+    return rate * gain(group, buffered(group, None)) if momentum else rate
 
 
 def _is_empty(optimizer: Optimizer) -> bool:

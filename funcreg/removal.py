@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from funcreg._typing import Params
 from funcreg.families import Along, Family, Groups, Place, gather, places_of, within
@@ -65,9 +69,10 @@ def remove_dead(
             average of weights, a dict in which names of parameters are within others, `state.0.weight.exp_avg`, as
             distributed checkpoints have it; `optimizer.state_dict()` of a torch optimizer that was made of
             `module.named_parameters()`, also in groups with names of their own, or of `module.parameters()` in one
-            group, whose order is that of the tree. With them a tuple comes back. They are sliced and no more: no bias
-            in them takes a constant, which is right for moments. An average of weights has its own entries where a
-            channel is dead today, and is another network without them: begin it anew from the smaller parameters.
+            group, whose order is that of the tree; or checkpoints, dicts and lists that hold these. With them a tuple
+            comes back. They are sliced and no more: no bias in them takes a constant, which is right for moments. An
+            average of weights has its own entries where a channel is dead today, and is another network without them:
+            begin it anew from the smaller parameters.
         round_to: Numbers of channels stay multiples of this one, for hardware that likes them; dead channels fill
             them up. By default what `channel_groups` was told, else 1.
         names: The names of the parameters of a torch optimizer, in the order in which its groups have them, where its
@@ -75,13 +80,17 @@ def remove_dead(
             `known = {w: name for name, w in module.named_parameters()}`.
 
     Raises:
-        ValueError: A leaf has not the groups that its family has, a state has a leaf of another shape than its
-            parameter, or a state of a torch optimizer does not say which parameters it is for: it has no names, and
-            several groups or another number of parameters than the tree.
+        TypeError: A state is an optimizer or a module, and not the tree of its tensors.
+        ValueError: A leaf has not the groups that its family has, a state has a leaf of whose shape it is not known
+            which entries go with those of its parameter (means of rows and columns of `row_var`, `col_var` and of SM3
+            are; those of `scale_by_factored_rms` have to begin anew), or a state of a torch optimizer does not say
+            which parameters it is for: it has no names, and several groups or another number of parameters than the
+            tree.
 
     Warns:
-        UserWarning: Nothing is taken out, with how near to zero the smallest group is and what keeps groups that are
-            zero otherwise; or all groups of a family are dead that everything goes through.
+        UserWarning: A state has no leaf that is like a parameter. Nothing is taken out, with how near to zero the
+            smallest group is and what keeps groups that are zero otherwise; or all groups of a family are dead that
+            everything goes through.
 
     Example:
         >>> params = {"0.weight": torch.tensor([[0.0], [3.0]]), "2.weight": torch.tensor([[1.0, 2.0]])}
@@ -102,7 +111,9 @@ def remove_dead(
     multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         raise ValueError(f"round_to is {multiple!r}; expected a whole number of at least 1")
-    if names is not None and not any([_is_of_torch(state) for state in states]):
+    for state in states:
+        _check_holds_tensors(state)
+    if names is not None and not any([_of_torch_in(state) for state in states]):
         raise ValueError("names has no effect without the state_dict of a torch optimizer; give both, or neither")
     paths = tree_paths(params)
     leaves, rebuild = flatten(gathered(params))
@@ -118,12 +129,8 @@ def remove_dead(
         return smaller
     shapes = {name: leaf.shape for name, leaf in zip(paths, leaves, strict=True)}
     order = None if names is None else list(names)
-    cut = lambda state: (
-        _cut_torch_state(state, by_name, shapes, order or _names_in(state, params, shapes))
-        if _is_of_torch(state)
-        else _cut_state(state, by_name, shapes)
-    )
-    return smaller, *[cut(state) for state in states]
+    of_torch = lambda state: _cut_torch_state(state, by_name, shapes, order or _names_in(state, params, shapes))
+    return smaller, *[_cut_state(state, by_name, shapes, of_torch) for state in states]
 
 
 class _Family(NamedTuple):
@@ -301,18 +308,107 @@ def _cut(leaf: Tensor, cut: _Cut) -> Tensor:
 # States
 
 
-def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
-    """A state whose leaves that are like parameters are sliced as these are."""
+class _Hidden:
+    """A leaf of a tree, whatever it holds."""
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+
+
+def _check_holds_tensors(state: Any) -> None:
+    """Raise an error for an object where its tensors are expected, also inside a checkpoint."""
+    if isinstance(state, nn.Module):
+        tree = "with_buffers(average)" if isinstance(state, AveragedModel) else "with_buffers(module)"
+        raise TypeError(f"a state is the module {type(state).__name__}; expected the tree of its tensors, {tree}")
+    if isinstance(state, Optimizer):
+        raise TypeError(
+            f"a state is the optimizer {type(state).__name__}; expected its tensors, optimizer.state_dict()"
+        )
+    for inner in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        _check_holds_tensors(inner)
+
+
+def _of_torch_in(state: Any) -> bool:
+    """Whether a state is of a torch optimizer, or has one in it."""
+    if _is_of_torch(state):
+        return True
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return any([_of_torch_in(each) for each in inner])
+
+
+def _with_sliced(state: Any, of_torch: Callable[[Any], Any]) -> Any:
+    """A state in which what is of torch optimizers is sliced, and hidden."""
+    if _is_of_torch(state):
+        return _Hidden(of_torch(state))
+    return _rebuilt(state, lambda inner: _with_sliced(inner, of_torch)) if _of_torch_in(state) else state
+
+
+def _shown(state: Any) -> Any:
+    """The same with what was hidden."""
+    return state.made if isinstance(state, _Hidden) else _rebuilt(state, _shown)
+
+
+def _rebuilt(state: Any, each: Callable[[Any], Any]) -> Any:
+    """A container with something else for what is in it; anything else as it is."""
+    if isinstance(state, dict):
+        made = copy.copy(state)
+        made.update({key: each(inner) for key, inner in state.items()})
+        return made
+    if isinstance(state, (list, tuple)):
+        made = [each(inner) for inner in state]
+        return type(state)(*made) if hasattr(state, "_fields") else type(state)(made)
+    return state
+
+
+def _cut_state(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size], of_torch: Callable[[Any], Any]) -> Any:
+    """A state whose leaves that are like parameters are sliced as these are, and what is of torch optimizers in it."""
+    if _is_of_torch(state):
+        return of_torch(state)
+    if _of_torch_in(state):
+        return _shown(_cut_leaves(_with_sliced(state, of_torch), cuts, shapes))
+    return _cut_leaves(state, cuts, shapes)
+
+
+def _cut_leaves(state: Any, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
     leaves, rebuild = flatten(state)
     plain = dict(zip(without_wrappers(tuple(shapes)), shapes, strict=True))
-    paths, made = tree_paths(state), []
+    paths, made, known = tree_paths(state), [], any([isinstance(leaf, _Hidden) for leaf in leaves])
     for path, short, leaf in zip(paths, without_wrappers(tuple(paths)), leaves, strict=True):
-        name = next((plain[end] for end in _ends(short) if end in plain), None)
+        name, along = next((plain[end] for end in _ends(short) if end in plain), None), None
         if name is None and isinstance(leaf, Tensor):  # Named as `state.0.weight.exp_avg`.
-            inner = (plain[part] for part in _beginnings(short) if part in plain)
-            name = next((name for name in inner if leaf.shape == shapes[name]), None)
-        made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes))
+            inner = [plain[part] for part in _beginnings(short) if part in plain]
+            name = next((name for name in inner if _fits(leaf.shape, shapes[name])), None)
+            if name is None and inner:
+                along = _dimension_of(short, leaf, shapes[inner[0]])
+                name = None if along is None else inner[0]
+        known = known or name is not None
+        made.append(leaf if name is None else _cut_like(leaf, path, name, cuts, shapes, along))
+    if not known:
+        _say_unknown(paths, leaves, shapes)
     return rebuild(made)
+
+
+def _say_unknown(paths: list[str], leaves: list[Any], shapes: dict[str, torch.Size]) -> None:
+    """Warn of a state in which no leaf is like a parameter, but for one of counters and settings alone."""
+    found = [path for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor) and leaf.numel() > 1]
+    if found:
+        warn_user(
+            f"remove_dead leaves a state as it is, for no name in it is that of a leaf of the tree: it has "
+            f"{listed(map(repr, found))}, and the tree {listed(map(repr, shapes))}. Expected a tree in which names of "
+            "parameters are names, or ends or parts of them, or the state_dict() of a torch optimizer."
+        )
+
+
+def _dimension_of(path: str, leaf: Tensor, shape: torch.Size) -> int | None:
+    """The dimension of a parameter along which a vector has a number for each entry, if its name says it, as in SM3."""
+    number = path.rpartition(".")[2]
+    dim = int(number) if number.isdecimal() else len(shape)
+    return dim if leaf.shape == shape[dim : dim + 1] and dim < len(shape) else None
+
+
+def _fits(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a shape is that of a parameter, of which dimensions may be one entry long."""
+    return len(shape) == len(whole) and all([n in (1, m) for n, m in zip(shape, whole, strict=True)])
 
 
 def _ends(path: str) -> Iterator[str]:
@@ -329,23 +425,58 @@ def _beginnings(path: str) -> Iterator[str]:
         yield from filter(None, _ends(path))
 
 
-def _cut_like(leaf: Any, path: str, name: str, cuts: dict[str, _Cut], shapes: dict[str, torch.Size]) -> Any:
-    """A leaf of a state, sliced as its parameter is; a number that belongs to the whole parameter stays."""
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0 < len(shapes[name]):
+def _cut_like(
+    leaf: Any,
+    path: str,
+    name: str,
+    cuts: dict[str, _Cut],
+    shapes: dict[str, torch.Size],
+    along: int | None = None,
+) -> Any:
+    """A leaf of a state, sliced as its parameter is; a number that belongs to the whole parameter stays.
+
+    Args:
+        leaf: The leaf.
+        path: Its name in the state.
+        name: The name of its parameter.
+        cuts: What stays of the parameters that are sliced.
+        shapes: The shapes of all.
+        along: The dimension of the parameter that is the only one of the leaf, where that is known.
+    """
+    if not isinstance(leaf, Tensor) or (leaf.numel() == 1 and leaf.shape != shapes[name]):
         return leaf
-    if leaf.shape != shapes[name]:
+    dims = _dimensions(leaf.shape, shapes[name]) if along is None else {along: 0}
+    if name in cuts and {"v_row", "v_col"} & {*path.replace(" ", ".").split(".")}:
+        dims = None  # Which dimensions are factored depends on their sizes, so that others may be afterwards.
+    if dims is None:
         raise ValueError(
             f"a state has the leaf '{path}' of shape {tuple(leaf.shape)}, and '{name}' is of shape "
-            f"{tuple(shapes[name])}; expected the same. Is it a state of these parameters, not yet made smaller?"
+            f"{tuple(shapes[name])}; expected the same, or one in which it shows which dimensions are left out, for it "
+            "to be sliced. Is it a state of these parameters, not yet made smaller? If it is, leave it out, and begin "
+            "this moment anew: init of the smaller parameters, or an optimizer without a loaded state."
         )
-    return _cut(whole(leaf), cuts[name]) if name in cuts else leaf
+    if name not in cuts:
+        return leaf
+    kept = {dims[dim]: kept for dim, kept in cuts[name].kept.items() if dim in dims}
+    return _cut(whole(leaf), _Cut(leaf.shape, kept))
+
+
+def _dimensions(shape: torch.Size, whole: torch.Size) -> dict[int, int] | None:
+    """The dimensions of a parameter that a moment has, and which of its own these are; None if that is in doubt."""
+    if _fits(shape, whole):
+        return {dim: dim for dim, (n, m) in enumerate(zip(shape, whole, strict=True)) if n == m}
+    found = [dims for dims in combinations(range(len(whole)), len(shape)) if [whole[dim] for dim in dims] == [*shape]]
+    return {dim: i for i, dim in enumerate(found[0])} if len(found) == 1 else None
 
 
 # States of torch's optimizers
 
 
 def _is_of_torch(state: Any) -> bool:
-    return isinstance(state, dict) and set(state) == {"state", "param_groups"}
+    if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
+        return False
+    groups = state.get("param_groups")
+    return isinstance(groups, list) and all([isinstance(group, dict) and "params" in group for group in groups])
 
 
 def _numbers(state: dict[str, Any]) -> list[Any]:
@@ -408,12 +539,14 @@ def _cut_torch_state(
             "each name once. Give names=, or the optimizer other names."
         )
     names = dict(zip(numbers, named, strict=True))
+
+    def sliced(name: str, path: str, key: Any, x: Any) -> Any:
+        along = _dimension_of(f"{name}.{key}", x, shapes[name]) if isinstance(x, Tensor) else None
+        return _cut_like(x, f"{path} ('{name}')", name, cuts, shapes, along)
+
     own = lambda x: x.clone() if isinstance(x, Tensor) else x  # torch's optimizers write into what they are given.
     made = {
-        number: {
-            key: own(_cut_like(x, f"{number}.{key} ('{names[number]}')", names[number], cuts, shapes))
-            for key, x in entries.items()
-        }
+        number: {key: own(sliced(names[number], f"{number}.{key}", key, x)) for key, x in entries.items()}
         for number, entries in state["state"].items()
     }
     return {**state, "state": made}

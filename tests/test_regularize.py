@@ -430,10 +430,218 @@ def test_coupled_leaves_take_one_step_over_all_groups():
     optimizer.param_groups[1]["lr"] = 0.2
     with pytest.raises(ValueError, match=r"couples leaves, which have to take one step; .* differ, 0.1 and 0.2"):
         stepped(optimizer, *net.parameters())
-    optimizer.param_groups[1]["lr"] = 0.1
-    net[2].weight.grad = None
-    with pytest.raises(ValueError, match=r"'2.weight' has no gradient in this step"):
+    other = optim.SGD([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.2}], 0.1)
+    for again in ({}, {"lr": 0.1, "momentum": 0.9}):
+        other.param_groups[1].update(again)
+        with pytest.raises(
+            ValueError, match=r"step; those of '0.bias' and '2.weight', which share groups, differ, 0.1"
+        ):
+            fr.regularize(other, units, strength=0.1, module=net)
+
+
+def test_families_have_learning_rates_of_their_own():
+    shapes, trained = {"a": (4, 3), "b": (4,), "c": (3, 2), "d": (3,)}, []
+    families = [{"a": 0, "b": 0}, {"c": 0, "d": 0}]
+    for several in (False, True):
+        params = {name: weight(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+        rows = [[(name, params[name]) for name in family] for family in families]
+        optimizer = optim.SGD([{"params": rows[0]}, {"params": rows[1], "lr": 0.2, "momentum": 0.5}], 0.1)
+        if several:
+            for family in families:
+                mask = {name: name in family for name in params}
+                fr.regularize(optimizer, fr.coupled(fr.group_lasso, [family]), strength=0.5, mask=mask)
+        else:
+            units = fr.coupled(fr.group_lasso, families)
+            fr.regularize(optimizer, units, strength=0.5, weights="sqrt_size")
+            fr.regularize(optimizer, fr.max_norm, 100.0)  # Which changes nothing.
+        for seed in range(5):
+            stepped(optimizer, *params.values(), seed=seed)
+        trained.append(params)
+    assert 0 < sum([int((w == 0).sum()) for w in trained[0].values()]) < 25
+    by_hand = {name: weight(*shape, seed=i).detach() for i, (name, shape) in enumerate(shapes.items())}
+    for family, lr, gain in ((families[0], 0.1, 1.0), (families[1], 0.2, 2.0)):
+        tree, unit = {name: by_hand[name] for name in family}, fr.coupled(fr.group_lasso, [family])
+        momentum, buffer = 1 - 1 / gain, None
+        for seed in range(5):
+            grads = {n: weight(*w.shape, seed=seed + [*shapes].index(n)).detach() for n, w in tree.items()}
+            buffer = grads if buffer is None else {n: momentum * buffer[n] + g for n, g in grads.items()}
+            reached = {n: w - lr * buffer[n] for n, w in tree.items()}
+            tree = unit.prox(reached, 0.5 * lr * gain, weights="sqrt_size")
+        for name, w in tree.items():
+            assert_equal(trained[0][name].detach(), w, atol=1e-12)
+
+
+def test_sums_with_groups_land_each_leaf_by_its_own_rate():
+    params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(5, seed=2)}
+    optimizer = optim.SGD([{"params": [(n, w)], "lr": 0.1 if n < "c" else 0.3} for n, w in params.items()], 0.1)
+    fr.regularize(optimizer, 0.2 * fr.half_l2 + fr.coupled(fr.group_lasso, {"a": 0, "b": 0}), strength=0.5)
+    before = {name: w.detach().clone() for name, w in params.items()}
+    stepped(optimizer, *params.values())
+    reached = {name: before[name] - (0.1 if name < "c" else 0.3) * w.grad for name, w in params.items()}
+    assert_equal(params["c"].detach(), reached["c"] / (1 + 0.3 * 0.5 * 0.2), atol=1e-12)
+    wide = fr.coupled(fr.group_lasso, {"a": 0, "b": 0}).prox({name: reached[name] for name in "ab"}, 0.1 * 0.5)
+    for name in "ab":
+        assert_equal(params[name].detach(), wide[name] / (1 + 0.1 * 0.5 * 0.2), atol=1e-12)
+
+
+@every_optimizer
+def test_leaves_without_a_gradient_count_in_their_groups_and_stay_where_they_are(row):
+    params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(4, seed=2), "d": weight(4, 2, seed=3)}
+    optimizer = row.make(params.items())
+    fr.regularize(optimizer, fr.coupled(fr.group_lasso, [{"a": 0, "b": 0, "c": 0}, {"d": 0}]), strength=1.5)
+    for names in ("ab", "abcd", "a", "b", "d", "cd", "ac"):  # "c" has no state at first.
+        before = {name: w.detach().clone() for name, w in params.items()}
+        for w in params.values():
+            w.grad = None
+        stepped(optimizer, *[params[name] for name in names])
+        for name, w in params.items():
+            assert name in names or w.detach().equal(before[name])
+            assert w.isfinite().all()
+    for _ in range(200):
+        for w in params.values():
+            w.grad = torch.zeros_like(w)
+        params["b"].grad = None
         optimizer.step()
+    assert params["d"].norm() <= 0.5 * before["d"].norm() or isinstance(optimizer, optim.Adadelta)
+
+
+def test_steps_in_which_leaves_have_no_gradient_are_those_of_a_chain():
+    trained = []
+    for chain in (False, True):
+        params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(4, 2, seed=2)}
+        penalty = fr.coupled(fr.group_lasso, [{"a": 0, "b": 0}, {"c": 0}])
+        if chain:
+            make = lambda lr, penalty=penalty: fr.prox_sgd(lr, penalty, strength=0.7)
+            optimizer = fr.Optimizer(params.items(), make, lr=0.1, compile=False)
+        else:
+            optimizer = optim.SGD(params.items(), 0.1)
+            fr.regularize(optimizer, penalty, strength=0.7)
+        for seed, names in enumerate(("abc", "a", "b", "c", "ac", "bc", "abc")):
+            for w in params.values():
+                w.grad = None
+            stepped(optimizer, *[params[name] for name in names], seed=seed)
+        trained.append({name: w.detach() for name, w in params.items()})
+    assert_equal(*trained, atol=1e-12)
+
+
+def mixture() -> nn.Module:
+    """A mixture of experts, of which some get no row; their outputs form groups with those of the layer before."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.route, self.last = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 3)
+            self.experts = nn.ModuleList([nn.Sequential(*map(nn.Linear, (6, 8), (8, 6))) for _ in range(4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            share, chosen = self.route(x).softmax(-1).max(-1)
+            y = torch.zeros_like(x)
+            for k, expert in enumerate(self.experts):
+                rows = (chosen == k).nonzero()[:, 0]
+                if len(rows):
+                    y[rows] = expert(x[rows]) * share[rows, None]
+            return self.last(x + y)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Mixture().double()
+
+
+@every_optimizer
+def test_a_mixture_of_experts_trains_where_some_get_no_row(row):
+    net = mixture()
+    families = [{f"experts.{k}.0.weight": 0, f"experts.{k}.0.bias": 0} for k in range(4)]
+    families.append({"first.weight": 0, "first.bias": 0, **{f"experts.{k}.1.weight": 0 for k in range(4)}})
+    optimizer = row.make(net.parameters())
+    fr.regularize(optimizer, fr.coupled(fr.group_lasso, families), strength=1e-3, module=net)
+    generator, missing = torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        x = torch.randn(4, 6, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        still = {n: w.detach().clone() for n, w in net.named_parameters() if w.grad is None}
+        missing.update(still)
+        optimizer.step()
+        assert all([w.equal(still.get(n, w)) and w.isfinite().all() for n, w in net.named_parameters()])
+    assert len(missing) > 4
+
+
+def test_leaves_that_never_have_a_gradient_are_said_once():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2)).double()
+    units = fr.coupled(fr.group_lasso, [{"0.weight": 0, "1.weight": 1}, {"1.bias": 0, "2.weight": 1}])
+    optimizer = optim.Adam(net.parameters())
+    fr.regularize(optimizer, units, strength=0.1, module=net)
+    said = []
+    for _ in range(200):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stepped(optimizer, net[0].weight, net[1].weight, net[2].weight)
+        said += [str(each.message) for each in caught]
+    assert len(said) == 1
+    assert re.match(
+        r"'1.bias' had no gradient in any of 100 steps of regularize\(Adam, coupled_group_lasso, ...\)", said[0]
+    )
+
+
+def test_nothing_is_called_dead_for_a_part_that_is_zero():
+    params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(4, seed=2)}
+    optimizer = optim.SGD(params.items(), 0.1)
+    strength = lambda n: 1e3 * (n == 9)
+    handle = fr.regularize(optimizer, fr.coupled(fr.group_lasso, [{"a": 0, "b": 0}, {"c": 0}]), strength=strength)
+    for i in range(10):
+        for w in params.values():
+            w.grad = None
+        stepped(optimizer, *list(params.values())[: 1 if i else 3])
+    assert handle.steps == 10
+    assert not params["a"].any()
+    assert params["b"].all()
+
+
+def test_a_set_that_couples_leaves_follows_any_optimizer_and_rates():
+    a, b = weight(3, 3), weight(3, 3, seed=1)
+    optimizer = optim.Rprop([{"params": [("a", a)]}, {"params": [("b", b)], "lr": 0.2}], 0.1)
+    ball = fr.Constraint(lambda params: fr.tree_map(lambda w: 0.5 * w / fr.global_norm(params), params))
+    fr.regularize(optimizer, ball)
+    stepped(optimizer, a, b)
+    assert_close(torch.cat([a, b]).norm().detach(), torch.tensor(0.5, dtype=torch.float64))
+
+
+def test_groups_that_are_frozen_or_not_in_the_optimizer_are_told_at_once():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    units = lambda *layers: fr.coupled(fr.group_lasso, fr.channel_groups(net, layers=layers or None))
+    net[0].requires_grad_(False)
+    trained = [w for w in net.parameters() if w.requires_grad]
+    named = [(name, w) for name, w in net.named_parameters() if w.requires_grad]
+    for given, count in ((trained, 4), (named, 4), (trained[:1], 1)):
+        with pytest.raises(
+            ValueError,
+            match=rf"groups names '0.weight', '0.bias'.*, of the module, but not among the {count} parameters that",
+        ):
+            fr.regularize(optim.SGD(given, 0.1), units(), module=net)
+    with pytest.raises(ValueError, match=r"given\. They are frozen, requires_grad=False\. Leave their layers out"):
+        fr.regularize(optim.SGD(trained, 0.1), units(), module=net)
+    with pytest.raises(ValueError, match=r"'0.weight', which is no leaf; .* frozen or that an optimizer was not given"):
+        fr.regularize(optim.SGD(named, 0.1), units())
+    with pytest.warns(
+        UserWarning, match=r"in each family .* is frozen, by requires_grad=False: '0.weight', '0.bias'\."
+    ):
+        fr.regularize(optim.SGD(net.parameters(), 0.1), units("0"), module=net)
+    fr.regularize(optim.SGD(net.parameters(), 0.1), units(), module=net)  # There are others.
+    fr.regularize(optim.SGD(trained, 0.1), units("2"), module=net)
+
+
+def test_a_set_that_couples_leaves_holds_whatever_has_a_gradient():
+    a, b = weight(3), weight(3, seed=1)
+    optimizer = optim.SGD([("a", a), ("b", b)], 0.1)
+    ball = fr.Constraint(lambda params: fr.tree_map(lambda w: 0.5 * w / fr.global_norm(params), params))
+    fr.regularize(optimizer, ball)
+    stepped(optimizer, a)
+    assert_close(torch.cat([a, b]).norm().detach(), torch.tensor(0.5, dtype=torch.float64))
+    a.grad = None
+    b.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"couples leaves, and b of them are frozen"):
+        stepped(optimizer, a)
 
 
 # Mixed precision and accumulation
@@ -1016,6 +1224,25 @@ def test_a_compiled_step_is_the_same(name):
         assert all([w.requires_grad for w in params])
         assert len(handle._layouts) == 2 * compile
         trained.append([w.detach().clone() for w in params])
+    assert_equal(*trained, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SGD, momentum", "Adam"])
+def test_a_compiled_step_of_groups_is_the_same(name):
+    trained, families = [], [{"a": 0, "b": 0, "c": 0}, {"d": 0, "e": 0}]
+    for compile in (False, True):
+        params = {each: weight(4, 3, seed=i) for i, each in enumerate("abcde")}
+        rows = [[(each, params[each]) for each in family] for family in families]
+        optimizer = OPTIMIZERS[name].make([{"params": rows[0]}, {"params": rows[1], "lr": 0.02}])
+        handle = fr.regularize(optimizer, fr.coupled(fr.group_lasso, families), strength=0.3, compile=compile)
+        for seed, names in enumerate(("abde", "abcde", "abc", "bcd", "d", "abcde")):
+            for w in params.values():
+                w.grad = None
+            stepped(optimizer, *[params[each] for each in names], seed=seed)
+        assert bool(handle._layouts) == compile
+        assert name == "Adam" or len(handle._layouts) == compile
+        trained.append([w.detach().clone() for w in params.values()])
     assert_equal(*trained, atol=1e-12)
 
 

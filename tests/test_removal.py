@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -146,6 +147,135 @@ def test_a_state_that_has_names_within_its_own_is_sliced():
     for name in moments:
         torch.testing.assert_close(by_name[name]["exp_avg"], smaller[name])
         torch.testing.assert_close(of_checkpoint[f"state.{name}.exp_avg"], smaller[name])
+
+
+def trained(make, *widths, named=True):
+    """A network after a step of an optimizer, with half its channels dead, and the state and the groups."""
+    net = network(layers(*widths)).float()
+    seen = (vectors()[0].float(),)
+    groups = fr.channel_groups(net, seen)
+    optimizer = make([*net.named_parameters()] if named else [*net.parameters()])
+    net(*seen).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for family, count in zip(groups, groups.counts, strict=True):
+            alive = torch.arange(count, device=DEVICE) < (count + 1) // 2
+            for name, where in family.items():
+                along = where if isinstance(where, fr.Along) else fr.Along(where)
+                w = net.get_parameter(name).movedim(along.dim, 0)
+                w[~alive] = 0
+    return net, optimizer, groups
+
+
+def test_states_of_optimizers_are_sliced_wherever_they_stand_in_a_checkpoint():
+    net, optimizer, groups = trained(torch.optim.Adam, 5, 7, 3)
+    tree, state = fr.with_buffers(net), optimizer.state_dict()
+    _, alone = fr.remove_dead(tree, groups, state)
+    assert alone["state"][0]["exp_avg"].shape == (4, 5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict()
+    checkpoint = {
+        "state_dict": OrderedDict((f"net.{name}", w) for name, w in net.state_dict().items()),
+        "optimizer_states": [state],
+        "lr_schedulers": [scheduler],
+        "epoch": 3,
+        "none": None,
+        "random": torch.get_rng_state(),
+    }
+    for given, found in (
+        ({"optimizer": state, "epoch": 3}, lambda made: made["optimizer"]),
+        ([state], lambda made: made[0]),
+        (({"inner": (state, 1)},), lambda made: made[0]["inner"][0]),
+        (checkpoint, lambda made: made["optimizer_states"][0]),
+        ({**state, "extra": 1}, lambda made: made),
+    ):
+        smaller, made = fr.remove_dead(tree, groups, given)
+        assert type(made) is type(given)
+        for number, entries in found(made)["state"].items():
+            for key, x in entries.items():
+                torch.testing.assert_close(x, alone["state"][number][key])
+        _, made = fr.remove_dead(tree, groups, given, names=list(tree))
+        assert found(made)["state"][0]["exp_avg"].shape == (4, 5)
+    _, made = fr.remove_dead(tree, groups, checkpoint)
+    for name, w in smaller.items():
+        torch.testing.assert_close(made["state_dict"][f"net.{name}"], w)
+    assert {key: made[key] for key in ("lr_schedulers", "epoch", "none")} == {
+        "lr_schedulers": [scheduler],
+        "epoch": 3,
+        "none": None,
+    }
+    assert checkpoint["optimizer_states"][0]["state"][0]["exp_avg"].shape == (7, 5)
+
+
+def test_objects_in_place_of_their_tensors_are_refused():
+    net, optimizer, groups = trained(torch.optim.Adam, 5, 7, 3)
+    tree = fr.with_buffers(net)
+    chain = fr.Optimizer(net.named_parameters(), lambda lr: fr.adam(lr), lr=0.1)
+    for given, match in (
+        (optimizer, r"the optimizer Adam; expected its tensors, optimizer.state_dict\(\)"),
+        ({"optimizer": [optimizer]}, "the optimizer Adam"),
+        (chain, "the optimizer Optimizer"),
+        (net, r"the module Sequential; expected the tree of its tensors, with_buffers\(module\)"),
+        (torch.optim.swa_utils.AveragedModel(net), r"AveragedModel; .* with_buffers\(average\)"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            fr.remove_dead(tree, groups, given)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    for given in (fr.with_buffers(average), average.module.state_dict(), average.state_dict()):
+        _, made = fr.remove_dead(tree, groups, given)
+        assert [w.shape for name, w in made.items() if name.endswith("0.weight")] == [(4, 5)]
+
+
+def test_a_state_that_is_like_no_parameter_is_told():
+    net, _, groups = trained(torch.optim.Adam, 5, 7, 3)
+    tree = fr.with_buffers(net)
+    with pytest.warns(UserWarning, match=r"leaves a state as it is.* it has 'a.0', 'a.1', and the tree '0.bias'"):
+        fr.remove_dead(tree, groups, {"a": [torch.ones(7, 5), torch.ones(7)], "steps": torch.tensor(1)})
+    plain = fr.sgd(0.1).init(tree)
+    sgd = torch.optim.SGD(net.named_parameters()).state_dict()
+    for quiet in ({}, [], {"steps": 3, "loss": torch.tensor(1.0)}, plain, sgd, {"optimizer": sgd}):
+        fr.remove_dead(tree, groups, quiet)
+
+
+@pytest.mark.parametrize("widths", [(5, 7, 3), (5, 5, 5)], ids=["rectangles", "squares"])
+def test_moments_of_rows_and_columns_are_sliced(widths):
+    net, optimizer, groups = trained(torch.optim.Adafactor, *widths)
+    state, half = optimizer.state_dict(), (widths[1] + 1) // 2
+    flat = {f"state.{i}.{key}": x for i, own in state["state"].items() for key, x in own.items()}
+    flat = {key.replace("state.0", "state.0.weight"): x for key, x in flat.items() if key.startswith("state.0")}
+    smaller, made, other = fr.remove_dead(fr.with_buffers(net), groups, state, flat)
+    for row, column in (
+        (made["state"][0]["row_var"], made["state"][0]["col_var"]),
+        (other["state.0.weight.row_var"], other["state.0.weight.col_var"]),
+    ):
+        torch.testing.assert_close(row, state["state"][0]["row_var"][:half])
+        torch.testing.assert_close(column, state["state"][0]["col_var"])
+    torch.testing.assert_close(made["state"][2]["col_var"], state["state"][2]["col_var"][:, :half])
+    net = fr.resized(net, smaller)
+    again = torch.optim.Adafactor(net.named_parameters())
+    again.load_state_dict(made)
+    net(vectors()[0].float()).sum().backward()
+    again.step()
+    params = {name: w.detach() for name, w in trained(torch.optim.Adam, *widths)[0].named_parameters()}
+    tx = fr.sm3(0.1)
+    sums = tx.update(fr.tree_map(torch.ones_like, params), tx.init(params), params)[1]
+    small, after = fr.remove_dead(params, groups, sums)
+    assert [w.shape for w in fr.tree_leaves(after)] == [w.shape for w in fr.tree_leaves(tx.init(small))]
+
+
+def test_moments_that_cannot_be_sliced_are_told():
+    net, _, groups = trained(torch.optim.Adam, 5, 7, 3)
+    tree = {name: w.detach().clone() for name, w in net.named_parameters()}
+    tx = fr.scale_by_factored_rms(min_dim_size_to_factor=2)
+    anew = r"expected the same, or .* begin this moment anew"
+    with pytest.raises(ValueError, match=rf"leaf 'v_(row|col).*0.weight' of shape \(.*{anew}"):
+        fr.remove_dead(tree, groups, tx.init(tree))
+    chain = fr.Optimizer(net.named_parameters(), lambda: tx)
+    net(vectors()[0].float()).sum().backward()
+    chain.step()
+    with pytest.raises(ValueError, match=anew):
+        fr.remove_dead(tree, groups, chain.state_dict())
+    with pytest.raises(ValueError, match=anew):
+        fr.remove_dead(tree, groups, {"0.weight": torch.ones(35)})
 
 
 # While a network is trained

@@ -173,7 +173,8 @@ REFUSED: dict[type[Optimizer], str] = {
     torch.optim.Rprop: "it follows the signs of gradients alone, and no strength of a penalty stands against a sign",
     torch.optim.ASGD: "its result is a mean over steps, ax, in which no entry stays zero. Take SGD",
     torch.optim.SparseAdam: "it moves, and keeps moments of, only the entries in a sparse gradient; rows that were not "
-    "seen yet have no metric, and would become zero in the first step. Take Adagrad, or Adam with dense gradients",
+    "seen yet have no metric, and would become zero in the first step. Take SGD, or Adagrad with "
+    "initial_accumulator_value=0.1",
 }
 if hasattr(torch.optim, "Muon"):
     REFUSED[torch.optim.Muon] = (

@@ -62,7 +62,7 @@ from funcreg.wrapping import matched
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
 #: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
-_LOOKS, _AGAIN = (1, 10, 100), 1000
+_LOOKS, _AGAIN = (1, 10, 30, 100), 1000
 #: Steps after which a leaf that never had a gradient is said, where others of its groups have.
 _PATIENCE = 100
 #: What a metric is made of for a leaf that the optimizer has never moved: so much that the leaf stays where it is.
@@ -100,8 +100,8 @@ def regularize(
     parameters of one family have one learning rate, families may have others. Steps that a `GradScaler` skips are none.
     A frozen parameter (`requires_grad=False`, beside others) is left alone, also where a gradient was left in it, with
     which torch may move it on: a warning names it. An entry whose gradient is always 0 (an unused row of an embedding,
-    a dead unit) has the metric :math:`\epsilon` under Adam, and goes to zero at once; leave it out with `mask`, raise
-    `eps`, or give `max_step`.
+    a dead unit) has the metric :math:`\epsilon` under Adam, Adagrad and RMSprop, and goes to zero at once; leave it out
+    with `mask`, raise `eps`, or give `max_step`.
 
     Like any hook of torch, it is no part of the optimizer's `state_dict`, and copies and pickles of an optimizer are
     without it, as their first step warns: call `regularize` again on these, and after the model was built anew, before
@@ -237,6 +237,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
+        self._waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
         self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
@@ -448,20 +449,27 @@ class Regularization:
         values, self.steps = self._task.at(self.steps), self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         due = self.steps in _LOOKS or self.steps % _AGAIN == 0
-        looks = due and _has_numbers(moved)  # Some layers begin with zeros, which a step of 0 leaves.
+        if due and not self._said_replaced:  # Those that were replaced keep their last gradients.
+            self._say_replaced()
+        # Some layers begin with zeros, which a step of 0 leaves.
+        looks = due and (self._waits or _has_numbers(moved))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
-            self._say_all_became_zero(self._leaves)
+            self._say_all_became_zero(self._leaves, optimizer)
             self._say_what_died(optimizer)
         self._taken += 1
         if self._taken == _PATIENCE:
             self._say_never_moved(optimizer)
 
-    def _say_all_became_zero(self, moved: list[Moved]) -> None:
+    def _say_all_became_zero(self, moved: list[Moved], optimizer: Optimizer) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
         leaves = [m.w.detach() for m in moved]
+        self._waits = False
         if self._said_zero or self._is_meant() or projects(self._task.penalty) or _has_numbers(moved):
+            return
+        if self._task.rule.buffers and self.steps < 3 * max([_length(group) for group in optimizer.param_groups]):
+            self._waits = True  # The buffer holds few gradients yet, against a step of as many as it will hold.
             return
         self._said_zero = True
         warn_user(
@@ -864,6 +872,11 @@ def _is_empty(optimizer: Optimizer) -> bool:
     grads = [w.grad for group in groups for w in group["params"] if w.grad is not None]
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     return bool(grads) and not capturing and not any([g.is_sparse for g in grads]) and global_norm(grads).item() == 0
+
+
+def _length(group: Entries) -> float:
+    """How many gradients a momentum buffer holds in the long run."""
+    return 1 / max(1 - float(group.get("momentum", 0.0)), 1e-3)
 
 
 def _has_numbers(moved: list[Moved]) -> bool:

@@ -1335,6 +1335,28 @@ def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
     assert re.match(r"all 20 entries are zero after \d+ steps of regularize\(Adam, l1, strength=", said[0])
 
 
+@pytest.mark.parametrize(("share", "dies"), [(0.2, False), (0.9, False), (1.2, True)])
+def test_a_lasso_that_begins_at_zero_under_momentum_is_dead_only_above_lambda_max(share, dies):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator).to(DEVICE)
+    y = x @ torch.tensor([2.0, -1.5, 0, 0, 1, 0, 0, 0], device=DEVICE)
+    w = nn.Parameter(torch.zeros(8, device=DEVICE))
+    loss = lambda w: (x @ w - y).square().mean() / 20
+    most = fr.lambda_max(torch.func.grad(loss)(torch.zeros(8, device=DEVICE)), fr.l1)
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    fr.regularize(optimizer, fr.l1, strength=share * most.item())
+    said = []
+    for _ in range(101):
+        optimizer.zero_grad()
+        loss(w).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += [str(each.message) for each in caught]
+    assert bool(w.any()) != dies
+    assert len(said) == dies
+
+
 def test_weights_that_begin_at_zero_under_a_warmup_are_no_sign_of_a_strength():
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(DEVICE)
     nn.init.zeros_(net[1].weight)
@@ -1445,6 +1467,25 @@ def test_parameters_that_the_module_no_longer_has_are_said():
     net(torch.ones(1, 3)).sum().backward()
     with pytest.warns(UserWarning, match=r"no longer has, as after load_state_dict\(assign=True\)"):
         optimizer.step()
+
+
+def test_parameters_that_were_replaced_are_said_where_the_old_ones_keep_their_gradients():
+    net = nn.Linear(3, 2, device=DEVICE)
+    optimizer = torch.optim.Adam(net.parameters())
+    fr.regularize(optimizer, fr.l1, strength=1e-6, module=net)
+    said = []
+    for n in range(12):
+        if n == 5:
+            net.load_state_dict({name: w.clone() for name, w in net.state_dict().items()}, assign=True)
+        net.zero_grad()  # Of the module, which does not know the old ones any more.
+        net(torch.ones(1, 3, device=DEVICE)).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said += [(n, str(each.message)) for each in caught]
+    assert len(said) == 1
+    assert said[0][0] == 9
+    assert "no longer has, as after load_state_dict(assign=True)" in said[0][1]
 
 
 def test_a_layer_that_is_a_new_one_is_said_by_name():

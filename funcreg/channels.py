@@ -19,6 +19,7 @@ from funcreg.ranges import flags
 from funcreg.removal import count_alive
 from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
+from funcreg.steadiness import unsteady
 from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.trying import Trial, refused
@@ -280,7 +281,7 @@ def channel_groups(
         return _chosen_in_sequence(module, families, prefix, types, round_to)
     check_copied(module, rules)
     flow = _followed(module, example_inputs, inside_heads)
-    found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
+    found = _steady(_Found(module, flow, _families(flow, dict(module.named_parameters()))), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -317,6 +318,19 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
             "attention does with queries and keys"
         )
     return Flow(recording, rule_of, unequal, flow.heads())
+
+
+def _steady(found: _Found, inputs: Any) -> _Found:
+    """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
+    module, flow = found.module, found.flow
+    written = {slot.name for slots in found.families for slot in slots if slot.writes}
+    none = torch.zeros(0, dtype=torch.int64)
+    readers = [
+        [slot for slot in slots if slot.reads and not slot.writes and slot.name in written] for slots in found.families
+    ]
+    families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, readers, strict=True)]
+    follow = lambda recording: Flow(recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside)
+    return found.closed(unsteady(module, inputs, flow, follow, families))
 
 
 class _Found(NamedTuple):

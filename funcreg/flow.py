@@ -70,7 +70,7 @@ class Flow:
     ) -> None:
         self.atoms = Atoms()
         self.inside = inside
-        self._recording = recording
+        self.recording = recording
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
@@ -221,7 +221,7 @@ class Flow:
         # The families without which each tensor is a constant; tensors that are constants anyhow are not among them.
         cuts: dict[Ref, frozenset[int]] = {}
         made: set[Ref] = set()
-        for operation in self._recording.operations:
+        for operation in self.recording.operations:
             given = refs_in([operation.args, operation.kwargs])
             cuts.update({ref: frozenset[int]() for ref in given if ref not in made and ref not in self.weights})
             before = [cuts[ref] for ref in given if ref in cuts]
@@ -232,7 +232,7 @@ class Flow:
                 if before and ref not in self.weights:
                     cuts[ref] = frozenset.intersection(*before) | self._killers(ref, numbers)
             made.update([*operation.results, *operation.written])
-        ends = [cuts[ref] for ref in self._recording.outputs if ref in cuts]
+        ends = [cuts[ref] for ref in self.recording.outputs if ref in cuts]
         found = frozenset.intersection(*ends) if ends else frozenset[int]()
         return [i in found for i in range(len(families))]
 

@@ -52,7 +52,7 @@ class Recording(NamedTuple):
     unseen: str = ""  # Why it is not known what it does in training, where it uses other parameters then.
 
 
-def record(module: nn.Module, example_inputs: Any) -> Recording:
+def record(module: nn.Module, example_inputs: Any, training: bool = False) -> Recording:
     """Run a module once, in evaluation and without gradients, and write down what it does.
 
     Where it leaves parameters unused, it runs a second time, as in training, for it may take another branch there.
@@ -60,6 +60,7 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     Args:
         module: A module; its modes of training are restored.
         example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a tuple of both.
+        training: Whether it runs as in training, and no second time.
 
     Raises:
         ValueError: The module raises an error on them, or a tensor has no memory.
@@ -72,13 +73,18 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     run = lambda: module(*args, **kwargs)
     unseen = ""
     try:
-        module.eval()
-        made = [_written_down(module, recorder, run)]
+        module.train(training)
+        if training:
+            made: list[Any] = []
+            if unseen := _in_training(module, recorder, run, made):
+                raise ValueError(f"{type(module).__name__} failed on example_inputs in training: {unseen}")
+        else:
+            made = [_written_down(module, recorder, run)]
         used = {ref for each in recorder.operations for ref in refs_in([each.args, each.kwargs])}
-        if not used.issuperset(parameters.values()):
+        if not training and not used.issuperset(parameters.values()):
             module.train()
             unseen = _in_training(module, recorder, run, made)
-    except Unrecorded:
+    except ValueError if training else Unrecorded:
         raise
     except Exception as error:
         raise ValueError(_failure(module, recorder, error, args, kwargs)) from error

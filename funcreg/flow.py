@@ -89,6 +89,7 @@ class Flow:
         self._multiplied: list[tuple[Tensor, str]] = []  # Atoms over which such a product sums, where they may go.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
+        self._stored = {ref.storage for ref in recording.parameters.values()}
         self._uses = _uses(recording)
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
@@ -240,6 +241,10 @@ class Flow:
         """The families each of which has all entries of a tensor."""
         found = [numbers[self.atoms.find(c.ids)].unique() for c in self.known.get(ref, ())]
         return frozenset([int(each) for each in found if each.numel() == 1 and int(each) >= 0])
+
+    def is_parameter(self, ref: Ref) -> bool:
+        """Whether a tensor is a parameter, or a view of one."""
+        return ref.storage in self._stored
 
     def _leaf(self, ref: Any) -> str | None:
         """The name of a parameter that is used once, as it is or with its dimensions in another order."""

@@ -74,17 +74,16 @@ def record(module: nn.Module, example_inputs: Any, training: bool = False) -> Re
     unseen = ""
     try:
         module.train(training)
-        if training:
-            made: list[Any] = []
-            if unseen := _in_training(module, recorder, run, made):
-                raise ValueError(f"{type(module).__name__} failed on example_inputs in training: {unseen}")
-        else:
-            made = [_written_down(module, recorder, run)]
+        made: list[Any] = []
+        if not training:
+            made.append(_written_down(module, recorder, run))
+        elif unseen := _in_training(module, recorder, run, made):
+            raise Unrecorded(f"{type(module).__name__} failed on example_inputs in training: {unseen}")
         used = {ref for each in recorder.operations for ref in refs_in([each.args, each.kwargs])}
         if not training and not used.issuperset(parameters.values()):
             module.train()
             unseen = _in_training(module, recorder, run, made)
-    except ValueError if training else Unrecorded:
+    except Unrecorded:
         raise
     except Exception as error:
         raise ValueError(_failure(module, recorder, error, args, kwargs)) from error
@@ -137,7 +136,7 @@ def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
 
 
 class Unrecorded(ValueError):
-    """A forward pass whose tensors cannot be told apart."""
+    """A forward pass whose tensors cannot be told apart, or one that fails in training."""
 
 
 def _failure(module: nn.Module, recorder: _Recorder, error: Exception, args: Any, kwargs: Any) -> str:

@@ -1065,3 +1065,41 @@ def test_what_is_kept_in_numbered_layers_stands_in_one_line_and_pixels_are_no_ch
     assert sum(map(len, groups.kept.values())) > 15
     pictures = network(lambda: nn.Sequential(CONV(3, 6, 3), nn.ReLU(), CONV(6, 2, 3)))
     assert "kernel" not in fr.channel_groups(pictures, images()).explain()
+
+
+class Coordinates(nn.Module):
+    """A bias that a network computes of coordinates in a buffer, as Swin Transformer v2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("coordinates", torch.linspace(-1, 1, 12).reshape(6, 2))
+        self.hidden, self.bias = nn.Linear(2, 32), nn.Linear(32, 8, bias=False)
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x) + self.bias(F.relu(self.hidden(self.coordinates))).sum(0)))
+
+
+class Frequencies(nn.Module):
+    """Features of the input by random frequencies in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", drawn(5, 6))
+        self.hidden, self.last = nn.Linear(12, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = x @ self.frequencies
+        return self.last(F.relu(self.hidden(torch.cat([x.sin(), x.cos()], -1))))
+
+
+@pytest.mark.parametrize("make", [Coordinates, Frequencies])
+def test_hidden_units_go_before_dimensions_of_a_buffer(make):
+    net = make().double().to(DEVICE)
+    inputs = (vectors()[0].to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert dict(zip(groups.layers, groups.counts, strict=True))[("hidden",)] == 32
+    assert not any([name in family for family in groups for name in ("coordinates", "frequencies")])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert smaller.hidden.out_features == 16

@@ -253,7 +253,7 @@ class _Recorder:
             made = func(*args)
         finally:
             self._inside = False
-        self._write(overload, args, {}, made, [])
+        self._write(overload, args, {}, made, [], (_refs(args), {}))
         return made
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -264,17 +264,27 @@ class _Recorder:
         given = [*zip([each.name for each in arguments], args, strict=False), *kwargs.items()]
         writes = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
         into = [x for name, value in given if name in writes for x in _tensors(value)]
+        if torch.Tag.inplace_view in func.tags:  # It changes the shape of its argument, and none of its numbers.
+            into = []
+        before = _refs(args), _refs(kwargs)
         made = func(*args, **kwargs)
-        self._write(func, args, kwargs, made, into)
+        self._write(func, args, kwargs, made, into, before)
         return made
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any, into: list[Tensor]) -> None:
+    def _write(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: Any,
+        into: list[Tensor],
+        before: tuple[Any, dict[str, Any]],
+    ) -> None:
         results = _tensors(made)
         self._alive += [x.untyped_storage() for x in (*results, *_tensors(args), *_tensors(list(kwargs.values())))]
         refs = [_ref(x) for x in into]
         here = self.running[-1] if self.running else ""
-        operation = Operation(func, _refs(args), _refs(kwargs), [_ref(x) for x in results], refs, here)
-        self.operations.append(operation)
+        self.operations.append(Operation(func, *before, [_ref(x) for x in results], refs, here))
 
 
 def _mode(recorder: _Recorder) -> Any:

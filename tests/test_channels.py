@@ -1103,3 +1103,26 @@ def test_hidden_units_go_before_dimensions_of_a_buffer(make):
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
     assert smaller.hidden.out_features == 16
+
+
+IN_PLACE = {
+    "squeeze_": lambda h: h.unsqueeze(1).relu().squeeze_(1),
+    "squeeze_ of all": lambda h: h.relu().squeeze_().view(len(h), -1),
+    "unsqueeze_": lambda h: h.relu().unsqueeze_(1).relu()[:, 0],
+    "t_": lambda h: h.relu().t_().relu().t(),
+    "transpose_": lambda h: h.relu().transpose_(0, 1).relu().T,
+    "swapaxes_": lambda h: h.relu().swapaxes_(0, 1).clone().t_(),
+    "several": lambda h: h.relu().unsqueeze_(0).squeeze_(0).t_().t_(),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_channels_are_followed_where_a_tensor_gets_another_shape_in_place(name, batch):
+    net = between(lambda net, h: IN_PLACE[name](h)).double().to(DEVICE)
+    inputs = (drawn(batch, 5).to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert groups.counts == [6]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert_equal(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-12)

@@ -215,6 +215,10 @@ def channel_groups(
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
 
+    Channels of a layer that is frozen are kept, too, and of those that are summed with them, unless all parameters are
+    or `layers` has its name: no training makes them zero. A layer that is frozen and reads channels has no part in
+    their norm. What is frozen or set free after that is not seen.
+
     Args:
         module: A module; of one that torch.compile or data parallel wraps the module inside, by whose names families
             are called. Without example inputs it has to be `torch.nn.Sequential`, also nested, of linear layers,
@@ -281,7 +285,9 @@ def channel_groups(
         return _chosen_in_sequence(module, families, prefix, types, round_to)
     check_copied(module, rules)
     flow = _followed(module, example_inputs, inside_heads)
-    found = _steady(_Found(module, flow, _families(flow, dict(module.named_parameters()))), example_inputs)
+    frozen = _frozen(module, layers)
+    families = _families(flow, dict(module.named_parameters()), frozen)
+    found = _steady(_Found(module, flow, families, frozen), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -320,17 +326,38 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
     return Flow(recording, rule_of, unequal, flow.heads())
 
 
+def _frozen(module: nn.Module, layers: Sequence[str] | None) -> frozenset[str]:
+    """The parameters that no training makes zero, but those of layers that are named; none if it is of no training."""
+    parameters = dict(module.named_parameters())
+    if not any([w.requires_grad for w in parameters.values()]):
+        return frozenset()
+    named = lambda name: name.rpartition(".")[0] in (layers or ())
+    fixed = [name for name, w in parameters.items() if not w.requires_grad and not named(name)]
+    return frozenset(
+        [name for name in fixed if bool(parameters[name].to(torch.bool).any())]
+    )  # Some are zero from the start.
+
+
 def _steady(found: _Found, inputs: Any) -> _Found:
     """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
     module, flow = found.module, found.flow
-    written = {slot.name for slots in found.families for slot in slots if slot.writes}
+    parameters, written = dict(module.named_parameters()), _written(found.families)
     none = torch.zeros(0, dtype=torch.int64)
-    readers = [
-        [slot for slot in slots if slot.reads and not slot.writes and slot.name in written] for slots in found.families
-    ]
-    families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, readers, strict=True)]
+    stay = [any([_stays(slot, parameters, written, found.frozen) for slot in slots]) for slots in found.families]
+    families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
     follow = lambda recording: Flow(recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside)
     return found.closed(unsteady(module, inputs, flow, follow, families))
+
+
+def _written(families: Iterable[Sequence[_Slot]]) -> set[str]:
+    """The leaves that give channels to what is computed."""
+    return {slot.name for slots in families for slot in slots if slot.writes}
+
+
+def _stays(slot: _Slot, parameters: Mapping[str, Any], written: set[str], frozen: frozenset[str]) -> bool:
+    """Whether what reads a channel is as it is once that is dead, because it is not penalized with it."""
+    kept = slot.name in written or slot.name in frozen or slot.name not in parameters
+    return slot.reads and not slot.writes and kept
 
 
 class _Found(NamedTuple):
@@ -339,6 +366,7 @@ class _Found(NamedTuple):
     module: nn.Module
     flow: Flow
     families: list[list[_Slot]]
+    frozen: frozenset[str] = frozenset()  # Parameters that no training makes zero.
 
     def owners(self) -> list[tuple[str, ...]]:
         """For each family the layers whose outputs they are."""
@@ -351,7 +379,7 @@ class _Found(NamedTuple):
         """The families as dicts."""
         parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         shapes = {name: tuple(x.shape) for name, x in (*parameters.items(), *buffers.items())}
-        families = [_family(slots, self.families, parameters, shapes, inside) for slots in self.families]
+        families = [_family(slots, self.families, parameters, shapes, self.frozen, inside) for slots in self.families]
         return [{inside(name): where for name, where in family.items()} for family in families]
 
     def multiplied(self) -> list[str | None]:
@@ -485,7 +513,7 @@ def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:
     return flow.atoms.find(rows[:, 0] + first)
 
 
-def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _families(flow: Flow, parameters: dict[str, Any], frozen: frozenset[str]) -> list[list[_Slot]]:
     """The slots of each family of sets of atoms that may go, alike in which leaves they are."""
     roots = flow.atoms.find(flow.atoms.parents)
     free = flow.atoms.closed()[roots] < 0
@@ -526,24 +554,21 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
             for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)
         ]
         found.append((slots, here))
-    return _exact(flow, found, parameters)
+    return _exact(flow, found, parameters, frozen)
 
 
-def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _exact(
+    flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any], frozen: frozenset[str]
+) -> list[list[_Slot]]:
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
-        written = {slot.name for slots in families for slot in slots if slot.writes}
+        written = _written(families)
         for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
-            lacking = [
-                slot
-                for slot in slots
-                if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
-                if slot.fold is None
-            ]
+            lacking = [slot for slot in slots if _stays(slot, parameters, written, frozen) and slot.fold is None]
             overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
-            refused = overlap or (demands.get(None) if lacking else None)
+            refused = _fixed(slots, frozen) or overlap or (demands.get(None) if lacking else None)
             if refused is not None:
                 places = [
                     (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
@@ -554,6 +579,14 @@ def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: di
                 break
         else:
             return families
+
+
+def _fixed(slots: list[_Slot], frozen: frozenset[str]) -> str | None:
+    """Why no training makes groups zero, if none does."""
+    name = next((slot.name for slot in slots if slot.writes and slot.name in frozen), None)
+    if name is None:
+        return None
+    return f"'{name}' is frozen (requires_grad=False), so that no training makes it zero; layers= may name its layer"
 
 
 def _is_free(slots: list[_Slot], found: list[list[_Slot]]) -> bool:
@@ -625,12 +658,13 @@ def _family(
     found: list[list[_Slot]],
     parameters: dict[str, Any],
     shapes: dict[str, tuple[int, ...]],
+    frozen: frozenset[str],
     inside: Callable[[str], str],
 ) -> Family:
-    written = {slot.name for others in found for slot in others if slot.writes}
+    written = _written(found)
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
-        penalized = slot.name in parameters and (slot.writes or slot.name not in written)
+        penalized = slot.name in parameters and (slot.writes or slot.name not in {*written, *frozen})
         where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
         if slot.fold is not None and not penalized:
             where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))

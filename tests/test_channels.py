@@ -1126,3 +1126,67 @@ def test_channels_are_followed_where_a_tensor_gets_another_shape_in_place(name, 
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
     assert_equal(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-12)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank one beside it."""
+
+    def __init__(self, inputs, outputs, rank=3):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def frozen(*names, make=lambda: nn.Sequential(*linears(5, 8), nn.ReLU(), *linears(8, 7), nn.ReLU(), *linears(7, 3))):
+    net = make().double().to(DEVICE)
+    for name in names:
+        net.get_parameter(name).requires_grad_(False)
+    return net
+
+
+FROZEN = {
+    "a weight": (lambda: frozen("0.weight"), [("2",)], "'0.weight' is frozen"),
+    "a bias": (lambda: frozen("2.bias"), [("0",)], "'2.bias' is frozen"),
+    "what reads": (lambda: frozen("2.weight", "2.bias"), [("0",)], "'2.weight' is frozen"),
+    "a last layer": (lambda: frozen("4.weight", "4.bias"), [("0",), ("2",)], None),
+    "all": (lambda: nn.Sequential(*frozen()).requires_grad_(False), [("0",), ("2",)], None),
+    "beside adapters": (
+        lambda: frozen(make=lambda: nn.Sequential(Adapted(5, 8), nn.ReLU(), Adapted(8, 3))),
+        [("0.down",), ("2.down",)],
+        "'0.base.weight' is frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters_are_in_no_group(name):
+    make, layers, reason = FROZEN[name]
+    net = make()
+    inputs = (vectors()[0].to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert groups.layers == layers
+    assert (reason is None) == ("is frozen" not in groups.explain())
+    assert (reason or "") in groups.explain()
+    penalized = [
+        leaf
+        for family in groups
+        for leaf, where in family.items()
+        if any([along.penalized for along in fr.families.parts(where)])
+    ]
+    if name != "all":
+        assert all([net.get_parameter(leaf).requires_grad for leaf in penalized])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert entries(smaller) < entries(net)
+
+
+def test_a_frozen_layer_that_is_named_has_groups():
+    net, inputs = frozen("0.weight"), (vectors()[0].to(DEVICE),)
+    assert fr.channel_groups(net, inputs, layers=["0", "2"]).layers == [("0",), ("2",)]
+    with torch.no_grad():
+        net[2].bias.zero_()
+    net[2].bias.requires_grad_(False)  # It is zero, whatever else becomes of its layer.
+    assert fr.channel_groups(net, inputs).layers == [("2",)]

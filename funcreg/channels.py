@@ -440,7 +440,12 @@ def _running(
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
     found = found.closed(found.turned(reasons))
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
-    notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    notes = [
+        f"'{name}', an LSTM, has to keep more hidden units than projections of them (proj_size < hidden_size)"
+        for name, layer in found.module.named_modules()
+        if isinstance(layer, nn.LSTM) and layer.proj_size and any([name in names for names in found.owners()])
+    ]
+    notes += [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
     if trial.uncompared is not None:
         notes.append(
             f"Outputs were not compared, because {trial.uncompared}: give resized example_inputs, if that helps"

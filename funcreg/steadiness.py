@@ -52,7 +52,9 @@ def unsteady(
     runs = [*_with_numbers(given, flow), *(_without_numbers(given) if any(here) else ())]
     for run in runs if due else ():
         other = _followed(module, run, follow)
-        for i in due if other is not None else ():
+        if other is None:
+            continue
+        for i in due:
             if i not in found and (wrong := _unlike(here[i], _constants(other, families[i]), run.training)):
                 found[i] = f"a dead one is {wrong} {run.what}"
         if len(found) == len(due):

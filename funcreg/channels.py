@@ -156,6 +156,7 @@ def _pattern(texts: Sequence[str]) -> str:
 
 
 def _shortened(names: Sequence[str]) -> str:
+    names = [name or "the module itself" for name in names]
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
@@ -274,7 +275,7 @@ def channel_groups(
     flags(inside_heads=inside_heads)
     check_whole_module("channel_groups", module)
     if (inner := inner_module(module)) is not module:
-        module, layers = inner, None if layers is None else without_wrappers(tuple(layers))
+        module, layers = inner, layers if layers is None or isinstance(layers, str) else without_wrappers(tuple(layers))
     if example_inputs is None:
         if rules or inside_heads:
             name = "rules" if rules else "inside_heads"
@@ -629,11 +630,13 @@ def _chosen(module: nn.Module, owners: Sequence[Sequence[str]], layers: Any, typ
     """Which families are of layers that `layers` and `types` choose."""
     known = [name for names in owners for name in names]
     if layers is not None:
+        single = isinstance(layers, str)
         missing = [glob for glob in layers if not any([fnmatchcase(name, glob) for name in known])]
-        if isinstance(layers, str) or missing:
+        if single or missing:
             raise ValueError(
                 f"layers is {layers!r}; expected names among {listed(map(repr, dict.fromkeys(known)))}, or patterns "
-                "that match some. groups.explain() says why others are kept."
+                f"that match some{f', in a list: [{layers!r}]' if single else ''}. groups.explain() says why others "
+                "are kept."
             )
     of_type = lambda name: types is None or isinstance(module.get_submodule(name), types)
     named = lambda name: layers is None or any([fnmatchcase(name, glob) for glob in layers])

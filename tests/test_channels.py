@@ -841,6 +841,8 @@ def test_layers_and_types_choose():
     for wrong in (["nothing"], "gate", ["gate", "down"]):
         with pytest.raises(ValueError, match=r"layers is .*; expected names among 'attention.qkv', 'gate', 'up', or"):
             fr.channel_groups(net, seen, layers=wrong)
+    with pytest.raises(ValueError, match=r"layers is 'gate'; .*, in a list: \['gate'\]"):
+        fr.channel_groups(net, seen, layers="gate")
     with pytest.raises(ValueError, match=r"types is .*Conv2d.*; expected types among those of .* which are Linear"):
         fr.channel_groups(net, seen, types=nn.Conv2d)
 
@@ -1190,3 +1192,19 @@ def test_a_frozen_layer_that_is_named_has_groups():
         net[2].bias.zero_()
     net[2].bias.requires_grad_(False)  # It is zero, whatever else becomes of its layer.
     assert fr.channel_groups(net, inputs).layers == [("2",)]
+
+
+class Scaled(nn.Module):
+    """A parameter of the network itself that scales channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner, self.last = nn.Parameter(torch.ones(8)), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last((self.scale * self.inner(x)).relu())
+
+
+def test_parameters_of_the_network_itself_have_a_name_in_the_table():
+    groups = fr.channel_groups(network(Scaled), vectors())
+    assert "\nthe module itself, inner" in repr(groups)

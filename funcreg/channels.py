@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Params
+from funcreg.atoms import UNKNOWN
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
@@ -216,9 +217,10 @@ def channel_groups(
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
 
-    Channels of a layer that is frozen are kept, too, and of those that are summed with them, unless all parameters are
-    or `layers` has its name: no training makes them zero. A layer that is frozen and reads channels has no part in
-    their norm. What is frozen or set free after that is not seen.
+    Parameters that are frozen have no part in a norm, for no training makes them zero: unless they are zero, channels
+    that they give are kept where what reads them is not penalized. It is otherwise where all parameters are frozen, as
+    of a network that is trained no more, and for layers that `layers` has by their names. What is frozen or set free
+    after that is not seen.
 
     Args:
         module: A module; of one that torch.compile or data parallel wraps the module inside, by whose names families
@@ -285,10 +287,10 @@ def channel_groups(
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
     check_copied(module, rules)
-    flow = _followed(module, example_inputs, inside_heads)
     frozen = _frozen(module, layers)
-    families = _families(flow, dict(module.named_parameters()), frozen)
-    found = _steady(_Found(module, flow, families, frozen), example_inputs)
+    flow = _followed(module, example_inputs, inside_heads, frozen)
+    found = _Found(module, flow, [], frozen)
+    found = _steady(found._replace(families=_families(flow, found.trained(), frozen)), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -313,10 +315,10 @@ def channel_groups(
     )
 
 
-def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
+def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mapping[str, float]) -> Flow:
     """The channels of a forward pass; inside heads once these are known from a first pass over what it did."""
     recording, unequal = record(module, inputs), lambda name: _packs_unequally(module, name)
-    flow = Flow(recording, rule_of, unequal)
+    flow = Flow(recording, rule_of, unequal, None, frozen)
     if not inside_heads:
         return flow
     if not flow.multiplies:
@@ -324,29 +326,32 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
             f"inside_heads has no effect, because {type(module).__name__} multiplies no two tensors of channels, as "
             "attention does with queries and keys"
         )
-    return Flow(recording, rule_of, unequal, flow.heads())
+    return Flow(recording, rule_of, unequal, flow.heads(), frozen)
 
 
-def _frozen(module: nn.Module, layers: Sequence[str] | None) -> frozenset[str]:
-    """The parameters that no training makes zero, but those of layers that are named; none if it is of no training."""
+def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]:
+    """The parameters that no training makes zero, but those of layers that are named; none if it is of no training.
+
+    With each what its entries are: 0 if they are all zero, else not a number.
+    """
     parameters = dict(module.named_parameters())
     if not any([w.requires_grad for w in parameters.values()]):
-        return frozenset()
+        return {}
     named = lambda name: name.rpartition(".")[0] in (layers or ())
-    fixed = [name for name, w in parameters.items() if not w.requires_grad and not named(name)]
-    return frozenset(
-        [name for name in fixed if bool(parameters[name].to(torch.bool).any())]
-    )  # Some are zero from the start.
+    fixed = {name: w for name, w in parameters.items() if not w.requires_grad and not named(name)}
+    return {name: UNKNOWN if bool(w.to(torch.bool).any()) else 0.0 for name, w in fixed.items()}
 
 
 def _steady(found: _Found, inputs: Any) -> _Found:
     """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
-    module, flow = found.module, found.flow
-    parameters, written = dict(module.named_parameters()), _written(found.families)
+    module, flow, frozen = found.module, found.flow, found.frozen
+    trained, written = found.trained(), _written(found.families)
     none = torch.zeros(0, dtype=torch.int64)
-    stay = [any([_stays(slot, parameters, written, found.frozen) for slot in slots]) for slots in found.families]
+    stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
     families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
-    follow = lambda recording: Flow(recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside)
+    follow = lambda recording: Flow(
+        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen
+    )
     return found.closed(unsteady(module, inputs, flow, follow, families))
 
 
@@ -355,10 +360,9 @@ def _written(families: Iterable[Sequence[_Slot]]) -> set[str]:
     return {slot.name for slots in families for slot in slots if slot.writes}
 
 
-def _stays(slot: _Slot, parameters: Mapping[str, Any], written: set[str], frozen: frozenset[str]) -> bool:
+def _stays(slot: _Slot, trained: Mapping[str, Any], written: set[str]) -> bool:
     """Whether what reads a channel is as it is once that is dead, because it is not penalized with it."""
-    kept = slot.name in written or slot.name in frozen or slot.name not in parameters
-    return slot.reads and not slot.writes and kept
+    return slot.reads and not slot.writes and (slot.name in written or slot.name not in trained)
 
 
 class _Found(NamedTuple):
@@ -367,7 +371,11 @@ class _Found(NamedTuple):
     module: nn.Module
     flow: Flow
     families: list[list[_Slot]]
-    frozen: frozenset[str] = frozenset()  # Parameters that no training makes zero.
+    frozen: Mapping[str, float]  # Parameters that no training makes zero.
+
+    def trained(self) -> dict[str, Any]:
+        """The parameters that training may make zero."""
+        return {name: w for name, w in self.module.named_parameters() if name not in self.frozen}
 
     def owners(self) -> list[tuple[str, ...]]:
         """For each family the layers whose outputs they are."""
@@ -378,9 +386,9 @@ class _Found(NamedTuple):
 
     def written(self, inside: Callable[[str], str] = lambda name: name) -> list[Family]:
         """The families as dicts."""
-        parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
-        shapes = {name: tuple(x.shape) for name, x in (*parameters.items(), *buffers.items())}
-        families = [_family(slots, self.families, parameters, shapes, self.frozen, inside) for slots in self.families]
+        leaves = (*self.module.named_parameters(), *self.module.named_buffers())
+        shapes, trained = {name: tuple(x.shape) for name, x in leaves}, self.trained()
+        families = [_family(slots, self.families, trained, shapes, inside) for slots in self.families]
         return [{inside(name): where for name, where in family.items()} for family in families]
 
     def multiplied(self) -> list[str | None]:
@@ -519,7 +527,7 @@ def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:
     return flow.atoms.find(rows[:, 0] + first)
 
 
-def _families(flow: Flow, parameters: dict[str, Any], frozen: frozenset[str]) -> list[list[_Slot]]:
+def _families(flow: Flow, parameters: dict[str, Any], frozen: Iterable[str]) -> list[list[_Slot]]:
     """The slots of each family of sets of atoms that may go, alike in which leaves they are."""
     roots = flow.atoms.find(flow.atoms.parents)
     free = flow.atoms.closed()[roots] < 0
@@ -550,7 +558,8 @@ def _families(flow: Flow, parameters: dict[str, Any], frozen: frozenset[str]) ->
     found: list[tuple[list[_Slot], _Demands]] = []
     for (_, kind), sets in alike.items():
         if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
-            flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
+            reason = _fixed([name for (name, _), *_ in kind], frozen) or "a single channel of its kind"
+            flow.atoms.close(torch.tensor(sets), reason)
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
         here = demands.get(sets[0], {})
@@ -564,7 +573,7 @@ def _families(flow: Flow, parameters: dict[str, Any], frozen: frozenset[str]) ->
 
 
 def _exact(
-    flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any], frozen: frozenset[str]
+    flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any], frozen: Iterable[str]
 ) -> list[list[_Slot]]:
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
@@ -572,9 +581,11 @@ def _exact(
         written = _written(families)
         for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
-            lacking = [slot for slot in slots if _stays(slot, parameters, written, frozen) and slot.fold is None]
+            lacking = [slot for slot in slots if _stays(slot, parameters, written) and slot.fold is None]
             overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
-            refused = _fixed(slots, frozen) or overlap or (demands.get(None) if lacking else None)
+            refused = overlap or (demands.get(None) if lacking else None)
+            if refused is not None and overlap is None:
+                refused = _fixed([slot.name for slot in slots if not slot.reads], frozen) or refused
             if refused is not None:
                 places = [
                     (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
@@ -587,9 +598,9 @@ def _exact(
             return families
 
 
-def _fixed(slots: list[_Slot], frozen: frozenset[str]) -> str | None:
-    """Why no training makes groups zero, if none does."""
-    name = next((slot.name for slot in slots if slot.writes and slot.name in frozen), None)
+def _fixed(names: Iterable[str], frozen: Iterable[str]) -> str | None:
+    """Why no training makes channels zero, if one of these leaves that give them is frozen."""
+    name = next((name for name in names if name in frozen), None)
     if name is None:
         return None
     return f"'{name}' is frozen (requires_grad=False), so that no training makes it zero; layers= may name its layer"
@@ -666,13 +677,12 @@ def _family(
     found: list[list[_Slot]],
     parameters: dict[str, Any],
     shapes: dict[str, tuple[int, ...]],
-    frozen: frozenset[str],
     inside: Callable[[str], str],
 ) -> Family:
     written = _written(found)
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
-        penalized = slot.name in parameters and (slot.writes or slot.name not in {*written, *frozen})
+        penalized = slot.name in parameters and (slot.writes or slot.name not in written)
         where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
         if slot.fold is not None and not penalized:
             where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))

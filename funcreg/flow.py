@@ -7,7 +7,8 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -59,6 +60,7 @@ class Flow:
             `resized` knows how many heads it has of each.
         inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
             None if heads go whole.
+        frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Flow:
         rule_of: Callable[[Operation], Rule],
         packs_unequally: Callable[[str], bool] = lambda name: False,
         inside: Tensor | None = None,
+        frozen: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.atoms = Atoms()
         self.inside = inside
@@ -93,7 +96,7 @@ class Flow:
         self._uses = _uses(recording)
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
-            self._enter(name, ref, 0.0)
+            self._enter(name, ref, frozen.get(name, 0.0))
         for name, ref in recording.buffers.items():
             if ref.dtype.is_floating_point or ref.dtype.is_complex:
                 self._enter(name, ref, UNKNOWN)

@@ -309,10 +309,13 @@ def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
-    """Random numbers of usual size for a parameter; a buffer as it is."""
+    """Random numbers of usual size for a parameter; a buffer as it is, and what is frozen at zero beside others."""
     path, _, own = name.rpartition(".")
     layer = module.get_submodule(path)
-    if own not in layer._parameters or not w.is_floating_point():
+    parameter = layer._parameters.get(own)
+    if parameter is None or not w.is_floating_point():
+        return w
+    if not parameter.requires_grad and any([p.requires_grad for p in module.parameters()]) and not bool(w.any()):
         return w
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     if w.ndim < 2:

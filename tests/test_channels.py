@@ -1151,7 +1151,9 @@ def frozen(*names, make=lambda: nn.Sequential(*linears(5, 8), nn.ReLU(), *linear
 
 FROZEN = {
     "a weight": (lambda: frozen("0.weight"), [("2",)], "'0.weight' is frozen"),
-    "a bias": (lambda: frozen("2.bias"), [("0",)], "'2.bias' is frozen"),
+    "a bias": (lambda: frozen("0.bias"), [("2",)], "'0.bias' is frozen"),
+    "a bias before weights that are penalized": (lambda: frozen("2.bias"), [("0",), ("2",)], None),
+    "a layer": (lambda: frozen("0.weight", "0.bias"), [("2",)], "'0.weight' is frozen"),
     "what reads": (lambda: frozen("2.weight", "2.bias"), [("0",)], "'2.weight' is frozen"),
     "a last layer": (lambda: frozen("4.weight", "4.bias"), [("0",), ("2",)], None),
     "all": (lambda: nn.Sequential(*frozen()).requires_grad_(False), [("0",), ("2",)], None),
@@ -1188,10 +1190,11 @@ def test_frozen_parameters_are_in_no_group(name):
 def test_a_frozen_layer_that_is_named_has_groups():
     net, inputs = frozen("0.weight"), (vectors()[0].to(DEVICE),)
     assert fr.channel_groups(net, inputs, layers=["0", "2"]).layers == [("0",), ("2",)]
+    net[0].weight.requires_grad_(True)
     with torch.no_grad():
-        net[2].bias.zero_()
-    net[2].bias.requires_grad_(False)  # It is zero, whatever else becomes of its layer.
-    assert fr.channel_groups(net, inputs).layers == [("2",)]
+        net[0].bias.zero_()
+    net[0].bias.requires_grad_(False)  # It is zero, whatever else becomes of its layer.
+    assert fr.channel_groups(net, inputs).layers == [("0",), ("2",)]
 
 
 class Scaled(nn.Module):

@@ -205,7 +205,8 @@ def channel_groups(
     if the outputs of these do not form groups. Where they do, the slice is not penalized a second time, because groups
     that overlap have no exact proximal operator; it goes when the channel does, with the running statistics. A dead
     channel that is another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can
-    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
+    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias, or where
+    it is another number on inputs of other sizes or values, with other numbers as arguments, or in training.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
     of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they

@@ -33,7 +33,7 @@ class Between(nn.Module):
 
 def x(*shape):
     torch.manual_seed(0)
-    return torch.randn(*shape, device=DEVICE)
+    return torch.randn(*shape, device="cpu").to(DEVICE)
 
 
 OTHERS = {

@@ -25,12 +25,12 @@ class Agreement:
         if not found:
             raise ValueError(f"{type(module).__name__} gives no tensors on example_inputs that could be compared")
 
-    def problem(self, other: nn.Module) -> Failure | str | None:
-        """What is wrong with another network, None if its outputs are those of the first."""
+    def problem(self, other: nn.Module, least: float = 0.0) -> Failure | str | None:
+        """What is wrong with another network, None if its outputs are those of the first, up to a share at least."""
         found = outputs(other, *self.inputs)
         if isinstance(found, Failure):
             return found
-        return unlike(self.expected, found) or unequal(self.expected, found)
+        return unlike(self.expected, found) or unequal(self.expected, found, least)
 
 
 class Failure(NamedTuple):
@@ -55,14 +55,14 @@ def unlike(expected: list[Tensor], found: list[Tensor]) -> str | None:
     return None
 
 
-def unequal(expected: list[Tensor], found: list[Tensor]) -> str | None:
-    """Which of some outputs differ by more than rounding, and by how much."""
+def unequal(expected: list[Tensor], found: list[Tensor], least: float = 0.0) -> str | None:
+    """Which of some outputs differ by more than rounding, and than a share of the largest entry, and by how much."""
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if (a.is_floating_point() or a.is_complex()) and a.numel():
             # Infinities that mask something out are equal, and what is no number in both.
             gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0, (a - b).abs()).max()
             size = a.abs().masked_fill(~a.isfinite(), 0).max()
-            if not gap <= torch.finfo(a.dtype).eps ** 0.5 * size:  # Not a number is no agreement.
+            if not gap <= max(least, torch.finfo(a.dtype).eps ** 0.5) * size:  # Not a number is no agreement.
                 share = gap / size
                 return f"output {i} of it differs from that of the module by {share:.1e} of the largest entry"
         elif not torch.equal(a, b):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Params
+from funcreg.atoms import UNKNOWN
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
@@ -19,6 +20,7 @@ from funcreg.ranges import flags
 from funcreg.removal import count_alive
 from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
+from funcreg.steadiness import unsteady
 from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.trying import Trial, refused
@@ -155,6 +157,7 @@ def _pattern(texts: Sequence[str]) -> str:
 
 
 def _shortened(names: Sequence[str]) -> str:
+    names = [name or "the module itself" for name in names]
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
@@ -202,7 +205,8 @@ def channel_groups(
     if the outputs of these do not form groups. Where they do, the slice is not penalized a second time, because groups
     that overlap have no exact proximal operator; it goes when the channel does, with the running statistics. A dead
     channel that is another constant there, 0.5 after a sigmoid, goes too if the bias of the layer that reads it can
-    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias.
+    take what it gives (`Along.constant`): not so in a convolution that pads with zeros, or one without a bias, or where
+    it is another number on inputs of other sizes or values, with other numbers as arguments, or in training.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
     of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they
@@ -213,6 +217,11 @@ def channel_groups(
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
     `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
+
+    Parameters that are frozen have no part in a norm, for no training makes them zero: unless they are zero, channels
+    that they give are kept where what reads them is not penalized. It is otherwise where all parameters are frozen, as
+    of a network that is trained no more, and for layers that `layers` has by their names. What is frozen or set free
+    after that is not seen.
 
     Args:
         module: A module; of one that torch.compile or data parallel wraps the module inside, by whose names families
@@ -269,7 +278,7 @@ def channel_groups(
     flags(inside_heads=inside_heads)
     check_whole_module("channel_groups", module)
     if (inner := inner_module(module)) is not module:
-        module, layers = inner, None if layers is None else without_wrappers(tuple(layers))
+        module, layers = inner, layers if layers is None or isinstance(layers, str) else without_wrappers(tuple(layers))
     if example_inputs is None:
         if rules or inside_heads:
             name = "rules" if rules else "inside_heads"
@@ -279,8 +288,10 @@ def channel_groups(
             return families
         return _chosen_in_sequence(module, families, prefix, types, round_to)
     check_copied(module, rules)
-    flow = _followed(module, example_inputs, inside_heads)
-    found = _Found(module, flow, _families(flow, dict(module.named_parameters())))
+    frozen = _frozen(module, layers)
+    flow = _followed(module, example_inputs, inside_heads, frozen)
+    found = _Found(module, flow, [], frozen)
+    found = _steady(found._replace(families=_families(flow, found.trained(), frozen)), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -305,10 +316,10 @@ def channel_groups(
     )
 
 
-def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
+def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mapping[str, float]) -> Flow:
     """The channels of a forward pass; inside heads once these are known from a first pass over what it did."""
     recording, unequal = record(module, inputs), lambda name: _packs_unequally(module, name)
-    flow = Flow(recording, rule_of, unequal)
+    flow = Flow(recording, rule_of, unequal, None, frozen)
     if not inside_heads:
         return flow
     if not flow.multiplies:
@@ -316,7 +327,43 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool) -> Flow:
             f"inside_heads has no effect, because {type(module).__name__} multiplies no two tensors of channels, as "
             "attention does with queries and keys"
         )
-    return Flow(recording, rule_of, unequal, flow.heads())
+    return Flow(recording, rule_of, unequal, flow.heads(), frozen)
+
+
+def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]:
+    """The parameters that no training makes zero, but those of layers that are named; none if it is of no training.
+
+    With each what its entries are: 0 if they are all zero, else not a number.
+    """
+    parameters = dict(module.named_parameters())
+    if not any([w.requires_grad for w in parameters.values()]):
+        return {}
+    named = lambda name: name.rpartition(".")[0] in (layers or ())
+    fixed = {name: w for name, w in parameters.items() if not w.requires_grad and not named(name)}
+    return {name: UNKNOWN if bool(w.to(torch.bool).any()) else 0.0 for name, w in fixed.items()}
+
+
+def _steady(found: _Found, inputs: Any) -> _Found:
+    """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
+    module, flow, frozen = found.module, found.flow, found.frozen
+    trained, written = found.trained(), _written(found.families)
+    none = torch.zeros(0, dtype=torch.int64)
+    stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
+    families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
+    follow = lambda recording: Flow(
+        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen
+    )
+    return found.closed(unsteady(module, inputs, flow, follow, families))
+
+
+def _written(families: Iterable[Sequence[_Slot]]) -> set[str]:
+    """The leaves that give channels to what is computed."""
+    return {slot.name for slots in families for slot in slots if slot.writes}
+
+
+def _stays(slot: _Slot, trained: Mapping[str, Any], written: set[str]) -> bool:
+    """Whether what reads a channel is as it is once that is dead, because it is not penalized with it."""
+    return slot.reads and not slot.writes and (slot.name in written or slot.name not in trained)
 
 
 class _Found(NamedTuple):
@@ -325,6 +372,11 @@ class _Found(NamedTuple):
     module: nn.Module
     flow: Flow
     families: list[list[_Slot]]
+    frozen: Mapping[str, float]  # Parameters that no training makes zero.
+
+    def trained(self) -> dict[str, Any]:
+        """The parameters that training may make zero."""
+        return {name: w for name, w in self.module.named_parameters() if name not in self.frozen}
 
     def owners(self) -> list[tuple[str, ...]]:
         """For each family the layers whose outputs they are."""
@@ -335,9 +387,9 @@ class _Found(NamedTuple):
 
     def written(self, inside: Callable[[str], str] = lambda name: name) -> list[Family]:
         """The families as dicts."""
-        parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
-        shapes = {name: tuple(x.shape) for name, x in (*parameters.items(), *buffers.items())}
-        families = [_family(slots, self.families, parameters, shapes, inside) for slots in self.families]
+        leaves = (*self.module.named_parameters(), *self.module.named_buffers())
+        shapes, trained = {name: tuple(x.shape) for name, x in leaves}, self.trained()
+        families = [_family(slots, self.families, trained, shapes, inside) for slots in self.families]
         return [{inside(name): where for name, where in family.items()} for family in families]
 
     def multiplied(self) -> list[str | None]:
@@ -398,7 +450,12 @@ def _running(
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
     found = found.closed(found.turned(reasons))
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
-    notes = [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    notes = [
+        f"'{name}', an LSTM, has to keep more hidden units than projections of them (proj_size < hidden_size)"
+        for name, layer in found.module.named_modules()
+        if isinstance(layer, nn.LSTM) and layer.proj_size and any([name in names for names in found.owners()])
+    ]
+    notes += [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
     if trial.uncompared is not None:
         notes.append(
             f"Outputs were not compared, because {trial.uncompared}: give resized example_inputs, if that helps"
@@ -471,7 +528,7 @@ def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:
     return flow.atoms.find(rows[:, 0] + first)
 
 
-def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _families(flow: Flow, parameters: dict[str, Any], frozen: Iterable[str]) -> list[list[_Slot]]:
     """The slots of each family of sets of atoms that may go, alike in which leaves they are."""
     roots = flow.atoms.find(flow.atoms.parents)
     free = flow.atoms.closed()[roots] < 0
@@ -502,7 +559,8 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
     found: list[tuple[list[_Slot], _Demands]] = []
     for (_, kind), sets in alike.items():
         if len(sets) == 1 or not any([is_written for _, _, is_written, _ in kind]):
-            flow.atoms.close(torch.tensor(sets), "a single channel of its kind")
+            reason = _fixed([name for (name, _), *_ in kind], frozen) or "a single channel of its kind"
+            flow.atoms.close(torch.tensor(sets), reason)
             continue
         rows = [torch.tensor([members[root][slot] for root in sets]) for slot, *_ in kind]
         here = demands.get(sets[0], {})
@@ -512,24 +570,23 @@ def _families(flow: Flow, parameters: dict[str, Any]) -> list[list[_Slot]]:
             for ((name, dim), _, w, r), own in zip(kind, rows, strict=True)
         ]
         found.append((slots, here))
-    return _exact(flow, found, parameters)
+    return _exact(flow, found, parameters, frozen)
 
 
-def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any]) -> list[list[_Slot]]:
+def _exact(
+    flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: dict[str, Any], frozen: Iterable[str]
+) -> list[list[_Slot]]:
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
-        written = {slot.name for slots in families for slot in slots if slot.writes}
+        written = _written(families)
         for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
-            lacking = [
-                slot
-                for slot in slots
-                if slot.reads and not slot.writes and (slot.name in written or slot.name not in parameters)
-                if slot.fold is None
-            ]
+            lacking = [slot for slot in slots if _stays(slot, parameters, written) and slot.fold is None]
             overlap = None if _is_free(slots, families) else "another family has these entries along another dimension"
             refused = overlap or (demands.get(None) if lacking else None)
+            if refused is not None and overlap is None:
+                refused = _fixed([slot.name for slot in slots if not slot.reads], frozen) or refused
             if refused is not None:
                 places = [
                     (first, slot) for slot in slots for dim, first, _ in flow.starts[slot.name] if dim == slot.dim
@@ -540,6 +597,14 @@ def _exact(flow: Flow, found: list[tuple[list[_Slot], _Demands]], parameters: di
                 break
         else:
             return families
+
+
+def _fixed(names: Iterable[str], frozen: Iterable[str]) -> str | None:
+    """Why no training makes channels zero, if one of these leaves that give them is frozen."""
+    name = next((name for name in names if name in frozen), None)
+    if name is None:
+        return None
+    return f"'{name}' is frozen (requires_grad=False), so that no training makes it zero; layers= may name its layer"
 
 
 def _is_free(slots: list[_Slot], found: list[list[_Slot]]) -> bool:
@@ -577,11 +642,13 @@ def _chosen(module: nn.Module, owners: Sequence[Sequence[str]], layers: Any, typ
     """Which families are of layers that `layers` and `types` choose."""
     known = [name for names in owners for name in names]
     if layers is not None:
+        single = isinstance(layers, str)
         missing = [glob for glob in layers if not any([fnmatchcase(name, glob) for name in known])]
-        if isinstance(layers, str) or missing:
+        if single or missing:
             raise ValueError(
                 f"layers is {layers!r}; expected names among {listed(map(repr, dict.fromkeys(known)))}, or patterns "
-                "that match some. groups.explain() says why others are kept."
+                f"that match some{f', in a list: [{layers!r}]' if single else ''}. groups.explain() says why others "
+                "are kept."
             )
     of_type = lambda name: types is None or isinstance(module.get_submodule(name), types)
     named = lambda name: layers is None or any([fnmatchcase(name, glob) for glob in layers])
@@ -613,7 +680,7 @@ def _family(
     shapes: dict[str, tuple[int, ...]],
     inside: Callable[[str], str],
 ) -> Family:
-    written = {slot.name for others in found for slot in others if slot.writes}
+    written = _written(found)
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
         penalized = slot.name in parameters and (slot.writes or slot.name not in written)

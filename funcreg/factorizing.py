@@ -94,7 +94,9 @@ def factorized(
         return _read(smaller, state)
     named = dict(smaller.named_modules())
     if isinstance(layers, str) or not set(layers or ()) <= set(named):
-        raise ValueError(f"layers is {layers!r}; expected names among {listed(named)}")
+        known = listed([repr(name) for name in named if name]) if len(named) > 1 else "'', the module itself"
+        where = f", in a list: [{layers!r}]" if isinstance(layers, str) else ""
+        raise ValueError(f"layers is {layers!r}; expected names among {known}{where}")
     refused = _refused(smaller)
     made: dict[int, nn.Module] = {}
     said: list[str] = []
@@ -111,6 +113,8 @@ def factorized(
         if layers is not None:
             raise ValueError(f"layers names '{name}', which cannot be two thin layers: {refused.get(name) or said[-1]}")
     if layers is None and not made:
+        kinds = (nn.Linear, *CONVOLUTIONS)
+        said += [f"'{name}' stays: {why}" for name, why in refused.items() if isinstance(named[name], kinds)]
         warn_user(
             f"factorized found no layer that is smaller as two at tolerance={tolerance}: "
             f"{'; '.join(said[:10]) or 'no linear layer or convolution of one group'}. Low rank comes from the "

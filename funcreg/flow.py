@@ -7,7 +7,8 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -59,6 +60,7 @@ class Flow:
             `resized` knows how many heads it has of each.
         inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
             None if heads go whole.
+        frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Flow:
         rule_of: Callable[[Operation], Rule],
         packs_unequally: Callable[[str], bool] = lambda name: False,
         inside: Tensor | None = None,
+        frozen: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.atoms = Atoms()
         self.inside = inside
-        self._recording = recording
+        self.recording = recording
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
@@ -89,10 +92,11 @@ class Flow:
         self._multiplied: list[tuple[Tensor, str]] = []  # Atoms over which such a product sums, where they may go.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
+        self._stored = {ref.storage for ref in recording.parameters.values()}
         self._uses = _uses(recording)
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
-            self._enter(name, ref, 0.0)
+            self._enter(name, ref, frozen.get(name, 0.0))
         for name, ref in recording.buffers.items():
             if ref.dtype.is_floating_point or ref.dtype.is_complex:
                 self._enter(name, ref, UNKNOWN)
@@ -221,7 +225,7 @@ class Flow:
         # The families without which each tensor is a constant; tensors that are constants anyhow are not among them.
         cuts: dict[Ref, frozenset[int]] = {}
         made: set[Ref] = set()
-        for operation in self._recording.operations:
+        for operation in self.recording.operations:
             given = refs_in([operation.args, operation.kwargs])
             cuts.update({ref: frozenset[int]() for ref in given if ref not in made and ref not in self.weights})
             before = [cuts[ref] for ref in given if ref in cuts]
@@ -232,7 +236,7 @@ class Flow:
                 if before and ref not in self.weights:
                     cuts[ref] = frozenset.intersection(*before) | self._killers(ref, numbers)
             made.update([*operation.results, *operation.written])
-        ends = [cuts[ref] for ref in self._recording.outputs if ref in cuts]
+        ends = [cuts[ref] for ref in self.recording.outputs if ref in cuts]
         found = frozenset.intersection(*ends) if ends else frozenset[int]()
         return [i in found for i in range(len(families))]
 
@@ -240,6 +244,10 @@ class Flow:
         """The families each of which has all entries of a tensor."""
         found = [numbers[self.atoms.find(c.ids)].unique() for c in self.known.get(ref, ())]
         return frozenset([int(each) for each in found if each.numel() == 1 and int(each) >= 0])
+
+    def is_parameter(self, ref: Ref) -> bool:
+        """Whether a tensor is a parameter, or a view of one."""
+        return ref.storage in self._stored
 
     def _leaf(self, ref: Any) -> str | None:
         """The name of a parameter that is used once, as it is or with its dimensions in another order."""

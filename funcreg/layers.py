@@ -155,7 +155,9 @@ def _product(flow: Flow, operation: Operation) -> list[Components]:
 
 
 def _multiplied(flow: Flow, a: Ref, b: Ref) -> Components:
-    read = 1 if b in flow.weights and a not in flow.weights else 0 if a in flow.weights else None
+    # What is computed of buffers and parameters alone is what a layer reads, too.
+    reads = b in flow.weights and (a not in flow.weights or (flow.is_parameter(b) and not flow.is_parameter(a)))
+    read = 1 if reads else 0 if a in flow.weights else None
     x, y, shapes = flow.of(a), flow.of(b), [list(a.shape), list(b.shape)]
     vector = len(shapes[1]) == 1
     if vector:

@@ -52,7 +52,7 @@ class Recording(NamedTuple):
     unseen: str = ""  # Why it is not known what it does in training, where it uses other parameters then.
 
 
-def record(module: nn.Module, example_inputs: Any) -> Recording:
+def record(module: nn.Module, example_inputs: Any, training: bool = False) -> Recording:
     """Run a module once, in evaluation and without gradients, and write down what it does.
 
     Where it leaves parameters unused, it runs a second time, as in training, for it may take another branch there.
@@ -60,6 +60,7 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     Args:
         module: A module; its modes of training are restored.
         example_inputs: A tensor, a tuple of arguments, a dict of keyword arguments, or a tuple of both.
+        training: Whether it runs as in training, and no second time.
 
     Raises:
         ValueError: The module raises an error on them, or a tensor has no memory.
@@ -72,10 +73,14 @@ def record(module: nn.Module, example_inputs: Any) -> Recording:
     run = lambda: module(*args, **kwargs)
     unseen = ""
     try:
-        module.eval()
-        made = [_written_down(module, recorder, run)]
+        module.train(training)
+        made: list[Any] = []
+        if not training:
+            made.append(_written_down(module, recorder, run))
+        elif unseen := _in_training(module, recorder, run, made):
+            raise Unrecorded(f"{type(module).__name__} failed on example_inputs in training: {unseen}")
         used = {ref for each in recorder.operations for ref in refs_in([each.args, each.kwargs])}
-        if not used.issuperset(parameters.values()):
+        if not training and not used.issuperset(parameters.values()):
             module.train()
             unseen = _in_training(module, recorder, run, made)
     except Unrecorded:
@@ -131,7 +136,7 @@ def _needed(operations: list[Operation], outputs: list[Ref]) -> list[Operation]:
 
 
 class Unrecorded(ValueError):
-    """A forward pass whose tensors cannot be told apart."""
+    """A forward pass whose tensors cannot be told apart, or one that fails in training."""
 
 
 def _failure(module: nn.Module, recorder: _Recorder, error: Exception, args: Any, kwargs: Any) -> str:
@@ -248,7 +253,7 @@ class _Recorder:
             made = func(*args)
         finally:
             self._inside = False
-        self._write(overload, args, {}, made, [])
+        self._write(overload, args, {}, made, [], (_refs(args), {}))
         return made
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,17 +264,27 @@ class _Recorder:
         given = [*zip([each.name for each in arguments], args, strict=False), *kwargs.items()]
         writes = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
         into = [x for name, value in given if name in writes for x in _tensors(value)]
+        if torch.Tag.inplace_view in func.tags:  # It changes the shape of its argument, and none of its numbers.
+            into = []
+        before = _refs(args), _refs(kwargs)
         made = func(*args, **kwargs)
-        self._write(func, args, kwargs, made, into)
+        self._write(func, args, kwargs, made, into, before)
         return made
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any, into: list[Tensor]) -> None:
+    def _write(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: Any,
+        into: list[Tensor],
+        before: tuple[Any, dict[str, Any]],
+    ) -> None:
         results = _tensors(made)
         self._alive += [x.untyped_storage() for x in (*results, *_tensors(args), *_tensors(list(kwargs.values())))]
         refs = [_ref(x) for x in into]
         here = self.running[-1] if self.running else ""
-        operation = Operation(func, _refs(args), _refs(kwargs), [_ref(x) for x in results], refs, here)
-        self.operations.append(operation)
+        self.operations.append(Operation(func, *before, [_ref(x) for x in results], refs, here))
 
 
 def _mode(recorder: _Recorder) -> Any:

@@ -32,6 +32,8 @@ from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Functions in the order in which they were called, and the numbers that they were given.
 _Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
+#: What errors say of the last trial.
+_ONE_LEFT = "with one of these channels left"
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 
@@ -69,6 +71,7 @@ class Trial:
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
+        self._how = ""  # How many channels are left.
         self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
         self._computed_with: _Computed = []
@@ -86,7 +89,10 @@ class Trial:
 
     def problem(self, chosen: Sequence[int]) -> str | None:
         """What goes wrong without some of the groups of these families, None if nothing does."""
-        for left in dict.fromkeys(self._left(chosen)):
+        ways = {self._allowed(chosen, left): "without some of these channels" for left in self._left(chosen)}
+        # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
+        ways.setdefault(self._allowed(chosen, [1] * len(chosen)), _ONE_LEFT)
+        for left, self._how in ways.items():
             self._scale = None
             found = self._problem_with(chosen, left)
             if found is None and self._comparable is not None:
@@ -102,6 +108,24 @@ class Trial:
         if self._inside_heads and any([self._multiplied[i] for i in chosen]):
             # Less of queries and keys alone, which the same number of all would hide to be wrong.
             yield tuple([n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]])
+
+    def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
+        """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
+        found = dict(zip(chosen, left, strict=True))
+        for units, projections in self._projected:
+            if units in found:
+                found[units] = min(self._counts[units], max(found[units], 1 + found.get(*projections)))
+        return tuple(found.values())
+
+    @functools.cached_property
+    def _projected(self) -> list[tuple[int, tuple[int, int]]]:
+        """Families of hidden units, with that of their projections, and how many these are."""
+        several: list[tuple[int, tuple[int, int]]] = []
+        for name, w in self._leaves.items():
+            if name.rpartition(".")[2] == "weight_hr_l0":
+                dims = {parts(family[name])[0].dim: i for i, family in enumerate(self.families) if name in family}
+                several += [(dims[1], (dims.get(0, -1), len(w)))] if 1 in dims else []
+        return several
 
     def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
         """A half of the groups of each family, of some less, so that layers come to differ in width."""
@@ -206,7 +230,8 @@ class Trial:
 
     def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
         with self._written_down() as numbers:
-            wrong = agreement.problem(smaller)
+            # With one channel left rounding may be a greater share of outputs; what broadcasts makes others of them.
+            wrong = agreement.problem(smaller, 1e-3 if self._how == _ONE_LEFT else 0.0)
         return wrong if isinstance(wrong, Failure) else self._other_number(whole, numbers) or wrong
 
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
@@ -226,7 +251,13 @@ class Trial:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
         else:
             holds = f"{_named(self.module, path)} may have a width or a count as a number of its own, or in its code"
-        what = f"without some of these channels the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
+        what = f"{self._how} the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
+        if self._how == _ONE_LEFT:
+            what = what if isinstance(wrong, Failure) else f"{self._how} {wrong}"
+            return (
+                f"{what}. Let its forward name the dimensions that squeeze takes away (x.flatten(1), x.squeeze(-1)), "
+                "or let more than one be left: round_to=2"
+            )
         return (
             f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
@@ -278,10 +309,13 @@ def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
-    """Random numbers of usual size for a parameter; a buffer as it is."""
+    """Random numbers of usual size for a parameter; a buffer as it is, and what is frozen at zero beside others."""
     path, _, own = name.rpartition(".")
     layer = module.get_submodule(path)
-    if own not in layer._parameters or not w.is_floating_point():
+    parameter = layer._parameters.get(own)
+    if parameter is None or not w.is_floating_point():
+        return w
+    if not parameter.requires_grad and any([p.requires_grad for p in module.parameters()]) and not bool(w.any()):
         return w
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     if w.ndim < 2:

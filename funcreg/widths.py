@@ -223,6 +223,12 @@ def _recurrent(place: Place) -> None:
     layer.input_size, layer.hidden_size = into.shape[1], across.shape[0] // _GATES.get(kind, 1)
     if not cell and layer.proj_size:
         layer.proj_size = across.shape[1]
+        if layer.proj_size >= layer.hidden_size:
+            raise ValueError(
+                f"'{place.name}', an LSTM, is left {layer.hidden_size} hidden units and {layer.proj_size} projections "
+                "of them; torch takes fewer projections than hidden units (proj_size < hidden_size). Let more hidden "
+                "units stay, by a smaller strength for their family, or leave them as they are by layers="
+            )
     expected = {name: tuple(x.shape) for name, x in _like(layer).items()}
     for name, x in layer.named_parameters(recurse=False):
         if tuple(x.shape) != expected[name]:

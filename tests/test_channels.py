@@ -841,6 +841,8 @@ def test_layers_and_types_choose():
     for wrong in (["nothing"], "gate", ["gate", "down"]):
         with pytest.raises(ValueError, match=r"layers is .*; expected names among 'attention.qkv', 'gate', 'up', or"):
             fr.channel_groups(net, seen, layers=wrong)
+    with pytest.raises(ValueError, match=r"layers is 'gate'; .*, in a list: \['gate'\]"):
+        fr.channel_groups(net, seen, layers="gate")
     with pytest.raises(ValueError, match=r"types is .*Conv2d.*; expected types among those of .* which are Linear"):
         fr.channel_groups(net, seen, types=nn.Conv2d)
 
@@ -1065,3 +1067,147 @@ def test_what_is_kept_in_numbered_layers_stands_in_one_line_and_pixels_are_no_ch
     assert sum(map(len, groups.kept.values())) > 15
     pictures = network(lambda: nn.Sequential(CONV(3, 6, 3), nn.ReLU(), CONV(6, 2, 3)))
     assert "kernel" not in fr.channel_groups(pictures, images()).explain()
+
+
+class Coordinates(nn.Module):
+    """A bias that a network computes of coordinates in a buffer, as Swin Transformer v2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("coordinates", torch.linspace(-1, 1, 12).reshape(6, 2))
+        self.hidden, self.bias = nn.Linear(2, 32), nn.Linear(32, 8, bias=False)
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x) + self.bias(F.relu(self.hidden(self.coordinates))).sum(0)))
+
+
+class Frequencies(nn.Module):
+    """Features of the input by random frequencies in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", drawn(5, 6))
+        self.hidden, self.last = nn.Linear(12, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = x @ self.frequencies
+        return self.last(F.relu(self.hidden(torch.cat([x.sin(), x.cos()], -1))))
+
+
+@pytest.mark.parametrize("make", [Coordinates, Frequencies])
+def test_hidden_units_go_before_dimensions_of_a_buffer(make):
+    net = make().double().to(DEVICE)
+    inputs = (vectors()[0].to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert dict(zip(groups.layers, groups.counts, strict=True))[("hidden",)] == 32
+    assert not any([name in family for family in groups for name in ("coordinates", "frequencies")])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert smaller.hidden.out_features == 16
+
+
+IN_PLACE = {
+    "squeeze_": lambda h: h.unsqueeze(1).relu().squeeze_(1),
+    "squeeze_ of all": lambda h: h.relu().squeeze_().view(len(h), -1),
+    "unsqueeze_": lambda h: h.relu().unsqueeze_(1).relu()[:, 0],
+    "t_": lambda h: h.relu().t_().relu().t(),
+    "transpose_": lambda h: h.relu().transpose_(0, 1).relu().T,
+    "swapaxes_": lambda h: h.relu().swapaxes_(0, 1).clone().t_(),
+    "several": lambda h: h.relu().unsqueeze_(0).squeeze_(0).t_().t_(),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_channels_are_followed_where_a_tensor_gets_another_shape_in_place(name, batch):
+    net = between(lambda net, h: IN_PLACE[name](h)).double().to(DEVICE)
+    inputs = (drawn(batch, 5).to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert groups.counts == [6]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert_equal(outputs(smaller, inputs), outputs(dead, inputs), rtol=1e-12)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank one beside it."""
+
+    def __init__(self, inputs, outputs, rank=3):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def frozen(*names, make=lambda: nn.Sequential(*linears(5, 8), nn.ReLU(), *linears(8, 7), nn.ReLU(), *linears(7, 3))):
+    net = make().double().to(DEVICE)
+    for name in names:
+        net.get_parameter(name).requires_grad_(False)
+    return net
+
+
+FROZEN = {
+    "a weight": (lambda: frozen("0.weight"), [("2",)], "'0.weight' is frozen"),
+    "a bias": (lambda: frozen("0.bias"), [("2",)], "'0.bias' is frozen"),
+    "a bias before weights that are penalized": (lambda: frozen("2.bias"), [("0",), ("2",)], None),
+    "a layer": (lambda: frozen("0.weight", "0.bias"), [("2",)], "'0.weight' is frozen"),
+    "what reads": (lambda: frozen("2.weight", "2.bias"), [("0",)], "'2.weight' is frozen"),
+    "a last layer": (lambda: frozen("4.weight", "4.bias"), [("0",), ("2",)], None),
+    "all": (lambda: nn.Sequential(*frozen()).requires_grad_(False), [("0",), ("2",)], None),
+    "beside adapters": (
+        lambda: frozen(make=lambda: nn.Sequential(Adapted(5, 8), nn.ReLU(), Adapted(8, 3))),
+        [("0.down",), ("2.down",)],
+        "'0.base.weight' is frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters_are_in_no_group(name):
+    make, layers, reason = FROZEN[name]
+    net = make()
+    inputs = (vectors()[0].to(DEVICE),)
+    groups = fr.channel_groups(net, inputs)
+    assert groups.layers == layers
+    assert (reason is None) == ("is frozen" not in groups.explain())
+    assert (reason or "") in groups.explain()
+    penalized = [
+        leaf
+        for family in groups
+        for leaf, where in family.items()
+        if any([along.penalized for along in fr.families.parts(where)])
+    ]
+    if name != "all":
+        assert all([net.get_parameter(leaf).requires_grad for leaf in penalized])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert entries(smaller) < entries(net)
+
+
+def test_a_frozen_layer_that_is_named_has_groups():
+    net, inputs = frozen("0.weight"), (vectors()[0].to(DEVICE),)
+    assert fr.channel_groups(net, inputs, layers=["0", "2"]).layers == [("0",), ("2",)]
+    net[0].weight.requires_grad_(True)
+    with torch.no_grad():
+        net[0].bias.zero_()
+    net[0].bias.requires_grad_(False)  # It is zero, whatever else becomes of its layer.
+    assert fr.channel_groups(net, inputs).layers == [("0",), ("2",)]
+
+
+class Scaled(nn.Module):
+    """A parameter of the network itself that scales channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner, self.last = nn.Parameter(torch.ones(8)), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last((self.scale * self.inner(x)).relu())
+
+
+def test_parameters_of_the_network_itself_have_a_name_in_the_table():
+    groups = fr.channel_groups(network(Scaled), vectors())
+    assert "\nthe module itself, inner" in repr(groups)

@@ -365,3 +365,41 @@ def test_where_it_has_no_effect_or_is_no_bool_is_an_error():
         fr.channel_groups(mlp, vectors(), inside_heads=1)
     with pytest.raises(TypeError, match="inside_heads is None"):
         fr.resized(mlp, mlp.state_dict(), inside_heads=None)
+
+
+class Shared(nn.Module):
+    """Attention by hand with a single head of keys and values, and a frozen slope for each head of queries."""
+
+    def __init__(self, how, heads=4, of_keys=1):
+        super().__init__()
+        self.how, width = how, 4
+        self.q, self.k = nn.Linear(16, heads * width), nn.Linear(16, of_keys * width)
+        self.v, self.o = nn.Linear(16, of_keys * width), nn.Linear(heads * width, 16)
+        self.slopes = nn.Parameter(torch.linspace(0.5, 1, heads)[:, None, None], requires_grad=False)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (SHARED[self.how](y, q.shape[1] // y.shape[1]) for y in (k, v))
+        scores = q @ k.transpose(-1, -2) / 2 * self.slopes
+        return x + self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+SHARED = {
+    "repeat_interleave": lambda y, times: y.repeat_interleave(times, 1),
+    "repeat": lambda y, times: y.repeat(1, times, 1, 1),
+    "expand": lambda y, times: y[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2),
+    "broadcast": lambda y, times: y,
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_heads_of_queries_go_that_share_one_head_of_keys(how):
+    net = network(lambda: Shared(how))
+    inputs = (drawn(2, 5, 16),)
+    groups = fr.channel_groups(net, inputs)
+    assert groups.counts == [4]
+    assert groups[0]["slopes"] == fr.Along(0, penalized=False)
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), inputs)
+    assert smaller.q.out_features == 8
+    assert smaller.k.out_features == 4

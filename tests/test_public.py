@@ -82,7 +82,7 @@ LAYERS = [
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["graphs", "rounding"],
+    ["graphs", "rounding", "steadiness"],
     ["coarse"],
     [
         "annealing",

@@ -158,3 +158,20 @@ def test_a_recurrent_network_is_regularized_made_smaller_and_trained_on():
     going.load_state_dict(state)
     made(x.to(DEVICE)).square().mean().backward()
     going.step()
+
+
+@pytest.mark.parametrize("sizes", [(8, 5), (6, 5), (8, 7)])
+def test_more_hidden_units_than_projections_have_to_stay(sizes):
+    hidden, projections = sizes
+    net = network(lambda: tagger(LSTM(5, hidden, num_layers=2, proj_size=projections), projections))
+    groups = fr.channel_groups(net, sequences())
+    assert sorted(groups.counts) == sorted(sizes)
+    assert "'first', an LSTM, has to keep more hidden units than projections of them" in groups.explain()
+    with torch.no_grad():
+        for name, w in net.first.named_parameters():
+            if "_hr_" in name:
+                w[:, 3:] = 0
+            else:
+                w.view(4, hidden, -1)[:, 3:] = 0
+    with pytest.raises(ValueError, match=r"'first', an LSTM, is left 3 hidden units and . projections.*smaller streng"):
+        fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups))

@@ -112,8 +112,8 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     real = trying.outputs
     monkeypatch.setattr(trying, "outputs", lambda *args: (ran.append(1), real(*args))[1])
     fr.channel_groups(network(lambda: GPT(6)), words(), rules={Packed: narrow})
-    # As it is, with drawn weights and two seeds, without a half of each family, and without one group of each.
-    assert len(ran) == 5
+    # As it is, with drawn weights and two seeds, without a half of each family, without one group, and with one left.
+    assert len(ran) == 6
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
     assert len(ran) < 40  # Several numbers are tried for each of the few sets of families.
@@ -468,3 +468,33 @@ def test_images_of_half_precision_and_other_devices_are_tried_where_they_are(gro
     net = nn.Sequential(CONV(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), CONV(8, 4, 1, groups=4 if groups else 1))
     net = net.append(CONV(4, 2, 1)).bfloat16().eval().to(DEVICE)
     assert fr.channel_groups(net, (images()[0].bfloat16(),)).counts
+
+
+class Squeezed(nn.Module):
+    """A pooled image whose channels a squeeze takes away where one is left."""
+
+    def __init__(self, squeeze):
+        super().__init__()
+        self.conv, self.inner, self.last, self.squeeze = nn.Conv2d(3, 8, 3), nn.Linear(8, 6), nn.Linear(6, 3), squeeze
+
+    def forward(self, x):
+        return self.last(F.relu(self.inner(self.squeeze(F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1)))))
+
+
+def test_channels_of_which_one_may_not_be_left_are_kept():
+    groups = fr.channel_groups(network(lambda: Squeezed(lambda x: x.squeeze())), images())
+    assert groups.layers == [("inner",)]
+    assert "with one of these channels left the network fails in 'inner', a Linear" in groups.explain()
+    assert "round_to=2" in groups.explain()
+    apart = lambda x: x.squeeze(-1).squeeze(-1)
+    assert fr.channel_groups(network(lambda: Squeezed(apart)), images()).counts == [8, 6]
+    rounded = fr.channel_groups(network(lambda: Squeezed(lambda x: x.squeeze())), images(), round_to=2)
+    assert rounded.counts == [8, 6]
+
+
+def test_values_are_compared_where_one_channel_is_left():
+    """A sum that broadcasts where one channel is left gives as many entries, and others."""
+    wide = lambda x: x.flatten(1) if x.shape[1] > 1 else 2 * x.flatten(1)
+    groups = fr.channel_groups(network(lambda: Squeezed(wide)), images())
+    assert groups.layers == [("inner",)]
+    assert "with one of these channels left output 0 of it differs" in groups.explain()

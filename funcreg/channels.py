@@ -43,6 +43,7 @@ class ChannelGroups(list[Family]):
         round_to: What numbers of channels stay multiples of in `remove_dead`.
         necks: For each family whether outputs are the same at every input once all of its groups are dead.
         notes: What will be seen at the end alone, when the network is made smaller.
+        least: How many groups of each family `remove_dead` leaves at least, one where none are given.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 6))
@@ -69,11 +70,12 @@ class ChannelGroups(list[Family]):
         round_to: int = 1,
         necks: Sequence[bool] = (),
         notes: Sequence[str] = (),
+        least: Sequence[int] = (),
     ) -> None:
         super().__init__(families)
         self.counts, self.sizes, self.layers = list(counts), list(sizes), list(layers)
         self.kept = dict(kept or {})
-        self.round_to, self.necks, self.notes = round_to, list(necks), list(notes)
+        self.round_to, self.necks, self.notes, self.least = round_to, list(necks), list(notes), list(least)
 
     def __repr__(self) -> str:
         if len(self.counts) != len(self):
@@ -313,6 +315,7 @@ def channel_groups(
         round_to,
         () if prefix else flow.necks([_sets(flow, slots) for slots in found.families]),
         notes,
+        found.least,
     )
 
 
@@ -373,6 +376,7 @@ class _Found(NamedTuple):
     flow: Flow
     families: list[list[_Slot]]
     frozen: Mapping[str, float]  # Parameters that no training makes zero.
+    least: Sequence[int] = ()  # How many groups of each stay, whatever is dead.
 
     def trained(self) -> dict[str, Any]:
         """The parameters that training may make zero."""
@@ -448,13 +452,16 @@ def _running(
     reasons = refused(trial)
     if pairs := _pairs(found, reasons):
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
-    found = found.closed(found.turned(reasons))
+    two = {owners: why for i, why in trial.needs_two.items() if (owners := found.owners()[i]) and i not in reasons}
+    least = [n for i, n in enumerate(trial.least) if i not in reasons]
+    found = found.closed(found.turned(reasons))._replace(least=least)
     numbers = sorted({f"{kind.__name__}.{attribute}" for kind, attribute in trial.unsettled})
     notes = [
         f"'{name}', an LSTM, has to keep more hidden units than projections of them (proj_size < hidden_size)"
         for name, layer in found.module.named_modules()
         if isinstance(layer, nn.LSTM) and layer.proj_size and any([name in names for names in found.owners()])
     ]
+    notes += [f"At least two channels of {listed(layers)} stay: {why}" for layers, why in two.items()]
     notes += [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
     if trial.uncompared is not None:
         notes.append(

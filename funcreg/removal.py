@@ -58,7 +58,8 @@ def remove_dead(
 
     Leaves that no family names stay as they are; buffers may be among the leaves (`with_buffers`), and are sliced if
     a family names them. Where a dead channel is a constant that is not 0 the bias of what reads it takes this (see
-    `Along`). One group of a family always stays, so that no layer is left without entries. Sharded leaves
+    `Along`). One group of a family always stays, so that no layer is left without entries, and two where
+    `channel_groups` found that the network needs them. Sharded leaves
     come back whole. The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or
     mapped over.
 
@@ -117,11 +118,15 @@ def remove_dead(
         raise ValueError("names has no effect without the state_dict of a torch optimizer; give both, or neither")
     paths = tree_paths(params)
     leaves, rebuild = flatten(gathered(params))
-    families = [_Family(i, family, _used(leaves, family)) for i, family in enumerate(places_of(groups, params))]
+    places, least = places_of(groups, params), getattr(groups, "least", [])
+    least = least if len(least) == len(places) else [1] * len(places)
+    families = [_Family(i, each, _used(leaves, each), least[i]) for i, each in enumerate(places)]
     families = [family for family in families if len(family.used)]  # Penalized leaves may not be here.
     if (problem := _problem(paths, leaves, families, groups, multiple)) is not None:
         warn_user(problem)
-    staying = [(family.places, _staying(family.used.any(0), family.places, multiple)) for family in families]
+    staying = [
+        (family.places, _staying(family.used.any(0), family.places, multiple, family.least)) for family in families
+    ]
     made, cuts = _without(paths, leaves, staying)
     by_name = {paths[leaf]: cut for leaf, cut in cuts.items()}
     smaller = rebuild(made)
@@ -139,6 +144,11 @@ class _Family(NamedTuple):
     number: int
     places: list[Place]
     used: Tensor  # For each penalized leaf and each group whether an entry is not zero.
+    least: int  # How many groups stay, whatever is dead.
+
+    def staying(self, multiple: int) -> Tensor:
+        """Which groups stay."""
+        return _staying(self.used.any(0), self.places, multiple, self.least)
 
 
 class Alive(NamedTuple):
@@ -199,11 +209,11 @@ def _without(
     return [_cut(leaf, cuts[i]) if i in cuts else leaf for i, leaf in enumerate(folded)], cuts
 
 
-def _staying(alive: Tensor, family: list[Place], multiple: int) -> Tensor:
-    """Which groups of a family stay: those that are alive, at least one, and dead ones up to a multiple."""
+def _staying(alive: Tensor, family: list[Place], multiple: int, least: int = 1) -> Tensor:
+    """Which groups of a family stay: those that are alive, at least one or more, and dead ones up to a multiple."""
     first = next(along for _, along in family if along.penalized)
     share = multiple // gcd(multiple, first.size if first.entries is None else len(first.entries[0]))
-    wanted = min(len(alive), max(1, -(-int(alive.sum()) // share) * share))
+    wanted = min(len(alive), max(least, -(-int(alive.sum()) // share) * share))
     spare = (~alive).nonzero()[:, 0]
     alive[spare[: wanted - int(alive.sum())]] = True
     return alive
@@ -223,7 +233,9 @@ def _problem(names: list[str], leaves: list[Tensor], families: list[_Family], gr
             "penalty, regularize(optimizer, coupled(group_lasso, groups), strength=...) or an optimizer such as "
             "prox_adam, and not from a term in the loss; and the strength has to be great enough"
         )
-    if dead and all([bool(_staying(family.used.any(0), family.places, multiple).all()) for family in families]):
+    if dead and all(
+        [bool(_staying(family.used.any(0), family.places, multiple, family.least).all()) for family in families]
+    ):
         return (
             f"remove_dead takes nothing out: {dead} of {total} groups are dead, and all of them stay, so that numbers "
             f"of channels are multiples of round_to={multiple}, or one of each family is left"

@@ -70,6 +70,8 @@ class Trial:
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
+        self.least = [1] * len(families)  # How many groups of each stay, whatever is dead,
+        self.needs_two: dict[int, str] = {}  # and why two of some do.
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
         self._how = ""  # How many channels are left.
         self._scale: str | None = None  # How a number comes from shapes.
@@ -91,7 +93,7 @@ class Trial:
         """What goes wrong without some of the groups of these families, None if nothing does."""
         ways = {self._allowed(chosen, left): "without some of these channels" for left in self._left(chosen)}
         # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
-        ways.setdefault(self._allowed(chosen, [1] * len(chosen)), _ONE_LEFT)
+        ways.setdefault(self._allowed(chosen, [self.least[i] for i in chosen]), _ONE_LEFT)
         for left, self._how in ways.items():
             self._scale = None
             found = self._problem_with(chosen, left)
@@ -100,6 +102,19 @@ class Trial:
             if found is not None:
                 return found
         return None
+
+    def runs_with_two(self, chosen: Sequence[int], problem: str) -> bool:
+        """Whether all is well if two groups of each of these families stay, where it is not with one: then they do."""
+        if self._how != _ONE_LEFT or any([self.least[i] > 1 for i in chosen]):
+            return False
+        for i in chosen:
+            self.least[i] = 2
+        if self.problem(chosen) is None:
+            self.needs_two.update(dict.fromkeys(chosen, problem))
+            return True
+        for i in chosen:
+            self.least[i] = 1
+        return False
 
     def _left(self, chosen: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """How many groups of each family stay, in turn."""
@@ -111,7 +126,7 @@ class Trial:
 
     def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
         """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
-        found = dict(zip(chosen, left, strict=True))
+        found = {i: min(self._counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
         for units, projections in self._projected:
             if units in found:
                 found[units] = min(self._counts[units], max(found[units], 1 + found.get(*projections)))
@@ -254,10 +269,7 @@ class Trial:
         what = f"{self._how} the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
         if self._how == _ONE_LEFT:
             what = what if isinstance(wrong, Failure) else f"{self._how} {wrong}"
-            return (
-                f"{what}. Let its forward name the dimensions that squeeze takes away (x.flatten(1), x.squeeze(-1)), "
-                "or let more than one be left: round_to=2"
-            )
+            return f"{what}. Let its forward name the dimensions that squeeze takes away, x.flatten(1) or x.squeeze(-1)"
         return (
             f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
@@ -365,7 +377,7 @@ class _Search:
     """Divides kinds of families until each of them runs, or is refused."""
 
     def __init__(self, trial: Trial) -> None:
-        self._problem = trial.problem
+        self._problem, self._runs_with_two = trial.problem, trial.runs_with_two
         self.reasons: dict[int, str] = {}
 
     def running(self, kinds: list[list[int]]) -> list[list[int]]:
@@ -383,6 +395,8 @@ class _Search:
 
     def _apart(self, kind: list[int], problem: str) -> list[list[int]]:
         """What runs of one kind. Where the first and the last fail alike, all do."""
+        if self._runs_with_two(kind, problem):
+            return [kind]
         if len(kind) == 1:
             self.reasons[kind[0]] = problem
             return []

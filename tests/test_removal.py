@@ -309,7 +309,7 @@ def test_a_family_that_dies_while_a_network_is_trained_is_told_once_by_its_name(
         fr.regularize(optimizer, penalty, strength=0.9, module=net)
         said = steps(net, optimizer, 101)
         assert len(said) == 1
-        assert "all groups are dead in the family of '0.weight' (7 groups) after 10" in said[0]
+        assert "all groups are dead in the family of '0.weight' (7 groups) after 30 steps" in said[0]
         assert re.search(end, said[0])
     net.load_state_dict(whole)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -481,11 +481,17 @@ class Squeezed(nn.Module):
         return self.last(F.relu(self.inner(self.squeeze(F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1)))))
 
 
-def test_channels_of_which_one_may_not_be_left_are_kept():
-    groups = fr.channel_groups(network(lambda: Squeezed(lambda x: x.squeeze())), images())
-    assert groups.layers == [("inner",)]
-    assert "with one of these channels left the network fails in 'inner', a Linear" in groups.explain()
-    assert "round_to=2" in groups.explain()
+def test_two_of_the_channels_stay_of_which_one_may_not_be_left():
+    net = network(lambda: Squeezed(lambda x: x.squeeze()))
+    groups = fr.channel_groups(net, images())
+    assert (groups.counts, groups.least) == ([8, 6], [2, 1])
+    assert "At least two channels of conv stay: with one of these channels left the network" in groups.explain()
+    dead = {name: torch.zeros_like(w) for name, w in fr.with_buffers(net).items()}
+    dead["last.bias"] = net.last.bias.detach()
+    with pytest.warns(UserWarning, match="all groups are dead"):
+        smaller = fr.resized(net, fr.remove_dead(dead, groups))
+    assert (smaller.conv.out_channels, smaller.inner.out_features) == (2, 1)
+    torch.testing.assert_close(smaller(*images()), net.last.bias.expand_as(smaller(*images())))
     apart = lambda x: x.squeeze(-1).squeeze(-1)
     assert fr.channel_groups(network(lambda: Squeezed(apart)), images()).counts == [8, 6]
     rounded = fr.channel_groups(network(lambda: Squeezed(lambda x: x.squeeze())), images(), round_to=2)
@@ -496,5 +502,5 @@ def test_values_are_compared_where_one_channel_is_left():
     """A sum that broadcasts where one channel is left gives as many entries, and others."""
     wide = lambda x: x.flatten(1) if x.shape[1] > 1 else 2 * x.flatten(1)
     groups = fr.channel_groups(network(lambda: Squeezed(wide)), images())
-    assert groups.layers == [("inner",)]
+    assert groups.least == [2, 1]
     assert "with one of these channels left output 0 of it differs" in groups.explain()

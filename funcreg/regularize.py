@@ -468,7 +468,7 @@ class Regularization:
         self._waits = False
         if self._said_zero or self._is_meant() or projects(self._task.penalty) or _has_numbers(moved):
             return
-        if self._task.rule.buffers and self.steps < 3 * max([_length(group) for group in optimizer.param_groups]):
+        if self._task.rule.buffers and self.steps < 3 * max([_held_before(group) for group in optimizer.param_groups]):
             self._waits = True  # The buffer holds few gradients yet, against a step of as many as it will hold.
             return
         self._said_zero = True
@@ -874,9 +874,10 @@ def _is_empty(optimizer: Optimizer) -> bool:
     return bool(grads) and not capturing and not any([g.is_sparse for g in grads]) and global_norm(grads).item() == 0
 
 
-def _length(group: Entries) -> float:
-    """How many gradients a momentum buffer holds in the long run."""
-    return 1 / max(1 - float(group.get("momentum", 0.0)), 1e-3)
+def _held_before(group: Entries) -> float:
+    """How many gradients, besides the last, a momentum buffer holds in the long run."""
+    momentum = float(group.get("momentum", 0.0))
+    return momentum / max(1 - momentum, 1e-3)
 
 
 def _has_numbers(moved: list[Moved]) -> bool:

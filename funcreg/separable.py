@@ -154,7 +154,7 @@ def l_two_thirds_landing(size: Tensor, step: Scalar) -> Tensor:
     alive = ~(size <= 2 * (2 / 3 * step) ** 0.75)
     safe = torch.where(alive, size, 1.0)
     # The root of v^4 - v + force, in units of the size; the greatest force is that of the jump, 2^(-4/3).
-    force = (2 / 3 * _ratio(step, safe, 1 / 3)).clamp(max=2 ** (-4 / 3))
+    force = _ratio(2 / 3 * step, safe, 1 / 3).clamp(max=2 ** (-4 / 3))
     cube = (1 / 16 + (1 / 256 - force**3 / 27).sqrt()) ** (1 / 3)
     half = (2 * (cube + force / 3 / cube)).sqrt()
     root = (half + (2 / half - half.square()).sqrt()) / 2

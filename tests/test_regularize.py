@@ -1338,7 +1338,7 @@ def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
 @pytest.mark.parametrize(("share", "dies"), [(0.2, False), (0.9, False), (1.2, True)])
 def test_a_lasso_that_begins_at_zero_under_momentum_is_dead_only_above_lambda_max(share, dies):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 8, generator=generator).to(DEVICE)
+    x = torch.randn(200, 8, generator=generator, device="cpu").to(DEVICE)
     y = x @ torch.tensor([2.0, -1.5, 0, 0, 1, 0, 0, 0], device=DEVICE)
     w = nn.Parameter(torch.zeros(8, device=DEVICE))
     loss = lambda w: (x @ w - y).square().mean() / 20

@@ -89,6 +89,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     For `l1` this is :math:`\max_i |\nabla_i f(0)|`; a path of strengths starts here. It is found from the definition,
     as the least step whose proximal operator takes all gradients to zero, and so holds for every convex penalty:
     bisection, of magnitudes and then of digits, exact to the last bit. Infinite for a penalty that makes no zeros.
+    It has first and second derivatives in the gradients, the hyperparameters and tensors in the penalty.
 
     Args:
         grads: Gradients of the loss at zero. Leaves that carry no penalty, such as an intercept, are fitted first,

@@ -276,7 +276,7 @@ class _NoDerivative(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        """Nothing is kept, as there is no derivative."""
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from math import gcd
 from typing import Any, NamedTuple
@@ -336,16 +336,18 @@ def _check_holds_tensors(state: Any) -> None:
         raise TypeError(
             f"a state is the optimizer {type(state).__name__}; expected its tensors, optimizer.state_dict()"
         )
-    for inner in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+    for inner in _inside(state):
         _check_holds_tensors(inner)
+
+
+def _inside(state: Any) -> Iterable[Any]:
+    """What a container holds; nothing for anything else."""
+    return state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
 
 
 def _of_torch_in(state: Any) -> bool:
     """Whether a state is of a torch optimizer, or has one in it."""
-    if _is_of_torch(state):
-        return True
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return any([_of_torch_in(each) for each in inner])
+    return _is_of_torch(state) or any([_of_torch_in(each) for each in _inside(state)])
 
 
 def _with_sliced(state: Any, of_torch: Callable[[Any], Any]) -> Any:

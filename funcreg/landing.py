@@ -86,7 +86,7 @@ class Task(NamedTuple):
             h = compute_wide(lambda h, r, m: h.clamp(min=r / m), h, hyper=(rate, self.max_step))
         if common is not None:
             if h is not None and isinstance(rate, dict):
-                h = compute_wide(lambda h, r, c: h * (c / r), h, hyper=(rate, common))
+                h = compute_wide(lambda h, r, c: h * _ratio(c, r), h, hyper=(rate, common))
             rate = common
         step = product(reached, rate, values[0])
         return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
@@ -117,6 +117,13 @@ class Task(NamedTuple):
         step, count = product(params, 1.0, values[0]), self.inner(params)
         landed = land(params, params, step, h, self.penalty, [*values[1:]], count, None, self.options)
         return {k for k, w in params.items() if not isinstance(w, Absent) and landed[k] is not w}
+
+
+def _ratio(step: Scalar, own: Scalar) -> Scalar:
+    """By how much a step exceeds a leaf's own, which is 0 only if both are: nothing moves then, in any metric."""
+    if isinstance(own, Tensor):
+        return torch.where(own == 0, torch.ones_like(own), step / own)
+    return step / own if own else 1.0
 
 
 def acts_on_entries(task: Task) -> bool:

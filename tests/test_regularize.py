@@ -471,6 +471,30 @@ def test_families_have_learning_rates_of_their_own():
             assert_equal(trained[0][name].detach(), w, atol=1e-12)
 
 
+@every_optimizer
+def test_a_family_whose_learning_rate_is_zero_stays_where_it_is(row):
+    params = {each: weight(4, 3, seed=i) for i, each in enumerate("abcd")}
+    rows, families = (
+        [[(each, params[each]) for each in own] for own in ("ab", "cd")],
+        [{"a": 0, "b": 0}, {"c": 0, "d": 0}],
+    )
+    optimizer = row.make([{"params": rows[0], "lr": 0.0}, {"params": rows[1]}])
+    fr.regularize(optimizer, fr.coupled(fr.group_lasso, families), strength=0.3)
+    before = {name: w.detach().clone() for name, w in params.items()}
+    for rate in (0.0, torch.tensor(0.0, device=DEVICE)):
+        optimizer.param_groups[0]["lr"] = rate
+        stepped(optimizer, *params.values())
+    alone = {each: weight(4, 3, seed=i) for i, each in enumerate("abcd")}
+    other = row.make([(each, alone[each]) for each in "cd"])
+    fr.regularize(other, fr.coupled(fr.group_lasso, families[1:]), strength=0.3)
+    for _ in range(2):
+        for i, w in enumerate(alone.values()):
+            w.grad = weight(*w.shape, seed=1 + i).detach()
+        other.step()
+    for name, w in params.items():
+        assert_equal(w.detach(), before[name] if name in "ab" else alone[name].detach(), atol=1e-12)
+
+
 def test_sums_with_groups_land_each_leaf_by_its_own_rate():
     params = {"a": weight(4, 3), "b": weight(4, seed=1), "c": weight(5, seed=2)}
     optimizer = optim.SGD([{"params": [(n, w)], "lr": 0.1 if n < "c" else 0.3} for n, w in params.items()], 0.1)
@@ -1239,6 +1263,7 @@ def test_a_compiled_step_of_groups_is_the_same(name):
         for seed, names in enumerate(("abde", "abcde", "abc", "bcd", "d", "abcde")):
             for w in params.values():
                 w.grad = None
+            optimizer.param_groups[1]["lr"] = 0.0 if seed == 3 else 0.02
             stepped(optimizer, *[params[each] for each in names], seed=seed)
         assert bool(handle._layouts) == compile
         assert name == "Adam" or len(handle._layouts) == compile

@@ -5,6 +5,7 @@ Everything else in the package is public. Each item has a test that takes it awa
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import warnings
@@ -41,23 +42,24 @@ def compile_directly(
 ) -> Compiled:
     """Hand a graph of ATen operations to the backend itself, Inductor with options of `torch.compile`.
 
-    `torch.compile` would trace the graph a second time, and check its arguments before every call, which costs more
-    than most kernels take. Without `make_fx` or the backends' own functions, `torch.compile` is used.
+    `torch.compile` would trace the graph once more, and check its arguments before every call, which costs more than
+    most kernels take. Without `make_fx` or the backends' own functions, `torch.compile` is used.
     """
     from torch._dynamo import lookup_backend
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with _as_torch_compile():
-        traced = make_fx(graph, tracing_mode="symbolic" if any_size else "fake")(*inputs)
-        examples = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
-        traced = fx.GraphModule(torch.nn.Module(), traced.graph)  # Without what no cache of compiled code can write.
+        # Backends trace a graph themselves: all that is traced here is what stands for arguments, which have a size.
+        identity = make_fx(lambda *args: args, tracing_mode="symbolic" if any_size else "fake")(*inputs)
+        examples = [node.meta["val"] for node in identity.graph.find_nodes(op="placeholder")]
+        graph = fx.GraphModule(torch.nn.Module(), copy.deepcopy(graph.graph))  # Which a backend may change.
         if backend == "inductor":
             from torch._inductor import compile as inductor
 
             with _own_processor_checks():
-                compiled: Any = inductor(traced, examples, options={"cpp.vec_isa_ok": True, **(options or {})})
+                compiled: Any = inductor(graph, examples, options={"cpp.vec_isa_ok": True, **(options or {})})
                 return compiled
-        return (lookup_backend(backend) if isinstance(backend, str) else backend)(traced, examples)
+        return (lookup_backend(backend) if isinstance(backend, str) else backend)(graph, examples)
 
 
 #: Taken in a child of the process, where a thread that is not there may hold the lock of `torch.compile`.

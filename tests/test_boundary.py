@@ -1032,7 +1032,11 @@ TAKEN = {
     "no lookup_backend": without("torch._dynamo", "lookup_backend"),
     "another lookup_backend": changed("torch._dynamo", "lookup_backend"),
     "no lock of torch.compile": without("torch._dynamo.convert_frame", "compile_lock"),
-    "no session of torch.compile": without("torch.compiler", "_compile_session_context"),
+    "no session of torch.compile": lambda patch: patch.delattr(
+        torch.compiler,
+        "_compile_session_context",
+        raising=False,  # Torch 2.9 has none.
+    ),
     "no level": without(FUNCTORCH, "maybe_current_level"),
     "another level": replaced(FUNCTORCH, "maybe_current_level", lambda of: of),
     "no functorch": missing(FUNCTORCH),

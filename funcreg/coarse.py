@@ -21,7 +21,14 @@ from funcreg.tree import listed, tree_leaves, tree_paths
 #: Scalers whose results are of size 1 at most, or little more.
 _OF_SIZE_1 = {
     *("scale_by_adam", "scale_by_amsgrad", "scale_by_adamax", "scale_by_yogi", "scale_by_rms", "scale_by_lion"),
-    "scale_by_sign",
+    *("scale_by_sign", "scale_by_radam", "scale_by_adan", "scale_by_adopt", "scale_by_muon"),
+}
+#: What makes such results no larger.
+_NO_LARGER = ("clip", "shaped_as_matrices")
+#: What makes the steps of the transforms that it is made of, though maybe not at every call.
+_WRAPPERS = {
+    *("MultiSteps", "apply_if_finite", "conditionally_mask", "conditionally_transform", "flatten", "lookahead"),
+    *("partition", "selective_transform", "with_extra_args"),
 }
 
 
@@ -34,8 +41,8 @@ def rounded_away(tx: Any, params: Params) -> str | None:
     frozen = [False] * len(leaves) if tx.frozen is None else tx.frozen(params)
     rows = zip(tree_paths(params), leaves, frozen, strict=True)
     narrow = [(name, w.detach()) for name, w, held in rows if is_narrow(w.dtype) and _is_readable(w) and not held]
-    rate = _step_size(tx) if narrow else None
-    if not rate:
+    rate = _size(tx) if narrow else None
+    if not rate or rate >= 1:
         return None
     # Half the distance to the next number is 2 to the exponent of a number, less the digits. Below the least of these
     # it is less.
@@ -57,27 +64,61 @@ def _is_readable(w: Tensor) -> bool:
     return type(w) in (Tensor, torch.nn.Parameter) and w.device.type != "meta" and not capturing
 
 
-def _step_size(tx: Any) -> float | None:
-    """The greatest learning rate of a chain whose directions are of size 1; None for others."""
-    links = _links(tx)
-    names = ["" if link.made_by is None else link.made_by.function.__name__ for link in links]
-    last = max([i for i, name in enumerate(names) if name in _OF_SIZE_1], default=None)
+def _size(tx: Any) -> float | None:
+    """How large the greatest entries are of what a transform makes of gradients; None if that is not known."""
+    if tx.links:
+        return _size_of_chain(_links(tx))
+    if tx.made_by is None:
+        return None
+    factory, given = getattr(tx.made_by.function, "factory", None), tx.made_by.arguments
+    if factory is not None:  # Of hyperparameters that are in the state.
+        return _size(factory(*tx.made_by.args, **tx.made_by.kwargs))
+    name = tx.made_by.name
+    if name == "named_chain":
+        return _size_of_chain([link for _, each in tx.made_by.args for link in _links(each)])
+    if name in _OF_SIZE_1:
+        return 1.0
+    if name == "set_to_zero":
+        return 0.0
+    if name == "prox_adam":
+        return abs(_greatest(given["learning_rate"]))
+    inside = _transforms([*given.values()])
+    if name in _WRAPPERS or name == "proximal_step":
+        sizes = [_size(each) for each in inside]
+        rate = abs(_greatest(given["learning_rate"])) if name == "proximal_step" else 1.0
+        return None if None in sizes else rate * max(size for size in sizes if size is not None)
+    return None
+
+
+def _size_of_chain(links: list[Any]) -> float | None:
+    names = ["" if link.made_by is None else link.made_by.name for link in links]
+    sizes = [_size(link) for link in links]
+    last = max([i for i, size in enumerate(sizes) if size is not None], default=None)
     if last is None:
         return None
-    size, decay = 1.0, 0.0
+    size, decay = sizes[last] or 0.0, 0.0
     for link, name in zip(links[last + 1 :], names[last + 1 :], strict=True):
-        if name == "add_decayed_weights":
-            decay += _greatest(link.made_by.args[0] if link.made_by.args else link.made_by.kwargs["weight_decay"])
+        if name.startswith("add_") and "weight_decay" in link.made_by.arguments:
+            # What stands after the learning rate acts without it.
+            decay += _greatest(link.made_by.arguments["weight_decay"])
         elif link.rate is not None:
             size *= abs(_greatest(link.rate))
-        elif not name.startswith("clip") and "lands" not in link.stages:
+            decay *= abs(_greatest(link.rate))
+        elif not name.startswith(_NO_LARGER) and "lands" not in link.stages:
             return None
-    # A decay may be large enough to act by itself.
-    return size if size < 1 and size * decay < 2.0**-8 else None
+    return size if decay < 2.0**-8 else None  # A decay may be large enough to act by itself.
 
 
 def _links(tx: Any) -> list[Any]:
     return [each for link in tx.links for each in _links(link)] if tx.links else [tx]
+
+
+def _transforms(value: Any) -> list[Any]:
+    """The transforms among some arguments."""
+    if hasattr(value, "made_by") and hasattr(value, "update"):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [each for part in values for each in _transforms(part)]
 
 
 def _greatest(value: Any) -> float:

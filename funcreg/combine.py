@@ -114,6 +114,23 @@ def chain(*transforms: Transform) -> Transform:
     return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
 
 
+def with_link(tx: Transform) -> Transform:
+    """A transform that shows what it is made of, as a chain does, with the state of that."""
+    return Transform(
+        tx._init,
+        tx._update,
+        tx.metric,
+        tx.frozen,
+        tx._state,
+        descends=tx.descends,
+        spares=tx.spares,
+        stages=tx.stages,
+        covers=tx.covers,
+        forwards_to=tx.forwards_to,
+        links=[tx],
+    )
+
+
 def _spared_by(transforms: Sequence[Transform]) -> Choice:
     """The leaves that a link spares, without those that another one, masked, steps along: it does need gradients."""
     spares = either(*[tx.spares for tx in transforms if tx.spares is not None])

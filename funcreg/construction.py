@@ -27,10 +27,21 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, defaults among them."""
+        bound = inspect.signature(self.function).bind(*self.args, **self.kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
     def __str__(self) -> str:
         given = [written(arg, MOST) for arg in self.args]
         given += [f"{name}={written(arg, MOST)}" for name, arg in self.kwargs.items()]
-        return f"{self.function.__name__}({', '.join(given)})"
+        return f"{self.name}({', '.join(given)})"
 
 
 class Remembering:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, named_chain
-from funcreg.construction import Call, remembered, written
+from funcreg.construction import remembered, written
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
 from funcreg.regularizing import add_decayed_weights, where_masked
@@ -633,13 +633,17 @@ def _check_after(tx: Transform, kind: str, later: list[Transform]) -> None:
             )
 
 
+#: Arguments of wrappers that make no step downhill: sharpness-aware minimization climbs with this one.
+_CLIMBING = ("adv_optimizer",)
+
+
 def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform:
     """A wrapper whose transforms decay, made by the call that made it with those in the place of its own."""
     if tx.links or _pairs(tx) is not None:
         return _placed(tx, kind, make, outer)
     call = tx.made_by
     if "lands" in tx.stages and not list(parts_of(tx)):
-        known = call is not None and "weight_decay" in arguments_of(call)
+        known = call is not None and "weight_decay" in call.arguments
         hint = (
             "it has an argument weight_decay" if known else "put elastic, or a sum of half_l2 and its penalty, into it"
         )
@@ -647,13 +651,16 @@ def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
             f"{tx!r} makes a step and lands in one, so that {kind} decay has no place between; {hint}, or take "
             "'coupled'"
         )
-    if call is None or not any(map(_steps, parts_of(tx))):
+    own = {} if call is None else {name: x for name, x in call.arguments.items() if name not in _CLIMBING}
+    if call is None or not any(map(_steps, _transforms_in(own))):
         raise ValueError(
             f"the learning rate inside {tx!r} is not to be seen; put with_weight_decay around the optimizer in it"
         )
     change = lambda part: _placed(part, kind, make, outer) if _steps(part) else part
-    args, kwargs = (_with_parts(given, change) for given in (call.args, call.kwargs))
-    return call.function(*args, **kwargs)
+    bound = inspect.signature(call.function).bind(*call.args, **call.kwargs)
+    changed = {name: _with_parts(x, change) for name, x in bound.arguments.items() if name in own}
+    bound.arguments.update(changed)
+    return call.function(*bound.args, **bound.kwargs)
 
 
 @remembered
@@ -675,20 +682,17 @@ def _times(*rates: Hyper | Schedule) -> Hyper | Schedule:
 # What transforms are made of
 
 
-def arguments_of(call: Call) -> dict[str, Any]:
-    """The arguments of a call by name, defaults among them."""
-    bound = inspect.signature(call.function).bind(*call.args, **call.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
 def parts_of(tx: Transform) -> list[Transform]:
     """The transforms that a chain or a wrapper was made of."""
     if tx.links:
         return list(tx.links)
+    return [] if tx.made_by is None else _transforms_in([tx.made_by.args, tx.made_by.kwargs])
+
+
+def _transforms_in(value: Any) -> list[Transform]:
+    """The transforms among some arguments."""
     found: list[Transform] = []
-    if tx.made_by is not None:
-        _with_parts([tx.made_by.args, tx.made_by.kwargs], lambda part: found.append(part) or part)
+    _with_parts(value, lambda part: found.append(part) or part)
     return found
 
 
@@ -710,12 +714,12 @@ def _with_parts(value: Any, change: Callable[[Transform], Transform]) -> Any:
 
 
 def _is_masked_otherwise(tx: Transform, mask: Mask) -> bool:
-    own = None if tx.made_by is None else arguments_of(tx.made_by).get("mask")
+    own = None if tx.made_by is None else tx.made_by.arguments.get("mask")
     return own is not None and own is not mask and repr(own) != repr(mask)
 
 
 def decay_of(tx: Transform) -> Hyper | Schedule | None:
     """The weight decay of a transform that was made with one, unless it is known to be 0."""
-    value = None if tx.made_by is None else arguments_of(tx.made_by).get("weight_decay")
+    value = None if tx.made_by is None else tx.made_by.arguments.get("weight_decay")
     known = concrete(value)
     return None if known is not None and not torch.as_tensor(known, device="cpu").any() else value

@@ -11,7 +11,6 @@ from torch import nn
 
 from funcreg._typing import Params
 from funcreg.combine import freeze, masked, named_chain, partition
-from funcreg.decay import arguments_of
 from funcreg.ensemble import ensemble
 from funcreg.hyperparams import Injected
 from funcreg.mistakes import Entry, made, mistakes, penalized
@@ -194,7 +193,7 @@ def _labels(tx: Transform, params: Params | None, faults: list[str]) -> list[Any
     if params is None or tx.made_by is None:
         return None
     try:
-        labels, seen = chosen_by(arguments_of(tx.made_by)["param_labels"], params, "param_labels")
+        labels, seen = chosen_by(tx.made_by.arguments["param_labels"], params, "param_labels")
         return broadcast(labels, seen, "param_labels")
     except (TypeError, ValueError) as error:
         faults.append(f"{tx!r}: {error}")

@@ -14,7 +14,7 @@ from funcreg.combine import named_chain
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.construction import written
-from funcreg.decay import arguments_of, decay_of, every_part, parts_of
+from funcreg.decay import decay_of, every_part, parts_of
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
@@ -45,7 +45,7 @@ class Entry:
         return "" if made_by is None else made_by.function.__name__
 
     def argument(self, name: str) -> Any:
-        return None if self.tx.made_by is None else arguments_of(self.tx.made_by).get(name)
+        return None if self.tx.made_by is None else self.tx.made_by.arguments.get(name)
 
     @property
     def penalty(self) -> Penalty | None:
@@ -231,6 +231,13 @@ def _at_every_call(tx: Transform, place: str) -> str | None:
 # Thresholds and averages
 
 
+#: What finds the size of each step out.
+_CHOOSING = (
+    *("reduce_on_plateau", "scale_by_polyak", "scale_by_zoom_linesearch", "scale_by_backtracking_linesearch"),
+    *("scale_by_param_block_norm", "scale_by_param_block_rms", "scale_by_trust_ratio", "normalize_by_update_norm"),
+)
+
+
 def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
     for i, entry in enumerate(links):
         step = entry.argument("threshold" if made(entry.tx, soft_threshold) else "step")
@@ -249,6 +256,7 @@ def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
             for each in before
             if each.name in (trace.__name__, ema.__name__)
         ]
+        reasons += [f"{each.tx!r} chooses a step size anew" for each in before if each.name in _CHOOSING]
         if reasons:
             yield (
                 f"{entry.tx!r} solves a problem of another strength than it seems, because {', and '.join(reasons)}. "

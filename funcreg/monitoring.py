@@ -141,7 +141,7 @@ def snapshot(measure_name: str, measure: Callable[..., Any]) -> Transform:
         found = probe(updates, params, extra)
         return updates, SnapshotState({measure_name: _like(found, state.measurement[measure_name], measure_name)})
 
-    return Transform(init, update, state=SnapshotState, forwards_to=[probe.takes()])
+    return Transform(init, update, state=SnapshotState, forwards_to=[probe.takes()], rate=1.0)
 
 
 # Several, and of all updates so far
@@ -213,7 +213,7 @@ def monitor(measures: Mapping[str, Any]) -> Transform:
             after.append(new)
         return updates, MonitorState(found, tuple(after))
 
-    return Transform(init, update, state=MonitorState, forwards_to=list(made.values()))
+    return Transform(init, update, state=MonitorState, forwards_to=list(made.values()), rate=1.0)
 
 
 @remembered

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
-from funcreg.combine import chain, partition
+from funcreg.combine import chain, partition, with_link
 from funcreg.construction import remembered
 from funcreg.optimizers import adamw
 from funcreg.ranges import flags, scalars
@@ -371,7 +371,7 @@ def muon(
             preconditioning=preconditioning,
             weight_dimension_numbers=numbers,
         ),
-        _scale_by_shape(numbers, consistent_rms),
+        shaped_as_matrices(numbers, consistent_rms),
         add_decayed_weights(weight_decay, weight_decay_mask),
         scale_by_learning_rate(learning_rate),
     )
@@ -385,7 +385,7 @@ def muon(
         adam_weight_decay,
         nesterov=nesterov,
     )
-    return partition({"muon": matrices, "adam": others}, labels)
+    return with_link(partition({"muon": matrices, "adam": others}, labels))
 
 
 def _of_matrices(params: Params) -> Params:
@@ -393,7 +393,13 @@ def _of_matrices(params: Params) -> Params:
     return tree_map(lambda w: MuonDimensionNumbers() if w.ndim == 2 else None, params)
 
 
-def _scale_by_shape(numbers: DimensionNumbers, consistent_rms: Scalar | None) -> Transform:
+@remembered
+def shaped_as_matrices(numbers: DimensionNumbers, consistent_rms: Scalar | None) -> Transform:
+    r"""Multiply each matrix by :math:`\sqrt{\max(1, \text{out} / \text{in})}`, so that all shapes learn alike.
+
+    With `consistent_rms` it is that times :math:`\sqrt{\max(\text{in}, \text{out})}`.
+    """
+
     def scaled(layout: _Layout, u: Tensor, rms: Scalar) -> Tensor:
         _, inputs, outputs = layout.sizes
         if consistent_rms is not None:

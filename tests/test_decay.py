@@ -120,6 +120,22 @@ def test_decay_finds_its_place_inside(kind, wrap):
     assert_equal(train(tx, draw()), train(plain, draw()), rtol=1e-12, atol=1e-14)
 
 
+def test_decay_is_for_steps_downhill_and_not_for_those_that_climb():
+    climb = fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))
+    decayed = fr.with_weight_decay(fr.sam(fr.adam(0.1), climb), "decoupled", 0.3)
+    assert_equal(train(decayed, draw()), train(fr.sam(fr.adamw(0.1, weight_decay=0.3), climb), draw()))
+    by_name = fr.with_weight_decay(fr.sam(adv_optimizer=fr.sgd(0.05), optimizer=fr.sgd(DOWN)), "corrected", 0.3)
+    expected = fr.sam(fr.with_weight_decay(fr.sgd(DOWN), "corrected", 0.3), fr.sgd(0.05))
+    assert_equal(train(by_name, draw()), train(expected, draw()))
+    with pytest.raises(ValueError, match=r"sam\(.*\) has no learning rate that with_weight_decay could see"):
+        fr.with_weight_decay(fr.sam(fr.scale_by_adam(), climb), "decoupled", 0.3)
+
+
+def test_both_parts_of_muon_decay():
+    found = train(fr.with_weight_decay(fr.muon(0.1), "decoupled", 0.3), draw())
+    assert_equal(found, train(fr.muon(0.1, weight_decay=0.3, adam_weight_decay=0.3), draw()))
+
+
 @every_kind
 def test_a_learning_rate_may_be_spread_over_links(kind):
     spread = fr.chain(fr.scale_by_adam(eps=0.1), fr.scale_by_schedule(fr.linear_schedule(5.0, 1.0, 4)), fr.scale(-0.1))

@@ -253,6 +253,18 @@ MISTAKEN = {
         ),
         ["averaged with them", "scale_by_adam.*memory", "trace.*memory", "stands after MultiSteps.* at every call"],
     ),
+    "a constant threshold behind steps of sizes that are found": (
+        lambda: fr.chain(fr.polyak_sgd(), fr.reduce_on_plateau(), fr.soft_threshold(0.1)),
+        [r"scale_by_polyak.* chooses a step size anew, and reduce_on_plateau\(\) chooses a step size anew\. prox_sgd"],
+    ),
+    "decay before Muon": (
+        lambda: fr.chain(fr.add_decayed_weights(0.1, mask=fr.matrices), fr.muon(0.1)),
+        ["before scale_by_muon.*'decoupled'"],
+    ),
+    "decay of what Muon leaves to Adam": (
+        lambda: fr.muon(0.1, weight_decay=0.1, adam_weight_decay=0.2),
+        [r"add_decayed_weights\(0.2, None\) decays .*head.bias"],
+    ),
     "a pattern that matches nothing": (
         lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
         [r"per_leaf has 'tail.\*', which matches no leaf"],
@@ -278,6 +290,9 @@ def test_links_out_of_order_are_warned_of():
 
 
 RIGHT = [
+    lambda: fr.chain(fr.adam(0.1), fr.project(fr.nonnegative), fr.monitor({"norm": fr.global_norm})),
+    lambda: fr.chain(fr.sgd(0.1), fr.project(fr.nonnegative), fr.snapshot("norm", fr.global_norm)),
+    lambda: fr.muon(0.1, weight_decay=0.1),
     lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
     lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
     lambda: fr.prox_adam(0.1, fr.simplex),

@@ -468,6 +468,33 @@ def test_what_is_said_of_rounding_is_so(size, rate):
     assert (decay < 0.01) == bool(said)
 
 
+#: Transforms around what makes steps, and whether these may be larger than they say.
+AROUND = {
+    "injected": (lambda tx: fr.inject_hyperparams(fr.adamw)(1e-5), True),
+    "gathered": (lambda tx: fr.chain(fr.clip(1.0), fr.MultiSteps(tx, 2)), True),
+    "if finite": (lambda tx: fr.apply_if_finite(tx, 3), True),
+    "labels": (lambda tx: fr.partition({"a": tx, "b": fr.set_to_zero()}, {"w": "a", "b": "b"}), True),
+    "lookahead": (lambda tx: fr.lookahead(tx, 5, 0.5), True),
+    "names": (lambda tx: fr.named_chain(("clip", fr.clip(1.0)), ("step", tx)), True),
+    "a threshold": (lambda tx: fr.prox_adam(1e-5, fr.l1, strength=1.0), True),
+    "a proximal step": (lambda tx: fr.proximal_step(fr.scale_by_rms(), 1e-5, fr.l1), True),
+    "cautious decay": (lambda tx: fr.with_weight_decay(fr.adam(1e-5), "cautious", 0.1), True),
+    "Muon": (lambda tx: fr.muon(1e-5), True),
+    "much decay": (lambda tx: fr.apply_if_finite(fr.adamw(1e-5, weight_decay=1e3), 3), False),
+    "other steps": (lambda tx: fr.partition({"a": tx, "b": fr.sgd(1.0)}, {"w": "a", "b": "b"}), False),
+    "other sizes": (lambda tx: fr.chain(tx, fr.normalize_by_update_norm()), False),
+    "wide weights": (fr.with_master_weights, False),
+}
+
+
+@pytest.mark.parametrize(("wrap", "is_said"), AROUND.values(), ids=AROUND)
+def test_it_is_said_of_what_is_wrapped(wrap, is_said):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wrap(fr.adamw(1e-5)).init(sixteen(0.1))
+    assert [("cannot follow" in str(each.message)) for each in said] == [True] * is_said
+
+
 def test_it_is_said_by_every_door():
     model = torch.nn.Linear(30, 30, device=DEVICE, dtype=torch.bfloat16)
     params = dict(model.named_parameters())

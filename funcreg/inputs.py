@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from funcreg._typing import Params
 from funcreg.tree import dotted, leaf_paths, listed, map_with_path, tree_leaves, tree_map, tree_paths
-from funcreg.undocumented import is_transformed
+from funcreg.undocumented import is_batched, is_transformed
 
 # Arrays
 
@@ -186,12 +186,27 @@ def explained(loss: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return loss(params, *args)
         except (RuntimeError, TypeError, AttributeError) as error:
+            followed = _held_and_followed(error, loss)
+            if followed:
+                raise TypeError(followed) from error
             cause = _under_vmap(error) or misfit(error, {"params": params, "args": args}, loss)
             if not cause:
                 raise
             raise TypeError(f"the loss failed: {first_line(error)}. {cause}") from error
 
     return call
+
+
+def _held_and_followed(error: Exception, loss: Any) -> str:
+    """Why a function fails that holds what a transform around all of this follows, if that is the cause."""
+    if "INTERNAL ASSERT" not in str(error) and "escaped" not in str(error):  # As torch says it.
+        return ""
+    names = [f"'{name}'" for name, x in _held(loss) if isinstance(x, Tensor) and is_batched(x)]
+    what = f"the loss holds {listed(names)}, which" if names else "the loss holds what"
+    return (
+        f"{what} vmap, or a derivative of torch.func, follows: what it holds is a constant to the solver. Let it take "
+        "that after params, and give it in args=(...)."
+    )
 
 
 def _under_vmap(error: Exception) -> str:

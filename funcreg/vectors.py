@@ -88,10 +88,13 @@ def _has_rule(penalty: Penalty) -> bool:
     return penalty.has_residual
 
 
-def _followed(penalty: Penalty) -> list[Tensor]:
-    """The tensors that a penalty holds, as in `c * l1`, if there are derivatives in one of them, or maps over it."""
+def _followed(penalty: Penalty, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors that a penalty holds, as in `c * l1`, and options of them, where there may be derivatives or maps."""
     held = held_tensors(penalty)
-    return held if any([x.requires_grad or is_batched(x) for x in held]) or has_tangents() else []
+    given = {name: x for name, x in options.items() if any([isinstance(leaf, Tensor) for leaf in tree_leaves(x)])}
+    tensors = [*held, *[leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]]
+    is_followed = any([x.requires_grad or is_batched(x) for x in tensors]) or has_tangents()
+    return (held, given) if is_followed else ([], {})
 
 
 def flat_problem(
@@ -116,8 +119,7 @@ def flat_problem(
         max_steps: Number of steps after which to give up.
         kept: Places of the entries that may move, in a vector of all; None for all.
     """
-    held = _followed(penalty)
-    leaves, rebuild = flatten((*given, held))
+    leaves, rebuild = flatten((*given, *_followed(penalty, options)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     own, tree = flatten(given[0])
     shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
@@ -131,8 +133,10 @@ def flat_problem(
             found[i] = tensor
         return rebuild(found)
 
-    def holding(held: list[Tensor]) -> Penalty:
-        return made_with(penalty, iter(held)) if held else penalty
+    def with_values(tensors: Any) -> tuple[Penalty, Hyper, tuple[Hyper, ...], dict[str, Any]]:
+        """The penalty, its strength, hyperparameters and options."""
+        _, force, values, _, held, some = filled(tensors)
+        return made_with(penalty, iter(held)) if held else penalty, force, values, {**options, **some}
 
     def of_places(kept: Tensor | None) -> Flat:
         def vector(tree: Params) -> Tensor:
@@ -157,20 +161,18 @@ def flat_problem(
             return value.to(dtype)
 
         def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
-            point, (_, force, values, _, held) = unpacked(x), filled(tensors)
-            h = unpacked(metric, 1.0) if in_metric else None
-            return vector(
-                holding(held).prox(point, product(point, step, force), *values, metric=h, mask=mask, **options)
-            )
+            at, force, values, static = with_values(tensors)
+            point, h = unpacked(x), unpacked(metric, 1.0) if in_metric else None
+            return vector(at.prox(point, product(point, step, force), *values, metric=h, mask=mask, **static))
 
         def value(x: Tensor, tensors: Any) -> Tensor:
-            _, force, values, _, held = filled(tensors)
-            return holding(held).weighted_value(unpacked(x), force, *values, mask=mask, **options).to(dtype)
+            at, force, values, static = with_values(tensors)
+            return at.weighted_value(unpacked(x), force, *values, mask=mask, **static).to(dtype)
 
         def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
-            _, force, values, _, held = filled(tensors)
+            at, force, values, static = with_values(tensors)
             point, grads = unpacked(x), unpacked(slope)
-            return kkt_residual(point, grads, holding(held), *values, strength=force, mask=mask, **options).to(dtype)
+            return kkt_residual(point, grads, at, *values, strength=force, mask=mask, **static).to(dtype)
 
         return Flat(
             read,

@@ -607,6 +607,40 @@ def test_derivatives_and_maps_follow_the_tensors_that_a_penalty_holds(name):
     torch.testing.assert_close(grad(lambda c: path(c)[1].square().sum())(at[0]), expected[0], rtol=1e-5, atol=1e-8)
 
 
+def test_derivatives_and_maps_follow_tensors_among_options():
+    x, y = made(40, 8)
+    begin, at = zeros(8, 3), 0.5 + made(16, 1)[0].reshape(2, 8, 1).abs()
+    targets = torch.stack([y, y.flip(0), 2 * y], dim=1)
+    solved = lambda penalty, **options: (
+        fr.minimize(
+            lambda w, x, y: (x @ w - y).square().mean(), begin, penalty, strength=0.05, args=(x, targets), **options
+        ).params
+    )
+    option = lambda w: solved(fr.group_lasso, dim=1, weights=w)
+    given = lambda w: solved(fr.group_lasso.given(dim=1, weights=w))
+    size = lambda f: lambda w: f(w).square().sum()
+    torch.testing.assert_close(vmap(option)(at), torch.stack([option(w) for w in at]), rtol=0, atol=1e-8)
+    for derivative in (grad, jacfwd):
+        expected = derivative(size(given))(at[0])
+        assert expected.any()
+        torch.testing.assert_close(derivative(size(option))(at[0]), expected)
+    tracked = at[0].clone().requires_grad_()
+    size(option)(tracked).backward()
+    torch.testing.assert_close(tracked.grad, expected)
+
+
+def test_what_a_loss_holds_and_a_transform_follows_is_named():
+    x, y = made(40, 8)
+    solved = lambda y: fr.minimize(lambda w: (x @ w - y).square().mean(), zeros(8), fr.l1, strength=0.1).params
+    for call in (
+        lambda: vmap(solved)(torch.stack([y, 2 * y])),
+        lambda: grad(lambda y: solved(y).sum())(y),
+        lambda: jacfwd(lambda y: solved(y).sum())(y),
+    ):
+        with pytest.raises(TypeError, match=r"the loss holds 'y', which vmap, .* give it in args=\(\.\.\.\)"):
+            call()
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3, 2)], ids=str)
 def test_derivatives_of_maps_over_maps_are_those_of_loops(shape):
     """Data along the outermost map, strengths along the next, and along the last what both share."""

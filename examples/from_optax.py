@@ -24,12 +24,9 @@ section = runpy.run_path(str(HERE / "catalogue.py"))["section"]
 
 #: Of names that both have: what an optax user should know, beside parameters.
 OTHERWISE = {
-    "add_noise": "`key` is a whole number; another noise than that of optax, the same on every device",
+    "add_noise": "`key` and `seed` are a whole number, a tensor or a generator; another noise, the same on every device",
     "noisy_sgd": "the noise of `add_noise`",
-    **dict.fromkeys(
-        ("differentially_private_aggregate", "dpsgd"),
-        "the noise of `add_noise`; `key` and `seed` are a whole number, a tensor or a generator, and have no default",
-    ),
+    **dict.fromkeys(("differentially_private_aggregate", "dpsgd"), "the noise of `add_noise`"),
     "apply_updates": "trees or shapes that do not match are an error that names the leaf",
     "adaptive_grad_clip": "`axis=None` is the rule of optax, for weights with their outputs last; torch has them first",
     "muon": "default dimensions as in optax, inputs first; `MuonDimensionNumbers` says otherwise",
@@ -74,7 +71,7 @@ INSTEAD: list[tuple[str, str]] = [
     ("NamedTupleKey", "paths are dotted strings"),
     ("stateless_with_tree_map", "`fr.stateless(lambda updates, params: fr.tree_map(f, updates, params))`"),
     (
-        "inject_stateful_hyperparams WrappedSchedule",
+        "inject_stateful_hyperparams StatefulSchedule WrappedSchedule",
         "`fr.inject_hyperparams(fr.adam)`; schedules are functions of the number of steps",
     ),
     ("normalize", "`fr.normalize_by_update_norm(eps=0.0)`"),

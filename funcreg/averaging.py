@@ -26,6 +26,7 @@ from funcreg.transform import (
     finite_nonnegative,
     public_state,
     share,
+    warn,
 )
 from funcreg.tree import beside, compute, compute_wide, kept_dtype, scalar_device, tree_leaves, tree_map
 from funcreg.wrappers import Named, around, check_period
@@ -115,6 +116,7 @@ def lookahead(
         Zhang, Lucas, Hinton & Ba, *Lookahead optimizer: k steps forward, 1 step back*, 2019.
     """
     check_transforms("lookahead", [fast_optimizer])
+    _warn_of_rounding("lookahead", fast_optimizer)
     check_period("sync_period", sync_period)
     share(slow_step_size=slow_step_size)
     (slow_step_size,) = scalars(slow_step_size=slow_step_size)
@@ -163,6 +165,15 @@ def lookahead(
         covers=_of_fast(fast_optimizer.covers),
         forwards_to=[fast_optimizer],
     )
+
+
+def _warn_of_rounding(name: str, inner: Transform) -> None:
+    """Warn if an optimizer whose parameters are averaged ends at numbers of sixteen bits."""
+    if "rounds" in inner.stages:
+        warn(
+            f"{name} averages the parameters of {inner!r}, which end at numbers of sixteen bits: what it moves is "
+            f"rounded away, or undone by the copies at the next step. Put {name} inside."
+        )
 
 
 def _of_fast(choose: Choice | None) -> Choice | None:
@@ -232,6 +243,7 @@ def schedule_free(
         Defazio et al., *The road less scheduled*, 2024.
     """
     check_transforms("schedule_free", [base_optimizer])
+    _warn_of_rounding("schedule_free", base_optimizer)
     if isinstance(learning_rate, (dict, list, tuple)):
         raise TypeError("learning_rate is a tree; expected a number, a tensor or a schedule: it weighs whole points")
     single(learning_rate=learning_rate)

@@ -158,6 +158,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
         stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
         landed = next((each for each in before if _meet("lands", each, tx)), None)
         waiting = next((each for each in before if _meet("waits", each, tx)), None)
+        rounded = next((each for each in before if _meet("rounds", each, tx) and _changes(tx)), None)
         early = next((each for each in before if "steps" in tx.stages and _meet("follows", each, tx)), None)
         if stepped is not None and takes_gradients:
             adds = "adds" in tx.stages and "steps" not in tx.stages
@@ -172,6 +173,11 @@ def _check_order(transforms: Sequence[Transform]) -> None:
                 f"in this chain, {tx!r} stands after {waiting!r}, whose steps come at some calls alone: it acts at "
                 "every call, between these steps too. Put it inside, after the step, to count once a step."
             )
+        elif rounded is not None:
+            warn(
+                f"in this chain, {tx!r} stands after {rounded!r}, which ends at numbers of sixteen bits: what it "
+                "changes is rounded away, or undone by the copies at the next step. Put it inside."
+            )
         elif landed is not None and (takes_gradients or "scales" in tx.stages):
             warn(
                 f"in this chain, {tx!r} stands after {landed!r}, which ends where parameters are to be, at exact zeros "
@@ -182,6 +188,12 @@ def _check_order(transforms: Sequence[Transform]) -> None:
                 f"in this chain, {tx!r} stands after {early!r}, which adds to a step downhill: its sign is turned, and "
                 "it goes uphill. Put it after the learning rate."
             )
+
+
+def _changes(tx: Transform) -> bool:
+    """Whether a transform may change what it is given, and not only hold leaves where they are."""
+    passes = isinstance(tx.rate, (int, float)) and tx.rate == 1.0 and "flips" not in tx.stages
+    return tx.frozen is None and not passes
 
 
 def _meet(stage: Stage, first: Transform, second: Transform) -> bool:

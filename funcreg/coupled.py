@@ -214,6 +214,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         in_metric=in_metric,
         bounds=penalty.bounds,
         has_gradient=penalty.has_gradient,
+        convex=penalty.is_convex,
     )
 
 

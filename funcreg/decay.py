@@ -516,6 +516,13 @@ def with_weight_decay(
             f"{tx!r} decays weights already, by {before[0]!r}; with_weight_decay adds to it. Is weight_decay=0.0 "
             "missing there?"
         )
+    by_leaf = mask is not None or any([isinstance(x, (dict, list, tuple)) for x in (weight_decay, anchor)])
+    vector = _flattened(tx) if by_leaf else None
+    if vector is not None:
+        raise ValueError(
+            f"{vector!r} makes one vector of all leaves, where a mask, or a number for each leaf, has no place. Write "
+            "the chain by hand: chain(flatten(direction), add_decayed_weights(...), scale_by_learning_rate(...))"
+        )
     if mask is not None:
         given["mask"] = mask
 
@@ -711,6 +718,13 @@ def _with_parts(value: Any, change: Callable[[Transform], Transform]) -> Any:
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
         return type(value)([_with_parts(each, change) for each in value])
     return value
+
+
+def _flattened(tx: Transform) -> Transform | None:
+    """What hands one vector to the transforms inside, if something of a chain or wrapper does."""
+    if tx.made_by is not None and tx.made_by.name == "flatten":
+        return tx
+    return next((found for part in parts_of(tx) if (found := _flattened(part)) is not None), None)
 
 
 def _is_masked_otherwise(tx: Transform, mask: Mask) -> bool:

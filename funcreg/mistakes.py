@@ -70,7 +70,9 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
     links = [entry for entry in entries if entry.is_leaf]
     return [
         *_penalty_before_a_denominator(links),
+        *_rates_before_a_denominator(links),
         *_changes_after_landing(links),
+        *_changes_after_rounding(entries),
         *_constant_thresholds(links),
         *_projections_in_another_metric(links),
         *_averages_of_zeros(entries),
@@ -128,6 +130,18 @@ def _penalty_before_a_denominator(links: list[Entry]) -> Iterator[str]:
             )
 
 
+def _rates_before_a_denominator(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        if entry.tx.rate is None or "steps" not in entry.tx.stages:
+            continue
+        later = next((each for each in links[i + 1 :] if _divides(each) and _meet(entry, each)), None)
+        if later is not None:
+            yield (
+                f"{entry.tx!r} stands before {later.tx!r}, which divides updates by their own size: the learning rate "
+                "is divided out, and steps are of size 1. Put it last."
+            )
+
+
 def _changes_after_landing(links: list[Entry]) -> Iterator[str]:
     for i, entry in enumerate(links):
         if "lands" not in entry.tx.stages:
@@ -138,6 +152,24 @@ def _changes_after_landing(links: list[Entry]) -> Iterator[str]:
             yield (
                 f"{later[0].tx!r} stands after {entry.tx!r} and{scales} its updates, which loses exact zeros and what "
                 "lies in a set. Put what lands last."
+            )
+
+
+def _changes_after_rounding(entries: list[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if not made(entry.tx, with_master_weights, with_stochastic_rounding):
+            continue
+        last = max(
+            [i for i, each in enumerate(entries) if each is entry or any([tx is entry.tx for tx in each.around])]
+        )
+        later = [each for each in entries[last + 1 :] if each.is_leaf and each.tx.frozen is None and _meet(entry, each)]
+        changing = next((each for each in later if _changes(each) or "lands" in each.tx.stages), None)
+        averaging = next((tx for tx in entry.around if made(tx, lookahead, schedule_free)), None)
+        if changing is not None or averaging is not None:
+            other = changing.tx if changing is not None else averaging
+            yield (
+                f"{other!r} changes the updates of {entry.tx!r}, which end at numbers of sixteen bits: what it changes "
+                "is rounded away, or undone by the copies at the next step. Put it inside."
             )
 
 
@@ -318,15 +350,30 @@ def _penalties_of_vectors(links: list[Entry], whole: Params | None) -> Iterator[
         return  # Coefficients of a linear model are a vector, and no biases.
     for entry in links:
         decays = decay_of(entry.tx) is not None
+        if _is_anchored(entry):  # Of what was trained before, biases are worth as much as weights.
+            continue
         if not decays and (entry.chosen or not _carries_penalty(entry)):
             continue
         leaves = entry.leaves() if decays else penalized(entry)
         names = [name for name, w in leaves if w.ndim < 2]
+        takes = (
+            set()
+            if entry.tx.made_by is None
+            else {"mask", "weight_decay_mask"}.intersection(entry.tx.made_by.arguments)
+        )
+        how = f"by {min(takes)}=matrices" if takes else "where the decay is a link with mask=matrices"
         if names:
             yield (
                 f"{entry.tx!r} {'decays' if decays else 'penalizes'} {listed(names)}, of fewer than two dimensions: "
-                "biases and scales of normalizations are left alone by mask=matrices."
+                f"biases and scales of normalizations are left alone {how}."
             )
+
+
+def _is_anchored(entry: Entry) -> bool:
+    """Whether leaves are drawn to a point that is not zero."""
+    penalty = entry.penalty
+    of_penalty = penalty is not None and penalty.__name__ in ("anchored_l1", "anchored_l2", "ewc")
+    return of_penalty or entry.name.endswith(("_to_anchor", "_to_ema"))
 
 
 def _carries_penalty(entry: Entry) -> bool:

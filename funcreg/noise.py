@@ -16,7 +16,7 @@ from funcreg._typing import Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
 from funcreg.per_example import check_examples, per_example_global_norm_clip
 from funcreg.ranges import scalars, single
-from funcreg.rounding import check_key, first_key, shifted, words
+from funcreg.rounding import first_key, one_key, shifted, words
 from funcreg.transform import Transform, at_step, counter, finite_nonnegative, public_state
 from funcreg.tree import compute, flatten, tree_map, widen
 
@@ -35,7 +35,13 @@ class AddNoiseState(NamedTuple):
 
 
 @remembered
-def add_noise(eta: Scalar | Schedule, gamma: Scalar, key: int | Tensor | torch.Generator) -> Transform:
+def add_noise(
+    eta: Scalar | Schedule,
+    gamma: Scalar,
+    key: int | Tensor | torch.Generator | None = None,
+    *,
+    seed: int | Tensor | torch.Generator | None = None,
+) -> Transform:
     r"""Add Gaussian noise to updates, :math:`u' = u + \sqrt{\eta / t^\gamma} \, \xi`, :math:`\xi \sim N(0, 1)`.
 
     After the step of `sgd`, with the right variance, this is Langevin dynamics (SGLD), whose parameters are samples of
@@ -50,6 +56,7 @@ def add_noise(eta: Scalar | Schedule, gamma: Scalar, key: int | Tensor | torch.G
         eta: :math:`\eta`: variance of the noise at the first step, number of at least 0, tensor or schedule.
         gamma: :math:`\gamma`, at least 0: how fast the variance falls. 0 keeps it.
         key: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator, from which `init` draws.
+        seed: Another name of `key`; one of them is given.
 
     Example:
         >>> tx, params = add_noise(0.25, 0.0, key=0), {"weight": torch.zeros(10_000)}
@@ -65,7 +72,7 @@ def add_noise(eta: Scalar | Schedule, gamma: Scalar, key: int | Tensor | torch.G
     finite_nonnegative(eta=eta, gamma=gamma)
     (gamma,) = scalars(gamma=gamma)
     single(eta=eta, gamma=gamma)
-    check_key(key)
+    key = one_key("add_noise", key, seed)
 
     def init(params: Params) -> AddNoiseState:
         return AddNoiseState(counter(params), first_key(key, params))
@@ -109,7 +116,11 @@ class DifferentiallyPrivateAggregateState(NamedTuple):
 
 @remembered
 def differentially_private_aggregate(
-    l2_norm_clip: Scalar, noise_multiplier: Scalar, key: int | Tensor | torch.Generator
+    l2_norm_clip: Scalar,
+    noise_multiplier: Scalar,
+    key: int | Tensor | torch.Generator | None = None,
+    *,
+    seed: int | Tensor | torch.Generator | None = None,
 ) -> Transform:
     r"""The noisy mean of clipped gradients, :math:`\frac{1}{B} (\sum_i g_i \min(1, c / \|g_i\|) + \sigma c \, \xi)`.
 
@@ -128,6 +139,7 @@ def differentially_private_aggregate(
         l2_norm_clip: :math:`c`, the greatest norm of one example's gradient, at least 0.
         noise_multiplier: :math:`\sigma`, at least 0.
         key: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator, from which `init` draws.
+        seed: Another name of `key`; one of them is given.
 
     Raises:
         ValueError: Leaves are not like the parameters with one dimension more, or differ in the number of examples.
@@ -144,7 +156,7 @@ def differentially_private_aggregate(
     finite_nonnegative(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
     l2_norm_clip, noise_multiplier = scalars(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
     single(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
-    check_key(key)
+    key = one_key("differentially_private_aggregate", key, seed)
 
     def init(params: Params) -> DifferentiallyPrivateAggregateState:
         return DifferentiallyPrivateAggregateState(counter(params), first_key(key, params))

@@ -11,6 +11,7 @@ from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient, scale_by_rprop
 from funcreg.noise import add_noise, differentially_private_aggregate
 from funcreg.regularizing import add_decayed_weights
+from funcreg.rounding import one_key
 from funcreg.scaling import ema, scale, scale_by_learning_rate, scale_by_sign, scale_by_trust_ratio, trace
 from funcreg.transform import (
     Transform,
@@ -186,6 +187,8 @@ def noisy_sgd(
     eta: Scalar | Schedule = 0.01,
     gamma: Scalar = 0.55,
     key: int | Tensor | torch.Generator | None = None,
+    *,
+    seed: int | Tensor | torch.Generator | None = None,
 ) -> Transform:
     r"""Descent with noise in gradients, :math:`w' = w - \alpha (g + \sqrt{\eta / t^\gamma} \, \xi)`.
 
@@ -195,7 +198,8 @@ def noisy_sgd(
         learning_rate: :math:`\alpha`.
         eta: :math:`\eta`: variance of the noise at the first step.
         gamma: :math:`\gamma`: how fast the variance falls.
-        key: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator. It has to be given.
+        key: Where the noise comes from: an int, a 0-dim tensor of an integer, or a generator.
+        seed: Another name of `key`; one of them is given.
 
     Example:
         >>> tx, params = noisy_sgd(0.1, key=0), {"weight": torch.zeros(10_000)}
@@ -206,11 +210,7 @@ def noisy_sgd(
     References:
         Neelakantan and others, *Adding gradient noise improves learning for very deep networks*, 2015.
     """
-    if key is None:
-        raise TypeError(
-            "noisy_sgd got no key; expected key=, an int, a 0-dim tensor of an integer, or a torch.Generator. With one "
-            "chosen for you, all runs would have the same noise."
-        )
+    key = one_key("noisy_sgd", key, seed)
     return chain(add_noise(eta, gamma, key), scale_by_learning_rate(learning_rate))
 
 

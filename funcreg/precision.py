@@ -26,7 +26,7 @@ def _narrow(params: Params) -> list[bool]:
 
 def _around(inner: Transform, init: Any, update: Any, state: type) -> Transform:
     """A transform that tells of itself what the one inside does; what comes after it would change where it landed."""
-    metric = inner.metric
+    metric, stages = inner.metric, [*inner.stages, "rounds"]
     return Transform(
         init,
         update,
@@ -35,7 +35,7 @@ def _around(inner: Transform, init: Any, update: Any, state: type) -> Transform:
         state,
         descends=inner.descends,
         spares=inner.spares,
-        stages=[*inner.stages, "lands"] if "steps" in inner.stages or "flips" in inner.stages else inner.stages,
+        stages=[*stages, "lands"] if "steps" in inner.stages or "flips" in inner.stages else stages,
         covers=inner.covers,
         forwards_to=[inner],
     )
@@ -60,9 +60,9 @@ def with_master_weights(inner: Transform) -> Transform:
 
     The inner transform sees the copies as its parameters, and gradients in float32: its moments, its decay, its
     proximal operator are those of a model in float32, and zeros are exact in both. Leaves of other dtypes are their own
-    copies. Updates of sixteen-bit leaves are float32, so that `apply_updates` rounds once; it goes outermost, and what
-    changes its updates loses the last digits. Parameters that are changed elsewhere go back to their copies: begin with
-    a new state there.
+    copies. Updates of sixteen-bit leaves are float32, so that `apply_updates` rounds once. It goes outermost: what
+    something else changes, as a decay after it does, goes back to the copies at the next step. Begin with a new state
+    where parameters were changed and are meant to stay so.
 
     Args:
         inner: A whole optimizer, such as `adamw(1e-3)`.

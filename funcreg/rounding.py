@@ -40,6 +40,23 @@ def check_key(key: Any) -> None:
     raise TypeError(f"key is {came}; expected an int, a 0-dim tensor of an integer, or a torch.Generator{hint}")
 
 
+def one_key(name: str, key: Any, seed: Any) -> Any:
+    """The key of a transform that takes it by either name.
+
+    Raises:
+        TypeError: There is none, or there are two.
+    """
+    if key is not None and seed is not None:
+        raise TypeError(f"{name} got key= and seed=, which are names of the same; expected one of them")
+    if key is None and seed is None:
+        raise TypeError(
+            f"{name} got no key; expected key=, an int, a 0-dim tensor of an integer, or a torch.Generator. With one "
+            "chosen for you, all runs would have the same noise."
+        )
+    check_key(seed if key is None else key)
+    return seed if key is None else key
+
+
 def first_key(key: int | Tensor | torch.Generator, params: Params) -> Tensor:
     """The key that a state keeps, int64."""
     device = scalar_device(params)

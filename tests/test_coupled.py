@@ -135,6 +135,26 @@ def test_over_a_single_leaf_it_is_the_penalty_itself(base, hyper, dim, weights):
     assert_equal(one.residual(params, g, *hyper, **options), base.residual(params, g, *hyper, **same), **close)
 
 
+@pytest.mark.parametrize(
+    ("base", "hyper"),
+    [
+        (fr.group_lasso, ()),
+        (fr.group_l0, ()),
+        (fr.group_mcp, (1.0, 3.0)),
+        (fr.group_scad, (1.0, 3.7)),
+        (fr.group_l_half, ()),
+        (fr.group_top_k, (1,)),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_it_is_convex_where_its_penalty_of_rows_is(base, hyper):
+    units, params = fr.coupled(base, {"a": 0, "b": 0}), {"a": torch.ones(2, 2), "b": torch.ones(2)}
+    assert units.is_convex(*hyper) == base.is_convex(*hyper) == (base is fr.group_lasso)
+    if base is not fr.group_lasso:
+        with pytest.raises(ValueError, match=f"coupled.*{base.__name__}.* is not known to be convex"):
+            units.prox_dual(params, 0.5, *hyper)
+
+
 @every_family
 def test_groups_of_zeros_have_no_gradient_and_no_nan(shapes, groups):
     p, zeros = fr.coupled(fr.group_lasso, groups), fr.tree_map(torch.zeros_like, tensors(shapes))

@@ -226,6 +226,10 @@ def test_proximal_decay_is_stable_where_that_of_adamw_is_not():
 
 REFUSED = [
     (lambda: fr.with_weight_decay(fr.adam, "decoupled", 0.1), r"argument 0 of with_weight_decay is a function"),
+    (
+        lambda: fr.with_weight_decay(fr.chain(fr.flatten(fr.adam(0.1))), "decoupled", 0.1, mask=fr.matrices),
+        r"flatten\(adam\(0.1\)\) makes one vector of all leaves, where a mask.* has no place",
+    ),
     (lambda: fr.with_weight_decay(fr.adam(0.1), "decopled", 0.1), r"kind is 'decopled'; expected one of 'coupled'"),
     (lambda: fr.with_weight_decay(fr.adam(0.1), "decoupled", -0.1), r"weight_decay is -0.1; expected .* at least 0"),
     (lambda: fr.with_weight_decay(fr.adam(0.1), "decoupled", 0.1, mask="w"), r"mask is the string 'w'"),

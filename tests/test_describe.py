@@ -265,6 +265,14 @@ MISTAKEN = {
         lambda: fr.muon(0.1, weight_decay=0.1, adam_weight_decay=0.2),
         [r"add_decayed_weights\(0.2, None\) decays .*head.bias"],
     ),
+    "a learning rate before Adam": (
+        lambda: fr.chain(fr.scale_by_learning_rate(0.1), fr.scale_by_adam()),
+        [r"scale_by_learning_rate\(0.1\) stands before scale_by_adam.* is divided out"],
+    ),
+    "decay that takes no mask": (
+        lambda: fr.schedule_free_adamw(0.1, weight_decay=0.1),
+        [r"decays .*head.bias.* left alone where the decay is a link with mask=matrices"],
+    ),
     "a pattern that matches nothing": (
         lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
         [r"per_leaf has 'tail.\*', which matches no leaf"],
@@ -293,6 +301,10 @@ RIGHT = [
     lambda: fr.chain(fr.adam(0.1), fr.project(fr.nonnegative), fr.monitor({"norm": fr.global_norm})),
     lambda: fr.chain(fr.sgd(0.1), fr.project(fr.nonnegative), fr.snapshot("norm", fr.global_norm)),
     lambda: fr.muon(0.1, weight_decay=0.1),
+    lambda: fr.with_weight_decay(fr.adam(0.1), "anchor", 0.1),
+    lambda: fr.prox_adam(0.1, fr.anchored_l1, 0.0, strength=0.1),
+    lambda: fr.with_master_weights(fr.chain(fr.clip(1.0), fr.adam(0.1), fr.project(fr.nonnegative))),
+    lambda: fr.chain(fr.with_master_weights(fr.adam(0.1)), fr.monitor({"norm": fr.global_norm}), fr.freeze(HEAD)),
     lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
     lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
     lambda: fr.prox_adam(0.1, fr.simplex),
@@ -336,6 +348,25 @@ def test_no_optimizer_of_the_table_is_warned_of(case):
     assert described(case.make()).warnings == []
     for said in described(case.make(), draw()).warnings:
         assert "of fewer than two dimensions" in said
+
+
+@pytest.mark.parametrize("keep", [fr.with_master_weights, lambda tx: fr.with_stochastic_rounding(tx, 0)])
+def test_what_changes_rounded_updates_is_warned_of(keep):
+    half, tx = {"w": torch.ones(2, 2, dtype=torch.bfloat16)}, keep(fr.sgd(0.1))
+    for after in (
+        fr.scale(0.1),
+        fr.clip(0.1),
+        fr.add_noise(0.1, 0.5, 0),
+        fr.add_independent_weight_decay(0.1),
+        fr.project(fr.nonnegative),
+    ):
+        with pytest.warns(UserWarning, match=r"stands after .*, which ends at numbers of sixteen bits.* Put it inside"):
+            chained = fr.chain(tx, after)
+        assert any("end at numbers of sixteen bits" in said for said in fr.describe(chained, half).warnings)
+    for around in (lambda tx: fr.lookahead(tx, 5, 0.5), lambda tx: fr.schedule_free(tx, 0.1)):
+        with pytest.warns(UserWarning, match=r"averages the parameters of .* Put (lookahead|schedule_free) inside"):
+            wrapped = around(tx)
+        assert any("end at numbers of sixteen bits" in said for said in fr.describe(wrapped, half).warnings)
 
 
 def test_steps_that_sixteen_bits_lose_are_warned_of():

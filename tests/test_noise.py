@@ -158,10 +158,26 @@ def test_vmap_decides_whether_members_differ():
         assert len(noise(members, key).unique()) == different
 
 
-@pytest.mark.parametrize("key", ["3", 0.5, True, None, torch.tensor(0.5), torch.arange(2), torch.tensor(True)])
+@pytest.mark.parametrize("key", ["3", 0.5, True, torch.tensor(0.5), torch.arange(2), torch.tensor(True)])
 def test_other_keys_are_refused(key):
     with pytest.raises(TypeError, match=r"key is .*expected an int"):
         fr.add_noise(1.0, 0.0, key)
+
+
+def test_a_seed_is_a_key():
+    for make in (
+        lambda **key: fr.add_noise(0.1, 0.5, **key),
+        lambda **key: fr.noisy_sgd(0.1, **key),
+        lambda **key: fr.chain(fr.differentially_private_aggregate(1.0, 0.1, **key), fr.sgd(0.1)),
+    ):
+        params, examples = {"w": torch.ones(3, device=DEVICE)}, {"w": torch.ones(2, 3, device=DEVICE)}
+        grads = examples if "private" in str(make(key=7)) else params
+        steps = [tx.update(grads, tx.init(params), params)[0] for tx in (make(key=7), make(seed=7))]
+        assert torch.equal(steps[0]["w"], steps[1]["w"])
+        with pytest.raises(TypeError, match=r"got no key; expected key=, an int"):
+            make()
+        with pytest.raises(TypeError, match=r"got key= and seed=, which are names of the same"):
+            make(key=1, seed=1)
 
 
 def test_numbers_out_of_range_are_refused():
@@ -334,7 +350,7 @@ def test_what_are_no_gradients_of_examples_is_refused():
         fr.chain(fr.clip(1.0), fr.differentially_private_aggregate(1.0, 1.0, 0))
     with pytest.raises(ValueError, match=r"noise_multiplier is -1\.0"):
         fr.differentially_private_aggregate(1.0, -1.0, 0)
-    with pytest.raises(TypeError, match="key is None; expected an int"):
+    with pytest.raises(TypeError, match="got no key; expected key=, an int"):
         fr.differentially_private_aggregate(1.0, 1.0, None)
     with pytest.raises(ValueError, match="nesterov is True; it has no effect without momentum"):
         fr.dpsgd(0.1, 1.0, 1.0, 0, nesterov=True)

@@ -24,7 +24,7 @@ section = runpy.run_path(str(HERE / "catalogue.py"))["section"]
 
 #: Of names that both have: what an optax user should know, beside parameters.
 OTHERWISE = {
-    "add_noise": "`key` and `seed` are a whole number, a tensor or a generator; another noise, the same on every device",
+    "add_noise": "`key` or `seed` is a whole number, a tensor or a generator; other noise, the same on every device",
     "noisy_sgd": "the noise of `add_noise`",
     **dict.fromkeys(("differentially_private_aggregate", "dpsgd"), "the noise of `add_noise`"),
     "apply_updates": "trees or shapes that do not match are an error that names the leaf",

@@ -31,17 +31,26 @@ BATCH = 16  # Of all processes together, so that their number changes nothing bu
 
 def save(tree: Any, folder: Path) -> None:
     """Write a checkpoint aside, and put it in its place when it is complete: a run that dies leaves the older one."""
-    aside = folder.with_name(folder.name + ".new")
+    aside, older = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)  # Of a run that died while it wrote.
+    dist.barrier()
     dcp.save(fr.to_state_dict(tree), checkpoint_id=aside)  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    if first:
+        if folder.exists():
+            shutil.rmtree(older, ignore_errors=True)
+            os.replace(folder, older)
         os.replace(aside, folder)
+        shutil.rmtree(older, ignore_errors=True)
     dist.barrier()
 
 
 def load(template: Any, folder: Path) -> Any:
+    older = folder.with_name(folder.name + ".old")  # Of a run that died between two renames.
     flat = fr.to_state_dict(template)  # What is loaded is written into these tensors.
-    dcp.load(flat, checkpoint_id=folder)  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
+    place = folder if folder.exists() else older
+    dcp.load(flat, checkpoint_id=place)  # pyright: ignore[reportPrivateImportUsage]  # It is documented.
     return fr.from_state_dict(template, flat)
 
 

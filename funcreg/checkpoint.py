@@ -165,10 +165,12 @@ def _check_format(flat: Mapping[str, Any], strict: bool) -> None:
             )
         return
     if not (isinstance(header, Tensor) and header.shape == (2,) and header[0].item() == VERSION):
-        came = header.flatten()[0].item() if isinstance(header, Tensor) and header.numel() else repr(header)
+        if not isinstance(header, Tensor) or header.shape != (2,):
+            came = f"a tensor of shape {tuple(header.shape)}" if isinstance(header, Tensor) else repr(header)
+            raise ValueError(f"'{_HEADER}' is {came}; expected what to_state_dict writes there. Was the dict changed?")
         raise ValueError(
-            f"the dict is of format {came}; this version of funcreg reads format {VERSION}. Was it written by a newer "
-            "one?"
+            f"the dict is of format {header[0].item()}; this version of funcreg reads format {VERSION}. Was it written "
+            "by a newer one?"
         )
 
 
@@ -190,6 +192,9 @@ def _check_names(known: list[str], flat: Mapping[str, Any], strict: bool) -> Non
 def _check_fits(name: str, leaf: Tensor, found: Any, strict: bool) -> None:
     if not isinstance(found, Tensor):
         raise TypeError(f"'{name}' is a {type(found).__name__}; expected a tensor")
+    if found.is_meta or found.layout is not leaf.layout:
+        came = "on the meta device, without numbers" if found.is_meta else f"of layout {found.layout}"
+        raise ValueError(f"'{name}' is {came}; expected a tensor like that of the template, {leaf.layout}")
     if found.shape != leaf.shape:
         raise ValueError(
             f"'{name}' has shape {tuple(found.shape)}; expected {tuple(leaf.shape)}, the shape in the template. Is it "

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from funcreg._typing import Scalar
+from funcreg.construction import written
+from funcreg.ranges import concrete
 from funcreg.tree import widen
 
 #: What an optimizer keeps of a parameter, and what is set for its param group.
@@ -214,6 +216,12 @@ def inner_optimizers(optimizer: Optimizer) -> list[str]:
     return found
 
 
+def steps_as_torch(kind: type[Optimizer]) -> bool:
+    """Whether the step of a class of optimizers is that of one of torch: whoever else may call steps in steps."""
+    known = next((base for base in kind.__mro__ if base in RULES or base in REFUSED), None)
+    return known is not None and inspect.unwrap(kind.step) is inspect.unwrap(known.step)
+
+
 def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | None, projects: bool) -> Rule:
     """The rule for an optimizer, with the metric that a user gave, or an error that says why there is none.
 
@@ -227,8 +235,9 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     if known is torch.optim.LBFGS:
         raise ValueError(f"{kind.__name__} cannot be regularized: {REFUSED[known]}.")
     if metric is not None:
+        _check_metric(metric)
         return Rule(_lr, lambda w, state, group, note: _filled(w, metric(state, group)))
-    if known is not None and inspect.unwrap(kind.step) is not inspect.unwrap(known.step):
+    if known is not None and not steps_as_torch(kind):
         reason = f"its step is not that of {known.__name__}, so that its metric is not known"
     elif known is None:
         reason = "its metric is not known"
@@ -257,11 +266,31 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     )
 
 
+def _check_metric(metric: Any) -> None:
+    """Raise a TypeError for what cannot be called with the state of a parameter and its param group."""
+    expected = "expected a function of the state of a parameter and of its param group"
+    if not callable(metric):
+        always = f", as lambda state, group: {metric!r}" if isinstance(metric, (int, float)) else ""
+        raise TypeError(f"metric is {metric!r}; {expected}{always}")
+    try:
+        inspect.signature(metric).bind({}, {})
+    except TypeError as error:
+        raise TypeError(f"metric cannot be called with two arguments: {error}; {expected}") from error
+    except ValueError:  # Of some functions that are not written in Python nothing is known.
+        return
+
+
 def _filled(w: Tensor, metric: Any) -> Tensor:
     """A metric that a user's function returned, as a tensor like the parameter."""
-    expected = f"expected a positive number, or a tensor that broadcasts to {tuple(w.shape)}, the shape of a parameter"
+    expected = (
+        f"expected a number of at least 0, or a tensor of them that broadcasts to {tuple(w.shape)}, the shape of a "
+        "parameter"
+    )
     if isinstance(metric, bool) or not isinstance(metric, (int, float, Tensor)):
         raise TypeError(f"metric returned {metric!r}; {expected}")
+    known = concrete(metric)  # Numbers, and tensors that no device is waited for.
+    if known is not None and not bool((torch.as_tensor(known) >= 0).all()):
+        raise ValueError(f"metric returned {written(metric)}, which has negative numbers or NaN; {expected}")
     try:
         return torch.as_tensor(metric, dtype=widen(w).dtype, device=w.device).expand_as(w)
     except RuntimeError as error:

@@ -72,10 +72,10 @@ def add_noise(
     finite_nonnegative(eta=eta, gamma=gamma)
     (gamma,) = scalars(gamma=gamma)
     single(eta=eta, gamma=gamma)
-    key = one_key("add_noise", key, seed)
+    begin = one_key("add_noise", key, seed)
 
     def init(params: Params) -> AddNoiseState:
-        return AddNoiseState(counter(params), first_key(key, params))
+        return AddNoiseState(counter(params), first_key(begin, params))
 
     def update(updates: Updates, state: AddNoiseState, params: Params) -> tuple[Updates, AddNoiseState]:
         steps = state.steps + 1
@@ -156,10 +156,10 @@ def differentially_private_aggregate(
     finite_nonnegative(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
     l2_norm_clip, noise_multiplier = scalars(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
     single(l2_norm_clip=l2_norm_clip, noise_multiplier=noise_multiplier)
-    key = one_key("differentially_private_aggregate", key, seed)
+    begin = one_key("differentially_private_aggregate", key, seed)
 
     def init(params: Params) -> DifferentiallyPrivateAggregateState:
-        return DifferentiallyPrivateAggregateState(counter(params), first_key(key, params))
+        return DifferentiallyPrivateAggregateState(counter(params), first_key(begin, params))
 
     def update(
         updates: Updates, state: DifferentiallyPrivateAggregateState, params: Params

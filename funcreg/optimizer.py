@@ -36,6 +36,8 @@ from funcreg.tree import (
 
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
+#: So many steps in a row without a gradient are no loop that skips a batch.
+_STILL = 3
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -117,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
         self._plain = False  # Whether nothing is compiled any more.
         self._said_nothing = False  # Whether it was said that a step has no effect.
+        self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
@@ -272,7 +275,8 @@ class Optimizer(torch.optim.Optimizer):
         found = [(part, list(map(gradient, part.params))) for part in known]
         found = [(part, grads) for part, grads in found if any([g is not None for g in grads])]
         parts = [part for part, _ in found]
-        if not parts and fresh:
+        self._still = 0 if parts else self._still + 1
+        if not parts and (fresh or self._still == _STILL):
             self._say_nothing_moves()
         if not parts or (fresh and self._makes_states_alone(parts)):
             return
@@ -300,7 +304,7 @@ class Optimizer(torch.optim.Optimizer):
         return {p for p, frozen in zip(params, frozen_beside_others(params), strict=True) if frozen}
 
     def _say_nothing_moves(self) -> None:
-        """Warn, once, of a first step without any gradient."""
+        """Warn, once, of a first step without any gradient, or of several in a row."""
         if not self._said_nothing:
             self._said_nothing = True
             warn_user(

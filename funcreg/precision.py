@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import remembered
 from funcreg.rounding import check_key, first_key, is_narrow, rounded, words
-from funcreg.transform import Transform, check_transforms, counter, public_state
+from funcreg.transform import Stage, Transform, check_transforms, counter, public_state
 from funcreg.tree import compute_wide, flatten, keep, merge, tree_leaves, tree_map, widen
 
 
@@ -26,7 +26,8 @@ def _narrow(params: Params) -> list[bool]:
 
 def _around(inner: Transform, init: Any, update: Any, state: type) -> Transform:
     """A transform that tells of itself what the one inside does; what comes after it would change where it landed."""
-    metric, stages = inner.metric, [*inner.stages, "rounds"]
+    metric = inner.metric
+    stages: list[Stage] = [*inner.stages, "rounds"]
     return Transform(
         init,
         update,

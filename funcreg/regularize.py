@@ -21,7 +21,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
-from funcreg.denominators import NOTE_COPY, Entries, Rule, buffered, gain, inner_optimizers, rule_of, unwrapped
+from funcreg.denominators import (
+    NOTE_COPY,
+    Entries,
+    Rule,
+    buffered,
+    gain,
+    inner_optimizers,
+    rule_of,
+    steps_as_torch,
+    unwrapped,
+)
 from funcreg.descent import check_inner_steps
 from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import (
@@ -238,12 +248,16 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._waits = False  # Whether all entries were zero while a momentum buffer was filled.
+        #: Of an optimizer whose step may set gradients to None, or call that of its base, whose hooks are these, too:
+        self._watches = not steps_as_torch(type(optimizer))
+        self._had: set[Tensor] = set()  # what had a gradient before a step,
+        self._begun = False  # and whether one has begun since the last that was seen to its end.
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
         self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
         self._hooks = [optimizer.register_step_post_hook(self._after)]
-        if task.rule.note is not None or self._inner is not None:
+        if task.rule.note is not None or self._inner is not None or self._watches:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
@@ -420,6 +434,10 @@ class Regularization:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Note what has to be known from before a step."""
+        if self._watches:
+            self._begun = True
+            params = [w for group in optimizer.param_groups for w in group["params"]]
+            self._had = {w for w, g in zip(params, gradients_of(params), strict=True) if g is not None}
         with torch.no_grad():
             for w, name in self._names.names.items():
                 if name in self._names.chosen and self._task.rule.note is not None:
@@ -429,6 +447,9 @@ class Regularization:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Land where a step has led."""
+        if self._watches and not self._begun:
+            return
+        self._begun = False
         skipped = getattr(optimizer, "found_inf", None)  # Of a GradScaler, whose optimizer skips inside its kernel.
         if isinstance(skipped, Tensor) and skipped.device.type == "cpu":
             if skipped.item():
@@ -532,7 +553,7 @@ class Regularization:
             self._names.read(optimizer)
             self._check_added()
             self._layouts = {}  # Of trees of strengths that may have gained leaves.
-        still = [g is None for g in gradients_of(params)]
+        still = [g is None and w not in self._had for w, g in zip(params, gradients_of(params), strict=True)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
             return self._moving
@@ -842,7 +863,7 @@ def _no_step(*_: Any) -> Any:
 _NO_RULE = Rule(_no_step, metric=_no_step)
 _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
-    *("_counted", "_classes", "_pace"),
+    *("_had", "_counted", "_classes", "_pace"),
 )
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"

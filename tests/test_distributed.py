@@ -136,6 +136,54 @@ def test_an_fsdp_run_of_two_processes_goes_on_with_four(tmp_path):
     assert float(whole.splitlines()[-1].split()[-1].rstrip("%")) > 5
 
 
+#: Saves a checkpoint over another one, and dies at the first, second, ... change of the file system.
+DYING = """
+import os, runpy, shutil, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+
+class Death(BaseException):
+    pass
+
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+example = runpy.run_path(sys.argv[1])
+folder = Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder.parent}/meeting", rank=0, world_size=1)
+renames, removals = os.replace, shutil.rmtree
+for last in range(1, 6):
+    changes = [0]
+    def counted(change):
+        def call(*args, **kwargs):
+            changes[0] += 1
+            if changes[0] == last:
+                raise Death
+            return change(*args, **kwargs)
+        return call
+    removals(folder, ignore_errors=True), removals(f"{folder}.old", ignore_errors=True)
+    example["save"]({"w": torch.ones(3)}, folder)
+    os.replace, shutil.rmtree = counted(renames), counted(removals)
+    try:
+        example["save"]({"w": torch.full((3,), 2.0)}, folder)
+    except Death:
+        pass
+    os.replace, shutil.rmtree = renames, removals
+    print(changes[0] >= last, example["load"]({"w": torch.zeros(3)}, folder)["w"].tolist())
+    example["save"]({"w": torch.full((3,), 4.0)}, folder)  # The next run saves all the same.
+    assert example["load"]({"w": torch.zeros(3)}, folder)["w"][0] == 4
+"""
+
+
+def test_a_run_that_dies_while_it_saves_leaves_a_checkpoint(tmp_path):
+    example = str(HERE.parent / "examples" / "fsdp.py")
+    command = [sys.executable, "-W", "ignore", "-c", DYING, example, str(tmp_path / "checkpoint")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert not run.returncode, run.stderr
+    said = run.stdout.splitlines()
+    assert len(said) == 5
+    assert all(line in ("True [1.0, 1.0, 1.0]", "True [2.0, 2.0, 2.0]") for line in said), said
+    assert len(set(said)) == 2
+
+
 def test_the_page_on_scaling_says_what_its_script_prints():
     page = (HERE.parent / "examples" / "scaling.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)

@@ -822,6 +822,24 @@ def test_a_step_without_any_gradient_is_said_once():
     trained(model, optimizer, 1)
 
 
+def test_parameters_that_were_replaced_after_a_step_are_said_and_a_step_left_out_is_not():
+    net = torch.nn.Linear(3, 2, device=DEVICE)
+    optimizer = fr.Optimizer(net.named_parameters(), fr.adamw, lr=0.1, compile=False)
+
+    def step(backward: bool) -> None:
+        optimizer.zero_grad()
+        if backward:
+            net(torch.ones(4, 3, device=DEVICE)).sum().backward()
+        optimizer.step()
+
+    for backward in (True, False, False, True, False, False):
+        step(backward)
+    net.load_state_dict({name: w.clone() for name, w in net.state_dict().items()}, assign=True)
+    with pytest.warns(UserWarning, match=r"no effect, because no parameter .* load_state_dict\(assign=True\)"):
+        step(True)
+    step(True)
+
+
 # What a factory makes of its arguments
 
 

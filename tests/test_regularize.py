@@ -974,8 +974,9 @@ class Descent(optim.Optimizer):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for w in group["params"]:
-                self.state[w]["h"] = torch.full_like(w, 2.0)
-                w -= group["lr"] * w.grad / 2
+                if w.grad is not None:
+                    self.state[w]["h"] = torch.full_like(w, 2.0)
+                    w -= group["lr"] * w.grad / 2
 
 
 class Lazy(optim.Adam):
@@ -1009,6 +1010,37 @@ def test_a_metric_of_the_users_makes_any_optimizer_known(metric):
         w.grad = gram @ w.detach() - moment
         optimizer.step()
     assert_is_lasso(w.detach())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), torch.tensor([1.0, float("nan"), 1.0])], ids=str)
+def test_a_metric_that_is_none_is_refused(value):
+    w = weight(3)
+    fr.regularize(optimizer := Descent([w], 0.2), fr.l1, metric=lambda state, group: value)
+    with pytest.raises(
+        ValueError, match=r"metric returned .*, which has negative numbers or NaN; expected a number of"
+    ):
+        stepped(optimizer, w)
+
+
+class Clearing(Descent):
+    """As some libraries do, it frees gradients in its step."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.zero_grad()
+
+
+@pytest.mark.parametrize("penalty", [fr.l1, fr.group_lasso, fr.max_norm.given(0.5)], ids=str)
+def test_optimizers_that_clear_gradients_in_their_step_are_followed(penalty):
+    found = []
+    for kind in (Descent, Clearing):
+        moved, still = weight(3, 4), weight(3, 4, seed=1)
+        fr.regularize(optimizer := kind([moved, still], 0.2), penalty, metric=lambda state, group: 1.0)
+        for seed in range(3):
+            stepped(optimizer, moved, seed=seed)
+        found.append([moved.detach(), still.detach()])
+        assert_equal(still.detach(), weight(3, 4, seed=1).detach())
+    assert_equal(*found)
 
 
 def test_subclasses_and_wrappers_of_known_optimizers_are_known_unless_they_step_otherwise():
@@ -1120,6 +1152,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bad inner steps": (of(fr.nuclear, mask=fr.matrices, inner_steps=0), ValueError, "inner_steps"),
     "bad bound": (of(fr.l1, max_step=0.0), ValueError, "max_step is 0.0"),
     "bad compile": (of(fr.l1, compile="yes"), TypeError, "compile"),
+    "a number for a metric": (of(fr.l1, metric=1.0), TypeError, r"metric is 1.0; .* as lambda state, group: 1.0"),
+    "a metric of one argument": (of(fr.l1, metric=lambda state: 1.0), TypeError, "metric cannot be called with two"),
     "lazy parameters": (
         lambda: fr.regularize(optim.SGD(nn.LazyLinear(2).parameters(), 0.1), fr.l1),
         ValueError,

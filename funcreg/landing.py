@@ -135,38 +135,50 @@ def acts_on_entries(task: Task) -> bool:
     return single and all([part.penalty.separable is True and part.mask is None for part in parts])
 
 
-def land_end_to_end(
-    task: Task,
-    leaves: dict[str, Tensor],
-    sources: dict[str, Tensor] | None,
-    columns: Sequence[Sequence[Any]],
-    classes: dict[str, int],
-    values: Sequence[Hyper],
-) -> dict[str, Tensor]:
-    """The proximal points of leaves, of which small ones of one class are a single leaf, for a rule for each entry."""
-    runs: dict[Any, list[str]] = {}
-    for name, w in leaves.items():
-        with_source = (w,) if sources is None else (w, sources[name])
-        small = w.numel() <= _SMALL and all(
-            [type(x) is Tensor and x.layout == torch.strided and x.shape == w.shape for x in with_source]
-        )
-        key = (classes[name], *[(x.dtype, x.device) for x in with_source]) if small else name
-        runs.setdefault(key, []).append(name)
-    names = {run[0]: run for run in runs.values()}
-    pieces = {label: Pieces([leaves[name].shape for name in run]) for label, run in names.items() if len(run) > 1}
+class EndToEnd:
+    """Leaves of which small ones of one class are a single leaf, for a rule for each entry.
 
-    def joined(of: dict[str, Tensor]) -> dict[str, Tensor]:
-        one = lambda label, run: torch.cat(pieces[label].flat([of[name] for name in run]))
-        return {label: one(label, run) if label in pieces else of[label] for label, run in names.items()}
+    Args:
+        leaves: The leaves.
+        sources: What the metric is made of.
+        classes: Which of them take one step.
+    """
 
-    reached = joined(leaves)
-    scalars = laid_out(columns, {label: classes[run[0]] for label, run in names.items()}, reached)
-    landed = task.land(reached, reached, None if sources is None else joined(sources), scalars, values, None)
-    found = {}
-    for label, run in names.items():
-        made = pieces[label].of(landed[label]) if label in pieces else [landed[label]]
-        found.update(zip(run, made, strict=True))
-    return found
+    def __init__(self, leaves: dict[str, Tensor], sources: dict[str, Tensor] | None, classes: dict[str, int]) -> None:
+        runs: dict[Any, list[str]] = {}
+        for name, w in leaves.items():
+            with_source = (w,) if sources is None else (w, sources[name])
+            small = w.numel() <= _SMALL and all(
+                [type(x) is Tensor and x.layout == torch.strided and x.shape == w.shape for x in with_source]
+            )
+            key = (classes[name], *[(x.dtype, x.device) for x in with_source]) if small else name
+            runs.setdefault(key, []).append(name)
+        self._runs = {run[0]: run for run in runs.values()}
+        self._pieces = {label: Pieces([leaves[n].shape for n in run]) for label, run in self._runs.items() if run[1:]}
+        self._classes = {label: classes[label] for label in self._runs}
+
+    def land(
+        self,
+        task: Task,
+        leaves: dict[str, Tensor],
+        sources: dict[str, Tensor] | None,
+        columns: Sequence[Sequence[Any]],
+        values: Sequence[Hyper],
+    ) -> dict[str, Tensor]:
+        """The proximal points of leaves like these."""
+        reached = self._joined(leaves)
+        scalars = laid_out(columns, self._classes, reached)
+        joined = None if sources is None else self._joined(sources)
+        landed = task.land(reached, reached, joined, scalars, values, None)
+        found = {}
+        for label, run in self._runs.items():
+            made = self._pieces[label].of(landed[label]) if label in self._pieces else [landed[label]]
+            found.update(zip(run, made, strict=True))
+        return found
+
+    def _joined(self, of: dict[str, Tensor]) -> dict[str, Tensor]:
+        one = lambda label, run: torch.cat(self._pieces[label].flat([of[name] for name in run]))
+        return {label: one(label, run) if label in self._pieces else of[label] for label, run in self._runs.items()}
 
 
 class Sets(NamedTuple):

@@ -36,11 +36,11 @@ from funcreg.descent import check_inner_steps
 from funcreg.frozen import frozen_beside_others, gradients_of
 from funcreg.landing import (
     CompiledLanding,
+    EndToEnd,
     Sets,
     Task,
     acts_on_entries,
     laid_out,
-    land_end_to_end,
     land_in_sets,
     projects,
 )
@@ -66,7 +66,7 @@ from funcreg.tree import (
     tree_leaves,
     widen,
 )
-from funcreg.undocumented import is_compiling
+from funcreg.undocumented import copy_all, is_compiling
 from funcreg.wrapping import matched
 
 #: Entries from which on a compiled step saves more than its first call costs.
@@ -247,6 +247,7 @@ class Regularization:
         self._counted: list[Any] = []
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
+        self._ends: tuple[EndToEnd | None, Any, Any] = None, None, None  # For what moves and its classes, as they were.
         self._waits = False  # Whether all entries were zero while a momentum buffer was filled.
         #: Of an optimizer whose step may set gradients to None, or call that of its base, whose hooks are these, too:
         self._watches = not steps_as_torch(type(optimizer))
@@ -286,7 +287,11 @@ class Regularization:
 
         Modules that hold a handle are copied and saved with it.
         """
-        kept: dict[str, Any] = {"_task": self._task._replace(rule=_NO_RULE), "_optimizer": _no_optimizer}
+        kept: dict[str, Any] = {
+            "_task": self._task._replace(rule=_NO_RULE),
+            "_optimizer": _no_optimizer,
+            "_ends": (None, None, None),
+        }
         empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
         return {**vars(self), **kept, **empty, "_is_copy": True}
 
@@ -294,7 +299,7 @@ class Regularization:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
         for hook in self._hooks:
             hook.remove()
-        self._notes, self._starts, self._layouts = {}, {}, {}
+        self._notes, self._starts, self._layouts, self._ends = {}, {}, {}, (None, None, None)
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
             vars(optimizer)[_OWN].remove(self)
@@ -708,14 +713,23 @@ class Regularization:
                 return
         if self._acts_on_entries and not keeps:
             reached = {m.name: m.w.detach() for m in leaves}
-            landed = land_end_to_end(task, reached, sources, columns, classes, values)
+            ends, *of = self._ends
+            if ends is None or of[0] is not self._moving or of[1] is not self._classes:
+                ends = EndToEnd(reached, sources, classes)
+                self._ends = ends, self._moving, self._classes
+            landed = ends.land(task, reached, sources, columns, values)
         else:
             reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in leaves})
             starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in leaves})
             landed = self._landed(starts, reached, sources, columns, classes, values, sets)
-        for m in written:
-            z = landed[m.name]
-            m.w.copy_(z if skipped is None else torch.where(skipped.to(m.w.device) > 0, m.w, z))
+        found = [landed[m.name] for m in written]
+        if skipped is not None:
+            found = [torch.where(skipped.to(m.w.device) > 0, m.w, z) for m, z in zip(written, found, strict=True)]
+        if keeps or any([type(m.w) not in _PLAIN for m in written]):
+            for m, z in zip(written, found, strict=True):
+                m.w.copy_(z)
+        else:
+            copy_all([m.w for m in written], found)
 
     def _landed(
         self,

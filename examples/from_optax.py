@@ -71,8 +71,8 @@ INSTEAD: list[tuple[str, str]] = [
     ("NamedTupleKey", "paths are dotted strings"),
     ("stateless_with_tree_map", "`fr.stateless(lambda updates, params: fr.tree_map(f, updates, params))`"),
     (
-        "inject_stateful_hyperparams StatefulSchedule WrappedSchedule",
-        "`fr.inject_hyperparams(fr.adam)`; schedules are functions of the number of steps",
+        "inject_stateful_hyperparams WrappedSchedule",
+        "`fr.inject_hyperparams(fr.adam)`; schedules, also a `StatefulSchedule`, are functions of the number of steps",
     ),
     ("normalize", "`fr.normalize_by_update_norm(eps=0.0)`"),
     (

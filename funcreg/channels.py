@@ -401,8 +401,10 @@ class _Found(NamedTuple):
         return [self.flow.multiplied(_sets(self.flow, slots)) for slots in self.families]
 
     def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
-        """Why families are refused, with the buffer that goes with features of queries and keys."""
+        """Why families are refused, with the sum over them, or the buffer that goes with queries and keys."""
         parameters, multiplied, found = dict(self.module.named_parameters()), self.multiplied(), dict(reasons)
+        if self.flow.inside is None:
+            return {i: reason if multiplied[i] is None else f"{multiplied[i]}: {reason}" for i, reason in found.items()}
         for i, reason in reasons.items():
             buffers = [slot.name for slot in self.families[i] if slot.name not in parameters]
             if multiplied[i] is not None and buffers:
@@ -441,15 +443,20 @@ def _running(
     if not found.families:
         return found, []
     counts = [len(slots[0].rows) for slots in found.families]
-    multiplied = [reason is not None for reason in found.multiplied()]
+    summed = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
+    multiplied = [i in summed for i in range(len(counts))]
     trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads, multiplied)
     if trial.failure is not None:
-        untried = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
-        return found.closed(untried), [
+        return found.closed(summed), [
             "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
             f"{type(found.module).__name__} fails {trial.failure}"
         ]
     reasons = refused(trial)
+    if trial.uncompared is not None and not inside_heads:
+        alone = {
+            i: f"{reason}, and outputs were not compared, because {trial.uncompared}" for i, reason in summed.items()
+        }
+        reasons = {**alone, **reasons}
     if pairs := _pairs(found, reasons):
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
     two = {owners: why for i, why in trial.needs_two.items() if (owners := found.owners()[i]) and i not in reasons}

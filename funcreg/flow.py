@@ -89,7 +89,9 @@ class Flow:
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self.multiplies = False  # Whether some atoms come to a product of two tensors.
         self._heads: list[Tensor] = []  # Atoms that came to a product of two tensors as those of heads.
-        self._multiplied: list[tuple[Tensor, str]] = []  # Atoms over which such a product sums, where they may go.
+        self._tried: list[
+            tuple[Tensor, str]
+        ] = []  # Atoms that are summed over, and may go if no number is another one.
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
         self._stored = {ref.storage for ref in recording.parameters.values()}
@@ -144,6 +146,11 @@ class Flow:
         """The atoms of an argument once these dimensions keep all their entries."""
         return self.atoms.rigid(self.of(x), [dim % len(x.shape) for dim in dims], self.reason(what))
 
+    def close_index(self, value: Any) -> None:
+        """Close what an index depends on."""
+        for ref in refs_in(value):
+            self.atoms.close_all(self.of(ref), self.reason("they are used as an index"))
+
     def write(self, refs: Sequence[Any], components: Sequence[Components]) -> None:
         """Note that what is computed has these atoms of weights."""
         for ref, operand in zip(refs, components, strict=True):
@@ -181,14 +188,18 @@ class Flow:
     def multiply(self, ids: Tensor, dead: bool) -> None:
         """End the way of channels in a product of two tensors, whose scale may go by their number."""
         reason = self.reason("a product of two tensors of channels, whose scale may go by their number")
-        if self.inside is None or not dead:
-            self.atoms.close(ids, reason)
+        if dead:
+            self.try_out(ids, reason)
         else:
-            self._multiplied.append((ids.reshape(-1), reason))
+            self.atoms.close(ids, reason)
+
+    def try_out(self, ids: Tensor, reason: str) -> None:
+        """Note that channels go only if no number of the forward pass comes from how many there are."""
+        self._tried.append((ids.reshape(-1), reason))
 
     def multiplied(self, sets: Tensor) -> str | None:
         """Why some sets may go only if all numbers of the forward pass are tried out, if they may not else."""
-        found = [reason for ids, reason in self._multiplied if torch.isin(self.atoms.find(ids), sets).any()]
+        found = [reason for ids, reason in self._tried if torch.isin(self.atoms.find(ids), sets).any()]
         return found[0] if found else None
 
     def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:

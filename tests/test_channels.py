@@ -633,8 +633,8 @@ KEPT = {
         lambda: between(lambda net, y: y - y.sum(-1, keepdim=True) / y.shape[-1]),
         r"reduced over channels \(sum\)",
     ),
-    "an inner product": (
-        lambda: Net(lambda net, x: net.a(x) @ net.b(x).T, a=nn.Linear(5, 6), b=nn.Linear(5, 6)),
+    "an inner product that is scaled": (
+        lambda: Net(lambda net, x: (y := net.a(x)) @ net.b(x).T / y.shape[1], a=nn.Linear(5, 6), b=nn.Linear(5, 6)),
         r"a product of two tensors of channels, whose scale may go by their number",
     ),
     "pixels": (

@@ -24,7 +24,7 @@ from funcreg.steadiness import unsteady
 from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.trying import Trial, refused
-from funcreg.widths import Rule, heads_before, packs_unequally
+from funcreg.widths import Heads, Rule, heads_before, packs_unequally
 from funcreg.wrapping import inner_module, without_wrappers
 
 
@@ -530,9 +530,10 @@ def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:
             )
 
 
-def _packs_unequally(module: nn.Module, name: str) -> bool:
+def _packs_unequally(module: nn.Module, name: str) -> Heads | None:
     layer = module.get_submodule(name)
-    return packs_unequally(layer, heads_before(layer))
+    heads = heads_before(layer)
+    return heads if packs_unequally(layer, heads) else None
 
 
 def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg.atoms import UNKNOWN, Atoms, Component
 from funcreg.tracing import Operation, Recording, Ref, refs_in
+from funcreg.widths import Heads
 
 Components = list[Component]
 Rule = Callable[["Flow", Operation], Sequence[Components]]
@@ -48,6 +49,7 @@ class _Parts(NamedTuple):
     ids: Tensor
     taken: set[tuple[int, int]]  # First entries and lengths.
     reason: str
+    queries: int  # Entries that are of queries where these share one head of keys and values, else 0.
 
 
 class Flow:
@@ -56,8 +58,8 @@ class Flow:
     Args:
         recording: What a forward pass did.
         rule_of: The rule of each operation.
-        packs_unequally: Whether a module, by its name, is attention that packs more queries than keys and values, and
-            `resized` knows how many heads it has of each.
+        packs_unequally: The heads of a module, by its name, if it is attention that packs more queries than keys and
+            values, and `resized` knows how many heads it has of each; else None.
         inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
             None if heads go whole.
         frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
@@ -67,7 +69,7 @@ class Flow:
         self,
         recording: Recording,
         rule_of: Callable[[Operation], Rule],
-        packs_unequally: Callable[[str], bool] = lambda name: False,
+        packs_unequally: Callable[[str], Heads | None] = lambda name: None,
         inside: Tensor | None = None,
         frozen: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
@@ -209,20 +211,38 @@ class Flow:
         group of heads has its share of each part, which is seen in the end.
         """
         operation = self.operation
-        if component.dims != {dim} or operation is None or not self._packs_unequally(operation.module):
+        heads = None if operation is None else self._packs_unequally(operation.module)
+        if heads is None or dim not in component.dims:
             return None
-        new = _Parts(component.ids, set(), self.reason("unequal parts are taken"))
+        apart = x.shape[dim:] == (heads.queries + 2 * heads.keys, heads.size)  # A view has made heads a dimension.
+        reason = self.reason("unequal parts are taken")
+        if apart and self.inside is None:
+            component = next(iter(self.atoms.rigid([component], component.dims - {dim}, reason)), component)
+        if component.dims != {dim}:
+            return None
+        queries = heads.queries * (1 if apart else heads.size) if heads.keys == 1 else 0
+        new = _Parts(component.ids, set(), reason, queries)
         self._parts.setdefault((x, dim), new).taken.add((start, length))
         self.summed.append(component.ids)  # What is left goes with other parts.
+        if apart and length == 1:  # Of a single head its features go on, as atoms that are of no leaf.
+            return Component(self.atoms.new(heads.size).reshape([1] * (dim + 1) + [-1]), UNKNOWN)
         return Component(component.ids.narrow(dim, start, length), component.dead)
 
     def _check_parts(self, parts: _Parts) -> None:
-        """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part."""
-        sets = self.atoms.find(parts.ids.reshape(-1))
+        """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part.
+
+        Where all queries have one head of keys and values, these stay, and heads of queries go alone.
+        """
+        ids = parts.ids.reshape(-1)
+        shared = parts.queries > 0 and (0, parts.queries) in parts.taken
+        if shared:
+            self.atoms.close(ids[parts.queries :], parts.reason)
+        sets = self.atoms.find(ids)
         kinds, begin = sets.unique(), 0
         for start, length in sorted(parts.taken):
             found, counts = sets[start : start + length].unique(return_counts=True)
-            if start != begin or not torch.equal(found, kinds) or bool((counts != counts[0]).any()):
+            whole = shared or (torch.equal(found, kinds) and not bool((counts != counts[0]).any()))
+            if start != begin or not whole:
                 break
             begin = start + length
         if begin != len(sets):

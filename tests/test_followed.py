@@ -172,7 +172,34 @@ def compared(net, x):
     return net.last((v @ (q.mT @ k).softmax(-1)).unflatten(2, x.shape[2:]))
 
 
+class OneKey(nn.Module):
+    """Queries of several heads in one layer with one head of keys and values."""
+
+    def __init__(self, by="split"):
+        super().__init__()
+        self.by, self.num_heads, self.head_dim = by, 6, 2
+        self.qkv, self.out_proj = nn.Linear(5, 16), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y, q, k = self.qkv(x), self.num_heads * self.head_dim, self.head_dim
+        if self.by == "heads":  # As Falcon does.
+            y = y.unflatten(-1, (self.num_heads + 2, self.head_dim))
+            q, k, v = (part.transpose(1, 2) for part in (y[..., :-2, :], y[..., [-2], :], y[..., [-1], :]))
+        else:
+            parts = y.split((q, k, k), -1) if self.by == "split" else (y[..., :q], y[..., q : q + k], y[..., q + k :])
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        if self.by == "by hand":
+            y = (q @ k.mT * self.head_dim**-0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, *(part.expand(-1, q.shape[1], -1, -1) for part in (k, v)))
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
 OPERATIONS = {
+    **{
+        f"one head of keys, {by}": (lambda by=by: OneKey(by), steps, 0.3)
+        for by in ("split", "slices", "heads", "by hand")
+    },
     **{name: (lambda run=run: rows(run), nodes, 0.3) for name, run in ROWS.items()},
     "graph attention": (Graph, edges, 0.3),
     "a cache": (Cached, steps, 0.3),

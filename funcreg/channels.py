@@ -293,7 +293,7 @@ def channel_groups(
     frozen = _frozen(module, layers)
     flow = _followed(module, example_inputs, inside_heads, frozen)
     found = _Found(module, flow, [], frozen)
-    found = _steady(found._replace(families=_families(flow, found.trained(), frozen)), example_inputs)
+    found = _steady(_narrower(found._replace(families=_families(flow, found.trained(), frozen))), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -313,7 +313,7 @@ def channel_groups(
         [tuple(map(inside, names)) for names in found.owners()],
         {reason: list(map(inside, places)) for reason, places in found.kept().items()},
         round_to,
-        () if prefix else flow.necks([_sets(flow, slots) for slots in found.families]),
+        () if prefix else found.flow.necks([_sets(found.flow, slots) for slots in found.families]),
         notes,
         found.least,
     )
@@ -331,6 +331,24 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mappin
             "attention does with queries and keys"
         )
     return Flow(recording, rule_of, unequal, flow.heads(), frozen)
+
+
+def _narrower(found: _Found) -> _Found:
+    """The families once convolutions none of whose groups may go keep all of them, each with fewer channels."""
+    flow = found.flow
+    kept = lambda ids: bool((flow.atoms.closed()[flow.atoms.find(ids)] >= 0).all())
+    narrow = {name for name, several in flow.grouped.items() if all([kept(ids) for ids in several])}
+    if not narrow:
+        return found
+    again = Flow(
+        flow.recording,
+        rule_of,
+        lambda name: _packs_unequally(found.module, name),
+        flow.inside,
+        found.frozen,
+        narrow,
+    )
+    return found._replace(flow=again, families=_families(again, found.trained(), found.frozen))
 
 
 def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]:
@@ -354,7 +372,7 @@ def _steady(found: _Found, inputs: Any) -> _Found:
     stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
     families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
     follow = lambda recording: Flow(
-        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen
+        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen, flow.narrow
     )
     return found.closed(unsteady(module, inputs, flow, follow, families))
 

@@ -7,7 +7,7 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,6 +63,7 @@ class Flow:
         inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
             None if heads go whole.
         frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
+        narrow: Names of modules whose convolutions in groups keep all of these, each with fewer channels.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class Flow:
         packs_unequally: Callable[[str], Heads | None] = lambda name: None,
         inside: Tensor | None = None,
         frozen: Mapping[str, float] = MappingProxyType({}),
+        narrow: Container[str] = (),
     ) -> None:
         self.atoms = Atoms()
-        self.inside = inside
+        self.inside, self.narrow = inside, narrow
+        self.grouped: dict[str, list[Tensor]] = {}  # Channels that convolutions in groups give, by modules.
         self.recording = recording
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally

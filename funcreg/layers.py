@@ -399,8 +399,16 @@ def _grouped_convolution(
     transposed: bool,
     reason: str,
 ) -> Tensor | None:
-    """The channels that go into a group of a convolution, and those that come out of it, go together."""
+    """The channels that go into a group of a convolution, and those that come out of it, go together.
+
+    Or, where these are mixed with others, as many of each group: the same ones of those that go in, and of the others.
+    """
     inside, rows = (given, taken) if transposed else (taken, given)
+    module = "" if flow.operation is None else flow.operation.module
+    if rows is not None and inside is not None and not transposed:
+        flow.grouped.setdefault(module, []).append(rows.ids.reshape(-1))
+        if module in flow.narrow:
+            return _narrow_groups(flow, channels, rows.ids.reshape(groups, -1), inside, reason)
     if inside is not None:  # Of each group, the same weights for all of them.
         flow.atoms.close(inside.ids, flow.reason("they are channels inside the groups of a convolution"))
     if rows is None:
@@ -415,6 +423,21 @@ def _grouped_convolution(
     if not transposed:
         return rows.ids.reshape(-1)
     return blocks[:, :1].expand(groups, 1 if inside is None else inside.ids.numel()).reshape(-1)
+
+
+def _narrow_groups(flow: Flow, channels: Components, rows: Tensor, inside: Component, reason: str) -> Tensor:
+    """As many channels of each group, of those that go in and of those that come out."""
+    size, each = inside.ids.numel(), flow.reason("as many channels of each group of a convolution")
+    flow.atoms.join(rows, rows[:1], each)
+    for c in channels:
+        flow.atoms.join(c.ids.reshape(-1, size), c.ids.reshape(-1, size)[:1], each)
+    firsts = [Component(c.ids.reshape(-1)[:size].reshape(1, -1), c.dead) for c in channels]
+    weight = [Component(inside.ids.reshape(1, -1), inside.dead)]
+    for group in grouped_by_dims(flow.atoms.meet([firsts, weight], [[1, size]] * 2, reason)):
+        _consume(flow, group, 1)
+    for c in channels:
+        flow.summed.append(c.ids)
+    return rows.reshape(-1)
 
 
 _BATCH_NORMS = (

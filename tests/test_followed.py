@@ -195,7 +195,44 @@ class OneKey(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
+class Shuffle(nn.Module):
+    """A unit of ShuffleNet's first version: convolutions in groups with a shuffle between them, and a residual sum."""
+
+    def __init__(self, width=24, groups=3):
+        super().__init__()
+        self.groups = groups
+        self.a = nn.Sequential(CONV(width, width // 2, 1, groups=groups, bias=False), nn.BatchNorm2d(width // 2))
+        self.b = nn.Sequential(CONV(width // 2, width // 2, 3, 1, 1, groups=width // 2), nn.BatchNorm2d(width // 2))
+        self.c = nn.Sequential(CONV(width // 2, width, 1, groups=groups), nn.BatchNorm2d(width))
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        y = F.relu(self.a(x)).view(n, self.groups, -1, h, w).transpose(1, 2).reshape(n, -1, h, w)
+        return F.relu(x + self.c(self.b(y)))
+
+
+def shuffled(groups=3):
+    return nn.Sequential(
+        CONV(3, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), *[Shuffle(24, groups) for _ in range(2)]
+    ).extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3)])
+
+
 OPERATIONS = {
+    "shuffled groups of a convolution, 3": (shuffled, images, 0.3),
+    "shuffled groups of a convolution, 4": (lambda: shuffled(4), images, 0.3),
+    "groups of the last convolution": (
+        lambda: nn.Sequential(CONV(3, 12, 3), nn.ReLU(), CONV(12, 8, 3, groups=4)),
+        images,
+        0.2,
+    ),
+    "constants that a convolution in groups reads": (
+        lambda: nn.Sequential(
+            *(CONV(3, 12, 3), nn.Sigmoid(), CONV(12, 8, 3, groups=2), nn.ChannelShuffle(2), nn.ReLU()),
+            *(CONV(8, 8, 1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2)),
+        ),
+        images,
+        0.4,
+    ),
     **{
         f"one head of keys, {by}": (lambda by=by: OneKey(by), steps, 0.3)
         for by in ("split", "slices", "heads", "by hand")

@@ -101,6 +101,7 @@ class Flow:
         self._parameters = recording.parameters
         self._stored = {ref.storage for ref in recording.parameters.values()}
         self._uses = _uses(recording)
+        self._alike: dict[Ref, set[int]] = {}  # Dimensions along which all entries of whole numbers are the same.
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
             self._enter(name, ref, frozen.get(name, 0.0))
@@ -294,6 +295,7 @@ class Flow:
         self.operation = operation
         given = [ref for value in (operation.args, operation.kwargs) for ref in refs_in(value)]
         self.used.update(given)
+        self._note_alike(operation, given)
         self.summed = []
         before = [c.ids.reshape(-1) for ref in given for c in self.of(ref)]
         found = self._rule_of(operation)(self, operation)
@@ -326,6 +328,25 @@ class Flow:
                 name = "" if where is None else self.reason("they are counted together")
                 self._several.append((component.ids, name))
 
+    def alike(self, ref: Ref, dim: int) -> bool:
+        """Whether all entries of an index along a dimension are known to be the same, as where it was expanded."""
+        return dim < 0 or ref.place[2][dim] == 0 or dim in self._alike.get(ref, ())
+
+    def _note_alike(self, operation: Operation, given: Sequence[Ref]) -> None:
+        function = operation.function
+        same = torch.Tag.pointwise in function.tags and torch.Tag.nondeterministic_seeded not in function.tags
+        found: dict[Ref, set[int]] = {}
+        for made in operation.results if same or operation.name in _COPIES else ():
+            if made.dtype in (torch.int64, torch.int32):
+                before = lambda dim, made=made: [
+                    self.alike(ref, dim - len(made.shape) + len(ref.shape)) for ref in given
+                ]
+                found[made] = {dim for dim in range(len(made.shape)) if all(before(dim))}
+        changed = {ref.storage for ref in operation.written}
+        for ref in [ref for ref in self._alike if ref.storage in changed]:
+            del self._alike[ref]
+        self._alike.update(found)
+
     def _overwrite(self, ref: Ref, components: Components) -> None:
         """Views of what an operation has written into hold other numbers now."""
         before = {c.dead for c in self.known.get(ref, ())}
@@ -346,6 +367,10 @@ class Flow:
                     if len(dims) > 1:
                         self.atoms.rigid([component], dims[:-1], reason)
                         changed = True
+
+
+#: What gives the same entries, or the same ones several times.
+_COPIES = ("clone", "contiguous", "_to_copy", "repeat")
 
 
 def _uses(recording: Recording) -> dict[Any, float]:

@@ -99,7 +99,7 @@ def _scattered(flow: Flow, operation: Operation) -> list[Components]:
     way = "adds" if sums and argument(operation, "include_self", True) else "reduces"
     if operation.name.removesuffix("_") == "scatter" and argument(operation, "reduce") is None:
         way = "sets"
-    return [_among_rows(flow, (x, rows), _rigid(index, dim, x, rows), way)]
+    return [_among_rows(flow, (x, rows), _rigid(flow, index, dim, x, rows), way)]
 
 
 @rule("gather")
@@ -108,13 +108,13 @@ def _gathered(flow: Flow, operation: Operation) -> list[Components]:
     if not x.shape:
         return unknown(flow, operation)
     flow.close_index([index])
-    return [flow.rigid(x, sorted(_rigid(index, dim, x)), _LOOKED_UP)]
+    return [flow.rigid(x, sorted(_rigid(flow, index, dim, x)), _LOOKED_UP)]
 
 
-def _rigid(index: Ref, dim: int, *several: Ref) -> set[int]:
+def _rigid(flow: Flow, index: Ref, dim: int, *several: Ref) -> set[int]:
     """The dimensions along which an index may differ, or does not take all entries, so that these stay."""
     dim %= len(index.shape)
-    alike = lambda d: index.place[2][d] == 0 and all([x.shape[d] == index.shape[d] for x in several])
+    alike = lambda d: flow.alike(index, d) and all([x.shape[d] == index.shape[d] for x in several])
     return {d for d in range(len(index.shape)) if d == dim or not alike(d)}
 
 

@@ -52,6 +52,8 @@ ROWS = {
     "rows that are set": lambda y, i, j: y.index_put((i > 3,), y.new_zeros(())),
     "rows that are masked": lambda y, i, j: y.index_put((i > 3,), torch.tensor(0.0, dtype=y.dtype, device=DEVICE)),
     "index_copy": lambda y, i, j: zeros(y).index_copy(0, numbers(6, 5, 4, 3, 2, 1, 0), y.relu()),
+    "gather by a repeated index": lambda y, i, j: y.gather(0, i[:, None].repeat(1, y.shape[1])) * y.relu(),
+    "take_along_dim": lambda y, i, j: torch.take_along_dim(y, i[:, None], 0) * y.relu(),
     "gather": lambda y, i, j: y.gather(0, wide(i, y)) * y.relu(),
 }
 
@@ -307,7 +309,7 @@ KEPT = {
         MEAN,
     ),
     "an index for each channel": (
-        lambda: rows(lambda y, i, j: zeros(y).scatter_add(0, wide(j, y).contiguous(), y[i])),
+        lambda: rows(lambda y, i, j: zeros(y).scatter_add(0, wide(j, y) + torch.arange(6, device=y.device) % 2, y[i])),
         nodes,
         r"looked up by an index \(scatter_add\)",
     ),

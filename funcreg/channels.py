@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
@@ -367,7 +368,7 @@ def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]
 def _steady(found: _Found, inputs: Any) -> _Found:
     """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
     module, flow, frozen = found.module, found.flow, found.frozen
-    trained, written = found.trained(), _written(found.families)
+    trained, written = found.trained(), _shared(found.families)
     none = torch.zeros(0, dtype=torch.int64)
     stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
     families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
@@ -380,6 +381,14 @@ def _steady(found: _Found, inputs: Any) -> _Found:
 def _written(families: Iterable[Sequence[_Slot]]) -> set[str]:
     """The leaves that give channels to what is computed."""
     return {slot.name for slots in families for slot in slots if slot.writes}
+
+
+def _shared(families: Iterable[Sequence[_Slot]]) -> set[str]:
+    """The leaves that are in no norm of what they read: they give channels, or read some along several dimensions."""
+    families = list(families)
+    dims = {(slot.name, slot.dim) for slots in families for slot in slots}
+    several = Counter([name for name, _ in dims])
+    return _written(families) | {name for name, count in several.items() if count > 1}
 
 
 def _stays(slot: _Slot, trained: Mapping[str, Any], written: set[str]) -> bool:
@@ -612,7 +621,7 @@ def _exact(
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
-        written = _written(families)
+        written = _shared(families)
         for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
             lacking = [slot for slot in slots if _stays(slot, parameters, written) and slot.fold is None]
@@ -713,10 +722,10 @@ def _family(
     shapes: dict[str, tuple[int, ...]],
     inside: Callable[[str], str],
 ) -> Family:
-    written = _written(found)
+    written, shared = _written(found), _shared(found)
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
-        penalized = slot.name in parameters and (slot.writes or slot.name not in written)
+        penalized = slot.name in parameters and (slot.writes or slot.name not in shared)
         where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
         if slot.fold is not None and not penalized:
             where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))

@@ -93,6 +93,7 @@ class Flow:
         self.demands: list[tuple[Tensor, str, Fold | None]] = []
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self.multiplies = False  # Whether some atoms come to a product of two tensors.
+        self.one_weight = False  # Whether a softmax runs over a single entry, so that outputs do not tell its scale.
         self._heads: list[Tensor] = []  # Atoms that came to a product of two tensors as those of heads.
         self._tried: list[
             tuple[Tensor, str]
@@ -120,6 +121,9 @@ class Flow:
                 for _, first, count in self.starts[name]:
                     self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
         self._straighten()
+        if self.one_weight and self.inside is None:
+            for ids, reason in self._tried:
+                self.atoms.close(ids, f"{reason}, which a softmax over one entry would hide")
         for parts in self._parts.values():
             self._check_parts(parts)
 

@@ -72,7 +72,9 @@ def _reduced(flow: Flow, operation: Operation) -> list[Components]:
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def _softmax(flow: Flow, operation: Operation) -> list[Components]:
-    kept = flow.rigid(operation.args[0], [argument(operation, "dim", -1)], "a softmax over channels")
+    x, dim = operation.args[0], argument(operation, "dim", -1)
+    flow.one_weight |= x.shape[dim] == 1 if x.shape else True
+    kept = flow.rigid(x, [dim], "a softmax over channels")
     return [[Component(ids, UNKNOWN) for ids, _ in kept]]
 
 

@@ -219,6 +219,11 @@ def shuffled(groups=3):
     ).extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3)])
 
 
+def one_key(net, x):
+    q, k, v = net.query(x), net.key(x), net.value(x)
+    return net.last((q @ k.mT / torch.ones(q.shape[-1], dtype=q.dtype, device=q.device).sum()).softmax(-1) @ v)
+
+
 OPERATIONS = {
     "shuffled groups of a convolution, 3": (shuffled, images, 0.3),
     "shuffled groups of a convolution, 4": (lambda: shuffled(4), images, 0.3),
@@ -264,6 +269,16 @@ OPERATIONS = {
         0.3,
     ),
     "a bilinear layer": (Both, nodes, 0.5),
+    "a bilinear layer of one tensor": (
+        lambda: Net(lambda net, x: net.mix(y := net.a(x), y), a=nn.Linear(5, 6), mix=nn.Bilinear(6, 6, 3)),
+        nodes,
+        0.4,
+    ),
+    "slopes that are drawn in training": (
+        lambda: between(lambda net, y: net.act(y), act=nn.RReLU(0.25, 0.25)),
+        nodes,
+        0.3,
+    ),
     "sampling": (lambda: among(turned), images, 0.3),
     "patches": (lambda: among(patched), images, 0.3),
     "windows": (lambda: between(lambda net, y: y.relu().unfold(1, 3, 2).mean(-1)), steps, 0.3),
@@ -342,6 +357,11 @@ KEPT = {
         lambda: Matrix(lambda u, v: (u * v).sum(-1) + torch.randn(4, dtype=u.dtype, device=u.device)),
         pairs,
         r"reduced over channels \(sum\), and outputs were not compared, because they depend on random numbers",
+    ),
+    "an inner product under a softmax over one entry": (
+        lambda: Net(one_key, query=nn.Linear(5, 6), key=nn.Linear(5, 6), value=nn.LayerNorm(5), last=nn.Linear(5, 3)),
+        lambda: steps(3, 1),
+        r"a product of two tensors of channels.*, which a softmax over one entry would hide",
     ),
     "an inner product of what is not zero": (
         lambda: Matrix(lambda u, v: (1 + u) @ v.exp().T),

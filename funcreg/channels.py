@@ -427,6 +427,13 @@ class _Found(NamedTuple):
         """For each family why it may go only if it is tried out, None if it is exact anyhow."""
         return [self.flow.multiplied(_sets(self.flow, slots)) for slots in self.families]
 
+    def is_of_heads(self, family: int) -> bool:
+        """Whether the groups of a family are features inside of heads."""
+        inside, atoms = self.flow.inside, self.flow.atoms
+        return inside is not None and bool(
+            torch.isin(_sets(self.flow, self.families[family]), atoms.find(inside)).all()
+        )
+
     def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
         """Why families are refused, with the sum over them, or the buffer that goes with queries and keys."""
         parameters, multiplied, found = dict(self.module.named_parameters()), self.multiplied(), dict(reasons)
@@ -479,11 +486,9 @@ def _running(
             f"{type(found.module).__name__} fails {trial.failure}"
         ]
     reasons = refused(trial)
-    if trial.uncompared is not None and not inside_heads:
-        alone = {
-            i: f"{reason}, and outputs were not compared, because {trial.uncompared}" for i, reason in summed.items()
-        }
-        reasons = {**alone, **reasons}
+    if trial.uncompared is not None:
+        why = f"and outputs were not compared, because {trial.uncompared}"
+        reasons = {**{i: f"{reason}, {why}" for i, reason in summed.items() if not found.is_of_heads(i)}, **reasons}
     if pairs := _pairs(found, reasons):
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
     two = {owners: why for i, why in trial.needs_two.items() if (owners := found.owners()[i]) and i not in reasons}

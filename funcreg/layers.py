@@ -249,7 +249,7 @@ def _trilinear(flow: Flow, operation: Operation) -> list[Components]:
     made: Components = []
     for group in grouped_by_dims(met):
         ids = next(iter(group.values())).ids
-        if group and next(iter(group.values())).dims <= set(gone):
+        if next(iter(group.values())).dims <= set(gone):
             _consume(flow, group, read)
             continue
         if read in group:

@@ -10,6 +10,7 @@ from test_channels import CONV, Net, among, between, drawn, entries, images, net
 from torch import nn
 
 import funcreg as fr
+from funcreg import trying
 
 
 def numbers(*values):
@@ -380,3 +381,43 @@ KEPT = {
 def test_what_sees_channels_keeps_them_and_the_reason_is_told(make, inputs, reason):
     with pytest.raises(ValueError, match=rf"(?s)found no channels in .*{reason}"):
         fr.channel_groups(network(make), inputs())
+
+
+def test_heads_that_share_one_packed_head_of_keys_are_a_part_of_the_layer():
+    net, seen = network(OneKey), steps()
+    heads = fr.Along(0, size=2, stop=12)
+    by_hand = [{"qkv.weight": heads, "qkv.bias": heads, "out_proj.weight": fr.Along(1, size=2)}]
+    assert list(fr.channel_groups(net, seen)) == by_hand
+    dead = without_half(net, fr.ChannelGroups(by_hand, [6]))
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), by_hand))
+    assert (smaller.num_heads, smaller.qkv.out_features, smaller.out_proj.in_features) == (3, 10, 6)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_sums_are_kept_where_nothing_can_be_tried_out_or_compared(monkeypatch):
+    net, seen = network(lambda: Matrix(lambda u, v: (u * v).sum(-1))), pairs()
+    assert fr.channel_groups(net, seen).layers == [("users", "items")]
+    monkeypatch.setattr(trying, "_COPIED", 0)
+    with pytest.raises(ValueError, match=r"reduced over channels \(sum\), and outputs were not .* tensors are large"):
+        fr.channel_groups(net, seen)
+
+    def run(u, v):
+        if float(u.std(-1).max()) < 1e-9:
+            raise ArithmeticError("all features are the same")
+        return (u * v).sum(-1)
+
+    with pytest.raises(ValueError, match=r"reduced over channels \(sum\)"):
+        fr.channel_groups(network(lambda: Matrix(run)), seen)
+
+
+def test_a_whole_part_of_a_network_keeps_its_groups_where_another_one_mixes_them():
+    part = lambda: nn.Sequential(CONV(12, 12, 1, groups=3), nn.ReLU(), CONV(12, 12, 1))
+    net = network(
+        lambda: nn.Sequential(CONV(3, 12, 1), *part(), CONV(12, 12, 1, groups=3), nn.ChannelShuffle(3)).extend(
+            [nn.ReLU(), CONV(12, 3, 1, groups=3), nn.ReLU(), CONV(3, 2, 1)]
+        )
+    )
+    groups = fr.channel_groups(net, images())
+    places = [next(iter(family.items())) for family in groups]
+    assert places[0] == ("0.weight", fr.Along(0, size=4))  # Whole groups.
+    assert places[1] == ("3.weight", fr.Along(0, packed=3))  # As many of each.

@@ -95,9 +95,8 @@ class Flow:
         self.multiplies = False  # Whether some atoms come to a product of two tensors.
         self.one_weight = False  # Whether a softmax runs over a single entry, so that outputs do not tell its scale.
         self._heads: list[Tensor] = []  # Atoms that came to a product of two tensors as those of heads.
-        self._tried: list[
-            tuple[Tensor, str]
-        ] = []  # Atoms that are summed over, and may go if no number is another one.
+        #: Atoms that are summed over, which may go if no number of the forward pass comes from how many there are.
+        self._tried: list[tuple[Tensor, str]] = []
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
         self._stored = {ref.storage for ref in recording.parameters.values()}
@@ -342,10 +341,9 @@ class Flow:
         found: dict[Ref, set[int]] = {}
         for made in operation.results if same or operation.name in _COPIES else ():
             if made.dtype in (torch.int64, torch.int32):
-                before = lambda dim, made=made: [
-                    self.alike(ref, dim - len(made.shape) + len(ref.shape)) for ref in given
-                ]
-                found[made] = {dim for dim in range(len(made.shape)) if all(before(dim))}
+                ndim = len(made.shape)  # Shapes are aligned at their ends.
+                alike = lambda dim, ndim=ndim: all([self.alike(ref, dim - ndim + len(ref.shape)) for ref in given])
+                found[made] = {dim for dim in range(ndim) if alike(dim)}
         changed = {ref.storage for ref in operation.written}
         for ref in [ref for ref in self._alike if ref.storage in changed]:
             del self._alike[ref]

@@ -106,6 +106,20 @@ class Interactions(nn.Module):
         return self.last((parts @ parts.mT).flatten(1))
 
 
+class Edges(nn.Module):
+    """The greatest of what the edges of a node give, as in EdgeConv."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x, edges):
+        i, j = edges
+        y = F.relu(self.first(torch.cat([x[i], x[j] - x[i]], -1)))
+        seen = x.new_zeros(len(x), y.shape[1])
+        return self.last(seen.scatter_reduce(0, wide(j, y), y, "amax", include_self=False))
+
+
 class Factorization(nn.Module):
     """A factorization machine: half of the square of a sum less the sum of squares."""
 
@@ -247,6 +261,7 @@ OPERATIONS = {
     },
     **{name: (lambda run=run: rows(run), nodes, 0.3) for name, run in ROWS.items()},
     "graph attention": (Graph, edges, 0.3),
+    "edges of a graph": (Edges, edges, 0.3),
     "a cache": (Cached, steps, 0.3),
     "an embedding bag, sum": (lambda: Bag("sum"), lambda: (numbers(0, 3, 8, 2, 5), numbers(0, 2, 2)), 0.4),
     "an embedding bag, mean": (lambda: Bag("mean"), lambda: (numbers(0, 3, 8, 2, 5), numbers(0, 2, 2)), 0.4),

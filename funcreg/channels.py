@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
@@ -24,7 +25,7 @@ from funcreg.steadiness import unsteady
 from funcreg.tracing import record
 from funcreg.tree import listed
 from funcreg.trying import Trial, refused
-from funcreg.widths import Rule, heads_before, packs_unequally
+from funcreg.widths import Heads, Rule, heads_before, packs_unequally
 from funcreg.wrapping import inner_module, without_wrappers
 
 
@@ -293,7 +294,7 @@ def channel_groups(
     frozen = _frozen(module, layers)
     flow = _followed(module, example_inputs, inside_heads, frozen)
     found = _Found(module, flow, [], frozen)
-    found = _steady(found._replace(families=_families(flow, found.trained(), frozen)), example_inputs)
+    found = _steady(_narrower(found._replace(families=_families(flow, found.trained(), frozen))), example_inputs)
     _check_some(found)
     if inside_heads and (layers is not None or types is not None):  # What goes together is one family before.
         found, _ = _running(found, example_inputs, rules or {}, round_to, inside_heads)
@@ -313,7 +314,7 @@ def channel_groups(
         [tuple(map(inside, names)) for names in found.owners()],
         {reason: list(map(inside, places)) for reason, places in found.kept().items()},
         round_to,
-        () if prefix else flow.necks([_sets(flow, slots) for slots in found.families]),
+        () if prefix else found.flow.necks([_sets(found.flow, slots) for slots in found.families]),
         notes,
         found.least,
     )
@@ -333,6 +334,24 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mappin
     return Flow(recording, rule_of, unequal, flow.heads(), frozen)
 
 
+def _narrower(found: _Found) -> _Found:
+    """The families once convolutions none of whose groups may go keep all of them, each with fewer channels."""
+    flow = found.flow
+    kept = lambda ids: bool((flow.atoms.closed()[flow.atoms.find(ids)] >= 0).all())
+    narrow = {name for name, several in flow.grouped.items() if all([kept(ids) for ids in several])}
+    if not narrow:
+        return found
+    again = Flow(
+        flow.recording,
+        rule_of,
+        lambda name: _packs_unequally(found.module, name),
+        flow.inside,
+        found.frozen,
+        narrow,
+    )
+    return found._replace(flow=again, families=_families(again, found.trained(), found.frozen))
+
+
 def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]:
     """The parameters that no training makes zero, but those of layers that are named; none if it is of no training.
 
@@ -349,12 +368,12 @@ def _frozen(module: nn.Module, layers: Sequence[str] | None) -> dict[str, float]
 def _steady(found: _Found, inputs: Any) -> _Found:
     """The families whose dead channels are the same constants on other inputs, where what reads them stays."""
     module, flow, frozen = found.module, found.flow, found.frozen
-    trained, written = found.trained(), _written(found.families)
+    trained, written = found.trained(), _shared(found.families)
     none = torch.zeros(0, dtype=torch.int64)
     stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
     families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
     follow = lambda recording: Flow(
-        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen
+        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen, flow.narrow
     )
     return found.closed(unsteady(module, inputs, flow, follow, families))
 
@@ -362,6 +381,14 @@ def _steady(found: _Found, inputs: Any) -> _Found:
 def _written(families: Iterable[Sequence[_Slot]]) -> set[str]:
     """The leaves that give channels to what is computed."""
     return {slot.name for slots in families for slot in slots if slot.writes}
+
+
+def _shared(families: Iterable[Sequence[_Slot]]) -> set[str]:
+    """The leaves that are in no norm of what they read: they give channels, or read some along several dimensions."""
+    families = list(families)
+    dims = {(slot.name, slot.dim) for slots in families for slot in slots}
+    several = Counter([name for name, _ in dims])
+    return _written(families) | {name for name, count in several.items() if count > 1}
 
 
 def _stays(slot: _Slot, trained: Mapping[str, Any], written: set[str]) -> bool:
@@ -400,9 +427,18 @@ class _Found(NamedTuple):
         """For each family why it may go only if it is tried out, None if it is exact anyhow."""
         return [self.flow.multiplied(_sets(self.flow, slots)) for slots in self.families]
 
+    def is_of_heads(self, family: int) -> bool:
+        """Whether the groups of a family are features inside of heads."""
+        inside, atoms = self.flow.inside, self.flow.atoms
+        return inside is not None and bool(
+            torch.isin(_sets(self.flow, self.families[family]), atoms.find(inside)).all()
+        )
+
     def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
-        """Why families are refused, with the buffer that goes with features of queries and keys."""
+        """Why families are refused, with the sum over them, or the buffer that goes with queries and keys."""
         parameters, multiplied, found = dict(self.module.named_parameters()), self.multiplied(), dict(reasons)
+        if self.flow.inside is None:
+            return {i: reason if multiplied[i] is None else f"{multiplied[i]}: {reason}" for i, reason in found.items()}
         for i, reason in reasons.items():
             buffers = [slot.name for slot in self.families[i] if slot.name not in parameters]
             if multiplied[i] is not None and buffers:
@@ -441,15 +477,18 @@ def _running(
     if not found.families:
         return found, []
     counts = [len(slots[0].rows) for slots in found.families]
-    multiplied = [reason is not None for reason in found.multiplied()]
+    summed = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
+    multiplied = [i in summed for i in range(len(counts))]
     trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads, multiplied)
     if trial.failure is not None:
-        untried = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
-        return found.closed(untried), [
+        return found.closed(summed), [
             "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
             f"{type(found.module).__name__} fails {trial.failure}"
         ]
     reasons = refused(trial)
+    if trial.uncompared is not None:
+        why = f"and outputs were not compared, because {trial.uncompared}"
+        reasons = {**{i: f"{reason}, {why}" for i, reason in summed.items() if not found.is_of_heads(i)}, **reasons}
     if pairs := _pairs(found, reasons):
         return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
     two = {owners: why for i, why in trial.needs_two.items() if (owners := found.owners()[i]) and i not in reasons}
@@ -523,9 +562,10 @@ def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:
             )
 
 
-def _packs_unequally(module: nn.Module, name: str) -> bool:
+def _packs_unequally(module: nn.Module, name: str) -> Heads | None:
     layer = module.get_submodule(name)
-    return packs_unequally(layer, heads_before(layer))
+    heads = heads_before(layer)
+    return heads if packs_unequally(layer, heads) else None
 
 
 def _sets(flow: Flow, slots: list[_Slot]) -> Tensor:
@@ -586,7 +626,7 @@ def _exact(
     """The families that are exact with families that do not overlap; the others are closed."""
     while True:
         families = [slots for slots, _ in found]
-        written = _written(families)
+        written = _shared(families)
         for slots, demands in found:
             # Weights that read a channel that is never zero are zero themselves, if they are penalized.
             lacking = [slot for slot in slots if _stays(slot, parameters, written) and slot.fold is None]
@@ -687,10 +727,10 @@ def _family(
     shapes: dict[str, tuple[int, ...]],
     inside: Callable[[str], str],
 ) -> Family:
-    written = _written(found)
+    written, shared = _written(found), _shared(found)
     family: dict[str, list[Along]] = {}
     for slot in sorted(slots, key=lambda slot: not slot.writes):
-        penalized = slot.name in parameters and (slot.writes or slot.name not in written)
+        penalized = slot.name in parameters and (slot.writes or slot.name not in shared)
         where = along(slot.dim, slot.rows, shapes[slot.name][slot.dim], penalized)
         if slot.fold is not None and not penalized:
             where = where._replace(constant=slot.fold.constant, bias=inside(slot.fold.bias))

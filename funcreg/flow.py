@@ -7,7 +7,7 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg.atoms import UNKNOWN, Atoms, Component
 from funcreg.tracing import Operation, Recording, Ref, refs_in
+from funcreg.widths import Heads
 
 Components = list[Component]
 Rule = Callable[["Flow", Operation], Sequence[Components]]
@@ -48,6 +49,7 @@ class _Parts(NamedTuple):
     ids: Tensor
     taken: set[tuple[int, int]]  # First entries and lengths.
     reason: str
+    queries: int  # Entries that are of queries where these share one head of keys and values, else 0.
 
 
 class Flow:
@@ -56,23 +58,26 @@ class Flow:
     Args:
         recording: What a forward pass did.
         rule_of: The rule of each operation.
-        packs_unequally: Whether a module, by its name, is attention that packs more queries than keys and values, and
-            `resized` knows how many heads it has of each.
+        packs_unequally: The heads of a module, by its name, if it is attention that packs more queries than keys and
+            values, and `resized` knows how many heads it has of each; else None.
         inside: Atoms of heads that another pass over the recording has found, which go by their features in this one;
             None if heads go whole.
         frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
+        narrow: Names of modules whose convolutions in groups keep all of these, each with fewer channels.
     """
 
     def __init__(
         self,
         recording: Recording,
         rule_of: Callable[[Operation], Rule],
-        packs_unequally: Callable[[str], bool] = lambda name: False,
+        packs_unequally: Callable[[str], Heads | None] = lambda name: None,
         inside: Tensor | None = None,
         frozen: Mapping[str, float] = MappingProxyType({}),
+        narrow: Container[str] = (),
     ) -> None:
         self.atoms = Atoms()
-        self.inside = inside
+        self.inside, self.narrow = inside, narrow
+        self.grouped: dict[str, list[Tensor]] = {}  # Channels that convolutions in groups give, by modules.
         self.recording = recording
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
@@ -88,12 +93,15 @@ class Flow:
         self.demands: list[tuple[Tensor, str, Fold | None]] = []
         self.summed: list[Tensor] = []  # Atoms that the operation has taken as the terms of a sum.
         self.multiplies = False  # Whether some atoms come to a product of two tensors.
+        self.one_weight = False  # Whether a softmax runs over a single entry, so that outputs do not tell its scale.
         self._heads: list[Tensor] = []  # Atoms that came to a product of two tensors as those of heads.
-        self._multiplied: list[tuple[Tensor, str]] = []  # Atoms over which such a product sums, where they may go.
+        #: Atoms that are summed over, which may go if no number of the forward pass comes from how many there are.
+        self._tried: list[tuple[Tensor, str]] = []
         self._several: list[tuple[Tensor, str]] = []  # Atoms that differ along more than one dimension.
         self._parameters = recording.parameters
         self._stored = {ref.storage for ref in recording.parameters.values()}
         self._uses = _uses(recording)
+        self._alike: dict[Ref, set[int]] = {}  # Dimensions along which all entries of whole numbers are the same.
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
         for name, ref in recording.parameters.items():
             self._enter(name, ref, frozen.get(name, 0.0))
@@ -112,6 +120,9 @@ class Flow:
                 for _, first, count in self.starts[name]:
                     self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
         self._straighten()
+        if self.one_weight and self.inside is None:
+            for ids, reason in self._tried:
+                self.atoms.close(ids, f"{reason}, which a softmax over one entry would hide")
         for parts in self._parts.values():
             self._check_parts(parts)
 
@@ -143,6 +154,11 @@ class Flow:
     def rigid(self, x: Ref, dims: Sequence[int], what: str) -> Components:
         """The atoms of an argument once these dimensions keep all their entries."""
         return self.atoms.rigid(self.of(x), [dim % len(x.shape) for dim in dims], self.reason(what))
+
+    def close_index(self, value: Any) -> None:
+        """Close what an index depends on."""
+        for ref in refs_in(value):
+            self.atoms.close_all(self.of(ref), self.reason("they are used as an index"))
 
     def write(self, refs: Sequence[Any], components: Sequence[Components]) -> None:
         """Note that what is computed has these atoms of weights."""
@@ -181,14 +197,18 @@ class Flow:
     def multiply(self, ids: Tensor, dead: bool) -> None:
         """End the way of channels in a product of two tensors, whose scale may go by their number."""
         reason = self.reason("a product of two tensors of channels, whose scale may go by their number")
-        if self.inside is None or not dead:
-            self.atoms.close(ids, reason)
+        if dead:
+            self.try_out(ids, reason)
         else:
-            self._multiplied.append((ids.reshape(-1), reason))
+            self.atoms.close(ids, reason)
+
+    def try_out(self, ids: Tensor, reason: str) -> None:
+        """Note that channels go only if no number of the forward pass comes from how many there are."""
+        self._tried.append((ids.reshape(-1), reason))
 
     def multiplied(self, sets: Tensor) -> str | None:
         """Why some sets may go only if all numbers of the forward pass are tried out, if they may not else."""
-        found = [reason for ids, reason in self._multiplied if torch.isin(self.atoms.find(ids), sets).any()]
+        found = [reason for ids, reason in self._tried if torch.isin(self.atoms.find(ids), sets).any()]
         return found[0] if found else None
 
     def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:
@@ -198,20 +218,38 @@ class Flow:
         group of heads has its share of each part, which is seen in the end.
         """
         operation = self.operation
-        if component.dims != {dim} or operation is None or not self._packs_unequally(operation.module):
+        heads = None if operation is None else self._packs_unequally(operation.module)
+        if heads is None or dim not in component.dims:
             return None
-        new = _Parts(component.ids, set(), self.reason("unequal parts are taken"))
+        apart = x.shape[dim:] == (heads.queries + 2 * heads.keys, heads.size)  # A view has made heads a dimension.
+        reason = self.reason("unequal parts are taken")
+        if apart and self.inside is None:
+            component = next(iter(self.atoms.rigid([component], component.dims - {dim}, reason)), component)
+        if component.dims != {dim}:
+            return None
+        queries = heads.queries * (1 if apart else heads.size) if heads.keys == 1 else 0
+        new = _Parts(component.ids, set(), reason, queries)
         self._parts.setdefault((x, dim), new).taken.add((start, length))
         self.summed.append(component.ids)  # What is left goes with other parts.
+        if apart and length == 1:  # Of a single head its features go on, as atoms that are of no leaf.
+            return Component(self.atoms.new(heads.size).reshape([1] * (dim + 1) + [-1]), UNKNOWN)
         return Component(component.ids.narrow(dim, start, length), component.dead)
 
     def _check_parts(self, parts: _Parts) -> None:
-        """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part."""
-        sets = self.atoms.find(parts.ids.reshape(-1))
+        """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part.
+
+        Where all queries have one head of keys and values, these stay, and heads of queries go alone.
+        """
+        ids = parts.ids.reshape(-1)
+        shared = parts.queries > 0 and (0, parts.queries) in parts.taken
+        if shared:
+            self.atoms.close(ids[parts.queries :], parts.reason)
+        sets = self.atoms.find(ids)
         kinds, begin = sets.unique(), 0
         for start, length in sorted(parts.taken):
             found, counts = sets[start : start + length].unique(return_counts=True)
-            if start != begin or not torch.equal(found, kinds) or bool((counts != counts[0]).any()):
+            whole = shared or (torch.equal(found, kinds) and not bool((counts != counts[0]).any()))
+            if start != begin or not whole:
                 break
             begin = start + length
         if begin != len(sets):
@@ -260,6 +298,7 @@ class Flow:
         self.operation = operation
         given = [ref for value in (operation.args, operation.kwargs) for ref in refs_in(value)]
         self.used.update(given)
+        self._note_alike(operation, given)
         self.summed = []
         before = [c.ids.reshape(-1) for ref in given for c in self.of(ref)]
         found = self._rule_of(operation)(self, operation)
@@ -292,6 +331,24 @@ class Flow:
                 name = "" if where is None else self.reason("they are counted together")
                 self._several.append((component.ids, name))
 
+    def alike(self, ref: Ref, dim: int) -> bool:
+        """Whether all entries of an index along a dimension are known to be the same, as where it was expanded."""
+        return dim < 0 or ref.place[2][dim] == 0 or dim in self._alike.get(ref, ())
+
+    def _note_alike(self, operation: Operation, given: Sequence[Ref]) -> None:
+        function = operation.function
+        same = torch.Tag.pointwise in function.tags and torch.Tag.nondeterministic_seeded not in function.tags
+        found: dict[Ref, set[int]] = {}
+        for made in operation.results if same or operation.name in _COPIES else ():
+            if made.dtype in (torch.int64, torch.int32):
+                ndim = len(made.shape)  # Shapes are aligned at their ends.
+                alike = lambda dim, ndim=ndim: all([self.alike(ref, dim - ndim + len(ref.shape)) for ref in given])
+                found[made] = {dim for dim in range(ndim) if alike(dim)}
+        changed = {ref.storage for ref in operation.written}
+        for ref in [ref for ref in self._alike if ref.storage in changed]:
+            del self._alike[ref]
+        self._alike.update(found)
+
     def _overwrite(self, ref: Ref, components: Components) -> None:
         """Views of what an operation has written into hold other numbers now."""
         before = {c.dead for c in self.known.get(ref, ())}
@@ -312,6 +369,10 @@ class Flow:
                     if len(dims) > 1:
                         self.atoms.rigid([component], dims[:-1], reason)
                         changed = True
+
+
+#: What gives the same entries, or the same ones several times.
+_COPIES = ("clone", "contiguous", "_to_copy", "repeat")
 
 
 def _uses(recording: Recording) -> dict[Any, float]:

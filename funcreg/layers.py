@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import funcreg.rows  # noqa: F401  It has rules, which are known by their names.
 from funcreg.atoms import UNKNOWN, Component, grouped_by_dims
 from funcreg.flow import RULES, Components, Flow, Fold, Rule, argument, rule, unknown
 from funcreg.shapes import SAMPLES, pointwise
@@ -32,7 +33,13 @@ def rule_of(operation: Operation) -> Rule:
 # Reductions
 
 
-_REDUCTIONS = "sum mean amax amin max min var std var_mean linalg_vector_norm norm logsumexp prod any all argmax argmin"
+_REDUCTIONS = (
+    "sum mean amax amin max min var std var_mean linalg_vector_norm norm logsumexp prod any all argmax argmin "
+    "median nanmedian mode kthvalue"
+)
+#: What is the same number of entries that are all the same, and what is zero of zeros.
+_SAME = ("mean", "amax", "amin", "max", "min", "median", "nanmedian", "mode", "kthvalue")
+_OF_ZEROS = (*_SAME, "sum", "norm", "linalg_vector_norm")
 
 
 @rule(*_REDUCTIONS.split())
@@ -45,24 +52,29 @@ def _reduced(flow: Flow, operation: Operation) -> list[Components]:
     dims = {dim % len(x.shape) for dim in dims}
     made: Components = []
     for component in flow.of(x):
-        # Averages that nobody asks for, such as those of attention, may be others. No sum may: code that divides by
-        # the number of channels takes it from the shape.
+        # Averages that nobody asks for, such as those of attention, may be others. Sums of zeros may lack some if no
+        # number is another one then: code that divides by the number of channels takes it from the shape.
         if component.dims <= dims and not operation.needed:
             flow.summed.append(component.ids)
+            continue
+        if component.dims <= dims and name == "sum" and component.dead == 0 and x not in flow.weights:
+            flow.summed.append(component.ids)
+            flow.try_out(component.ids, flow.reason("they are reduced over channels"))
             continue
         made += flow.atoms.rigid([component], dims, flow.reason("they are reduced over channels"))
     if not argument(operation, "keepdim", False):
         kept = [dim for dim in range(len(x.shape)) if dim not in dims]
         made = [Component(ids.reshape([ids.shape[dim] for dim in kept]), dead) for ids, dead in made]
-    zero = 0.0 if name in ("sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm") else UNKNOWN
-    same = name in ("mean", "amax", "amin", "max", "min")
+    zero, same = 0.0 if name in _OF_ZEROS else UNKNOWN, name in _SAME
     first = [Component(ids, zero if dead == 0 else dead if same else UNKNOWN) for ids, dead in made]
     return [first, *[[Component(ids, UNKNOWN) for ids, _ in made] for _ in operation.results[1:]]]
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def _softmax(flow: Flow, operation: Operation) -> list[Components]:
-    kept = flow.rigid(operation.args[0], [argument(operation, "dim", -1)], "a softmax over channels")
+    x, dim = operation.args[0], argument(operation, "dim", -1)
+    flow.one_weight |= x.shape[dim] == 1 if x.shape else True
+    kept = flow.rigid(x, [dim], "a softmax over channels")
     return [[Component(ids, UNKNOWN) for ids, _ in kept]]
 
 
@@ -75,6 +87,50 @@ def _by_pixel(flow: Flow, operation: Operation) -> list[Components]:
     same = not operation.name.startswith(("avg_pool", "max_unpool"))
     made = [Component(ids, dead if same or dead == 0 else UNKNOWN) for ids, dead in kept]
     return [made, [Component(ids, UNKNOWN) for ids, _ in kept]]
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d", "_grid_sampler_2d_cpu_fallback", "cudnn_grid_sampler")
+def _sampled(flow: Flow, operation: Operation) -> list[Components]:
+    """Each channel at other places; outside of it there may be zeros."""
+    x, places = operation.args[:2]
+    flow.close_index(places)
+    kept = flow.rigid(x, [0, *range(2, len(x.shape))], "they are pixels")
+    return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in kept]]
+
+
+@rule("im2col", "col2im")
+def _patches(flow: Flow, operation: Operation) -> list[Components]:
+    """The pixels of a patch as channels, those of one channel after the other, and back; zeros lie around an image."""
+    x, count = operation.args[0], math.prod(argument(operation, "kernel_size"))
+    into = operation.name == "im2col"
+    dim = len(x.shape) - (3 if into else 2)
+    made: Components = []
+    for ids, dead in flow.rigid(x, [d for d in range(len(x.shape)) if d != dim], "they are pixels"):
+        front = ids.movedim(dim, 0).reshape(-1)
+        if into:
+            front = front.repeat_interleave(count)
+        else:
+            blocks = front.reshape(-1, count)
+            flow.atoms.join(blocks, blocks[:, :1], flow.reason("they are pixels of a channel"))
+            front = blocks[:, 0]
+        shape = [1] * (len(x.shape) + (-1 if into else 1))
+        shape[dim] = -1
+        made.append(Component(front.reshape(shape), 0.0 if dead == 0 else UNKNOWN))
+    return [flow.atoms.settle(made)]
+
+
+@rule("unfold")
+def _windows(flow: Flow, operation: Operation) -> list[Components]:
+    x, dim = operation.args[:2]
+    return [[Component(ids.unsqueeze(-1), dead) for ids, dead in flow.rigid(x, [dim], "windows along them are taken")]]
+
+
+@rule("rrelu_with_noise")
+def _noisy(flow: Flow, operation: Operation) -> list[Components]:
+    """A slope for each entry, drawn in training; zero stays zero."""
+    x, noise = operation.args[:2]
+    flow.summed += [c.ids for c in flow.of(noise)]
+    return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in flow.of(x)]]
 
 
 # Products
@@ -149,7 +205,7 @@ def _not_zero(dead: float) -> str:
     return f"they are read, and a dead one would be {number}, not 0, which no bias here can take"
 
 
-@rule("mm", "bmm", "matmul", "mv")
+@rule("mm", "bmm", "matmul", "mv", "dot", "vdot")
 def _product(flow: Flow, operation: Operation) -> list[Components]:
     return [_multiplied(flow, *operation.args[:2])]
 
@@ -166,10 +222,48 @@ def _multiplied(flow: Flow, a: Ref, b: Ref) -> Components:
     return [Component(ids.squeeze(-1), dead) for ids, dead in made] if vector else made
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm")
+@rule("addmm", "baddbmm", "addmv", "addbmm", "_sparse_addmm")
 def _added_product(flow: Flow, operation: Operation) -> list[Components]:
     bias, a, b = operation.args[:3]
     return [_added(flow, _multiplied(flow, a, b), operation.results[0].shape, bias)]
+
+
+@rule("_trilinear")
+def _trilinear(flow: Flow, operation: Operation) -> list[Components]:
+    """Sums of products of three tensors, each with dimensions of size 1 for those of others: a bilinear layer."""
+    refs, gone = operation.args[:3], operation.args[6]
+    if len([ref for ref in refs if ref in flow.weights]) != 1:
+        return unknown(flow, operation)
+    operands, shapes = list[Components](), list[list[int]]()
+    for ref, new in zip(refs, operation.args[3:6], strict=True):
+        old = iter(range(len(ref.shape)))
+        dims = [None if dim in new else next(old) for dim in range(len(ref.shape) + len(new))]
+        wide = lambda sizes, dims=dims: [1 if dim is None else sizes[dim] for dim in dims]
+        operands.append([Component(ids.reshape(wide(ids.shape)), dead) for ids, dead in flow.of(ref)])
+        shapes.append(wide(ref.shape))
+    reason = flow.reason("they meet entries that are not channels")
+    # What is summed over goes by those dimensions alone, what is not by the others.
+    read = next(i for i, ref in enumerate(refs) if ref in flow.weights)
+    met = flow.atoms.meet(operands, shapes, reason)
+    met = [[kept for c in operand for kept in _one_way(flow, c, set(gone))] for operand in met]
+    made: Components = []
+    for group in grouped_by_dims(met):
+        ids = next(iter(group.values())).ids
+        if next(iter(group.values())).dims <= set(gone):
+            _consume(flow, group, read)
+            continue
+        if read in group:
+            flow.atoms.write(group[read].ids)
+        dead = 0.0 if any([c.dead == 0 for c in group.values()]) else UNKNOWN
+        made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in gone]), dead))
+    return [made]
+
+
+def _one_way(flow: Flow, component: Component, gone: set[int]) -> Components:
+    """Atoms that differ along one dimension, or along some that are all summed over or not."""
+    if len(component.dims) < 2:
+        return [component]
+    return flow.atoms.rigid([component], component.dims & gone, flow.reason("they are summed over"))
 
 
 @rule("linear")
@@ -248,6 +342,16 @@ def _for_queries(component: Component, heads: int) -> Component:
 PIXELS = "they are the pixels of a kernel"
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(flow: Flow, operation: Operation) -> list[Components]:
+    """Sums, means or maxima of rows; of no rows they are zero."""
+    weight = operation.args[0]
+    kept = flow.rigid(weight, [0], "they are looked up by an index")
+    flow.write([weight], [kept])
+    flow.close_index(operation.args[1:])
+    return [[Component(ids.reshape(1, -1), 0.0 if dead == 0 else UNKNOWN) for ids, dead in kept]]
+
+
 @rule("embedding")
 def _embedding(flow: Flow, operation: Operation) -> list[Components]:
     weight, index = operation.args[:2]
@@ -297,8 +401,16 @@ def _grouped_convolution(
     transposed: bool,
     reason: str,
 ) -> Tensor | None:
-    """The channels that go into a group of a convolution, and those that come out of it, go together."""
+    """The channels that go into a group of a convolution, and those that come out of it, go together.
+
+    Or, where these are mixed with others, as many of each group: the same ones of those that go in, and of the others.
+    """
     inside, rows = (given, taken) if transposed else (taken, given)
+    module = "" if flow.operation is None else flow.operation.module
+    if rows is not None and inside is not None and not transposed:
+        flow.grouped.setdefault(module, []).append(rows.ids.reshape(-1))
+        if module in flow.narrow:
+            return _narrow_groups(flow, channels, rows.ids.reshape(groups, -1), inside, reason)
     if inside is not None:  # Of each group, the same weights for all of them.
         flow.atoms.close(inside.ids, flow.reason("they are channels inside the groups of a convolution"))
     if rows is None:
@@ -315,6 +427,21 @@ def _grouped_convolution(
     return blocks[:, :1].expand(groups, 1 if inside is None else inside.ids.numel()).reshape(-1)
 
 
+def _narrow_groups(flow: Flow, channels: Components, rows: Tensor, inside: Component, reason: str) -> Tensor:
+    """As many channels of each group, of those that go in and of those that come out."""
+    size, each = inside.ids.numel(), flow.reason("as many channels of each group of a convolution")
+    flow.atoms.join(rows, rows[:1], each)
+    for c in channels:
+        flow.atoms.join(c.ids.reshape(-1, size), c.ids.reshape(-1, size)[:1], each)
+    firsts = [Component(c.ids.reshape(-1)[:size].reshape(1, -1), c.dead) for c in channels]
+    weight = [Component(inside.ids.reshape(1, -1), inside.dead)]
+    for group in grouped_by_dims(flow.atoms.meet([firsts, weight], [[1, size]] * 2, reason)):
+        _consume(flow, group, 1)
+    for c in channels:
+        flow.summed.append(c.ids)
+    return rows.reshape(-1)
+
+
 _BATCH_NORMS = (
     "batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update"
@@ -325,10 +452,12 @@ _BATCH_NORMS = (
 def _batch_norm(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
     vectors = [argument(operation, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    across = [dim for dim in range(len(x.shape)) if dim != 1]
     if isinstance(vectors[2], Ref) and not argument(operation, "training", False):
+        flow.rigid(x, across, "normalized over them in training")  # By running statistics in evaluation alone.
         return [_scaled(flow, x, vectors, lambda x, w, b, m, v: (x - m) * w * v + b)]
     # By the mean and variance of the entries themselves, so that none of them may be missing.
-    flow.rigid(x, [dim for dim in range(len(x.shape)) if dim != 1], "normalized over them")
+    flow.rigid(x, across, "normalized over them")
     return [_scaled(flow, x, vectors, lambda x, w, b, m, v: x * w * v + b)]
 
 

@@ -33,7 +33,10 @@ def pointwise(flow: Flow, operation: Operation) -> list[Components]:
     flow.write(refs, met)
     made: Components = []
     for group in grouped_by_dims(met):
-        dead = _value(operation, [group[i].dead if i in group else UNKNOWN for i in range(len(refs))])
+        numbers = [
+            group[i].dead if i in group else flow.recording.numbers.get(ref, UNKNOWN) for i, ref in enumerate(refs)
+        ]
+        dead = _value(operation, numbers)
         made.append(Component(next(iter(group.values())).ids, dead))
     return [made, [Component(ids, UNKNOWN) for ids, _ in made]]
 
@@ -102,7 +105,7 @@ def _copy(flow: Flow, operation: Operation) -> list[Components]:
 def _glu(flow: Flow, operation: Operation) -> list[Components]:
     x = operation.args[0]
     dim = argument(operation, "dim", -1) % len(x.shape)
-    components = _piece(flow, x, dim, 0, x.shape[dim] // 2)
+    components = piece(flow, x, dim, 0, x.shape[dim] // 2)
     return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in components]]
 
 
@@ -183,10 +186,10 @@ def _sliced(flow: Flow, operation: Operation) -> list[Components]:
     start = max(0, start + x.shape[dim]) if start < 0 else start
     if (argument(operation, "step", 1) or 1) != 1:
         return [flow.rigid(x, [dim], "every few entries are taken")]
-    return [_piece(flow, x, dim, start, made.shape[dim])]
+    return [piece(flow, x, dim, start, made.shape[dim])]
 
 
-def _piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
+def piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
     """The atoms of a part of a tensor: where it is one of equal parts, what goes goes from each of them."""
     components, size = flow.of(x), x.shape[dim]
     made: Components = []
@@ -211,7 +214,7 @@ def _split(flow: Flow, operation: Operation) -> list[Components]:
     made: list[Components] = []
     start = 0
     for ref in operation.results:
-        made.append(_piece(flow, x, dim, start, ref.shape[dim]))
+        made.append(piece(flow, x, dim, start, ref.shape[dim]))
         start += ref.shape[dim]
     return made
 
@@ -288,33 +291,27 @@ def _padded(flow: Flow, operation: Operation) -> list[Components]:
     return [made]
 
 
-@rule("index_select", "flip", "roll", "gather", "cumsum", "cumprod", "sort", "topk")
+#: What moves entries along some dimensions, and what computes 0 of zeros along them.
+_MOVES = ("index_select", "flip", "roll", "rot90")
+_OF_ZEROS = ("cumsum", "cumprod", "cummax", "cummin", "sort", "topk")
+
+
+@rule(*_MOVES, *_OF_ZEROS, "logcumsumexp")
 def _ordered(flow: Flow, operation: Operation) -> list[Components]:
-    x = operation.args[0]
+    x, name = operation.args[0], operation.name.removesuffix("_")
     where: Any = argument(operation, "dim", argument(operation, "dims", -1))
     dims: list[int] = [where] if isinstance(where, int) else list(where or range(len(x.shape)))
     kept = flow.rigid(x, dims, "their order is written in the code")
-    dead = kept if operation.name in ("index_select", "flip", "roll") else [Component(c.ids, UNKNOWN) for c in kept]
-    for ref in refs_in([operation.args[1:], operation.kwargs]):
-        flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
-    return [dead for _ in operation.results]
+    if name not in _MOVES:
+        kept = [Component(ids, 0.0 if dead == 0 and name in _OF_ZEROS else UNKNOWN) for ids, dead in kept]
+    flow.close_index([operation.args[1:], operation.kwargs])
+    return [kept, [Component(ids, UNKNOWN) for ids, _ in kept]]
 
 
-@rule("index")
-def _indexed(flow: Flow, operation: Operation) -> list[Components]:
-    x, indices = operation.args[:2]
-    taken = [dim for dim, each in enumerate(indices) if each is not None]
-    for ref in refs_in(indices):
-        flow.atoms.close_all(flow.of(ref), flow.reason("they are used as an index"))
-    kept = flow.rigid(x, taken, "they are looked up by an index")
-    (result,) = operation.results
-    first = taken[0] if taken == list(range(taken[0], taken[-1] + 1)) else 0
-    new = len(result.shape) - (len(x.shape) - len(taken))
-    made = []
-    for ids, dead in kept:
-        sizes = [n for dim, n in enumerate(ids.shape) if dim not in taken]
-        made.append(Component(ids.reshape([*sizes[:first], *[1] * new, *sizes[first:]]), dead))
-    return [made]
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def _transformed(flow: Flow, operation: Operation) -> list[Components]:
+    kept = flow.rigid(operation.args[0], operation.args[1], "a transform along channels is not followed")
+    return [[Component(ids, 0.0 if dead == 0 else UNKNOWN) for ids, dead in kept]]
 
 
 @rule("view_as_complex", "view_as_real")

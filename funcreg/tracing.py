@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Recording(NamedTuple):
     parameters: dict[str, Ref]
     buffers: dict[str, Ref]
     outputs: list[Ref]
+    numbers: Mapping[Ref, float] = MappingProxyType({})  # Of tensors of one entry that the code makes of a number.
     unseen: str = ""  # Why it is not known what it does in training, where it uses other parameters then.
 
 
@@ -91,7 +93,10 @@ def record(module: nn.Module, example_inputs: Any, training: bool = False) -> Re
         for layer, mode in modes.items():
             layer.training = mode
     outputs = [_ref(x) for x in tensors_in(made)]
-    return Recording(_needed(recorder.operations, outputs), parameters, buffers, outputs, unseen)
+    operations, numbers = _needed(recorder.operations, outputs), recorder.numbers
+    changed = {ref.storage for operation in operations for ref in operation.written}
+    constants = {ref: number for ref, number in numbers.items() if ref.storage not in changed}
+    return Recording(operations, parameters, buffers, outputs, constants, unseen)
 
 
 def _written_down(module: nn.Module, recorder: _Recorder, run: Callable[[], Any]) -> Any:
@@ -237,12 +242,17 @@ def _as_one(func: Any, args: Sequence[Any]) -> Any:
     return packet.data if isinstance(args[3], (list, tuple)) else packet.input  # Packed sequences, or plain ones.
 
 
+#: What makes a tensor of numbers of Python.
+_LIFTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
+
+
 class _Recorder:
     """Writes operations down as they happen."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.running: list[str] = []
+        self.numbers: dict[Ref, float] = {}
         self._alive: list[Any] = []  # No address is used twice.
         self._inside = False  # An operation that is written down as one.
 
@@ -283,6 +293,8 @@ class _Recorder:
         results = _tensors(made)
         self._alive += [x.untyped_storage() for x in (*results, *_tensors(args), *_tensors(list(kwargs.values())))]
         refs = [_ref(x) for x in into]
+        if func in _LIFTS and results and results[0].numel() == 1 and not results[0].is_complex():
+            self.numbers[_ref(results[0])] = float(results[0])
         here = self.running[-1] if self.running else ""
         self.operations.append(Operation(func, *before, [_ref(x) for x in results], refs, here))
 

@@ -49,7 +49,8 @@ class Trial:
         rules: As `resized` takes them.
         round_to: What numbers of channels stay multiples of.
         inside_heads: Whether features inside heads are among them, from whose number no scale may come.
-        multiplied: Whether each family is of features of queries and keys, which may have to be as many as of values.
+        multiplied: Whether each family is of channels that are summed over, such as features of queries and keys, which
+            may have to be as many as of values.
     """
 
     def __init__(
@@ -175,8 +176,8 @@ class Trial:
 
     @contextlib.contextmanager
     def _written_down(self) -> Iterator[_Computed]:
-        """The numbers that a network computes with, if features inside heads are tried out; no mode is on else."""
-        with _Numbers() if self._inside_heads else contextlib.nullcontext(_Numbers()) as seen:
+        """The numbers that a network computes with, if sums over channels are tried out; no mode is on else."""
+        with _Numbers() if self._inside_heads or any(self._multiplied) else contextlib.nullcontext(_Numbers()) as seen:
             yield seen.found
 
     def _other_number(self, whole: _Computed, smaller: _Computed) -> str | None:

@@ -415,7 +415,7 @@ def heads_before(layer: Any) -> Heads | None:
     counts = [vars(layer)[name] for name in _HEADS if isinstance(vars(layer).get(name), int)]
     if found is None or not all(n == found.queries for n in counts):
         return None
-    if packs_unequally(layer, found) and found.keys not in _said(layer, _KEY_HEADS):
+    if packs_unequally(layer, found) and found.keys != 1 and found.keys not in _said(layer, _KEY_HEADS):
         return None
     return found
 
@@ -451,7 +451,9 @@ def _of_attention(place: Place) -> Iterable[str]:
     if had is None or not had.queries:
         return
     has = _narrower(place, had) if place.inside_heads else heads(layer, had.size)
-    if has is None or not has.queries or (_packs(layer) and has.queries * had.keys != had.queries * has.keys):
+    shared = has is not None and has.keys == had.keys == 1  # All queries have one head of keys, and may be any number.
+    uneven = has is not None and _packs(layer) and not shared and has.queries * had.keys != had.queries * has.keys
+    if has is None or not has.queries or uneven:
         raise ValueError(
             f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "

@@ -82,7 +82,7 @@ LAYERS = [
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["graphs", "rounding", "steadiness"],
+    ["graphs", "rounding", "rows", "steadiness"],
     ["coarse"],
     [
         "annealing",

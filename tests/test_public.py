@@ -83,7 +83,7 @@ LAYERS = [
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
     ["graphs", "rounding", "steadiness"],
-    ["coarse"],
+    ["coarse", "draws"],
     [
         "annealing",
         "checkpoint",

@@ -233,6 +233,7 @@ def sweep(
         Jamieson & Talwalkar, *Non-stochastic best arm identification and hyperparameter optimization*, 2016.
     """
     epochs, batch_size = _whole("epochs", epochs), _whole("batch_size", batch_size)
+    draws = None if draws is None else _whole("draws", draws)
     limits = {"patience": patience, "halving": halving, "chunk_size": chunk_size}
     limits = {name: None if value is None else _whole(name, value) for name, value in limits.items()}
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 
 from funcreg.draws import Draws
-from funcreg.ensemble import seeded, stack
+from funcreg.ensemble import seeded, stack, whole_seeds
 from funcreg.grids import Config
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
+from funcreg.ranges import number
 from funcreg.tree import check_params, tree_leaves, tree_map
 
 
@@ -42,7 +42,7 @@ class Model:
     ) -> None:
         self.loss, self.score, self.hyper = loss, score, hyper
         self.maps_score = True  # Whether it is called by vmap, or for one member after the other.
-        self.seeds = _seeds(seeds)
+        self.seeds = whole_seeds(seeds)
         self._draws = False  # Whether it draws random numbers.
         self.not_compiled: list[str] = []  # Functions by which it draws others in compiled code.
         self._warned = False
@@ -261,16 +261,6 @@ def _generators(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _seeds(seeds: Any) -> list[int]:
-    try:
-        found = list(range(operator.index(seeds)) if not isinstance(seeds, Iterable) else map(operator.index, seeds))
-    except TypeError as error:
-        raise TypeError(f"seeds is {seeds!r}; expected a number of seeds, or a list of whole numbers") from error
-    if not found or isinstance(seeds, bool):
-        raise ValueError(f"seeds is {seeds!r}; expected at least one")
-    return found
-
-
 # Data
 
 
@@ -320,7 +310,7 @@ def make_splits(
     """Rows for training and for validation, by one share, other data, or folds."""
     count = len(tree_leaves(data)[0])
     shuffled = _shuffle(count, seed)
-    other, valid = data, []
+    other, valid, validation = data, [], number(validation)
     if folds is not None:
         if validation is not None:
             raise ValueError("validation and folds came together; folds hold their own validation rows out")
@@ -350,6 +340,7 @@ def make_splits(
 
 def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
     count = len(shuffled)
+    folds = number(folds)
     if isinstance(folds, int):
         if isinstance(folds, bool) or not 2 <= folds <= count:
             raise ValueError(f"folds is {folds!r}; expected a number from 2 to that of the rows, {count}")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DEVICE
 from torch import Tensor, nn, tensor
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
@@ -91,11 +92,11 @@ def test_what_draws_nothing_is_torchs(call):
 
 
 def test_what_has_a_generator_of_its_own_draws_from_it():
-    own = lambda: torch.Generator().manual_seed(1)
+    own = lambda: torch.Generator(DEVICE).manual_seed(1)
     for call in (lambda: torch.rand(3, generator=own()), lambda: torch.empty(3).normal_(generator=own())):
         assert torch.equal(drawn(call), call())
     # But for a key: that of members follows from the seed of the generator and from their own.
-    key = lambda seed: torch.randint(-(2**63), 2**63 - 1, (), generator=torch.Generator().manual_seed(seed))
+    key = lambda seed: torch.randint(-(2**63), 2**63 - 1, (), generator=torch.Generator(DEVICE).manual_seed(seed))
     assert len({int(drawn(lambda seed=seed: key(seed), at)) for seed in (0, 1) for at in (0, 1)}) == 4
 
 

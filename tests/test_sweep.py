@@ -74,6 +74,12 @@ def test_replicas_share_no_memory():
     assert bool((module[0].weight != 0).any())
 
 
+def test_numbers_of_members_may_be_numpys():
+    assert len(fr.replicate(torch.ones(2), np.int64(3))) == 3
+    assert len(fr.init_ensemble(lambda: torch.randn(2), np.int64(3))) == 3
+    assert len(fr.init_ensemble(lambda: torch.randn(2), np.arange(3))) == 3
+
+
 def test_members_of_seeds_are_those_of_the_seeds_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     eight, two = fr.init_ensemble(normed, 8), fr.init_ensemble(normed, [5, 2])
@@ -120,6 +126,8 @@ def test_a_member_loads_into_a_module_with_its_buffers():
         (lambda: fr.unstack({"a": torch.ones(())}), ValueError, "None at 'a'"),
         (lambda: fr.replicate(plain(), 0), ValueError, "members is 0"),
         (lambda: fr.init_ensemble(plain(), 3), TypeError, "replicate stacks copies"),
+        (lambda: fr.init_ensemble(plain, 2.0), TypeError, "seeds is 2.0; expected a number of seeds"),
+        (lambda: fr.init_ensemble(plain, []), ValueError, "expected at least one"),
         (lambda: fr.matrices(fr.replicate(plain(), 3).params), ValueError, r"'0.bias' of shape .*stacked\(matrices\)"),
     ],
 )
@@ -450,11 +458,12 @@ def test_each_group_is_compiled_however_many_there_are():
 
 
 @pytest.mark.parametrize("options", [{"batch_size": np.int64(8)}, {"epochs": np.int32(2)}, {"seed": np.int64(3)},
-                                     {"seeds": np.int64(2)}, {"seeds": np.array([0, 1])}, {"patience": np.int8(2)}],
+                                     {"seeds": np.int64(2)}, {"seeds": np.array([0, 1])}, {"patience": np.int8(2)},
+                                     {"folds": np.int64(2)}, {"draws": np.int64(2)}, {"validation": np.float32(0.25)}],
                          ids=str)  # fmt: skip
 def test_whole_numbers_may_be_numpys(options):
-    as_int = lambda x: x.tolist() if isinstance(x, np.ndarray) else int(x)
-    expected = _wrong(**{name: as_int(x) for name, x in options.items()})
+    plainly = lambda x: x.tolist() if isinstance(x, np.ndarray) else x.item()
+    expected = _wrong(**{name: plainly(x) for name, x in options.items()})
     assert_close(_wrong(**options).params, expected.params, rtol=0, atol=0)
 
 

@@ -42,6 +42,8 @@ class Draws(TorchFunctionMode):
     ) -> Any:
         drawing, calls = _DRAWING.get(func), self.calls
         if drawing is None:
+            # The method is the one that compilers cannot read inside of such a context.
+            func = torch.unflatten if getattr(func, "__name__", "") == "unflatten" else func
             return func(*args, **(kwargs or {}))
         found = drawing(self, func)(*args, **(kwargs or {}))
         if self.calls > calls:
@@ -259,6 +261,4 @@ _DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] =
     Tensor.normal_: _filling("normal"),
     torch.randperm: _permutation,
     torch.randint: _integers,
-    # It draws nothing; but the method, unlike the function, compilers cannot read inside of such a context.
-    Tensor.unflatten: lambda draws, func: torch.unflatten,
 }

@@ -87,7 +87,8 @@ def _dropout(shape_of: Callable[[Tensor], Sequence[int]], alpha: bool = False) -
             if not training or not 0 < p <= 1:  # The last is an error of torch's.
                 return func(input, p, training, inplace)
             shape = [*shape_of(input), *[1] * (input.ndim - len(shape_of(input)))]
-            kept = draws.uniform(shape, input.device) >= p
+            # Of all words, which are signed, the least are dropped.
+            kept = draws.words(shape, input.device) >= min(round(p * 2**64) - 2**63, 2**63 - 1)
             if alpha:
                 scale = ((1 - p) * (1 + p * _SATURATED**2)) ** -0.5 if p < 1 else 0.0
                 found = scale * torch.where(kept, input, _SATURATED) - scale * p * _SATURATED

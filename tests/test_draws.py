@@ -152,7 +152,8 @@ def test_heads_are_torchs_but_for_what_they_drop(options, needed, batched):
 
 
 def test_members_draw_what_they_draw_alone_in_eager_and_compiled_code():
-    module = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True), nn.AlphaDropout(0.1))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
+    module = nn.Sequential(layer, nn.AlphaDropout(0.1), nn.Flatten(), nn.Unflatten(-1, (5, 8)))
     x = torch.randn(3, 5, 8)
 
     def loss(params: dict[str, Tensor], key: Tensor, step: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ LAYERS = [
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
     ["graphs", "rounding", "steadiness"],
-    ["coarse", "draws"],
+    ["coarse"],
     [
         "annealing",
         "checkpoint",
@@ -91,6 +91,7 @@ LAYERS = [
         "denominators",
         "deployment",
         "descent",
+        "draws",
         "factorizing",
         "families",
         "group_values",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
+from funcreg.ranges import number
 from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import Selection, check_mask, flatten, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
@@ -260,9 +262,10 @@ def replicate(member: Any, members: int) -> Any:
                 [1., 2.],
                 [1., 2.]])}
     """
-    if isinstance(members, bool) or not isinstance(members, int) or members < 1:
-        raise ValueError(f"members is {members!r}; expected a number of at least 1")
-    return stack([member] * members)
+    count = number(members)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"members is {members!r}; expected a whole number of at least 1")
+    return stack([member] * count)
 
 
 def init_ensemble(make: Callable[[], Any], seeds: int | Iterable[int]) -> Any:
@@ -283,7 +286,18 @@ def init_ensemble(make: Callable[[], Any], seeds: int | Iterable[int]) -> Any:
     if isinstance(make, nn.Module) or not callable(make):
         hint = " replicate stacks copies of one." if isinstance(make, nn.Module) else ""
         raise TypeError(f"make is a {type(make).__name__}; expected a function that makes a module or a tree.{hint}")
-    return stack([seeded(make, seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)])
+    return stack([seeded(make, seed) for seed in whole_seeds(seeds)])
+
+
+def whole_seeds(seeds: Any) -> list[int]:
+    """Seeds, one a member; a number n stands for 0 to n - 1."""
+    try:
+        found = list(map(operator.index, seeds)) if isinstance(seeds, Iterable) else list(range(operator.index(seeds)))
+    except TypeError as error:
+        raise TypeError(f"seeds is {seeds!r}; expected a number of seeds, or a list of whole numbers") from error
+    if not found or isinstance(seeds, bool):
+        raise ValueError(f"seeds is {seeds!r}; expected at least one")
+    return found
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:

@@ -104,8 +104,6 @@ def _is_distribution(values: Any) -> bool:
 
 
 def _drawn(axes: dict[str, Any], draws: int, seed: int) -> list[Config]:
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws is {draws!r}; expected a number of at least 1")
     if not any(map(_is_distribution, axes.values())):
         return _drawn_once(axes, draws, seed)
     columns: dict[str, list[Any]] = {}

@@ -47,7 +47,7 @@ _SCREENED = 64
 
 @public_state
 class Path(NamedTuple):
-    """Solutions from the greatest strength to the least; see `regularization_path`.
+    """Solutions from the greatest strength to the least, or in the order of `strengths=`; see `regularization_path`.
 
     Example:
         >>> path = regularization_path(lambda w: (w - 1).square().sum() / 2, torch.zeros(2), l1, count=3, ratio=0.25)
@@ -101,7 +101,8 @@ def regularization_path(
         params: Parameters like those wanted; those without a penalty are where their fit begins.
         penalty: A penalty :math:`g`. The strengths multiply it, also `elastic.given(1.0, 0.5)`.
         hyper: Its hyperparameters.
-        strengths: Numbers of at least 0, solved in falling order; by default `count` of them are found.
+        strengths: Numbers of at least 0, solved in falling order and given back in their own; by default `count` of
+            them are found.
         count: Number of strengths, at least 1.
         ratio: The least strength as a share of the greatest, above 0 and below 1.
         args: What else the loss takes: trees of tensors.

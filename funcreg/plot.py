@@ -102,8 +102,15 @@ def histograms(before: Params, after: Params, mask: Mask | None = None, *, bins:
     styles = {"color": PALE}, {"histtype": "step", "color": BLUE, "linewidth": 1.5}
     for what, x, style in zip(("before", "after"), (first, second), styles, strict=True):
         zeros = int((x == 0).sum())
-        share = f": {100 * zeros / max(len(x), 1):.0f} % exactly zero" if zeros else ""
-        axes.hist(x[(x != 0) & x.isfinite()].tolist(), edges, label=what + share, **style)
+        lost = int((~x.isfinite()).sum())
+        told = [f"{100 * zeros / max(len(x), 1):.0f} % exactly zero"] if zeros else []
+        told += [f"{lost} NaN or inf, not shown"] if lost else []
+        axes.hist(
+            x[(x != 0) & x.isfinite()].tolist(),
+            edges,
+            label=f"{what}: {', '.join(told)}" if told else what,
+            **style,
+        )
         if zeros:
             color = BLUE if what == "after" else GRAY
             axes.vlines(0, 0.5, zeros, color=color, linewidth=1.5)
@@ -144,19 +151,22 @@ def channels(groups: Groups, params: Params, *, axes: Any = None) -> Any:
     if len(flat) < len(norms):
         raise ValueError(f"axes has {len(flat)} axes; expected {len(norms)}, one for each family of groups")
     for each, (name, values) in zip(_axes(flat), norms, strict=False):
-        alive, count = int((values > 0).sum()), len(values)
-        heights = values.sort(descending=True).values.tolist()
+        finite = values[values.isfinite()]
+        alive, count, lost = int((finite > 0).sum()), len(values), len(values) - len(finite)
+        heights = [*finite.sort(descending=True).values.tolist(), *[0.0] * lost]
         if count <= 20:
             each.bar(range(1, count + 1), heights, width=0.85, color=BLUE)
         else:  # Without gaps, which would be drawn as stripes.
             each.stairs(heights, [k + 0.5 for k in range(count + 1)], fill=True, color=BLUE)
-        if alive < count:
-            each.axvspan(alive + 0.5, count + 0.5, color=PALE, alpha=0.5, linewidth=0)
-        if count - alive >= count / 6:  # Where the word has room.
-            middle = (alive + count + 1) / 2
-            place = {"transform": each.get_xaxis_transform(), "ha": "center", "va": "center"}
-            each.text(middle, 0.5, "dead", color=GRAY, fontsize=9, **place)
-        each.set_title(f"{name}: {alive} of {count} alive", fontsize=9, color=INK, loc="left")
+        spans = ("dead", alive, count - lost, PALE), ("NaN or inf", count - lost, count, ACCENT)
+        for word, first, last, color in spans:
+            if first < last:
+                each.axvspan(first + 0.5, last + 0.5, color=color, alpha=0.5 if color == PALE else 0.2, linewidth=0)
+            if last - first >= count / 6:  # Where the word has room.
+                place = {"transform": each.get_xaxis_transform(), "ha": "center", "va": "center"}
+                each.text((first + last + 1) / 2, 0.5, word, color=GRAY, fontsize=9, **place)
+        broken = f", {lost} NaN or inf" if lost else ""
+        each.set_title(f"{name}: {alive} of {count} alive{broken}", fontsize=9, color=INK, loc="left")
         each.set_xlim(0.4, count + 0.6)
         each.xaxis.get_major_locator().set_params(integer=True)
         each.set_xlabel("channel, by norm")
@@ -190,6 +200,9 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
     """
     strengths = torch.as_tensor(path.strengths).detach().to("cpu", torch.float64)
     curves, places = _curves(path.params, len(strengths), mask)
+    converged = torch.as_tensor(path.converged).detach().cpu().flatten()
+    falling = strengths.argsort(descending=True, stable=True)  # They are in the order in which they were given.
+    strengths, curves, converged = strengths[falling], curves[falling], converged[falling]
     if names is not None and len(names) != len(places):
         raise ValueError(f"names has {len(names)} entries; expected {len(places)}, one for each weight")
     shown = strengths > 0  # There is no 0 on a logarithmic scale.
@@ -206,7 +219,7 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
         if not bool(alive[:, k].any()):
             continue
         shade = _SHADES[min(len(_SHADES) * place // len(order), len(_SHADES) - 1)]
-        axes.plot(x.tolist(), curves[:, k].tolist(), color=shade, linewidth=1.4 if few else 0.8)
+        axes.plot(x.tolist(), curves[:, k].tolist(), color=shade, linewidth=1.4 if few else 0.8, **_marked(len(x)))
     axes.set_xscale("log")
     first, last = float(x.max()), float(x.min())
     axes.set_xlim((first * 1.02, last / 1.02) if first > last else (first * 2, last / 2))
@@ -216,13 +229,18 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
         written = list(names or places)
         ends = {written[k]: float(curves[-1, k]) for k in order if bool(alive[:, k].any())}
         _label_ends(axes, ends)
-    bad = ~torch.as_tensor(path.converged).detach().cpu().flatten()[shown]
+    bad = ~converged[shown]
     if bool(bad.any()):
         ring = {"markerfacecolor": "none", "transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
         axes.plot(x[bad].tolist(), [0.0] * int(bad.sum()), "o", color=ACCENT, label="not converged", **ring)
         axes.legend(loc="upper left", fontsize=9, frameon=False)
     _count_above(axes, x, alive.sum(1))
     return axes
+
+
+def _marked(points: int) -> dict[str, Any]:
+    """What shows a line of a single point."""
+    return {"marker": "o", "markersize": 4} if points == 1 else {}
 
 
 def _curves(params: Params, count: int, mask: Mask | None) -> tuple[Tensor, list[str]]:
@@ -345,7 +363,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if _is_number(value) else str(value)
+    return f"{value:.3g}" if _is_number(value) else getattr(value, "__name__", None) or str(value)
 
 
 def _varied(rows: Sequence[Mapping[str, Any]], y: str) -> dict[str, list[Any]]:
@@ -384,7 +402,9 @@ def sparsity(history: Any, steps: Sequence[float] | None = None, *, axes: Any = 
         at = list(range(len(values))) if steps is None else _numbers(steps)
         if len(at) != len(values):
             raise ValueError(f"history{f' of {name!r}' if name else ''} has {len(values)} entries, steps {len(at)}")
-        axes.plot(at, [100 * value for value in values], color=_SHADES[i % len(_SHADES)], linewidth=1.5)
+        axes.plot(
+            at, [100 * value for value in values], color=_SHADES[i % len(_SHADES)], linewidth=1.5, **_marked(len(at))
+        )
         ends[str(name)] = 100 * values[-1]
     axes.set_ylim(-2, 102)
     axes.margins(x=0)
@@ -402,13 +422,26 @@ def _lines(history: Any) -> dict[str, list[float]]:
         if not history:
             raise ValueError("history is empty; expected at least one number")
         if all([isinstance(each, Mapping) for each in history]):
+            unlike = next((each for each in history if each.keys() != history[0].keys()), None)
+            if unlike is not None:
+                raise ValueError(f"history has {sorted(unlike)} at one time, and {sorted(history[0])} at the first")
             history = {name: [each[name] for each in history] for name in history[0]}
         else:
             history = {"": history}
-    lines = {name: [float(value) for value in values] for name, values in history.items()}
+    lines = {name: [_share(value) for value in values] for name, values in history.items()}
     if not lines or not all(lines.values()):
         raise ValueError("history has no numbers; expected at least one")
     outside = [value for values in lines.values() for value in values if not 0 <= value <= 1]
     if outside:
         raise ValueError(f"history has the entry {outside[0]}; expected shares from 0 to 1. Are these per cent?")
     return lines
+
+
+def _share(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+        raise TypeError(
+            f"history has the entry {came}; expected numbers, one a time. Of several, give a dict of lists"
+        ) from error

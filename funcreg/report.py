@@ -121,6 +121,11 @@ def report(
 def readable(name: str, params: Params | nn.Module) -> Params:
     """Parameters whose numbers can be read, without their history."""
     params = _parameters(params)
+    for path, w in zip(tree_paths(params), tree_leaves(params), strict=True):
+        if isinstance(w, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise ValueError(f"'{path}' has no shape yet; call its module once before {name} reads it")
+        if isinstance(w, Tensor) and w.is_meta:
+            raise ValueError(f"'{path}' is on the device meta, where tensors have no numbers for {name} to read")
     check_params(params)
     leaves, rebuild = flatten(params)
     if not leaves:

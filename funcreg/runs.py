@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from funcreg.draws import Draws
 from funcreg.grids import Config, Split, grouped
 from funcreg.lowering import say_once
+from funcreg.rounding import signed
 from funcreg.trained import Model, Splits
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import apply_updates, tree_leaves, tree_map
@@ -60,6 +63,7 @@ class Run:
         halving: The share of rows that goes on at a rung is one over this.
         chunk_size: Most rows in a block.
         compile: Whether to compile steps, or with which backend.
+        seed: With the seed of a member, what its random numbers follow from.
     """
 
     def __init__(
@@ -76,16 +80,18 @@ class Run:
         halving: int | None,
         chunk_size: int | None,
         compile: bool | str | Callable[..., Any],
+        seed: int,
     ) -> None:
         self.model, self.make, self.names, self.splits = model, make, names, splits
         self.epochs, self._patience, self._compile = epochs, patience, compile
-        self._stops = patience is not None or halving is not None
-        seeds = model.seeds
-        self.configs = [config for config in configs for _ in seeds]
+        self.configs = [config for config in configs for _ in model.seeds]
+        self._seeds = [signed(each + (seed << 32)) for each in model.seeds]
         self.folds = len(splits.train)
+        self._uneven = len(set(splits.steps)) > 1  # Folds whose epoch is over wait for the others.
+        self._freezes = patience is not None or halving is not None or self._uneven
         self.params, self.buffers = model.repeated(len(configs), self.folds)
         leaves = tree_leaves(self.params)
-        self.device, self._dtype = leaves[0].device, torch.promote_types(torch.float32, leaves[0].dtype)
+        self.device, self._dtype = leaves[0].device, torch.promote_types(torch.float32, leaves[0].dtype.to_real())
         rows = len(self.configs)
         self._rungs = _rungs(rows, epochs, halving) if halving else {}
         # On the CPU, where it is decided who goes on.
@@ -104,14 +110,19 @@ class Run:
         varying = [name for name in self.configs[0] if name not in shared]
         columns = {name: self._column([self.configs[k][name] for k in rows]) for name in varying}
         takes = self._check(shared, columns, rows)
+        if self._compile and self.model.not_compiled:
+            self._compile = False
+            names = ", ".join(self.model.not_compiled)
+            say_once(f"sweep runs without a compiler, with equal results: there {names} would draw other numbers")
         count = math.ceil(len(rows) / min(chunk_size or len(rows), len(rows)))
         group = self._group(shared, math.ceil(len(rows) / count), takes)
+        seeds = torch.tensor([self._seeds[k % len(self._seeds)] for k in rows], dtype=torch.int64, device="cpu")
         index = torch.tensor(rows, device=self.device)
         params, buffers = (tree_map(lambda w: w[index], tree) for tree in (self.params, self.buffers))
         blocks = []
         for start in range(0, len(rows), group.size):
             places = list(range(start, min(start + group.size, len(rows))))
-            trees = ({name: h.to(self.device) for name, h in columns.items()}, params, buffers)
+            trees = ({name: h.to(self.device) for name, h in {**columns, "seed": seeds}.items()}, params, buffers)
             hyper, own, its = _at(trees, self._filled(places, group))
             state = tree_map(torch.clone, group.init(hyper, own))  # What all begin with alike comes back expanded.
             blocks.append(self._block(group, [rows[k] for k in places], (hyper, own, its, state)))
@@ -129,18 +140,18 @@ class Run:
         takes: list[str] = []
         for place, row in enumerate(rows):
             config = {**shared, **{name: h[place] for name, h in columns.items()}}
+            names = ", ".join(columns)
+            hint = f"The hyperparameters {names} come as 0-dim tensors; static= names those that have to be numbers of"
+            hint = f". {hint} Python"
             try:
                 tx: Any = self.make(**{name: config[name] for name in self.names.make})
             except ValueError as error:
-                raise ValueError(f"with {self.configs[row]}: {error}") from error
+                hint = hint if "tensor(" in str(error) and "whole number" in str(error) else ""
+                raise ValueError(f"with {self.configs[row]}: {error}{hint}") from error
             except TypeError as error:
-                if not columns:
+                if not columns or not ("tensor(" in str(error) or "Tensor" in str(error)):
                     raise
-                names = ", ".join(columns)
-                raise TypeError(
-                    f"{error}. The hyperparameters {names} come as 0-dim tensors; static= names those that have to be "
-                    "numbers of Python"
-                ) from error
+                raise TypeError(f"{error}{hint}") from error
             if not isinstance(tx, Transform):
                 name = getattr(self.make, "__name__", "make")
                 hint = " Is a return missing?" if tx is None else ""
@@ -148,11 +159,15 @@ class Run:
             takes += [name for name in FOR_ANY if name not in takes and tx.accepts(name)]
             if not place:
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.
-                batch = next(self.splits.batches(torch.Generator().manual_seed(0), self.device))
+                batch = next(self.splits.batches(0, self.device))
                 one = tree_map(lambda x: x[0], batch) if self.folds > 1 else batch
-                self.model.check({name: _to(config[name], self.device) for name in self.names.loss}, one)
-                if self.splits.valid and self.model.score is not None:
-                    self.model.check_score(next(self.splits.validation(0, self.device))[1])
+                for_loss = {name: _to(config[name], self.device) for name in self.names.loss}
+                self.model.check(for_loss, one)
+                if self.splits.valid:
+                    held = next(self.splits.validation(0, self.device))[1]
+                    self.model.check_validation(for_loss, held)
+                    if self.model.score is not None:
+                        self.model.check_score(held)
         return takes
 
     def _group(self, shared: Config, size: int, takes: list[str]) -> Group:
@@ -167,12 +182,16 @@ class Run:
             return {name: config[name] for name in names.loss}
 
         def init(hyper: dict[str, Tensor], params: Any) -> Any:
-            return transform(hyper).init(params)
+            with Draws(hyper["seed"], torch.full_like(hyper["seed"], -1)):  # For chains that draw their key.
+                return transform(hyper).init(params)
 
-        def step(params: Any, buffers: Any, state: Any, alive: Tensor | None, hyper: Any, batch: Any) -> Any:
+        def step(
+            params: Any, buffers: Any, state: Any, alive: Tensor | None, hyper: Any, count: Any, batch: Any
+        ) -> Any:
             def objective(params: Any) -> tuple[Tensor, Any]:
-                args, own = model.arguments(params, buffers, batch, True)
-                return model.loss(*args, **for_loss(hyper)), own
+                with model.drawing(hyper["seed"], count):
+                    args, own = model.arguments(params, buffers, batch, True)
+                    return model.loss(*args, **for_loss(hyper)), own
 
             grads, (value, changed) = grad_and_value(objective, has_aux=True)(params)
             known = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
@@ -184,28 +203,30 @@ class Run:
             return (*new, value)
 
         def measure(params: Any, buffers: Any, hyper: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
-            return model.measured(params, buffers, for_loss(hyper), batch)
+            with model.drawing(hyper["seed"], torch.full_like(hyper["seed"], -2)):
+                return model.measured(params, buffers, for_loss(hyper), batch)
 
-        def together(params: Any, buffers: Any, state: Any, alive: Tensor, hyper: Any, batch: Any) -> Any:
-            return mapped(params, buffers, state, hyper, batch)
+        def together(params: Any, buffers: Any, state: Any, alive: Tensor, *others: Any) -> Any:
+            return mapped(params, buffers, state, *others)
 
-        stepping = lambda params, buffers, state, hyper, batch: step(params, buffers, state, None, hyper, batch)
-        mapped = self._over_members(stepping, 3, 1)
-        freezing, plain = self._over_members(step, 4, 1), together
+        stepping = lambda params, buffers, state, *others: step(params, buffers, state, None, *others)
+        mapped = self._over_members(stepping, 3)
+        freezing, plain = self._over_members(step, 4), together
         if self._compile:  # One code for all epochs: that which freezes, if members can stop.
             backend = "inductor" if self._compile is True else self._compile
-            freezing = plain = _compiled(freezing if self._stops else plain, backend, takes)
+            freezing = plain = _compiled(freezing if self._freezes else plain, backend, takes)
         over_rows = vmap(measure, in_dims=(0, 0, 0, None), randomness="different")
         return Group(freezing, plain, self._over_init(init), over_rows, size)
 
-    def _over_members(self, f: Callable[..., Any], trees: int, shared: int) -> Callable[..., Any]:
-        """Map a function of some trees of members, hyperparameters of rows, and a batch over rows and folds."""
+    def _over_members(self, f: Callable[..., Any], trees: int) -> Callable[..., Any]:
+        """Map a function of trees of members, hyperparameters of rows, a count and a batch over rows and folds."""
         if self.folds > 1:
-            f = vmap(f, in_dims=(*[0] * trees, None, *[0] * shared), randomness="different")
-        return vmap(f, in_dims=(*[0] * trees, 0, *[None] * shared), randomness="different")
+            f = vmap(f, in_dims=(*[0] * trees, None, None, 0), randomness="different")
+        return vmap(f, in_dims=(*[0] * trees, 0, None, None), randomness="different")
 
     def _over_init(self, init: Callable[..., Any]) -> Callable[..., Any]:
-        return vmap(vmap(init, in_dims=(None, 0)) if self.folds > 1 else init)
+        inner = vmap(init, in_dims=(None, 0), randomness="different") if self.folds > 1 else init
+        return vmap(inner, randomness="different")
 
     def _filled(self, places: list[int], group: Group) -> Tensor:
         """Places of rows in a stack; in compiled code the last is repeated up to the size of a block."""
@@ -233,7 +254,7 @@ class Run:
         now = {name: nothing.clone() for name in self._history}
         seed = int(torch.randint(2**62, (), generator=order, device="cpu"))
         for block in self.blocks:
-            train_loss = self._train(block, torch.Generator().manual_seed(seed))
+            train_loss = self._train(block, epoch, seed)
             now["train_loss"][block.rows] = train_loss
             loss, score = self._measure(block) if self.splits.valid else (train_loss, train_loss)
             now["loss"][block.rows], now["score"][block.rows] = loss, score
@@ -244,15 +265,22 @@ class Run:
         self._stop(epoch)
         self._restack()
 
-    def _train(self, block: Block, order: torch.Generator) -> Tensor:
+    def _train(self, block: Block, epoch: int, seed: int) -> Tensor:
         """An epoch of a block, and its mean losses."""
-        step = block.group.plain if bool(block.alive.all()) else block.group.step
+        steps = torch.tensor(self.splits.steps, device=self.device)
+        count = torch.full((), epoch << 32, dtype=torch.int64, device=self.device)  # However many steps others have.
+        everyone = bool(block.alive.all())
         total = torch.zeros((), device=self.device)
-        for batch in self.splits.batches(order, self.device):
-            *trees, value = step(block.params, block.buffers, block.state, block.alive, block.hyper, batch)
+        for k, batch in enumerate(self.splits.batches(seed, self.device)):
+            going = k < steps if self._uneven else None
+            waits = self._uneven and k >= min(self.splits.steps)
+            alive = block.alive & going if waits and going is not None else block.alive
+            step = block.group.plain if everyone and not waits else block.group.step
+            *trees, value = step(block.params, block.buffers, block.state, alive, block.hyper, count, batch)
             block.params, block.buffers, block.state = trees
-            total = total + value
-        return self._as_rows(total / self.splits.steps, block)
+            total = total + (value if going is None else torch.where(going, value, 0))
+            count = count + 1
+        return self._as_rows(total / (steps if self.folds > 1 else steps[0]), block)
 
     def _as_rows(self, values: Tensor, block: Block) -> Tensor:
         """Values of the members of a block on the CPU, rows by folds."""
@@ -401,7 +429,13 @@ def _compiled(step: Callable[..., Any], backend: str | Callable[..., Any], takes
             "would compile the loss once for each trial, for minutes"
         )
         return step
-    chosen = compiled = torch.compile(step, fullgraph=True, backend=backend)
+
+    def call_step(*args: Any) -> Any:
+        return step(*args)
+
+    # Torch compiles one code some eight times at most, and all that vmap makes have one: so each group has its own.
+    own = types.FunctionType(call_step.__code__.replace(), globals(), "step", None, call_step.__closure__)
+    chosen = compiled = torch.compile(own, fullgraph=True, backend=backend)
 
     def call(*args: Any) -> Any:
         nonlocal chosen

@@ -160,8 +160,11 @@ def sweep(
 ) -> Sweep:
     r"""Train one member for each configuration of hyperparameters, seed and fold, all at once, by `vmap`.
 
-    Every member is trained as if it were alone: it has its own hyperparameters, state, buffers and random numbers of
-    dropout. All see the same batches, so that only their hyperparameters and seeds tell them apart.
+    Every member is trained as if it were alone: it has its own hyperparameters, state, buffers and random numbers. All
+    see the same batches, so that only their hyperparameters and seeds tell them apart. What a member draws, in dropout,
+    attention, `rand`, `randn`, `bernoulli` and their like, and as the key of a chain's noise, follows from its seed,
+    whoever is trained beside it. What torch draws out of reach, as in recurrent layers with dropout, does not: members
+    draw different numbers there, the same again only among the same members, and a warning says so.
 
     Numbers become 0-dim tensors with one value for each member, as in `ensemble`; what is no number (a penalty, a
     flag, None) splits the members into groups that are trained beside each other.
@@ -178,10 +181,12 @@ def sweep(
         data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. Arrays of numpy or pandas and
             lists of numbers become tensors in the dtype of the parameters. A tuple of inputs stands for
             several arguments of the module, a dict for keywords.
-        epochs: Number of passes over the training rows.
-        batch_size: Rows in a batch. What does not fill the last batch of an epoch waits for the next one.
+        epochs: Number of passes over the training rows, of each fold over its own: one that has less of them waits.
+        batch_size: Rows in a batch, for all folds no more than the smallest has. What does not fill the last batch of
+            an epoch waits for the next one.
         draws: Number of random draws from the grid, instead of all its combinations.
-        seeds: Number of seeds, or a list of them, for the initial weights: every configuration is trained with each.
+        seeds: Number of seeds, or a list of them, for the initial weights and random numbers: every configuration is
+            trained with each.
         validation: Share of the rows held out for validation (0.2 unless there are folds), 0 for none; or other data
             of the same form.
         folds: Number of folds, or a list of pairs of row indices (for training, for validation): every configuration is
@@ -196,11 +201,13 @@ def sweep(
             :math:`\eta = ` `halving` rows, for all k that leave one.
         chunk_size: Most rows that are mapped over at once, for less memory.
         compile: Whether to compile the training step as a whole, for some seconds; or a backend of `torch.compile`.
-            Chains that take `value_fn` are not compiled, nor what the compiler does not take: a warning says so.
-        static: Names of hyperparameters that `make` needs as numbers of Python, such as a count of entries.
+            Chains that take `value_fn` are not compiled, nor models that draw by `rand` or `randn`, nor what the
+            compiler does not take: a warning says so.
+        static: Names of hyperparameters that `make` or `loss` need as numbers of Python, such as a count of entries.
         progress: True for a bar (of tqdm if it is installed), or a function that is given a dict after each epoch:
             `epoch`, `epochs`, `members` still in training, and the best `loss` or `score` so far.
-        seed: Seed of splits, batches, draws and dropout. Torch's own generators are afterwards where they were.
+        seed: Seed of splits, batches and draws, and with those of members, of their random numbers. Torch's own
+            generators are afterwards where they were.
 
     Raises:
         TypeError: Nobody takes a hyperparameter of the grid, `make` returns no transform, or data are no tensors.
@@ -225,8 +232,15 @@ def sweep(
     References:
         Jamieson & Talwalkar, *Non-stochastic best arm identification and hyperparameter optimization*, 2016.
     """
-    _check_counts(epochs=epochs, batch_size=batch_size, patience=patience, halving=halving, chunk_size=chunk_size)
-    if halving == 1:
+    epochs, batch_size = _whole("epochs", epochs), _whole("batch_size", batch_size)
+    draws = None if draws is None else _whole("draws", draws)
+    limits = {"patience": patience, "halving": halving, "chunk_size": chunk_size}
+    limits = {name: None if value is None else _whole(name, value) for name, value in limits.items()}
+    try:
+        seed = operator.index(seed)
+    except TypeError as error:
+        raise TypeError(f"seed is {seed!r}; expected a whole number") from error
+    if limits["halving"] == 1:
         raise ValueError("halving is 1, which drops nothing; expected at least 2")
     configs = configurations(grid, draws, seed)
     for name, function in (("loss", loss), ("score", score)):
@@ -241,8 +255,7 @@ def sweep(
         raise ValueError("score came without validation rows; give validation= or folds=")
 
     def train() -> Run:
-        options = {"patience": patience, "halving": halving, "chunk_size": chunk_size, "compile": compile}
-        run = Run(trained, make, configs, names, splits, epochs, static, **options)
+        run = Run(trained, make, configs, names, splits, epochs, static, compile=compile, seed=seed, **limits)
         order = torch.Generator().manual_seed(seed)
         with _reporter(progress, epochs) as report:
             for epoch in range(epochs):
@@ -262,11 +275,15 @@ def sweep(
     return Sweep(rows, run.params, run.buffers, run.history(), trained)
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        missing = value is None and name not in ("epochs", "batch_size")
-        if not missing and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; expected a number of at least 1")
+def _whole(name: str, value: Any) -> int:
+    """A whole number of at least 1, as it is or of numpy."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    return count
 
 
 @contextmanager

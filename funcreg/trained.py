@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, vjp, vmap
 
-from funcreg.ensemble import seeded, stack
+from funcreg.draws import Draws
+from funcreg.ensemble import seeded, stack, whole_seeds
 from funcreg.grids import Config
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
+from funcreg.notices import warn_user
+from funcreg.ranges import number
 from funcreg.tree import check_params, tree_leaves, tree_map
 
 
@@ -38,9 +42,11 @@ class Model:
     ) -> None:
         self.loss, self.score, self.hyper = loss, score, hyper
         self.maps_score = True  # Whether it is called by vmap, or for one member after the other.
-        self.seeds = list(range(seeds) if isinstance(seeds, int) else seeds)
-        if not self.seeds:
-            raise ValueError(f"seeds is {seeds!r}; expected at least one")
+        self.seeds = whole_seeds(seeds)
+        self._draws = False  # Whether it draws random numbers.
+        self.not_compiled: list[str] = []  # Functions by which it draws others in compiled code.
+        self._warned = False
+        self._by_gradient = False  # Whether modules are measured as they are trained, with a map of the derivative.
         self._training: nn.Module | None = None
         drawn = callable(source) and not isinstance(source, nn.Module)
         if not drawn and len(self.seeds) > 1:
@@ -85,8 +91,17 @@ class Model:
         inputs, *targets = batch
         own = {**params, **{name: b.clone() for name, b in buffers.items()}}
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-        outputs = functional_call(module, own, args if isinstance(args, tuple) else (args,), kwargs)
+        args = args if isinstance(args, tuple) else (args,)
+        if train or not self._by_gradient:
+            outputs = functional_call(module, own, args, kwargs)
+        else:
+            call = lambda params: functional_call(module, {**own, **params}, args, kwargs)
+            outputs = vjp(call, params)[0]
         return (outputs, *targets), {name: own[name] for name in buffers}
+
+    def drawing(self, seed: Tensor, step: Tensor) -> AbstractContextManager[Any]:
+        """A context in which a member draws the random numbers of its seed; none where none are drawn."""
+        return Draws(seed, step) if self._draws else nullcontext()
 
     def measured(self, params: Any, buffers: Any, hyper: Config, batch: Any) -> tuple[Tensor, Any]:
         """Loss and score on validation rows; instead of a score that no map takes, the outputs of a module.
@@ -122,42 +137,91 @@ class Model:
     def check(self, hyper: Config, batch: Any) -> None:
         """Call the loss for one member, where errors say what is wrong, and then by `vmap` for those of all seeds."""
         params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
-        try:
-            args, _ = seeded(lambda: self.arguments(params, buffers, batch, True), 0)
-        except (RuntimeError, TypeError) as error:
-            cause = misfit(error, {"the parameters": params, "data": batch})
-            if not cause:
-                raise
-            raise TypeError(f"the module failed on a batch: {first_line(error)}. {cause}") from error
-        try:
-            value = self.loss(*args, **hyper)
-        except (RuntimeError, TypeError, ValueError) as error:
-            cause = misfit(error, {"argument": args}, self.loss)
-            kind = ValueError if isinstance(error, ValueError) else TypeError
-            raise kind(f"the loss failed: {first_line(error)}. It was given {_shapes(args)}. {cause}") from error
+        value = self._tried(lambda: self.arguments(params, buffers, batch, True)[0], hyper, params, batch, "data")
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             came = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"loss returned {came}; expected a scalar, the mean over the rows of a batch")
 
-        def one(params: Any, buffers: Any) -> Tensor:
-            return self.loss(*self.arguments(params, buffers, batch, True)[0], **hyper)
+        def slope(params: Any, buffers: Any, hyper: Config) -> Any:
+            return grad(lambda params: self.loss(*self.arguments(params, buffers, batch, True)[0], **hyper))(params)
 
         try:
-            seeded(lambda: vmap(grad(one), randomness="different")(*self.start), 0)
+            self._mapped(slope, hyper)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(
-                "model and loss run for one member, but not for all at once under vmap: "
-                f"{first_line(error)}. {NO_NUMBERS}"
-            ) from error
+            raise TypeError(_under_vmap(error, hyper)) from error
+
+    def check_validation(self, hyper: Config, batch: Any) -> None:
+        """Call the loss on rows that are held out, for one member and by `vmap`, and find out how they are measured."""
+        params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
+        self._tried(lambda: self.arguments(params, buffers, batch, False)[0], hyper, params, batch, "validation")
+
+        def one(params: Any, buffers: Any, hyper: Config) -> Tensor:
+            return self.loss(*self.arguments(params, buffers, batch, False)[0], **hyper)
+
+        try:
+            self._mapped(one, hyper)
+        except (RuntimeError, TypeError, ValueError):
+            # Torch maps recurrent layers, and perhaps others, only where a derivative is to be taken.
+            self._by_gradient = True
+            try:
+                self._mapped(one, hyper)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(_under_vmap(error, hyper)) from error
+
+    def _tried(
+        self, arguments: Callable[[], tuple[Any, ...]], hyper: Config, params: Any, batch: Any, name: str
+    ) -> Any:
+        """The loss of one member, or an error that says why there is none; and whether it draws random numbers."""
+        rows = "a batch" if name == "data" else "rows of validation"
+        device = tree_leaves(params)[0].device
+        before, zero = _generators(device), torch.zeros((), dtype=torch.int64, device=device)
+        with Draws(zero, zero) as draws:
+            try:
+                args = arguments()
+            except (RuntimeError, TypeError) as error:
+                cause = misfit(error, {"the parameters": params, name: batch})
+                if not cause and name == "data":
+                    raise
+                raise TypeError(f"the module failed on {rows}: {first_line(error)}. {cause}".rstrip()) from error
+            try:
+                value = self.loss(*args, **hyper)
+            except (RuntimeError, TypeError, ValueError) as error:
+                cause = misfit(error, {"argument": args}, self.loss)
+                kind = ValueError if isinstance(error, ValueError) else TypeError
+                raise kind(
+                    f"the loss failed on {rows}: {first_line(error)}. It was given {_shapes(args)}. {cause}".rstrip()
+                ) from error
+        self._draws |= draws.calls > 0
+        self.not_compiled = draws.not_compiled() if draws.calls else self.not_compiled
+        if not self._warned and not all(map(torch.equal, _generators(device), before)):
+            self._warned = True
+            warn_user(
+                "the model draws random numbers in a way that does not follow the seeds of members, as recurrent "
+                "layers with dropout do: members draw different ones, which also depend on which others are trained."
+            )
+        return value
+
+    def _mapped(self, function: Callable[..., Any], hyper: Config) -> Any:
+        """A function of parameters, buffers and hyperparameters for the members of all seeds, by `vmap`."""
+        count, numbers = len(self.seeds), {name: h for name, h in hyper.items() if isinstance(h, Tensor)}
+
+        def member(params: Any, buffers: Any, seed: Tensor, numbers: Config) -> Any:
+            with self.drawing(seed, torch.zeros_like(seed)):
+                return function(params, buffers, {**hyper, **numbers})
+
+        seeds = torch.tensor(self.seeds, device=tree_leaves(self.start[0])[0].device)
+        many = tree_map(lambda h: h.expand(count, *h.shape), numbers)
+        params, buffers = self.start
+        return seeded(lambda: vmap(member, randomness="different")(params, buffers, seeds, many), 0)
 
     def check_score(self, batch: Any) -> None:
         """Call the score by `vmap` or, if it reads numbers from tensors, for one member, and see what it returns."""
 
-        def one(params: Any, buffers: Any) -> Tensor:
+        def one(params: Any, buffers: Any, hyper: Config) -> Tensor:
             return torch.as_tensor(self.score(*self.arguments(params, buffers, batch, False)[0]))  # pyright: ignore[reportOptionalCall]  # There is one.
 
         try:
-            shape = seeded(lambda: vmap(one, randomness="different")(*self.start), 0).shape[1:]
+            shape = self._mapped(one, {}).shape[1:]
         except Exception:  # Whatever a library raises for a tensor without numbers; another cause is raised below anew.
             self.maps_score = False
             params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
@@ -192,6 +256,11 @@ class Model:
         }
 
 
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
 # Data
 
 
@@ -210,15 +279,18 @@ class Splits(NamedTuple):
     batch_size: int
 
     @property
-    def steps(self) -> int:
-        """Batches in an epoch."""
-        return min(len(rows) for rows in self.train) // self.batch_size
+    def steps(self) -> list[int]:
+        """Batches in an epoch of each fold."""
+        return [len(rows) // self.batch_size for rows in self.train]
 
-    def batches(self, order: torch.Generator, device: torch.device) -> Iterator[Any]:
-        """The batches of an epoch; of folds, each has one for every fold along the first dimension."""
-        shuffled = [rows[torch.randperm(len(rows), generator=order, device="cpu")] for rows in self.train]
-        for k in range(self.steps):
-            rows = torch.stack([each[k * self.batch_size : (k + 1) * self.batch_size] for each in shuffled])
+    def batches(self, seed: int, device: torch.device) -> Iterator[Any]:
+        """The batches of an epoch; of folds, each has one for every fold along the first dimension.
+
+        A fold whose epoch is over begins again, until that of the greatest is.
+        """
+        shuffled = [rows[_shuffle(len(rows), seed)].split(self.batch_size) for rows in self.train]
+        for k in range(max(self.steps)):
+            rows = torch.stack([each[k % n] for each, n in zip(shuffled, self.steps, strict=True)])
             yield taken(self.data, rows if len(self.train) > 1 else rows[0], device)
 
     def validation(self, fold: int, device: torch.device) -> Iterator[tuple[float, Any]]:
@@ -228,13 +300,17 @@ class Splits(NamedTuple):
             yield len(piece) / len(rows), taken(self.valid_data, piece, device)
 
 
+def _shuffle(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
 def make_splits(
     data: Any, validation: Any, folds: int | Iterable[Any] | None, batch_size: int, seed: int, params: Any
 ) -> Splits:
     """Rows for training and for validation, by one share, other data, or folds."""
     count = len(tree_leaves(data)[0])
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
-    other, valid = data, []
+    shuffled = _shuffle(count, seed)
+    other, valid, validation = data, [], number(validation)
     if folds is not None:
         if validation is not None:
             raise ValueError("validation and folds came together; folds hold their own validation rows out")
@@ -250,14 +326,21 @@ def make_splits(
     else:
         other, train = as_data(validation, params, "validation"), [shuffled]
         valid = [torch.arange(len(tree_leaves(other)[0]), device="cpu")]
-    size = min(batch_size, *(len(rows) for rows in train))
+    sizes = [len(rows) for rows in train]
+    size = min(batch_size, *sizes)
     if not size or any(not len(rows) for rows in valid):
         raise ValueError(f"data of {count} rows leave none for training or validation")
+    if size < batch_size and max(sizes) > size + 1:
+        warn_user(
+            f"batch_size is {batch_size}, and the smallest fold has {size} rows for training: batches of all folds are "
+            f"of {size}"
+        )
     return Splits(data, other, train, valid, size)
 
 
 def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
     count = len(shuffled)
+    folds = number(folds)
     if isinstance(folds, int):
         if isinstance(folds, bool) or not 2 <= folds <= count:
             raise ValueError(f"folds is {folds!r}; expected a number from 2 to that of the rows, {count}")
@@ -275,6 +358,16 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
         ):
             raise ValueError(f"folds hold {rows}; expected row indices, whole numbers from 0 to {count - 1}")
     return train, valid
+
+
+def _under_vmap(error: Exception, hyper: Config) -> str:
+    """Why what runs for one member does not run for all."""
+    names = ", ".join(name for name, h in hyper.items() if isinstance(h, Tensor))
+    hint = f" The loss takes {names} as 0-dim tensors; static= names those that have to be numbers of Python."
+    said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
+    return (
+        f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
+    )
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import NamedTuple
@@ -146,6 +147,35 @@ def test_a_path_has_a_line_for_each_weight_that_ever_lives():
     assert [text.get_text() for text in above.get_xticklabels()] == ["1", "3", "3", "3", "3"]
 
 
+def test_a_path_is_drawn_from_the_strongest_to_the_weakest_however_it_is_given():
+    falling, mixed = found(), torch.tensor([3, 0, 4, 1, 2])
+    given = Found(*(fr.tree_map(lambda x: x[mixed], field) for field in falling))
+    first, other = plot.path(falling), plot.path(given)
+    for a, b in zip(first.get_lines(), other.get_lines(), strict=True):
+        assert torch.equal(torch.tensor(a.get_xdata()), torch.tensor(b.get_xdata()))
+        assert torch.equal(torch.tensor(a.get_ydata()), torch.tensor(b.get_ydata()))
+    heights = [[text.xy for text in axes.texts] for axes in (first, other)]
+    assert heights[0] == heights[1]
+
+
+def test_lines_of_one_point_have_a_marker():
+    for axes in (plot.path(found(1)._replace(strengths=torch.tensor([0.5]))), plot.sparsity({"a": [0.5], "b": [0.2]})):
+        lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 1]
+        assert lines
+        assert all(line.get_marker() == "o" for line in lines)
+    assert plot.sparsity([0.5, 0.6]).get_lines()[0].get_marker() == "None"
+
+
+def test_what_is_not_finite_is_counted():
+    w = torch.tensor([[1.0, -2.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+    axes = plot.histograms({"w": w.nan_to_num(0, 0)}, {"w": w})
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["before: 50 % exactly zero", "after: 25 % exactly zero, 2 NaN or inf, not shown"]
+    (axes,) = plot.channels({"w": 0}, {"w": w})
+    assert axes.get_title(loc="left") == "w: 1 of 4 alive, 2 NaN or inf"
+    assert {text.get_text() for text in axes.texts} == {"dead", "NaN or inf"}
+
+
 def test_a_path_is_of_the_leaves_of_a_mask():
     axes = plot.path(found(), mask={"w": True, "b": False})
     assert {text.get_text() for text in axes.texts} == {"w[0]", "w[1]"}
@@ -183,6 +213,12 @@ def test_a_sweep_rings_its_best_row():
     assert texts == ["learning_rate = 0.1", "learning_rate = 0.3", "best: strength = 0.1, loss = 0.1"]
     ring = axes.lines[-1]
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([0.1], [0.1])
+
+
+def test_a_sweep_names_penalties_as_its_table_does():
+    rows = [{"penalty": p, "strength": s, "loss": s} for p in (fr.l1, fr.half_l2) for s in (0.1, 0.2)]
+    told = [text.get_text() for text in plot.sweep(rows).get_legend().get_texts()]
+    assert told[:2] == ["penalty = l1", "penalty = half_l2"]
 
 
 def test_a_sweep_is_by_score_if_there_is_one_and_as_told():
@@ -230,6 +266,16 @@ def test_sparsity_is_drawn_in_per_cent_with_names_at_the_ends():
         plot.sparsity([0.0, 0.5], steps=[1, 2, 3])
     with pytest.raises(ValueError, match="empty"):
         plot.sparsity([])
+
+
+@pytest.mark.parametrize(("history", "kind", "said"), [
+    ([{"a": 0.1}, {"b": 0.2}], ValueError, r"\['b'\] at one time, and \['a'\] at the first"),
+    (torch.rand(10, 2), TypeError, r"a tensor of shape \(2,\); expected numbers, one a time"),
+    (["x"], TypeError, "entry 'x'; expected numbers"),
+])  # fmt: skip
+def test_histories_that_cannot_be_drawn_say_why(history, kind, said):
+    with pytest.raises(kind, match=said):
+        plot.sparsity(history)
 
 
 def test_channels_are_counted_by_family():

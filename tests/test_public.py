@@ -91,6 +91,7 @@ LAYERS = [
         "denominators",
         "deployment",
         "descent",
+        "draws",
         "factorizing",
         "families",
         "group_values",

@@ -156,6 +156,14 @@ def test_any_tree_has_rows(tree):
     assert [row["name"] for row in fr.report(tree).rows] == fr.tree_paths(tree)
 
 
+@pytest.mark.parametrize("call", [fr.report, lambda module: fr.compare(module, module)], ids=["report", "compare"])
+def test_what_has_no_numbers_yet_is_named(call):
+    with pytest.raises(ValueError, match="'bias' has no shape yet; call its module once"):
+        call(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="'bias' is on the device meta, where tensors have no numbers"):
+        call(nn.Linear(2, 3, device="meta"))
+
+
 def test_what_cannot_be_reported_says_why():
     stacked = fr.tree_map(lambda w: torch.stack([w, w]), sparse())
     with pytest.raises(TypeError, match="parameters of one member"):

@@ -74,6 +74,12 @@ def test_replicas_share_no_memory():
     assert bool((module[0].weight != 0).any())
 
 
+def test_numbers_of_members_may_be_numpys():
+    assert len(fr.replicate(torch.ones(2), np.int64(3))) == 3
+    assert len(fr.init_ensemble(lambda: torch.randn(2), np.int64(3))) == 3
+    assert len(fr.init_ensemble(lambda: torch.randn(2), np.arange(3))) == 3
+
+
 def test_members_of_seeds_are_those_of_the_seeds_and_leave_the_generator_alone():
     before = torch.get_rng_state()
     eight, two = fr.init_ensemble(normed, 8), fr.init_ensemble(normed, [5, 2])
@@ -120,6 +126,8 @@ def test_a_member_loads_into_a_module_with_its_buffers():
         (lambda: fr.unstack({"a": torch.ones(())}), ValueError, "None at 'a'"),
         (lambda: fr.replicate(plain(), 0), ValueError, "members is 0"),
         (lambda: fr.init_ensemble(plain(), 3), TypeError, "replicate stacks copies"),
+        (lambda: fr.init_ensemble(plain, 2.0), TypeError, "seeds is 2.0; expected a number of seeds"),
+        (lambda: fr.init_ensemble(plain, []), ValueError, "expected at least one"),
         (lambda: fr.matrices(fr.replicate(plain(), 3).params), ValueError, r"'0.bias' of shape .*stacked\(matrices\)"),
     ],
 )
@@ -254,15 +262,118 @@ def test_folds_are_those_of_scikit_learn_if_they_are_given():
     assert result.rows[0]["loss_std"] == pytest.approx(np.std(result.rows[0]["folds"]))
 
 
-def test_dropout_of_members_differs_and_is_repeatable():
+def dropping():
+    """A network that begins with the same weights whatever the seed, so that only what it draws tells members apart."""
     module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    return module.load_state_dict({name: torch.full_like(w, 0.1) for name, w in module.state_dict().items()}) and module
+
+
+def test_dropout_of_members_differs_and_is_repeatable():
     before = torch.get_rng_state()
-    train = lambda **kw: fr.sweep(module, F.cross_entropy, fr.sgd, [{"learning_rate": 0.1}] * 2, data(), epochs=2, **kw)
+    train = lambda **kw: fr.sweep(
+        dropping, F.cross_entropy, fr.sgd, [{"learning_rate": 0.1}] * 2, data(), epochs=2, seeds=2, **kw
+    )
     first, again = train(), train()
     assert torch.equal(torch.get_rng_state(), before)
     assert_close(first.params, again.params, rtol=0, atol=0)
-    assert not torch.equal(*first.params["0.weight"])
+    assert not torch.equal(*first.params["0.weight"][:2])
     assert not torch.equal(train(seed=1).params["0.weight"], first.params["0.weight"])
+    for name, w in first.params.items():  # Two equal configurations: what they draw follows from the seed alone.
+        assert_close(w[:2], w[2:], rtol=0, atol=0, msg=name)
+
+
+#: What torch warns of where it maps an LSTM or attention on a CPU.
+SLOWLY = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+
+def noisy(learning_rate, strength=0.1):
+    return fr.chain(fr.prox_sgd(learning_rate, fr.l1, strength=0.01), fr.add_noise(strength, 0.55, key=7))
+
+
+def variational(outputs, y):
+    return F.cross_entropy(outputs + torch.empty_like(outputs).normal_(), y)
+
+
+DRAWING = {
+    "dropout": (dropping, F.cross_entropy, fr.adam),
+    "noise of a chain": (plain, F.cross_entropy, noisy),
+    "a loss that draws": (plain, variational, fr.sgd),
+    "attention": (
+        lambda: nn.Sequential(nn.Unflatten(-1, (3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
+                              nn.Flatten(), nn.Linear(6, 2)),
+        F.cross_entropy,
+        fr.adam,
+    ),
+}  # fmt: skip
+AMONG = {
+    "others": {"seeds": [3, 5]},
+    "chunks": {"seeds": [3, 5], "chunk_size": 1},
+    "folds": {"seeds": [3, 5], "folds": 2},
+    "compiled": {"seeds": [3, 5], "compile": "eager"},
+}
+
+
+@SLOWLY
+@pytest.mark.parametrize("options", AMONG.values(), ids=AMONG)
+@pytest.mark.parametrize(("network", "loss", "make"), DRAWING.values(), ids=DRAWING)
+def test_what_a_member_draws_follows_from_its_seed(network, loss, make, options):
+    grid = [{"learning_rate": 0.02}, {"learning_rate": 0.1}]
+    train = lambda grid, **kw: fr.sweep(network, loss, make, grid, data(), epochs=2, batch_size=16, **kw)
+    found = train(grid, **options)
+    alone = train(grid[1:], **{**options, "seeds": [5], "chunk_size": None, "compile": False})
+    fold = 1 if "folds" in options else None
+    assert_close(found.member(3, fold), alone.member(0, fold), rtol=1e-4, atol=1e-5)
+    assert found.rows[3]["loss"] == pytest.approx(alone.rows[0]["loss"], rel=1e-4)
+    assert found.rows[2]["loss"] != found.rows[3]["loss"]
+
+
+def test_noise_of_a_chain_follows_from_its_key_too():
+    train = lambda key: fr.sweep(plain, F.cross_entropy, lambda eta: fr.chain(fr.sgd(0.1), fr.add_noise(eta, 0.0, key)),
+                                 {"eta": [0.0, 0.1, 0.2]}, data(), epochs=1, batch_size=48)  # fmt: skip
+    first, other = train(0).params["0.weight"], train(1).params["0.weight"]
+    assert_close((first[1] - first[0]) * 2**0.5, first[2] - first[0])
+    assert torch.equal(first[0], other[0])
+    assert not torch.equal(first[1], other[1])
+
+
+@SLOWLY
+def test_what_does_not_follow_seeds_is_told():
+    deep = nn.LSTM(6, 5, num_layers=2, dropout=0.5)
+    take = lambda outputs, y: F.cross_entropy(outputs[0], y % 5)
+    with pytest.warns(UserWarning, match="does not follow the seeds"):
+        fr.sweep(deep, take, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    loss = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2), y)
+    train = lambda **kw: fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1, **kw)
+    with pytest.warns(UserWarning, match="without a compiler, with equal results: there randn would draw other"):
+        found = train(compile="eager")
+    assert_close(found.params, train().params, rtol=0, atol=0)
+
+
+class Last(nn.Module):
+    """A recurrent layer and what it ends with."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer, self.out = kind(6, 5, batch_first=True, **options), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.out(self.layer(x)[0][:, -1])
+
+
+@SLOWLY
+@pytest.mark.parametrize("score", [None, accuracy, lambda outputs, y: accuracy_score(y, outputs.argmax(-1))])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_measured_too(kind, score):
+    x, y = data()
+    x = torch.stack([x, x.flip(0), x.roll(1, 0)], 1)
+    grid, options = {"learning_rate": [0.01, 0.1]}, {"validation": (x[:20], y[:20]), "score": score}
+    result = fr.sweep(lambda: Last(kind), F.cross_entropy, fr.adam, grid, (x, y), epochs=2, batch_size=16, **options)
+    for k, row in enumerate(result.rows):
+        module = Last(kind)
+        module.load_state_dict(result.member(k))
+        outputs = module(x[:20]).detach()
+        assert row["loss"] == pytest.approx(float(F.cross_entropy(outputs, y[:20])), rel=1e-5)
+        assert score is None or row["score"] == pytest.approx(float(accuracy(outputs, y[:20])))
 
 
 def test_the_module_stays_as_it_was():
@@ -294,7 +405,66 @@ def test_layers_that_were_put_into_evaluation_stay_there_in_training():
     assert_close(result.member()["1.running_mean"], torch.zeros(5))
 
 
+UNEVEN = [(range(40), range(40, 60)), (range(8, 24), range(8)), (range(30, 60), range(30))]
+
+
+@pytest.mark.parametrize("options", [{}, {"patience": 2}, {"compile": "eager"}], ids=str)
+@pytest.mark.parametrize("network", [plain, dropping], ids=["plain", "dropout"])
+def test_folds_of_other_sizes_are_trained_as_if_they_were_alone(network, options):
+    """Each sees all its rows once an epoch: those that have less wait, and their schedules and moments with them."""
+    folds = [tuple(torch.tensor(list(rows)) for rows in pair) for pair in UNEVEN]
+    make = lambda lr: fr.adam(fr.linear_schedule(lr, 0.0, 12))
+    train = lambda folds, **kw: fr.sweep(
+        network, F.cross_entropy, make, {"lr": [0.01, 0.1]}, data(), folds=folds, epochs=3, batch_size=8, **kw
+    )
+    found = train(folds, **options)
+    for place, fold in enumerate(folds):
+        alone = train([fold], **{name: x for name, x in options.items() if name != "compile"})
+        for k in range(2):
+            assert_close(found.member(k, fold=place), alone.member(k), rtol=1e-4, atol=1e-5)
+            assert found.rows[k]["folds"][place] == pytest.approx(alone.rows[k]["loss"], rel=1e-4)
+            assert float(found.history["train_loss"][-1, k, place]) == pytest.approx(
+                float(alone.history["train_loss"][-1, k]), rel=1e-4
+            )
+
+
+def test_a_batch_that_no_small_fold_has_is_told():
+    folds = [tuple(torch.tensor(list(rows)) for rows in pair) for pair in UNEVEN]
+    with pytest.warns(UserWarning, match="batch_size is 32, and the smallest fold has 16 rows.*are of 16"):
+        _wrong(folds=folds, batch_size=32)
+    _wrong(folds=7)  # These differ by one row.
+
+
 # Hyperparameters
+
+
+def test_complex_parameters_have_real_hyperparameters():
+    x, y = data()
+    loss = lambda params, x, y: (x.to(torch.complex64) @ params["w"] - y).abs().square().mean()
+    start = {"w": torch.zeros(6, dtype=torch.complex64)}
+    result = fr.sweep(start, loss, fr.adam, {"learning_rate": [0.01, 0.1]}, (x, y), epochs=3)
+    assert result.best["learning_rate"] == 0.1
+
+
+@pytest.mark.slow
+def test_each_group_is_compiled_however_many_there_are():
+    grid = {"name": list("abcdefghij"), "lr": [0.1, 0.2]}
+    train = lambda **kw: fr.sweep({"w": torch.zeros(6)}, lambda params, x, y: (x @ params["w"] - y).square().mean(),
+                                  lambda name, lr: fr.sgd(lr), grid, data(), epochs=1, **kw)  # fmt: skip
+    counted = []
+    found = train(compile=lambda module, inputs: counted.append(module) or module)
+    assert len(counted) == 10
+    assert_close(found.params, train().params)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": np.int64(8)}, {"epochs": np.int32(2)}, {"seed": np.int64(3)},
+                                     {"seeds": np.int64(2)}, {"seeds": np.array([0, 1])}, {"patience": np.int8(2)},
+                                     {"folds": np.int64(2)}, {"draws": np.int64(2)}, {"validation": np.float32(0.25)}],
+                         ids=str)  # fmt: skip
+def test_whole_numbers_may_be_numpys(options):
+    plainly = lambda x: x.tolist() if isinstance(x, np.ndarray) else x.item()
+    expected = _wrong(**{name: plainly(x) for name, x in options.items()})
+    assert_close(_wrong(**options).params, expected.params, rtol=0, atol=0)
 
 
 def test_what_is_no_number_splits_members_into_groups():
@@ -529,6 +699,16 @@ WRONG = {
         TypeError,
         r"decay_steps is tensor\(5\).*static= names those",
     ),
+    "number of entries": (
+        {"make": lambda n: fr.lbfgs(memory_size=n), "grid": {"n": [5, 9]}},
+        ValueError,
+        r"memory_size is tensor\(5\).*static= names those",
+    ),
+    "key": ({"make": lambda lr: fr.noisy_sgd(lr), "grid": {"lr": [0.1, 0.2]}}, TypeError, "same noise.$"),
+    "part of an epoch": ({"epochs": 2.0}, ValueError, "epochs is 2.0; expected a whole number of at least 1"),
+    "seeds of text": ({"seeds": "ab"}, TypeError, "seeds is 'ab'; expected a number of seeds, or a list of whole"),
+    "half a seed": ({"seed": 0.5}, TypeError, "seed is 0.5; expected a whole number"),
+    "no seeds": ({"seeds": []}, ValueError, "at least one"),
     "progress": ({"progress": "bar"}, TypeError, "progress is 'bar'"),
 }
 
@@ -704,6 +884,19 @@ MISFITS = {
     "loss reads": ({"loss": lambda o, y: F.cross_entropy(o, y) * (2 if o.sum() > 0 else 1)}, "not for all at once"),
     "score": ({"score": lambda y, outputs: accuracy_score(y, outputs)}, r"the score failed: ValueError.*\(12, 2\)"),
     "score of two": ({"score": lambda outputs: 1.0}, "the score failed: TypeError"),
+    "a hyperparameter that torch reads": (
+        {
+            "loss": lambda o, y, *, smoothing: F.cross_entropy(o, y, label_smoothing=smoothing),
+            "grid": {**GRID, "smoothing": [0.0, 0.1]},
+        },
+        "not for all at once under vmap. There no number.*takes smoothing as 0-dim tensors; static= names",
+    ),
+    "validation without targets": ({"validation": data()[:1]}, "the loss failed on rows of validation.*target"),
+    "narrow validation": ({"validation": (data()[0][:, :3], data()[1])}, "the module failed on rows of validation"),
+    "float64 validation": (
+        {"validation": (data()[0].double(), data()[1])},
+        "the module failed on rows of validation.*float64: validation at '0'",
+    ),
     "text": ({"data": (np.array([["a"] * 6] * 60), arrays()[1])}, "data at '0' is a ndarray of <U1"),
 }
 

@@ -1,0 +1,265 @@
+"""Random numbers of members: each is a function of the member's key, the step, the call that draws it, and its place.
+
+`vmap` draws the numbers of all its members at once, so that those of one depend on who else is there. While a `Draws`
+is entered, what torch draws in dropout, in `rand`, `randn`, `bernoulli` and their like comes from the key instead: a
+member draws the same numbers alone and among others, in eager and in compiled code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, get_overridable_functions
+
+from funcreg.rounding import mixed, shifted, signed, words
+
+#: What tells one call of a step from the next.
+_CALL = signed(0xD1B54A32D192ED03)
+#: What alpha dropout puts where it drops: the value that SELU tends to, far to the left.
+_SATURATED = -1.7580993408473766
+
+
+class Draws(TorchFunctionMode):
+    """A context in which torch draws the numbers of one member at one step.
+
+    Args:
+        key: Key of the member, a 0-dim tensor of int64.
+        step: Number of the step, a 0-dim tensor of an integer. A context for the same step draws the same numbers.
+    """
+
+    def __init__(self, key: Tensor, step: Tensor) -> None:
+        super().__init__()
+        self._key, self._step, self.calls = mixed(key), step, 0
+        self.functions: set[Callable[..., Any]] = set()  # That have drawn.
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        drawing, calls = _DRAWING.get(func), self.calls
+        if drawing is None:
+            # The method is the one that compilers cannot read inside of such a context.
+            func = torch.unflatten if getattr(func, "__name__", "") == "unflatten" else func
+            return func(*args, **(kwargs or {}))
+        found = drawing(self, func)(*args, **(kwargs or {}))
+        if self.calls > calls:
+            self.functions.add(func)
+        return found
+
+    def not_compiled(self) -> list[str]:
+        """Names of functions that have drawn, and that compilers call without asking this context."""
+        asked = {func for functions in get_overridable_functions().values() for func in functions}
+        return [func.__name__ for func in self.functions if func not in asked]
+
+    def words(self, shape: Sequence[int], device: Any, extra: int = 0) -> Tensor:
+        """A word of 64 bits for each entry, others at each call."""
+        self.calls += 1
+        key = mixed(self._key + signed((_CALL * self.calls + extra) % 2**64))
+        (found,) = words(key, self._step, torch.empty(shape, device=device))
+        return found
+
+    def uniform(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Numbers from 0 to below 1."""
+        digits = round(-math.log2(torch.finfo(dtype).eps)) + 1  # As many as it has: no number is rounded to 1.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (shifted(self.words(shape, device), 64 - digits).to(wide) * 2.0**-digits).to(dtype)
+
+    def normal(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal numbers."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        half = torch.finfo(wide).eps / 4  # Of the distance between two uniform numbers, away from 0 and 1.
+        inside = (self.uniform(shape, device, wide) + half).clamp(max=1 - 2 * half)
+        return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(dtype)
+
+
+# What is drawn instead: each of these makes, of a function of torch, one with its arguments
+
+
+def _dropout(shape_of: Callable[[Tensor], Sequence[int]], alpha: bool = False) -> Callable[..., Any]:
+    """A kind of dropout, which drops one entry of a shape as a whole."""
+
+    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+        def call(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+            if not training or not 0 < p <= 1:  # The last is an error of torch's.
+                return func(input, p, training, inplace)
+            shape = [*shape_of(input), *[1] * (input.ndim - len(shape_of(input)))]
+            # Of all words, which are signed, the least are dropped.
+            kept = draws.words(shape, input.device) >= min(round(p * 2**64) - 2**63, 2**63 - 1)
+            if alpha:
+                scale = ((1 - p) * (1 + p * _SATURATED**2)) ** -0.5 if p < 1 else 0.0
+                found = scale * torch.where(kept, input, _SATURATED) - scale * p * _SATURATED
+            else:
+                found = torch.where(kept, input * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+            return input.copy_(found) if inplace else found
+
+        return call
+
+    return drawing
+
+
+def _attention(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if not 0 < dropout_p <= 1:
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        logits = query @ key.mT * (scale or query.shape[-1] ** -0.5)
+        if is_causal:
+            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            is_bool = attn_mask.dtype == torch.bool
+            logits = logits.masked_fill(~attn_mask, -math.inf) if is_bool else logits + attn_mask
+        weights = logits.softmax(-1)
+        return _dropped(draws, weights, dropout_p) @ value
+
+    return call
+
+
+def _heads(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention of `nn.MultiheadAttention`: torch computes its weights, of which some are dropped here."""
+    names = (
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k"),
+        *("bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias"),
+    )
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        p, rest = given["dropout_p"], len(args) > len(names)
+        longer = given["bias_v"] is not None or given["add_zero_attn"] or given.get("static_v") is not None
+        if not given.get("training", True) or not p or rest or longer:
+            return func(*args, **kwargs)
+        shown, mean = given.get("need_weights", True), given.get("average_attn_weights", True)
+        _, weights = func(**{**given, "dropout_p": 0.0, "need_weights": True, "average_attn_weights": False})
+        weights = _dropped(draws, weights, p)  # ([batch,] heads, targets, sources)
+        width = given["embed_dim_to_check"]
+        own = given["v_proj_weight"] if given.get("use_separate_proj_weight") else given["in_proj_weight"][-width:]
+        bias = given["in_proj_bias"]
+        values = F.linear(given["value"], own, None if bias is None else bias[-width:])  # (sources, [batch,] width)
+        values = values.unflatten(-1, (given["num_heads"], -1)).movedim(0, -2)  # ([batch,] heads, sources, ...)
+        outputs = (weights @ values).movedim(-2, 0).flatten(-2)
+        outputs = F.linear(outputs, given["out_proj_weight"], given["out_proj_bias"])
+        return outputs, (weights.mean(-3) if mean else weights) if shown else None
+
+    return call
+
+
+def _dropped(draws: Draws, x: Tensor, p: float) -> Tensor:
+    return _dropout(lambda x: x.shape)(draws, F.dropout)(x, p)
+
+
+def _made(kind: str, empty: Callable[..., Tensor]) -> Callable[..., Any]:
+    """`rand`, `randn` and their like: torch makes the tensor, of the dtype, device and shape that were asked for."""
+
+    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Tensor:
+            made = empty(*args, **options) if not options.keys() & {"generator", "out", "requires_grad"} else None
+            if made is None or not made.is_floating_point():
+                return func(*args, **options)
+            return getattr(draws, kind)(made.shape, made.device, made.dtype)
+
+        return call
+
+    return drawing
+
+
+def _bernoulli(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(input: Tensor, *args: Any, **options: Any) -> Tensor:
+        in_place = func is Tensor.bernoulli_
+        p = args[0] if args else options.pop("p", 0.5 if in_place else input)
+        if len(args) > 1 or options:  # A generator of the user's.
+            return func(input, p, *args[1:], **options)
+        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+        found = (draws.uniform(input.shape, input.device, wide) < p).to(input.dtype)
+        return input.copy_(found) if in_place else found
+
+    return call
+
+
+def _normal(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(mean: Any, std: Any = 1.0, size: Any = (), **options: Any) -> Tensor:
+        tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
+        if options or not tensors or tensors[0].is_complex():
+            return func(mean, std, *((size,) if size else ()), **options)
+        shape = torch.broadcast_shapes(*[x.shape for x in tensors])
+        return mean + std * draws.normal(shape, tensors[0].device, tensors[0].dtype)
+
+    return call
+
+
+def _filling(kind: str) -> Callable[..., Any]:
+    """`Tensor.uniform_(low, high)` and `Tensor.normal_(mean, std)`."""
+
+    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, first: float = 0.0, second: float = 1.0, **options: Any) -> Tensor:
+            if options or not x.is_floating_point():
+                return func(x, first, second, **options)
+            scale = second - first if kind == "uniform" else second
+            return x.copy_(first + scale * getattr(draws, kind)(x.shape, x.device, x.dtype))
+
+        return call
+
+    return drawing
+
+
+def _permutation(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(n: int, **options: Any) -> Tensor:
+        if options.keys() - {"device"}:
+            return func(n, **options)
+        return draws.words((n,), options.get("device")).argsort()
+
+    return call
+
+
+def _integers(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`randint(low, high, size)`, of any generator by the seed that it began with."""
+
+    def call(*args: Any, generator: Any = None, dtype: torch.dtype = torch.int64, **options: Any) -> Tensor:
+        if len(args) not in (2, 3) or not all([isinstance(x, int) for x in args[:-1]]) or options.keys() - {"device"}:
+            return func(*args, generator=generator, dtype=dtype, **options)
+        low, high = (0, args[0]) if len(args) == 2 else args[:2]
+        extra = 0 if generator is None else signed(generator.initial_seed())
+        bits = draws.words(args[-1], options.get("device"), extra)
+        if high - low >= 2**63:
+            return bits.to(dtype)
+        return (low + shifted(bits, 1) % (high - low)).to(dtype)
+
+    return call
+
+
+_every = _dropout(lambda x: x.shape)
+_DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] = {
+    F.dropout: _every,
+    F.dropout1d: _dropout(lambda x: x.shape[:-1]),
+    F.dropout2d: _dropout(lambda x: x.shape[:2]),
+    F.dropout3d: _dropout(lambda x: x.shape[:-3]),
+    F.alpha_dropout: _dropout(lambda x: x.shape, alpha=True),
+    F.feature_alpha_dropout: _dropout(lambda x: x.shape[:2], alpha=True),
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _heads,
+    torch.rand: _made("uniform", torch.empty),
+    torch.rand_like: _made("uniform", torch.empty_like),
+    torch.randn: _made("normal", torch.empty),
+    torch.randn_like: _made("normal", torch.empty_like),
+    torch.bernoulli: _bernoulli,
+    Tensor.bernoulli: _bernoulli,
+    Tensor.bernoulli_: _bernoulli,
+    torch.normal: _normal,
+    Tensor.uniform_: _filling("uniform"),
+    Tensor.normal_: _filling("normal"),
+    torch.randperm: _permutation,
+    torch.randint: _integers,
+}

@@ -1,0 +1,172 @@
+"""Random numbers of members: right in distribution, the same alone, among others, and in compiled code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DEVICE
+from torch import Tensor, nn, tensor
+from torch.func import functional_call, grad, vmap
+from torch.testing import assert_close
+
+from funcreg.draws import Draws
+
+ONES = torch.ones(200, 500)
+
+
+def drawn(function, key=3, step=7):
+    with Draws(tensor(key), tensor(step)):
+        return function()
+
+
+#: What draws, and the mean and deviation of what comes of it.
+DRAWN = {
+    "rand": (lambda: torch.rand(200, 500), 0.5, 12**-0.5),
+    "rand_like": (lambda: torch.rand_like(ONES, dtype=torch.float64), 0.5, 12**-0.5),
+    "uniform_": (lambda: torch.empty(200, 500).uniform_(-1, 1), 0.0, 3**-0.5),
+    "randn": (lambda: torch.randn(200, 500), 0.0, 1.0),
+    "randn_like": (lambda: torch.randn_like(ONES.double()), 0.0, 1.0),
+    "normal_": (lambda: torch.empty(200, 500).normal_(2.0, 3.0), 2.0, 3.0),
+    "normal": (lambda: torch.normal(2 * ONES, 3.0), 2.0, 3.0),
+    "a distribution": (lambda: torch.distributions.Normal(2 * ONES, 3.0).rsample(), 2.0, 3.0),
+    "bernoulli": (lambda: torch.bernoulli(0.3 * ONES), 0.3, 0.21**0.5),
+    "bernoulli of a share": (lambda: ONES.bernoulli(0.3), 0.3, 0.21**0.5),
+    "bernoulli_": (lambda: torch.empty(200, 500).bernoulli_(0.3), 0.3, 0.21**0.5),
+    "randint": (lambda: torch.randint(-2, 8, (200, 500)), 2.5, 8.25**0.5),
+    "randperm": (lambda: torch.randperm(100_000) / 100_000, 0.5, 12**-0.5),
+    "dropout": (lambda: F.dropout(ONES, 0.3), 1.0, (3 / 7) ** 0.5),
+    "dropout of all": (lambda: F.dropout(ONES, 1.0), 0.0, 0.0),
+    "dropout1d": (lambda: F.dropout1d(ONES.reshape(5000, 20, 1), 0.3), 1.0, (3 / 7) ** 0.5),
+    "dropout2d": (lambda: F.dropout2d(ONES.reshape(5000, 20, 1, 1), 0.3), 1.0, (3 / 7) ** 0.5),
+    "dropout3d": (lambda: F.dropout3d(ONES.reshape(5000, 20, 1, 1, 1), 0.3), 1.0, (3 / 7) ** 0.5),
+    "alpha_dropout": (lambda: F.alpha_dropout(torch.randn(200, 500), 0.3, True), 0.0, 1.0),
+    "feature_alpha_dropout": (lambda: F.feature_alpha_dropout(torch.randn(5000, 20, 1), 0.3, True), 0.0, 1.0),
+}
+every = pytest.mark.parametrize(("function", "mean", "deviation"), DRAWN.values(), ids=DRAWN)
+
+
+@every
+def test_what_is_drawn_has_the_mean_and_the_deviation_of_what_torch_draws(function, mean, deviation):
+    for found in (drawn(function), function()):  # The second is torch's own.
+        assert float(found.double().mean()) == pytest.approx(mean, abs=6 * max(deviation, 1e-9) / math.sqrt(1e5))
+        assert float(found.double().std()) == pytest.approx(deviation, rel=0.03, abs=1e-9)
+
+
+@every
+def test_what_is_drawn_follows_from_key_and_step_alone(function, mean, deviation):
+    before = torch.get_rng_state()
+    first = drawn(function)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(drawn(function), first, rtol=0, atol=0)
+    assert not deviation or not any(torch.equal(drawn(function, *at), first) for at in ((4, 7), (3, 8)))
+    assert (first.shape, first.dtype) == ((other := function()).shape, other.dtype)
+    assert not deviation or not torch.equal(*drawn(lambda: (function(), function())))
+
+
+KINDS = {"1d": (F.dropout1d, (40, 30, 6)), "2d": (F.dropout2d, (40, 30, 6, 2)), "3d": (F.dropout3d, (40, 30, 6, 2, 2))}
+
+
+@pytest.mark.parametrize(("function", "shape"), KINDS.values(), ids=KINDS)
+def test_channels_are_dropped_as_wholes(function, shape):
+    rows = drawn(lambda: function(torch.ones(shape), 0.3)).flatten(2)
+    assert bool((rows == rows[..., :1]).all())
+    assert rows.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+
+
+@pytest.mark.parametrize("p", [0.2, 1.0])
+def test_dropout_has_the_gradient_of_what_it_keeps(p):
+    x = torch.rand(50, 40, dtype=torch.float64) + 1
+    found = drawn(lambda: grad(lambda x: F.dropout(x, p).sum())(x))
+    assert_close(found, drawn(lambda: F.dropout(x, p)) / x)
+    y = x.clone()
+    assert drawn(lambda: F.dropout(y, p, inplace=True)) is y
+    assert_close(y, drawn(lambda: F.dropout(x, p)))
+
+
+@pytest.mark.parametrize("call", [lambda x: F.dropout(x, 0.5, False), lambda x: F.dropout(x, 0.0), lambda x: x.cos()])
+def test_what_draws_nothing_is_torchs(call):
+    assert torch.equal(drawn(lambda: call(ONES)), call(ONES))
+
+
+def test_what_has_a_generator_of_its_own_draws_from_it():
+    own = lambda: torch.Generator(DEVICE).manual_seed(1)
+    for call in (lambda: torch.rand(3, generator=own()), lambda: torch.empty(3).normal_(generator=own())):
+        assert torch.equal(drawn(call), call())
+    # But for a key: that of members follows from the seed of the generator and from their own.
+    key = lambda seed: torch.randint(-(2**63), 2**63 - 1, (), generator=torch.Generator(DEVICE).manual_seed(seed))
+    assert len({int(drawn(lambda seed=seed: key(seed), at)) for seed in (0, 1) for at in (0, 1)}) == 4
+
+
+@every
+def test_compiled_code_draws_the_same_or_is_known_not_to(function, mean, deviation):
+    context = Draws(tensor(3), tensor(7))
+    with context:
+        found = function()
+
+    def again(key: Tensor, step: Tensor) -> Tensor:
+        with Draws(key, step):
+            return function()
+
+    if not context.not_compiled():
+        compiled = torch.compile(again, fullgraph=True, backend="eager")
+        assert_close(compiled(tensor(3), tensor(7)), found, rtol=0, atol=0)
+
+
+TINY = 1e-12  # So rare that nothing is dropped: all else has to be torch's.
+MASKS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bools": {"attn_mask": torch.ones(5, 5).tril().bool()},
+    "numbers": {"attn_mask": torch.linspace(-3, 3, 25).reshape(5, 5)},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("options", MASKS.values(), ids=MASKS)
+def test_attention_is_torchs_but_for_what_it_drops(options):
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+    attend = lambda p: F.scaled_dot_product_attention(q, k, v, dropout_p=p, **options)
+    assert_close(drawn(lambda: attend(TINY)), attend(0.0))
+    means = torch.stack([drawn(lambda: attend(0.3), step=step) for step in range(1000)]).mean(0)
+    assert_close(means, attend(0.0), rtol=0, atol=0.35)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 7}, {"bias": False}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("batched", [True, False])
+def test_heads_are_torchs_but_for_what_they_drop(options, needed, batched):
+    attention = nn.MultiheadAttention(8, 2, dropout=TINY, **options)
+    shape = (3, 3) if batched else (3,)
+    given = [torch.randn(*shape, options.get(name, 8)) for name in ("", "kdim", "vdim")]
+    call = lambda: attention(*given, need_weights=needed)
+    found = drawn(call)
+    attention.dropout = 0.0
+    assert_close(found, call())
+    attention.dropout = 0.4
+    first, again, other = drawn(call), drawn(call), drawn(call, step=8)
+    assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0], other[0])
+
+
+def test_members_draw_what_they_draw_alone_in_eager_and_compiled_code():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)
+    module = nn.Sequential(layer, nn.AlphaDropout(0.1), nn.Flatten(), nn.Unflatten(-1, (5, 8)))
+    x = torch.randn(3, 5, 8)
+
+    def loss(params: dict[str, Tensor], key: Tensor, step: Tensor) -> Tensor:
+        with Draws(key, step):
+            return functional_call(module, params, (x + torch.bernoulli(x.sigmoid()),)).square().sum()
+
+    params = {name: w.detach().expand(3, *w.shape) for name, w in module.named_parameters()}
+    keys, step = tensor([1, 2, 1]), tensor(4)
+    mapped = vmap(grad(loss), in_dims=(0, 0, None))
+    found = mapped(params, keys, step)
+    for k, key in enumerate(keys):
+        alone = grad(loss)({name: w[k] for name, w in params.items()}, key, step)
+        assert_close({name: g[k] for name, g in found.items()}, alone, rtol=1e-4, atol=1e-4)
+    assert not any(torch.equal(g[0], g[1]) for g in found.values())
+    compiled = torch.compile(mapped, fullgraph=True, backend="eager")(params, keys, step)
+    assert_close(compiled, found, rtol=1e-4, atol=1e-4)

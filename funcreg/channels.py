@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -719,10 +720,14 @@ def along(dim: int, rows: Tensor, length: int, penalized: bool = True) -> Along:
 
 
 def _size(slots: list[_Slot], parameters: dict[str, Any]) -> int:
-    """The number of parameters that a group carries."""
-    total = 0
+    """The number of parameters that a group carries, one in its row and its column of one leaf once."""
+    of: dict[str, dict[int, int]] = {}  # How many entries of each dimension of a leaf go with a group.
     for slot in slots:
         if slot.name in parameters:
-            w = parameters[slot.name]
-            total += w.numel() // w.shape[slot.dim] * slot.rows.shape[1]
+            here = of.setdefault(slot.name, {})
+            here[slot.dim] = here.get(slot.dim, 0) + slot.rows.shape[1]
+    total = 0
+    for name, gone in of.items():
+        shape = parameters[name].shape
+        total += math.prod(shape) - math.prod([n - gone.get(dim, 0) for dim, n in enumerate(shape)])
     return total

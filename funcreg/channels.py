@@ -464,6 +464,9 @@ def _running(
     ]
     notes += [f"At least two channels of {listed(layers)} stay: {why}" for layers, why in two.items()]
     notes += [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    taken = [i for i in range(len(counts)) if i not in reasons]
+    if untold := [f"{kind.__name__}.{attribute}" for kind, attribute in trial.untold(taken)]:
+        notes.append(f"Outputs do not tell whether {listed(untold)} changes, on these inputs or on others like them")
     if trial.uncompared is not None:
         notes.append(
             f"Outputs were not compared, because {trial.uncompared}: give resized example_inputs, if that helps"

@@ -69,6 +69,7 @@ _OTHER_COUNTS = (
     *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
     *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
     *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
+    *("window", "window_size", "max_len", "max_seq_len", "seq_len", "seq_length", "n_ctx"),
 )
 
 
@@ -115,10 +116,10 @@ def unknown_counts(module: nn.Module, smaller: nn.Module, path: str) -> dict[str
     """Numbers that the forward of a module mentions, and that may count what went, though no name tells that."""
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves, _ = _moves(layer, before)
-    named = _mentioned(layer) or {*vars(before)}
+    named = (_mentioned(layer) or {*vars(before)}) - {*_INTERNAL, *SIZES}
     found: dict[str, int] = {}
     for name, value in vars(before).items():
-        plain = type(value) is int and value > 1 and name in named - _INTERNAL
+        plain = type(value) is int and value > 1 and name in named
         divides = plain and any([a % value == value * b % a == 0 for a, bs in moves.items() for b in bs])
         if divides and vars(layer).get(name) == value and not name.endswith(_OTHER_COUNTS):
             found[name] = value

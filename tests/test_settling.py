@@ -28,17 +28,17 @@ class Numbered(nn.Module):
 
 
 class Local(nn.Module):
-    """Attention to a window of words, whose length is the width."""
+    """Attention to as many words before each as there are features."""
 
     def __init__(self, scale=1.0):
         super().__init__()
-        self.num_heads, self.window, self.scale = 4, 16, nn.Parameter(torch.tensor(scale))
+        self.num_heads, self.near, self.scale = 4, 16, nn.Parameter(torch.tensor(scale))
         self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
         q, k, v = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1)]
         i = torch.arange(x.shape[1], device=x.device)
-        mask = (i[:, None] >= i) & (i[:, None] - i < self.window)
+        mask = (i[:, None] >= i) & (i[:, None] - i < self.near)
         return x + self.scale * self.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -66,17 +66,17 @@ def test_a_number_that_is_no_width_stays_where_the_inputs_given_do_not_tell(forw
 
 @pytest.mark.parametrize("words", [1, 3, 10])
 @pytest.mark.parametrize("scale", [1.0, 1e-9])
-def test_a_count_of_heads_changes_and_a_window_stays_whatever_the_inputs_tell(words, scale):
+def test_a_count_of_heads_changes_and_how_far_it_looks_stays_whatever_the_inputs_tell(words, scale):
     net, x = built(lambda: Local(scale), [HEADS]), draw(2, words, 16)
     net.scale.data.fill_(scale)
     made = smaller(net, [HEADS], x)
-    assert (made.num_heads, made.window) == (2, 16)
+    assert (made.num_heads, made.near) == (2, 16)
     made.scale.data.fill_(1.0)
     net.scale.data.fill_(1.0)
     torch.testing.assert_close(made(draw(2, 40, 16)), net(draw(2, 40, 16)), rtol=1e-10, atol=1e-10)
     groups = fr.channel_groups(net, (x,))
     assert groups.counts == [4]
-    assert groups.notes == ["Give resized example_inputs too, to tell what becomes of Local.num_heads, Local.window"]
+    assert groups.notes == ["Give resized example_inputs too, to tell what becomes of Local.near, Local.num_heads"]
 
 
 def test_what_nothing_tells_stays_and_a_warning_names_it():
@@ -110,7 +110,7 @@ def test_what_has_the_name_of_a_width_follows_it_though_nothing_reads_it_here():
 
 class Config:
     def __init__(self):
-        self.window, self.width, self.depth = 8, 8, 8
+        self.words, self.width, self.depth = 8, 8, 8
 
 
 class Sharing(nn.Module):
@@ -119,14 +119,14 @@ class Sharing(nn.Module):
         self.config, self.a, self.b = config, nn.Linear(5, 8), nn.Linear(8, 3)
 
     def forward(self, x):
-        return self.b(self.a(x[:, : self.config.window]).relu())
+        return self.b(self.a(x[:, : self.config.words]).relu())
 
 
 class Reading(Sharing):
     """One that reads a width, too."""
 
     def forward(self, x):
-        return super().forward(x[:, : self.config.window]) * self.a(x[:, :1]).reshape(-1, 1, self.config.width)[..., :1]
+        return super().forward(x[:, : self.config.words]) * self.a(x[:, :1]).reshape(-1, 1, self.config.width)[..., :1]
 
 
 def test_modules_go_on_to_share_a_configuration_that_stays():
@@ -136,14 +136,14 @@ def test_modules_go_on_to_share_a_configuration_that_stays():
     halve(net, families := [units])
     made = smaller(net, families, draw(2, 3, 5))
     assert made[0].config is made[2].config
-    assert (made[0].config.window, config.window) == (8, 8)
+    assert (made[0].config.words, config.words) == (8, 8)
     torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 
 def test_a_configuration_may_have_both():
     net = built(lambda: Reading(Config()), [UNITS])
     made = smaller(net, [UNITS], draw(2, 3, 5))
-    assert (made.config.window, made.config.width, made.config.depth, net.config.width) == (8, 4, 8, 8)
+    assert (made.config.words, made.config.width, made.config.depth, net.config.width) == (8, 4, 8, 8)
     torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 

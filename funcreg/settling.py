@@ -101,10 +101,14 @@ def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Problem) ->
 
 # What inputs do not tell
 
+#: What is wrong with a network.
+_Problems: TypeAlias = Callable[[nn.Module], "Failure | str | None"]
 #: For each kind of numbers which of its values they have.
 _Choice: TypeAlias = tuple[int, ...]
 #: How many combinations of values are tried; beyond that one kind of numbers has other values at a time.
 _COMBINED = 32
+#: Up to how many numbers each is a kind of its own.
+_FEW = 4
 #: How many other runs there are where names tell, if nothing else does.
 _OF_NAMES = 4
 
@@ -125,10 +129,8 @@ def decide(
     Returns:
         The numbers of which nothing tells what they are.
     """
-    numbers = _Numbers(smaller, unknown)
-    fits = [
-        choice for choice in numbers.choices() if choice == numbers.found or numbers.agree(choice, lambda _: problem())
-    ]
+    numbers, given = _Numbers(smaller, _in_kinds(smaller, unknown, problem)), lambda _: problem()
+    fits = [choice for choice in numbers.choices(given) if choice == numbers.found or numbers.agree(choice, given)]
     for count, ways in enumerate(runs if len(fits) > 1 else ()):
         for agreement in ways:
             same = [choice for choice in fits if numbers.agree(choice, agreement.problem)]
@@ -148,14 +150,38 @@ def decide(
     return [each for each in untold if not each.named and _elsewhere(each, told) is None]
 
 
+def _in_kinds(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> list[list[Stored]]:
+    """The numbers by their kinds, and of each kind those that may stay apart from those that may not."""
+    if len(unknown) <= _FEW:
+        return [[each] for each in unknown]
+    several: dict[Any, list[Stored]] = {}
+    for each in unknown:
+        several.setdefault(kind_of(smaller, each), []).append(each)
+
+    def may_stay(kind: list[Stored]) -> bool:
+        now = [each.now(smaller) for each in kind]
+        for each in kind:
+            each.assign(smaller, each.value)
+        stays = problem() is None
+        for each, value in zip(kind, now, strict=True):
+            each.assign(smaller, value)
+        return stays
+
+    found: list[list[Stored]] = []
+    for kind in several.values():
+        stay = [True] * len(kind)
+        if len(kind) > 1 and not may_stay(kind):
+            stay = [i < _TRIES and may_stay([each]) for i, each in enumerate(kind)]
+        parts = [[each for each, here in zip(kind, stay, strict=True) if here is one] for one in (True, False)]
+        found += [part for part in parts if part]
+    return found
+
+
 class _Numbers:
     """Numbers of a network by their kinds, and the values that those of a kind may have."""
 
-    def __init__(self, smaller: nn.Module, unknown: list[Stored]) -> None:
-        several: dict[Any, list[Stored]] = {}
-        for each in unknown:
-            several.setdefault(kind_of(smaller, each), []).append(each)
-        self.smaller, self.kinds = smaller, list(several.values())
+    def __init__(self, smaller: nn.Module, kinds: list[list[Stored]]) -> None:
+        self.smaller, self.kinds = smaller, kinds
         self._values, found = [], list[int]()
         for kind in self.kinds:
             now = [each.now(smaller) for each in kind]
@@ -171,16 +197,22 @@ class _Numbers:
             found.append(next(i for i, some in enumerate(values) if _same(some, now)))
         self.found: _Choice = tuple(found)
 
-    def choices(self) -> list[_Choice]:
+    def choices(self, given: _Problems) -> list[_Choice]:
         """Choices of values, with those that the network has among them."""
-        counts = [len(values) for values in self._values]
-        if math.prod(counts) <= _COMBINED:
-            return list(itertools.product(*map(range, counts)))
-        found, none = self.found, tuple([0] * len(counts))
-        apart = [(*found[:k], i, *found[k + 1 :]) for k, n in enumerate(counts) for i in range(n)]
-        return list(dict.fromkeys([none, found, *apart]))
+        several = [list(range(len(values))) for values in self._values]
+        if math.prod(map(len, several)) <= _COMBINED:
+            return list(itertools.product(*several))
+        base = self.found  # With as much of what is preferred as outputs allow.
+        for k in range(len(base)):
+            preferred = (*base[:k], 0, *base[k + 1 :])
+            base = preferred if preferred != base and self.agree(preferred, given) else base
+        beside = [[(*base[:k], i, *base[k + 1 :]) for i in values] for k, values in enumerate(several)]
+        fits = [[one for one in some if one == base or self.agree(one, given)] for some in beside]
+        if math.prod(map(len, fits)) <= _COMBINED:
+            return [self.found, *itertools.product(*[[one[k] for one in some] for k, some in enumerate(fits)])]
+        return [self.found, base, *[one for some in fits for one in some if one != base]]
 
-    def agree(self, choice: _Choice, problem: Callable[[nn.Module], Failure | str | None]) -> bool:
+    def agree(self, choice: _Choice, problem: _Problems) -> bool:
         """Whether nothing is wrong with these values."""
         self.assign(choice)
         return problem(self.smaller) is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import halve, smaller
-from test_resizing import built, draw
+from test_resizing import Alone, built, draw
 from torch import nn
 
 import funcreg as fr
@@ -186,3 +186,51 @@ def test_a_number_that_only_a_base_class_reads_is_not_to_blame():
         with pytest.raises(ValueError, match="stores wide=8"):
             smaller(net, [UNITS])
         assert smaller(net, [UNITS], x).wide == 4
+
+
+class Either(nn.Module):
+    """Two layers with a number that is their width, or how many words are read."""
+
+    def __init__(self, is_width):
+        super().__init__()
+        self.a, self.b, self.number, self.is_width = nn.Linear(5, 8), nn.Linear(8, 5), 8, is_width
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return (
+            x + self.b(y.reshape(*x.shape[:2], self.number))
+            if self.is_width
+            else x + self.b(y)[:, : self.number].mean(1, True)
+        )
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_numbers_of_one_name_in_layers_of_one_type_are_told_apart(count):
+    layers = lambda: Alone(*[Either(i % 2 == 0) for i in range(count)])
+    families = [{f"{i}.{name}": dim for name, dim in UNITS.items()} for i in range(count)]
+    net = built(layers, families)
+    made = smaller(net, families, draw(2, 3, 5))
+    assert [layer.number == layer.a.out_features for layer in made] == [i % 2 == 0 for i in range(count)]
+    assert [layer.number for layer in made][1::2] == [8] * (count // 2)
+    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+class Several(nn.Module):
+    """A module with more numbers than all combinations of their values could be tried of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.one, self.two, self.three, self.four, self.five, self.six = [8] * 6
+
+    def forward(self, x):
+        y = self.a(x[:, : self.one]).reshape(len(x), -1, self.two)[:, -self.three :]
+        y = y.unflatten(-1, (self.four, 1)).flatten(2).relu()
+        return self.b(y.clamp(max=self.five))[:, : self.six]
+
+
+def test_many_numbers_at_once():
+    net = built(Several, [UNITS])
+    made = smaller(net, [UNITS], draw(2, 3, 5))
+    assert (made.one, made.two, made.three, made.four, made.five, made.six) == (8, 4, 8, 4, 8, 8)
+    torch.testing.assert_close(made(50 * draw(2, 20, 5)), net(50 * draw(2, 20, 5)), rtol=1e-10, atol=1e-10)

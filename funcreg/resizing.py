@@ -56,24 +56,29 @@ def resized(
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
-    that outputs are equal, or there is a rule for it. That layers still meet is checked inside each
-    `torch.nn.Sequential`. Elsewhere, and of counts of other names or in the code, the example inputs show it;
-    `channel_groups` has tried that out for what it offers.
+    what it is, or there is a rule for it. It changes where outputs need that. Where they are equal with either value,
+    inputs like the examples are tried, longer ones and larger numbers, on the CPU and with weights of usual size. What
+    these do not tell stays as it was, and a warning names it; a number with the name of a width follows if all that is
+    as wide changed.
+
+    That layers still meet is checked inside each `torch.nn.Sequential`. Elsewhere, and of counts of other names or in
+    the code, the example inputs show it; `channel_groups` has tried that out for what it offers.
 
     Args:
         module: The network. It stays as it was.
         params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives, or the
             `state_dict` of a network that was resized before.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments. Both networks run on them in
-            evaluation, and their outputs have to agree up to rounding; the module holds the zeros itself then, as it
-            does after `regularize`.
+            evaluation, and their outputs have to agree up to the rounding of what they compute with; the module holds
+            the zeros itself then, as it does after `regularize`.
         rules: For types of modules with numbers of their own what sets these, called as `rule(layer, before)` with the
             layer that has its new parameters, its children done, and the layer as it was.
         inside_heads: Whether heads of attention are narrower where its projections are, and not fewer: what
             `channel_groups` was told.
 
     Raises:
-        TypeError: What is given is no module, no tree of tensors, or no rules for types.
+        TypeError: What is given is no module, no tree of tensors, or no rules for types, or the module or a part of it
+            is compiled by torch.jit.
         ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
             another kind changes its width, some parameters or buffers of a layer are of another width than others, as
             without the running statistics of a normalization, a parametrized or pruned weight changes its shape,

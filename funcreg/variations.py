@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from funcreg.agreement import Agreement, Exchange, arguments
 from funcreg.tree import tree_leaves, tree_map, widen
 
-#: How many other inputs there are, and how many entries a tensor among them may have.
-_RUNS, _ENTRIES = 48, 1 << 12
-#: Bytes up to which tensors are copied.
-_COPIED = 1 << 31
+#: How many other inputs there are at least and at most, and how many entries a tensor among them may have.
+_LEAST, _MOST, _ENTRIES = 8, 48, 1 << 12
+#: Bytes up to which tensors are copied, and that are read by all runs together where these are more than a few.
+_COPIED, _READ = 1 << 31, 1 << 33
 
 
 def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Iterator[Agreement]]:
@@ -30,7 +30,8 @@ def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> I
         lengths: Sizes that inputs are to have, too.
     """
     leaves = [*module.parameters(), *module.buffers()]
-    large = sum([x.nbytes for x in leaves]) > _COPIED
+    bytes_read = sum([x.nbytes for x in leaves])
+    large, runs = bytes_read > _COPIED, max(_LEAST, min(_MOST, _READ // max(1, bytes_read)))
     if large and any([x.device.type != "cpu" for x in leaves]):
         return
     factors = {} if large else {name: _factor(w) for name, w in module.named_parameters() if w.is_floating_point()}
@@ -40,7 +41,7 @@ def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> I
     if not large:
         ways = [(usual, _widened), (wide, _widened), (lambda name, x: x.to("cpu"), lambda x: x)]
     here = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, arguments(inputs))
-    for other in itertools.islice(inputs_like(here, lengths), _RUNS):
+    for other in itertools.islice(inputs_like(here, lengths), runs):
         yield _agreements(module, [(exchange, change(other)) for exchange, change in ways])
 
 
@@ -86,11 +87,12 @@ def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callab
     places = dict.fromkeys([(dim, n) for x in several for dim, n in enumerate(x.shape) if n])
     alike = dict.fromkeys([(None, n) for _, n in places])
     apart = [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
-    for only, n in (*alike, *apart):
-        for new in dict.fromkeys([2 * n, *[length for length in sorted(lengths) if length > n], (n + 1) // 2]):
-            made = lambda x, only=only, n=n, new=new: _with_size(x, only, n, new)
-            if new != n and all([made(x.to("meta")).numel() <= max(_ENTRIES, 4 * x.numel()) for x in several]):
-                yield made
+    longer = lambda n: sorted({2 * n, *[length for length in lengths if length > n]}, reverse=True)
+    news = [[(only, n, new) for new in (*longer(n), (n + 1) // 2) if new != n] for only, n in (*alike, *apart)]
+    for only, n, new in [each for some in itertools.zip_longest(*news) for each in some if each is not None]:
+        made = lambda x, only=only, n=n, new=new: _with_size(x, only, n, new)
+        if all([made(x.to("meta")).numel() <= max(_ENTRIES, 4 * x.numel()) for x in several]):
+            yield made
 
 
 def _with_size(x: Any, only: int | None, n: int, new: int) -> Any:

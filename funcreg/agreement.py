@@ -27,7 +27,7 @@ class Agreement:
     def __init__(self, module: nn.Module, inputs: Any, exchange: Exchange | None = None) -> None:
         self.inputs = arguments(inputs)
         self.module, self.exchange = module, exchange
-        self.rounding = rounding(module, self.inputs)
+        self.rounding = rounding(module, self.inputs, exchange)
         found = outputs(module, *self.inputs, exchange=exchange)
         if isinstance(found, Failure):
             raise ValueError(f"the module itself fails on example_inputs: {found}")
@@ -80,14 +80,17 @@ def unequal(expected: list[Tensor], found: list[Tensor], least: float = 0.0) -> 
     return None
 
 
-def rounding(module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> float:
+def rounding(
+    module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], exchange: Exchange | None = None
+) -> float:
     """The share of the largest entry by which outputs may differ that are computed with such tensors.
 
     What is computed in float32 does not get more exact by a float64 number that multiplies it.
     """
-    given = [*module.parameters(), *module.buffers(), *_tensors(inputs)]
-    eps = [torch.finfo(x.dtype).eps for x in given if x.is_floating_point() and x.element_size() > 1]
-    return max(eps, default=0.0) ** 0.5
+    own = [*module.named_parameters(), *module.named_buffers()]
+    given = [x.new_empty(0) if exchange is None else exchange(name, x.new_empty(0)) for name, x in own]
+    several = [x for x in (*given, *_tensors(inputs)) if x.is_floating_point() and x.element_size() > 1]
+    return max([torch.finfo(x.dtype).eps for x in several], default=0.0) ** 0.5
 
 
 def outputs(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from funcreg.agreement import Agreement, Failure
-from funcreg.stored import Stored
+from funcreg.stored import Stored, is_count
 
 #: What is wrong with a network as it is now, None if nothing is.
 Problem: TypeAlias = Callable[[], Failure | str | None]
@@ -109,8 +109,8 @@ _Choice: TypeAlias = tuple[int, ...]
 _COMBINED = 32
 #: Up to how many numbers each is a kind of its own.
 _FEW = 4
-#: How many other runs there are where names tell, if nothing else does.
-_OF_NAMES = 4
+#: After how many other runs names tell, if nothing else did; and how few may be all that there are.
+_ENOUGH, _FEWEST = 8, 4
 
 
 def decide(
@@ -131,14 +131,14 @@ def decide(
     """
     numbers, given = _Numbers(smaller, _in_kinds(smaller, unknown, problem)), lambda _: problem()
     fits = [choice for choice in numbers.choices(given) if choice == numbers.found or numbers.agree(choice, given)]
-    for count, ways in enumerate(runs if len(fits) > 1 else ()):
+    ran = 0  # How many other runs there were with outputs as they are to be.
+    for ways in runs if len(fits) > 1 else ():
         for agreement in ways:
             same = [choice for choice in fits if numbers.agree(choice, agreement.problem)]
             if same:
-                fits = same
+                fits, ran = same, ran + 1
                 break
-        told, untold = numbers.told(fits)
-        if not untold or (count >= _OF_NAMES and all([x.named or _elsewhere(x, told) is not None for x in untold])):
+        if (ran > _ENOUGH and not _open(*numbers.told(fits), ran)) or len(fits) == 1:
             break
     numbers.assign(min(fits, key=lambda choice: sum([i > 0 for i in choice])))
     told, untold = numbers.told(fits)
@@ -147,7 +147,16 @@ def decide(
             each.assign(smaller, same)
     for each in unknown:
         each.share_again(smaller)
-    return [each for each in untold if not each.named and _elsewhere(each, told) is None]
+    return _open(told, untold, ran)
+
+
+def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int) -> list[Stored]:
+    """The numbers of which neither outputs tell what they are, nor names, nor the same number elsewhere.
+
+    A count that did not matter in other runs, as one of heads of which one is left, is right as it is.
+    """
+    several = [each for each in untold if not each.named and _elsewhere(each, told) is None]
+    return [each for each in several if ran < _FEWEST or not is_count(each.attribute.rpartition(".")[2])]
 
 
 def _in_kinds(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> list[list[Stored]]:

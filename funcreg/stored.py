@@ -89,9 +89,9 @@ def stored_widths(
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known or name in unchanged:
             continue
-        readers = own if _is_count(name) else named
+        readers = own if is_count(name) else named
         # Functions outside of the module read counts from it, too, as those of attention do.
-        if readers is not None and name not in readers and not (near and _is_count(name)):
+        if readers is not None and name not in readers and not (near and is_count(name)):
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
                 setattr(layer, name, now)
@@ -151,7 +151,7 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
-        divides = _is_count(name) or any([value * count in moves for count in beside])
+        divides = is_count(name) or any([value * count in moves for count in beside])
         if divides and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
         others = sorted(found - {value}, reverse=True)
@@ -166,7 +166,7 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
     return ()
 
 
-def _is_count(name: str) -> bool:
+def is_count(name: str) -> bool:
     """Whether a number has the name of one that divides a width."""
     return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in SIZES
 

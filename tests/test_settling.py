@@ -234,3 +234,16 @@ def test_many_numbers_at_once():
     made = smaller(net, [UNITS], draw(2, 3, 5))
     assert (made.one, made.two, made.three, made.four, made.five, made.six) == (8, 4, 8, 4, 8, 8)
     torch.testing.assert_close(made(50 * draw(2, 20, 5)), net(50 * draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_count_that_is_right_with_either_value_is_no_matter():
+    class Broadcasting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.groups = nn.Linear(5, 8), nn.Linear(8, 3), 2
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) + x[:, None, :3].expand(-1, self.groups, -1).mean(1)
+
+    net = built(Broadcasting, [UNITS])
+    assert smaller(net, [UNITS], draw(6, 5)).groups == 2

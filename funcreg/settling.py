@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from funcreg.agreement import Agreement, Failure
-from funcreg.stored import Stored, is_count
+from funcreg.stored import Stored, is_told_by_name
 
 #: What is wrong with a network as it is now, None if nothing is.
 Problem: TypeAlias = Callable[[], Failure | str | None]
@@ -153,10 +153,11 @@ def decide(
 def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int) -> list[Stored]:
     """The numbers of which neither outputs tell what they are, nor names, nor the same number elsewhere.
 
-    A count that did not matter in other runs, as one of heads of which one is left, is right as it is.
+    A count that did not matter in other runs is right as it is, as one by which what is left is repeated, and the name
+    of a width may be of one that stays.
     """
     several = [each for each in untold if not each.named and _elsewhere(each, told) is None]
-    return [each for each in several if ran < _FEWEST or not is_count(each.attribute.rpartition(".")[2])]
+    return [each for each in several if ran < _FEWEST or not is_told_by_name(each.attribute.rpartition(".")[2])]
 
 
 def _in_kinds(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> list[list[Stored]]:

@@ -69,7 +69,7 @@ _OTHER_COUNTS = (
     *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
     *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
     *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
-    *("window", "window_size", "max_len", "max_seq_len", "seq_len", "seq_length", "n_ctx"),
+    *("window", "window_size", "max_len", "max_seq_len", "seq_len", "seq_length", "n_ctx", "ratio", "stride"),
 )
 
 
@@ -174,6 +174,11 @@ def is_count(name: str) -> bool:
 def _is_config(value: Any) -> bool:
     plain = (nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
     return hasattr(value, "__dict__") and not isinstance(value, plain)
+
+
+def is_told_by_name(name: str) -> bool:
+    """Whether a number has the name of a width or of a count of what divides one, which is all that it says."""
+    return name in _LABELS or is_count(name)
 
 
 def _named(layer: nn.Module, before: nn.Module, name: str, value: Any) -> bool:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+#: What a network computes with in place of a parameter or buffer, by its name.
+Exchange: TypeAlias = Callable[[str, Tensor], Tensor]
+
 
 class Agreement:
-    """The outputs of a network on example inputs, and whether another one has them, too."""
+    """The outputs of a network on example inputs, and whether another one has them, too.
 
-    def __init__(self, module: nn.Module, inputs: Any) -> None:
+    Args:
+        module: The network.
+        inputs: What it is called with.
+        exchange: What both compute with in place of their tensors, if it is something else.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Any, exchange: Exchange | None = None) -> None:
         self.inputs = arguments(inputs)
-        self.module = module
-        found = outputs(module, *self.inputs)
+        self.module, self.exchange = module, exchange
+        self.rounding = rounding(module, self.inputs, exchange)
+        found = outputs(module, *self.inputs, exchange=exchange)
         if isinstance(found, Failure):
             raise ValueError(f"the module itself fails on example_inputs: {found}")
         self.expected = found
@@ -27,10 +37,10 @@ class Agreement:
 
     def problem(self, other: nn.Module, least: float = 0.0) -> Failure | str | None:
         """What is wrong with another network, None if its outputs are those of the first, up to a share at least."""
-        found = outputs(other, *self.inputs)
+        found = outputs(other, *self.inputs, exchange=self.exchange)
         if isinstance(found, Failure):
             return found
-        return unlike(self.expected, found) or unequal(self.expected, found, least)
+        return unlike(self.expected, found) or unequal(self.expected, found, max(least, self.rounding))
 
 
 class Failure(NamedTuple):
@@ -70,13 +80,34 @@ def unequal(expected: list[Tensor], found: list[Tensor], least: float = 0.0) -> 
     return None
 
 
-def outputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> list[Tensor] | Failure:
+def rounding(
+    module: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], exchange: Exchange | None = None
+) -> float:
+    """The share of the largest entry by which outputs may differ that are computed with such tensors.
+
+    What is computed in float32 does not get more exact by a float64 number that multiplies it.
+    """
+    own = [*module.named_parameters(), *module.named_buffers()]
+    given = [x.new_empty(0) if exchange is None else exchange(name, x.new_empty(0)) for name, x in own]
+    several = [x for x in (*given, *_tensors(inputs)) if x.is_floating_point() and x.element_size() > 1]
+    return max([torch.finfo(x.dtype).eps for x in several], default=0.0) ** 0.5
+
+
+def outputs(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int = 0,
+    exchange: Exchange | None = None,
+) -> list[Tensor] | Failure:
     """The tensors that a network gives in evaluation, or what went wrong; its random numbers are those of a seed."""
-    buffers = {name: x.clone() for name, x in network.named_buffers()}
     running: list[str] = []
     with _evaluated(network), _followed(network, running), drawing(network, seed), torch.no_grad():
         try:
-            return list(_tensors(functional_call(network, buffers, args, kwargs)))
+            own = {name: x.clone() for name, x in network.named_buffers()}
+            if exchange is not None:
+                own = {name: exchange(name, x) for name, x in (*own.items(), *network.named_parameters())}
+            return list(_tensors(functional_call(network, own, args, kwargs)))
         except Exception as error:
             path = running[-1] if running else ""
             said = str(error).strip().partition("\n")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -502,6 +503,9 @@ def _running(
     ]
     notes += [f"At least two channels of {listed(layers)} stay: {why}" for layers, why in two.items()]
     notes += [f"Give resized example_inputs too, to tell what becomes of {', '.join(numbers)}"] if numbers else []
+    taken = [i for i in range(len(counts)) if i not in reasons]
+    if untold := [f"{kind.__name__}.{attribute}" for kind, attribute in trial.untold(taken)]:
+        notes.append(f"Outputs do not tell whether {listed(untold)} changes, on these inputs or on others like them")
     if trial.uncompared is not None:
         notes.append(
             f"Outputs were not compared, because {trial.uncompared}: give resized example_inputs, if that helps"
@@ -759,10 +763,14 @@ def along(dim: int, rows: Tensor, length: int, penalized: bool = True) -> Along:
 
 
 def _size(slots: list[_Slot], parameters: dict[str, Any]) -> int:
-    """The number of parameters that a group carries."""
-    total = 0
+    """The number of parameters that a group carries, one in its row and its column of one leaf once."""
+    of: dict[str, dict[int, int]] = {}  # How many entries of each dimension of a leaf go with a group.
     for slot in slots:
         if slot.name in parameters:
-            w = parameters[slot.name]
-            total += w.numel() // w.shape[slot.dim] * slot.rows.shape[1]
+            here = of.setdefault(slot.name, {})
+            here[slot.dim] = here.get(slot.dim, 0) + slot.rows.shape[1]
+    total = 0
+    for name, gone in of.items():
+        shape = parameters[name].shape
+        total += math.prod(shape) - math.prod([n - gone.get(dim, 0) for dim, n in enumerate(shape)])
     return total

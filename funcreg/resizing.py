@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
 from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
+from funcreg.settling import Problem, decide, lengths, settle
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
+from funcreg.variations import other_runs
 from funcreg.widths import (
     CONVOLUTIONS,
     NORMS,
@@ -54,24 +56,29 @@ def resized(
 
     A module with a forward of its own may hold a width as a number that its forward uses. If such a number, or one
     that is named as a count of heads or groups, could be one that changed, it is an error, unless `example_inputs` show
-    that outputs are equal, or there is a rule for it. That layers still meet is checked inside each
-    `torch.nn.Sequential`. Elsewhere, and of counts of other names or in the code, the example inputs show it;
-    `channel_groups` has tried that out for what it offers.
+    what it is, or there is a rule for it. It changes where outputs need that. Where they are equal with either value,
+    inputs like the examples are tried, longer ones and larger numbers, on the CPU and with weights of usual size. What
+    these do not tell stays as it was, and a warning names it; a number with the name of a width follows if all that is
+    as wide changed.
+
+    That layers still meet is checked inside each `torch.nn.Sequential`. Elsewhere, and of counts of other names or in
+    the code, the example inputs show it; `channel_groups` has tried that out for what it offers.
 
     Args:
         module: The network. It stays as it was.
         params: Tree of parameters and buffers by their names in the module, such as `remove_dead` gives, or the
             `state_dict` of a network that was resized before.
         example_inputs: A tensor, a tuple of arguments or a dict of keyword arguments. Both networks run on them in
-            evaluation, and their outputs have to agree up to rounding; the module holds the zeros itself then, as it
-            does after `regularize`.
+            evaluation, and their outputs have to agree up to the rounding of what they compute with; the module holds
+            the zeros itself then, as it does after `regularize`.
         rules: For types of modules with numbers of their own what sets these, called as `rule(layer, before)` with the
             layer that has its new parameters, its children done, and the layer as it was.
         inside_heads: Whether heads of attention are narrower where its projections are, and not fewer: what
             `channel_groups` was told.
 
     Raises:
-        TypeError: What is given is no module, no tree of tensors, or no rules for types.
+        TypeError: What is given is no module, no tree of tensors, or no rules for types, or the module or a part of it
+            is compiled by torch.jit.
         ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
             another kind changes its width, some parameters or buffers of a layer are of another width than others, as
             without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
@@ -122,8 +129,10 @@ def resized(
 
 def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
     """Raise an error unless a module can be copied with other widths, and has the types that rules are for."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError("module is compiled by torch.jit; expected the module that it was made of")
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):  # Which takes no hooks, and cannot be copied inside another one.
+            what = f"'{name}' in the module" if name else "module"
+            raise TypeError(f"{what} is compiled by torch.jit; expected the module that it was made of")
     for kind, rule in (rules or {}).items():
         if not isinstance(kind, type) or not callable(rule):
             raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
@@ -229,8 +238,14 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
         if unknown:
             raise ValueError(f"{_said(smaller, unknown)}. {_HINT}")
         return
-    wrong = settle(smaller, unknown, _comparison(module, smaller, inputs))
+    problem = _comparison(module, smaller, inputs)
+    wrong = settle(smaller, unknown, problem)
     if wrong is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # They were given when the networks ran on what is given.
+            untold = decide(smaller, unknown, problem, other_runs(module, inputs, lengths(unknown)))
+        if untold:
+            warnings.warn(_untold(smaller, untold), stacklevel=3)
         return
     first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
     if not unknown:
@@ -241,7 +256,7 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
     raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
 
 
-def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Callable[[], Failure | str | None]:
+def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:
     """What is wrong with a smaller network; both compute in float32, if that can be, where they have sixteen bits."""
     narrow = any([is_narrow(x.dtype) for x in tensors(module).values()])
     try:
@@ -262,87 +277,6 @@ def widened(inputs: Any) -> Any:
     return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
-def settle(
-    smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]
-) -> Failure | str | None:
-    """Give numbers that nobody knows one choice of values after the other.
-
-    First the same for all layers of a type, then for each layer that fails by itself.
-
-    Returns:
-        None once nothing is wrong, else what was wrong first.
-    """
-    first, failed = None, set[tuple[Any, ...]]()
-    kinds = list(dict.fromkeys([_kind(smaller, each) for each in unknown]))
-    for choice in _in_turn(smaller, unknown, kinds, failed):
-        for each in unknown:
-            i = choice[kinds.index(_kind(smaller, each))]
-            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
-        wrong = problem()
-        if wrong is None:
-            return None
-        first = first or wrong
-        if isinstance(wrong, Failure):
-            around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
-            failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
-    return None if unknown and _settle_each(smaller, unknown, problem) else first
-
-
-#: How many choices of numbers are tried, and among how many.
-_TRIES, _CHOICES = 64, 1 << 14
-
-
-def _in_turn(
-    smaller: nn.Module, unknown: list[Stored], kinds: list[tuple[type, str]], failed: set[tuple[Any, ...]]
-) -> Iterator[tuple[Any, ...]]:
-    """Choices for all kinds of numbers; at last those in which a module failed with the same numbers before."""
-    count = [max(len(each.others) for each in unknown if _kind(smaller, each) == kind) for kind in kinds]
-    later: list[tuple[Any, ...]] = []
-    tries = 0
-    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), _CHOICES):
-        if not failed.isdisjoint(_by_type(kinds, choice)):
-            later.append(choice)
-        elif tries < _TRIES:
-            tries += 1
-            yield choice
-    yield from later[: _TRIES - tries]
-
-
-def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tuple[type, tuple[Any, ...]]]:
-    """The part of a choice that is for each type of module."""
-    types = dict.fromkeys(kind for kind, _ in kinds)
-    return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
-
-
-def _around(path: str) -> list[str]:
-    """The names of a module and of those around it, from the inside."""
-    names = path.split(".") if path else []
-    return [".".join(names[:i]) for i in range(len(names), -1, -1)]
-
-
-def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Callable[[], Failure | str | None]) -> bool:
-    """Whether nothing is wrong once the numbers of each module that fails are chosen by themselves."""
-    here: dict[str, list[Stored]] = {}
-    for each in unknown:
-        here.setdefault(each.path, []).append(each)
-    choices = {path: itertools.product(*[(*each.others, each.value) for each in own]) for path, own in here.items()}
-    due = list(here)
-    for _ in range(4 * _TRIES):
-        for path in due:
-            choice = next(choices[path], None)
-            if choice is None:
-                return False
-            for each, value in zip(here[path], choice, strict=True):
-                each.assign(smaller, value)
-        wrong = problem()
-        if not isinstance(wrong, Failure):
-            return wrong is None
-        due = [path for path in _around(wrong.path) if path in here][:1]
-        if not due:
-            return False
-    return False
-
-
 _HINT = (
     "Give example_inputs, on which the outputs have to stay equal, or say what such a module stores by "
     "rules={type: function}, called with the layer and the layer as it was; one that does nothing leaves it as it is. "
@@ -350,8 +284,16 @@ _HINT = (
 )
 
 
-def _kind(smaller: nn.Module, each: Stored) -> tuple[type, str]:
-    return type(smaller.get_submodule(each.path)), each.attribute
+def _untold(smaller: nn.Module, several: list[Stored]) -> str:
+    one = several[0]
+    kind, now = type(smaller.get_submodule(one.path)).__name__, one.now(smaller)
+    other = listed(dict.fromkeys([f"{x!r}" for x in (one.value, *one.others) if x != now]))
+    more = f"; there are {len(several) - 1} more like it" if len(several) > 1 else ""
+    return (
+        f"resized leaves {one.attribute}={now!r} of '{one.path}', a {kind}, though it could be a width that changed to "
+        f"{other}: outputs are the same with either{more}. Give example_inputs on which it matters, or "
+        f"rules={{{kind}: function}}, where a function that does nothing leaves it as it is"
+    )
 
 
 def _said(smaller: nn.Module, unknown: list[Stored]) -> str:

@@ -20,6 +20,22 @@ class Stored(NamedTuple):
     attribute: str  # Dotted where it is in a configuration.
     value: Any
     others: tuple[Any, ...]  # What it may have to be now.
+    named: bool = False  # Whether it has the name of a width, and every dimension of this size changed.
+    shared: Any = None  # The configuration that it is in.
+
+    def now(self, root: nn.Module) -> Any:
+        """What it is."""
+        owner, _, own = self.attribute.rpartition(".")
+        layer = root.get_submodule(self.path)
+        return getattr(getattr(layer, owner) if owner else layer, own)
+
+    def share_again(self, root: nn.Module) -> None:
+        """Give back the configuration that modules share, where a copy of it says the same."""
+        owner, layer = self.attribute.rpartition(".")[0], root.get_submodule(self.path)
+        if owner and getattr(layer, owner) is not self.shared:
+            here, there = vars(getattr(layer, owner)), vars(self.shared)
+            if here.keys() == there.keys() and all(here[key] is there[key] for key in here):
+                setattr(layer, owner, self.shared)
 
     def assign(self, root: nn.Module, value: Any) -> None:
         """Set it. A configuration that other modules share is copied for this one."""
@@ -46,11 +62,14 @@ _BARE: dict[type, tuple[str, ...]] = {
     nn.ChannelShuffle: ("groups",),
     nn.Unflatten: ("unflattened_size",),
 }
+#: Short names for a count of heads.
+_SHORT = ("h", "nh", "n_h")
 #: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
 _OTHER_COUNTS = (
     *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
     *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
     *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
+    *("window", "window_size", "max_len", "max_seq_len", "seq_len", "seq_length", "n_ctx", "ratio", "stride"),
 )
 
 
@@ -70,9 +89,9 @@ def stored_widths(
     for name, value in list(vars(layer).items()):
         if name in _INTERNAL or name in known or name in unchanged:
             continue
-        readers = own if _is_count(name) else named
+        readers = own if is_count(name) else named
         # Functions outside of the module read counts from it, too, as those of attention do.
-        if readers is not None and name not in readers and not (near and _is_count(name)):
+        if readers is not None and name not in readers and not (near and is_count(name)):
             now = _only(layer, before, value) if name in _LABELS else None
             if now is not None:
                 setattr(layer, name, now)
@@ -83,13 +102,28 @@ def stored_widths(
                 if count is not None:
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
                 elif others := _others(key, number, moves, beside):
-                    yield Stored(path, f"{name}.{key}", number, others)
+                    yield Stored(path, f"{name}.{key}", number, others, _named(layer, before, key, number), value)
         elif others := _others(name, value, moves, beside):
-            yield Stored(path, name, value, others)
+            yield Stored(path, name, value, others, _named(layer, before, name, value))
     for child, inner in layer._modules.items():
         for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
             if others := _others(name, getattr(inner, name), moves):
-                yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others)
+                named = name == "num_channels"  # Which no forward reads.
+                yield Stored(f"{path}.{child}" if path else child, name, getattr(inner, name), others, named)
+
+
+def unknown_counts(module: nn.Module, smaller: nn.Module, path: str) -> dict[str, int]:
+    """Numbers that the forward of a module mentions, and that may count what went, though no name tells that."""
+    layer, before = smaller.get_submodule(path), module.get_submodule(path)
+    moves, _ = _moves(layer, before)
+    named = (_mentioned(layer) or {*vars(before)}) - {*_INTERNAL, *SIZES}
+    found: dict[str, int] = {}
+    for name, value in vars(before).items():
+        plain = type(value) is int and value > 1 and name in named
+        divides = plain and any([a % value == value * b % a == 0 for a, bs in moves.items() for b in bs])
+        if divides and vars(layer).get(name) == value and not name.endswith(_OTHER_COUNTS):
+            found[name] = value
+    return found
 
 
 def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bool]:
@@ -117,7 +151,7 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
-        divides = _is_count(name) or any([value * count in moves for count in beside])
+        divides = is_count(name) or any([value * count in moves for count in beside])
         if divides and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
         others = sorted(found - {value}, reverse=True)
@@ -132,14 +166,24 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
     return ()
 
 
-def _is_count(name: str) -> bool:
+def is_count(name: str) -> bool:
     """Whether a number has the name of one that divides a width."""
-    return ("head" in name.lower() or "group" in name.lower()) and name not in SIZES
+    return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in SIZES
 
 
 def _is_config(value: Any) -> bool:
     plain = (nn.Module, Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
     return hasattr(value, "__dict__") and not isinstance(value, plain)
+
+
+def is_told_by_name(name: str) -> bool:
+    """Whether a number has the name of a width or of a count of what divides one, which is all that it says."""
+    return name in _LABELS or is_count(name)
+
+
+def _named(layer: nn.Module, before: nn.Module, name: str, value: Any) -> bool:
+    """Whether a number has the name of a width, and all that is as wide changed alike."""
+    return name in _LABELS and _only(layer, before, value) is not None
 
 
 def _only(layer: nn.Module, before: nn.Module, value: Any) -> int | None:
@@ -191,15 +235,19 @@ def _mentioned(layer: nn.Module) -> set[str] | None:
 
 
 def _methods(kind: type, name: str) -> Iterator[Any]:
-    """All definitions of a method or property in a class and its bases, but for those of every module."""
+    """The definition of a method or property in a class, and those in its bases that it may call by `super` or name."""
+    called: Set[str] | None = None  # What the definitions before mention.
     for base in kind.__mro__:
         found = None if base in (nn.Module, object) else vars(base).get(name)
         if isinstance(found, property):
             found = found.fget
         if isinstance(found, (staticmethod, classmethod)):
             found = found.__func__
-        if isinstance(found, types.FunctionType):
+        if isinstance(found, types.FunctionType) and (called is None or {"super", base.__name__} & called):
             yield found
+            own = inspect.unwrap(found)
+            code = own.__code__ if isinstance(own, types.FunctionType) else found.__code__
+            called = {*_names(code), *code.co_freevars, *(called or ())}
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from funcreg.agreement import Agreement, Failure, arguments, outputs, unequal, unlike
+from funcreg.agreement import Agreement, Failure, arguments, outputs, rounding, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
-from funcreg.resizing import as_given, narrowed, settle, widened
-from funcreg.stored import Stored
+from funcreg.resizing import as_given, narrowed, widened
+from funcreg.settling import Problem, decide, lengths, settle
+from funcreg.stored import Stored, unknown_counts
 from funcreg.tree import listed, widen
+from funcreg.variations import other_runs
 from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Functions in the order in which they were called, and the numbers that they were given.
@@ -216,7 +218,7 @@ class Trial:
                 continue
             if any([bool(x.isnan().any()) for x in first]):
                 continue
-            if unlike(first, again) or unequal(first, again):
+            if unlike(first, again) or unequal(first, again, rounding(network, inputs)):
                 self.uncompared = "they depend on random numbers"
                 return None
             return tree, inputs
@@ -227,6 +229,28 @@ class Trial:
         self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor], inputs: Any
     ) -> str | None:
         """What goes wrong with outputs, when groups are zero in a network with these tensors, and gone."""
+        whole, smaller, unknown = self._both(chosen, left, tree)
+        wrong = settle(smaller, unknown, self._compared(whole, smaller, inputs))
+        return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+
+    def untold(self, chosen: Sequence[int]) -> list[tuple[type, str]]:
+        """Types of modules with numbers of which outputs do not tell what they are without half of these groups."""
+        if not (self.unsettled and chosen and self._comparable):
+            return []
+        tree, inputs = self._comparable
+        whole, smaller, unknown = self._both(chosen, self._allowed(chosen, self._about_half(chosen)), tree)
+        problem = self._compared(whole, smaller, inputs)
+        if settle(smaller, unknown, problem) is not None:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = decide(smaller, unknown, problem, other_runs(whole, inputs, lengths(unknown)))
+        return list(dict.fromkeys([(type(smaller.get_submodule(each.path)), each.attribute) for each in found]))
+
+    def _both(
+        self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor]
+    ) -> tuple[nn.Module, nn.Module, list[Stored]]:
+        """The network with these tensors, with groups that are zero, and without them; and what no rule knows there."""
         families, dead = [self.families[i] for i in chosen], dict(tree)
         for family, count in zip(families, left, strict=True):
             for name, where in family.items():
@@ -234,18 +258,19 @@ class Trial:
                     rows = gather(dead[name], along).clone()
                     rows[count:] = 0
                     dead[name] = scatter(rows, dead[name], along)
-        whole = narrowed(self.module, dead, {})[0]
         given = as_given(self.module, without(dead, families, left, self._round_to))
-        smaller, unknown = narrowed(self.module, given, self._rules, self._inside_heads)
+        return narrowed(self.module, dead, {})[0], *narrowed(self.module, given, self._rules, self._inside_heads)
+
+    def _compared(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with self._written_down() as numbers:
                 agreement = Agreement(whole, inputs)
-            wrong = settle(smaller, unknown, lambda: self._unequal(agreement, smaller, numbers))
-        return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+        return lambda: self._unequal(agreement, smaller, numbers)
 
     def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
-        with self._written_down() as numbers:
+        with warnings.catch_warnings(), self._written_down() as numbers:
+            warnings.simplefilter("ignore")
             # With one channel left rounding may be a greater share of outputs; what broadcasts makes others of them.
             wrong = agreement.problem(smaller, 1e-3 if self._how == _ONE_LEFT else 0.0)
         return wrong if isinstance(wrong, Failure) else self._other_number(whole, numbers) or wrong
@@ -266,7 +291,11 @@ class Trial:
         if here:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
         else:
-            holds = f"{_named(self.module, path)} may have a width or a count as a number of its own, or in its code"
+            numbers = unknown_counts(self.module, smaller, path)
+            such = f" ({listed([f'{name}={value}' for name, value in numbers.items()])})" if numbers else ""
+            holds = (
+                f"{_named(self.module, path)} may have a width or a count as a number of its own{such}, or in its code"
+            )
         what = f"{self._how} the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
         if self._how == _ONE_LEFT:
             what = what if isinstance(wrong, Failure) else f"{self._how} {wrong}"
@@ -322,7 +351,10 @@ def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
-    """Random numbers of usual size for a parameter; a buffer as it is, and what is frozen at zero beside others."""
+    """Random numbers of usual size for a parameter; a buffer as it is, and what is frozen at zero beside others.
+
+    They are of the dtype of the parameter, of float32 where that has sixteen bits.
+    """
     path, _, own = name.rpartition(".")
     layer = module.get_submodule(path)
     parameter = layer._parameters.get(own)
@@ -330,11 +362,12 @@ def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
         return w
     if not parameter.requires_grad and any([p.requires_grad for p in module.parameters()]) and not bool(w.any()):
         return w
+    dtype = torch.promote_types(w.dtype, torch.float32)
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     if w.ndim < 2:
-        return (0.5 + torch.rand(w.shape, generator=generator, device="cpu")).to(w.device)
+        return (0.5 + torch.rand(w.shape, generator=generator, device="cpu")).to(w.device, dtype)
     takes = w[0].numel() if isinstance(layer, CONVOLUTIONS) else max(w.shape[1:])
-    return (torch.randn(w.shape, generator=generator, device="cpu") / max(1, takes) ** 0.5).to(w.device)
+    return (torch.randn(w.shape, generator=generator, device="cpu") / max(1, takes) ** 0.5).to(w.device, dtype)
 
 
 def _named(module: nn.Module, path: str) -> str:

@@ -17,6 +17,7 @@ from networks import all_or_nothing, halve
 from torch import nn
 
 import funcreg as fr
+from funcreg.removal import without
 
 
 def drawn(*shape, seed=1):
@@ -590,6 +591,15 @@ def test_families_do_not_overlap_and_tell_what_they_carry(make, inputs, share):
         lost = sum(w.numel() for w in params.values()) - sum(smaller[n].numel() for n in params)
         twice = any(isinstance(where, tuple) and not isinstance(where, fr.Along) for where in family.values())
         assert 0 < lost < carried if twice else lost == carried
+        fewer = without(fr.with_buffers(net), [family], [groups.counts[i] - 1], 1)
+        assert sum(w.numel() - fewer[name].numel() for name, w in params.items()) == groups.sizes[i]
+
+
+def test_a_hidden_unit_that_is_a_row_and_a_column_of_one_weight_is_counted_once():
+    net = network(lambda: Net(lambda net, x: net.f(net.r(x)[0][:, -1]), r=nn.LSTM(6, 10), f=nn.Linear(10, 3)))
+    groups = fr.channel_groups(net, (drawn(2, 5, 6),))
+    # Rows of four gates of 6 inputs and 2 biases, a row and column of 40 by 10 entries, and a column of the last layer.
+    assert (groups.counts, groups.sizes) == ([10], [4 * 8 + (400 - 36 * 9) + 3])
 
 
 # What is kept

@@ -82,8 +82,8 @@ LAYERS = [
     ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
     ["construction", "flow", "grouping", "sharding", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["graphs", "rounding", "rows", "steadiness"],
-    ["coarse"],
+    ["graphs", "rounding", "rows", "steadiness", "variations"],
+    ["coarse", "settling"],
     [
         "annealing",
         "checkpoint",

@@ -664,6 +664,11 @@ def test_a_smaller_network_trains_and_is_saved(make, shape, families):
 def test_a_module_compiled_by_torch_jit_is_refused():
     with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was"):
         fr.resized(torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)), {"weight": torch.ones(2, 2)})
+    net = nn.Sequential(torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)), nn.Linear(3, 2))
+    with pytest.raises(
+        TypeError, match=r"'0' in the module is compiled by torch\.jit; expected the module that it was"
+    ):
+        fr.resized(net, {"1.bias": torch.ones(2)})
 
 
 def test_parametrized_and_pruned_weights_do_not_change_their_shape():

@@ -232,10 +232,10 @@ class _Heads(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.h, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
+        self.parts, self.qkv, self.out = 4, nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
-        q, k, v = [part.unflatten(-1, (self.h, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
+        q, k, v = [part.unflatten(-1, (self.parts, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -314,12 +314,12 @@ def test_heads_that_a_number_of_another_name_counts_are_kept_unless_there_is_a_r
         fr.channel_groups(net, seen)
 
     def follow(layer, before):
-        layer.h = layer.out.in_features * before.h // before.out.in_features
+        layer.parts = layer.out.in_features * before.parts // before.out.in_features
 
     groups = fr.channel_groups(net, seen, rules={_Heads: follow})
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), rules={_Heads: follow})
-    assert smaller.part.h == 2
+    assert smaller.part.parts == 2
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
@@ -434,6 +434,11 @@ def test_a_module_compiled_by_torch_jit_is_refused_before_training():
     net, seen = network(lambda: nn.Sequential(*linears(5, 6, 3))), vectors()
     with pytest.raises(TypeError, match=r"module is compiled by torch\.jit; expected the module that it was made of"):
         fr.channel_groups(torch.jit.trace(net, seen), seen)
+    around = nn.Sequential(torch.jit.trace(net, seen), *linears(3, 4, 2))
+    with pytest.raises(
+        TypeError, match=r"'0' in the module is compiled by torch\.jit; expected the module that it was"
+    ):
+        fr.channel_groups(around, seen)
 
 
 def test_how_many_groups_are_left_is_told():
@@ -504,3 +509,77 @@ def test_values_are_compared_where_one_channel_is_left():
     groups = fr.channel_groups(network(lambda: Squeezed(wide)), images())
     assert groups.least == [2, 1]
     assert "with one of these channels left output 0 of it differs" in groups.explain()
+
+
+# Exact numbers, and what is computed less exactly
+
+
+class _Rescaled(nn.Module):
+    """Outputs in units of their own, which are float64 as numbers from numpy are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*linears(5, 64, 64, 3))
+        self.register_buffer("spread", torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x) * self.spread
+
+
+def test_a_network_that_computes_in_float32_is_compared_as_such_where_outputs_are_float64():
+    net, (x,) = network(_Rescaled), vectors()
+    net.net.float()
+    net.spread = net.spread.double()
+    x = x.float()
+    groups = fr.channel_groups(net, (x,))
+    assert (groups.layers, groups.counts) == ([("net.0",), ("net.1",)], [64, 64])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), (x,))
+    torch.testing.assert_close(smaller(x), dead(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_float64_network_is_tried_out_with_weights_that_are_float64():
+    net, seen = network(lambda: nn.Sequential(*linears(5, 6, 3))).double(), vectors()
+    wide = {name: trying._drawn(net, name, w).dtype for name, w in net.named_parameters()}
+    assert {*wide.values()} == {torch.float64}
+    narrow = net.to(torch.bfloat16)
+    assert {trying._drawn(narrow, name, w).dtype for name, w in narrow.named_parameters()} == {torch.float32}
+    assert fr.channel_groups(net, (seen[0].to(torch.bfloat16),)).counts == [6]
+
+
+class _Annotated(nn.Module):
+    """Attention as in *The Annotated Transformer*."""
+
+    def __init__(self, h, d_model):
+        super().__init__()
+        self.d_k, self.h = d_model // h, h
+        self.linears = nn.ModuleList([nn.Linear(d_model, d_model) for _ in range(4)])
+
+    def forward(self, query, key, value):
+        count = query.size(0)
+        query, key, value = [
+            made(x).view(count, -1, self.h, self.d_k).transpose(1, 2)
+            for made, x in zip(self.linears, (query, key, value), strict=False)
+        ]
+        weights = (query @ key.transpose(-2, -1) / query.size(-1) ** 0.5).softmax(-1)
+        x = (weights @ value).transpose(1, 2).contiguous().view(count, -1, self.h * self.d_k)
+        return self.linears[-1](x)
+
+
+def test_heads_of_the_annotated_transformer_go():
+    net, seen = network(lambda: Net(lambda net, x: x + net.part(x, x, x), part=_Annotated(4, 16))), (drawn(2, 5, 16),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [4]
+    assert groups.notes == ["Give resized example_inputs too, to tell what becomes of _Annotated.h"]
+    dead = without_half(net, groups)
+    with pytest.raises(ValueError, match="stores h=4, which its forward may use for a width that changed"):
+        fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups))
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert (smaller.part.h, smaller.part.d_k) == (2, 4)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+def test_numbers_that_may_count_heads_are_named_where_these_are_kept():
+    net, seen = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())), (drawn(2, 3, 16),)
+    with pytest.raises(ValueError, match=r"a count as a number of its own \(parts=4\), or in its code"):
+        fr.channel_groups(net, seen)

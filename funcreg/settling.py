@@ -1,0 +1,265 @@
+"""Numbers in a smaller network that nobody knows, and the values with which its outputs are what they were."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from funcreg.agreement import Agreement, Failure
+from funcreg.stored import Stored, is_told_by_name
+
+#: What is wrong with a network as it is now, None if nothing is.
+Problem: TypeAlias = Callable[[], Failure | str | None]
+
+
+def kind_of(smaller: nn.Module, each: Stored) -> tuple[type, str]:
+    return type(smaller.get_submodule(each.path)), each.attribute
+
+
+def settle(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Failure | str | None:
+    """Give numbers that nobody knows one choice of values after the other.
+
+    First the same for all layers of a type, then for each layer that fails by itself.
+
+    Returns:
+        None once nothing is wrong, else what was wrong first.
+    """
+    first, failed = None, set[tuple[Any, ...]]()
+    kinds = list(dict.fromkeys([kind_of(smaller, each) for each in unknown]))
+    for choice in _in_turn(smaller, unknown, kinds, failed):
+        for each in unknown:
+            i = choice[kinds.index(kind_of(smaller, each))]
+            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+        wrong = problem()
+        if wrong is None:
+            return None
+        first = first or wrong
+        if isinstance(wrong, Failure):
+            around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
+            failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
+    return None if unknown and _settle_each(smaller, unknown, problem) else first
+
+
+#: How many choices of numbers are tried, and among how many.
+_TRIES, _CHOICES = 64, 1 << 14
+
+
+def _in_turn(
+    smaller: nn.Module, unknown: list[Stored], kinds: list[tuple[type, str]], failed: set[tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
+    """Choices for all kinds of numbers; at last those in which a module failed with the same numbers before."""
+    count = [max(len(each.others) for each in unknown if kind_of(smaller, each) == kind) for kind in kinds]
+    later: list[tuple[Any, ...]] = []
+    tries = 0
+    for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), _CHOICES):
+        if not failed.isdisjoint(_by_type(kinds, choice)):
+            later.append(choice)
+        elif tries < _TRIES:
+            tries += 1
+            yield choice
+    yield from later[: _TRIES - tries]
+
+
+def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tuple[type, tuple[Any, ...]]]:
+    """The part of a choice that is for each type of module."""
+    types = dict.fromkeys(kind for kind, _ in kinds)
+    return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
+
+
+def _around(path: str) -> list[str]:
+    """The names of a module and of those around it, from the inside."""
+    names = path.split(".") if path else []
+    return [".".join(names[:i]) for i in range(len(names), -1, -1)]
+
+
+def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> bool:
+    """Whether nothing is wrong once the numbers of each module that fails are chosen by themselves."""
+    here: dict[str, list[Stored]] = {}
+    for each in unknown:
+        here.setdefault(each.path, []).append(each)
+    choices = {path: itertools.product(*[(*each.others, each.value) for each in own]) for path, own in here.items()}
+    due = list(here)
+    for _ in range(4 * _TRIES):
+        for path in due:
+            choice = next(choices[path], None)
+            if choice is None:
+                return False
+            for each, value in zip(here[path], choice, strict=True):
+                each.assign(smaller, value)
+        wrong = problem()
+        if not isinstance(wrong, Failure):
+            return wrong is None
+        due = [path for path in _around(wrong.path) if path in here][:1]
+        if not due:
+            return False
+    return False
+
+
+# What inputs do not tell
+
+#: What is wrong with a network.
+_Problems: TypeAlias = Callable[[nn.Module], "Failure | str | None"]
+#: For each kind of numbers which of its values they have.
+_Choice: TypeAlias = tuple[int, ...]
+#: How many combinations of values are tried; beyond that one kind of numbers has other values at a time.
+_COMBINED = 32
+#: Up to how many numbers each is a kind of its own.
+_FEW = 4
+#: After how many other runs names tell, if nothing else did; and how few may be all that there are.
+_ENOUGH, _FEWEST = 8, 4
+
+
+def decide(
+    smaller: nn.Module, unknown: list[Stored], problem: Problem, runs: Iterable[Iterable[Agreement]]
+) -> list[Stored]:
+    """Let numbers stay where outputs need no others. Where outputs do not tell, those of other runs do.
+
+    What nothing tells stays as it was, but for numbers with the name of a width that changed.
+
+    Args:
+        smaller: A network in which nothing is wrong.
+        unknown: The numbers that nobody knows in it.
+        problem: What is wrong on the inputs that are given.
+        runs: Other runs. Of each the first way counts in which outputs agree for some values.
+
+    Returns:
+        The numbers of which nothing tells what they are.
+    """
+    numbers, given = _Numbers(smaller, _in_kinds(smaller, unknown, problem)), lambda _: problem()
+    fits = [choice for choice in numbers.choices(given) if choice == numbers.found or numbers.agree(choice, given)]
+    ran = 0  # How many other runs there were with outputs as they are to be.
+    for ways in runs if len(fits) > 1 else ():
+        for agreement in ways:
+            same = [choice for choice in fits if numbers.agree(choice, agreement.problem)]
+            if same:
+                fits, ran = same, ran + 1
+                break
+        if (ran > _ENOUGH and not _open(*numbers.told(fits), ran)) or len(fits) == 1:
+            break
+    numbers.assign(min(fits, key=lambda choice: sum([i > 0 for i in choice])))
+    told, untold = numbers.told(fits)
+    for each in untold:
+        if (same := _elsewhere(each, told)) is not None:
+            each.assign(smaller, same)
+    for each in unknown:
+        each.share_again(smaller)
+    return _open(told, untold, ran)
+
+
+def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int) -> list[Stored]:
+    """The numbers of which neither outputs tell what they are, nor names, nor the same number elsewhere.
+
+    A count that did not matter in other runs is right as it is, as one by which what is left is repeated, and the name
+    of a width may be of one that stays.
+    """
+    several = [each for each in untold if not each.named and _elsewhere(each, told) is None]
+    return [each for each in several if ran < _FEWEST or not is_told_by_name(each.attribute.rpartition(".")[2])]
+
+
+def _in_kinds(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> list[list[Stored]]:
+    """The numbers by their kinds, and of each kind those that may stay apart from those that may not."""
+    if len(unknown) <= _FEW:
+        return [[each] for each in unknown]
+    several: dict[Any, list[Stored]] = {}
+    for each in unknown:
+        several.setdefault(kind_of(smaller, each), []).append(each)
+
+    def may_stay(kind: list[Stored]) -> bool:
+        now = [each.now(smaller) for each in kind]
+        for each in kind:
+            each.assign(smaller, each.value)
+        stays = problem() is None
+        for each, value in zip(kind, now, strict=True):
+            each.assign(smaller, value)
+        return stays
+
+    found: list[list[Stored]] = []
+    for kind in several.values():
+        stay = [True] * len(kind)
+        if len(kind) > 1 and not may_stay(kind):
+            stay = [i < _TRIES and may_stay([each]) for i, each in enumerate(kind)]
+        parts = [[each for each, here in zip(kind, stay, strict=True) if here is one] for one in (True, False)]
+        found += [part for part in parts if part]
+    return found
+
+
+class _Numbers:
+    """Numbers of a network by their kinds, and the values that those of a kind may have."""
+
+    def __init__(self, smaller: nn.Module, kinds: list[list[Stored]]) -> None:
+        self.smaller, self.kinds = smaller, kinds
+        self._values, found = [], list[int]()
+        for kind in self.kinds:
+            now = [each.now(smaller) for each in kind]
+            old = [each.value for each in kind]
+            most = max([len(each.others) for each in kind])
+            more = [[(*each.others, *[each.value] * most)[i] for each in kind] for i in range(most)]
+            # What is preferred where nothing tells comes first.
+            first = [now, old] if all([each.named for each in kind]) else [old, now]
+            values = list[list[Any]]()
+            for some in (*first, *more):
+                values += [] if any([_same(some, other) for other in values]) else [some]
+            self._values.append(values)
+            found.append(next(i for i, some in enumerate(values) if _same(some, now)))
+        self.found: _Choice = tuple(found)
+
+    def choices(self, given: _Problems) -> list[_Choice]:
+        """Choices of values, with those that the network has among them."""
+        several = [list(range(len(values))) for values in self._values]
+        if math.prod(map(len, several)) <= _COMBINED:
+            return list(itertools.product(*several))
+        base = self.found  # With as much of what is preferred as outputs allow.
+        for k in range(len(base)):
+            preferred = (*base[:k], 0, *base[k + 1 :])
+            base = preferred if preferred != base and self.agree(preferred, given) else base
+        beside = [[(*base[:k], i, *base[k + 1 :]) for i in values] for k, values in enumerate(several)]
+        fits = [[one for one in some if one == base or self.agree(one, given)] for some in beside]
+        if math.prod(map(len, fits)) <= _COMBINED:
+            return [self.found, *itertools.product(*[[one[k] for one in some] for k, some in enumerate(fits)])]
+        return [self.found, base, *[one for some in fits for one in some if one != base]]
+
+    def agree(self, choice: _Choice, problem: _Problems) -> bool:
+        """Whether nothing is wrong with these values."""
+        self.assign(choice)
+        return problem(self.smaller) is None
+
+    def assign(self, choice: _Choice) -> None:
+        for kind, values, i in zip(self.kinds, self._values, choice, strict=True):
+            for each, value in zip(kind, values[i], strict=True):
+                each.assign(self.smaller, value)
+
+    def told(self, fits: Sequence[_Choice]) -> tuple[list[tuple[Stored, Any]], list[Stored]]:
+        """The numbers that have one value in all of these choices, with it, and those that have not."""
+        told, untold = list[tuple[Stored, Any]](), list[Stored]()
+        for i, (kind, values) in enumerate(zip(self.kinds, self._values, strict=True)):
+            if len({choice[i] for choice in fits}) > 1:
+                untold += kind
+            else:
+                told += zip(kind, values[fits[0][i]], strict=True)
+        return told, untold
+
+
+def _elsewhere(each: Stored, told: Iterable[tuple[Stored, Any]]) -> Any:
+    """The value of what is the same number, in a module and its configuration, or in one that modules share."""
+    own = each.attribute.rpartition(".")[2]
+    for other, value in told:
+        if _same([other.value], [each.value]) and other.attribute.rpartition(".")[2] == own:
+            stays = other.shared is not None and other.shared is each.shared and _same([value], [each.value])
+            if stays or (other.path == each.path and any([_same([value], [x]) for x in (each.value, *each.others)])):
+                return value
+    return None
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    same = lambda a, b: a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
+    return all(map(same, some, others))
+
+
+def lengths(unknown: Sequence[Stored]) -> list[int]:
+    """Sizes of inputs at which it matters which value some numbers have, if they cut something off."""
+    values = [value for each in unknown for value in (each.value, *each.others) if isinstance(value, int)]
+    return sorted({value + 1 for value in values})

@@ -1,0 +1,111 @@
+"""Other runs of a network, on inputs like those that are given, which may tell what these do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcreg.agreement import Agreement, Exchange, arguments
+from funcreg.tree import tree_leaves, tree_map, widen
+
+#: How many other inputs there are at least and at most, and how many entries a tensor among them may have.
+_LEAST, _MOST, _ENTRIES = 8, 48, 1 << 12
+#: Bytes up to which tensors are copied, and that are read by all runs together where these are more than a few.
+_COPIED, _READ = 1 << 31, 1 << 33
+
+
+def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Iterator[Agreement]]:
+    """What a network gives in other runs: for each of them in several ways, as far as it takes it.
+
+    It computes with weights of usual size first, for its own may hide what differs: a last layer that begins at zero, a
+    scale of 1e-5. All of it is on the CPU, where an index that is out of range is an error and no more.
+
+    Args:
+        module: The network.
+        inputs: What it is called with.
+        lengths: Sizes that inputs are to have, too.
+    """
+    leaves = [*module.parameters(), *module.buffers()]
+    bytes_read = sum([x.nbytes for x in leaves])
+    large, runs = bytes_read > _COPIED, max(_LEAST, min(_MOST, _READ // max(1, bytes_read)))
+    if large and any([x.device.type != "cpu" for x in leaves]):
+        return
+    factors = {} if large else {name: _factor(w) for name, w in module.named_parameters() if w.is_floating_point()}
+    usual = lambda name, x: widen(x.to("cpu")) * factors.get(name, 1.0) if x.is_floating_point() else x.to("cpu")
+    wide = lambda name, x: widen(x.to("cpu")) if x.is_floating_point() else x.to("cpu")
+    ways: list[tuple[Exchange | None, Callable[[Any], Any]]] = [(None, lambda x: x)]
+    if not large:
+        ways = [(usual, _widened), (wide, _widened), (lambda name, x: x.to("cpu"), lambda x: x)]
+    here = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, arguments(inputs))
+    for other in itertools.islice(inputs_like(here, lengths), runs):
+        yield _agreements(module, [(exchange, change(other)) for exchange, change in ways])
+
+
+def _agreements(module: nn.Module, ways: Sequence[tuple[Exchange | None, Any]]) -> Iterator[Agreement]:
+    for exchange, inputs in ways:
+        try:
+            agreement = Agreement(module, inputs, exchange)
+        except ValueError:  # It takes no such inputs.
+            continue
+        if not any([bool(x.isnan().any()) for x in agreement.expected]):
+            yield agreement
+
+
+def _widened(inputs: Any) -> Any:
+    return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+
+def _factor(w: Tensor) -> float:
+    """What makes the entries of a parameter that are not zero of usual size, so that sums of them are, too."""
+    w = w.detach().float()
+    count = int(w.count_nonzero())
+    size = float(w.square().sum()) ** 0.5
+    return (count / max(1, w[0].numel() if w.ndim > 1 else 1)) ** 0.5 / size if size else 1.0
+
+
+def inputs_like(inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Any]:
+    """The inputs themselves, larger numbers, other entries, and other sizes, of entries that are drawn from theirs."""
+    yield inputs
+    if any([isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(inputs)]):
+        yield tree_map(lambda x: 100 * x if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+    yield tree_map(_drawn, inputs)
+    changes = list(_sizes([x for x in tree_leaves(inputs) if isinstance(x, Tensor)], lengths))
+    for anew in (_drawn, lambda x: x):
+        for change in changes:
+            yield tree_map(lambda x, anew=anew, change=change: anew(change(x)), inputs)
+
+
+def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callable[[Any], Any]]:
+    """Functions that give all tensors another size where they have one of today, or only along one dimension.
+
+    Dimensions of one size may be the same thing, as the positions of words and of a mask, or not.
+    """
+    places = dict.fromkeys([(dim, n) for x in several for dim, n in enumerate(x.shape) if n])
+    alike = dict.fromkeys([(None, n) for _, n in places])
+    apart = [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
+    longer = lambda n: sorted({2 * n, *[length for length in lengths if length > n]}, reverse=True)
+    news = [[(only, n, new) for new in (*longer(n), (n + 1) // 2) if new != n] for only, n in (*alike, *apart)]
+    for only, n, new in [each for some in itertools.zip_longest(*news) for each in some if each is not None]:
+        made = lambda x, only=only, n=n, new=new: _with_size(x, only, n, new)
+        if all([made(x.to("meta")).numel() <= max(_ENTRIES, 4 * x.numel()) for x in several]):
+            yield made
+
+
+def _with_size(x: Any, only: int | None, n: int, new: int) -> Any:
+    """A tensor whose entries come again, or some of which are left out, along dimensions of a size."""
+    if isinstance(x, Tensor):
+        for dim in [dim for dim, size in enumerate(x.shape) if size == n and only in (None, dim)]:
+            x = torch.cat([x] * -(-new // n), dim).narrow(dim, 0, new)
+    return x
+
+
+def _drawn(x: Any) -> Any:
+    """Entries that are drawn from those of a tensor, so that an index is none that is larger."""
+    if not isinstance(x, Tensor) or not x.numel():
+        return x
+    places = torch.randint(x.numel(), x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return x.reshape(-1)[places]

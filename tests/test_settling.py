@@ -1,0 +1,249 @@
+"""Numbers in modules change where outputs need it, and stay where not; other inputs tell what given ones hide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import halve, smaller
+from test_resizing import Alone, built, draw
+from torch import nn
+
+import funcreg as fr
+from funcreg.variations import inputs_like
+
+UNITS = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
+HEADS = {"qkv.weight": fr.Along(0, 4, 3), "qkv.bias": fr.Along(0, 4, 3), "o.weight": fr.Along(1, 4)}
+
+
+class Numbered(nn.Module):
+    """Two layers, and a number that is as large as their width."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.a, self.b, self.number, self.run = nn.Linear(5, 8), nn.Linear(8, 3), 8, run
+
+    def forward(self, x):
+        return self.run(self, x, self.number)
+
+
+class Local(nn.Module):
+    """Attention to as many words before each as there are features."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.num_heads, self.near, self.scale = 4, 16, nn.Parameter(torch.tensor(scale))
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1)]
+        i = torch.arange(x.shape[1], device=x.device)
+        mask = (i[:, None] >= i) & (i[:, None] - i < self.near)
+        return x + self.scale * self.o(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+NUMBERS = {
+    "words that are read": (lambda net, x, n: net.b(net.a(x[:, :n]).relu()).mean(1), (2, 3, 5), (2, 20, 5)),
+    "the last words": (lambda net, x, n: net.b(net.a(x)[:, -n:].relu()).mean(1), (2, 4, 5), (2, 20, 5)),
+    "a bound": (lambda net, x, n: net.b(net.a(x).relu().clamp(max=n)), (6, 5), (6, 5)),
+    "a number of words to take": (
+        lambda net, x, n: net.b(net.a(x).relu()).topk(min(n, x.shape[1]), 1)[0].mean(1),
+        (2, 3, 5),
+        (2, 20, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("forward", "given", "other"), NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_number_that_is_no_width_stays_where_the_inputs_given_do_not_tell(forward, given, other, dtype):
+    net = built(lambda: Numbered(forward), [UNITS]).to(dtype)
+    made = smaller(net, [UNITS], draw(*given).to(dtype))
+    assert (made.number, made.a.out_features) == (8, 4)
+    x = 50 * draw(*other, seed=3).to(dtype)
+    torch.testing.assert_close(made(x), net(x))
+
+
+@pytest.mark.parametrize("words", [1, 3, 10])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+def test_a_count_of_heads_changes_and_how_far_it_looks_stays_whatever_the_inputs_tell(words, scale):
+    net, x = built(lambda: Local(scale), [HEADS]), draw(2, words, 16)
+    net.scale.data.fill_(scale)
+    made = smaller(net, [HEADS], x)
+    assert (made.num_heads, made.near) == (2, 16)
+    made.scale.data.fill_(1.0)
+    net.scale.data.fill_(1.0)
+    torch.testing.assert_close(made(draw(2, 40, 16)), net(draw(2, 40, 16)), rtol=1e-10, atol=1e-10)
+    groups = fr.channel_groups(net, (x,))
+    assert groups.counts == [4]
+    assert groups.notes == ["Give resized example_inputs too, to tell what becomes of Local.near, Local.num_heads"]
+
+
+def test_what_nothing_tells_stays_and_a_warning_names_it():
+    run = lambda net, x, n: net.b(net.a(x.clamp(max=1e9)).relu()) if x.shape[0] != 999 else x[:, :n]
+    net, x = built(lambda: Numbered(run), [UNITS]), draw(6, 5)
+    groups = fr.channel_groups(net, (x,))
+    said = "Outputs do not tell whether Numbered.number changes, on these inputs or on others like them"
+    assert groups.notes[1:] == [said]
+    with pytest.warns(UserWarning, match=r"leaves number=8 of '', a Numbered, though it could be a width that .* to 4"):
+        made = smaller(net, [UNITS], x)
+    assert made.number == 8
+    by_rule = smaller(net, [UNITS], x, rules={Numbered: lambda layer, before: setattr(layer, "number", 4)})
+    assert by_rule.number == 4
+
+
+def test_what_has_the_name_of_a_width_follows_it_though_nothing_reads_it_here():
+    class Chunked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.hidden_dim, self.parts = nn.Linear(5, 8), nn.Linear(8, 3), 8, 1
+
+        def forward(self, x):
+            if self.parts > 1:
+                return sum([self.b(y) for y in self.a(x).split(self.hidden_dim // self.parts)])
+            return self.b(self.a(x).relu())
+
+    net, x = built(Chunked, [UNITS]), draw(6, 5)
+    made = smaller(net, [UNITS], x)
+    assert (made.hidden_dim, made.parts) == (4, 1)
+
+
+class Config:
+    def __init__(self):
+        self.words, self.width, self.depth = 8, 8, 8
+
+
+class Sharing(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.a, self.b = config, nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x[:, : self.config.words]).relu())
+
+
+class Reading(Sharing):
+    """One that reads a width, too."""
+
+    def forward(self, x):
+        return super().forward(x[:, : self.config.words]) * self.a(x[:, :1]).reshape(-1, 1, self.config.width)[..., :1]
+
+
+def test_modules_go_on_to_share_a_configuration_that_stays():
+    config = Config()
+    net = nn.Sequential(*[built(lambda: Sharing(config), [UNITS]), nn.Linear(3, 5), Sharing(config)]).double()
+    units = {f"{i}.{name}": dim for i in (0, 2) for name, dim in UNITS.items()}
+    halve(net, families := [units])
+    made = smaller(net, families, draw(2, 3, 5))
+    assert made[0].config is made[2].config
+    assert (made[0].config.words, config.words) == (8, 8)
+    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_configuration_may_have_both():
+    net = built(lambda: Reading(Config()), [UNITS])
+    made = smaller(net, [UNITS], draw(2, 3, 5))
+    assert (made.config.words, made.config.width, made.config.depth, net.config.width) == (8, 4, 8, 8)
+    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+def test_inputs_like_others_have_no_larger_numbers_and_stay_small():
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    several = list(inputs_like(((tokens,), {"mask": tokens > 2, "scale": 2.0}), [9, 33]))
+    assert {(9, 5), (2, 9), (2, 33), (2, 10), (2, 3), (4, 5)} < {tuple(args[0].shape) for args, _ in several}
+    for (other,), more in several:
+        assert other.shape == more["mask"].shape
+        assert (more["scale"], other.dtype, int(other.max()) <= 9) == (2.0, torch.int64, True)
+    wide = torch.ones(64, 512)
+    assert max([x.numel() for x in inputs_like(wide, [1 << 20])]) <= 4 * wide.numel()
+
+
+def test_a_number_that_only_a_base_class_reads_is_not_to_blame():
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.wide, self.parts = nn.Linear(5, 8), nn.Linear(8, 3), 8, 2
+
+        def forward(self, x):
+            return self.b(self.a(x).reshape(-1, self.wide))
+
+    class Plain(Base):
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    class Around(Base):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Named(Base):
+        def forward(self, x):
+            return Base.forward(self, x)
+
+    x = draw(6, 5)
+    assert smaller(built(Plain, [UNITS]), [UNITS]).wide == 8
+    for kind in (Base, Around, Named):
+        net = built(kind, [UNITS])
+        with pytest.raises(ValueError, match="stores wide=8"):
+            smaller(net, [UNITS])
+        assert smaller(net, [UNITS], x).wide == 4
+
+
+class Either(nn.Module):
+    """Two layers with a number that is their width, or how many words are read."""
+
+    def __init__(self, is_width):
+        super().__init__()
+        self.a, self.b, self.number, self.is_width = nn.Linear(5, 8), nn.Linear(8, 5), 8, is_width
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return (
+            x + self.b(y.reshape(*x.shape[:2], self.number))
+            if self.is_width
+            else x + self.b(y)[:, : self.number].mean(1, True)
+        )
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_numbers_of_one_name_in_layers_of_one_type_are_told_apart(count):
+    layers = lambda: Alone(*[Either(i % 2 == 0) for i in range(count)])
+    families = [{f"{i}.{name}": dim for name, dim in UNITS.items()} for i in range(count)]
+    net = built(layers, families)
+    made = smaller(net, families, draw(2, 3, 5))
+    assert [layer.number == layer.a.out_features for layer in made] == [i % 2 == 0 for i in range(count)]
+    assert [layer.number for layer in made][1::2] == [8] * (count // 2)
+    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+class Several(nn.Module):
+    """A module with more numbers than all combinations of their values could be tried of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.one, self.two, self.three, self.four, self.five, self.six = [8] * 6
+
+    def forward(self, x):
+        y = self.a(x[:, : self.one]).reshape(len(x), -1, self.two)[:, -self.three :]
+        y = y.unflatten(-1, (self.four, 1)).flatten(2).relu()
+        return self.b(y.clamp(max=self.five))[:, : self.six]
+
+
+def test_many_numbers_at_once():
+    net = built(Several, [UNITS])
+    made = smaller(net, [UNITS], draw(2, 3, 5))
+    assert (made.one, made.two, made.three, made.four, made.five, made.six) == (8, 4, 8, 4, 8, 8)
+    torch.testing.assert_close(made(50 * draw(2, 20, 5)), net(50 * draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_count_that_is_right_with_either_value_is_no_matter():
+    class Broadcasting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.groups = nn.Linear(5, 8), nn.Linear(8, 3), 2
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) + x[:, None, :3].expand(-1, self.groups, -1).mean(1)
+
+    net = built(Broadcasting, [UNITS])
+    assert smaller(net, [UNITS], draw(6, 5)).groups == 2

@@ -410,14 +410,9 @@ def _thresholds(x: Tensor, total: Tensor) -> Tensor:
 
 
 def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    r"""The nearest :math:`X = (W - \alpha_i - \beta_j)_+` whose rows and columns have given sums.
+    r"""The nearest :math:`X = (W - \alpha_i - \beta_j)_+` whose rows and columns have given sums; NaN if none is found.
 
-    Regularized steps of Newton's method on the dual problem, each of the best of some lengths, and sweeps over rows and
-    columns between them. With what is positive in the best of all points the equations are linear.
-
-    References:
-        Li, Sun & Toh, *On the efficient computation of a generalized Jacobian of the projector over the Birkhoff
-        polytope*, 2020.
+    With what is positive there the equations are linear.
     """
     if 1 in m.shape:
         only = rows.unsqueeze(-1) * columns / torch.where(rows.sum() == 0, torch.ones_like(rows.sum()), rows.sum())
@@ -425,36 +420,67 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     # What does not carry anything is far below all else, and never positive.
     empty = (rows.unsqueeze(-1) == 0) | (columns == 0)
     m = torch.where(empty, m.amin() - 2 * (m.amax() - m.amin() + rows.sum() + 1), m)
-    fixed = m.detach()
-    alpha, beta = torch.zeros_like(fixed[:, 0]), torch.zeros_like(fixed[0])
-    lengths = torch.cat([4.0 ** -torch.arange(15, dtype=m.dtype, device=m.device), torch.zeros_like(beta[:1])])
-    best, least = (alpha, beta), torch.full_like(rows.sum(), math.inf)
-    rounding = 2 * torch.finfo(m.dtype).eps * (fixed.abs().amax() + rows.amax() + columns.amax())
-    for _ in range(min(100, 5 + 2 * sum(m.shape))):
-        alpha = _thresholds(fixed - beta, rows.unsqueeze(-1)).squeeze(-1)
-        beta = _thresholds((fixed - alpha.unsqueeze(-1)).mT, columns.unsqueeze(-1)).squeeze(-1)
-        x = (fixed - alpha.unsqueeze(-1) - beta).relu()
-        off = torch.cat([x.sum(-1) - rows, x.sum(-2) - columns])
-        along = _solved(x > 0, off, (off.abs().amax() / 10).clamp(max=1e-2, min=_little(m)))
-        turns = [x + lengths.unsqueeze(-1) * d for x, d in zip((alpha, beta), along, strict=True)]
-        x = (fixed - turns[0].unsqueeze(-1) - turns[1].unsqueeze(-2)).relu()
-        worth = x.square().sum((-2, -1)) / 2 + (turns[0] * rows).sum(-1) + (turns[1] * columns).sum(-1)
-        chosen = worth.argmin().reshape(1)
-        alpha, beta = (turn.index_select(0, chosen).squeeze(0) for turn in turns)
-        x = (fixed - alpha.unsqueeze(-1) - beta).relu()
-        now = torch.maximum((x.sum(-1) - rows).abs().amax(), (x.sum(-2) - columns).abs().amax())
-        best = (torch.where(now < least, alpha, best[0]), torch.where(now < least, beta, best[1]))
-        last, least = least, torch.minimum(now, least)
-        if _is_known(torch.maximum(now, last) <= rounding):
-            break
-    start = m - best[0].unsqueeze(-1) - best[1]
+    alpha, beta = _duals(m.detach(), rows, columns)
+    start = m - alpha.unsqueeze(-1) - beta
     positive = start > 0
     x = torch.where(positive, start, torch.zeros_like(start))
     for _ in range(3):  # The first has the derivative; the others take away its rounding.
-        off = torch.cat([x.sum(-1) - rows, x.sum(-2) - columns])
+        off = _off_by(x, rows, columns)
         to_alpha, to_beta = _solved(positive, off, torch.zeros_like(off[0]) + _little(m))
         x = torch.where(positive, (x - to_alpha.unsqueeze(-1) - to_beta).relu(), torch.zeros_like(x))
-    return torch.where(m.isnan().any(), torch.full_like(x, math.nan), x)
+    found = _off_by(x, rows, columns).abs().amax() <= 1e-3 * torch.maximum(rows.amax(), columns.amax())
+    return torch.where(found, x, torch.full_like(x, math.nan))  # That of NaN is not found either.
+
+
+def _off_by(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return torch.cat([x.sum(-1) - rows, x.sum(-2) - columns])
+
+
+def _duals(m: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The multipliers :math:`\alpha_i, \beta_j` of a plan.
+
+    Regularized steps of Newton's method on the dual problem, each of the best of some lengths, and sweeps over rows and
+    columns between them. Where entries lie far apart beside the sums, few are positive, and the equations fall apart.
+    So sums as large as the entries come first, and smaller ones as soon as those are nearly reached. Where numbers can
+    be read it ends when all is exact to rounding.
+
+    References:
+        Li, Sun & Toh, *On the efficient computation of a generalized Jacobian of the projector over the Birkhoff
+        polytope*, 2020.
+    """
+    alpha, beta = torch.zeros_like(m[:, 0]), torch.zeros_like(m[0])
+    lengths = torch.cat([4.0 ** -torch.arange(15, dtype=m.dtype, device=m.device), torch.zeros_like(beta[:1])])
+    best, least = (alpha, beta), torch.full_like(rows.sum(), math.inf)
+    rounding = 2 * torch.finfo(m.dtype).eps * (m.abs().amax() + rows.amax() + columns.amax())
+    spread, whole = m.amax() - m.amin(), rows.sum()
+    factor = (spread * max(m.shape) / torch.where(whole == 0, torch.ones_like(whole), whole)).clamp(min=1.0)
+    near = torch.where(rows > 0, rows, math.inf).amin() / 10
+    for _ in range(_MANY if concrete(m) is not None else min(100, 10 + 2 * sum(m.shape))):
+        r, c = factor * rows, factor * columns
+        alpha = _thresholds(m - beta, r.unsqueeze(-1)).squeeze(-1)
+        beta = _thresholds((m - alpha.unsqueeze(-1)).mT, c.unsqueeze(-1)).squeeze(-1)
+        x = (m - alpha.unsqueeze(-1) - beta).relu()
+        off = _off_by(x, r, c)
+        # What is in no positive entry moves by what is added, which is to be as far as entries lie apart.
+        little = (off.abs().amax() / (10 * (spread + r.amax()))).clamp(max=1e-2, min=_little(m))
+        turns = [x + lengths.unsqueeze(-1) * d for x, d in zip((alpha, beta), _solved(x > 0, off, little), strict=True)]
+        x = (m - turns[0].unsqueeze(-1) - turns[1].unsqueeze(-2)).relu()
+        worth = x.square().sum((-2, -1)) / 2 + (turns[0] * r).sum(-1) + (turns[1] * c).sum(-1)
+        chosen = worth.argmin().reshape(1)
+        alpha, beta = (turn.index_select(0, chosen).squeeze(0) for turn in turns)
+        now = _off_by((m - alpha.unsqueeze(-1) - beta).relu(), r, c).abs().amax()
+        last, ends = least, factor == 1
+        better = ends & (now < least)
+        best = torch.where(better, alpha, best[0]), torch.where(better, beta, best[1])
+        least = torch.where(better, now, least)
+        if _is_known(ends & (torch.maximum(now, last) <= rounding)):
+            break
+        factor = torch.where(now <= torch.maximum(near * factor, rounding), (factor / 4).clamp(min=1.0), factor)
+    return best
+
+
+#: Most steps where numbers can be read; elsewhere all of fewer ones are made.
+_MANY = 400
 
 
 def _little(m: Tensor) -> float:
@@ -477,8 +503,10 @@ def _transported(w: Tensor, total: Scalar | None, rows: Any, columns: Any) -> Te
     if not w.numel():
         return w.clone()
     m = as_matrix(w)
+    m = m.to(m.dtype if m.device.type == "mps" else torch.float64)  # Small sums are differences of large entries.
     whole = torch.as_tensor(m.shape[0] if total is None else total, dtype=m.dtype, device=m.device)
-    return _plan(m, whole * _shares(rows, m, 0), whole * _shares(columns, m, 1)).reshape(w.shape)
+    found = _plan(m, whole * _shares(rows, m, 0), whole * _shares(columns, m, 1))
+    return found.to(w.dtype).reshape(w.shape)
 
 
 def _turned(w: Tensor, g: Tensor, total: Scalar | None, rows: Any, columns: Any) -> Tensor:
@@ -513,10 +541,11 @@ def transport(w: Tensor, total: Scalar = 1.0, *, rows: Any = None, columns: Any 
 
     .. math:: W_{ij} \ge 0, \quad \sum_j W_{ij} = t \, r_i, \quad \sum_i W_{ij} = t \, c_j
 
-    Each leaf is a matrix of rows, as for `nuclear`. The projection has exact zeros, unlike Sinkhorn's scaling. Up to a
-    hundred steps of Newton's method find which entries are positive, each of which solves for as many numbers as the
-    leaf has rows and columns: enough unless entries are thousands of times as far apart as the sums are large. The
-    projection is exact to rounding then; the value tells, which is else infinite.
+    Each leaf is a matrix of rows, as for `nuclear`. The projection has exact zeros, unlike Sinkhorn's scaling. Up to
+    some hundred steps of Newton's method find which entries are positive, each of which solves for as many numbers as
+    the leaf has rows and columns: enough also where entries are a million times as far apart as the sums are large.
+    The projection is exact to rounding then, and NaN if it is not found: inside of `vmap`, of compiled code and on a
+    GPU, where numbers cannot be read, it takes fewer steps, enough for some hundred times.
 
     Args:
         total: :math:`t`, the sum of all entries, at least 0.

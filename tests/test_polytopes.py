@@ -143,14 +143,17 @@ def conditions_of(z, x):
     return worst
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 50.0, 1e4, 1e6])
 def test_plans_have_their_sums_and_no_exchange_brings_them_nearer(scale):
     rows, columns = [0.2, 0.5, 0.3], [0.1, 0.2, 0.3, 0.4]
     for seed in range(5):
         x = scale * random(3, 4, seed=seed)
         z = fr.transport.project(x, 2.0, rows=rows, columns=columns)
-        torch.testing.assert_close(z.sum(1), 2 * torch.tensor(rows, dtype=torch.float64), rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(z.sum(0), 2 * torch.tensor(columns, dtype=torch.float64), rtol=1e-13, atol=1e-14)
+        whole = 2 * torch.tensor(rows, dtype=torch.float64), 2 * torch.tensor(columns, dtype=torch.float64)
+        torch.testing.assert_close(z.sum(1), whole[0], rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(z.sum(0), whole[1], rtol=1e-13, atol=1e-14)
+        coarse = fr.transport.project(x.float(), 2.0, rows=rows, columns=columns)
+        torch.testing.assert_close(coarse.sum(1), whole[0].float(), rtol=1e-6, atol=0)
         assert (z >= 0).all()
         assert conditions_of(z, x) < 1e-11 * max(1.0, scale)
         assert fr.transport(z, 2.0, rows=rows, columns=columns) == 0
@@ -166,10 +169,18 @@ def test_plans_of_many_rows_have_their_sums(rows, columns, scale):
 
 def test_far_from_the_polytope_of_birkhoff_the_nearest_point_is_the_best_assignment():
     x = random(7, 7)
-    z = fr.birkhoff.project(1e3 * x)
     best = linear_sum_assignment(x.cpu().numpy(), maximize=True)
-    assert z[best].tolist() == pytest.approx([1.0] * 7)
-    assert (z != 0).sum() == 7
+    for scale in (1e3, 1e6, 1e9):
+        z = fr.birkhoff.project(scale * x)
+        assert z[best].tolist() == pytest.approx([1.0] * 7)
+        assert (z != 0).sum() == 7
+
+
+def test_a_plan_that_is_not_found_is_nan_and_no_other_point():
+    far = torch.stack([1e20 * random(6, 6), random(6, 6)])
+    for found in (torch.func.vmap(fr.birkhoff.project)(far), torch.stack([fr.birkhoff.project(x) for x in far])):
+        assert found[0].isnan().all()
+        torch.testing.assert_close(found[1], fr.birkhoff.project(far[1]), rtol=0, atol=1e-12)
 
 
 def test_rows_without_a_share_carry_nothing():

@@ -27,6 +27,11 @@ def _beside(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Tensor:
     return grouped(torch.as_tensor(x, dtype=w.dtype, device=w.device).broadcast_to(w.shape), dims)
 
 
+def _exact(x: Tensor) -> torch.dtype:
+    """The dtype in which small sums are found as differences of large entries."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
 def _one_a_group(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Tensor:
     x = torch.as_tensor(x, dtype=w.dtype, device=w.device)
     return _beside(x, w, dims)[..., :1] if x.ndim else x
@@ -41,6 +46,8 @@ def _section(x: Tensor, h: Tensor, low: Tensor, high: Tensor, normal: Tensor, of
     The sum falls in :math:`\mu`, and is linear between the places where an entry meets a bound: a bisection over those,
     in their order, finds which entries are free; their :math:`\mu` has a closed form.
     """
+    dtype = x.dtype
+    x, h, low, high, normal, offset = (each.to(_exact(x)) for each in (x, h, low, high, normal, offset))
     slope, level = normal / h, normal == 0
     at = lambda mu: clamp(torch.where(level, x, x - mu * slope), low, high)
     through = lambda z: torch.where(level, torch.zeros_like(z), normal * z).sum(-1, keepdim=True)
@@ -70,11 +77,11 @@ def _section(x: Tensor, h: Tensor, low: Tensor, high: Tensor, normal: Tensor, of
     least, most = (edges.amin(0).sum(-1, keepdim=True), edges.amax(0).sum(-1, keepdim=True))
     slack = (
         64
-        * torch.finfo(x.dtype).eps
+        * torch.finfo(dtype).eps  # To which bounds are known.
         * (offset.abs() + torch.where(edges.isinf(), 0.0, edges).abs().sum(0).sum(-1, keepdim=True))
     )
     empty = (offset < least - slack) | (offset > most + slack)
-    return torch.where(empty, torch.full_like(z, math.nan), z) + 0.0
+    return (torch.where(empty, torch.full_like(z, math.nan), z) + 0.0).to(dtype)
 
 
 def _sectioned(
@@ -503,7 +510,7 @@ def _transported(w: Tensor, total: Scalar | None, rows: Any, columns: Any) -> Te
     if not w.numel():
         return w.clone()
     m = as_matrix(w)
-    m = m.to(m.dtype if m.device.type == "mps" else torch.float64)  # Small sums are differences of large entries.
+    m = m.to(_exact(m))
     whole = torch.as_tensor(m.shape[0] if total is None else total, dtype=m.dtype, device=m.device)
     found = _plan(m, whole * _shares(rows, m, 0), whole * _shares(columns, m, 1))
     return found.to(w.dtype).reshape(w.shape)

@@ -127,6 +127,13 @@ def test_systems_that_do_not_fit_are_refused_with_the_leaf():
         fr.polyhedron.project(params)
 
 
+def test_sections_of_boxes_far_from_a_point_have_their_sums():
+    for scale in (1e3, 1e8, 1e12):
+        z = fr.box_section.project((scale * random(9)).float(), -1.0, 1.0, 1.0, 0.5)
+        assert float(z.double().sum()) == pytest.approx(0.5, abs=1e-6)
+        assert float(z.abs().max()) <= 1
+
+
 # Transport plans
 
 

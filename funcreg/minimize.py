@@ -46,6 +46,7 @@ from funcreg.vectors import Flat, flat_problem
 _ELSEWHERE = {
     "strengths": "it solves for one strength=; regularization_path solves for many, and vmap maps it over them",
     "data": "what the loss takes after params are its args=",
+    **dict.fromkeys(("max_iter", "maxiter", "n_iter"), "the greatest number of steps is max_steps="),
 }
 #: Residuals that a dtype reaches where gradients are not far from 1.
 _REACHED = {torch.float64: 1e-8, torch.float32: 1e-5}

@@ -629,6 +629,12 @@ def test_derivatives_and_maps_follow_tensors_among_options():
     torch.testing.assert_close(tracked.grad, expected)
 
 
+def test_what_others_call_otherwise_is_named():
+    for theirs, ours in (("max_iter", "max_steps="), ("data", "args="), ("strengths", "strength=")):
+        with pytest.raises(TypeError, match=f"minimize got {theirs}=; .*{ours}"):
+            fr.minimize(lambda w: w.square().sum(), zeros(2), fr.l1, **{theirs: 1})
+
+
 def test_what_a_loss_holds_and_a_transform_follows_is_named():
     x, y = made(40, 8)
     solved = lambda y: fr.minimize(lambda w: (x @ w - y).square().mean(), zeros(8), fr.l1, strength=0.1).params

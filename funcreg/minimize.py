@@ -220,8 +220,8 @@ class Problem:
         if 0 < self.tol < 8 * torch.finfo(kind).eps:
             warn_user(
                 f"tol is {self.tol:g}, and params are {kind}, in which gradients of size 1 are known to "
-                f"{torch.finfo(kind).eps:.0e}: residuals below that are chance. By default tol is {_REACHED.get(kind, 1e-2):g} "
-                "here; for less, give params and args in float64.",
+                f"{torch.finfo(kind).eps:.0e}: residuals below that are chance. By default tol is "
+                f"{_REACHED.get(kind, 1e-2):g} here; for less, give params and args in float64.",
             )
 
     def tolerance(self, params: Params) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ from funcreg.tree import (
     tree_leaves,
     widen,
 )
-from funcreg.undocumented import copy_all, is_compiling
+from funcreg.undocumented import copy_all, is_compiling, versions
 from funcreg.wrapping import matched
 
 #: Entries from which on a compiled step saves more than its first call costs.
@@ -245,14 +246,14 @@ class Regularization:
         self._ever: set[str] = set()  # What has moved in any of the steps
         self._taken = 0  # that were seen.
         self._counted: list[Any] = []
+        self._written_to: list[int] = []  # How often counters were.
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._ends: tuple[EndToEnd | None, Any, Any] = None, None, None  # For what moves and its classes, as they were.
         self._waits = False  # Whether all entries were zero while a momentum buffer was filled.
-        #: Of an optimizer whose step may set gradients to None, or call that of its base, whose hooks are these, too:
+        #: Whether the step of the optimizer may set gradients to None, or call that of its base, which has hooks, too.
         self._watches = not steps_as_torch(type(optimizer))
-        self._had: set[Tensor] = set()  # what had a gradient before a step,
-        self._begun = False  # and whether one has begun since the last that was seen to its end.
+        self._had: set[Tensor] = set()  # What had a gradient before such a step, or in it.
         self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
         self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
@@ -437,24 +438,41 @@ class Regularization:
 
     # The step
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Note what has to be known from before a step."""
-        if self._watches:
-            self._begun = True
-            params = [w for group in optimizer.param_groups for w in group["params"]]
-            self._had = {w for w, g in zip(params, gradients_of(params), strict=True) if g is not None}
+        self._read_added(optimizer)
         with torch.no_grad():
             for w, name in self._names.names.items():
                 if name in self._names.chosen and self._task.rule.note is not None:
                     self._notes[w] = self._task.rule.note(w, optimizer.state.get(w, {}))
                 if name in self._names.chosen and self._inner is not None:
                     self._starts[w] = w.detach().clone()
+        if not self._watches:
+            return None
+        if not _is_in_a_step(optimizer):
+            self._had = set()
+        self._note_gradients(optimizer)
+        seeing = lambda x: self._seeing(optimizer, x) if callable(x) else x
+        return (args[0], *map(seeing, args[1:])), {name: seeing(x) for name, x in kwargs.items()}
+
+    def _note_gradients(self, optimizer: Optimizer) -> None:
+        params = [w for group in optimizer.param_groups for w in group["params"]]
+        self._had |= {w for w, g in zip(params, gradients_of(params), strict=True) if g is not None}
+
+    def _seeing(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure after which it is seen which parameters have gradients."""
+
+        def seen() -> Any:
+            loss = closure()
+            self._note_gradients(optimizer)
+            return loss
+
+        return seen
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Land where a step has led."""
-        if self._watches and not self._begun:
+        if self._watches and _is_in_a_step(optimizer):
             return
-        self._begun = False
         skipped = getattr(optimizer, "found_inf", None)  # Of a GradScaler, whose optimizer skips inside its kernel.
         if isinstance(skipped, Tensor) and skipped.device.type == "cpu":
             if skipped.item():
@@ -551,13 +569,17 @@ class Regularization:
         self._pace = now = [*now, *[x for x in values[:1] if isinstance(x, (int, float))]]
         return len(before) == len(now) and all([x <= y for x, y in zip(now, before, strict=True)])
 
-    def _moved(self, optimizer: Optimizer) -> list[Moved]:
-        groups = [group["params"] for group in optimizer.param_groups]
-        params = [w for group in groups for w in group]
-        if len(params) != self._names.count:
+    def _read_added(self, optimizer: Optimizer) -> None:
+        """Read the names of parameters that the optimizer got since the last step."""
+        if sum([len(group["params"]) for group in optimizer.param_groups]) != self._names.count:
             self._names.read(optimizer)
             self._check_added()
             self._layouts = {}  # Of trees of strengths that may have gained leaves.
+
+    def _moved(self, optimizer: Optimizer) -> list[Moved]:
+        groups = [group["params"] for group in optimizer.param_groups]
+        params = [w for group in groups for w in group]
+        self._read_added(optimizer)
         still = [g is None and w not in self._had for w, g in zip(params, gradients_of(params), strict=True)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
@@ -637,15 +659,17 @@ class Regularization:
             self._said_still = True
             warn_user(
                 f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
-                "another hook of the optimizer, which came first, set gradients to None?",
+                "another hook of the optimizer, which came first, or the step itself set gradients to None?",
             )
 
     def _columns(self, groups: list[Entries], moved: list[Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
         """The scalars of each class of parameters: those of one group that have seen as many steps, or stay."""
         rule, leaves = self._task.rule, self._leaves
         counted = [each["step"] for each in entries] if rule.counts else [m.group for m in leaves]
-        if len(counted) != len(self._counted) or not all(map(operator.is_, counted, self._counted)):
-            # Counters that were the same, and have counted together since, are the same: read once, for devices.
+        # Counters that were the same, and were written to equally often since, are the same: read once, for devices.
+        before, self._written_to = self._written_to, versions([x for x in counted if isinstance(x, Tensor)])
+        apart = len({x - y for x, y in zip(self._written_to, before, strict=False)}) > 1
+        if apart or len(counted) != len(self._counted) or not all(map(operator.is_, counted, self._counted)):
             self._counted = counted
             stay = [rule.counts and m in self._held for m in leaves]
             keys = list(zip([m.group for m in leaves], _numbers(counted), stay, strict=True))
@@ -877,7 +901,7 @@ def _no_step(*_: Any) -> Any:
 _NO_RULE = Rule(_no_step, metric=_no_step)
 _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
-    *("_had", "_counted", "_classes", "_pace"),
+    *("_had", "_counted", "_written_to", "_classes", "_pace"),
 )
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
@@ -897,6 +921,20 @@ def _buffered_rate(rate: Any, group: Entries) -> Any:
     if isinstance(momentum, Tensor) or isinstance(group["lr"], Tensor):
         return rate, _known(momentum)
     return rate * gain(group, buffered(group, None)) if momentum else rate
+
+
+def _is_in_a_step(optimizer: Optimizer) -> bool:
+    """Whether hooks are called in a step that another step of the same optimizer calls, as `super().step()`.
+
+    Torch calls them in both, or in the outer one alone, as classes happen to have been used before.
+    """
+    calls = sys._getframe(2)  # What calls the hooks.
+    frame = calls.f_back
+    while frame is not None:
+        if frame.f_code is calls.f_code and any([x is optimizer for x in frame.f_locals.values()]):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_empty(optimizer: Optimizer) -> bool:

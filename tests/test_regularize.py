@@ -1043,6 +1043,85 @@ def test_optimizers_that_clear_gradients_in_their_step_are_followed(penalty):
     assert_equal(*found)
 
 
+def of_steps_in_steps(twice: bool) -> tuple[type[optim.Optimizer], type[optim.Optimizer]]:
+    """A new class of optimizers, and one whose steps call those of the first."""
+
+    class Base(Descent):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+
+    class Twice(Base):
+        def step(self, closure: Any = None) -> Any:
+            super().step()
+            return super().step()
+
+    class Closing(Base):
+        """Takes the closure itself, and frees gradients in the end."""
+
+        def step(self, closure: Any = None) -> Any:
+            loss = torch.enable_grad()(closure)()
+            super().step()
+            self.zero_grad()
+            return loss
+
+    return Base, Twice if twice else Closing
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["twice", "with a closure"])
+@pytest.mark.parametrize("used", [False, True], ids=["base as it was", "base used before"])
+def test_steps_that_call_steps_are_followed_once_whatever_was_used_before(twice, used):
+    base, kind = of_steps_in_steps(twice)
+    if used:
+        base([weight(1)], 0.1)
+    w = nn.Parameter(torch.tensor([5.0, 0.05], dtype=torch.float64, device=DEVICE))
+    goal = torch.tensor([1.0, 0.2], dtype=torch.float64, device=DEVICE)
+    optimizer = kind([w], lr=0.1)
+    # Descent halves gradients.
+    handle = fr.regularize(optimizer, fr.l1, strength=0.3, metric=lambda state, group: 1.0 if twice else 2.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * (w - goal).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(400):
+        if twice:
+            closure()
+        optimizer.step(*[] if twice else [closure])
+    assert handle.steps == 400
+    assert_equal(w.detach(), torch.tensor([0.7, 0.0], dtype=torch.float64, device=DEVICE), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adadelta", "Adagrad"])
+def test_groups_that_are_added_are_noted_before_their_first_step(name):
+    first, second = weight(4, 3), weight(4, 3, seed=1)
+    optimizer = OPTIMIZERS[name].make([first])
+    fr.regularize(optimizer, fr.nuclear, strength=0.1)
+    stepped(optimizer, first)
+    optimizer.add_param_group({"params": [second]})
+    stepped(optimizer, first, second)
+    alone = weight(4, 3, seed=1)
+    fr.regularize(other := OPTIMIZERS[name].make([alone]), fr.nuclear, strength=0.1)
+    stepped(other, alone, seed=2)
+    assert_equal(second.detach(), alone.detach(), atol=1e-12)
+
+
+def test_a_counter_that_is_set_back_in_place_is_seen():
+    still, anew = (nn.Parameter(torch.full((3,), 5.0, dtype=torch.float64, device=DEVICE)) for _ in range(2))
+    optimizer = optim.Adam([still, anew], lr=0.01)
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    for _ in range(5):
+        stepped(optimizer, still, anew)
+    for x in optimizer.state[anew].values():
+        x.zero_()
+    alone = nn.Parameter(anew.detach().clone())
+    fr.regularize(other := optim.Adam([alone], lr=0.01), fr.l1, strength=0.1)
+    stepped(optimizer, still, anew)
+    stepped(other, alone, seed=2)
+    assert_equal(anew.detach(), alone.detach(), atol=1e-12)
+
+
 def test_subclasses_and_wrappers_of_known_optimizers_are_known_unless_they_step_otherwise():
     assert_equal(solved(lambda p: Same(p, 0.01), 5), solved(lambda p: optim.Adam(p, 0.01), 5))
     inner = optim.SGD([weight(3)], 0.1)

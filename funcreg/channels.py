@@ -430,10 +430,14 @@ class _Found(NamedTuple):
 
     def is_of_heads(self, family: int) -> bool:
         """Whether the groups of a family are features inside of heads."""
+        return bool(torch.isin(_sets(self.flow, self.families[family]), self.of_heads()).all())
+
+    def of_heads(self) -> Tensor:
+        """The atoms of features inside of heads."""
         inside, atoms = self.flow.inside, self.flow.atoms
-        return inside is not None and bool(
-            torch.isin(_sets(self.flow, self.families[family]), atoms.find(inside)).all()
-        )
+        if inside is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return atoms.find(inside[inside < len(atoms.parents)])  # Those of no leaf may be of an earlier pass alone.
 
     def turned(self, reasons: Mapping[int, str]) -> dict[int, str]:
         """Why families are refused, with the sum over them, or the buffer that goes with queries and keys."""
@@ -527,7 +531,7 @@ def _pairs(found: _Found, reasons: Mapping[int, str]) -> dict[int, int]:
         return {}
     owners = [{name.rpartition(".")[0] for name in names} for names in found.owners()]
     multiplied, pairs = found.multiplied(), dict[int, int]()
-    of_heads = found.flow.atoms.find(found.flow.inside)
+    of_heads = found.of_heads()
     for i in [i for i in reasons if multiplied[i] is not None]:
         for j in [j for j in reasons if multiplied[j] is None and j not in pairs.values()]:
             sets = _sets(found.flow, found.families[j])

@@ -1,8 +1,9 @@
 """Random numbers of members: each is a function of the member's key, the step, the call that draws it, and its place.
 
 `vmap` draws the numbers of all its members at once, so that those of one depend on who else is there. While a `Draws`
-is entered, what torch draws in dropout, in `rand`, `randn`, `bernoulli` and their like comes from the key instead: a
-member draws the same numbers alone and among others, in eager and in compiled code.
+is entered, what torch draws in dropout, in that of attention, and in `rand`, `randn`, `rand_like`, `randn_like` and
+`randint` comes from the key instead: a member draws the same numbers alone and among others, in eager and in compiled
+code. All else, also inside of a `vmap` of the user's, is drawn by torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from funcreg.rounding import mixed, shifted, signed, words
+from funcreg.undocumented import count_maps, is_compiling
 
 #: What tells one call of a step from the next.
 _CALL = signed(0xD1B54A32D192ED03)
@@ -35,12 +37,22 @@ class Draws(TorchFunctionMode):
     def __init__(self, key: Tensor, step: Tensor) -> None:
         super().__init__()
         self._key, self._step, self.calls = mixed(key), step, 0
-        self.functions: set[Callable[..., Any]] = set()  # That have drawn.
+        self._maps = 0
+        self.functions: set[Callable[..., Any]] = set()  # That have drawn,
+        self._inside: set[Callable[..., Any]] = set()  # and those by which torch drew, inside of another `vmap`.
+
+    def __enter__(self) -> Draws:
+        self._maps = 0 if is_compiling() else count_maps()
+        super().__enter__()
+        return self
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         drawing, calls = _DRAWING.get(func), self.calls
+        if drawing is not None and not is_compiling() and count_maps() > self._maps:
+            self._inside.add(func)  # Of members of its own, each of which draws others.
+            return func(*args, **(kwargs or {}))
         if drawing is None:
             # The method is the one that compilers cannot read inside of such a context.
             func = torch.unflatten if getattr(func, "__name__", "") == "unflatten" else func
@@ -51,9 +63,9 @@ class Draws(TorchFunctionMode):
         return found
 
     def not_compiled(self) -> list[str]:
-        """Names of functions that have drawn, and that compilers call without asking this context."""
+        """Names of functions that have drawn, and that compilers call without asking this context, or when not to."""
         asked = {func for functions in get_overridable_functions().values() for func in functions}
-        return [func.__name__ for func in self.functions if func not in asked]
+        return [func.__name__ for func in (*self.functions, *self._inside) if func not in asked or func in self._inside]
 
     def words(self, shape: Sequence[int], device: Any, extra: int = 0) -> Tensor:
         """A word of 64 bits for each entry, others at each call."""
@@ -84,7 +96,8 @@ def _dropout(shape_of: Callable[[Tensor], Sequence[int]], alpha: bool = False) -
 
     def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
         def call(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-            if not training or not 0 < p <= 1:  # The last is an error of torch's.
+            strange = isinstance(p, Tensor) or input.layout is not torch.strided or not input.is_floating_point()
+            if not training or strange or not 0 < p <= 1:  # Some of it is an error of torch's.
                 return func(input, p, training, inplace)
             shape = [*shape_of(input), *[1] * (input.ndim - len(shape_of(input)))]
             # Of all words, which are signed, the least are dropped.
@@ -113,17 +126,19 @@ def _attention(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not 0 < dropout_p <= 1:
+        is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
+        strange = attn_mask is not None and (is_causal or not (is_bool or attn_mask.is_floating_point()))
+        if strange or not 0 < dropout_p <= 1:  # Some of it is an error of torch's.
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-        logits = query @ key.mT * (scale or query.shape[-1] ** -0.5)
+        logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
-            attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril()
+            attn_mask, is_bool = torch.ones(logits.shape[-2:], dtype=torch.bool, device=query.device).tril(), True
         if attn_mask is not None:
-            is_bool = attn_mask.dtype == torch.bool
             logits = logits.masked_fill(~attn_mask, -math.inf) if is_bool else logits + attn_mask
-        weights = logits.softmax(-1)
+        masked = (logits == -math.inf).all(-1, keepdim=True)  # What sees nothing gets zeros.
+        weights = torch.where(masked, 0.0, logits.softmax(-1)).to(value.dtype)
         return _dropped(draws, weights, dropout_p) @ value
 
     return call
@@ -144,6 +159,8 @@ def _heads(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
             return func(*args, **kwargs)
         shown, mean = given.get("need_weights", True), given.get("average_attn_weights", True)
         _, weights = func(**{**given, "dropout_p": 0.0, "need_weights": True, "average_attn_weights": False})
+        if not shown:  # What sees nothing gets zeros then, as torch computes it, else NaN.
+            weights = torch.where(weights.isnan().all(-1, keepdim=True), 0.0, weights)
         weights = _dropped(draws, weights, p)  # ([batch,] heads, targets, sources)
         width = given["embed_dim_to_check"]
         own = given["v_proj_weight"] if given.get("use_separate_proj_weight") else given["in_proj_weight"][-width:]
@@ -176,54 +193,6 @@ def _made(kind: str, empty: Callable[..., Tensor]) -> Callable[..., Any]:
     return drawing
 
 
-def _bernoulli(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
-    def call(input: Tensor, *args: Any, **options: Any) -> Tensor:
-        in_place = func is Tensor.bernoulli_
-        p = args[0] if args else options.pop("p", 0.5 if in_place else input)
-        if len(args) > 1 or options:  # A generator of the user's.
-            return func(input, p, *args[1:], **options)
-        wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-        found = (draws.uniform(input.shape, input.device, wide) < p).to(input.dtype)
-        return input.copy_(found) if in_place else found
-
-    return call
-
-
-def _normal(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
-    def call(mean: Any, std: Any = 1.0, size: Any = (), **options: Any) -> Tensor:
-        tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
-        if options or not tensors or tensors[0].is_complex():
-            return func(mean, std, *((size,) if size else ()), **options)
-        shape = torch.broadcast_shapes(*[x.shape for x in tensors])
-        return mean + std * draws.normal(shape, tensors[0].device, tensors[0].dtype)
-
-    return call
-
-
-def _filling(kind: str) -> Callable[..., Any]:
-    """`Tensor.uniform_(low, high)` and `Tensor.normal_(mean, std)`."""
-
-    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: Tensor, first: float = 0.0, second: float = 1.0, **options: Any) -> Tensor:
-            if options or not x.is_floating_point():
-                return func(x, first, second, **options)
-            scale = second - first if kind == "uniform" else second
-            return x.copy_(first + scale * getattr(draws, kind)(x.shape, x.device, x.dtype))
-
-        return call
-
-    return drawing
-
-
-def _permutation(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
-    def call(n: int, **options: Any) -> Tensor:
-        if options.keys() - {"device"}:
-            return func(n, **options)
-        return draws.words((n,), options.get("device")).argsort()
-
-    return call
-
-
 def _integers(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     """`randint(low, high, size)`, of any generator by the seed that it began with."""
 
@@ -231,6 +200,8 @@ def _integers(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) not in (2, 3) or not all([isinstance(x, int) for x in args[:-1]]) or options.keys() - {"device"}:
             return func(*args, generator=generator, dtype=dtype, **options)
         low, high = (0, args[0]) if len(args) == 2 else args[:2]
+        if high <= low:  # An error of torch's.
+            return func(*args, generator=generator, dtype=dtype, **options)
         extra = 0 if generator is None else signed(generator.initial_seed())
         bits = draws.words(args[-1], options.get("device"), extra)
         if high - low >= 2**63:
@@ -254,12 +225,5 @@ _DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] =
     torch.rand_like: _made("uniform", torch.empty_like),
     torch.randn: _made("normal", torch.empty),
     torch.randn_like: _made("normal", torch.empty_like),
-    torch.bernoulli: _bernoulli,
-    Tensor.bernoulli: _bernoulli,
-    Tensor.bernoulli_: _bernoulli,
-    torch.normal: _normal,
-    Tensor.uniform_: _filling("uniform"),
-    Tensor.normal_: _filling("normal"),
-    torch.randperm: _permutation,
     torch.randint: _integers,
 }

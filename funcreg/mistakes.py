@@ -163,8 +163,12 @@ def _changes_after_rounding(entries: list[Entry]) -> Iterator[str]:
             [i for i, each in enumerate(entries) if each is entry or any([tx is entry.tx for tx in each.around])]
         )
         later = [each for each in entries[last + 1 :] if each.is_leaf and each.tx.frozen is None and _meet(entry, each)]
+        narrow = {name for name, w in entry.leaves() if is_narrow(w.dtype)}
+        if entry.params is not None:  # Leaves of other dtypes are what they become.
+            later = [each for each in later if narrow.intersection(each.acts_on or ())]
         changing = next((each for each in later if _changes(each) or "lands" in each.tx.stages), None)
-        averaging = next((tx for tx in entry.around if made(tx, lookahead, schedule_free)), None)
+        averages = entry.params is None or narrow
+        averaging = next((tx for tx in entry.around if averages and made(tx, lookahead, schedule_free)), None)
         if changing is not None or averaging is not None:
             other = changing.tx if changing is not None else averaging
             yield (

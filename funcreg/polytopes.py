@@ -424,6 +424,7 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if 1 in m.shape:
         only = rows.unsqueeze(-1) * columns / torch.where(rows.sum() == 0, torch.ones_like(rows.sum()), rows.sum())
         return torch.where(m.isnan(), m, only)
+    is_known = ~m.isnan().any()
     # What does not carry anything is far below all else, and never positive.
     empty = (rows.unsqueeze(-1) == 0) | (columns == 0)
     m = torch.where(empty, m.amin() - 2 * (m.amax() - m.amin() + rows.sum() + 1), m)
@@ -436,7 +437,7 @@ def _plan(m: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         to_alpha, to_beta = _solved(positive, off, torch.zeros_like(off[0]) + _little(m))
         x = torch.where(positive, (x - to_alpha.unsqueeze(-1) - to_beta).relu(), torch.zeros_like(x))
     found = _off_by(x, rows, columns).abs().amax() <= 1e-3 * torch.maximum(rows.amax(), columns.amax())
-    return torch.where(found, x, torch.full_like(x, math.nan))  # That of NaN is not found either.
+    return torch.where(found & is_known, x, torch.full_like(x, math.nan))
 
 
 def _off_by(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

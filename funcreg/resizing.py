@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from funcreg._typing import Params
 from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
+from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
-from funcreg.settling import Problem, decide, lengths, settle
+from funcreg.settling import Problem, are_same, decide, lengths, settle
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths
 from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
@@ -245,7 +246,7 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             warnings.simplefilter("ignore")  # They were given when the networks ran on what is given.
             untold = decide(smaller, unknown, problem, other_runs(module, inputs, lengths(unknown)))
         if untold:
-            warnings.warn(_untold(smaller, untold), stacklevel=3)
+            warn_user(_untold(smaller, untold))
         return
     first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
     if not unknown:
@@ -287,11 +288,13 @@ _HINT = (
 def _untold(smaller: nn.Module, several: list[Stored]) -> str:
     one = several[0]
     kind, now = type(smaller.get_submodule(one.path)).__name__, one.now(smaller)
-    other = listed(dict.fromkeys([f"{x!r}" for x in (one.value, *one.others) if x != now]))
+    shown = lambda x: f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{x!r}"
+    other = listed(dict.fromkeys([shown(x) for x in (one.value, *one.others) if not are_same([x], [now])]))
     more = f"; there are {len(several) - 1} more like it" if len(several) > 1 else ""
+    changed = f"changed to {other}" if other else "changed"
     return (
-        f"resized leaves {one.attribute}={now!r} of '{one.path}', a {kind}, though it could be a width that changed to "
-        f"{other}: outputs are the same with either{more}. Give example_inputs on which it matters, or "
+        f"resized leaves {one.attribute}={shown(now)} of '{one.path}', a {kind}, though it could be a width that "
+        f"{changed}: outputs are the same with either{more}. Give example_inputs on which it matters, or "
         f"rules={{{kind}: function}}, where a function that does nothing leaves it as it is"
     )
 

@@ -202,9 +202,9 @@ class _Numbers:
             first = [now, old] if all([each.named for each in kind]) else [old, now]
             values = list[list[Any]]()
             for some in (*first, *more):
-                values += [] if any([_same(some, other) for other in values]) else [some]
+                values += [] if any([are_same(some, other) for other in values]) else [some]
             self._values.append(values)
-            found.append(next(i for i, some in enumerate(values) if _same(some, now)))
+            found.append(next(i for i, some in enumerate(values) if are_same(some, now)))
         self.found: _Choice = tuple(found)
 
     def choices(self, given: _Problems) -> list[_Choice]:
@@ -247,14 +247,15 @@ def _elsewhere(each: Stored, told: Iterable[tuple[Stored, Any]]) -> Any:
     """The value of what is the same number, in a module and its configuration, or in one that modules share."""
     own = each.attribute.rpartition(".")[2]
     for other, value in told:
-        if _same([other.value], [each.value]) and other.attribute.rpartition(".")[2] == own:
-            stays = other.shared is not None and other.shared is each.shared and _same([value], [each.value])
-            if stays or (other.path == each.path and any([_same([value], [x]) for x in (each.value, *each.others)])):
+        if are_same([other.value], [each.value]) and other.attribute.rpartition(".")[2] == own:
+            stays = other.shared is not None and other.shared is each.shared and are_same([value], [each.value])
+            if stays or (other.path == each.path and any([are_same([value], [x]) for x in (each.value, *each.others)])):
                 return value
     return None
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+def are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether values are equal; tensors are if they are the same."""
     same = lambda a, b: a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
     return all(map(same, some, others))
 

@@ -67,7 +67,7 @@ _SHORT = ("h", "nh", "n_h")
 #: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
 _OTHER_COUNTS = (
     *("vocab_size", "num_labels", "num_classes", "token_id", "num_buckets", "max_distance", "num_experts"),
-    *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "num_positions", "n_positions"),
+    *("num_layers", "n_layer", "n_layers", "num_hidden_layers", "position_embeddings", "positions"),
     *("context_length", "max_length", "block_size", "image_size", "patch_size", "kernel_size", "num_patches"),
     *("window", "window_size", "max_len", "max_seq_len", "seq_len", "seq_length", "n_ctx", "ratio", "stride"),
 )

@@ -192,7 +192,7 @@ class Model:
                     f"the loss failed on {rows}: {first_line(error)}. It was given {_shapes(args)}. {cause}".rstrip()
                 ) from error
         self._draws |= draws.calls > 0
-        self.not_compiled = draws.not_compiled() if draws.calls else self.not_compiled
+        self.not_compiled = list(dict.fromkeys([*self.not_compiled, *draws.not_compiled()]))
         if not self._warned and not all(map(torch.equal, _generators(device), before)):
             self._warned = True
             warn_user(

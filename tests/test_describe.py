@@ -363,6 +363,11 @@ def test_what_changes_rounded_updates_is_warned_of(keep):
         with pytest.warns(UserWarning, match=r"stands after .*, which ends at numbers of sixteen bits.* Put it inside"):
             chained = fr.chain(tx, after)
         assert any("end at numbers of sixteen bits" in said for said in fr.describe(chained, half).warnings)
+    wide = {**half, "b": torch.ones(2)}
+    only = fr.masked(fr.set_to_zero(), {"w": False, "b": True})
+    with pytest.warns(UserWarning, match="stands after"):
+        beside = fr.chain(tx, only)
+    assert not any("sixteen bits" in said and "set_to_zero" in said for said in fr.describe(beside, wide).warnings)
     for around in (lambda tx: fr.lookahead(tx, 5, 0.5), lambda tx: fr.schedule_free(tx, 0.1)):
         with pytest.warns(UserWarning, match=r"averages the parameters of .* Put (lookahead|schedule_free) inside"):
             wrapped = around(tx)

@@ -199,6 +199,27 @@ def frozen_under_an_optimizer():
     optimizer.step()
 
 
+class Limited(nn.Module):
+    """Two layers, and a number as large as their width, which no input reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.number = nn.Linear(5, 8, device="cpu"), nn.Linear(8, 3, device="cpu"), 8
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) if x.shape[0] != 999 else x[:, : self.number]
+
+
+def untold():
+    net, x = Limited(), torch.randn(6, 5, device="cpu")
+    with torch.no_grad():
+        for w in (net.a.weight, net.a.bias, net.b.weight.T):
+            w[::2] = 0
+    groups = fr.channel_groups(net, (x,))
+    fr.resized(net, fr.remove_dead(fr.with_buffers(net), groups), (x,))
+
+
+WARNED["a number that nothing tells"] = (untold, "leaves number=8 of ''")
 WARNED["frozen parameters of a step"] = (frozen_in_a_step, "init got 0.bias, 0.weight with requires_grad=False")
 WARNED["frozen parameters with gradients"] = (frozen_under_an_optimizer, "leaves out 0.weight, 0.bias, frozen by")
 

@@ -184,6 +184,10 @@ def test_far_from_the_polytope_of_birkhoff_the_nearest_point_is_the_best_assignm
 
 
 def test_a_plan_that_is_not_found_is_nan_and_no_other_point():
+    for seed in range(20):
+        broken = random(3, 3, seed=seed).index_fill(1, torch.tensor([seed % 3]), float("nan"))
+        assert fr.birkhoff.project(broken).isnan().all()
+        assert fr.transport.project(torch.where(torch.eye(3) > 0, random(3, 3), broken)).isnan().all()
     far = torch.stack([1e20 * random(6, 6), random(6, 6)])
     for found in (torch.func.vmap(fr.birkhoff.project)(far), torch.stack([fr.birkhoff.project(x) for x in far])):
         assert found[0].isnan().all()

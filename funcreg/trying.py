@@ -29,7 +29,7 @@ from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, decide, lengths, settle
 from funcreg.stored import Stored, unknown_counts
 from funcreg.tree import listed, widen
-from funcreg.variations import other_runs
+from funcreg.variations import other_runs, with_two
 from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Functions in the order in which they were called, and the numbers that they were given.
@@ -230,8 +230,18 @@ class Trial:
     ) -> str | None:
         """What goes wrong with outputs, when groups are zero in a network with these tensors, and gone."""
         whole, smaller, unknown = self._both(chosen, left, tree)
-        wrong = settle(smaller, unknown, self._compared(whole, smaller, inputs))
+        wrong = settle(smaller, unknown, self._compared(whole, smaller, inputs)) or self._with_two(
+            whole, smaller, inputs
+        )
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
+
+    def _with_two(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Failure | str | None:
+        """What goes wrong where inputs with one step, which may hide a width in the code, have two."""
+        two = with_two(inputs)
+        try:
+            return None if two is None else self._compared(whole, smaller, two)()
+        except ValueError:  # The network takes no such inputs.
+            return None
 
     def untold(self, chosen: Sequence[int]) -> list[tuple[type, str]]:
         """Types of modules with numbers of which outputs do not tell what they are without half of these groups."""

@@ -67,6 +67,14 @@ def _factor(w: Tensor) -> float:
     return (count / max(1, w[0].numel() if w.ndim > 1 else 1)) ** 0.5 / size if size else 1.0
 
 
+def with_two(inputs: Any) -> Any:
+    """Inputs with two entries along dimensions that have one, as a single step is; None if there is none."""
+    given = arguments(inputs)
+    if not any([isinstance(x, Tensor) and 1 in x.shape for x in tree_leaves(given)]):
+        return None
+    return tree_map(lambda x: _with_size(x, None, 1, 2), given)
+
+
 def inputs_like(inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Any]:
     """The inputs themselves, larger numbers, other entries, and other sizes, of entries that are drawn from theirs."""
     yield inputs

@@ -161,6 +161,27 @@ def test_a_width_that_is_written_in_the_code_keeps_the_channels_it_counts(batch)
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
+class Reader(nn.Module):
+    """The ends of both directions of a recurrent layer, whose width stands in the code."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.reader, self.last = nn.GRU(6, 16, batch_first=True, bidirectional=True), nn.Linear(32, 3)
+        self.width = lambda outputs: width or outputs.shape[-1] // 2
+
+    def forward(self, x):
+        outputs = self.reader(x)[0]
+        n = self.width(outputs)
+        return self.last(torch.cat([outputs[:, -1, :n], outputs[:, 0, n:]], -1))
+
+
+def test_a_width_in_the_code_that_a_single_step_hides_is_seen_with_two():
+    x = drawn(4, 1, 6)
+    assert fr.channel_groups(network(lambda: Reader(width=None)), (x,)).counts == [16]
+    with pytest.raises(ValueError, match=r"differs from that of the module .* or in its code"):
+        fr.channel_groups(network(Reader), (x,))
+
+
 def test_a_generator_that_counts_its_channels_keeps_them_and_a_part_of_a_network_has_its_names():
     class Generator(nn.Module):
         def __init__(self):

@@ -26,9 +26,13 @@ def _freeze() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     assert not named, f"{named[0]} has an address in its name, which is another one in each worker: give it ids="
+    for item in items:  # Whose proximal operator takes many steps: laws take seconds each.
+        if "isotropic_total_variation" in item.name:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

@@ -314,7 +314,8 @@ def test_only_so_many_graphs_are_kept(monkeypatch):
     assert list(known) == [2, 3, 4]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", True])
 def test_compilers_find_the_same(backend):
     x, y = made(40, 10)  # As many as there are objectives in memory.
     x = x.T.contiguous().T  # And not in the order of rows.

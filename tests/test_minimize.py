@@ -462,6 +462,7 @@ def test_where_a_hessian_of_all_would_be_too_large_those_that_are_not_zero_have_
     np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected == 0)
 
 
+@pytest.mark.slow
 def test_models_of_more_rows_than_torch_factorizes_right_in_several_threads():
     script = """
         import torch, funcreg as fr
@@ -550,6 +551,7 @@ def test_in_compiled_functions_it_is_left_as_it_is():
         torch.compile(size, backend="eager", fullgraph=True)(number(0.1))
 
 
+@pytest.mark.slow
 def test_nothing_that_is_deprecated_is_used():
     script = """
         import warnings, torch, funcreg as fr

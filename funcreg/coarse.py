@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params
+from funcreg.construction import transforms_in
 from funcreg.ranges import number
 from funcreg.rounding import digits, is_narrow
 from funcreg.schedules import KnownSchedule
@@ -82,7 +83,7 @@ def _size(tx: Any) -> float | None:
         return 0.0
     if name == "prox_adam":
         return abs(_greatest(given["learning_rate"]))
-    inside = _transforms([*given.values()])
+    inside = transforms_in(given)
     if name in _WRAPPERS or name == "proximal_step":
         sizes = [_size(each) for each in inside]
         rate = abs(_greatest(given["learning_rate"])) if name == "proximal_step" else 1.0
@@ -111,14 +112,6 @@ def _size_of_chain(links: list[Any]) -> float | None:
 
 def _links(tx: Any) -> list[Any]:
     return [each for link in tx.links for each in _links(link)] if tx.links else [tx]
-
-
-def _transforms(value: Any) -> list[Any]:
-    """The transforms among some arguments."""
-    if hasattr(value, "made_by") and hasattr(value, "update"):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [each for part in values for each in _transforms(part)]
 
 
 def _greatest(value: Any) -> float:

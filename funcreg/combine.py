@@ -158,7 +158,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
         stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
         landed = next((each for each in before if _meet("lands", each, tx)), None)
         waiting = next((each for each in before if _meet("waits", each, tx)), None)
-        rounded = next((each for each in before if _meet("rounds", each, tx) and _changes(tx)), None)
+        rounded = next((each for each in before if _meet("rounds", each, tx) and changes(tx)), None)
         early = next((each for each in before if "steps" in tx.stages and _meet("follows", each, tx)), None)
         if stepped is not None and takes_gradients:
             adds = "adds" in tx.stages and "steps" not in tx.stages
@@ -190,7 +190,7 @@ def _check_order(transforms: Sequence[Transform]) -> None:
             )
 
 
-def _changes(tx: Transform) -> bool:
+def changes(tx: Transform) -> bool:
     """Whether a transform may change what it is given, and not only hold leaves where they are."""
     passes = isinstance(tx.rate, (int, float)) and tx.rate == 1.0 and "flips" not in tx.stages
     return tx.frozen is None and not passes

@@ -63,6 +63,15 @@ def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, A
     return function(*args, **kwargs)
 
 
+def transforms_in(value: Any) -> list[Any]:
+    """The transforms among some arguments."""
+    if isinstance(value, Remembering):
+        return [value] if value.kind == "transform" else []
+    several = isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    values = value.values() if isinstance(value, dict) else value if several else ()
+    return [each for part in values for each in transforms_in(part)]
+
+
 def held_tensors(value: Any) -> list[Tensor]:
     """The tensors that something was made with: those in penalties, sums of them, and containers of both."""
     if isinstance(value, Tensor):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, named_chain
-from funcreg.construction import remembered, written
+from funcreg.construction import remembered, transforms_in, written
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
 from funcreg.regularizing import add_decayed_weights, where_masked
@@ -659,7 +659,7 @@ def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
             "'coupled'"
         )
     own = {} if call is None else {name: x for name, x in call.arguments.items() if name not in _CLIMBING}
-    if call is None or not any(map(_steps, _transforms_in(own))):
+    if call is None or not any(map(_steps, transforms_in(own))):
         raise ValueError(
             f"the learning rate inside {tx!r} is not to be seen; put with_weight_decay around the optimizer in it"
         )
@@ -693,14 +693,7 @@ def parts_of(tx: Transform) -> list[Transform]:
     """The transforms that a chain or a wrapper was made of."""
     if tx.links:
         return list(tx.links)
-    return [] if tx.made_by is None else _transforms_in([tx.made_by.args, tx.made_by.kwargs])
-
-
-def _transforms_in(value: Any) -> list[Transform]:
-    """The transforms among some arguments."""
-    found: list[Transform] = []
-    _with_parts(value, lambda part: found.append(part) or part)
-    return found
+    return [] if tx.made_by is None else transforms_in([tx.made_by.args, tx.made_by.kwargs])
 
 
 def every_part(tx: Transform) -> list[Transform]:

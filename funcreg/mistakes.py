@@ -10,7 +10,7 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
-from funcreg.combine import named_chain
+from funcreg.combine import changes, named_chain
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.construction import written
@@ -178,9 +178,7 @@ def _changes_after_rounding(entries: list[Entry]) -> Iterator[str]:
 
 
 def _changes(entry: Entry) -> bool:
-    tx = entry.tx
-    unit = isinstance(tx.rate, (int, float)) and tx.rate == 1.0 and "flips" not in tx.stages
-    return "lands" not in tx.stages and tx.frozen is None and not unit
+    return "lands" not in entry.tx.stages and changes(entry.tx)
 
 
 def _scales(entry: Entry) -> bool:

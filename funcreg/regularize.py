@@ -737,8 +737,8 @@ class Regularization:
                 return
         if self._acts_on_entries and not keeps:
             reached = {m.name: m.w.detach() for m in leaves}
-            ends, *of = self._ends
-            if ends is None or of[0] is not self._moving or of[1] is not self._classes:
+            ends, moving, numbers = self._ends
+            if ends is None or moving is not self._moving or numbers is not self._classes:
                 ends = EndToEnd(reached, sources, classes)
                 self._ends = ends, self._moving, self._classes
             landed = ends.land(task, reached, sources, columns, values)

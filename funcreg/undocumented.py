@@ -171,7 +171,8 @@ def count_maps() -> int:
     """
     transforms: Any = getattr(getattr(torch, "_functorch", None), "pyfunctorch", None)
     found = getattr(transforms, "retrieve_all_functorch_interpreters", list)()
-    return sum([each.key() == functorch.TransformType.Vmap for each in found])
+    kinds: Any = getattr(functorch, "TransformType", None)
+    return sum([kinds is not None and each.key() == kinds.Vmap for each in found])
 
 
 def has_tangents() -> bool:

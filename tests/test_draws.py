@@ -12,6 +12,7 @@ from torch import Tensor, nn, tensor
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
+from funcreg import undocumented
 from funcreg.draws import Draws
 
 ONES = torch.ones(200, 500)
@@ -119,6 +120,18 @@ def test_inside_a_map_of_the_users_each_row_draws_its_own_by_torch():
     assert context.not_compiled() == ["dropout"]
     with Draws(tensor(3), tensor(7)), pytest.raises(RuntimeError, match="random"):
         vmap(lambda x: F.dropout(x, 0.5))(rows)
+
+
+def test_without_a_count_of_maps_members_draw_the_same_alone_and_among_others(monkeypatch):
+    def loss(key: Tensor) -> Tensor:
+        with Draws(key, tensor(7)):
+            return F.dropout(torch.ones(20), 0.5)
+
+    keys = tensor([3, 4])
+    expected = torch.stack([loss(key) for key in keys])
+    monkeypatch.delattr("torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters")
+    assert undocumented.count_maps() == 0
+    assert torch.equal(vmap(loss)(keys), expected)
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,13 @@ def _open(node: Any) -> _Opened | None:
     kind: Any = type(node)
     if kind is dict or kind is OrderedDict:
         order = list(node)
-        keys = order if kind is OrderedDict else _sorted_keys(order)
+        keys = order if kind is OrderedDict or len(order) < 2 else _sorted_keys(order)
 
         def rebuild(children: list[Any]) -> Any:
-            found = dict(zip(keys, children, strict=True))
-            return kind([(key, found[key]) for key in order])
+            built = kind.fromkeys(order)
+            for key, child in zip(keys, children, strict=True):
+                built[key] = child
+            return built
 
         return keys, [node[key] for key in keys], rebuild
     fields = getattr(node, "_fields", None)
@@ -99,13 +101,31 @@ def _sorted_keys(keys: list[Any]) -> list[Any]:
 
 def _walk(node: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
     """Append the leaves of a tree; return what builds such a tree from an iterator of new ones, None for a leaf."""
+    builders: list[Callable[[Any], Any] | None] = []
+    if type(node) is dict:  # Most nodes. Without calls and comprehensions: traced code pays for each.
+        order = list(node)
+        keys = order if len(order) < 2 else _sorted_keys(order)
+        for key in keys:
+            child = node[key]
+            if isinstance(child, Tensor):
+                leaves.append(child)
+                builders.append(None)
+            else:
+                builders.append(_walk(child, leaves))
+
+        def build(new: Any) -> Any:
+            built = dict.fromkeys(order)
+            for key, builder in zip(keys, builders, strict=True):
+                built[key] = next(new) if builder is None else builder(new)
+            return built
+
+        return build
     if isinstance(node, Tensor) or (opened := _open(node)) is None:
         leaves.append(node)
         return None
     _, children, rebuild = opened
-    builders: list[Callable[[Any], Any] | None] = []
     for child in children:
-        if isinstance(child, Tensor):  # Without a call: traced code pays for each.
+        if isinstance(child, Tensor):
             leaves.append(child)
             builders.append(None)
         else:
@@ -116,6 +136,8 @@ def _walk(node: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
 def flatten(tree: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     """The leaves of a tree, and the function that builds such a tree from new leaves."""
     if torch.compiler.is_dynamo_compiling():
+        if isinstance(tree, Tensor):
+            return [tree], lambda new: next(iter(new))
         leaves: list[Any] = []
         builder = _walk(tree, leaves)
         return leaves, lambda new: next(iter(new)) if builder is None else builder(iter(new))

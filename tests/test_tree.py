@@ -399,6 +399,15 @@ def test_the_selection_of_this_library_comes_back_as_itself():
     assert copy.deepcopy(fr.matrices) is fr.matrices
 
 
+def test_compiled_code_builds_trees_as_eager_code_does():
+    """Dicts in the order that they came in, and kinds of nodes; leaves in that of sorted keys."""
+    x = torch.arange(3.0)
+    tree = {"b": x, "a": (x + 1, [x + 2, {}, None]), 1: (x + 3, {"z": x + 4, "y": x + 5}), "o": OrderedDict(z=x, c=x)}
+    both = lambda tree: (fr.tree_map(lambda a, b: a * b, tree, tree), fr.tree_leaves(tree), fr.tree_map(torch.neg, x))
+    found = torch.compile(both, fullgraph=True, backend="eager")(tree)
+    assert repr(found) == repr(both(tree))
+
+
 def test_selections_may_be_made_in_compiled_code():
     net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2)), "norm": nn.LayerNorm(2), "head": nn.Linear(2, 2)})
     made = ~fr.select(nn.Linear, module=torch.compile(net), min_ndim=2)

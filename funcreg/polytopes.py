@@ -281,9 +281,12 @@ def _nearest(x: Tensor, rows: Tensor, offsets: Tensor, equal: Tensor) -> Tensor:
 
 
 def _is_known(x: Tensor) -> bool:
-    """Whether all entries are true, and can be read: not while a function is traced or batched, or on a GPU."""
+    """Whether all entries are true, and can be read: not while a function is traced or batched, or on a GPU.
+
+    On the meta device nothing is left to be found.
+    """
     known = concrete(x)
-    return isinstance(known, Tensor) and bool(known.all())
+    return x.is_meta or (isinstance(known, Tensor) and bool(known.all()))
 
 
 def _of_length_1(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -463,6 +466,7 @@ def _duals(m: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     spread, whole = m.amax() - m.amin(), rows.sum()
     factor = (spread * max(m.shape) / torch.where(whole == 0, torch.ones_like(whole), whole)).clamp(min=1.0)
     near = torch.where(rows > 0, rows, math.inf).amin() / 10
+    is_lost = m.isnan().any()
     for _ in range(_MANY if concrete(m) is not None else min(100, 10 + 2 * sum(m.shape))):
         r, c = factor * rows, factor * columns
         alpha = _thresholds(m - beta, r.unsqueeze(-1)).squeeze(-1)
@@ -481,7 +485,7 @@ def _duals(m: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         better = ends & (now < least)
         best = torch.where(better, alpha, best[0]), torch.where(better, beta, best[1])
         least = torch.where(better, now, least)
-        if _is_known(ends & (torch.maximum(now, last) <= rounding)):
+        if _is_known(is_lost | (ends & (torch.maximum(now, last) <= rounding))):
             break
         factor = torch.where(now <= torch.maximum(near * factor, rounding), (factor / 4).clamp(min=1.0), factor)
     return best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 import pytest
 import torch
@@ -478,7 +479,7 @@ def test_lassonet_in_a_metric_lands_at_the_minimum_of_each_feature(outputs, rati
     near = {name: w[..., 7:] if name != "other" else w for name, w in metric.items()}
     whole = lambda v, u: LASSONET.prox({**rest, "skip": v, "hidden": u}, 0.4, ratio, alpha, metric=near)
     leaves = [rest[name].clone().requires_grad_() for name in ("skip", "hidden")]
-    torch.autograd.gradcheck(lambda v, u: tuple(whole(v, u)[name] for name in ("skip", "hidden")), leaves)
+    torch.autograd.gradcheck(lambda v, u: operator.itemgetter("skip", "hidden")(whole(v, u)), leaves)
 
 
 def test_lassonet_is_a_penalty_of_two_leaves():

@@ -63,10 +63,8 @@ def _open(node: Any) -> _Opened | None:
         keys = order if kind is OrderedDict or len(order) < 2 else _sorted_keys(order)
 
         def rebuild(children: list[Any]) -> Any:
-            built = kind.fromkeys(order)
-            for key, child in zip(keys, children, strict=True):
-                built[key] = child
-            return built
+            found = dict(zip(keys, children, strict=True))
+            return kind([(key, found[key]) for key in order])
 
         return keys, [node[key] for key in keys], rebuild
     fields = getattr(node, "_fields", None)

@@ -99,35 +99,43 @@ def _sorted_keys(keys: list[Any]) -> list[Any]:
 
 def _walk(node: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
     """Append the leaves of a tree; return what builds such a tree from an iterator of new ones, None for a leaf."""
-    builders: list[Callable[[Any], Any] | None] = []
-    if type(node) is dict:  # Most nodes. Without calls and comprehensions: traced code pays for each.
+    kind: Any = type(node)
+    order: Any
+    if kind is dict:
         order = list(node)
         keys = order if len(order) < 2 else _sorted_keys(order)
-        for key in keys:
-            child = node[key]
-            if isinstance(child, Tensor):
-                leaves.append(child)
-                builders.append(None)
-            else:
-                builders.append(_walk(child, leaves))
-
-        def build(new: Any) -> Any:
-            built = dict.fromkeys(order)
-            for key, builder in zip(keys, builders, strict=True):
-                built[key] = next(new) if builder is None else builder(new)
-            return built
-
-        return build
-    if isinstance(node, Tensor) or (opened := _open(node)) is None:
-        leaves.append(node)
-        return None
-    _, children, rebuild = opened
-    for child in children:
+    elif kind is tuple or (isinstance(node, tuple) and hasattr(node, "_fields")):
+        order = keys = range(len(node))
+    else:
+        return _walk_others(node, leaves)
+    builders: list[Callable[[Any], Any] | None] = []
+    for key in keys:  # Without calls and comprehensions: traced code pays for each.
+        child = node[key]
         if isinstance(child, Tensor):
             leaves.append(child)
             builders.append(None)
         else:
             builders.append(_walk(child, leaves))
+
+    def build(new: Any) -> Any:
+        built: dict[Any, Any] = dict.fromkeys(order)
+        for key, builder in zip(keys, builders, strict=True):
+            built[key] = next(new) if builder is None else builder(new)
+        if kind is dict:
+            return built
+        return kind(built.values()) if kind is tuple else kind(*built.values())
+
+    return build
+
+
+def _walk_others(node: Any, leaves: list[Any]) -> Callable[[Any], Any] | None:
+    """The same for leaves, and for nodes that are neither dicts nor tuples."""
+    opened = _open(node)
+    if opened is None:
+        leaves.append(node)
+        return None
+    _, children, rebuild = opened
+    builders = [_walk(child, leaves) for child in children]
     return lambda new: rebuild([next(new) if builder is None else builder(new) for builder in builders])
 
 
@@ -257,18 +265,31 @@ def leaves_like(tree: Any, other: Any, names: tuple[str, str] = ("the first tree
 
 
 def _pair(node: Any, other: Any, found: list[Any], path: Path, names: tuple[str, str]) -> None:
-    if isinstance(node, Tensor) or (opened := _open(node)) is None:
+    if isinstance(node, Tensor):
         found.append(other)
         return
-    against = _open(other)
-    if against is None or not _same_keys(opened[0], against[0]):
-        raise ValueError(_difference(opened, against, node, other, path, names))
-    others = dict(zip(against[0], against[1], strict=True))
-    for key, child in zip(opened[0], opened[1], strict=True):
+    if type(node) is dict and type(other) is dict and _same_keys(order := list(node), list(other)):
+        keys = places = order if len(order) < 2 else _sorted_keys(order)
+        children, others = node, other
+    else:
+        opened = _open(node)
+        if opened is None:
+            found.append(other)
+            return
+        against = _open(other)
+        if against is None or not _same_keys(opened[0], against[0]):
+            raise ValueError(_difference(opened, against, node, other, path, names))
+        keys, children = opened[0], opened[1]
+        places, others = range(len(keys)), against[1]
+        if keys != against[0]:
+            there = dict(zip(against[0], against[1], strict=True))
+            others = [there[key] for key in keys]
+    for key, place in zip(keys, places, strict=True):
+        child = children[place]
         if isinstance(child, Tensor):
-            found.append(others[key])
+            found.append(others[place])
         else:
-            _pair(child, others[key], found, (*path, key), names)
+            _pair(child, others[place], found, (*path, key), names)
 
 
 def _same_keys(a: list[Any], b: list[Any]) -> bool:
@@ -448,7 +469,7 @@ def check_alike(tree: Any, other: Any, names: tuple[str, str]) -> None:
 
 def _check_kinds(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
     """Raise a TypeError for the first of the others that is not dense, or not of such numbers as the leaf."""
-    for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
+    for i, leaf, found in zip(range(len(leaves)), leaves, others, strict=True):
         if found.dtype == leaf.dtype and found.layout is torch.strided:  # Its own dtype was checked in the first tree.
             continue
         if found.dtype in _NUMBERS and found.layout is torch.strided and (leaf.is_complex() or not found.is_complex()):
@@ -504,7 +525,7 @@ def _alike(tree: Any, leaves: list[Tensor], other: Any, names: tuple[str, str]) 
 
 
 def _check_leaves(tree: Any, leaves: list[Tensor], others: list[Any], names: tuple[str, str]) -> None:
-    for i, (leaf, found) in enumerate(zip(leaves, others, strict=True)):
+    for i, leaf, found in zip(range(len(leaves)), leaves, others, strict=True):
         if not (isinstance(found, Tensor) and leaf.shape == found.shape and leaf.device == found.device):
             _refuse(leaf, found, names, tree_paths(tree)[i])
 
@@ -611,7 +632,7 @@ def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[
             columns.append([value] * len(leaves))
         else:
             spread = broadcast(value, tree, "a hyperparameter")
-            for i, x in enumerate(spread):
+            for i, x in zip(range(len(spread)), spread, strict=True):
                 if isinstance(x, Tensor) and x.ndim and not fits(x, leaves[i].shape):
                     raise ValueError(
                         f"at leaf '{tree_paths(tree)[i]}': a hyperparameter has shape {tuple(x.shape)}; expected one "

@@ -465,7 +465,8 @@ class Penalty(Remembering):
         if len(hyper) > len(self._hyper):
             raise TypeError(f"{self._takes()}; got {len(hyper)} hyperparameters. {self._how_strong()}")
         values = list(hyper)
-        self._check_names(options)
+        if options:  # Most calls have none, and traced code pays for each look at them.
+            self._check_names(options)
         for parameter in self._hyper[len(hyper) :]:
             value = options.pop(parameter.name, parameter.default)
             if value is inspect.Parameter.empty:
@@ -475,14 +476,15 @@ class Penalty(Remembering):
                     + (". Is a * missing before a tuple?" if packed else "")
                 )
             values.append(value)
-        twice = [name for name in options if name not in self._options]
-        if twice:
-            raise TypeError(f"{self._takes()}; got {', '.join(twice)} by position and by name")
+        if options:
+            twice = [name for name in options if name not in self._options]
+            if twice:
+                raise TypeError(f"{self._takes()}; got {', '.join(twice)} by position and by name")
         for parameter, value in zip(self._hyper, values, strict=True):
             bounds = self.bounds.get(parameter.name)
             if bounds is None or type(value) is not float or not bounds[0] <= value <= bounds[1]:
                 _check(f"{parameter.name} of {self.__name__}", value, bounds)
-        weights = options.get("weights")
+        weights = options.get("weights") if options else None
         for tensor in weights if isinstance(weights, (list, tuple)) else (weights,):
             if isinstance(tensor, Tensor):
                 _check(f"weights of {self.__name__}", tensor, _AT_LEAST_0)

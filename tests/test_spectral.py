@@ -248,10 +248,13 @@ def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal
 @pytest.mark.parametrize("name", ["nuclear", "spectral", "schatten", "spectral_mcp", "srip"])
 def test_compiled_values_have_the_same_derivatives_where_singular_values_are_equal_or_zero(name):
     case = (PENALTIES | GRADIENT_ALONE)[name]
-    twice = grad(lambda w: (grad(case.value)(w) * torch.ones_like(w)).sum())
 
-    def everything(w):
-        return case.value(w), grad(case.value)(w), vmap(grad(case.value))(torch.stack([w, 2 * w])), twice(w)
+    def slope(w):
+        first = grad(case.value)(w)
+        return first.sum(), first
+
+    def everything(w):  # Second derivatives, first ones on the way to them.
+        return case.value(w), grad(slope, has_aux=True)(w), vmap(grad(case.value))(torch.stack([w, 2 * w]))
 
     assert_compiled_is_plain(everything)
 

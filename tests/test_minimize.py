@@ -334,7 +334,11 @@ def of_low_rank(make):
         moved = y + c * x[:, 0]  # `stiefel` has no number: its solution depends on the data.
         return fr.minimize(loss, start, penalty, *hyper, args=(moved,), tol=1e-11, **options).params
 
-    return solution, lambda c: solution(c).square().sum() + solution(c).sum()
+    def size(c):
+        found = solution(c)
+        return found.square().sum() + found.sum()
+
+    return solution, size
 
 
 @pytest.mark.parametrize(("at", "make"), SPECTRAL.values(), ids=SPECTRAL)

@@ -521,6 +521,8 @@ def test_leaves_without_a_gradient_count_in_their_groups_and_stay_where_they_are
             assert name in names or w.detach().equal(before[name])
             assert w.isfinite().all()
     for _ in range(200):
+        if params["d"].norm() <= 0.5 * before["d"].norm():
+            break
         for w in params.values():
             w.grad = torch.zeros_like(w)
         params["b"].grad = None
@@ -579,7 +581,7 @@ def test_a_mixture_of_experts_trains_where_some_get_no_row(row):
     optimizer = row.make(net.parameters())
     fr.regularize(optimizer, fr.coupled(fr.group_lasso, families), strength=1e-3, module=net)
     generator, missing = torch.Generator().manual_seed(0), set()
-    for _ in range(40):
+    for _ in range(24):
         x = torch.randn(4, 6, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
         optimizer.zero_grad()
         net(x).square().mean().backward()

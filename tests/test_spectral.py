@@ -228,7 +228,7 @@ def assert_compiled_is_plain(everything):
     """At matrices with distinct, equal and zero singular values, where derivatives are finite, too."""
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     eye = torch.eye(3, dtype=torch.float64)
-    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0], torch.zeros_like(eye), torch.diag(eye[0])):
+    for w in (random(3, 3), eye, torch.linalg.qr(random(3, 3))[0].contiguous(), torch.zeros_like(eye), torch.diag(eye[0])):
         found = compiled(w)
         assert flat(found).isfinite().all()
         assert_equal(found, everything(w), rtol=1e-12, atol=1e-14)

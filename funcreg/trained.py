@@ -193,11 +193,12 @@ class Model:
                 ) from error
         self._draws |= draws.calls > 0
         self.not_compiled = list(dict.fromkeys([*self.not_compiled, *draws.not_compiled()]))
-        if not self._warned and not all(map(torch.equal, _generators(device), before)):
+        if not self._warned and (draws.by_generators or not all(map(torch.equal, _generators(device), before))):
             self._warned = True
             warn_user(
                 "the model draws random numbers in a way that does not follow the seeds of members, as recurrent "
-                "layers with dropout do: members draw different ones, which also depend on which others are trained."
+                "layers with dropout and generators of its own do: members draw different ones, which also depend on "
+                "which others are trained. What rand, randn, bernoulli and dropout draw does follow them."
             )
         return value
 
@@ -365,6 +366,12 @@ def _under_vmap(error: Exception, hyper: Config) -> str:
     names = ", ".join(name for name, h in hyper.items() if isinstance(h, Tensor))
     hint = f" The loss takes {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
+    if "random" in said:
+        return (
+            f"model and loss run for one member, but not for all at once under vmap{said}. Each member draws its own: "
+            "by torch.rand, randn, rand_like, randn_like or bernoulli, without out= and a generator, or in place into "
+            "what torch.empty, empty_like or x.new_empty has made there"
+        )
     return (
         f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
     )

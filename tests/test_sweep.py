@@ -294,10 +294,23 @@ def variational(outputs, y):
     return F.cross_entropy(F.dropout(outputs, 0.3), y)
 
 
+class Noisy(nn.Module):
+    """What draws in place into new memory, as stochastic depth does, by a distribution, and an order."""
+
+    def forward(self, h):
+        kept = torch.empty(len(h), 1).bernoulli_(0.7)
+        h = torch.distributions.Normal(h, F.softplus(h)).rsample()
+        return F.rrelu(kept * h[torch.randperm(len(h))], training=self.training)
+
+
 DRAWING = {
     "dropout": (dropping, F.cross_entropy, fr.adam),
     "noise of a chain": (plain, F.cross_entropy, noisy),
     "a loss that draws": (plain, variational, fr.sgd),
+    "layers that draw": pytest.param(
+        lambda: nn.Sequential(nn.Linear(6, 2), Noisy()), F.cross_entropy, fr.sgd,
+        marks=pytest.mark.filterwarnings("ignore:sweep runs without a compiler, with equal results. there randperm"),
+    ),
     "attention": (
         lambda: nn.Sequential(nn.Unflatten(-1, (3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
                               nn.Flatten(), nn.Linear(6, 2)),
@@ -342,6 +355,15 @@ def test_what_does_not_follow_seeds_is_told():
     take = lambda outputs, y: F.cross_entropy(outputs[0], y % 5)
     with pytest.warns(UserWarning, match="does not follow the seeds"):
         fr.sweep(deep, take, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    own = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2, generator=torch.Generator().manual_seed(3)), y)
+    with pytest.warns(UserWarning, match="does not follow the seeds of members, as recurrent layers .* generators"):
+        fr.sweep(plain, own, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    shared = torch.zeros(2)
+    loss = lambda outputs, y: F.cross_entropy(outputs + shared.normal_(), y)
+    with pytest.raises(
+        TypeError, match=r"normal_ writes .* into one tensor.* Each member draws its own: by torch.rand"
+    ):
+        fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
     loss = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2), y)
     train = lambda **kw: fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1, **kw)
     with pytest.warns(UserWarning, match="without a compiler, with equal results: there randn would draw other"):

@@ -18,7 +18,7 @@ from funcreg.grids import Config
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
 from funcreg.ranges import number
-from funcreg.tree import check_params, tree_leaves, tree_map
+from funcreg.tree import check_params, listed, tree_leaves, tree_map
 
 
 class Model:
@@ -148,7 +148,7 @@ class Model:
         try:
             self._mapped(slope, hyper)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(_under_vmap(error, hyper)) from error
+            raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
     def check_validation(self, hyper: Config, batch: Any) -> None:
         """Call the loss on rows that are held out, for one member and by `vmap`, and find out how they are measured."""
@@ -166,7 +166,7 @@ class Model:
             try:
                 self._mapped(one, hyper)
             except (RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(_under_vmap(error, hyper)) from error
+                raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
     def _tried(
         self, arguments: Callable[[], tuple[Any, ...]], hyper: Config, params: Any, batch: Any, name: str
@@ -361,8 +361,15 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
     return train, valid
 
 
-def _under_vmap(error: Exception, hyper: Config) -> str:
+def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> str:
     """Why what runs for one member does not run for all."""
+    layers = () if module is None else module.named_modules()
+    counting = [f"'{name}'" for name, layer in layers if getattr(layer, "momentum", 0.0) is None]
+    if counting and "calling .item()" in str(error):
+        return (
+            f"{listed(counting)} has momentum=None, for which a layer reads its count of batches as a number, as "
+            "nothing can under vmap; expected a momentum, such as 0.1"
+        )
     names = ", ".join(name for name, h in hyper.items() if isinstance(h, Tensor))
     hint = f" The loss takes {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.

@@ -349,6 +349,12 @@ def test_noise_of_a_chain_follows_from_its_key_too():
     assert not torch.equal(first[1], other[1])
 
 
+def test_a_layer_that_reads_its_count_is_named():
+    network = lambda: nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2, momentum=None))
+    with pytest.raises(TypeError, match=r"'1' has momentum=None, .* expected a momentum"):
+        fr.sweep(network, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+
+
 @SLOWLY
 def test_what_does_not_follow_seeds_is_told():
     deep = nn.LSTM(6, 5, num_layers=2, dropout=0.5)

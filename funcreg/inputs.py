@@ -291,6 +291,8 @@ def _of_dtypes(said: str, tensors: list[_Named]) -> str:
     # Numbers without dimensions take part in any arithmetic.
     dtypes = _grouped([each for each in tensors if each[2].ndim], lambda x: x.dtype)
     floats = {dtype: names for dtype, names in dtypes.items() if dtype.is_floating_point}
+    if "output type long" in said:
+        return f"{_said(dtypes)}. Such targets are numbers of floating point, not classes: y.float() makes them."
     if "type long" in said or "be long" in said:  # Texts of several versions of torch.
         return f"{_said(dtypes)}. Classes are whole numbers, of int64: y.long() makes them."
     if len(floats) > 1:

@@ -185,9 +185,9 @@ class Model:
                 raise TypeError(f"the module failed on {rows}: {first_line(error)}. {cause}".rstrip()) from error
             try:
                 value = self.loss(*args, **hyper)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 cause = misfit(error, {"argument": args}, self.loss)
-                kind = ValueError if isinstance(error, ValueError) else TypeError
+                kind = ValueError if isinstance(error, (ValueError, IndexError)) else TypeError
                 raise kind(
                     f"the loss failed on {rows}: {first_line(error)}. It was given {_shapes(args)}. {cause}".rstrip()
                 ) from error
@@ -347,6 +347,11 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
             raise ValueError(f"folds is {folds!r}; expected a number from 2 to that of the rows, {count}")
         valid = list(shuffled.tensor_split(folds))
         return [torch.cat([*valid[:k], *valid[k + 1 :]]) for k in range(folds)], valid
+    if isinstance(folds, str) or not isinstance(folds, Iterable):
+        raise TypeError(
+            f"folds is {folds!r}; expected a number, or pairs of row indices, (for training, for validation), as "
+            "list(KFold(5).split(x)) has them"
+        )
     pairs = [tuple(pair) for pair in folds]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError("folds are no pairs of row indices, (for training, for validation), as KFold.split makes them")

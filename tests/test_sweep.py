@@ -532,6 +532,14 @@ def test_schedules_of_members_have_rates_of_their_own():
     assert_close(result.member(1), alone.member(), rtol=1e-5, atol=1e-6)
 
 
+def test_numbers_of_a_grid_are_pythons_and_labels_that_no_class_has_are_told():
+    found = fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": np.array([0.1, 0.2])}, data(), epochs=1)
+    assert [type(row["learning_rate"]) for row in found.rows] == [float, float]
+    x, y = data()
+    with pytest.raises(ValueError, match=r"the loss failed on a batch: IndexError.*out of bounds.*It was given"):
+        fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": [0.1]}, (x, y + 9), epochs=1)
+
+
 def test_random_draws_come_from_distributions_and_lists():
     class Scipys:
         def rvs(self, size, random_state):
@@ -907,7 +915,13 @@ MISFITS = {
     "float64": ({"data": (data()[0].double(), data()[1])}, "the module failed on a batch.*float64: data at '0'"),
     "float32": ({"model": lambda: plain().double()}, "the module failed on a batch.*float32: data at '0'"),
     "float classes": ({"data": (data()[0], data()[1].float())}, r"the loss failed.*torch.float32.*y.long\(\)"),
+    "whole targets": (
+        {"loss": lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y)},
+        r"the loss failed.*int64.*not classes: y.float\(\)",
+    ),
     "whole inputs": ({"data": (data()[0].long(), data()[1])}, "the module failed on a batch.*int64: data at '0'"),
+    "a splitter": ({"folds": KFold(3)}, r"folds is KFold.*expected a number, or pairs .* as list\(KFold"),
+    "no hyperparameters": ({"grid": {}, "make": lambda rate: fr.sgd(rate)}, "grid names no .* 'rate'"),
     "reads": ({"model": Reads}, "not for all at once under vmap"),
     "loss reads": ({"loss": lambda o, y: F.cross_entropy(o, y) * (2 if o.sum() > 0 else 1)}, "not for all at once"),
     "score": ({"score": lambda y, outputs: accuracy_score(y, outputs)}, r"the score failed: ValueError.*\(12, 2\)"),

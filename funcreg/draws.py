@@ -1,9 +1,9 @@
 """Random numbers of members: each is a function of the member's key, the step, the call that draws it, and its place.
 
 `vmap` draws the numbers of all its members at once, so that those of one depend on who else is there. While a `Draws`
-is entered, what torch draws in dropout, in that of attention, and in `rand`, `randn`, `rand_like`, `randn_like` and
-`randint` comes from the key instead: a member draws the same numbers alone and among others, in eager and in compiled
-code. All else, also inside of a `vmap` of the user's, is drawn by torch.
+is entered, what torch draws comes from the key instead, for all functions in the table at the end: a member draws the
+same numbers alone and among others, in eager and in compiled code. All else, also inside of a `vmap` of the user's and
+by a generator of the user's, is drawn by torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from funcreg.rounding import mixed, shifted, signed, words
-from funcreg.undocumented import count_maps, is_compiling
+from funcreg.undocumented import count_maps, is_batched, is_compiling
 
 #: What tells one call of a step from the next.
 _CALL = signed(0xD1B54A32D192ED03)
@@ -40,6 +40,7 @@ class Draws(TorchFunctionMode):
         self._maps = 0
         self.functions: set[Callable[..., Any]] = set()  # That have drawn,
         self._inside: set[Callable[..., Any]] = set()  # and those by which torch drew, inside of another `vmap`.
+        self.by_generators = False  # Whether torch drew by a generator of the user's.
 
     def __enter__(self) -> Draws:
         self._maps = 0 if is_compiling() else count_maps()
@@ -49,18 +50,29 @@ class Draws(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = {name: x for name, x in (kwargs or {}).items() if name != "generator" or x is not None}
+        if func in _FRESH:
+            return self._own(func(*args, **kwargs))
         drawing, calls = _DRAWING.get(func), self.calls
         if drawing is not None and not is_compiling() and count_maps() > self._maps:
             self._inside.add(func)  # Of members of its own, each of which draws others.
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if drawing is None:
             # The method is the one that compilers cannot read inside of such a context.
             func = torch.unflatten if getattr(func, "__name__", "") == "unflatten" else func
-            return func(*args, **(kwargs or {}))
-        found = drawing(self, func)(*args, **(kwargs or {}))
+            found = func(*args, **kwargs)
+        else:
+            found = drawing(self, func)(*args, **kwargs)
         if self.calls > calls:
             self.functions.add(func)
+        self.by_generators |= self.calls == calls and isinstance(kwargs.get("generator"), torch.Generator)
         return found
+
+    def _own(self, made: Tensor) -> Tensor:
+        """Memory that was made without numbers, as the member's own: what it draws may be written there."""
+        if is_compiling() or count_maps() > self._maps or not is_batched(self._key):
+            return made
+        return torch.where(self._key == 0, made, made)
 
     def not_compiled(self) -> list[str]:
         """Names of functions that have drawn, and that compilers call without asking this context, or when not to."""
@@ -80,12 +92,19 @@ class Draws(TorchFunctionMode):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return (shifted(self.words(shape, device), 64 - digits).to(wide) * 2.0**-digits).to(dtype)
 
-    def normal(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Normal numbers."""
+    def inside(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Numbers above 0 and below 1, in float64 or float32."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         half = torch.finfo(wide).eps / 4  # Of the distance between two uniform numbers, away from 0 and 1.
-        inside = (self.uniform(shape, device, wide) + half).clamp(max=1 - 2 * half)
-        return (math.sqrt(2) * torch.erfinv(2 * inside - 1)).to(dtype)
+        return (self.uniform(shape, device, wide) + half).clamp(max=1 - 2 * half)
+
+    def normal(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal numbers."""
+        return (math.sqrt(2) * torch.erfinv(2 * self.inside(shape, device, dtype) - 1)).to(dtype)
+
+    def exponential(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Exponential numbers of mean 1, none of which is 0."""
+        return -torch.log1p(-self.inside(shape, device, dtype)).to(dtype)
 
 
 # What is drawn instead: each of these makes, of a function of torch, one with its arguments
@@ -197,18 +216,147 @@ def _integers(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     """`randint(low, high, size)`, of any generator by the seed that it began with."""
 
     def call(*args: Any, generator: Any = None, dtype: torch.dtype = torch.int64, **options: Any) -> Tensor:
+        args = (*args, *[options.pop(name) for name in ("low", "high", "size") if name in options])
         if len(args) not in (2, 3) or not all([isinstance(x, int) for x in args[:-1]]) or options.keys() - {"device"}:
             return func(*args, generator=generator, dtype=dtype, **options)
         low, high = (0, args[0]) if len(args) == 2 else args[:2]
         if high <= low:  # An error of torch's.
             return func(*args, generator=generator, dtype=dtype, **options)
         extra = 0 if generator is None else signed(generator.initial_seed())
-        bits = draws.words(args[-1], options.get("device"), extra)
-        if high - low >= 2**63:
-            return bits.to(dtype)
-        return (low + shifted(bits, 1) % (high - low)).to(dtype)
+        return _between(draws, low, high, args[-1], options.get("device"), extra).to(dtype)
 
     return call
+
+
+def _between(draws: Draws, low: int, high: int, shape: Sequence[int], device: Any, extra: int = 0) -> Tensor:
+    """Whole numbers from one to below another."""
+    bits = draws.words(shape, device, extra)
+    return bits if high - low >= 2**63 else low + shifted(bits, 1) % (high - low)
+
+
+def _integers_like(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(input: Tensor, *args: Any, **options: Any) -> Tensor:
+        if len(args) not in (1, 2) or not all([isinstance(x, int) for x in args]) or options or args[-1] <= 0:
+            return func(input, *args, **options)
+        low, high = (0, args[0]) if len(args) == 1 else args
+        return _between(draws, low, high, input.shape, input.device).to(input.dtype)
+
+    return call
+
+
+def _order(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(n: int, *args: Any, **options: Any) -> Tensor:
+        if args or options.keys() - {"device"}:
+            return func(n, *args, **options)
+        return draws.words((n,), options.get("device")).argsort()
+
+    return call
+
+
+def _normal(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`normal(mean, std)`, one of which is a tensor, or `normal(mean, std, size)`."""
+
+    def call(mean: Any, std: Any = 1.0, *args: Any, **options: Any) -> Tensor:
+        tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
+        if args or options or not tensors or not all([x.is_floating_point() for x in tensors]):
+            if len(args) != 1 or tensors or options.keys() - {"dtype", "device"}:
+                return func(mean, std, *args, **options)
+            made = torch.empty(*args, **options)
+            return mean + std * draws.normal(made.shape, made.device, made.dtype)
+        dtype = tensors[0].dtype
+        shape = torch.broadcast_shapes(*[x.shape for x in tensors])
+        return (mean + std * draws.normal(shape, tensors[0].device, dtype)).detach().to(dtype)
+
+    return call
+
+
+def _flips(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`bernoulli(p)`, a tensor of probabilities, or `bernoulli(like, p)`."""
+
+    def call(input: Tensor, p: float | None = None, **options: Any) -> Tensor:
+        if options or not input.is_floating_point():
+            return func(input, p, **options) if p is not None else func(input, **options)
+        share = input.detach() if p is None else p
+        return (draws.uniform(input.shape, input.device, input.dtype) < share).to(input.dtype)
+
+    return call
+
+
+def _chosen(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`multinomial` without replacement, or of one: the greatest quotients of weights and exponential numbers."""
+
+    def call(input: Tensor, num_samples: int, replacement: bool = False, **options: Any) -> Tensor:
+        if options or (replacement and num_samples != 1):
+            return func(input, num_samples, replacement, **options)
+        weights = input.detach() / draws.exponential(input.shape, input.device, input.dtype)
+        return weights.topk(num_samples).indices
+
+    return call
+
+
+def _rrelu(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(
+        input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+    ) -> Tensor:
+        if not input.is_floating_point():
+            return func(input, lower, upper, training, inplace)
+        share = draws.uniform(input.shape, input.device, input.dtype) if training else 0.5
+        slopes = lower + (upper - lower) * share  # Of torch there is no map of either.
+        found = torch.where(input > 0, input, input * slopes)
+        return input.copy_(found) if inplace else found
+
+    return call
+
+
+def _gumbel(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+        noise = -draws.exponential(logits.shape, logits.device, logits.dtype).log()
+        soft = ((logits + noise) / tau).softmax(dim)
+        if not hard:
+            return soft
+        ones = torch.zeros_like(logits).scatter(dim, soft.argmax(dim, keepdim=True), 1.0)
+        return ones - soft.detach() + soft
+
+    return call
+
+
+def _filled(kind: str, of: Callable[..., Tensor]) -> Callable[..., Any]:
+    """What fills a tensor in place with a function of numbers of some kind, and of what it was given."""
+
+    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
+            if "generator" in options or x.is_complex():
+                return func(x, *args, **options)
+            dtype = x.dtype if x.is_floating_point() else torch.float32
+            if "from" in options:  # A word of Python's.
+                options["start"] = options.pop("from")
+            return _written(x, of(getattr(draws, kind)(x.shape, x.device, dtype), *args, **options), func.__name__)
+
+        return call
+
+    return drawing
+
+
+def _integers_filled(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`random_(high)` and `random_(low, high)`; without them, all numbers of a dtype, it is torch's."""
+
+    def call(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if len(args) not in (1, 2) or not all([isinstance(each, int) for each in args]) or options:
+            return func(x, *args, **options)
+        low, high = (0, args[0]) if len(args) == 1 else args
+        if high <= low:  # An error of torch's.
+            return func(x, *args)
+        return _written(x, _between(draws, low, high, x.shape, x.device), func.__name__)
+
+    return call
+
+
+def _written(x: Tensor, found: Tensor, name: str) -> Tensor:
+    """A tensor, with a member's numbers written into it."""
+    try:
+        return x.copy_(found)
+    except RuntimeError as error:  # Of vmap, or of grad where it comes from outside.
+        raise RuntimeError(f"{name} writes random numbers of each member into one tensor for all of them") from error
 
 
 _every = _dropout(lambda x: x.shape)
@@ -226,4 +374,23 @@ _DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] =
     torch.randn: _made("normal", torch.empty),
     torch.randn_like: _made("normal", torch.empty_like),
     torch.randint: _integers,
+    torch.randint_like: _integers_like,
+    torch.randperm: _order,
+    torch.normal: _normal,
+    torch.bernoulli: _flips,
+    Tensor.bernoulli: _flips,
+    torch.multinomial: _chosen,
+    Tensor.multinomial: _chosen,
+    F.rrelu: _rrelu,
+    F.gumbel_softmax: _gumbel,
+    Tensor.normal_: _filled("normal", lambda z, mean=0.0, std=1.0: mean + std * z),
+    Tensor.log_normal_: _filled("normal", lambda z, mean=1.0, std=2.0: (mean + std * z).exp()),
+    Tensor.uniform_: _filled("uniform", lambda u, start=0.0, to=1.0: start + (to - start) * u),
+    Tensor.bernoulli_: _filled("uniform", lambda u, p=0.5: u < p),
+    Tensor.exponential_: _filled("exponential", lambda e, lambd=1.0: e / lambd),
+    Tensor.geometric_: _filled("exponential", lambda e, p: (e / -math.log1p(-p)).ceil()),
+    Tensor.cauchy_: _filled("inside", lambda u, median=0.0, sigma=1.0: median + sigma * torch.tan(math.pi * (u - 0.5))),
+    Tensor.random_: _integers_filled,
 }
+#: What makes memory without numbers.
+_FRESH = {torch.empty, torch.empty_like, Tensor.new_empty, Tensor.new}

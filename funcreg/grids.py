@@ -96,7 +96,9 @@ def _axis(name: str, values: Any, draws: int | None) -> Any:
 
 def _plain(value: Any) -> Any:
     """A number in a tensor or of numpy as a number of Python, anything else as it is."""
-    return value.item() if isinstance(value, Tensor) and not value.ndim else number(value)
+    # Some numbers of numpy are numbers of Python, too, but are written as what they are.
+    plain = isinstance(value, Tensor) or type(value).__module__ == "numpy"
+    return value.item() if plain and value.ndim == 0 else number(value)
 
 
 def _is_distribution(values: Any) -> bool:
@@ -165,6 +167,8 @@ def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[.
     try:
         inspect.signature(make).bind(**dict.fromkeys(to_make))
     except TypeError as error:
+        if not names:
+            raise TypeError(f"grid names no hyperparameters, and the factory needs some: {error}") from error
         raise TypeError(
             f"the factory lacks hyperparameters of the grid, {', '.join(names)}: {error}. What is the same for all "
             f"members goes into a function, as in lambda {', '.join(names)}: {getattr(make, '__name__', 'make')}(...)."

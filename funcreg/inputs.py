@@ -45,7 +45,7 @@ def as_tensors(tree: Any, name: str, params: Params) -> Any:
     if not any([is_array(x) or is_sparse_matrix(x) or in_rows(x) for x in tree_leaves(tree)]):
         return tree
     tree = tree_map(lambda x: _coordinates(x, params) if is_sparse_matrix(x) else x, tree)
-    made = map_with_path(lambda path, x: _tensor(x, _at(name, path), params) if is_array(x) else x, tree)
+    made = map_with_path(lambda path, x: _tensor(x, at(name, path), params) if is_array(x) else x, tree)
     try:
         return tree_map(lambda x: x.to_sparse() if in_rows(x) else x, made)
     except RuntimeError as error:
@@ -63,7 +63,7 @@ def _coordinates(x: Any, params: Params) -> Tensor:
     return torch.sparse_coo_tensor(places, entries, shape, check_invariants=not is_transformed(), is_coalesced=True)
 
 
-def _at(name: str, path: tuple[Any, ...]) -> str:
+def at(name: str, path: tuple[Any, ...]) -> str:
     return f"{name} at '{dotted(path)}'" if path else name
 
 
@@ -114,7 +114,7 @@ def as_data(data: Any, params: Params, name: str = "data") -> tuple[Any, ...]:
         raise TypeError(
             f"{name} is a {type(data).__name__}; expected a tuple of tensors, (inputs, *targets).{_hint(data)}"
         )
-    parts = [_of_numbers(x, _at(name, (k,)), params) for k, x in enumerate(data)]
+    parts = [_of_numbers(x, at(name, (k,)), params) for k, x in enumerate(data)]
     tensors = as_tensors(tuple(parts), name, params)
     sparse = [place for place, x in zip(tree_paths(tensors), tree_leaves(tensors), strict=True) if _is_sparse(x)]
     if sparse:
@@ -278,7 +278,7 @@ def misfit(error: Exception, trees: dict[str, Any], function: Any = None) -> str
             f"It holds {listed(arrays)}, no tensor: expected what torch.as_tensor makes of it. In args, arrays are "
             "converted."
         )
-    others = list(dict.fromkeys(_at(name, path[:1]) for name, path, x in given if _is_list(x, path)))
+    others = list(dict.fromkeys(at(name, path[:1]) for name, path, x in given if _is_list(x, path)))
     if others and type(error) is TypeError:
         return f"There are lists: {listed(others)}; expected tensors, as torch.as_tensor makes of them."
     tensors = [each for each in given if isinstance(each[2], Tensor)]
@@ -291,6 +291,8 @@ def _of_dtypes(said: str, tensors: list[_Named]) -> str:
     # Numbers without dimensions take part in any arithmetic.
     dtypes = _grouped([each for each in tensors if each[2].ndim], lambda x: x.dtype)
     floats = {dtype: names for dtype, names in dtypes.items() if dtype.is_floating_point}
+    if "output type long" in said:
+        return f"{_said(dtypes)}. Such targets are numbers of floating point, not classes: y.float() makes them."
     if "type long" in said or "be long" in said:  # Texts of several versions of torch.
         return f"{_said(dtypes)}. Classes are whole numbers, of int64: y.long() makes them."
     if len(floats) > 1:
@@ -335,7 +337,7 @@ def _grouped(tensors: list[_Named], key: Callable[[Tensor], Any]) -> dict[Any, l
     """From dtypes or devices to the names of the tensors that have them."""
     found: dict[Any, list[str]] = {}
     for name, path, x in tensors:
-        found.setdefault(key(x), []).append(f"'{path[0]}', {_HELD}" if name == _HELD else _at(name, path))
+        found.setdefault(key(x), []).append(f"'{path[0]}', {_HELD}" if name == _HELD else at(name, path))
     return found
 
 

@@ -33,12 +33,12 @@ from funcreg.quadratic import (
     step,
     unless_done,
 )
-from funcreg.ranges import check_range
+from funcreg.ranges import check_range, number
 from funcreg.regularizing import check_penalty
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
+from funcreg.tree import check_params, listed, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
 from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import Flat, flat_problem
 
@@ -199,7 +199,8 @@ class Problem:
         check_fit(params, self.mask, strength, *self.hyper)
         check_groups_are_whole(self.penalty, self.mask, params)
         self._check_tolerance(params)
-        if type(self.max_steps) is not int or self.max_steps < 0:
+        steps = number(self.max_steps)
+        if type(steps) is not int or steps < 0:
             raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")
         for path, w in zip(tree_paths(params), tree_leaves(params), strict=True):
             if w.is_complex():
@@ -547,6 +548,9 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
             "item() in it hides them.",
         )
     s = _State(*s)
+    lost = s.residual.isnan() | ~s.slope.isfinite().all(-1)
+    if bool(lost.any()):
+        warn_user(_why_lost(flat, tensors, lost))
     hessian = hessian if _is_small(s.x) else None
     n, wait = 0, _EVERY
     # A Hessian costs as much as so many steps as it has rows, or somewhat less.
@@ -563,6 +567,19 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
                 continue
         s, n = _State(*proximal(tensors, s)), n + 1
     return s.x, s.residual, s.steps, s.residual <= flat.tol, s.rate, s.metric
+
+
+def _why_lost(flat: Flat, tensors: Any, lost: Tensor) -> str:
+    """What is said where a descent cannot begin."""
+    pairs = zip(flat.names(), tensors, strict=True)
+    names = [name for name, x in pairs if x.is_floating_point() and not bool(x.isfinite().all())]
+    for_some = f" for {int(lost.sum())} of {lost.numel()} members" if lost.ndim else ""
+    cause = (
+        f"There is NaN or inf in {listed(names)}."
+        if names
+        else "Expected params at which the loss is finite and smooth; log(w), 1 / w and w.sqrt() are not at 0."
+    )
+    return f"the loss or its gradient is not finite at params{for_some}, so that no step is taken. {cause}"
 
 
 def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget: int) -> tuple[_State, int, int]:

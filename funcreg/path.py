@@ -20,7 +20,7 @@ from funcreg.inputs import as_data, as_tensors, check_call, check_names, explain
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
-from funcreg.ranges import check_range
+from funcreg.ranges import check_range, number
 from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state
 from funcreg.tree import flatten, tree_leaves, tree_map, wide
@@ -224,7 +224,7 @@ def _strengths(
         values = values.to(like.device)
         falling = values.argsort(descending=True, stable=True)
         return values.index_select(0, falling), falling.argsort()
-    if type(count) is not int or count < 1:
+    if type(number(count)) is not int or count < 1:
         raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
     leaves, rebuild = flatten(grad(lambda point: problem.loss(point, *args))(start))
@@ -310,8 +310,8 @@ def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int
     least = _TOGETHER if quadratic else 1
     numbers = [float(x) for x in strengths.detach().cpu()]  # Under derivatives torch 2.9 makes no list of a tensor.
     sizes, first = [], 0
-    for k, number in enumerate(numbers):
-        far = k - first >= least and number < share * numbers[max(first - 1, 0)]
+    for k, strength in enumerate(numbers):
+        far = k - first >= least and strength < share * numbers[max(first - 1, 0)]
         if k - first == most or far:
             sizes.append(k - first)
             first = k
@@ -358,7 +358,8 @@ def _solved_with_screening(problem: Problem, args: Any, start: Params, before: T
 
 
 def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
-    solve = lambda strength: problem.solve(start, strength, args, kept)
+    places = None if kept is None else without_levels(kept)  # Solutions know the derivatives of what they are given.
+    solve = lambda strength: problem.solve(start, strength, args, places)
     if len(strengths) == 1:
         return tree_map(lambda x: x.unsqueeze(0), solve(strengths[0]))
     if not problem.compile:
@@ -494,12 +495,12 @@ def _folds(folds: SupportsIndex | Iterable[Any], samples: int, device: torch.dev
     if len(given) < 2:
         raise ValueError(f"folds are {len(given)}; expected at least 2, or there is no standard error")
     found = []
-    for number, fold in enumerate(given):
+    for k, fold in enumerate(given):
         pair = isinstance(fold, tuple) and len(fold) == 2  # Of scikit-learn: samples to fit, and samples held out.
-        tests = _places(fold[1] if pair else fold, number, samples)
-        trains = _places(fold[0], number, samples) if pair else (~_held(tests, samples)).nonzero()[:, 0]
+        tests = _places(fold[1] if pair else fold, k, samples)
+        trains = _places(fold[0], k, samples) if pair else (~_held(tests, samples)).nonzero()[:, 0]
         if not len(trains) or bool((_held(tests, samples) & _held(trains, samples)).any()):
-            raise ValueError(f"fold {number} holds out all samples, or some that it fits")
+            raise ValueError(f"fold {k} holds out all samples, or some that it fits")
         found.append((tests.to(device), trains.to(device)))
     return found
 

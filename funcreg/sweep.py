@@ -162,10 +162,10 @@ def sweep(
 
     Every member is trained as if it were alone: it has its own hyperparameters, state, buffers and random numbers. All
     see the same batches, so that only their hyperparameters and seeds tell them apart. What a member draws, in dropout
-    and that of attention, by `rand`, `randn`, `rand_like`, `randn_like` and `randint`, and as the key of a chain's
-    noise, follows from its seed, whoever is trained beside it. What torch draws otherwise (`bernoulli`, in place, in
-    recurrent layers with dropout, in a `vmap` of the loss) does not: members draw different numbers there, the same
-    again only among the same members, and a warning says so.
+    and that of attention, by `rand`, `randn`, `randint`, `randperm`, `normal`, `bernoulli` and their like, in place,
+    and as the key of a chain's noise, follows from its seed, whoever is trained beside it. What torch draws otherwise
+    (`poisson`, by a generator, in recurrent layers with dropout, in a `vmap` of the loss) does not: members draw
+    different numbers there, the same again only among the same members, and a warning says so.
 
     Numbers become 0-dim tensors with one value for each member, as in `ensemble`; what is no number (a penalty, a
     flag, None) splits the members into groups that are trained beside each other.

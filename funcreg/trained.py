@@ -18,7 +18,7 @@ from funcreg.grids import Config
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
 from funcreg.ranges import number
-from funcreg.tree import check_params, tree_leaves, tree_map
+from funcreg.tree import check_params, listed, tree_leaves, tree_map
 
 
 class Model:
@@ -148,7 +148,7 @@ class Model:
         try:
             self._mapped(slope, hyper)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(_under_vmap(error, hyper)) from error
+            raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
     def check_validation(self, hyper: Config, batch: Any) -> None:
         """Call the loss on rows that are held out, for one member and by `vmap`, and find out how they are measured."""
@@ -166,7 +166,7 @@ class Model:
             try:
                 self._mapped(one, hyper)
             except (RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(_under_vmap(error, hyper)) from error
+                raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
     def _tried(
         self, arguments: Callable[[], tuple[Any, ...]], hyper: Config, params: Any, batch: Any, name: str
@@ -185,19 +185,20 @@ class Model:
                 raise TypeError(f"the module failed on {rows}: {first_line(error)}. {cause}".rstrip()) from error
             try:
                 value = self.loss(*args, **hyper)
-            except (RuntimeError, TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 cause = misfit(error, {"argument": args}, self.loss)
-                kind = ValueError if isinstance(error, ValueError) else TypeError
+                kind = ValueError if isinstance(error, (ValueError, IndexError)) else TypeError
                 raise kind(
                     f"the loss failed on {rows}: {first_line(error)}. It was given {_shapes(args)}. {cause}".rstrip()
                 ) from error
         self._draws |= draws.calls > 0
         self.not_compiled = list(dict.fromkeys([*self.not_compiled, *draws.not_compiled()]))
-        if not self._warned and not all(map(torch.equal, _generators(device), before)):
+        if not self._warned and (draws.by_generators or not all(map(torch.equal, _generators(device), before))):
             self._warned = True
             warn_user(
                 "the model draws random numbers in a way that does not follow the seeds of members, as recurrent "
-                "layers with dropout do: members draw different ones, which also depend on which others are trained."
+                "layers with dropout and generators of its own do: members draw different ones, which also depend on "
+                "which others are trained. What rand, randn, bernoulli and dropout draw does follow them."
             )
         return value
 
@@ -346,6 +347,11 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
             raise ValueError(f"folds is {folds!r}; expected a number from 2 to that of the rows, {count}")
         valid = list(shuffled.tensor_split(folds))
         return [torch.cat([*valid[:k], *valid[k + 1 :]]) for k in range(folds)], valid
+    if isinstance(folds, str) or not isinstance(folds, Iterable):
+        raise TypeError(
+            f"folds is {folds!r}; expected a number, or pairs of row indices, (for training, for validation), as "
+            "list(KFold(5).split(x)) has them"
+        )
     pairs = [tuple(pair) for pair in folds]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError("folds are no pairs of row indices, (for training, for validation), as KFold.split makes them")
@@ -360,11 +366,24 @@ def _folds(shuffled: Tensor, folds: Any) -> tuple[list[Tensor], list[Tensor]]:
     return train, valid
 
 
-def _under_vmap(error: Exception, hyper: Config) -> str:
+def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> str:
     """Why what runs for one member does not run for all."""
+    layers = () if module is None else module.named_modules()
+    counting = [f"'{name}'" for name, layer in layers if getattr(layer, "momentum", 0.0) is None]
+    if counting and "calling .item()" in str(error):
+        return (
+            f"{listed(counting)} has momentum=None, for which a layer reads its count of batches as a number, as "
+            "nothing can under vmap; expected a momentum, such as 0.1"
+        )
     names = ", ".join(name for name, h in hyper.items() if isinstance(h, Tensor))
     hint = f" The loss takes {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
+    if "random" in said:
+        return (
+            f"model and loss run for one member, but not for all at once under vmap{said}. Each member draws its own: "
+            "by torch.rand, randn, rand_like, randn_like or bernoulli, without out= and a generator, or in place into "
+            "what torch.empty, empty_like or x.new_empty has made there"
+        )
     return (
         f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
     )

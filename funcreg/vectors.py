@@ -15,8 +15,9 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual
 from funcreg.construction import held_tensors, made_with
 from funcreg.graphs import Graphs
+from funcreg.inputs import at
 from funcreg.penalty import Penalty, Sum
-from funcreg.tree import flatten, product, tree_leaves, wide
+from funcreg.tree import flatten, leaf_paths, product, tree_leaves, wide
 from funcreg.undocumented import has_tangents, is_batched
 
 
@@ -38,6 +39,7 @@ class Flat:
     tol: float
     max_steps: int
     own: int  # How many of the tensors are parameters.
+    names: Callable[[], list[str]]  # What errors call the tensors.
     kept: Tensor | None  # Places of the entries that may move, in a vector of all; None for all.
     #: For each enclosing `vmap`, from the inside out: which tensors have members along their first dimension.
     levels: tuple[tuple[int | None, ...], ...] = ()
@@ -127,6 +129,12 @@ def flat_problem(
     in_metric = penalty.in_metric(given[0], *given[2], mask=mask, **options)
     convex = penalty.is_convex(*given[2], **options)
 
+    def names() -> list[str]:
+        rows = zip(("params", "strength", "hyper", "args"), given, strict=True)
+        paths = [at(name, path) for name, tree in rows for path in leaf_paths(tree)]
+        paths += ["what the penalty holds"] * (len(leaves) - len(paths))
+        return [paths[i] for i in places]
+
     def filled(tensors: Any) -> Any:
         found = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
@@ -189,6 +197,7 @@ def flat_problem(
             tol=tol,
             max_steps=max_steps,
             own=len(own),
+            names=names,
             kept=kept,
         )
 

@@ -37,6 +37,30 @@ DRAWN = {
     "dropout3d": (lambda: F.dropout3d(ONES.reshape(5000, 20, 1, 1, 1), 0.3), 1.0, (3 / 7) ** 0.5),
     "alpha_dropout": (lambda: F.alpha_dropout(torch.randn(200, 500), 0.3, True), 0.0, 1.0),
     "feature_alpha_dropout": (lambda: F.feature_alpha_dropout(torch.randn(5000, 20, 1), 0.3, True), 0.0, 1.0),
+    "randint by name": (lambda: torch.randint(8, size=(200, 500)), 3.5, 5.25**0.5),
+    "randint_like": (lambda: torch.randint_like(ONES, -2, 8), 2.5, 8.25**0.5),
+    "randperm": (lambda: torch.randperm(100000), 49999.5, 100000 * 12**-0.5),
+    "normal": (lambda: torch.normal(2.0, 3.0, (200, 500), dtype=torch.float64), 2.0, 3.0),
+    "normal of tensors": (lambda: torch.normal(2 * ONES, torch.full((500,), 3.0)), 2.0, 3.0),
+    "normal of a deviation": (lambda: torch.normal(2.0, 3 * ONES), 2.0, 3.0),
+    "bernoulli": (lambda: torch.bernoulli(0.3 * ONES), 0.3, 0.21**0.5),
+    "bernoulli of one number": (lambda: ONES.double().bernoulli(0.3), 0.3, 0.21**0.5),
+    "multinomial": (lambda: torch.multinomial(tensor([1.0, 0.0, 3.0]).expand(100000, 3), 1), 1.5, 0.75**0.5),
+    "multinomial of several": (lambda: torch.multinomial(tensor([1.0, 0.0, 3.0]).expand(50000, 3), 2), 1.0, 1.0),
+    "rrelu": (lambda: F.rrelu(-ONES, 0.1, 0.3, True), -0.2, 0.2 * 12**-0.5),
+    "gumbel_softmax": (lambda: F.gumbel_softmax(ONES.reshape(-1, 2), 1e-6), 0.5, 0.5),
+    "hard gumbel_softmax": (lambda: F.gumbel_softmax(ONES.reshape(-1, 4), hard=True), 0.25, 0.1875**0.5),
+    "normal_": (lambda: torch.empty(200, 500).normal_(std=2.0), 0.0, 2.0),
+    "log_normal_": (lambda: torch.empty(200, 500).log_normal_(0.0, 0.5), 1.13315, 0.60390),
+    "uniform_": (lambda: torch.empty(200, 500, dtype=torch.float64).uniform_(-1, to=1), 0.0, 3**-0.5),
+    "uniform_ by name": (lambda: torch.empty(200, 500).uniform_(**{"from": 1, "to": 2}), 1.5, 12**-0.5),
+    "bernoulli_": (lambda: torch.empty(200, 500).bernoulli_(0.3), 0.3, 0.21**0.5),
+    "bernoulli_ of bools": (lambda: torch.empty(200, 500, dtype=torch.bool).bernoulli_(0.3 * ONES), 0.3, 0.21**0.5),
+    "exponential_": (lambda: torch.empty(200, 500).exponential_(2.0), 0.5, 0.5),
+    "geometric_": (lambda: torch.empty(200, 500).geometric_(0.4), 2.5, 0.6**0.5 / 0.4),
+    "cauchy_": (lambda: torch.empty(200, 500).cauchy_(2.0, 3.0).clamp(-1, 5), 2.0, 3 * (2 / math.pi) ** 0.5),
+    "random_": (lambda: torch.empty(200, 500).random_(-2, 8), 2.5, 8.25**0.5),
+    "distribution": (lambda: torch.distributions.Laplace(ONES, 0.5).rsample(), 1.0, 0.5**0.5),
 }
 every = pytest.mark.parametrize(("function", "mean", "deviation"), DRAWN.values(), ids=DRAWN)
 
@@ -137,9 +161,11 @@ def test_without_a_count_of_maps_members_draw_the_same_alone_and_among_others(mo
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: torch.empty(3).normal_(mean=0.0, std=0.1),
-        lambda: torch.bernoulli(torch.full((3,), 0.5)),
-        lambda: torch.randperm(3),
+        lambda: torch.poisson(torch.full((3,), 0.5)),
+        lambda: torch.multinomial(torch.full((3,), 0.5), 9, replacement=True),
+        lambda: torch.empty(3, dtype=torch.complex64).normal_(),
+        lambda: torch.empty(3, dtype=torch.int64).random_(),
+        lambda: F.rrelu(torch.linspace(-1, 1, 5)),
     ],
 )
 def test_what_else_torch_draws_is_torchs(call):

@@ -203,7 +203,8 @@ def test_what_has_not_converged_says_so():
     assert not found.converged
     assert found.residual > 1e-8
     assert found.steps == 2
-    hopeless = fr.minimize(lambda w: w.sum() * torch.nan, zeros(2), fr.l1)
+    with pytest.warns(UserWarning, match="the loss or its gradient is not finite"):
+        hopeless = fr.minimize(lambda w: w.sum() * torch.nan, zeros(2), fr.l1)
     assert not hopeless.converged
     with pytest.warns(UserWarning, match=r"tol is 1e-08, and params are torch.float32"):
         in_float32 = fr.minimize(
@@ -506,15 +507,27 @@ def test_columns_that_tell_nothing_new(change):
     assert found.converged
 
 
-def test_what_is_not_a_number_ends_at_once():
+def test_what_is_not_a_number_ends_at_once_and_says_where_it_is():
     x, y = made(40, 8)
     for broken in (torch.nan, torch.inf):
-        found = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x.index_fill(0, torch.tensor([3]), broken), y))
+        args = (x.index_fill(0, torch.tensor([3], device=DEVICE), broken), y)
+        with pytest.warns(UserWarning, match=r"is not finite at params, .* There is NaN or inf in args at '0'\."):
+            found = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=args)
         assert found.steps == 0
         assert not found.converged
-    nothing = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x[:0], y[:0]))  # The mean of no rows.
+    with pytest.warns(UserWarning, match="Expected params at which the loss is finite"):
+        nothing = fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x[:0], y[:0]))  # The mean of no rows.
     assert nothing.residual.isnan()
     assert not nothing.converged
+    solve = lambda y: fr.minimize(squares, {"w": zeros(8)}, fr.l1, args=(x, y)).converged
+    with pytest.warns(UserWarning, match="for 1 of 2 members"):
+        assert vmap(solve)(torch.stack([y, y / 0])).tolist() == [True, False]
+
+
+def test_numbers_of_steps_may_be_numpys():
+    assert fr.minimize(lambda w: (w - 1).square(), number(0.0), fr.l1, max_steps=np.int64(0)).steps == 0
+    with pytest.raises(ValueError, match="expected a whole number of at least 0"):
+        fr.minimize(lambda w: (w - 1).square(), number(0.0), fr.l1, max_steps=np.float64(2.0))
 
 
 def test_a_loss_that_hides_its_parameters_is_named():

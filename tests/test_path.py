@@ -10,7 +10,7 @@ from cases import DEVICE, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
-from torch.func import grad, jacfwd, vmap
+from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import mse_loss, softplus
 
 import funcreg as fr
@@ -256,6 +256,22 @@ def test_derivatives_in_data_reach_folds_and_the_strengths_of_a_path():
         torch.testing.assert_close(
             grad(f)(one), expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+@pytest.mark.parametrize("strengths", [{"strengths": [0.5, 0.1]}, {"count": np.int64(3), "ratio": 0.2}], ids=str)
+def test_derivatives_reach_what_screening_leaves(strengths):
+    generator = torch.Generator().manual_seed(0)
+    x, y = normal(generator, 30, 70), normal(generator, 30)
+    f = lambda c: (
+        fr.regularization_path(bare, {"w": zeros(70)}, fr.l1, args=(x, c * y), tol=1e-12, **strengths)
+        .params["w"]
+        .square()
+        .sum()
+    )
+    one = torch.ones((), dtype=torch.float64, device=DEVICE)
+    expected = (f(one + 1e-5) - f(one - 1e-5)) / 2e-5
+    for found in (grad(f)(one), jvp(f, (one,), (one,))[1]):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_a_path_that_is_not_convex_has_derivatives_where_strengths_are_given_or_says_so():

@@ -294,10 +294,23 @@ def variational(outputs, y):
     return F.cross_entropy(F.dropout(outputs, 0.3), y)
 
 
+class Noisy(nn.Module):
+    """What draws in place into new memory, as stochastic depth does, by a distribution, and an order."""
+
+    def forward(self, h):
+        kept = torch.empty(len(h), 1).bernoulli_(0.7)
+        h = torch.distributions.Normal(h, F.softplus(h)).rsample()
+        return F.rrelu(kept * h[torch.randperm(len(h))], training=self.training)
+
+
 DRAWING = {
     "dropout": (dropping, F.cross_entropy, fr.adam),
     "noise of a chain": (plain, F.cross_entropy, noisy),
     "a loss that draws": (plain, variational, fr.sgd),
+    "layers that draw": pytest.param(
+        lambda: nn.Sequential(nn.Linear(6, 2), Noisy()), F.cross_entropy, fr.sgd,
+        marks=pytest.mark.filterwarnings("ignore:sweep runs without a compiler, with equal results. there randperm"),
+    ),
     "attention": (
         lambda: nn.Sequential(nn.Unflatten(-1, (3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True),
                               nn.Flatten(), nn.Linear(6, 2)),
@@ -336,12 +349,27 @@ def test_noise_of_a_chain_follows_from_its_key_too():
     assert not torch.equal(first[1], other[1])
 
 
+def test_a_layer_that_reads_its_count_is_named():
+    network = lambda: nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2, momentum=None))
+    with pytest.raises(TypeError, match=r"'1' has momentum=None, .* expected a momentum"):
+        fr.sweep(network, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+
+
 @SLOWLY
 def test_what_does_not_follow_seeds_is_told():
     deep = nn.LSTM(6, 5, num_layers=2, dropout=0.5)
     take = lambda outputs, y: F.cross_entropy(outputs[0], y % 5)
     with pytest.warns(UserWarning, match="does not follow the seeds"):
         fr.sweep(deep, take, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    own = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2, generator=torch.Generator().manual_seed(3)), y)
+    with pytest.warns(UserWarning, match="does not follow the seeds of members, as recurrent layers .* generators"):
+        fr.sweep(plain, own, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    shared = torch.zeros(2)
+    loss = lambda outputs, y: F.cross_entropy(outputs + shared.normal_(), y)
+    with pytest.raises(
+        TypeError, match=r"normal_ writes .* into one tensor.* Each member draws its own: by torch.rand"
+    ):
+        fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
     loss = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2), y)
     train = lambda **kw: fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1, **kw)
     with pytest.warns(UserWarning, match="without a compiler, with equal results: there randn would draw other"):
@@ -502,6 +530,14 @@ def test_schedules_of_members_have_rates_of_their_own():
     result = fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 1.0]}, data(), epochs=4, batch_size=48)
     alone = fr.sweep(plain, F.cross_entropy, make, [{"lr": 1.0}], data(), epochs=4, batch_size=48)
     assert_close(result.member(1), alone.member(), rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_of_a_grid_are_pythons_and_labels_that_no_class_has_are_told():
+    found = fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": np.array([0.1, 0.2])}, data(), epochs=1)
+    assert [type(row["learning_rate"]) for row in found.rows] == [float, float]
+    x, y = data()
+    with pytest.raises(ValueError, match=r"the loss failed on a batch: IndexError.*out of bounds.*It was given"):
+        fr.sweep(plain, F.cross_entropy, fr.sgd, {"learning_rate": [0.1]}, (x, y + 9), epochs=1)
 
 
 def test_random_draws_come_from_distributions_and_lists():
@@ -879,7 +915,13 @@ MISFITS = {
     "float64": ({"data": (data()[0].double(), data()[1])}, "the module failed on a batch.*float64: data at '0'"),
     "float32": ({"model": lambda: plain().double()}, "the module failed on a batch.*float32: data at '0'"),
     "float classes": ({"data": (data()[0], data()[1].float())}, r"the loss failed.*torch.float32.*y.long\(\)"),
+    "whole targets": (
+        {"loss": lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y)},
+        r"the loss failed.*int64.*not classes: y.float\(\)",
+    ),
     "whole inputs": ({"data": (data()[0].long(), data()[1])}, "the module failed on a batch.*int64: data at '0'"),
+    "a splitter": ({"folds": KFold(3)}, r"folds is KFold.*expected a number, or pairs .* as list\(KFold"),
+    "no hyperparameters": ({"grid": {}, "make": lambda rate: fr.sgd(rate)}, "grid names no .* 'rate'"),
     "reads": ({"model": Reads}, "not for all at once under vmap"),
     "loss reads": ({"loss": lambda o, y: F.cross_entropy(o, y) * (2 if o.sum() > 0 else 1)}, "not for all at once"),
     "score": ({"score": lambda y, outputs: accuracy_score(y, outputs)}, r"the score failed: ValueError.*\(12, 2\)"),

@@ -30,14 +30,15 @@ def pointwise(flow: Flow, operation: Operation) -> list[Components]:
     refs = refs_in([operation.args, operation.kwargs])
     reason = flow.reason("they meet entries that are not channels")
     met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], reason)
-    flow.write(refs, met)
+    if not all([ref in flow.weights for ref in refs]):  # Else it is a weight, too, whose rows and columns are apart.
+        flow.write(refs, met)
     made: Components = []
     for group in grouped_by_dims(met):
         numbers = [
             group[i].dead if i in group else flow.recording.numbers.get(ref, UNKNOWN) for i, ref in enumerate(refs)
         ]
         dead = _value(operation, numbers)
-        made.append(Component(next(iter(group.values())).ids, dead))
+        made.append(Component(flow.merged(refs, group), dead))
     return [made, [Component(ids, UNKNOWN) for ids, _ in made]]
 
 
@@ -245,8 +246,7 @@ def _concatenated(flow: Flow, operation: Operation) -> list[Components]:
     across = [[c for c in operand if c.dims != {dim}] for operand in operands]
     met = flow.atoms.meet(across, [[1 if d == dim else n for d, n in enumerate(shape)] for shape in shapes], reason)
     made = [
-        Component(next(iter(group.values())).ids, _one([c.dead for c in group.values()]))
-        for group in grouped_by_dims(met)
+        Component(flow.merged(refs, group), _one([c.dead for c in group.values()])) for group in grouped_by_dims(met)
     ]
     along = [next((c for c in operand if c.dims == {dim}), None) for operand in operands]
     if any([c is not None for c in along]):

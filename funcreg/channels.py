@@ -572,6 +572,8 @@ def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:
 
 def _packs_unequally(module: nn.Module, name: str) -> Heads | None:
     layer = module.get_submodule(name)
+    if isinstance(layer, nn.MultiheadAttention):  # Of keys that are values it packs queries, and both of the others.
+        return Heads(layer.head_dim, layer.num_heads, layer.num_heads)
     heads = heads_before(layer)
     return heads if packs_unequally(layer, heads) else None
 

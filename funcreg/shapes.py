@@ -130,18 +130,18 @@ def _moved(flow: Flow, operation: Operation) -> list[Components]:
             made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in dims]), dead))
         else:
             made.append(Component(getattr(torch.ops.aten, name)(ids, *args), dead))
-    if name == "expand" and made:
+    if name == "expand":
         made += _shared(flow, x, operation.results[0])
     return [made]
 
 
 def _shared(flow: Flow, x: Ref, made: Ref) -> Components:
-    """Channels for a single head of keys or values that is expanded to as many as there are queries.
+    """Channels for a single head of keys or values, or a mask, that is expanded to as many as there are queries.
 
     The copies go with what they meet; where their number is one of the code, trying families out shows it.
     """
     ndim = len(made.shape)
-    if ndim < 4 or x in flow.weights or len(x.shape) < 3 or x.shape[-3] != 1 or made.shape[-3] == 1:
+    if ndim < 4 or x in flow.weights or x.shape[-3:-2] not in ((), (1,)) or made.shape[-3] == 1:
         return []
     shape = [n if dim == ndim - 3 else 1 for dim, n in enumerate(made.shape)]
     return [Component(flow.atoms.new(made.shape[-3]).reshape(shape), UNKNOWN)]
@@ -174,9 +174,7 @@ def _repeated(flow: Flow, operation: Operation) -> list[Components]:
         made.append(
             Component(front.repeat([n if size > 1 else 1 for n, size in zip(times, front.shape, strict=True)]), dead)
         )
-    if made:
-        made += _shared(flow, x, operation.results[0])
-    return [made]
+    return [made + _shared(flow, x, operation.results[0])]
 
 
 @rule("slice")

@@ -293,6 +293,14 @@ def beside(net, x):
     return net.last(q.relu() * k.tanh() + v)
 
 
+def masked(net, x):
+    """Attention that looks back, by a mask that is written out for each head."""
+    q, k, v = (y.unflatten(-1, (-1, 3)).transpose(1, 2) for y in net.maps(x).chunk(3, -1))
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    y = F.scaled_dot_product_attention(q, k, v, mask.expand(len(x), q.shape[1], -1, -1))
+    return net.last(y.transpose(1, 2).flatten(2))
+
+
 CONV = nn.Conv2d
 # What makes a network, its inputs, and at least the share of parameters that goes with a random half of all groups.
 NETWORKS = {
@@ -559,6 +567,24 @@ NETWORKS = {
     ),
     "MultiheadAttention": (
         lambda: Net(lambda net, x: net.attend(x, x, x)[0], attend=nn.MultiheadAttention(12, 4, batch_first=True)),
+        lambda: (drawn(2, 5, 12),),
+        0.45,
+    ),
+    "MultiheadAttention over another sequence": (
+        lambda: Net(lambda net, x, y: net.attend(x, y, y)[0], attend=nn.MultiheadAttention(12, 4, batch_first=True)),
+        lambda: (drawn(2, 5, 12), drawn(2, 4, 12)),
+        0.45,
+    ),
+    "MultiheadAttention where some are padded": (
+        lambda: Net(
+            lambda net, x: net.attend(x, x, x, key_padding_mask=x[..., 0] > 1)[0],
+            attend=nn.MultiheadAttention(12, 4, batch_first=True),
+        ),
+        lambda: (drawn(2, 5, 12),),
+        0.45,
+    ),
+    "a mask that is expanded": (
+        lambda: Net(masked, maps=nn.Linear(12, 36), last=nn.Linear(12, 12)),
         lambda: (drawn(2, 5, 12),),
         0.45,
     ),

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from funcreg.undocumented import is_compiling
+
 
 class NarrowAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` of heads that are narrower than the embedding together.
@@ -108,7 +110,7 @@ class NarrowEncoder(nn.TransformerEncoder):
     def _would_nest(self, src: Tensor, mask: Tensor | None) -> bool:
         """Whether the plain encoder would compute with a nested tensor, if there are padded positions."""
         learns = torch.is_grad_enabled() and any([w.requires_grad for w in self.layers[0].parameters()])
-        computes = torch.compiler.is_compiling() or torch.is_autocast_enabled() or learns
+        computes = is_compiling() or torch.is_autocast_enabled() or learns
         plain = self.nests and not self.layers[0].training and torch.backends.mha.get_fastpath_enabled()
         return plain and not computes and mask is None and src.dim() == 3
 

@@ -476,6 +476,12 @@ def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
     made = smaller(net, [UNITS], x)
     assert (made.width, made.hidden_dim, made.times, made.out_features) == (4, 4, 8, 2)  # By name where unused.
     torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        made.second.bias += 1
+    with pytest.raises(
+        ValueError, match=r"differs .* stores width=8, .* trained on since outputs tell nothing: save the"
+    ):
+        fr.resized(net, made.state_dict(), x)
     around = nn.Sequential(nn.Identity(), net)
     made = smaller(around, [{f"1.{name}": dim for name, dim in UNITS.items()}], (x,))
     assert made[1].width == 4

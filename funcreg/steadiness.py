@@ -19,7 +19,7 @@ from funcreg.agreement import arguments
 from funcreg.flow import Flow
 from funcreg.tracing import Recording, record, refs_in
 from funcreg.tree import tree_leaves, tree_map
-from funcreg.variations import sizes_in, with_size
+from funcreg.variations import may_have, sizes_in, with_size
 
 #: What reads a number from a tensor.
 _READS = ("_local_scalar_dense", "item")
@@ -156,5 +156,5 @@ def _other_values(x: Any) -> Any:
 def _sizes(several: Sequence[Tensor]) -> Iterator[list[Callable[[Any], Any]]]:
     """Functions that give all tensors another size where they have one of today: twice it, or about half of it."""
     for dim, n in itertools.chain(*sizes_in(several)):
-        news = [new for new in (2 * n, (n + 1) // 2) if new not in (0, n)]
+        news = [new for new in (2 * n, (n + 1) // 2) if new not in (0, n) and may_have(several, n, new)]
         yield [lambda x, dim=dim, n=n, new=new: with_size(x, dim, n, new) for new in news]

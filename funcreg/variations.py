@@ -70,18 +70,17 @@ def _factor(w: Tensor) -> float:
 def other_sizes(inputs: Any) -> Iterator[Any]:
     """Inputs of other sizes, each of them twice as large or half as large: longer ones, and other images.
 
-    Dimensions of one entry have two first, as a single step may hide a width. On devices where an index that is out of
-    range ends the process none is larger beyond that. Few are larger than inputs are that have thousands of entries.
+    Dimensions of one entry have two first, as a single step may hide a width. Inputs of thousands of entries are made
+    no larger.
     """
     given = arguments(inputs)
     several = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
-    safe = all([x.device.type == "cpu" for x in several])
     for some in sizes_in(several):
         news = [(only, n, new) for only, n in some for new in (2 * n, (n + 1) // 2) if new != n]
         for only, n, new in sorted(news, key=lambda each: (each[1] > 1, each[2] < each[1])):
             change = lambda x, only=only, n=n, new=new: with_size(x, only, n, new)
             small = all([change(x.to("meta")).numel() <= max(_ENTRIES, x.numel()) for x in several])
-            if small and (safe or new <= max(2, n)):
+            if small and may_have(several, n, new):
                 yield tree_map(change, given)
 
 
@@ -109,6 +108,14 @@ def sizes_in(several: Sequence[Tensor]) -> tuple[list[_Place], list[_Place]]:
     places = dict.fromkeys([(dim, n) for x in several for dim, n in enumerate(x.shape) if n])
     alike = dict.fromkeys([(None, n) for _, n in places])
     return [*alike], [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
+
+
+def may_have(several: Sequence[Tensor], n: int, new: int) -> bool:
+    """Whether tensors may get another size: a larger one on the CPU alone, where an index out of range is an error.
+
+    Elsewhere it may end the process. Two in place of one is less than any table of positions has.
+    """
+    return new <= max(2, n) or all([x.device.type == "cpu" for x in several])
 
 
 def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callable[[Any], Any]]:

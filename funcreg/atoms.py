@@ -40,6 +40,7 @@ class Atoms:
         self._closed: list[tuple[Tensor, int]] = [(torch.zeros(1, dtype=torch.int64), 0)]
         self._read: list[Tensor] = []
         self._written: list[Tensor] = []
+        self._computed: list[tuple[Tensor, Tensor]] = []
 
     def new(self, count: int) -> Tensor:
         first = len(self.parents)
@@ -84,9 +85,22 @@ class Atoms:
         """Note that what is computed has these atoms of a weight."""
         self._written.append(ids.reshape(-1))
 
+    def compute(self, ids: Tensor, others: Iterable[Tensor]) -> None:
+        """Note that what reads or has these atoms of a computed weight does so with others that it is computed from."""
+        self._computed += [(ids, other) for other in others if other is not ids]
+
     def marked(self) -> tuple[Tensor, Tensor]:
         """For each atom whether a contraction runs over it, and whether something has it that is computed."""
-        return _marks(self._read, len(self.parents)), _marks(self._written, len(self.parents))
+        return self._marks(self._read), self._marks(self._written)
+
+    def _marks(self, several: Sequence[Tensor]) -> Tensor:
+        marks = torch.zeros(len(self.parents), dtype=torch.bool)
+        for ids in several:
+            marks[ids] = True
+        for ids, other in reversed(self._computed):  # From what is computed last to what it is computed from.
+            here, there = torch.broadcast_tensors(ids, other)
+            marks[there[marks[here]]] = True
+        return marks
 
     def closed(self) -> Tensor:
         """For each set, at the atom that stands for it, the number of the first reason why it is closed, else -1."""
@@ -228,10 +242,3 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
                 break
         blocks.append((before, after))
     return blocks
-
-
-def _marks(several: Sequence[Tensor], count: int) -> Tensor:
-    marks = torch.zeros(count, dtype=torch.bool)
-    for ids in several:
-        marks[ids] = True
-    return marks

@@ -1,4 +1,4 @@
-"""Attention with fewer heads than its embedding has room for.
+"""Attention with fewer heads than its embedding has room for, and encoders of it.
 
 `torch.nn.MultiheadAttention` takes heads to be as wide as the embedding together, so that none can be taken out.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from funcreg.undocumented import is_compiling
 
 
 class NarrowAttention(nn.MultiheadAttention):
@@ -78,6 +80,39 @@ class NarrowAttention(nn.MultiheadAttention):
             here = _added(padding, q.dtype)[:, None, None, :]
             total = here if total is None else total + here
         return None if total is None else F.pad(total, (0, k.shape[2] - keys))
+
+
+class NarrowEncoder(nn.TransformerEncoder):
+    """`torch.nn.TransformerEncoder` of layers whose attention is narrow, which cannot compute with nested tensors.
+
+    Where the plain one would, in evaluation and without gradients, padded positions are zero behind its layers. So they
+    are here.
+    """
+
+    nests: bool
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        made = super().forward(src, mask, src_key_padding_mask, is_causal)
+        if src_key_padding_mask is None or not self._would_nest(src, mask):
+            return made
+        padded = _added(src_key_padding_mask, src.dtype) != 0
+        if not bool((padded[:, :-1] <= padded[:, 1:]).all()):  # Not all that is padded comes last.
+            return made
+        zero = made.new_zeros(made.shape[-1])
+        return torch.where(padded[..., None], zero if self.norm is None else self.norm(zero), made)
+
+    def _would_nest(self, src: Tensor, mask: Tensor | None) -> bool:
+        """Whether the plain encoder would compute with a nested tensor, if there are padded positions."""
+        learns = torch.is_grad_enabled() and any([w.requires_grad for w in self.layers[0].parameters()])
+        computes = is_compiling() or torch.is_autocast_enabled() or learns
+        plain = self.nests and not self.layers[0].training and torch.backends.mha.get_fastpath_enabled()
+        return plain and not computes and mask is None and src.dim() == 3
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

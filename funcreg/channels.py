@@ -213,14 +213,15 @@ def channel_groups(
     it is another number on inputs of other sizes or values, with other numbers as arguments, or in training.
 
     The families are tried out before they are offered: some of their groups are set to zero and taken out by the code
-    of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same. Where they
-    are not, because the forward holds a width or a count as a number that nothing tells, the families are kept, and
-    `explain()` names the module, what it holds, and the remedy. Where a network takes more than 2 GiB, or draws random
-    numbers in evaluation, it has to run and no more, and `explain()` says so.
+    of `remove_dead` and `resized`, in a copy with weights that are drawn, and outputs have to be the same, on inputs of
+    a few other sizes, too, that the network takes. Where they are not, because the forward holds a width or a count as
+    a number that nothing tells, the families are kept, and `explain()` names the module, what it holds, and the remedy.
+    Where a network takes more than 2 GiB, or draws random numbers in evaluation, it has to run and no more, and
+    `explain()` says so.
 
     Only what is exact is offered. Channels that a `LayerNorm` averages over, that a softmax runs over, that would be
     a constant which no bias takes where they are dead, or that reach an operation that cannot be followed are kept;
-    `groups.explain()` says which and why. What the forward pass does on other inputs is not seen.
+    `groups.explain()` says which and why. What else the forward pass does on other inputs is not seen.
 
     Parameters that are frozen have no part in a norm, for no training makes them zero: unless they are zero, channels
     that they give are kept where what reads them is not penalized. It is otherwise where all parameters are frozen, as
@@ -572,6 +573,8 @@ def _check_layers(found: _Found, layers: Sequence[str] | None) -> None:
 
 def _packs_unequally(module: nn.Module, name: str) -> Heads | None:
     layer = module.get_submodule(name)
+    if isinstance(layer, nn.MultiheadAttention):  # Of keys that are values it packs queries, and both of the others.
+        return Heads(layer.head_dim, layer.num_heads, layer.num_heads)
     heads = heads_before(layer)
     return heads if packs_unequally(layer, heads) else None
 

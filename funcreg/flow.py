@@ -86,6 +86,7 @@ class Flow:
         self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
+        self._fixed: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]  # Atoms of leaves that are not known to be 0.
         self.used: set[Ref] = set()
         self.operation: Operation | None = None
 
@@ -135,6 +136,7 @@ class Flow:
         for dim, size in enumerate(ref.shape):
             if size > 1:
                 ids = self.atoms.new(size)
+                self._fixed += [ids] if math.isnan(dead) else []
                 self.starts[name].append((dim, int(ids[0]), size))
                 shape = [size if d == dim else 1 for d in range(len(ref.shape))]
                 components.append(Component(ids.reshape(shape), dead))
@@ -167,6 +169,13 @@ class Flow:
                 for component in operand:
                     self.atoms.write(component.ids)
 
+    def merged(self, refs: Sequence[Any], group: Mapping[int, Component]) -> Tensor:
+        """The atoms of what is computed of operands that have met; of weights it is noted of which ones."""
+        first, *others = [group[i].ids for i in group]
+        if all([ref in self.weights for ref in refs]):
+            self.atoms.compute(first, others)
+        return first
+
     def fold(self, weight: Ref, atoms: Tensor, constant: float, bias: Any) -> Fold | None:
         """How a bias takes a constant that a weight reads, if both are parameters that nothing else uses."""
         name, other = self._leaf(weight), self._leaf(bias)
@@ -174,6 +183,10 @@ class Flow:
             return None
         found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
         return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def is_fixed(self, ids: Tensor) -> bool:
+        """Whether atoms are of leaves that no training makes zero."""
+        return bool(torch.isin(ids, torch.cat(self._fixed)).all())
 
     def heads(self) -> Tensor:
         """The atoms of heads, and of their features."""

@@ -181,6 +181,9 @@ def _consume(flow: Flow, group: dict[int, Component], read: int | None) -> None:
     dead = next((c.dead for i, c in group.items() if i != read), UNKNOWN)
     if dead != 0 and read in group:  # Whatever it is then, the weights that read it have to be zero.
         taken = None if read != 1 else _taken(flow, group[read].ids, dead)
+        if taken is None and group[read].dead != 0 and not flow.is_fixed(group[read].ids):
+            # A weight that is computed of zeros, and is another number.
+            flow.atoms.close(ids, flow.reason(_not_zero(dead)))
         flow.demands.append((ids.reshape(-1), flow.reason(_not_zero(dead)), taken))
     elif dead != 0:
         flow.atoms.close(ids, flow.reason(_not_zero(dead)))

@@ -254,7 +254,10 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
             f"the smaller network is not the module: {first}. Does the module hold the zeros itself, and do the "
             "families given to remove_dead name all that belongs to a channel?"
         )
-    raise ValueError(f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}")
+    raise ValueError(
+        f"the smaller network is not the module: {first}. {_said(smaller, unknown)}. {_HINT}. Of a network that was "
+        "trained on since outputs tell nothing: save the module itself, or give rules"
+    )
 
 
 def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:

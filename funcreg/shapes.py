@@ -30,14 +30,15 @@ def pointwise(flow: Flow, operation: Operation) -> list[Components]:
     refs = refs_in([operation.args, operation.kwargs])
     reason = flow.reason("they meet entries that are not channels")
     met = flow.atoms.meet([flow.of(ref) for ref in refs], [ref.shape for ref in refs], reason)
-    flow.write(refs, met)
+    if not all([ref in flow.weights for ref in refs]):  # Else it is a weight, too, whose rows and columns are apart.
+        flow.write(refs, met)
     made: Components = []
     for group in grouped_by_dims(met):
         numbers = [
             group[i].dead if i in group else flow.recording.numbers.get(ref, UNKNOWN) for i, ref in enumerate(refs)
         ]
         dead = _value(operation, numbers)
-        made.append(Component(next(iter(group.values())).ids, dead))
+        made.append(Component(flow.merged(refs, group), dead))
     return [made, [Component(ids, UNKNOWN) for ids, _ in made]]
 
 
@@ -129,18 +130,18 @@ def _moved(flow: Flow, operation: Operation) -> list[Components]:
             made.append(Component(ids.reshape([n for dim, n in enumerate(ids.shape) if dim not in dims]), dead))
         else:
             made.append(Component(getattr(torch.ops.aten, name)(ids, *args), dead))
-    if name == "expand" and made:
+    if name == "expand":
         made += _shared(flow, x, operation.results[0])
     return [made]
 
 
 def _shared(flow: Flow, x: Ref, made: Ref) -> Components:
-    """Channels for a single head of keys or values that is expanded to as many as there are queries.
+    """Channels for a single head of keys or values, or a mask, that is expanded to as many as there are queries.
 
     The copies go with what they meet; where their number is one of the code, trying families out shows it.
     """
     ndim = len(made.shape)
-    if ndim < 4 or x in flow.weights or len(x.shape) < 3 or x.shape[-3] != 1 or made.shape[-3] == 1:
+    if ndim < 4 or x in flow.weights or x.shape[-3:-2] not in ((), (1,)) or made.shape[-3] == 1:
         return []
     shape = [n if dim == ndim - 3 else 1 for dim, n in enumerate(made.shape)]
     return [Component(flow.atoms.new(made.shape[-3]).reshape(shape), UNKNOWN)]
@@ -173,9 +174,7 @@ def _repeated(flow: Flow, operation: Operation) -> list[Components]:
         made.append(
             Component(front.repeat([n if size > 1 else 1 for n, size in zip(times, front.shape, strict=True)]), dead)
         )
-    if made:
-        made += _shared(flow, x, operation.results[0])
-    return [made]
+    return [made + _shared(flow, x, operation.results[0])]
 
 
 @rule("slice")
@@ -245,8 +244,7 @@ def _concatenated(flow: Flow, operation: Operation) -> list[Components]:
     across = [[c for c in operand if c.dims != {dim}] for operand in operands]
     met = flow.atoms.meet(across, [[1 if d == dim else n for d, n in enumerate(shape)] for shape in shapes], reason)
     made = [
-        Component(next(iter(group.values())).ids, _one([c.dead for c in group.values()]))
-        for group in grouped_by_dims(met)
+        Component(flow.merged(refs, group), _one([c.dead for c in group.values()])) for group in grouped_by_dims(met)
     ]
     along = [next((c for c in operand if c.dims == {dim}), None) for operand in operands]
     if any([c is not None for c in along]):

@@ -7,6 +7,7 @@ argument, what it reads from a tensor, whether it is training.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from funcreg.agreement import arguments
 from funcreg.flow import Flow
 from funcreg.tracing import Recording, record, refs_in
 from funcreg.tree import tree_leaves, tree_map
+from funcreg.variations import may_have, sizes_in, with_size
 
 #: What reads a number from a tensor.
 _READS = ("_local_scalar_dense", "item")
@@ -152,20 +154,7 @@ def _other_values(x: Any) -> Any:
 
 
 def _sizes(several: Sequence[Tensor]) -> Iterator[list[Callable[[Any], Any]]]:
-    """Functions that give all tensors another size where they have one of today: twice it, or about half of it.
-
-    Dimensions of one size may be the same thing, as the positions of words and of a mask, or not.
-    """
-    places = dict.fromkeys([(dim, n) for x in several for dim, n in enumerate(x.shape)])
-    alike = dict.fromkeys([(None, n) for _, n in places])
-    apart = [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
-    for dim, n in (*alike, *apart):
-        news = [new for new in (2 * n, (n + 1) // 2) if new not in (0, n)]
-        yield [lambda x, dim=dim, n=n, new=new: _with_size(x, dim, n, new) for new in news]
-
-
-def _with_size(x: Any, only: int | None, n: int, new: int) -> Any:
-    if isinstance(x, Tensor):
-        for dim in [dim for dim, size in enumerate(x.shape) if size == n and only in (None, dim)]:
-            x = torch.cat([x, x], dim) if new > n else x.narrow(dim, 0, new)
-    return x
+    """Functions that give all tensors another size where they have one of today: twice it, or about half of it."""
+    for dim, n in itertools.chain(*sizes_in(several)):
+        news = [new for new in (2 * n, (n + 1) // 2) if new not in (0, n) and may_have(several, n, new)]
+        yield [lambda x, dim=dim, n=n, new=new: with_size(x, dim, n, new) for new in news]

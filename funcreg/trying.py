@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import re
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
@@ -29,7 +29,7 @@ from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, decide, lengths, settle
 from funcreg.stored import Stored, unknown_counts
 from funcreg.tree import listed, widen
-from funcreg.variations import other_runs, with_two
+from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Functions in the order in which they were called, and the numbers that they were given.
@@ -38,6 +38,8 @@ _Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
 _ONE_LEFT = "with one of these channels left"
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
+#: How many other sizes inputs have at most.
+_SIZES = 4
 
 
 class Trial:
@@ -230,18 +232,46 @@ class Trial:
     ) -> str | None:
         """What goes wrong with outputs, when groups are zero in a network with these tensors, and gone."""
         whole, smaller, unknown = self._both(chosen, left, tree)
-        wrong = settle(smaller, unknown, self._compared(whole, smaller, inputs)) or self._with_two(
-            whole, smaller, inputs
-        )
+        problem = self._compared(whole, smaller, inputs)
+        if left == self._allowed(chosen, self._about_half(chosen)):
+            problem = self._compared_in_turn(problem, whole, smaller)
+        wrong = settle(smaller, unknown, problem)
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
 
-    def _with_two(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Failure | str | None:
-        """What goes wrong where inputs with one step, which may hide a width in the code, have two."""
-        two = with_two(inputs)
-        try:
-            return None if two is None else self._compared(whole, smaller, two)()
-        except ValueError:  # The network takes no such inputs.
-            return None
+    def _compared_in_turn(self, given: Problem, whole: nn.Module, smaller: nn.Module) -> Problem:
+        """What is wrong on the inputs that are given, or on such of other sizes, which may take another branch."""
+        several: list[tuple[Any, Problem]] = []
+        for inputs in self._other_sizes:
+            with contextlib.suppress(ValueError):  # With groups that are zero it may fail.
+                several.append((inputs, self._compared(whole, smaller, inputs)))
+
+        def problem() -> Failure | str | None:
+            wrong = given()
+            for inputs, other in several if wrong is None else ():
+                if (found := other()) is not None and not self._draws(whole, inputs):
+                    where = "on inputs of other sizes"
+                    said = f"{found.error}, {where}" if isinstance(found, Failure) else f"{where} {found}"
+                    return found._replace(error=said) if isinstance(found, Failure) else said
+            return wrong
+
+        return problem
+
+    def _draws(self, network: nn.Module, inputs: Any) -> bool:
+        """Whether outputs depend on random numbers, as where a part of what is long is drawn."""
+        first, again = (self._outputs(network, inputs, seed) for seed in (0, 1))
+        if isinstance(first, Failure) or isinstance(again, Failure):
+            return True
+        return (unlike(first, again) or unequal(first, again, rounding(network, inputs))) is not None
+
+    @functools.cached_property
+    def _other_sizes(self) -> list[Any]:
+        """Inputs of a few other sizes that the network takes, and gives numbers on."""
+        assert self._comparable is not None
+        tree, inputs = self._comparable
+        network = narrowed(self.module, tree, {})[0]
+        runs = ((other, self._outputs(network, other)) for other in other_sizes(inputs))
+        takes = lambda found: not isinstance(found, Failure) and not any([bool(x.isnan().any()) for x in found])
+        return [other for other, _ in itertools.islice(filter(lambda run: takes(run[1]), runs), _SIZES)]
 
     def untold(self, chosen: Sequence[int]) -> list[tuple[type, str]]:
         """Types of modules with numbers of which outputs do not tell what they are without half of these groups."""
@@ -249,7 +279,7 @@ class Trial:
             return []
         tree, inputs = self._comparable
         whole, smaller, unknown = self._both(chosen, self._allowed(chosen, self._about_half(chosen)), tree)
-        problem = self._compared(whole, smaller, inputs)
+        problem = self._compared_in_turn(self._compared(whole, smaller, inputs), whole, smaller)
         if settle(smaller, unknown, problem) is not None:
             return []
         with warnings.catch_warnings():
@@ -318,7 +348,7 @@ class Trial:
     def _holder(self, chosen: Sequence[int]) -> str:
         """The innermost module that holds all leaves of some families."""
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
-        alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join([parts[0] for parts in alike])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,21 @@ def _factor(w: Tensor) -> float:
     return (count / max(1, w[0].numel() if w.ndim > 1 else 1)) ** 0.5 / size if size else 1.0
 
 
-def with_two(inputs: Any) -> Any:
-    """Inputs with two entries along dimensions that have one, as a single step is; None if there is none."""
+def other_sizes(inputs: Any) -> Iterator[Any]:
+    """Inputs of other sizes, each of them twice as large or half as large: longer ones, and other images.
+
+    Dimensions of one entry have two first, as a single step may hide a width. Inputs of thousands of entries are made
+    no larger.
+    """
     given = arguments(inputs)
-    if not any([isinstance(x, Tensor) and 1 in x.shape for x in tree_leaves(given)]):
-        return None
-    return tree_map(lambda x: _with_size(x, None, 1, 2), given)
+    several = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    for some in sizes_in(several):
+        news = [(only, n, new) for only, n in some for new in (2 * n, (n + 1) // 2) if new != n]
+        for only, n, new in sorted(news, key=lambda each: (each[1] > 1, each[2] < each[1])):
+            change = lambda x, only=only, n=n, new=new: with_size(x, only, n, new)
+            small = all([change(x.to("meta")).numel() <= max(_ENTRIES, x.numel()) for x in several])
+            if small and may_have(several, n, new):
+                yield tree_map(change, given)
 
 
 def inputs_like(inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Any]:
@@ -87,23 +96,40 @@ def inputs_like(inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Any]:
             yield tree_map(lambda x, anew=anew, change=change: anew(change(x)), inputs)
 
 
-def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callable[[Any], Any]]:
-    """Functions that give all tensors another size where they have one of today, or only along one dimension.
+#: A size, and the only dimension that is to have another one, None for all that have it.
+_Place: TypeAlias = tuple[int | None, int]
+
+
+def sizes_in(several: Sequence[Tensor]) -> tuple[list[_Place], list[_Place]]:
+    """The sizes of tensors, and their dimensions of sizes that come more than once.
 
     Dimensions of one size may be the same thing, as the positions of words and of a mask, or not.
     """
     places = dict.fromkeys([(dim, n) for x in several for dim, n in enumerate(x.shape) if n])
     alike = dict.fromkeys([(None, n) for _, n in places])
-    apart = [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
+    return [*alike], [(dim, n) for dim, n in places if len([m for _, m in places if m == n]) > 1]
+
+
+def may_have(several: Sequence[Tensor], n: int, new: int) -> bool:
+    """Whether tensors may get another size: a larger one on the CPU alone, where an index out of range is an error.
+
+    Elsewhere it may end the process. Two in place of one is less than any table of positions has.
+    """
+    return new <= max(2, n) or all([x.device.type == "cpu" for x in several])
+
+
+def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callable[[Any], Any]]:
+    """Functions that give all tensors another size where they have one of today, or only along one dimension."""
+    alike, apart = sizes_in(several)
     longer = lambda n: sorted({2 * n, *[length for length in lengths if length > n]}, reverse=True)
     news = [[(only, n, new) for new in (*longer(n), (n + 1) // 2) if new != n] for only, n in (*alike, *apart)]
     for only, n, new in [each for some in itertools.zip_longest(*news) for each in some if each is not None]:
-        made = lambda x, only=only, n=n, new=new: _with_size(x, only, n, new)
+        made = lambda x, only=only, n=n, new=new: with_size(x, only, n, new)
         if all([made(x.to("meta")).numel() <= max(_ENTRIES, 4 * x.numel()) for x in several]):
             yield made
 
 
-def _with_size(x: Any, only: int | None, n: int, new: int) -> Any:
+def with_size(x: Any, only: int | None, n: int, new: int) -> Any:
     """A tensor whose entries come again, or some of which are left out, along dimensions of a size."""
     if isinstance(x, Tensor):
         for dim in [dim for dim, size in enumerate(x.shape) if size == n and only in (None, dim)]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from funcreg.attention import NarrowAttention
+from funcreg.attention import NarrowAttention, NarrowEncoder
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -290,8 +290,13 @@ def _multihead(place: Place) -> None:
 
 
 def _encoder(place: Place) -> None:
-    if any(isinstance(layer, NarrowAttention) for layer in place.layer.modules()):
-        place.layer.use_nested_tensor = False  # Its test for the fused path sees the first layer alone.
+    layer = place.layer
+    if not any(isinstance(inner, NarrowAttention) for inner in layer.modules()):
+        return
+    kind = type(layer)
+    if kind is nn.TransformerEncoder:
+        layer.__class__, layer.nests = NarrowEncoder, layer.use_nested_tensor
+    layer.use_nested_tensor = False  # Its test for the fused path sees the first layer alone.
 
 
 def _transformer(place: Place) -> None:

@@ -264,6 +264,43 @@ def written(net, x):
     return net.last(place.sum(1))
 
 
+class Computed(nn.Linear):
+    """A linear layer whose weight is computed of a parameter and a buffer."""
+
+    def __init__(self, inputs, outputs, kind):
+        super().__init__(inputs, outputs)
+        self.kind, self.gain = kind, nn.Parameter(torch.ones(outputs, device="cpu"))
+        self.register_buffer("mask", (torch.rand(outputs, inputs, device="cpu") > 0.1).float())
+
+    def forward(self, x):
+        if self.kind == "scaled":
+            return F.linear(x, self.weight * 0.5, self.bias * 0.1)
+        if self.kind == "masked":
+            return F.linear(x, self.mask * self.weight * self.gain[:, None], self.bias)
+        return F.linear(x, self.weight + (torch.round(8 * self.weight) / 8 - self.weight).detach(), self.bias)
+
+
+def computed(kind):
+    layers = [Computed(a, b, kind) for a, b in ((5, 8), (8, 10), (10, 8), (8, 3))]
+    return nn.Sequential(*[each for layer in layers for each in (layer, nn.LeakyReLU(0.2))][:-1])
+
+
+def beside(net, x):
+    """Queries, keys and values by one product, of three weights side by side."""
+    layers = net.q, net.k, net.v
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    q, k, v = F.linear(net.first(x).relu(), weight, bias).chunk(3, -1)
+    return net.last(q.relu() * k.tanh() + v)
+
+
+def masked(net, x):
+    """Attention that looks back, by a mask that is written out for each head."""
+    q, k, v = (y.unflatten(-1, (-1, 3)).transpose(1, 2) for y in net.maps(x).chunk(3, -1))
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    y = F.scaled_dot_product_attention(q, k, v, mask.expand(len(x), q.shape[1], -1, -1))
+    return net.last(y.transpose(1, 2).flatten(2))
+
+
 CONV = nn.Conv2d
 # What makes a network, its inputs, and at least the share of parameters that goes with a random half of all groups.
 NETWORKS = {
@@ -533,6 +570,24 @@ NETWORKS = {
         lambda: (drawn(2, 5, 12),),
         0.45,
     ),
+    "MultiheadAttention over another sequence": (
+        lambda: Net(lambda net, x, y: net.attend(x, y, y)[0], attend=nn.MultiheadAttention(12, 4, batch_first=True)),
+        lambda: (drawn(2, 5, 12), drawn(2, 4, 12)),
+        0.45,
+    ),
+    "MultiheadAttention where some are padded": (
+        lambda: Net(
+            lambda net, x: net.attend(x, x, x, key_padding_mask=x[..., 0] > 1)[0],
+            attend=nn.MultiheadAttention(12, 4, batch_first=True),
+        ),
+        lambda: (drawn(2, 5, 12),),
+        0.45,
+    ),
+    "a mask that is expanded": (
+        lambda: Net(masked, maps=nn.Linear(12, 36), last=nn.Linear(12, 12)),
+        lambda: (drawn(2, 5, 12),),
+        0.45,
+    ),
     "TransformerEncoder": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(12, 4, 20, batch_first=True), 2, enable_nested_tensor=False
@@ -557,6 +612,16 @@ NETWORKS = {
         0.4,
     ),
     "attention, two queries for a key": (lambda: Transformer(kind="by hand", groups=2), words, 0.3),
+    "weights that are scaled": (lambda: computed("scaled"), vectors, 0.4),
+    "weights under a mask": (lambda: computed("masked"), vectors, 0.4),
+    "weights that are rounded": (lambda: computed("rounded"), vectors, 0.4),
+    "weights side by side": (
+        lambda: Net(
+            beside, first=nn.Linear(5, 8), **dict(zip("qkv", linears(8, 8, 8, 8), strict=True)), last=nn.Linear(8, 3)
+        ),
+        vectors,
+        0.6,
+    ),
 }
 every_network = pytest.mark.parametrize(("make", "inputs", "share"), NETWORKS.values(), ids=NETWORKS)
 
@@ -654,6 +719,12 @@ KEPT = {
     "a weight that is normalized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Linear(6, 3)),
         r"weight_norm_interface.*parametrizations.weight.original1, dimension 0 of 6",
+    ),
+    "a weight that is 1 where its parameter is 0": (
+        lambda: Net(
+            lambda net, x: F.linear(net.a(x).sigmoid(), net.b.weight + 1), a=nn.Linear(5, 6), b=nn.Linear(6, 3)
+        ),
+        r"a dead one would be 0.5, not 0, which no bias here can take \(mm\)",
     ),
     "an output": (
         lambda: Net(lambda net, x: {"hidden": (h := net.a(x)), "out": net.b(h)}, a=nn.Linear(5, 6), b=nn.Linear(6, 3)),

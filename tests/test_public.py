@@ -76,14 +76,15 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     [
-        *("_typing", "agreement", "atoms", "attention", "equations", "frozen", "memory", "notation", "notices"),
+        *("_typing", "agreement", "atoms", "equations", "frozen", "memory", "notation", "notices"),
         *("undocumented", "wrapping"),
     ],
-    ["freshness", "locality", "ranges", "recording", "tracing", "widths"],
-    ["construction", "flow", "grouping", "sharding", "stored"],
+    ["attention", "freshness", "locality", "ranges", "recording", "tracing"],
+    ["construction", "grouping", "sharding", "widths"],
+    ["flow", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["graphs", "rounding", "rows", "steadiness", "variations"],
-    ["coarse", "settling"],
+    ["graphs", "rounding", "rows", "variations"],
+    ["coarse", "settling", "steadiness"],
     [
         "annealing",
         "checkpoint",

@@ -382,6 +382,28 @@ def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
     assert all(w.grad is not None for w in made.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_an_encoder_pads_is_zero_where_that_of_torch_makes_it_so(norm):
+    def encoder():
+        layer = nn.TransformerEncoderLayer(8, 4, 12, 0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, nn.LayerNorm(8) if norm else None)
+
+    families = [attention_heads(f"layers.{i}.self_attn", 2) for i in range(2)]
+    net = built(encoder, families)
+    made = pickle.loads(pickle.dumps(smaller(net, families)))
+    assert made.layers[0].self_attn.num_heads == 2
+    x, bools = draw(2, 4, 8), torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]], device=DEVICE) > 0
+    numbers = torch.zeros(2, 4, dtype=x.dtype, device=DEVICE).masked_fill(bools, -torch.inf)
+    for grads in (False, True):
+        with torch.set_grad_enabled(grads):
+            for padding in (None, bools, numbers, bools[:, [0, 2, 1, 3]], bools & False):
+                expected = net(x, src_key_padding_mask=padding)
+                torch.testing.assert_close(made(x, src_key_padding_mask=padding), expected, rtol=1e-12, atol=1e-12)
+            zero = torch.zeros_like(x[0, 2]) if net.norm is None else net.norm(torch.zeros_like(x[0, 2]))
+            assert torch.equal(net(x, src_key_padding_mask=bools)[0, 2], zero) is not grads
+
+
 class Heads(nn.Module):
     """Attention written by hand, with a count of heads."""
 
@@ -454,6 +476,12 @@ def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
     made = smaller(net, [UNITS], x)
     assert (made.width, made.hidden_dim, made.times, made.out_features) == (4, 4, 8, 2)  # By name where unused.
     torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        made.second.bias += 1
+    with pytest.raises(
+        ValueError, match=r"differs .* stores width=8, .* trained on since outputs tell nothing: save the"
+    ):
+        fr.resized(net, made.state_dict(), x)
     around = nn.Sequential(nn.Identity(), net)
     made = smaller(around, [{f"1.{name}": dim for name, dim in UNITS.items()}], (x,))
     assert made[1].width == 4

@@ -10,7 +10,8 @@ from test_resizing import Alone, built, draw
 from torch import nn
 
 import funcreg as fr
-from funcreg.variations import inputs_like
+from funcreg.steadiness import _sizes as sizes
+from funcreg.variations import inputs_like, other_sizes
 
 UNITS = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
 HEADS = {"qkv.weight": fr.Along(0, 4, 3), "qkv.bias": fr.Along(0, 4, 3), "o.weight": fr.Along(1, 4)}
@@ -247,3 +248,13 @@ def test_a_count_that_is_right_with_either_value_is_no_matter():
 
     net = built(Broadcasting, [UNITS])
     assert smaller(net, [UNITS], draw(6, 5)).groups == 2
+
+
+def test_inputs_of_other_sizes_are_larger_where_an_index_out_of_range_is_an_error():
+    shapes = lambda inputs: {tuple(args[0].shape) for args, _ in other_sizes(inputs)}
+    tokens, wide = torch.ones(1, 6, dtype=torch.int64), torch.ones(64, 512)
+    assert shapes((tokens,)) == {(2, 6), (1, 12), (1, 3)}
+    assert shapes((wide,)) == {(32, 512), (64, 256)}
+    elsewhere = tokens.to("meta")  # It may end the process there.
+    assert shapes((elsewhere,)) == {(2, 6), (1, 3)}
+    assert {tuple(change(elsewhere).shape) for some in sizes([elsewhere]) for change in some} == {(2, 6), (1, 3)}

@@ -112,11 +112,12 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     real = trying.outputs
     monkeypatch.setattr(trying, "outputs", lambda *args: (ran.append(1), real(*args))[1])
     fr.channel_groups(network(lambda: GPT(6)), words(), rules={Packed: narrow})
-    # As it is, with drawn weights and two seeds, without a half of each family, without one group, and with one left.
-    assert len(ran) == 6
+    # As it is, with drawn weights and two seeds, on inputs of four other sizes, without a half of each family, without
+    # one group, and with one left.
+    assert len(ran) == 10
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
-    assert len(ran) < 40  # Several numbers are tried for each of the few sets of families.
+    assert len(ran) < 44  # Several numbers are tried for each of the few sets of families.
 
 
 def test_layers_that_are_asked_for_and_cannot_go_are_an_error():
@@ -180,6 +181,43 @@ def test_a_width_in_the_code_that_a_single_step_hides_is_seen_with_two():
     assert fr.channel_groups(network(lambda: Reader(width=None)), (x,)).counts == [16]
     with pytest.raises(ValueError, match=r"differs from that of the module .* or in its code"):
         fr.channel_groups(network(Reader), (x,))
+
+
+class Long(nn.Module):
+    """Takes another way with what is long: by a width in the code, in a window, or a part that is drawn."""
+
+    def __init__(self, way, width=12):
+        super().__init__()
+        self.way, self.window, self.first, self.last = way, width, nn.Linear(5, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        y, steps = self.first(x).relu(), x.shape[1]
+        if self.way == "code" and steps > 6:
+            y = y.reshape(len(x), -1, 12).cumsum(1)
+        elif self.way == "draws" and steps > 6:
+            y = y[:, torch.randperm(steps, device=x.device)[:6]] + torch.rand_like(y[:, :6])
+        elif self.way == "fails":
+            assert steps == 6
+        elif self.way == "window":
+            y = y.cumsum(1) - F.pad(y.cumsum(1), (0, 0, self.window, 0))[:, :steps]
+        return self.last(y)
+
+
+def test_a_width_in_the_code_that_is_for_other_sizes_of_inputs_alone_is_seen():
+    said = r"fails in 'last', a Linear: .*, on inputs of other sizes; Long, the network itself, may have a width"
+    with pytest.raises(ValueError, match=said):
+        fr.channel_groups(network(lambda: Long("code")), (drawn(2, 6, 5),))
+
+
+@pytest.mark.parametrize("way", ["draws", "fails", "window"])
+def test_what_other_sizes_of_inputs_do_not_tell_refuses_nothing(way):
+    net, seen = network(lambda: Long(way)), (drawn(2, 6, 5),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [12]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert smaller.window == 12
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
 def test_a_generator_that_counts_its_channels_keeps_them_and_a_part_of_a_network_has_its_names():

@@ -209,10 +209,11 @@ def inner_optimizers(optimizer: Optimizer) -> list[str]:
     params = lambda each: {id(w) for group in each.param_groups for w in group["params"]}
     found = []
     for name, held in vars(optimizer).items():
-        several = isinstance(held, (list, tuple))
-        for i, each in enumerate(held if several else [held]):
+        several = isinstance(held, (list, tuple, dict))
+        places = held.items() if isinstance(held, dict) else enumerate(held if several else [held])
+        for place, each in places:
             if isinstance(each, Optimizer) and each is not optimizer and params(each) & params(optimizer):
-                found.append(f"{name}[{i}]" if several else name)
+                found.append(f"{name}[{place!r}]" if several else name)
     return found
 
 
@@ -236,6 +237,7 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
         raise ValueError(f"{kind.__name__} cannot be regularized: {REFUSED[known]}.")
     if metric is not None:
         _check_metric(metric)
+        _check_rate(optimizer)
         return Rule(_lr, lambda w, state, group, note: _filled(w, metric(state, group)))
     if known is not None and not steps_as_torch(kind):
         reason = f"its step is not that of {known.__name__}, so that its metric is not known"
@@ -278,6 +280,17 @@ def _check_metric(metric: Any) -> None:
         raise TypeError(f"metric cannot be called with two arguments: {error}; {expected}") from error
     except ValueError:  # Of some functions that are not written in Python nothing is known.
         return
+
+
+def _check_rate(optimizer: Optimizer) -> None:
+    """Raise an error for param groups that do not say by what a metric divides."""
+    for i, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            held = ", ".join([name for name in group if name != "params"]) or "nothing"
+            raise ValueError(
+                f"param group {i} of {type(optimizer).__name__} has no 'lr', but {held}. A penalty is weighed by lr / "
+                "metric: set group['lr'] = 1.0 in each group, and let metric return 1 / the size of a step."
+            )
 
 
 def _filled(w: Tensor, metric: Any) -> Tensor:

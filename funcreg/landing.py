@@ -10,24 +10,16 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule
 from funcreg.composition import Term
-from funcreg.constraints import Constraint
 from funcreg.denominators import Rule
 from funcreg.fused import FusedStep
 from funcreg.memory import Pieces
-from funcreg.penalty import Penalty, Sum
+from funcreg.penalty import Penalty
 from funcreg.proximal import land
 from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
 from funcreg.tree import ABSENT, Absent, compute, compute_wide, product, scalar_device, tree_leaves
 
 #: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.
 _SMALL = 1 << 14
-
-
-def projects(penalty: Penalty) -> bool:
-    """Whether a penalty is a constraint, or made of nothing else."""
-    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
-        return isinstance(penalty, Constraint)
-    return all([projects(term.penalty) for term in penalty.structure.parts()])
 
 
 class Task(NamedTuple):

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.constraints import Constraint
 from funcreg.coupled import check_groups_are_whole
 from funcreg.graphs import Graphs, Same, key_of, like, with_more
 from funcreg.inputs import RANDOM, as_tensors, check_call, check_names, explained
@@ -33,12 +32,21 @@ from funcreg.quadratic import (
     step,
     unless_done,
 )
+<<<<<<< HEAD
 from funcreg.ranges import check_range, number
 from funcreg.regularizing import check_penalty
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, nonnegative, public_state
 from funcreg.tree import check_params, listed, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
+=======
+from funcreg.ranges import check_range
+from funcreg.regularizing import check_penalty, check_strength
+from funcreg.sharding import check_whole
+from funcreg.summaries import solution_line, solution_text
+from funcreg.transform import check_fit, check_selection, public_state
+from funcreg.tree import check_params, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
+>>>>>>> t14
 from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import Flat, flat_problem
 
@@ -189,10 +197,8 @@ class Problem:
 
     def check(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> None:
         """Raise an error, before any work, for what is no problem."""
-        nonnegative(strength=strength)
         check_penalty(self.penalty, self.hyper, self.options)
-        if isinstance(self.penalty, Constraint) and not (isinstance(strength, (int, float)) and strength == 1):
-            raise ValueError(f"{self.penalty!r} holds whatever its strength; expected no strength=")
+        check_strength(self.penalty, strength)
         check_selection(self.mask)
         check_params(params)
         check_whole("minimize", tree_paths(params), tree_leaves(params))

@@ -10,7 +10,7 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
-from funcreg.combine import changes, named_chain
+from funcreg.combine import changes, masked, named_chain, set_to_zero
 from funcreg.composition import Term
 from funcreg.constraints import Constraint
 from funcreg.construction import written
@@ -19,8 +19,8 @@ from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow
-from funcreg.scaling import ema, trace
-from funcreg.transform import Transform, raw_leaves
+from funcreg.scaling import ema, scale_by_schedule, trace
+from funcreg.transform import Transform, at_step, raw_leaves
 from funcreg.tree import keep, listed, tree_leaves, tree_paths
 
 
@@ -80,6 +80,7 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
         *_penalized_twice(links),
         *_out_of_order(links),
         *_uphill(links, several),
+        *_moved_again(links),
         *_left_raw(entries, whole),
         *_beside_gathered(entries),
         *_lost_in_sixteen_bits(links),
@@ -90,8 +91,20 @@ def _meet(a: Entry, b: Entry) -> bool:
     """Whether two transforms act on one leaf, as far as is known."""
     apart = any([p == q and x != y for p, x in a.branch for q, y in b.branch])
     if a.acts_on is None or b.acts_on is None or apart:
-        return not apart
+        return not apart and not any([_may_differ(m, n) for m in _masks(a) for n in _masks(b)])
     return bool(a.acts_on & b.acts_on)
+
+
+def _masks(entry: Entry) -> list[Any]:
+    """The masks through which a transform sees parameters."""
+    around = [tx.made_by.arguments.get("mask") for tx in entry.around if tx.made_by is not None and made(tx, masked)]
+    return [mask for mask in (*around, entry.argument("mask")) if mask is not None]
+
+
+def _may_differ(mask: Any, other: Any) -> bool:
+    """Whether two masks may choose other leaves; those that are written alike choose the same, but for functions."""
+    own, its = written(mask), written(other)
+    return mask is not other and (own != its or "<lambda>" in own)
 
 
 # In which order
@@ -197,11 +210,28 @@ def _out_of_order(links: list[Entry]) -> Iterator[str]:
 
 
 def _turns(entry: Entry) -> bool:
-    return "steps" in entry.tx.stages or "flips" in entry.tx.stages
+    return "steps" in entry.tx.stages or "flips" in entry.tx.stages or _sign(entry) < 0
+
+
+#: Numbers of steps at which a schedule is asked for its sign.
+_ASKED = (0, 1, 10, 100, 1000, 10000)
+
+
+def _sign(entry: Entry) -> int:
+    """The sign of the schedule that `scale_by_schedule` multiplies by; 0 for that of others, and one that changes."""
+    if not made(entry.tx, scale_by_schedule):
+        return 0
+    try:
+        values = [float(at_step(entry.tx.rate, n)) for n in _ASKED]
+    except (TypeError, ValueError, RuntimeError):  # It is asked in steps again, and raises there.
+        return 0
+    least, greatest = min(values), max(values)
+    return 1 if least >= 0 < greatest else -1 if least < 0 >= greatest else 0
 
 
 def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
-    known = all(entry.tx.made_by is not None and not callable(entry.tx.rate) for entry in links)
+    unclear = lambda entry: callable(entry.tx.rate) and not _sign(entry)
+    known = all(entry.tx.made_by is not None and not unclear(entry) for entry in links)
     if several and known and not any(map(_turns, links)):
         yield (
             "no link has a learning rate that turns the sign: applied as they are, updates go uphill. End with "
@@ -216,6 +246,24 @@ def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
                 f"{entry.tx!r} turns the sign that {before[-1].tx!r} has turned: updates go uphill, which is right for "
                 "an objective that is to be made large. Else take one of them out."
             )
+
+
+def _moved_again(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        if not made(entry.tx, set_to_zero):
+            continue
+        later = next((each for each in links[i + 1 :] if _moves_by_itself(each) and _meet(entry, each)), None)
+        if later is not None:
+            yield (
+                f"{later.tx!r} stands after {entry.tx!r} and moves the leaves whose updates that has made zero: they "
+                "are not held. chain(freeze(mask), ...) holds them, wherever it stands."
+            )
+
+
+def _moves_by_itself(entry: Entry) -> bool:
+    """Whether a transform moves parameters whose updates are zero, by a decay, a penalty or a threshold."""
+    pulls = decay_of(entry.tx) is not None or entry.penalty is not None
+    return pulls or made(entry.tx, soft_threshold)
 
 
 def _left_raw(entries: list[Entry], whole: Params | None) -> Iterator[str]:

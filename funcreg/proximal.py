@@ -19,7 +19,7 @@ from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
-from funcreg.regularizing import check_penalty
+from funcreg.regularizing import check_penalty, check_strength
 from funcreg.scaling import scale_by_adam, trace
 from funcreg.transform import (
     Choice,
@@ -31,7 +31,6 @@ from funcreg.transform import (
     counter,
     finite_nonnegative,
     identity,
-    nonnegative,
     positive,
     public_state,
     without_momentum,
@@ -104,8 +103,8 @@ def descend(
 ) -> Transform:
     """A step along a direction, then the proximal operator in the direction's metric, if it has one."""
     finite_nonnegative(learning_rate=learning_rate, weight_decay=weight_decay)
-    nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
+    check_strength(penalty, strength)
     check_selection(mask)
 
     def init(params: Params) -> ProximalState:
@@ -399,9 +398,9 @@ def fista(
         O'Donoghue & Candes, *Adaptive restart for accelerated gradient schemes*, 2015.
     """
     finite_nonnegative(learning_rate=learning_rate)
-    nonnegative(strength=strength)
     flags(restart=restart)
     check_penalty(penalty, hyper, options)
+    check_strength(penalty, strength)
     check_selection(mask)
 
     def init(params: Params) -> FistaState:

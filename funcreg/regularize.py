@@ -43,13 +43,12 @@ from funcreg.landing import (
     acts_on_entries,
     laid_out,
     land_in_sets,
-    projects,
 )
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
 from funcreg.penalty import Penalty
 from funcreg.ranges import concrete
-from funcreg.regularizing import check_penalty
+from funcreg.regularizing import check_penalty, check_strength, projects
 from funcreg.rounding import is_narrow
 from funcreg.selection import computed_from, plain_names
 from funcreg.transform import (
@@ -57,7 +56,6 @@ from funcreg.transform import (
     check_selection,
     flags,
     is_scheduled,
-    nonnegative,
     positive,
 )
 from funcreg.tree import (
@@ -168,8 +166,8 @@ def regularize(
         )
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module is {_described(module)}; expected the torch.nn.Module that the optimizer trains")
-    nonnegative(strength=strength)
     check_penalty(penalty, hyper, options)
+    check_strength(penalty, strength)
     check_selection(mask)
     check_inner_steps(inner_steps)
     if max_step is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
 from funcreg.constraints import Constraint
-from funcreg.construction import remembered
+from funcreg.construction import remembered, written
 from funcreg.penalties import half_l2, l1
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import ordered
 from funcreg.transform import (
     Stage,
@@ -39,6 +39,21 @@ def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str,
         hint = ". Is it a value? Give the penalty itself, l1 and not l1(params)" if isinstance(penalty, Tensor) else ""
         raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty{hint}")
     penalty.bind(*hyper, **options)
+
+
+def projects(penalty: Penalty) -> bool:
+    """Whether a penalty is a constraint, or made of nothing else."""
+    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+        return isinstance(penalty, Constraint)
+    return all([projects(term.penalty) for term in penalty.structure.parts()])
+
+
+def check_strength(penalty: Penalty, strength: Hyper | Schedule) -> None:
+    """Raise an error for a strength that is none, and for one that a constraint would not see."""
+    nonnegative(strength=strength)
+    is_default = isinstance(strength, (int, float)) and strength == 1
+    if projects(penalty) and not is_default:
+        raise ValueError(f"{written(penalty)} is a constraint, and holds whatever its strength; expected no strength=")
 
 
 def check_gradient(penalty: Penalty) -> None:

@@ -21,7 +21,7 @@ from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
 from funcreg.ranges import scalars, single
-from funcreg.regularizing import check_penalty
+from funcreg.regularizing import check_penalty, check_strength
 from funcreg.scaling import scale_by_adam
 from funcreg.transform import (
     Transform,
@@ -31,7 +31,6 @@ from funcreg.transform import (
     check_selection,
     counter,
     finite_nonnegative,
-    nonnegative,
     positive,
     public_state,
 )
@@ -67,10 +66,10 @@ def _average(
 ) -> Transform:
     finite_nonnegative(learning_rate=learning_rate)
     single(learning_rate=learning_rate)
-    nonnegative(strength=strength)
     below_one(momentum=momentum)
     check_inner_steps(inner_steps)
     check_penalty(penalty, hyper, options)
+    check_strength(penalty, strength)
     check_selection(mask)
 
     def init(params: Params) -> DualAveragingState:
@@ -280,11 +279,11 @@ def ftrl(
         McMahan, *Follow-the-regularized-leader and mirror descent: equivalence theorems and L1 regularization*, 2011.
         McMahan and others, *Ad click prediction: a view from the trenches*, 2013.
     """
-    nonnegative(strength=strength)
     positive(learning_rate=learning_rate, beta=beta)
     finite_nonnegative(learning_rate=learning_rate, beta=beta)
     learning_rate, beta = scalars(learning_rate=learning_rate, beta=beta)
     check_penalty(penalty, hyper, options)
+    check_strength(penalty, strength)
     check_inner_steps(inner_steps)
     check_selection(mask)
 

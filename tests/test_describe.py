@@ -198,6 +198,22 @@ MISTAKEN = {
         lambda: fr.chain(fr.add_penalty(fr.elastic, 0.1, 0.5, mask=fr.matrices), fr.lion(0.1, weight_decay=0.0)),
         [r"add_penalty\(elastic.* stands before scale_by_lion"],
     ),
+    "a schedule that does not turn the sign": (
+        lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(fr.warmup_cosine_decay_schedule(0.0, 0.1, 5, 20))),
+        ["no link has a learning rate that turns the sign: .* go uphill"],
+    ),
+    "a schedule that turns the sign again": (
+        lambda: fr.chain(fr.adam(0.1), fr.scale_by_schedule(lambda count: -falling(count))),
+        [r"scale_by_schedule\(.*\) turns the sign that scale_by_learning_rate\(0.1\) has turned"],
+    ),
+    "leaves that were to be held, and decay": (
+        lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.adamw(0.1, mask=fr.matrices)),
+        [r"add_decayed_weights\(0.0001, matrices\) stands after set_to_zero\(\) and moves the leaves .*freeze\(mask\)"],
+    ),
+    "leaves that were to be held, and thresholds": (
+        lambda: fr.chain(fr.sgd(0.1), fr.masked(fr.set_to_zero(), HEAD), fr.soft_threshold(0.1)),
+        [r"soft_threshold\(0.1\) stands after set_to_zero\(\)"],
+    ),
     "two turns of the sign": (
         lambda: fr.chain(fr.adam(0.1), fr.scale(-1.0)),
         [r"scale\(-1.0\) turns the sign that scale_by_learning_rate\(0.1\) has turned: updates go uphill"],
@@ -319,6 +335,10 @@ RIGHT = [
     lambda: fr.partition({"a": fr.adam(0.1), "b": fr.prox_sgd(0.1, fr.l1)}, {"head": "a", "body": "b"}),
     lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.sgd(0.1, momentum=0.9)),
     lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: -falling(count))),
+    lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: 0.5 - 0.1 * count)),
+    lambda: fr.chain(fr.adam(0.1), fr.scale_by_schedule(falling)),
+    lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.adamw(0.1, mask=fr.matrices & fr.select("body*"))),
+    lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.sgd(0.1, momentum=0.9), fr.project(fr.nonnegative)),
     lambda: fr.scale_by_adam(),
     lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
     lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
@@ -405,6 +425,14 @@ def test_a_vector_of_coefficients_is_no_bias():
 def test_without_parameters_branches_of_a_partition_do_not_meet():
     parts = {"a": fr.add_decayed_weights(0.1), "b": fr.scale_by_adam()}
     assert described(fr.chain(fr.partition(parts, {"head": "a", "body": "b"}), fr.sgd(0.1))).warnings == []
+
+
+def test_without_parameters_masks_that_differ_do_not_meet():
+    parts = fr.chain(fr.masked(fr.adam(0.1), fr.matrices), fr.masked(fr.sgd(0.1), ~fr.matrices))
+    assert described(parts).warnings == []
+    twice = lambda mask: fr.chain(fr.masked(fr.adam(0.1), mask()), fr.masked(fr.sgd(0.1), mask()))
+    assert len(described(twice(lambda: fr.select("head.*"))).warnings) == 1
+    assert described(twice(lambda: lambda params: HEAD)).warnings == []
 
 
 def test_what_is_no_transform_is_refused():

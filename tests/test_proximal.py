@@ -374,21 +374,25 @@ def test_a_matrix_of_low_rank_is_found_in_the_metric_of_adagrad():
     torch.testing.assert_close(train(one, loss, start, 3000)[0]["w"], expected, rtol=1e-7, atol=1e-8)
 
 
-SOLVED = {name: case for name, case in {**PENALTIES, **CONSTRAINTS}.items() if case.nonconvex != "a union of planes"}
+SOLVED = {
+    **{name: (case, {"strength": 0.5}) for name, case in PENALTIES.items()},
+    **{name: (case, {}) for name, case in CONSTRAINTS.items()},  # Which hold whatever their strength.
+}
+SOLVED = {name: (case, strong) for name, (case, strong) in SOLVED.items() if case.nonconvex != "a union of planes"}
 
 
-@pytest.mark.parametrize("case", SOLVED.values(), ids=SOLVED)
-def test_prox_adam_solves_the_penalized_problem_of(case):
+@pytest.mark.parametrize(("case", "strong"), SOLVED.values(), ids=SOLVED)
+def test_prox_adam_solves_the_penalized_problem_of(case, strong):
     goal, curvature = draw_fours(), fr.tree_map(lambda w: 1.2 + w.tanh() / 2, draw_fours(1))
     slopes = lambda params: fr.tree_map(lambda c, w, t: c * (w - t), curvature, params, goal)
-    tx = fr.prox_adam(0.6, case.penalty, *case.hyper, strength=0.5, b1=0.3, b2=0.8, eps=1.0, **case.options)
+    tx = fr.prox_adam(0.6, case.penalty, *case.hyper, **strong, b1=0.3, b2=0.8, eps=1.0, **case.options)
     params, state = goal, tx.init(goal)
     for n in range(120):
         updates, state = tx.update(slopes(params), state, params)
         params = fr.apply_updates(params, updates)
         if n >= 20 and flat(updates).abs().max() <= 1e-11:  # It stays there.
             break
-    options = {**case.options, "strength": 0.5}
+    options = {**case.options, **strong}
     assert fr.kkt_residual(params, slopes(params), case.penalty, *case.hyper, **options) < 1e-9
 
 

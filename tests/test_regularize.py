@@ -273,13 +273,18 @@ def test_its_steps_are_those_of_the_functional_optimizer(functional, given):
     )
 
 
-@pytest.mark.parametrize("name", [*PENALTIES, *CONSTRAINTS])
+WITH_STRENGTH = {
+    **{name: (case, {"strength": 0.3}) for name, case in PENALTIES.items()},
+    **{name: (case, {}) for name, case in CONSTRAINTS.items()},  # Which hold whatever their strength.
+}
+
+
+@pytest.mark.parametrize(("case", "strong"), WITH_STRENGTH.values(), ids=WITH_STRENGTH)
 @pytest.mark.parametrize("functional", ["momentum", "Adam"])
-def test_every_penalty_takes_the_steps_of_the_functional_optimizer(functional, name):
-    case = PENALTIES.get(name) or CONSTRAINTS[name]
+def test_every_penalty_takes_the_steps_of_the_functional_optimizer(functional, case, strong):
     (make, chain), tree = FUNCTIONAL[functional], draw_fours()
     matrix = tree["head"].weight
-    args, kwargs = (case.penalty, *case.hyper), {**case.options, "strength": 0.3}
+    args, kwargs = (case.penalty, *case.hyper), {**case.options, **strong}
     params = {"a": matrix.clone(), "b": matrix.flip(0).clone() - 0.1}
     assert_equal(
         by_hook(make, params, quadratic, 2, *args, **kwargs),
@@ -1684,7 +1689,7 @@ def test_the_look_of_a_distributed_checkpoint_at_a_state_is_no_step(lr):
     module = nn.Linear(3, 3)
     before = [w.detach().clone() for w in module.parameters()]
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, foreach=False)
-    handle = fr.regularize(optimizer, fr.max_norm, 0.01, strength=fr.linear_schedule(1.0, 2.0, 10))
+    handle = fr.regularize(optimizer, fr.max_norm, fr.linear_schedule(0.01, 0.02, 10))
     get_optimizer_state_dict(module, optimizer)
     assert handle.steps == 0
     assert_close(list(module.parameters()), before, rtol=0, atol=0)
@@ -1701,10 +1706,10 @@ def test_the_look_of_a_distributed_checkpoint_at_a_state_is_no_step(lr):
 class Sharpness(optim.Optimizer):
     """Users call `second_step`, past the hooks of this one."""
 
-    def __init__(self, params, several=False):
+    def __init__(self, params, held):
         super().__init__(params, {"lr": 0.1})
         inner = optim.SGD(self.param_groups)
-        self.base_optimizer = [inner] if several else inner
+        self.base_optimizer = held(inner)
         self.param_groups = inner.param_groups
 
     def step(self, closure=None):
@@ -1721,21 +1726,52 @@ class WithReference(optim.SGD):
 
 @pytest.mark.parametrize(
     "given",
-    [(fr.l1, {}), (fr.l1, {"metric": lambda s, g: 1.0}), (fr.linf_ball, {})],
+    [
+        (fr.l1, {"strength": 50.0}),
+        (fr.l1, {"strength": 50.0, "metric": lambda s, g: 1.0}),
+        (fr.linf_ball, {}),
+    ],
     ids=["a penalty", "in a metric", "a constraint"],
 )
-@pytest.mark.parametrize("several", [False, True])
-def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_that_takes_its_steps(given, several):
+@pytest.mark.parametrize(
+    ("held", "place"),
+    [(lambda inner: inner, ""), (lambda inner: [inner], "[0]"), (lambda inner: {"slow": inner}, "['slow']")],
+    ids=["itself", "in a list", "in a dict"],
+)
+def test_a_wrapper_is_refused_with_the_name_of_the_optimizer_that_takes_its_steps(given, held, place):
     (penalty, options), hyper = given, (0.1,) if given[0] is fr.linf_ball else ()
     w = weight(4, 3)
-    outer, name = Sharpness([w], several), r"base_optimizer\[0\]" if several else "base_optimizer"
+    outer, name = Sharpness([w], held), re.escape(f"base_optimizer{place}")
     with pytest.raises(
         ValueError, match=rf"Sharpness holds {name}, .* regularize\(optimizer.{name}, {penalty.__name__}, "
     ):
-        fr.regularize(outer, penalty, *hyper, strength=50.0, **options)
-    inner = outer.base_optimizer[0] if several else outer.base_optimizer
-    fr.regularize(inner, penalty, *hyper, strength=50.0, **options)
-    fr.regularize(WithReference([w], inner), penalty, *hyper, strength=50.0, **options)
+        fr.regularize(outer, penalty, *hyper, **options)
+    inner = optim.SGD([w], 0.1)
+    fr.regularize(inner, penalty, *hyper, **options)
+    fr.regularize(WithReference([w], inner), penalty, *hyper, **options)
+
+
+class WithoutRate(optim.Optimizer):
+    """Finds its steps itself, and calls them otherwise."""
+
+    def __init__(self, params):
+        super().__init__(params, {"d": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for w in group["params"]:
+                w -= group["d"] * w.grad
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused_before_its_first_step():
+    w = weight(4, 3)
+    with pytest.raises(ValueError, match=r"param group 0 of WithoutRate has no 'lr', but d\. .*group\['lr'\]"):
+        fr.regularize(WithoutRate([w]), fr.l1, strength=0.1, metric=lambda state, group: 1.0)
+    optimizer = WithoutRate([w])
+    fr.regularize(optimizer, fr.linf_ball, 0.1)
+    stepped(optimizer, w)
+    assert w.abs().max() <= 0.1
 
 
 def test_a_penalty_that_is_written_alike_is_the_same():

@@ -304,6 +304,17 @@ def test_constraints_and_sums_with_a_term_without_a_gradient_have_none():
         fr.add_penalty(fr.l1 + fr.l0)
 
 
+@pytest.mark.parametrize("strength", [0.1, 0.0, torch.tensor(1.0, device="cpu"), fr.linear_schedule(0.0, 1.0, 5)])
+@pytest.mark.parametrize("name", ["regularize", "prox_sgd", "prox_adam", "fista", "rmda", "ramda", "ftrl"])
+def test_a_strength_of_a_constraint_is_refused(name, strength):
+    make = getattr(fr, name)
+    for penalty in (fr.linf_ball.given(1.0), 0.5 * fr.linf_ball.given(1.0, mask=fr.matrices)):
+        first = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], 0.1) if name == "regularize" else 0.1
+        with pytest.raises(ValueError, match=r"linf_ball.* holds whatever its strength; expected no strength="):
+            make(first, penalty, strength=strength)
+        make(first, penalty, strength=1.0)
+
+
 # Strengths of value_and_grad
 
 

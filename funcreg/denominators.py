@@ -52,6 +52,14 @@ def _steps(state: Entries) -> Scalar:
     return steps if steps.device.type == "mps" else steps.double()  # No float64 there.
 
 
+def _rate(group: Entries) -> Scalar:
+    """The learning rate: a number where it is known, because the product with a strength is rounded in float32."""
+    rate = group["lr"]
+    if not isinstance(rate, Tensor) or rate.device.type != "cpu":
+        return rate
+    return rate.double() if rate.requires_grad or concrete(rate) is None else rate.item()
+
+
 def buffered(group: Entries, before: Scalar | None) -> Scalar:
     """The sum of the weights of gradients in a momentum buffer after one more step.
 
@@ -72,7 +80,7 @@ def gain(group: Entries, weights: Scalar) -> Scalar:
 
 
 def _adam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return group["lr"], (1 - group["betas"][1] ** _steps(state)) ** -0.5, group["eps"]
+    return _rate(group), (1 - group["betas"][1] ** _steps(state)) ** -0.5, group["eps"]
 
 
 def _nadam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
@@ -82,11 +90,11 @@ def _nadam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
     product = state["mu_product"].double()
     product = product if isinstance(steps, Tensor) else product.item()
     weights = (1 - now) / (1 - product) + after * (1 - beta1**steps) / (1 - product * after)
-    return group["lr"] * weights, (1 - beta2**steps) ** -0.5, group["eps"]
+    return _rate(group) * weights, (1 - beta2**steps) ** -0.5, group["eps"]
 
 
 def _radam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    beta2, steps, lr = group["betas"][1], _steps(state), group["lr"]
+    beta2, steps, lr = group["betas"][1], _steps(state), _rate(group)
     most, correction = 2 / (1 - beta2) - 1, 1 - beta2**steps
     length = most - 2 * steps * (1 - correction) / correction
     share = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
@@ -98,7 +106,7 @@ def _radam(state: Entries, group: Entries) -> tuple[Scalar, ...]:
 
 
 def _rmsprop(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return group["lr"], group["eps"]
+    return _rate(group), group["eps"]
 
 
 def _spread(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
@@ -109,7 +117,7 @@ def _spread(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
 
 
 def _adagrad(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    return group["lr"] / (1 + (_steps(state) - 1) * group["lr_decay"]), group["eps"]
+    return _rate(group) / (1 + (_steps(state) - 1) * group["lr_decay"]), group["eps"]
 
 
 def _adadelta(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
@@ -117,7 +125,7 @@ def _adadelta(w: Tensor, state: Entries, group: Entries, note: Any) -> Tensor:
 
 
 def _adafactor_rate(state: Entries, group: Entries) -> tuple[Scalar, ...]:
-    rate, most = group["lr"], _steps(state) ** -0.5
+    rate, most = _rate(group), _steps(state) ** -0.5
     if isinstance(rate, Tensor) or isinstance(most, Tensor):
         return (torch.minimum(*[torch.as_tensor(x, dtype=torch.float64) for x in (rate, most)]),)
     return (min(rate, most),)
@@ -153,7 +161,7 @@ _corrected = lambda square, correction, eps: square.sqrt() * correction + eps  #
 _rectified = lambda square, rectified, eps: rectified * (square.sqrt() + eps) + (1 - rectified)
 _entry = lambda name: lambda w, state, group, note: state[name]
 _square = lambda w, state, group, note: state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-_lr = lambda state, group: (group["lr"],)
+_lr = lambda state, group: (_rate(group),)
 
 RULES: dict[type[Optimizer], Rule] = {
     torch.optim.SGD: Rule(_lr, buffers=True),

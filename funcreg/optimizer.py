@@ -164,6 +164,12 @@ class Optimizer(torch.optim.Optimizer):
         """Make the chain of a group: once on the CPU, where numbers are checked, and once for steps."""
         given = self._given(index)
         check_complete(self._factory, self._names, given, index)
+        rate = self.param_groups[index].get("lr")
+        if isinstance(rate, Tensor) and rate.numel() != 1:
+            raise ValueError(
+                f"param group {index}: lr is a tensor of shape {tuple(rate.shape)}; expected one number. Parameters "
+                "with learning rates of their own go in groups of their own."
+            )
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
         self._called(index, values.readable())
         made = values.made(lambda tree: self._called(index, tree))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, State
+from funcreg.construction import written
 from funcreg.transform import Transform
 from funcreg.tree import ABSENT, dotted, leaf_paths, listed, structure
 
@@ -180,6 +181,7 @@ def _resumed(init: Callable[[Params], State], groups: Groups, index: int, state:
             return []
         whole, leaves = _begin(init, groups, index, begun)
     _check_states(whole, leaves, state)
+    _take_numbers(whole, leaves, state)
     counters = {whole.slots[i][1] for i in whole.shared}
     together: dict[Any, list[int]] = {}
     for i in begun:
@@ -204,11 +206,27 @@ def _check_states(part: Part, leaves: list[Tensor], state: Entries) -> None:
                 f"{listed(like) or 'none'}. Is it the state of another chain, or of an optimizer of torch?"
             )
         for entry, leaf in like.items():
-            if found[entry].shape != leaf.shape:
+            if not isinstance(found[entry], Tensor) and (leaf.ndim or type(found[entry]) not in (int, float)):
+                raise ValueError(
+                    f"the state {entry} of parameter '{name}' is {written(found[entry])}; expected a tensor of shape "
+                    f"{tuple(leaf.shape)}. What was done to it after state_dict()?"
+                )
+            if isinstance(found[entry], Tensor) and found[entry].shape != leaf.shape:
                 raise ValueError(
                     f"the state {entry} of parameter '{name}' has shape {tuple(found[entry].shape)}; expected "
                     f"{tuple(leaf.shape)}. Are the parameters in another order, or of another model?"
                 )
+
+
+def _take_numbers(part: Part, leaves: list[Tensor], state: Entries) -> None:
+    """Make tensors like those of the chain of numbers and of counters in other dtypes, as other programs save them."""
+    for p, like in part.entries(leaves).items():
+        for entry, leaf in like.items():
+            found = state[p][entry]
+            if not isinstance(found, Tensor):
+                state[p][entry] = torch.full_like(leaf, found)
+            elif not leaf.ndim and not leaf.is_floating_point():
+                state[p][entry] = found.to(leaf.dtype)
 
 
 # Loaded and saved

@@ -583,6 +583,21 @@ def test_a_loaded_state_shares_memory_with_nothing():
     assert again.state[p]["steps"] is again.state[model[0].bias]["steps"]
 
 
+@every_way
+@pytest.mark.parametrize("written", [torch.Tensor.item, torch.Tensor.float, torch.Tensor.long])
+def test_counters_that_were_saved_as_other_numbers_are_those_of_the_chain(written, compile):
+    model, optimizer = made(compile)
+    trained(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for entries in state["state"].values():
+        entries["steps"] = written(entries["steps"])
+    again, loaded = made(compile)
+    again.load_state_dict(model.state_dict())
+    loaded.load_state_dict(state)
+    assert_equal(trained(again, loaded, 2), trained(model, optimizer, 2))
+    assert_equal(loaded.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     model, optimizer = made()
     trained(model, optimizer, 2)
@@ -592,9 +607,13 @@ def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     trained(net, torchs, 1)
     other = copy.deepcopy(before)
     other["state"][0]["direction.mu"] = torch.ones(1)
+    number, nothing = copy.deepcopy(before), copy.deepcopy(before)
+    number["state"][0]["direction.mu"], nothing["state"][0]["steps"] = 0.5, None
     for wrong, message in [
         (torchs.state_dict(), "the state of parameter '0.weight' has .*exp_avg.*expected steps, .*of torch"),
         (other, r"the state direction.mu of parameter '0.weight' has shape \(1,\); expected \(4, 5\)"),
+        (number, r"the state direction.mu of parameter '0.weight' is 0.5; expected a tensor of shape \(4, 5\)"),
+        (nothing, r"the state steps of parameter '0.weight' is None; expected a tensor of shape \(\)"),
         ({**before, "param_groups": []}, "different number of parameter groups"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -697,6 +716,10 @@ WRONG = {
     "a negative rate in a tensor": (
         lambda: fr.Optimizer(P, LASSO, lr=torch.tensor(-0.5, device="cpu"), strength=1.0), ValueError,
         "learning_rate is -0.5",
+    ),
+    "several rates in a tensor": (
+        lambda: fr.Optimizer(P, LASSO, lr=torch.tensor([0.5, 0.1], device="cpu"), strength=1.0), ValueError,
+        r"param group 0: lr is a tensor of shape \(2,\); expected one number",
     ),
     "no transform": (lambda: fr.Optimizer(P, lambda lr: fr.l1, lr=0.1), TypeError, "returned a Penalty. Expected"),
     "no return": (lambda: fr.Optimizer(P, lambda lr: None, lr=0.1), TypeError, "returned None; lacks it a return"),

@@ -180,6 +180,17 @@ def test_variants_of_an_optimizer_take_the_same_steps(row, variant):
     assert_equal(solved(row.make, 8, **options), solved(row.make, 8), atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["SGD, momentum", "AdamW", "RAdam", "RMSprop", "Adadelta"])
+def test_a_learning_rate_in_a_tensor_of_float32_rounds_no_threshold(name):
+    exact, number = weight(6), weight(6)
+    for w, strength in ((exact, torch.tensor(0.07, dtype=torch.float64)), (number, 0.07)):
+        optimizer = OPTIMIZERS[name].make([w], lr=torch.tensor(0.001), foreach=False)
+        fr.regularize(optimizer, fr.l1, strength=strength)
+        for seed in (1, 2, 3):
+            stepped(optimizer, w, seed=seed)
+    assert_equal(number.detach(), exact.detach(), atol=1e-15)
+
+
 @pytest.mark.parametrize("name", ["AdamW", "Adam, amsgrad", "NAdam", "RAdam", "Adagrad, decay", "Adafactor"])
 def test_counters_that_lie_on_a_device_are_computed_with_and_not_read(name, monkeypatch):
     row = OPTIMIZERS[name]

@@ -32,21 +32,12 @@ from funcreg.quadratic import (
     step,
     unless_done,
 )
-<<<<<<< HEAD
 from funcreg.ranges import check_range, number
-from funcreg.regularizing import check_penalty
-from funcreg.sharding import check_whole
-from funcreg.summaries import solution_line, solution_text
-from funcreg.transform import check_fit, check_selection, nonnegative, public_state
-from funcreg.tree import check_params, listed, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
-=======
-from funcreg.ranges import check_range
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, public_state
-from funcreg.tree import check_params, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
->>>>>>> t14
+from funcreg.tree import check_params, listed, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
 from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import Flat, flat_problem
 

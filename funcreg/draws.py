@@ -70,7 +70,7 @@ class Draws(TorchFunctionMode):
 
     def _own(self, made: Tensor) -> Tensor:
         """Memory that was made without numbers, as the member's own: what it draws may be written there."""
-        if is_compiling() or count_maps() > self._maps or not is_batched(self._key):
+        if is_compiling() or count_maps() > self._maps or not is_batched(self._key) or made.layout != torch.strided:
             return made
         return torch.where(self._key == 0, made, made)
 

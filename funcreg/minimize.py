@@ -255,7 +255,16 @@ class Problem:
                 "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected "
                 "one of them in reverse: torch.func.hessian(f), or jacfwd(jacrev(f))"
             )
-        x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
+        try:
+            x, residual, steps, converged, *_ = _Solve.apply(flat, *tensors)
+        except RuntimeError as error:
+            if "unsupported for Sparse" not in str(error):
+                raise
+            raise TypeError(
+                "the loss multiplies a sparse matrix by a matrix, of which torch has no map over members and "
+                "directions; expected products with vectors, torch.stack([x @ column for column in w.unbind(1)], 1), "
+                "or a dense matrix, x.to_dense()"
+            ) from error
         return Solution(flat.tree(x), residual, steps, converged)
 
     @torch.inference_mode(False)
@@ -569,7 +578,8 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
 def _why_lost(flat: Flat, tensors: Any, lost: Tensor) -> str:
     """What is said where a descent cannot begin."""
     pairs = zip(flat.names(), tensors, strict=True)
-    names = [name for name, x in pairs if x.is_floating_point() and not bool(x.isfinite().all())]
+    numbers = lambda x: x if x.layout is torch.strided else x.coalesce().values()
+    names = [name for name, x in pairs if x.is_floating_point() and not bool(numbers(x).isfinite().all())]
     for_some = f" for {int(lost.sum())} of {lost.numel()} members" if lost.ndim else ""
     cause = (
         f"There is NaN or inf in {listed(names)}."

@@ -306,6 +306,8 @@ def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int
     kept = max(min(size, _KEPT), 1)
     rows = max([len(x) for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim], default=1)
     most = max(1, min(_ENTRIES // kept**2, _TERMS // (kept * max(rows, 1))) // folds)
+    if any([isinstance(x, Tensor) and x.layout is not torch.strided for x in tree_leaves(args)]):
+        most = 1  # Of products with sparse matrices there is no map over maps.
     share = _NEAR_SCREENED if size >= _SCREENED else 0.0 if quadratic else _NEAR
     least = _TOGETHER if quadratic else 1
     numbers = [float(x) for x in strengths.detach().cpu()]  # Under derivatives torch 2.9 makes no list of a tensor.

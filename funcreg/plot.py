@@ -348,8 +348,11 @@ def _told(sweep: Any, x: str | None, y: str | None) -> tuple[list[Mapping[str, A
     if any([y not in row for row in rows]):
         raise ValueError(f"rows have no {y!r}; they have {', '.join(map(str, rows[0]))}")
     varied = _varied(rows, y)
-    x = x or next((name for name, values in varied.items() if all(map(_is_number, values))), "")
-    if not x or any([not _is_number(row.get(x)) for row in rows]):
+    numbers = [name for name, values in varied.items() if all(map(_is_number, values))]
+    if not x and not numbers:
+        raise ValueError("rows differ in no hyperparameter that is a number, and so there is nothing to draw along")
+    x = x or numbers[0]
+    if any([not _is_number(row.get(x)) for row in rows]):
         raise ValueError(f"x is {x!r}; expected a hyperparameter that is a number and differs: {', '.join(varied)}")
     return rows, x, y
 

@@ -175,6 +175,21 @@ def test_what_else_torch_draws_is_torchs(call):
     assert torch.equal(found, call())
 
 
+@pytest.mark.parametrize("make", [torch.empty, lambda n: ONES.new_empty(n), lambda n: torch.empty_like(ONES[0, :n])])
+def test_new_memory_takes_what_a_member_draws(make):
+    def noise(key: Tensor) -> Tensor:
+        with Draws(key, tensor(7)):
+            assert torch.empty(2, 2, layout=torch.sparse_coo).is_sparse
+            return make(5).normal_()
+
+    found = vmap(noise)(tensor([3, 4]))
+    assert_close(found, torch.stack([noise(tensor(3)), noise(tensor(4))]), rtol=0, atol=0)
+    assert not torch.equal(*found)
+    make = torch.zeros
+    with pytest.raises(RuntimeError, match="normal_ writes random numbers of each member into one tensor"):
+        vmap(noise)(tensor([3, 4]))
+
+
 TINY = 1e-12  # So rare that nothing is dropped: all else has to be torch's.
 MASKS = {
     "plain": {},

@@ -11,7 +11,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
 from torch.func import grad, jacfwd, jvp, vmap
-from torch.nn.functional import mse_loss, softplus
+from torch.nn.functional import cross_entropy, mse_loss, softplus
 
 import funcreg as fr
 
@@ -401,6 +401,23 @@ def test_designs_of_sparse_rows_are_those_of_dense_ones():
     torch.testing.assert_close(path.params["w"][1], dense.params["w"], rtol=1e-8, atol=1e-8)
     with pytest.raises(TypeError, match=r"data is sparse at '0', of which torch takes no rows.*to_dense"):
         fr.cross_validate(bare, {"w": zeros(10)}, fr.l1, data=(design, y))
+
+
+def test_other_losses_of_sparse_designs_have_paths_or_say_how():
+    generator = torch.Generator().manual_seed(0)
+    x = normal(generator, 30, 4).relu()
+    y = torch.arange(30, device=DEVICE) % 3
+    by_column = lambda w, x: cross_entropy(torch.stack([x @ column for column in w.unbind(1)], 1), y)
+    dense, found = (
+        fr.regularization_path(by_column, zeros(4, 3), fr.group_lasso, count=3, ratio=0.1, args=(design,))
+        for design in (x, x.to_sparse())
+    )
+    torch.testing.assert_close(found.params, dense.params, rtol=1e-7, atol=1e-7)
+    for call in (fr.minimize, fr.regularization_path):
+        with pytest.raises(TypeError, match=r"sparse matrix by a matrix.*expected products with vectors"):
+            call(lambda w, x: cross_entropy(x @ w, y), zeros(4, 3), fr.group_lasso, args=(x.to_sparse(),))
+    with pytest.warns(UserWarning, match="There is NaN or inf in args at '0'"):
+        fr.minimize(by_column, zeros(4, 3), fr.group_lasso, args=((x / 0).to_sparse(),))
 
 
 @pytest.mark.parametrize("name", EVERY_ZERO)

@@ -242,7 +242,8 @@ def test_rows_that_diverged_are_crosses_and_set_no_scale(gone):
     [
         ([], {}, "expected what has rows"),
         ([1.0], {}, "expected what has rows"),
-        ([{"loss": 1.0}], {}, "x is ''"),
+        ([{"loss": 1.0}], {}, "differ in no hyperparameter"),
+        ([{"flag": True, "loss": 1.0}, {"flag": False, "loss": 2.0}], {}, "differ in no hyperparameter"),
         (ROWS, {"x": "width"}, "x is 'width'"),
         (ROWS, {"y": "score"}, "no 'score'"),
         ([{"a": 1, "loss": float("nan")}, {"a": 2, "loss": float("nan")}], {}, "all rows diverged"),

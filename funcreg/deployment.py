@@ -184,7 +184,18 @@ def to_prune(module: nn.Module, mask: Mask | None = None) -> nn.Module:
     if not found:
         what = f"to_prune found nothing to prune in {type(module).__name__}"
         _nothing(mask, list(params.values()), [chosen[path] for path in params], what)
+    for layer in module.modules():
+        is_attention = isinstance(layer, nn.MultiheadAttention) and prune.is_pruned(layer.out_proj)
+        if is_attention and _compute_projection not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_compute_projection)
     return module
+
+
+def _compute_projection(attention: nn.MultiheadAttention, inputs: Any) -> None:
+    """Compute the pruned weight of a projection that attention reads without a call of it, and so without its hooks."""
+    for hook in attention.out_proj._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            hook(attention.out_proj, inputs)
 
 
 class Pruned(NamedTuple):

@@ -184,6 +184,27 @@ def test_zeros_become_masks_and_stay_zero_in_training():
         assert not torch.equal(after, before[name])
 
 
+def test_attention_whose_projection_is_read_without_a_call_trains_and_loads():
+    make = lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, device="cpu").to(DEVICE, torch.float64)
+    net, other, x = make(), make(), batch(4, 8)[:, None]
+    for each in (net, other):
+        with torch.no_grad():
+            each.self_attn.out_proj.weight[:, ::2] = 0
+        fr.to_prune(fr.to_prune(each))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    other.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), net(x))
+    copied = copy.deepcopy(other)
+    prune.remove(net.self_attn.out_proj, "weight")
+    assert not net.self_attn.out_proj.weight[:, ::2].any()
+    torch.testing.assert_close(copied.eval()(x), net.eval()(x))
+
+
 def test_a_module_that_is_pruned_already_gets_the_new_zeros_besides():
     net = sparse_net(0.0)
     prune.l1_unstructured(net[0], "weight", amount=0.5)

@@ -574,7 +574,7 @@ def test_a_metric_weighs_the_distance(case):
 def test_inner_steps_find_the_proximal_operator_in_a_metric(case):
     x = draw()
     h = fr.tree_map(lambda w: 10 ** (w / w.abs().amax() / 2), draw(3))
-    z = case.prox(x, 0.7, metric=h, inner_steps=80)
+    z = case.prox(x, 0.7, metric=h, inner_steps=50)
     if case.metric:
         assert_equal(z, case.prox(x, 0.7, metric=h), rtol=1e-8, atol=1e-9)
     least = objective(case, x, z, 0.7, h)

@@ -44,6 +44,9 @@ def _skip_what_torch_measures() -> None:
     guards = sys.modules.get("torch._dynamo.guards")
     if hasattr(guards, "profile_guard_manager"):
         guards.profile_guard_manager = lambda *arguments: 0.0  # pyright: ignore[reportOptionalMemberAccess]
+    config = sys.modules.get("torch._dynamo.config")
+    if config is not None and hasattr(config, "verbose"):  # Asked for at each instruction, by a slow lookup.
+        vars(config)["verbose"] = config.verbose
 
 
 def _seed() -> None:

@@ -115,10 +115,10 @@ PRECONDITIONERS = {
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS.values(), ids=PRECONDITIONERS)
 def test_a_proximal_step_in_its_metric_ends_at_the_solution_of_the_penalized_problem(preconditioner):
     goal = weights((4, 3), (5,))
-    tx = fr.proximal_step(preconditioner, fr.cosine_decay_schedule(0.1, 600), fr.l1, strength=0.4)
+    tx = fr.proximal_step(preconditioner, fr.cosine_decay_schedule(0.1, 250), fr.l1, strength=0.4)
     params = fr.tree_map(torch.zeros_like, goal)
     state = tx.init(params)
-    for _ in range(600):
+    for _ in range(250):
         updates, state = tx.update(fr.tree_map(lambda w, g: w - g, params, goal), state, params)
         params = fr.apply_updates(params, updates)
     expected = fr.l1.prox(goal, 0.4)

@@ -44,7 +44,7 @@ def dual(x, step, steps=20000):
         t, before = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
         moved = n % 100 == 99 and (new - p).abs().max()
         q, p = new + (before - 1) / t * (new - p), new
-        if n % 100 == 99 and moved <= 1e-14:
+        if n % 100 == 99 and moved <= 1e-12:
             break
     return image(p), p
 

@@ -574,7 +574,7 @@ def test_a_metric_weighs_the_distance(case):
 def test_inner_steps_find_the_proximal_operator_in_a_metric(case):
     x = draw()
     h = fr.tree_map(lambda w: 10 ** (w / w.abs().amax() / 2), draw(3))
-    z = case.prox(x, 0.7, metric=h, inner_steps=80)
+    z = case.prox(x, 0.7, metric=h, inner_steps=50)
     if case.metric:
         assert_equal(z, case.prox(x, 0.7, metric=h), rtol=1e-8, atol=1e-9)
     least = objective(case, x, z, 0.7, h)
@@ -689,11 +689,12 @@ def test_lambda_max_has_derivatives_in_what_penalties_are_made_of():
     }
     for name, f in of.items():
         expected = (f(one + 1e-5) - f(one - 1e-5)) / 2e-5
-        second = (grad(f)(one + 1e-5) - grad(f)(one - 1e-5)) / 2e-5
+        here, after, before = vmap(grad(f))(torch.stack([one, one + 1e-5, one - 1e-5]))
+        second = (after - before) / 2e-5
         say = lambda m, name=name: f"{name}: {m}"
         torch.testing.assert_close(grad(f)(one), expected, rtol=1e-6, atol=1e-8, msg=say)
         torch.testing.assert_close(grad(grad(f))(one), second, rtol=1e-5, atol=1e-6, msg=say)
-        torch.testing.assert_close(vmap(grad(f))(one.expand(2)), expected.expand(2), rtol=1e-6, atol=1e-8, msg=say)
+        torch.testing.assert_close(here, expected, rtol=1e-6, atol=1e-8, msg=say)
 
 
 def test_lambda_max_has_its_closed_forms():

@@ -90,6 +90,12 @@ def objective(p: fr.Penalty, x: Any, z: Any, step: Any = 1.0, metric: Any = None
     return 0.5 * (h * (flat(z) - flat(x)).square()).sum() + step * p(z)
 
 
+def around(z: Any, sizes: tuple[float, ...]) -> Any:
+    """A dozen trees at each of some distances from one, stacked."""
+    moves = fr.tree_map(lambda *d: torch.stack(d), *[draw(seed) for seed in range(12)])
+    return fr.tree_map(lambda a, d: torch.cat([a + size * d for size in sizes]), z, moves)
+
+
 def nearby(z: Any, seed: int, size: float) -> Any:
     return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
 
@@ -145,9 +151,8 @@ def test_prox_is_that_of_steps_and_minimizes_the_weighted_objective(name):
         z = weighted.prox(x, step)
         assert_equal(z, case.prox(x, fr.tree_map(lambda c, step=step: step * c, c)), rtol=1e-12, atol=1e-14)
         least = objective(weighted, x, z, step)
-        for seed in range(12):
-            for size in (1e-5, 1e-2, 1.0):
-                assert objective(weighted, x, nearby(z, seed, size), step) >= least - 1e-12
+        worths = vmap(lambda z, step=step: objective(weighted, x, z, step))(around(z, (1e-5, 1e-2, 1.0)))
+        assert (worths >= least - 1e-12).all()
         assert objective(weighted, x, fr.tree_map(torch.zeros_like, x), step) >= least - 1e-12
         assert objective(weighted, x, x, step) >= least - 1e-12
 
@@ -158,9 +163,8 @@ def test_prox_in_a_metric_minimizes_the_weighted_objective(name):
     weighted, h = given(case, weights_for(name, x)), fr.tree_map(lambda w: 10**w, draw(3))
     z = weighted.prox(x, 0.5, metric=h)
     least = objective(weighted, x, z, 0.5, h)
-    for seed in range(12):
-        for size in (1e-5, 1e-2, 1.0):
-            assert objective(weighted, x, nearby(z, seed, size), 0.5, h) >= least - 1e-9
+    worths = vmap(lambda z: objective(weighted, x, z, 0.5, h))(around(z, (1e-5, 1e-2, 1.0)))
+    assert (worths >= least - 1e-9).all()
 
 
 @every_penalty
@@ -293,7 +297,7 @@ def test_compiling_the_whole_changes_nothing(name):
         return weighted(params), weighted.grad(params), weighted.prox(params, 0.5), grad(weighted)(params)
 
     c = weights_for(name, params)
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(everything, fullgraph=True, backend="eager")  # The law of penalties goes further down.
     assert_equal(compiled(params, c), everything(params, c), rtol=1e-12, atol=1e-14)
 
 
@@ -621,9 +625,11 @@ def test_the_adaptive_lasso_is_that_of_scikit_learn_with_scaled_columns():
     for tx, steps in ((fr.prox_sgd(rate, penalty), 2500), (fr.fista(rate, penalty), 500)):
         params = {"w": torch.zeros(x.shape[1], dtype=torch.float64)}
         state = tx.init(params)
-        for _ in range(steps):
+        for n in range(steps):
             updates, state = tx.update(grad(loss)(params), state, params)
             params = fr.apply_updates(params, updates)
+            if n >= 20 and updates["w"].abs().max() <= 1e-15:  # It stays there.
+                break
         solutions.append(state.solution if hasattr(state, "solution") else params)
     for solution in solutions:
         torch.testing.assert_close(solution["w"], expected, rtol=0, atol=1e-8)

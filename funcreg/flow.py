@@ -116,10 +116,13 @@ class Flow:
         for ref in recording.outputs:
             self.used.add(ref)
             self.atoms.close_all(self.of(ref), "they are an output of the network")
+        unused = "the forward pass did not use them"
+        if not recording.unseen:
+            unused += " in evaluation or training, and what they read may go: give inputs that use them, if any do"
         for name, ref in recording.parameters.items():
             if ref not in self.used:
                 for _, first, count in self.starts[name]:
-                    self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
+                    self.atoms.close(torch.arange(first, first + count), unused)
         self._straighten()
         if self.one_weight and self.inside is None:
             for ids, reason in self._tried:

@@ -285,6 +285,23 @@ def computed(kind):
     return nn.Sequential(*[each for layer in layers for each in (layer, nn.LeakyReLU(0.2))][:-1])
 
 
+class Experts(nn.Module):
+    """Two layers of four experts each, stacked, and a share of each for every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.last = nn.Linear(5, 4), nn.Linear(6, 3)
+        self.into, self.out = (
+            nn.Parameter(torch.zeros(4, 5, 8, device="cpu")),
+            nn.Parameter(torch.zeros(4, 8, 6, device="cpu")),
+        )
+        self.shift = nn.Parameter(torch.zeros(4, 8, device="cpu"))
+
+    def forward(self, x):
+        y = F.gelu(torch.einsum("bi,eih->beh", x, self.into) + self.shift)
+        return self.last(torch.einsum("beh,eho,be->bo", y, self.out, self.gate(x).softmax(-1)))
+
+
 def beside(net, x):
     """Queries, keys and values by one product, of three weights side by side."""
     layers = net.q, net.k, net.v
@@ -612,6 +629,7 @@ NETWORKS = {
         0.4,
     ),
     "attention, two queries for a key": (lambda: Transformer(kind="by hand", groups=2), words, 0.3),
+    "experts that are stacked": (Experts, vectors, 0.5),
     "weights that are scaled": (lambda: computed("scaled"), vectors, 0.4),
     "weights under a mask": (lambda: computed("masked"), vectors, 0.4),
     "weights that are rounded": (lambda: computed("rounded"), vectors, 0.4),

@@ -925,6 +925,15 @@ def test_what_is_behind_a_normalization_is_kept_by_its_reason():
 # What is asked for
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_heads_of_an_encoder_go_where_some_are_padded_and_the_rest_is_kept_by_its_normalizations():
+    encoder = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 20, 0.0, batch_first=True), 2)
+    net = network(lambda: Net(lambda net, x, padded: net.t(x, src_key_padding_mask=padded), t=encoder()))
+    groups = fr.channel_groups(net, (drawn(2, 5, 12), torch.arange(5, device=DEVICE).expand(2, -1) > 2))
+    assert sorted(groups.counts) == [4, 4, 20, 20]
+    assert "not followed" not in groups.explain()
+
+
 def test_layers_and_types_choose():
     net, seen = network(lambda: Transformer()), words()
     every = fr.channel_groups(net, seen)

@@ -326,6 +326,9 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mappin
     """The channels of a forward pass; inside heads once these are known from a first pass over what it did."""
     recording, unequal = record(module, inputs), lambda name: _packs_unequally(module, name)
     flow = Flow(recording, rule_of, unequal, None, frozen)
+    ends = flow.ends()
+    if any([bool(torch.isin(ids, ends).all()) for ids in flow.preferred]):  # For nothing: the others may go.
+        flow = Flow(recording, rule_of, unequal, None, frozen, kept=ends)
     if not inside_heads:
         return flow
     if not flow.multiplies:
@@ -333,7 +336,7 @@ def _followed(module: nn.Module, inputs: Any, inside_heads: bool, frozen: Mappin
             f"inside_heads has no effect, because {type(module).__name__} multiplies no two tensors of channels, as "
             "attention does with queries and keys"
         )
-    return Flow(recording, rule_of, unequal, flow.heads(), frozen)
+    return Flow(recording, rule_of, unequal, flow.heads(), frozen, kept=flow.kept)
 
 
 def _narrower(found: _Found) -> _Found:
@@ -350,6 +353,7 @@ def _narrower(found: _Found) -> _Found:
         flow.inside,
         found.frozen,
         narrow,
+        flow.kept,
     )
     return found._replace(flow=again, families=_families(again, found.trained(), found.frozen))
 
@@ -375,7 +379,7 @@ def _steady(found: _Found, inputs: Any) -> _Found:
     stay = [any([_stays(slot, trained, written) for slot in slots]) for slots in found.families]
     families = [_sets(flow, slots) if here else none for slots, here in zip(found.families, stay, strict=True)]
     follow = lambda recording: Flow(
-        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen, flow.narrow
+        recording, rule_of, lambda name: _packs_unequally(module, name), flow.inside, frozen, flow.narrow, flow.kept
     )
     return found.closed(unsteady(module, inputs, flow, follow, families))
 

@@ -34,6 +34,10 @@ def rule(*names: str) -> Callable[[R], R]:
     return register
 
 
+#: Why atoms are closed along a dimension whose entries go by others, too.
+SHARED = "they share a dimension with others"
+
+
 class Fold(NamedTuple):
     """A constant that a weight reads from dead channels, and the bias beside it, which can take it."""
 
@@ -64,6 +68,7 @@ class Flow:
             None if heads go whole.
         frozen: What entries of parameters are that no training makes zero: 0, or not a number for any other.
         narrow: Names of modules whose convolutions in groups keep all of these, each with fewer channels.
+        kept: Atoms of leaves that another pass has closed: where entries of one dimension go by two, by the others.
     """
 
     def __init__(
@@ -74,9 +79,11 @@ class Flow:
         inside: Tensor | None = None,
         frozen: Mapping[str, float] = MappingProxyType({}),
         narrow: Container[str] = (),
+        kept: Tensor | None = None,
     ) -> None:
         self.atoms = Atoms()
-        self.inside, self.narrow = inside, narrow
+        self.inside, self.narrow, self.kept = inside, narrow, kept
+        self.preferred: list[Tensor] = []  # Atoms by which entries go that could go by others as well.
         self.grouped: dict[str, list[Tensor]] = {}  # Channels that convolutions in groups give, by modules.
         self.recording = recording
         self._rule_of = rule_of
@@ -116,10 +123,13 @@ class Flow:
         for ref in recording.outputs:
             self.used.add(ref)
             self.atoms.close_all(self.of(ref), "they are an output of the network")
+        unused = "the forward pass did not use them"
+        if not recording.unseen:
+            unused += " in evaluation or training, and what they read may go: give inputs that use them, if any do"
         for name, ref in recording.parameters.items():
             if ref not in self.used:
                 for _, first, count in self.starts[name]:
-                    self.atoms.close(torch.arange(first, first + count), "the forward pass did not use them")
+                    self.atoms.close(torch.arange(first, first + count), unused)
         self._straighten()
         if self.one_weight and self.inside is None:
             for ids, reason in self._tried:
@@ -183,6 +193,17 @@ class Flow:
             return None
         found = [dim for dim, first, count in self.starts[name] if ((atoms >= first) & (atoms < first + count)).all()]
         return Fold(name, found[0], constant, other) if found and found[0] < 2 else None
+
+    def ends(self) -> Tensor:
+        """The atoms of leaves that are closed, but for those that are only because others were preferred."""
+        count = max([first + size for places in self.starts.values() for _, first, size in places], default=0)
+        ids, only = torch.arange(count), [reason.startswith(SHARED) for reason in self.atoms.reasons]
+        reasons = self.atoms.closed()[self.atoms.find(ids)]
+        return ids[(reasons >= 0) & ~torch.tensor(only)[reasons]]
+
+    def is_kept(self, ids: Tensor) -> bool:
+        """Whether another pass has closed some atoms."""
+        return self.kept is not None and bool(torch.isin(ids, self.kept).all())
 
     def is_fixed(self, ids: Tensor) -> bool:
         """Whether atoms are of leaves that no training makes zero."""

@@ -315,6 +315,13 @@ def _attention(flow: Flow, operation: Operation) -> list[Components]:
     return [made + features]
 
 
+@rule("_nested_tensor_from_mask_left_aligned")
+def _checked(flow: Flow, operation: Operation) -> list[Components]:
+    """Whether what a mask leaves out comes last, of which no number is read but those of the mask."""
+    flow.summed += [c.ids for c in flow.of(operation.args[0])]
+    return []
+
+
 def _features(flow: Flow, operation: Operation) -> Components:
     """The features of values, once those of queries and keys have met."""
     apart = [[c for c in flow.of(ref) if c.dims == {len(ref.shape) - 1}] for ref in operation.args[:3]]

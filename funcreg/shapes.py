@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from funcreg.atoms import UNKNOWN, Component, grouped_by_dims, regrouped
-from funcreg.flow import Components, Flow, argument, rule, unknown
+from funcreg.flow import SHARED, Components, Flow, argument, rule, unknown
 from funcreg.tracing import Operation, Ref, refs_in
 
 # Entry by entry
@@ -159,10 +159,16 @@ def _regroup(flow: Flow, components: Components, old: Sequence[int], new: Sequen
     made = flow.atoms.settle([Component(regrouped(ids, old, new), dead) for ids, dead in components])
     made = flow.by_features(made)
     # Entries that go by two dimensions at once do not go by one.
-    for i, component in enumerate(made):
-        if any([component.dims & other.dims for other in made[:i]]):
-            flow.atoms.close(component.ids, flow.reason("they share a dimension with others"))
-    return [c for i, c in enumerate(made) if not any([c.dims & other.dims for other in made[:i]])]
+    made.sort(key=lambda c: flow.is_kept(c.ids))
+    apart: Components = []
+    for component in made:
+        before = [other for other in apart if component.dims & other.dims]
+        if before:
+            flow.preferred += [other.ids.reshape(-1) for other in before]
+            flow.atoms.close(component.ids, flow.reason(SHARED))
+        else:
+            apart.append(component)
+    return apart
 
 
 @rule("repeat")

@@ -285,6 +285,23 @@ def computed(kind):
     return nn.Sequential(*[each for layer in layers for each in (layer, nn.LeakyReLU(0.2))][:-1])
 
 
+class Experts(nn.Module):
+    """Two layers of four experts each, stacked, and a share of each for every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.last = nn.Linear(5, 4), nn.Linear(6, 3)
+        self.into, self.out = (
+            nn.Parameter(torch.zeros(4, 5, 8, device="cpu")),
+            nn.Parameter(torch.zeros(4, 8, 6, device="cpu")),
+        )
+        self.shift = nn.Parameter(torch.zeros(4, 8, device="cpu"))
+
+    def forward(self, x):
+        y = F.gelu(torch.einsum("bi,eih->beh", x, self.into) + self.shift)
+        return self.last(torch.einsum("beh,eho,be->bo", y, self.out, self.gate(x).softmax(-1)))
+
+
 def beside(net, x):
     """Queries, keys and values by one product, of three weights side by side."""
     layers = net.q, net.k, net.v
@@ -612,6 +629,7 @@ NETWORKS = {
         0.4,
     ),
     "attention, two queries for a key": (lambda: Transformer(kind="by hand", groups=2), words, 0.3),
+    "experts that are stacked": (Experts, vectors, 0.5),
     "weights that are scaled": (lambda: computed("scaled"), vectors, 0.4),
     "weights under a mask": (lambda: computed("masked"), vectors, 0.4),
     "weights that are rounded": (lambda: computed("rounded"), vectors, 0.4),
@@ -905,6 +923,15 @@ def test_what_is_behind_a_normalization_is_kept_by_its_reason():
 
 
 # What is asked for
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_heads_of_an_encoder_go_where_some_are_padded_and_the_rest_is_kept_by_its_normalizations():
+    encoder = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 20, 0.0, batch_first=True), 2)
+    net = network(lambda: Net(lambda net, x, padded: net.t(x, src_key_padding_mask=padded), t=encoder()))
+    groups = fr.channel_groups(net, (drawn(2, 5, 12), torch.arange(5, device=DEVICE).expand(2, -1) > 2))
+    assert sorted(groups.counts) == [4, 4, 20, 20]
+    assert "not followed" not in groups.explain()
 
 
 def test_layers_and_types_choose():

@@ -486,6 +486,11 @@ def test_what_is_used_in_training_alone_is_seen_with_buffers_as_they_were():
     assert "more.weight" not in groups[0]
     said = "Some parameters are not used in evaluation, and in training the module fails on example_inputs"
     assert said in groups.explain()
+    net.run = lambda net, x, y=None: net.last(net.first(x).relu()) if y is None else net.more(net.first(x).relu())
+    said = (
+        "use them in evaluation or training, and what they read may go: give inputs that use them, if any do:\n    norm"
+    )
+    assert said in fr.channel_groups(net, seen).explain()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

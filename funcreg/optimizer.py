@@ -22,6 +22,7 @@ from funcreg.factories import check_complete, default_of, hyperparameters, is_nu
 from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
+from funcreg.mistakes import climbs
 from funcreg.notices import warn_user
 from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
@@ -118,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         self._steps: dict[Any, FusedStep | Eager] = {}  # By the parts that have gradients.
         self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
         self._plain = False  # Whether nothing is compiled any more.
+        self._said_climbs = False  # Whether it was said that a step goes uphill.
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own.
@@ -165,7 +167,12 @@ class Optimizer(torch.optim.Optimizer):
         given = self._given(index)
         check_complete(self._factory, self._names, given, index)
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
-        self._called(index, values.readable())
+        if climbs(readable := self._called(index, values.readable())) and not self._said_climbs:
+            self._said_climbs = True
+            warn_user(
+                f"param group {index}: {readable!r} has no learning rate that turns the sign, so that steps of this "
+                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
+            )
         made = values.made(lambda tree: self._called(index, tree))
         self._values[index:] = [values, *self._values[index + 1 :]]
         self._chains[index:] = [made, *self._chains[index + 1 :]]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
@@ -143,6 +144,12 @@ class Optimizer(torch.optim.Optimizer):
             if len({*names}) < len(names):
                 twice = {name for name in names if names.count(name) > 1}
                 raise ValueError(f"param group {index} has several parameters called {listed(sorted(twice))}")
+            lazy = next((i for i, w in enumerate(group["params"]) if is_lazy(w)), None)
+            if lazy is not None:
+                which = f"'{names[lazy]}'" if names else f"{lazy} of param group {index}"
+                raise ValueError(
+                    f"parameter {which} is not initialized; run the module once, so that it gets its shape"
+                )
             self._make_chain(index)
         except Exception:
             del self.param_groups[-1]  # So that a failed call changes nothing.

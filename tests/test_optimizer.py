@@ -794,6 +794,14 @@ def test_a_chain_that_goes_uphill_is_said_at_once(factory, climbs):
     )
 
 
+def test_parameters_that_have_no_shape_yet_are_named():
+    lazy = torch.nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="parameter 'weight' is not initialized; run the module once"):
+        fr.Optimizer(lazy.named_parameters(), LASSO, lr=0.1, strength=1.0)
+    with pytest.raises(ValueError, match="parameter 0 of param group 0 is not initialized"):
+        fr.Optimizer(lazy.parameters(), LASSO, lr=0.1, strength=1.0)
+
+
 @every_way
 def test_a_chain_with_extra_arguments_is_refused(compile):
     def update(updates, state, params, *, value):

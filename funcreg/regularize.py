@@ -273,6 +273,9 @@ class Regularization:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        if not projects(self._task.penalty):
+            for other in vars(optimizer).get(_OWN, []):
+                other.follow_last(optimizer)
         vars(optimizer).setdefault(_OWN, []).append(self)
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
@@ -518,6 +521,12 @@ class Regularization:
         self._taken += 1
         if self._taken == _PATIENCE:
             self._say_never_moved(optimizer)
+
+    def follow_last(self, optimizer: Optimizer) -> None:
+        """Land after a penalty that came later, if this is a constraint, which would not hold otherwise."""
+        if projects(self._task.penalty):
+            self._hooks[0].remove()
+            self._hooks[0] = optimizer.register_step_post_hook(self._after)
 
     def _penalized(self, leaves: list[Moved]) -> list[Moved]:
         """Those on which the penalty acts."""

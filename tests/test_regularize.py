@@ -1266,6 +1266,15 @@ def test_a_learning_rate_below_zero_is_told():
         stepped(optimizer, w)
 
 
+def test_a_strength_that_is_changed_to_one_below_zero_is_told():
+    w, strength = weight(3), torch.tensor(1.0, device="cpu")
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, strength=strength)
+    strength.fill_(-2.0)
+    with pytest.raises(ValueError, match=r"^strength is -2.0; expected a number of at least 0"):
+        stepped(optimizer, w)
+
+
 def test_a_failed_call_leaves_the_optimizer_alone():
     w = weight(3)
     optimizer = optim.SGD([w], 0.1)

@@ -35,7 +35,7 @@ OTHERWISE = {
     "lookahead": "also takes plain parameters, and then `state.slow` has the slow ones",
     "sam": "with `sync_period=1` it is the optimizer",
     "selective_transform": "nothing around it moves what is frozen",
-    "freeze": "nothing before or after it in a chain moves what is frozen",
+    "freeze": "nothing before or after it in a chain moves what is frozen, or counts it in a norm",
     "masked": "leaves left out are `ABSENT`; a string, or a mask that matches nothing, is an error",
     "partition": "an error names the leaf whose label has no transform",
     "flatten": "updates keep the dtype of their leaf",

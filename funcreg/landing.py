@@ -40,7 +40,7 @@ class Task(NamedTuple):
     def at(self, steps: int) -> tuple[Hyper, ...]:
         """Strength and hyperparameters at a step."""
         strength, *hyper = (at_step(value, steps) for value in (self.strength, *self.hyper))
-        if self.is_scheduled:
+        if self.is_scheduled or isinstance(strength, Tensor):  # A tensor may have been changed in place.
             nonnegative(strength=strength)
         return (strength, *hyper)
 

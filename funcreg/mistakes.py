@@ -209,35 +209,44 @@ def _out_of_order(links: list[Entry]) -> Iterator[str]:
             yield f"{early[0].tx!r} stands before {entry.tx!r}, which turns its sign: it goes uphill. Put it after."
 
 
-def _turns(entry: Entry) -> bool:
-    return "steps" in entry.tx.stages or "flips" in entry.tx.stages or _sign(entry) < 0
+def _turns(tx: Transform) -> bool:
+    return "steps" in tx.stages or "flips" in tx.stages or _sign(tx) < 0
 
 
 #: Numbers of steps at which a schedule is asked for its sign.
 _ASKED = (0, 1, 10, 100, 1000, 10000)
 
 
-def _sign(entry: Entry) -> int:
+def _sign(tx: Transform) -> int:
     """The sign of the schedule that `scale_by_schedule` multiplies by; 0 for that of others, and one that changes."""
-    if not made(entry.tx, scale_by_schedule):
+    if not made(tx, scale_by_schedule):
         return 0
     try:
-        values = [float(at_step(entry.tx.rate, n)) for n in _ASKED]
+        values = [float(at_step(tx.rate, n)) for n in _ASKED]
     except (TypeError, ValueError, RuntimeError):  # It is asked in steps again, and raises there.
         return 0
     least, greatest = min(values), max(values)
     return 1 if least >= 0 < greatest else -1 if least < 0 >= greatest else 0
 
 
+def _climb(parts: list[Transform]) -> bool:
+    """Whether all of these transforms are known, and none of them turns the sign of a gradient."""
+    known = all([tx.made_by is not None and not (callable(tx.rate) and not _sign(tx)) for tx in parts])
+    return known and not any(map(_turns, parts))
+
+
+def climbs(tx: Transform) -> bool:
+    """Whether a transform is known to lead uphill, where its updates are applied as they are."""
+    return "steps" not in tx.stages and _climb(every_part(tx))
+
+
 def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
-    unclear = lambda entry: callable(entry.tx.rate) and not _sign(entry)
-    known = all(entry.tx.made_by is not None and not unclear(entry) for entry in links)
-    if several and known and not any(map(_turns, links)):
+    if several and _climb([entry.tx for entry in links]):
         yield (
             "no link has a learning rate that turns the sign: applied as they are, updates go uphill. End with "
             "scale_by_learning_rate."
         )
-    turning = [entry for entry in links if _turns(entry)]
+    turning = [entry for entry in links if _turns(entry.tx)]
     for i, entry in enumerate(turning):
         before = [each for each in turning[:i] if _meet(entry, each)]
         last = not any([_meet(entry, each) for each in turning[i + 1 :]])
@@ -463,7 +472,9 @@ def _penalized_twice(links: list[Entry]) -> Iterator[str]:
 
 def _lost_in_sixteen_bits(links: list[Entry]) -> Iterator[str]:
     for entry in links:
-        if not _turns(entry) or any([made(tx, with_master_weights, with_stochastic_rounding) for tx in entry.around]):
+        if not _turns(entry.tx) or any(
+            [made(tx, with_master_weights, with_stochastic_rounding) for tx in entry.around]
+        ):
             continue
         narrow = [(name, w) for name, w in entry.leaves() if is_narrow(w.dtype)]
         if narrow:

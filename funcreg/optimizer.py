@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import written
@@ -22,6 +23,7 @@ from funcreg.factories import check_complete, default_of, hyperparameters, is_nu
 from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
+from funcreg.mistakes import climbs
 from funcreg.notices import warn_user
 from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
@@ -118,6 +120,7 @@ class Optimizer(torch.optim.Optimizer):
         self._steps: dict[Any, FusedStep | Eager] = {}  # By the parts that have gradients.
         self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
         self._plain = False  # Whether nothing is compiled any more.
+        self._said_climbs = False  # Whether it was said that a step goes uphill.
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own.
@@ -141,6 +144,12 @@ class Optimizer(torch.optim.Optimizer):
             if len({*names}) < len(names):
                 twice = {name for name in names if names.count(name) > 1}
                 raise ValueError(f"param group {index} has several parameters called {listed(sorted(twice))}")
+            lazy = next((i for i, w in enumerate(group["params"]) if is_lazy(w)), None)
+            if lazy is not None:
+                which = f"'{names[lazy]}'" if names else f"{lazy} of param group {index}"
+                raise ValueError(
+                    f"parameter {which} is not initialized; run the module once, so that it gets its shape"
+                )
             self._make_chain(index)
         except Exception:
             del self.param_groups[-1]  # So that a failed call changes nothing.
@@ -171,7 +180,12 @@ class Optimizer(torch.optim.Optimizer):
                 "with learning rates of their own go in groups of their own."
             )
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
-        self._called(index, values.readable())
+        if climbs(readable := self._called(index, values.readable())) and not self._said_climbs:
+            self._said_climbs = True
+            warn_user(
+                f"param group {index}: {readable!r} has no learning rate that turns the sign, so that steps of this "
+                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
+            )
         made = values.made(lambda tree: self._called(index, tree))
         self._values[index:] = [values, *self._values[index + 1 :]]
         self._chains[index:] = [made, *self._chains[index + 1 :]]

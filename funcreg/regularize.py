@@ -176,6 +176,7 @@ def regularize(
         flags(compile=compile)
     optimizer = unwrapped(optimizer)
     _check_moves_itself(optimizer, penalty)
+    _say_unread(optimizer)
     rule = rule_of(optimizer, metric, projects(penalty))
     task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
@@ -198,6 +199,17 @@ def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
             f"{type(optimizer).__name__} holds {listed(inside)}, which takes its steps: a hook on the outer one may "
             f"never be called, as in SAM, and does not see the state. Expected the optimizer inside, {calls}."
         )
+
+
+def _say_unread(optimizer: Optimizer) -> None:
+    """Warn of strengths that stand in param groups, as those of `Optimizer` do, and have no effect here."""
+    for i, group in enumerate(optimizer.param_groups):
+        if "strength" in group and "strength" not in optimizer.defaults:
+            warn_user(
+                f"param group {i} has strength={written(group['strength'])}, which regularize does not read: it has no "
+                "effect. Give strength= a tree of numbers by the names of parameters, or call regularize for each "
+                "group, with a mask."
+            )
 
 
 def _described(optimizer: Any) -> str:
@@ -261,6 +273,9 @@ class Regularization:
             self._hooks.append(optimizer.register_step_pre_hook(self._before))
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        if not projects(self._task.penalty):
+            for other in vars(optimizer).get(_OWN, []):
+                other.follow_last(optimizer)
         vars(optimizer).setdefault(_OWN, []).append(self)
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
@@ -278,7 +293,7 @@ class Regularization:
         )
 
     def __repr__(self) -> str:
-        on = f"{self._said} on {len(self._names.chosen)} of {self._names.count} parameters"
+        on = f"{self._said} on {len(self._touched)} of {self._names.count} parameters"
         return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on
 
     def __getstate__(self) -> dict[str, Any]:
@@ -344,7 +359,7 @@ class Regularization:
         tree = self._names.tree({name: w.detach() for name, w in leaves.items()})
         self._check_names_are_held()
         with torch.no_grad():
-            touched = self._task.check(tree)
+            self._touched = touched = self._task.check(tree)
             self._check_groups_are_whole()
             inner = self._task.inner(tree)
         found = [each & touched for each in linked(self._task.penalty, tree)]
@@ -407,7 +422,7 @@ class Regularization:
     def warn_of_scales(self, module: nn.Module) -> None:
         """Warn of penalized parameters from which a parametrization computes the weight, once for each kind."""
         computed, kinds = computed_from(module), dict[Any, list[str]]()
-        for name, w in self._names.penalized().items():
+        for name, w in self._acted_on().items():
             if w in computed:
                 kinds.setdefault(computed[w], []).append(name)
         for (kind, effect), found in kinds.items():
@@ -415,13 +430,16 @@ class Regularization:
             size = f"{name[:-2]}_g" if name.endswith("_v") else name.replace("original1", "original0")
             warn_user(f"{self!r} penalizes {listed(found)}, {kind}: {effect.format(name=name, size=size)}.")
 
+    def _acted_on(self) -> dict[str, Tensor]:
+        """The parameters on which the penalty acts, which may have masks and patterns of its own."""
+        return {name: w for name, w in self._names.penalized().items() if name in self._touched}
+
     def _check_once(self, optimizer: Optimizer) -> None:
         """Raise an error if another penalty is on the same parameters already."""
         mine = self._task.penalty
         for other in vars(optimizer).get(_OWN, []):
-            theirs, shared = other._task.penalty, self._names.penalized().keys() & other._names.penalized().keys()
-            apart = {id(w) for w in self._names.penalized().values()}
-            shared = [name for name, w in other._names.penalized().items() if id(w) in apart]
+            theirs, own = other._task.penalty, {id(w) for w in self._acted_on().values()}
+            shared = [name for name, w in other._acted_on().items() if id(w) in own]
             alike = mine is theirs or written(mine) == written(theirs)
             if shared and (alike or not (projects(mine) or projects(theirs))):
                 again = (
@@ -494,15 +512,25 @@ class Regularization:
         if due and not self._said_replaced:  # Those that were replaced keep their last gradients.
             self._say_replaced()
         # Some layers begin with zeros, which a step of 0 leaves.
-        looks = due and (self._waits or _has_numbers(moved))
+        looks = due and (self._waits or _has_numbers(self._penalized(moved)))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
-            self._say_all_became_zero(self._leaves, optimizer)
+            self._say_all_became_zero(self._penalized(self._leaves), optimizer)
             self._say_what_died(optimizer)
         self._taken += 1
         if self._taken == _PATIENCE:
             self._say_never_moved(optimizer)
+
+    def follow_last(self, optimizer: Optimizer) -> None:
+        """Land after a penalty that came later, if this is a constraint, which would not hold otherwise."""
+        if projects(self._task.penalty):
+            self._hooks[0].remove()
+            self._hooks[0] = optimizer.register_step_post_hook(self._after)
+
+    def _penalized(self, leaves: list[Moved]) -> list[Moved]:
+        """Those on which the penalty acts."""
+        return [m for m in leaves if m.name in self._touched]
 
     def _say_all_became_zero(self, moved: list[Moved], optimizer: Optimizer) -> None:
         """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""

@@ -983,7 +983,8 @@ def chosen_by(function: Any, params: Params, name: str = "mask") -> tuple[Any, P
         return function.choose(params), params
     seen = _visible(params)
     try:
-        return function(seen), seen
+        found = function(seen)
+        return found, params if seen is not params and _fits(found, params, name) else seen
     except (AttributeError, TypeError) as error:
         if isinstance(seen, Tensor):
             raise
@@ -993,6 +994,15 @@ def chosen_by(function: Any, params: Params, name: str = "mask") -> tuple[Any, P
             "parameters, once, and returns a tree like it. For a rule of one leaf, write "
             f"lambda params: tree_map(lambda w: ..., params){hint}."
         ) from error
+
+
+def _fits(found: Any, params: Params, name: str) -> bool:
+    """Whether a tree is one for all leaves, also for those left out, as where a function returns one that it knows."""
+    try:
+        broadcast(found, params, name)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _visible(node: Any) -> Any:

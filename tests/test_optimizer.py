@@ -81,6 +81,7 @@ def compilations(monkeypatch):
 # It computes what the chain does
 
 
+@pytest.mark.filterwarnings("ignore:param group 0. .* go uphill")
 @every_transform
 def test_it_is_the_functional_chain_bit_for_bit(case):
     model = network()
@@ -784,6 +785,44 @@ def test_what_has_no_effect_in_a_group_is_said():
         with pytest.warns(UserWarning, match=f"param group 0 has {next(iter(group))}.*no effect"):
             fr.Optimizer([{"params": P, **group}], LASSO, lr=0.1, strength=1.0)
     fr.Optimizer([{"params": P, "initial_lr": 0.1, "name": "head"}], LASSO, lr=0.1, strength=1.0)
+
+
+def halved(updates, state, params):
+    return fr.tree_map(lambda u: -u / 2, updates), state
+
+
+@pytest.mark.parametrize(
+    ("factory", "climbs"),
+    [
+        (lambda lr: fr.scale_by_adam(), True),
+        (lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(lr)), True),
+        (lambda lr: fr.chain(fr.trace(0.9), fr.scale_by_schedule(fr.cosine_decay_schedule(0.1, 10))), True),
+        (lambda lr: fr.apply_if_finite(fr.clip(1.0), 3), True),
+        (lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(-lr)), False),
+        (
+            lambda lr: fr.chain(fr.trace(0.9), fr.scale_by_schedule(lambda n: -fr.cosine_decay_schedule(0.1, 10)(n))),
+            False,
+        ),
+        (lambda lr: fr.inject_hyperparams(fr.adamw)(0.1), False),
+        (lambda lr: fr.chain(fr.clip(1.0), fr.Transform(fr.init_empty_state, halved)), False),
+        (lambda lr: fr.partition({"a": fr.sgd(lr), "b": fr.set_to_zero()}, lambda params: {"w": "a"}), False),
+    ],
+)
+def test_a_chain_that_goes_uphill_is_said_at_once(factory, climbs):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fr.Optimizer([("w", torch.nn.Parameter(torch.ones(2)))], factory, lr=0.1, compile=False)
+    assert [bool(re.search("param group 0: .* go uphill. End it with", str(each.message))) for each in said] == (
+        [True] if climbs else []
+    )
+
+
+def test_parameters_that_have_no_shape_yet_are_named():
+    lazy = torch.nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="parameter 'weight' is not initialized; run the module once"):
+        fr.Optimizer(lazy.named_parameters(), LASSO, lr=0.1, strength=1.0)
+    with pytest.raises(ValueError, match="parameter 0 of param group 0 is not initialized"):
+        fr.Optimizer(lazy.parameters(), LASSO, lr=0.1, strength=1.0)
 
 
 @every_way

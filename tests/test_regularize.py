@@ -1278,6 +1278,15 @@ def test_a_learning_rate_below_zero_is_told():
         stepped(optimizer, w)
 
 
+def test_a_strength_that_is_changed_to_one_below_zero_is_told():
+    w, strength = weight(3), torch.tensor(1.0, device="cpu")
+    optimizer = optim.SGD([w], 0.1)
+    fr.regularize(optimizer, fr.l1, strength=strength)
+    strength.fill_(-2.0)
+    with pytest.raises(ValueError, match=r"^strength is -2.0; expected a number of at least 0"):
+        stepped(optimizer, w)
+
+
 def test_a_failed_call_leaves_the_optimizer_alone():
     w = weight(3)
     optimizer = optim.SGD([w], 0.1)
@@ -1488,6 +1497,30 @@ def test_a_strength_that_leaves_no_weight_is_warned_of_once(given):
     assert not any([w.any() for w in net.parameters() if w.ndim > 1])
     assert len(said) == 1
     assert re.match(r"all 20 entries are zero after \d+ steps of regularize\(Adam, l1, strength=", said[0])
+
+
+ON_MATRICES = {
+    "a mask of its own": (fr.l1.given(mask=fr.matrices), {}),
+    "a mask around it": (fr.l1, {"mask": fr.matrices}),
+    "a term": (0.5 * fr.l1.given(mask=fr.matrices) + 0.5 * fr.l1.given(mask=fr.matrices), {}),
+    "a pattern": (fr.per_leaf({"*weight": fr.l1}), {}),
+}
+
+
+@pytest.mark.parametrize(("penalty", "options"), ON_MATRICES.values(), ids=ON_MATRICES)
+def test_what_a_penalty_does_is_told_of_the_parameters_on_which_it_acts(penalty, options):
+    model = nn.Linear(5, 4)
+    optimizer = optim.SGD(model.parameters(), 0.5)
+    handle = fr.regularize(optimizer, penalty, module=model, **options)
+    assert repr(handle).endswith("on 1 of 2 parameters")
+    fr.regularize(optimizer, fr.half_l2, strength=0.1, module=model, mask=~fr.matrices)  # Of the others.
+    with pytest.raises(ValueError, match=r"'weight' is regularized already"):
+        fr.regularize(optimizer, fr.half_l2, strength=0.1, module=model)
+    for w in model.parameters():
+        w.grad = torch.full_like(w, 0.01)
+    with pytest.warns(UserWarning, match=r"all 20 entries are zero after 1 steps of regularize\(SGD, "):
+        optimizer.step()
+    assert model.bias.all()
 
 
 @pytest.mark.parametrize(("share", "dies"), [(0.2, False), (0.9, False), (1.2, True)])
@@ -1783,6 +1816,34 @@ def test_an_optimizer_without_a_learning_rate_is_refused_before_its_first_step()
     fr.regularize(optimizer, fr.linf_ball, 0.1)
     stepped(optimizer, w)
     assert w.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("first", ["penalty", "constraint"])
+def test_a_constraint_holds_beside_a_penalty_whichever_came_first(first):
+    w = weight(4, 3)
+    optimizer = optim.Adam([w], lr=0.1)
+    makes = [
+        lambda: fr.regularize(optimizer, fr.l1, strength=0.5),
+        lambda: fr.regularize(optimizer, fr.simplex, dim=1),
+    ]
+    handles = [make() for make in (makes if first == "penalty" else makes[::-1])]
+    for seed in (1, 2):
+        stepped(optimizer, w, seed=seed)
+        assert_close(w.detach().sum(1), torch.ones_like(w[:, 0]).detach())
+    for handle in handles:
+        handle.remove()
+    stepped(optimizer, w, seed=3)
+    assert (w.sum(1) - 1).abs().min() > 1e-3
+
+
+def test_strengths_in_param_groups_are_said_to_have_no_effect():
+    w, v = weight(4, 3), weight(4, 3, seed=1)
+    groups = lambda: [{"params": [("w", w)]}, {"params": [("v", v)], "strength": 0.5}]
+    with pytest.warns(UserWarning, match=r"param group 1 has strength=0.5, which regularize does not read"):
+        fr.regularize(optim.SGD(groups(), 0.1), fr.l1, strength=0.1)
+    factory = lambda lr, strength: fr.prox_sgd(lr, fr.l1, strength=strength)
+    own = fr.Optimizer(groups(), factory, lr=0.1, strength=0.1, compile=False)
+    fr.regularize(own, fr.linf_ball, 1.0)
 
 
 def test_a_penalty_that_is_written_alike_is_the_same():

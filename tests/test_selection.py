@@ -341,7 +341,7 @@ def test_a_path_fits_what_carries_no_penalty_first():
 def test_an_optimizer_of_torch_takes_it():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fr.regularize(optimizer, fr.per_leaf({"0.weight": 100.0 * fr.l1}), module=model)
+    fr.regularize(optimizer, fr.per_leaf({"0.weight": fr.l1}), strength=100.0, module=model)
     before = copy.deepcopy(model.state_dict())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()

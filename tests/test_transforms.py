@@ -469,6 +469,21 @@ def test_nan_in_a_gradient_is_not_hidden_by_signs():
         assert updates["w"].isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("make", [lambda mask: mask, lambda mask: lambda params: mask], ids=["tree", "function"])
+def test_a_mask_for_all_leaves_may_be_given_where_some_are_frozen(make):
+    params = {name: torch.ones(2) for name in ("a", "b", "c")}
+    tx = fr.chain(
+        fr.add_decayed_weights(0.5, mask=make({"a": True, "b": False, "c": True})),
+        fr.partition({"x": fr.sgd(1.0), "y": fr.sgd(2.0)}, make({"a": "x", "b": "y", "c": "y"})),
+        fr.freeze({"a": False, "b": False, "c": True}),
+    )
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert_equal(updates, {"a": torch.full((2,), -1.5), "b": torch.full((2,), -2.0), "c": torch.zeros(2)})
+    lost = make({"a": True, "b": False, "d": True})
+    with pytest.raises(ValueError, match="'d', unknown to the parameters"):
+        fr.chain(fr.add_decayed_weights(0.5, mask=lost), fr.freeze({"a": False, "b": False, "c": True})).init(params)
+
+
 def test_freeze_inside_an_ensemble_holds_in_the_outer_chain():
     params = {"a": torch.ones(2, 3), "h": torch.ones(2, 3)}
     make = lambda rate: fr.chain(fr.freeze({"a": True, "h": False}), fr.scale(rate))

@@ -651,6 +651,7 @@ def test_measures_that_are_none_are_named():
 # In an optimizer of torch, and in what else is wrong
 
 
+@pytest.mark.filterwarnings("ignore:param group 0. .* go uphill")  # A monitor takes no steps.
 def test_wrapped_chains_are_optimizers_of_torch():
     for name in ("MultiSteps of a prox", "lookahead", "schedule_free", "sam", "conditionally_mask", "monitor"):
         weights = {key: torch.nn.Parameter(w) for key, w in small().items()}

@@ -244,6 +244,7 @@ def recipe():
     return found
 
 
+@pytest.mark.slow
 @cpu_only
 @pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.replace"])
 def test_a_killed_save_loses_no_older_checkpoint(call, tmp_path):

@@ -252,6 +252,7 @@ def test_differences_come_before_l1_and_before_one_norm_of_all():
         (fr.group_lasso.given(dim=()) + apart).prox(w, 1.0)
 
 
+@pytest.mark.slow
 def test_sums_are_fused_and_valued_as_other_penalties_are():
     total = 0.3 * fr.l1 + 0.2 * fr.group_lasso.given(dim=None, mask=fr.matrices) + 0.1 * fr.half_l2
     w = {"a": draw(dtype=torch.float32)["head"].weight, "b": draw(dtype=torch.float32)["head"].bias}

@@ -217,6 +217,7 @@ def test_vmap_is_a_loop_over_members(case):
         assert_equal(member(slopes), slope(tree, *h), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @every_compiled_constraint
 def test_compiling_the_whole_changes_nothing(case):
     def everything(params):

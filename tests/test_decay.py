@@ -163,6 +163,7 @@ def test_leaves_outside_of_the_mask_do_not_decay(kind):
     assert not torch.equal(found["head"].weight, plain["head"].weight)
 
 
+@pytest.mark.slow
 @every_kind
 def test_it_is_mapped_fused_and_made_inside_of_compiled_code(kind):
     make = lambda decay: fr.with_weight_decay(fr.adam(DOWN, eps=0.1), kind, decay, **options(kind))

@@ -97,6 +97,7 @@ def test_a_part_of_a_leaf_is_penalized_as_a_leaf_of_its_own(shapes, groups, cut,
         assert_equal(p.residual(params, g, 0.4, 0.3, **options), joined(g, r, cut))
 
 
+@pytest.mark.slow
 @every_part
 def test_it_is_mapped_compiled_and_fused_as_it_is_written(shapes, groups, cut, same):
     p, members = fr.coupled(fr.group_lasso, groups), [tensors(shapes, seed) for seed in range(2)]

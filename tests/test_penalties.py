@@ -528,6 +528,7 @@ def test_vmap_is_a_loop_over_members(case):
         assert_equal(member(points), p.prox(tree, steps[i], *h, **options), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 @every_compiled_penalty
 def test_compiling_the_whole_changes_nothing(case):
     def everything(params, step):

@@ -110,6 +110,7 @@ def test_without_matplotlib_it_says_what_to_install(draw, monkeypatch):
         draw()
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_by_the_first_picture():
     script = "import sys, funcreg.plot; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -409,12 +409,13 @@ def test_prox_adam_solves_the_penalized_problem_of(case, strong):
 def test_without_a_rule_in_a_metric_a_leaf_has_one_number_of_it(penalty, hyper, options):
     params, grads = draw()["head"].weight, draw(1)["head"].weight
     adam = fr.scale_by_adam(eps=0.1)
-    tx = fr.proximal_step(adam, 0.3, penalty, *hyper, strength=0.4, **options)
+    strength = 1.0 if isinstance(penalty, fr.Constraint) else 0.4
+    tx = fr.proximal_step(adam, 0.3, penalty, *hyper, strength=strength, **options)
     found = tx.update(grads, tx.init(params), params)[0]
     direction, state = adam.update(grads, adam.init(params), params)
     h = adam.metric(state)
     step = 0.3 / h.max()
-    expected = penalty.prox(params - step * h * direction, 0.4 * step, *hyper, **options) - params
+    expected = penalty.prox(params - step * h * direction, strength * step, *hyper, **options) - params
     assert_equal(found, expected, rtol=1e-12, atol=1e-14)
     fused = fr.fuse(tx, backend="aot_eager")
     after, _ = fused(params, grads, fused.init(params)[1])

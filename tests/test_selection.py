@@ -292,6 +292,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", USES.values(), ids=USES)
 def test_transforms_take_it_eager_mapped_in_one_graph_and_fused(make):
     tx, params = make(), draw()

@@ -381,6 +381,7 @@ def test_vmap_is_a_loop_over_members(case):
         torch.testing.assert_close(traced[i], slopes[i], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 @every_gradient
 def test_compiling_the_whole_changes_nothing(case):
     def everything(w):

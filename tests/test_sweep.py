@@ -212,6 +212,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_member_is_the_same_alone_and_among_others(options):
     """Minibatches, folds, early stopping and chunks: none of them lets members see each other."""
@@ -361,7 +362,8 @@ def test_what_does_not_follow_seeds_is_told():
     take = lambda outputs, y: F.cross_entropy(outputs[0], y % 5)
     with pytest.warns(UserWarning, match="does not follow the seeds"):
         fr.sweep(deep, take, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
-    own = lambda outputs, y: F.cross_entropy(outputs + torch.randn(2, generator=torch.Generator().manual_seed(3)), y)
+    numbers = lambda: torch.randn(2, generator=torch.Generator().manual_seed(3), device="cpu").to(DEVICE)
+    own = lambda outputs, y: F.cross_entropy(outputs + numbers(), y)
     with pytest.warns(UserWarning, match="does not follow the seeds of members, as recurrent layers .* generators"):
         fr.sweep(plain, own, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
     shared = torch.zeros(2)
@@ -436,6 +438,7 @@ def test_layers_that_were_put_into_evaluation_stay_there_in_training():
 UNEVEN = [(range(40), range(40, 60)), (range(8, 24), range(8)), (range(30, 60), range(30))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"patience": 2}, {"compile": "eager"}], ids=str)
 @pytest.mark.parametrize("network", [plain, dropping], ids=["plain", "dropout"])
 def test_folds_of_other_sizes_are_trained_as_if_they_were_alone(network, options):

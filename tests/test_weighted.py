@@ -286,6 +286,7 @@ def test_lambda_max_is_where_zero_becomes_a_solution(name):
     assert flat(weighted.prox(grads, largest * (1 - 1e-9))).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["l1", "l0", "log_sum", "huber", "group_lasso", "group_mcp", "ridge + l1", "fused_lasso"]
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import draw, normal
+from cases import DEVICE, draw, normal
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import KFold
 from torch import nn, tensor

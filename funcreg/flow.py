@@ -34,6 +34,9 @@ def rule(*names: str) -> Callable[[R], R]:
     return register
 
 
+#: Products, which are zero where one of their factors is, and what leaves zeros as they are.
+_PRODUCTS = {"mul", "mm", "bmm", "matmul"}
+_OF_ZEROS = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "sum"}
 #: Why atoms are closed along a dimension whose entries go by others, too.
 SHARED = "they share a dimension with others"
 
@@ -296,6 +299,7 @@ class Flow:
             numbers[sets] = i
         # The families without which each tensor is a constant; tensors that are constants anyhow are not among them.
         cuts: dict[Ref, frozenset[int]] = {}
+        zeros: dict[Ref, frozenset[int]] = {}  # Those without which it is zero.
         made: set[Ref] = set()
         for operation in self.recording.operations:
             given = refs_in([operation.args, operation.kwargs])
@@ -304,17 +308,22 @@ class Flow:
             changed = [other for ref in operation.written for other in self._shapes.get(ref.storage, ())]
             if before:
                 cuts.update(dict.fromkeys(changed, frozenset[int]()))  # Views of what is written into.
+                zeros.update(dict.fromkeys(changed, frozenset[int]()))
+            is_zero = operation.name in _PRODUCTS or (operation.name in _OF_ZEROS and len(given) == 1)
+            zero = frozenset[int]().union(*[zeros.get(ref, ()) for ref in given if is_zero])
             for ref in (*operation.results, *operation.written):
                 if before and ref not in self.weights:
-                    cuts[ref] = frozenset.intersection(*before) | self._killers(ref, numbers)
+                    zeros[ref] = zero | self._killers(ref, numbers, of_zeros=True)
+                    cuts[ref] = frozenset.intersection(*before) | self._killers(ref, numbers) | zeros[ref]
             made.update([*operation.results, *operation.written])
         ends = [cuts[ref] for ref in self.recording.outputs if ref in cuts]
         found = frozenset.intersection(*ends) if ends else frozenset[int]()
         return [i in found for i in range(len(families))]
 
-    def _killers(self, ref: Ref, numbers: Tensor) -> frozenset[int]:
-        """The families each of which has all entries of a tensor."""
-        found = [numbers[self.atoms.find(c.ids)].unique() for c in self.known.get(ref, ())]
+    def _killers(self, ref: Ref, numbers: Tensor, of_zeros: bool = False) -> frozenset[int]:
+        """The families each of which has all entries of a tensor, or those alone that leave zeros there."""
+        known = [c for c in self.known.get(ref, ()) if c.dead == 0 or not of_zeros]
+        found = [numbers[self.atoms.find(c.ids)].unique() for c in known]
         return frozenset([int(each) for each in found if each.numel() == 1 and int(each) >= 0])
 
     def is_parameter(self, ref: Ref) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcreg.undocumented import is_compiling
+from funcreg.undocumented import is_compiling, is_transformed
 
 
 class NarrowAttention(nn.MultiheadAttention):
@@ -109,8 +109,9 @@ class NarrowEncoder(nn.TransformerEncoder):
 
     def _would_nest(self, src: Tensor, mask: Tensor | None) -> bool:
         """Whether the plain encoder would compute with a nested tensor, if there are padded positions."""
-        learns = torch.is_grad_enabled() and any([w.requires_grad for w in self.layers[0].parameters()])
-        computes = is_compiling() or torch.is_autocast_enabled() or learns
+        tensors = (src, *self.layers[0].parameters())
+        learns = torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+        computes = is_compiling() or is_transformed() or torch.is_autocast_enabled() or learns
         plain = self.nests and not self.layers[0].training and torch.backends.mha.get_fastpath_enabled()
         return plain and not computes and mask is None and src.dim() == 3
 

@@ -193,9 +193,10 @@ def to_prune(module: nn.Module, mask: Mask | None = None) -> nn.Module:
 
 def _compute_projection(attention: nn.MultiheadAttention, inputs: Any) -> None:
     """Compute the pruned weight of a projection that attention reads without a call of it, and so without its hooks."""
-    for hook in attention.out_proj._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            hook(attention.out_proj, inputs)
+    layer = attention.out_proj
+    for name in ("weight", "bias"):
+        if hasattr(layer, f"{name}_mask"):
+            setattr(layer, name, getattr(layer, f"{name}_orig") * getattr(layer, f"{name}_mask"))
 
 
 class Pruned(NamedTuple):

@@ -124,18 +124,25 @@ def _divides(entry: Entry) -> bool:
     return entry.tx.metric is not None or own
 
 
-def _penalty_before_a_denominator(links: list[Entry]) -> Iterator[str]:
+def _behind(
+    links: list[Entry], is_early: Callable[[Entry], bool], is_late: Callable[[Entry], bool]
+) -> Iterator[tuple[Entry, Entry]]:
+    """Links of one kind, each with the first of another kind that stands behind it and acts on one of its leaves."""
     for i, entry in enumerate(links):
-        if tuple(entry.tx.stages) != ("adds",):
-            continue
-        later = next((each for each in links[i + 1 :] if _divides(each) and _meet(entry, each)), None)
-        if later is not None and decay_of(entry.tx) is not None:
+        later = (each for each in links[i + 1 :] if is_late(each) and _meet(entry, each))
+        if is_early(entry) and (found := next(later, None)) is not None:
+            yield entry, found
+
+
+def _penalty_before_a_denominator(links: list[Entry]) -> Iterator[str]:
+    for entry, later in _behind(links, lambda each: tuple(each.tx.stages) == ("adds",), _divides):
+        if decay_of(entry.tx) is not None:
             yield (
                 f"{entry.tx!r} stands before {later.tx!r}, which divides it by the size of the gradients: weights with "
                 "large gradients decay less. If the decay of AdamW was meant, put it between that and the learning "
                 "rate, or write with_weight_decay(..., 'decoupled', ...)."
             )
-        elif later is not None and made(entry.tx, add_penalty):
+        elif made(entry.tx, add_penalty):
             yield (
                 f"{entry.tx!r} stands before {later.tx!r}, which divides it by the size of the gradients: each weight "
                 "is pulled with another strength, as it is by a penalty in the loss, and none becomes exactly zero. "
@@ -144,28 +151,21 @@ def _penalty_before_a_denominator(links: list[Entry]) -> Iterator[str]:
 
 
 def _rates_before_a_denominator(links: list[Entry]) -> Iterator[str]:
-    for i, entry in enumerate(links):
-        if entry.tx.rate is None or "steps" not in entry.tx.stages:
-            continue
-        later = next((each for each in links[i + 1 :] if _divides(each) and _meet(entry, each)), None)
-        if later is not None:
-            yield (
-                f"{entry.tx!r} stands before {later.tx!r}, which divides updates by their own size: the learning rate "
-                "is divided out, and steps are of size 1. Put it last."
-            )
+    has_rate = lambda each: each.tx.rate is not None and "steps" in each.tx.stages
+    for entry, later in _behind(links, has_rate, _divides):
+        yield (
+            f"{entry.tx!r} stands before {later.tx!r}, which divides updates by their own size: the learning rate is "
+            "divided out, and steps are of size 1. Put it last."
+        )
 
 
 def _changes_after_landing(links: list[Entry]) -> Iterator[str]:
-    for i, entry in enumerate(links):
-        if "lands" not in entry.tx.stages:
-            continue
-        later = [each for each in links[i + 1 :] if _changes(each) and _meet(entry, each)]
-        if later:
-            scales = " scales or clips" if _scales(later[0]) else " changes"
-            yield (
-                f"{later[0].tx!r} stands after {entry.tx!r} and{scales} its updates, which loses exact zeros and what "
-                "lies in a set. Put what lands last."
-            )
+    for entry, later in _behind(links, lambda each: "lands" in each.tx.stages, _changes):
+        scales = " scales or clips" if _scales(later) else " changes"
+        yield (
+            f"{later.tx!r} stands after {entry.tx!r} and{scales} its updates, which loses exact zeros and what lies in "
+            "a set. Put what lands last."
+        )
 
 
 def _changes_after_rounding(entries: list[Entry]) -> Iterator[str]:
@@ -258,15 +258,11 @@ def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
 
 
 def _moved_again(links: list[Entry]) -> Iterator[str]:
-    for i, entry in enumerate(links):
-        if not made(entry.tx, set_to_zero):
-            continue
-        later = next((each for each in links[i + 1 :] if _moves_by_itself(each) and _meet(entry, each)), None)
-        if later is not None:
-            yield (
-                f"{later.tx!r} stands after {entry.tx!r} and moves the leaves whose updates that has made zero: they "
-                "are not held. chain(freeze(mask), ...) holds them, wherever it stands."
-            )
+    for entry, later in _behind(links, lambda each: made(each.tx, set_to_zero), _moves_by_itself):
+        yield (
+            f"{later.tx!r} stands after {entry.tx!r} and moves the leaves whose updates that has made zero: they are "
+            "not held. chain(freeze(mask), ...) holds them, wherever it stands."
+        )
 
 
 def _moves_by_itself(entry: Entry) -> bool:

@@ -383,6 +383,7 @@ def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # Torch maps its attention member by member.
 @pytest.mark.parametrize("norm", [True, False])
 def test_what_an_encoder_pads_is_zero_where_that_of_torch_makes_it_so(norm):
     def encoder():
@@ -402,6 +403,13 @@ def test_what_an_encoder_pads_is_zero_where_that_of_torch_makes_it_so(norm):
                 torch.testing.assert_close(made(x, src_key_padding_mask=padding), expected, rtol=1e-12, atol=1e-12)
             zero = torch.zeros_like(x[0, 2]) if net.norm is None else net.norm(torch.zeros_like(x[0, 2]))
             assert torch.equal(net(x, src_key_padding_mask=bools)[0, 2], zero) is not grads
+    for each in (net, made):
+        each.requires_grad_(False)
+    followed = x.clone().requires_grad_()  # Torch takes no nested tensors then.
+    expected = net(followed, src_key_padding_mask=bools)
+    torch.testing.assert_close(made(followed, src_key_padding_mask=bools), expected, rtol=1e-12, atol=1e-12)
+    mapped = torch.func.vmap(lambda x: made(x, src_key_padding_mask=bools))(x.unsqueeze(0))
+    torch.testing.assert_close(mapped[0][~bools], expected[~bools], rtol=1e-12, atol=1e-12)
 
 
 class Heads(nn.Module):

@@ -139,12 +139,6 @@ def _hashable(arg: Any) -> Any:
     return tuple([_hashable(each) for each in arg]) if isinstance(arg, (list, tuple)) else constant(arg)
 
 
-#: From an operation, its arguments' shapes and the default dtype to the shapes of what comes out, for all records:
-#: steps of one kind of tree ask for the same few.
-_inferred: dict[Any, Any] = {}
-_MOST_INFERRED = 20_000
-
-
 class _Recorder:
     """Writes operations down in a record."""
 
@@ -152,6 +146,7 @@ class _Recorder:
         self._record, self._fake_mode = record, fake_mode
         self._captured: dict[int, _Placeholder] = {}
         self._done: dict[Any, Any] = {}  # From an operation and its arguments to what came out.
+        self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
         self._fakes: dict[Any, Tensor] = {}  # From a shape, dtype and device to a fake tensor that is never written.
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,17 +170,14 @@ class _Recorder:
         same = (func, *map(_hashable, recorded), *kwargs, *map(_hashable, named.values()))
         made = self._done.get(same)  # What each leaf computes of shared scalars is computed once.
         if made is None:
-            key = (torch.get_default_dtype(), *shapes, *kwargs)
-            made = self._done[same] = self._write(func, recorded, named, key)
+            made = self._done[same] = self._write(func, recorded, named, (*shapes, *kwargs))
         return [_Placeholder(value) for value in made] if isinstance(made, list) else _Placeholder(made)
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> Any:
         """Write an operation down; the value that it makes, or several."""
-        out = _inferred.get(key)
+        out = self._inferred.get(key)
         if out is None:
-            if len(_inferred) >= _MOST_INFERRED:  # Shapes that differ at every call.
-                _inferred.clear()
-            out = _inferred[key] = self._infer(func, args, kwargs)
+            out = self._inferred[key] = self._infer(func, args, kwargs)
         values = [Value(*each) for each in out] if isinstance(out, list) else [Value(*out)]
         node = Node(func, args, kwargs, values, is_tuple=isinstance(out, list))
         for value in values:

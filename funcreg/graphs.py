@@ -109,9 +109,8 @@ def _watch(f: Callable[..., Any], known: Sequence[Tensor], *, differentiate: boo
 @functools.cache
 def _watching() -> Any:
     """A mode in which a watcher sees each operation."""
-    dispatch_mode, _ = undocumented.tracing_tools()
 
-    class Watching(dispatch_mode):
+    class Watching(undocumented.dispatch_mode()):
         def __init__(self, watcher: _Watcher) -> None:
             super().__init__()
             self._watcher = watcher

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from funcreg.undocumented import tracing_tools
+from funcreg.undocumented import dispatch_mode
 
 T = TypeVar("T")
 #: For each dimension of a tensor, what names the cut along it, or None. Tensors with equal cuts have pieces that fit.
@@ -193,9 +193,8 @@ def _run(
 
 def _follower(sums: bool) -> Any:
     """A mode that follows cuts through operations, and, if sums may be completed, writes down which."""
-    mode, _ = tracing_tools()
 
-    class Follow(mode):
+    class Follow(dispatch_mode()):
         def __init__(self) -> None:
             super().__init__()
             self.record: list[Any] = []
@@ -294,9 +293,8 @@ def completing(found: Summed, total: Callable[[Tensor, Cuts], Tensor]) -> Any:
         found: What is known of the rule.
         total: The sum over processes of what each has, over some cuts.
     """
-    mode, _ = tracing_tools()
 
-    class Completing(mode):
+    class Completing(dispatch_mode()):
         def __init__(self) -> None:
             super().__init__()
             self._number = 0

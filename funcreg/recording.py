@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg.undocumented import tracing_tools
+from funcreg.undocumented import dispatch_mode
 
 _aten = torch.ops.aten
 
@@ -142,12 +142,12 @@ def _hashable(arg: Any) -> Any:
 class _Recorder:
     """Writes operations down in a record."""
 
-    def __init__(self, record: Record, fake_mode: Any) -> None:
-        self._record, self._fake_mode = record, fake_mode
+    def __init__(self, record: Record) -> None:
+        self._record = record
         self._captured: dict[int, _Placeholder] = {}
         self._done: dict[Any, Any] = {}  # From an operation and its arguments to what came out.
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
-        self._fakes: dict[Any, Tensor] = {}  # From a shape, dtype and device to a fake tensor that is never written.
+        self._bare: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the result of an operation."""
@@ -209,20 +209,35 @@ class _Recorder:
 
     def _infer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shape, dtype and device of what an operation makes; a list of them for several tensors."""
-        with self._fake_mode:
-            named = {name: substituted(arg, self._fake) for name, arg in kwargs.items()}
-            out = func(*(substituted(arg, self._fake) for arg in args), **named)
+        device = _device_of_result(args, kwargs)
+        named = {name: substituted(arg, self._without_memory) for name, arg in kwargs.items()}
+        if "device" in named:
+            named["device"] = "meta"
+        out = func(*(substituted(arg, self._without_memory) for arg in args), **named)
         if isinstance(out, Tensor):
-            return tuple(out.shape), out.dtype, out.device
+            return tuple(out.shape), out.dtype, device
         if isinstance(out, (list, tuple)) and all(isinstance(each, Tensor) for each in out):
-            return [(tuple(each.shape), each.dtype, each.device) for each in out]
+            return [(tuple(each.shape), each.dtype, device) for each in out]
         raise CannotRecordError(f"{func} reads a number from a tensor")
 
-    def _fake(self, value: Value) -> Tensor:
-        like = value.shape, value.dtype, value.device
-        if like not in self._fakes:
-            self._fakes[like] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        return self._fakes[like]
+    def _without_memory(self, value: Value) -> Tensor:
+        like = value.shape, value.dtype
+        if like not in self._bare:
+            self._bare[like] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return self._bare[like]
+
+
+def _device_of_result(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device that an operation is told, or that of its tensors; those of the CPU without dimensions go with all."""
+    if kwargs.get("device") is not None:
+        return torch.empty(0, device=kwargs["device"]).device  # With its number, which the argument may lack.
+    values: list[Value] = []
+    substituted([*args, *kwargs.values()], values.append)
+    cpu = torch.device("cpu")
+    devices = {value.device for value in values if value.shape or value.device != cpu} or {cpu}
+    if len(devices) > 1:
+        raise CannotRecordError(f"an operation takes tensors of the devices {sorted(map(str, devices))}")
+    return devices.pop()
 
 
 def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Record:
@@ -231,11 +246,10 @@ def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Rec
     Raises:
         CannotRecordError: The function does what only tensors with memory can do.
     """
-    dispatch_mode, fake_mode = tracing_tools()
     found = Record([x.value for x in placeholders if isinstance(x, _Placeholder)])
-    recorder = _Recorder(found, fake_mode())
+    recorder = _Recorder(found)
 
-    class Recording(dispatch_mode):
+    class Recording(dispatch_mode()):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return recorder.dispatch(func, args, kwargs or {})
 

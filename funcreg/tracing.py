@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import arguments, drawing
-from funcreg.undocumented import tracing_tools
+from funcreg.undocumented import dispatch_mode
 
 
 class Ref(NamedTuple):
@@ -301,9 +301,8 @@ class _Recorder:
 
 def _mode(recorder: _Recorder) -> Any:
     """A mode in which a recorder sees each operation."""
-    dispatch_mode, _ = tracing_tools()
 
-    class Dispatched(dispatch_mode):
+    class Dispatched(dispatch_mode()):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return recorder.dispatch(func, args, kwargs or {})
 

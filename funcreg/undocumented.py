@@ -25,16 +25,15 @@ count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_s
 Compiled = Callable[..., Any]
 
 
-def tracing_tools() -> tuple[Any, Any]:
-    """`TorchDispatchMode` sees every operation of a chain, `FakeTensorMode` tells the shapes that it makes.
+def dispatch_mode() -> Any:
+    """`TorchDispatchMode`, which sees every operation, of a chain or a forward pass.
 
-    Without them a chain is not recorded, and `torch.compile` compiles its plain functions leaf by leaf; and no channels
-    are found in a forward pass.
+    Without it a chain is not recorded, and `torch.compile` compiles its plain functions leaf by leaf; no channels are
+    found; and rules on shards run on whole leaves.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    return TorchDispatchMode, FakeTensorMode
+    return TorchDispatchMode
 
 
 def compile_directly(
@@ -127,7 +126,7 @@ def is_compiling() -> bool:
 def is_traced() -> bool:
     """Whether operations are recorded and not computed: by `torch.compile`, or by a mode that sees each of them.
 
-    Numbers are not read then. Without the count of modes, reading one ends a recording: see `tracing_tools`.
+    Numbers are not read then. Without the count of modes, reading one ends a recording: see `dispatch_mode`.
     """
     if torch.compiler.is_dynamo_compiling() or count_modes is None:
         return torch.compiler.is_compiling()

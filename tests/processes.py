@@ -450,16 +450,16 @@ def counts(world: int) -> None:
 def untold(world: int) -> None:
     """Without the mode that looks at rules, all of them run on whole leaves."""
     locality: Any = sys.modules["funcreg.locality"]
-    tools, known = locality.tracing_tools, dict(locality._known)
+    mode, known = locality.dispatch_mode, dict(locality._known)
     there = spread_tree(spreads(world)["rows"], draw())
     try:
         locality._known.clear()
-        locality.tracing_tools = lambda: (None, None)
+        locality.dispatch_mode = lambda: None
         one_number(fr.l1(there), fr.l1(draw()))
         same(fr.elastic.prox(there, 0.1, 1.0, 0.5), fr.elastic.prox(draw(), 0.1, 1.0, 0.5), there)
         assert set(locality._known.values()) == {None}
     finally:
-        locality.tracing_tools = tools
+        locality.dispatch_mode = mode
         locality._known.clear()
         locality._known.update(known)
 

@@ -1014,16 +1014,13 @@ def no_versions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.Tensor, "_version", property(refuse), raising=False)
 
 
-GUARDS, FAKES, MODES = "torch._C._dynamo.guards", "torch._subclasses.fake_tensor", "torch.utils._python_dispatch"
+GUARDS, MODES = "torch._C._dynamo.guards", "torch.utils._python_dispatch"
 PROXIES, FUNCTORCH = "torch.fx.experimental.proxy_tensor", "torch._C._functorch"
 TAKEN = {
     "no guards": missing("torch._C._dynamo", GUARDS),
     "no TensorGuards": without(GUARDS, "TensorGuards"),
     "other TensorGuards": changed(GUARDS, "TensorGuards"),
     "TensorGuards without a check": replaced(GUARDS, "TensorGuards", Other),
-    "no fake tensors": missing(FAKES),
-    "no FakeTensorMode": without(FAKES, "FakeTensorMode"),
-    "another FakeTensorMode": replaced(FAKES, "FakeTensorMode", Other),
     "no dispatch modes": missing(MODES),
     "no TorchDispatchMode": without(MODES, "TorchDispatchMode"),
     "no proxies": missing(PROXIES),

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,8 @@ Check = tuple[str, Callable[[], None]]
 PATIENCE = float(os.environ.get("FUNCREG_PATIENCE", "60"))
 #: From the name of a spread to what cuts a leaf so, for each number of processes.
 Spread = Callable[[int, Tensor], Tensor]
+#: A check of leaves that are spread somehow.
+SpreadCheck = tuple[str, Callable[[Spread], None]]
 
 
 def spreads(world: int) -> dict[str, Spread]:
@@ -45,6 +47,15 @@ def spreads(world: int) -> dict[str, Spread]:
         "hybrid": lambda i, w: cut(w, square, [Replicate(), Shard(0)]),
         "both dimensions": lambda i, w: cut(w, square, [Shard(0), Shard(w.ndim - 1)]),
     }
+
+
+def by_turns(world: int, checks: Iterable[SpreadCheck]) -> Iterator[Check]:
+    """Each check of leaves spread by rows, and of one of the other spreads, whose turn changes with every check."""
+    first, *others = spreads(world).items()
+    for i, (name, check) in enumerate(checks):
+        # A step further after each round: else one kind of check would always meet the same spread.
+        for how, spread in (first, others[(i + i // len(others)) % len(others)]):
+            yield f"{how}, {name}", lambda check=check, spread=spread: check(spread)
 
 
 def cut(w: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
@@ -89,14 +100,14 @@ def one_number(value: Tensor, plain: Tensor) -> None:
 # Penalties and constraints
 
 
-def of_penalty(name: str, case: Any, params: Any, spread: Spread) -> Iterator[Check]:
-    there = spread_tree(spread, params)
-
-    def value() -> None:
+def of_penalty(name: str, case: Any, params: Any) -> Iterator[SpreadCheck]:
+    def value(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         one_number(case.value(there), case.value(params))
         same(torch.func.grad(case.value)(there), torch.func.grad(case.value)(params), there)
 
-    def backward() -> None:
+    def backward(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         tracked, plain = (fr.tree_map(lambda w: w.detach().clone().requires_grad_(), tree) for tree in (there, params))
         for tree in (tracked, plain):
             value = case.value(tree)
@@ -105,21 +116,25 @@ def of_penalty(name: str, case: Any, params: Any, spread: Spread) -> Iterator[Ch
         if fr.tree_leaves(plain)[0].grad is not None:
             same(*[fr.tree_map(lambda w: w.grad, tree) for tree in (tracked, plain)], there)
 
-    def gradient() -> None:
+    def gradient(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         same(case.grad(there), case.grad(params), there)
 
-    def proximal() -> None:
+    def proximal(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         same(case.prox(there, 0.3), case.prox(params, 0.3), there)
         if getattr(case, "unweighted", ""):
             return
         steps = fr.tree_map(lambda w: 0.3, params)
         same(case.prox(there, steps), case.prox(params, steps), there)
 
-    def metric() -> None:
+    def metric(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         h = fr.tree_map(lambda w: 0.5 + w.abs(), params)
         same(case.prox(there, 0.3, metric=spread_tree(spread, h)), case.prox(params, 0.3, metric=h), there)
 
-    def residual() -> None:
+    def residual(spread: Spread) -> None:
+        there = spread_tree(spread, params)
         slopes = fr.tree_map(lambda w: w.cos(), params)
         own = [
             fr.kkt_residual(p, g, case.penalty, *case.hyper, strength=0.4, **case.options)
@@ -139,17 +154,13 @@ def of_penalty(name: str, case: Any, params: Any, spread: Spread) -> Iterator[Ch
 
 
 def penalties(world: int) -> Iterator[Check]:
-    for how, spread in spreads(world).items():
-        for name, case in (PENALTIES | GRADIENT_ALONE).items():
-            for check, run in of_penalty(name, case, draw(), spread):
-                yield f"{how}, {check}", run
+    rows = (PENALTIES | GRADIENT_ALONE).items()
+    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw())])
 
 
 def constraints(world: int) -> Iterator[Check]:
-    for how, spread in spreads(world).items():
-        for name, case in CONSTRAINTS.items():
-            for check, run in of_penalty(name, case, draw_fours(), spread):
-                yield f"{how}, {check}", run
+    rows = CONSTRAINTS.items()
+    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw_fours())])
 
 
 # Transforms
@@ -160,10 +171,9 @@ OF_EXAMPLES = ("differentially_private_aggregate", "dpsgd")
 
 
 def transforms(world: int) -> Iterator[Check]:
-    for how, spread in spreads(world).items():
-        for name, case in TRANSFORMS.items():
-            check = refuse_shards if name.startswith(OF_EXAMPLES) else three_steps
-            yield f"{how}, {name}", lambda case=case, spread=spread, check=check: check(case.make(), spread)
+    check = lambda name: refuse_shards if name.startswith(OF_EXAMPLES) else three_steps
+    rows = [(name, check(name), case.make) for name, case in TRANSFORMS.items()]
+    yield from by_turns(world, [(name, lambda spread, of=of, make=make: of(make(), spread)) for name, of, make in rows])
 
 
 def refuse_shards(tx: Any, spread: Spread) -> None:

@@ -56,8 +56,8 @@ def main() -> None:
     fitted, held_out, new = samples(200, 800)
 
     singles = torch.logspace(-6, -1, 16, dtype=torch.float64)
-    losses = [judged(fit(strength.expand(64), *fitted), *held_out) for strength in singles]
-    best = singles[torch.stack(losses).argmin()]
+    losses = vmap(lambda strength: judged(fit(strength.expand(64), *fitted), *held_out))(singles)  # At once.
+    best = singles[losses.argmin()]
     single = judged(fit(best.expand(64), *fitted), *new)
 
     logs = best.log().expand(64).clone()

@@ -26,8 +26,22 @@ def _freeze() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def _by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of each test."""
+    found: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="run one in so many cases of each test")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {item: place for own in _by_test(items).values() for place, item in enumerate(own)}
+    items[:] = [item for item in items if places[item] % config.getoption("every") == 0]
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     assert not named, f"{named[0]} has an address in its name, which is another one in each worker: give it ids="
     for item in items:  # Whose proximal operator takes many steps: laws take seconds each.

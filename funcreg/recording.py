@@ -7,6 +7,7 @@ what it does to tensors is in the record.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,22 @@ def _hashable(arg: Any) -> Any:
     return tuple([_hashable(each) for each in arg]) if isinstance(arg, (list, tuple)) else constant(arg)
 
 
+class _Kind:
+    """What the recorder makes of an operation; a key, too, whose hash is had in no time."""
+
+    def __init__(self, func: Any) -> None:
+        self.is_identity, self.replaced = func in _IDENTITIES, _REPLACED.get(func)
+        self.makes_tensors = any(["Tensor" in str(out.type) for out in func._schema.returns])
+        self.refused = ""
+        if func._schema.is_mutable:
+            self.refused = f"{func} writes in place"
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            self.refused = f"{func} draws random numbers"
+
+
+_kind_of = functools.cache(_Kind)
+
+
 class _Recorder:
     """Writes operations down in a record."""
 
@@ -151,23 +168,22 @@ class _Recorder:
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the result of an operation."""
-        if func in _IDENTITIES:
+        kind = _kind_of(func)
+        if kind.is_identity:
             return _Placeholder(self.placeholder_of(args[0]).value)
-        if func._schema.is_mutable:
-            raise CannotRecordError(f"{func} writes in place")
-        if not any(["Tensor" in str(out.type) for out in func._schema.returns]):
+        if kind.refused:
+            raise CannotRecordError(kind.refused)
+        if not kind.makes_tensors:
             if any([isinstance(arg, (Tensor, list)) for arg in (*args, *kwargs.values())]):
                 raise CannotRecordError(f"{func} reads a number from a tensor")
             return func(*args, **kwargs)  # A question about dtypes.
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise CannotRecordError(f"{func} draws random numbers")
-        func, args = _REPLACED[func](args) if func in _REPLACED else (func, args)
-        shapes: list[Any] = [func]
+        func, args = kind.replaced(args) if kind.replaced else (func, args)
+        shapes: list[Any] = [kind]
         recorded = tuple([self._argument(arg, shapes) for arg in args])
         named = {name: self._argument(arg, shapes) for name, arg in kwargs.items()}
         if func is _aten.expand.default and recorded[0].shape == tuple(recorded[1]):
             return _Placeholder(recorded[0])
-        same = (func, *map(_hashable, recorded), *kwargs, *map(_hashable, named.values()))
+        same = (kind, *map(_hashable, recorded), *kwargs, *map(_hashable, named.values()))
         made = self._done.get(same)  # What each leaf computes of shared scalars is computed once.
         if made is None:
             made = self._done[same] = self._write(func, recorded, named, (*shapes, *kwargs))

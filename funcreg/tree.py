@@ -717,11 +717,11 @@ def zeros(params: Params, dtype: torch.dtype | None = None) -> Any:
 
 
 def kept_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype in which a state keeps what is like a leaf: complex if the leaf is, also where `dtype` is real."""
+    """The dtype in which a state keeps what is like a leaf: complex if and only if the leaf is, whatever `dtype` is."""
     kept = dtype or wide(w.dtype)
     if w.is_complex() and not kept.is_complex:
         return torch.complex128 if kept == torch.float64 else torch.complex64
-    return kept
+    return kept if w.is_complex() else kept.to_real()
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

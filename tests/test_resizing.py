@@ -716,6 +716,23 @@ def test_parametrized_and_pruned_weights_do_not_change_their_shape():
         fr.resized(nn.Sequential(pruned), {"0.weight_orig": torch.ones(2, 2), "0.weight_mask": torch.ones(2, 2)})
 
 
+class Configured(nn.Linear):
+    """A layer that is copied from its numbers, as those of Keras are."""
+
+    def __reduce__(self):
+        return type(self), (self.in_features, self.out_features)
+
+
+def test_a_layer_that_copies_itself_from_its_numbers_is_an_error_that_says_so():
+    with pytest.raises(
+        ValueError, match=r"a copy of Sequential has no '0\.bias' of shape \(2,\): a layer copies itself"
+    ):
+        fr.resized(
+            nn.Sequential(Configured(4, 3), nn.ReLU(), nn.Linear(3, 2)),
+            {"0.weight": torch.ones(2, 4), "0.bias": torch.ones(2), "2.weight": torch.ones(2, 2)},
+        )
+
+
 @pytest.mark.parametrize(
     ("layer", "tree", "message"),
     [

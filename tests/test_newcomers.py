@@ -39,6 +39,7 @@ def letters():
         "g": 1.7,
         "gamma": 3.0,
         "eps": 0.5,
+        "n": 442,
         "c": torch.arange(20, dtype=torch.float64).reshape(5, 4) / 10,
         "alphas": torch.tensor([0.9, 0.6, 0.5, 0.1], dtype=torch.float64),
     }
@@ -53,6 +54,20 @@ def test_every_row_of_the_tables_is_computed():
 def test_both_sides_of_a_row_are_equal(name, formula, line):
     theirs, ours = eval(formula, letters()), eval(line, letters())
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_metric_of_one_lands_where_a_constraint_of_keras_does():
+    alike, own, keras = (torch.nn.Parameter(letters()["w"]) for _ in range(3))
+    optimizers = [torch.optim.Adam([each], lr=0.3) for each in (alike, own, keras)]
+    fr.regularize(optimizers[0], fr.max_norm, 1.1, metric=lambda state, group: 1.0)
+    fr.regularize(optimizers[1], fr.max_norm, 1.1)
+    for step in range(3):
+        for each, optimizer in zip((alike, own, keras), optimizers, strict=True):
+            each.grad = -(each.detach() * (step + 1)).sin()
+            optimizer.step()
+        keras.data = fr.max_norm.project(keras.detach(), 1.1)
+    torch.testing.assert_close(alike.detach(), keras.detach(), rtol=0, atol=1e-14)
+    assert (own - keras).abs().max() > 1e-2  # In the metric of Adam.
 
 
 # optax

@@ -70,6 +70,22 @@ def test_a_metric_of_one_lands_where_a_constraint_of_keras_does():
     assert (own - keras).abs().max() > 1e-2  # In the metric of Adam.
 
 
+def test_ftrl_from_zeros_is_that_of_keras():
+    target, rate, lam = letters()["w"], 0.5, 0.3
+    linear, squares, w = (torch.zeros_like(target) for _ in range(3))
+    tx, params = fr.ftrl(rate, fr.l1, strength=lambda count: lam / (count + 1)), torch.zeros_like(target)
+    state = tx.init(params)
+    for _ in range(6):
+        g, before = w - target, squares.sqrt()
+        squares = squares + g.square()
+        linear = linear + g - (squares.sqrt() - before) / rate * w
+        w = (linear.clamp(-lam, lam) - linear) / ((squares.sqrt() + 1.0) / rate)
+        updates, state = tx.update(params - target, state, params)
+        params = fr.apply_updates(params, updates)
+        torch.testing.assert_close(params, w, rtol=0, atol=1e-7)  # The schedule is one of float32.
+    assert 0 < (w == 0).sum() < w.numel()
+
+
 # optax
 
 

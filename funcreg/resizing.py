@@ -206,13 +206,13 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
         old = known[name]
         memo.setdefault(id(old), nn.Parameter(leaf, old.requires_grad) if isinstance(old, nn.Parameter) else leaf)
     copied = copy.deepcopy(module, memo)
-    shapes = {name: x.shape for name, x in tensors(copied).items()}
-    for name, leaf in given.items():
-        if shapes.get(name) != leaf.shape:
+    made = tensors(copied)
+    for name in given:
+        if made.get(name) is not memo[id(known[name])]:
             raise ValueError(
-                f"a copy of {type(module).__name__} has no '{name}' of shape {tuple(leaf.shape)}: a layer copies "
-                "itself in a way of its own, as those of Keras do from their configuration. Build the network anew "
-                "with these shapes, and load what remove_dead returned"
+                f"a copy of {type(module).__name__} has not the '{name}' that it was given: a layer copies itself in a "
+                "way of its own, as those of Keras do from their configuration. Build the network anew with these "
+                "shapes, and load what remove_dead returned"
             )
     return copied
 

@@ -724,13 +724,14 @@ class Configured(nn.Linear):
 
 
 def test_a_layer_that_copies_itself_from_its_numbers_is_an_error_that_says_so():
-    with pytest.raises(
-        ValueError, match=r"a copy of Sequential has no '0\.bias' of shape \(2,\): a layer copies itself"
-    ):
-        fr.resized(
-            nn.Sequential(Configured(4, 3), nn.ReLU(), nn.Linear(3, 2)),
-            {"0.weight": torch.ones(2, 4), "0.bias": torch.ones(2), "2.weight": torch.ones(2, 2)},
-        )
+    net = nn.Sequential(Configured(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    groups = fr.channel_groups(net, (torch.ones(2, 4),))
+    assert "fails to be copied: a copy of Sequential has not the '0." in groups.explain()
+    alive = torch.tensor([0.0, 1.0, 1.0])  # The first of three units is zero.
+    tree = {"0.weight": alive[:, None] * torch.ones(3, 4), "0.bias": alive, "2.weight": alive * torch.ones(2, 3)}
+    for params in (tree, fr.remove_dead(tree, groups)):  # What is given would be lost, whatever its shape.
+        with pytest.raises(ValueError, match=r"a copy of Sequential has not the '0\.\w+' that it was given: a layer"):
+            fr.resized(net, params)
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,10 @@ def _described(optimizer: Any) -> str:
         return f"the class {optimizer.__name__}"
     if isinstance(optimizer, Penalty):
         return f"the {optimizer.kind} {optimizer.__name__}"
-    return repr(optimizer) if isinstance(optimizer, (Transform, str)) else f"a {type(optimizer).__name__}"
+    if isinstance(optimizer, (Transform, str)):
+        return repr(optimizer)
+    library = type(optimizer).__module__.partition(".")[0]
+    return f"a {type(optimizer).__name__}" + (f" of {library}" if library not in ("builtins", "torch") else "")
 
 
 class Regularization:

@@ -205,7 +205,16 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
     for name, leaf in given.items():
         old = known[name]
         memo.setdefault(id(old), nn.Parameter(leaf, old.requires_grad) if isinstance(old, nn.Parameter) else leaf)
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    made = tensors(copied)
+    for name in given:
+        if made.get(name) is not memo[id(known[name])]:
+            raise ValueError(
+                f"a copy of {type(module).__name__} has not the '{name}' that it was given: a layer copies itself in a "
+                "way of its own, as those of Keras do from their configuration. Build the network anew with these "
+                "shapes, and load what remove_dead returned"
+            )
+    return copied
 
 
 def _follow(

@@ -253,8 +253,9 @@ def ftrl(
         h_t = \frac{\beta + \sqrt{\sum_{s \le t} g_s^2}}{\eta}
 
     The steps of AdaGrad, with the penalty of all rounds at once: it ends at a minimum of :math:`f + \lambda g`, with
-    exact zeros that stay. McMahan and others (2013), and TensorFlow, keep the penalty of a single round however many
-    there are: that is `strength=lambda count: l1 / (count + 1)`.
+    exact zeros that stay. McMahan and others (2013), and Keras, keep the penalty of a single round however many there
+    are: that is `strength=lambda count: l1 / (count + 1)`. They begin at zeros, and at the first step forget weights
+    that are none; here these are where it begins.
 
     Args:
         learning_rate: :math:`\eta`: number above 0, or tensor.

@@ -589,6 +589,9 @@ def _described(tx: Any, what: str) -> str:
     if isinstance(tx, (list, tuple)):
         if what == "chain" and len(tx) == 2 and isinstance(tx[0], str):
             return f"{came} Transforms with names go to named_chain."
+        if hasattr(tx, "init") and hasattr(tx, "update"):  # A pair of functions with names.
+            library = type(tx).__module__.partition(".")[0]
+            return f"{came} It is one of {library}; most of optax is here under the same name, such as fr.adamw."
         return f"{came} Are they to be given one by one, as in {what}(*transforms)?"
     if isinstance(tx, torch.optim.Optimizer):
         return f"{came} An optimizer of torch changes its parameters itself; take one of funcreg such as adamw."

@@ -304,6 +304,10 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         missing = [dotted((*path, key)) for key in opened[0] if key not in against[0]]
         unknown = [dotted((*path, key)) for key in against[0] if key not in opened[0]]
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
+        if not unknown and second == "a hyperparameter":
+            cause = (
+                f"It needs a number for each leaf, also for one that a mask leaves out, as in {{{missing[0]!r}: 0.0}}."
+            )
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {kind_of(node)}, got {kind_of(other)}. {cause}"
@@ -717,11 +721,11 @@ def zeros(params: Params, dtype: torch.dtype | None = None) -> Any:
 
 
 def kept_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype in which a state keeps what is like a leaf: complex if the leaf is, also where `dtype` is real."""
+    """The dtype in which a state keeps what is like a leaf: complex if and only if the leaf is, whatever `dtype` is."""
     kept = dtype or wide(w.dtype)
     if w.is_complex() and not kept.is_complex:
         return torch.complex128 if kept == torch.float64 else torch.complex64
-    return kept
+    return kept if w.is_complex() else kept.to_real()
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ def letters():
         "g": 1.7,
         "gamma": 3.0,
         "eps": 0.5,
+        "n": 442,
         "c": torch.arange(20, dtype=torch.float64).reshape(5, 4) / 10,
         "alphas": torch.tensor([0.9, 0.6, 0.5, 0.1], dtype=torch.float64),
     }
@@ -53,6 +54,36 @@ def test_every_row_of_the_tables_is_computed():
 def test_both_sides_of_a_row_are_equal(name, formula, line):
     theirs, ours = eval(formula, letters()), eval(line, letters())
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_metric_of_one_lands_where_a_constraint_of_keras_does():
+    alike, own, keras = (torch.nn.Parameter(letters()["w"]) for _ in range(3))
+    optimizers = [torch.optim.Adam([each], lr=0.3) for each in (alike, own, keras)]
+    fr.regularize(optimizers[0], fr.max_norm, 1.1, metric=lambda state, group: 1.0)
+    fr.regularize(optimizers[1], fr.max_norm, 1.1)
+    for step in range(3):
+        for each, optimizer in zip((alike, own, keras), optimizers, strict=True):
+            each.grad = -(each.detach() * (step + 1)).sin()
+            optimizer.step()
+        keras.data = fr.max_norm.project(keras.detach(), 1.1)
+    torch.testing.assert_close(alike.detach(), keras.detach(), rtol=0, atol=1e-14)
+    assert (own - keras).abs().max() > 1e-2  # In the metric of Adam.
+
+
+def test_ftrl_from_zeros_is_that_of_keras():
+    target, rate, lam = letters()["w"], 0.5, 0.3
+    linear, squares, w = (torch.zeros_like(target) for _ in range(3))
+    tx, params = fr.ftrl(rate, fr.l1, strength=lambda count: lam / (count + 1)), torch.zeros_like(target)
+    state = tx.init(params)
+    for _ in range(6):
+        g, before = w - target, squares.sqrt()
+        squares = squares + g.square()
+        linear = linear + g - (squares.sqrt() - before) / rate * w
+        w = (linear.clamp(-lam, lam) - linear) / ((squares.sqrt() + 1.0) / rate)
+        updates, state = tx.update(params - target, state, params)
+        params = fr.apply_updates(params, updates)
+        torch.testing.assert_close(params, w, rtol=0, atol=1e-7)  # The schedule is one of float32.
+    assert 0 < (w == 0).sum() < w.numel()
 
 
 # optax

@@ -1194,6 +1194,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "optimizer is the scheduler StepLR; expected",
     ),
     "a module": (lambda: fr.regularize(nn.Linear(2, 2), fr.l1), TypeError, "optimizer is a Linear; expected one"),
+    "an optimizer of another library": (
+        lambda: fr.regularize(type("Adam", (), {"__module__": "torchopt.optim"})(), fr.l1),
+        TypeError,
+        "optimizer is a Adam of torchopt; expected one of torch",
+    ),
     "an optimizer with a chain": (
         lambda: fr.regularize(fr.Optimizer([weight(2)], fr.adam, lr=0.1), fr.l1),
         ValueError,

@@ -716,6 +716,24 @@ def test_parametrized_and_pruned_weights_do_not_change_their_shape():
         fr.resized(nn.Sequential(pruned), {"0.weight_orig": torch.ones(2, 2), "0.weight_mask": torch.ones(2, 2)})
 
 
+class Configured(nn.Linear):
+    """A layer that is copied from its numbers, as those of Keras are."""
+
+    def __reduce__(self):
+        return type(self), (self.in_features, self.out_features)
+
+
+def test_a_layer_that_copies_itself_from_its_numbers_is_an_error_that_says_so():
+    net = nn.Sequential(Configured(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    groups = fr.channel_groups(net, (torch.ones(2, 4),))
+    assert "fails to be copied: a copy of Sequential has not the '0." in groups.explain()
+    alive = torch.tensor([0.0, 1.0, 1.0])  # The first of three units is zero.
+    tree = {"0.weight": alive[:, None] * torch.ones(3, 4), "0.bias": alive, "2.weight": alive * torch.ones(2, 3)}
+    for params in (tree, fr.remove_dead(tree, groups)):  # What is given would be lost, whatever its shape.
+        with pytest.raises(ValueError, match=r"a copy of Sequential has not the '0\.\w+' that it was given: a layer"):
+            fr.resized(net, params)
+
+
 @pytest.mark.parametrize(
     ("layer", "tree", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -305,11 +306,19 @@ class Wrong:
 
     optimizer = torch.optim.SGD([torch.ones(1)], 0.1)
 
+    class Pair(NamedTuple):  # As transformations of optax and TorchOpt are.
+        init: Any
+        update: Any
+
 
 CALLS = {
     "a list of transforms": (
         lambda: fr.chain([fr.identity(), fr.scale(2.0)]),
         r"argument 0 of chain is a list; expected a Transform. .* chain\(\*transforms\)\?",
+    ),
+    "a transform of another library": (
+        lambda: fr.chain(Wrong.Pair(fr.sgd(0.1).init, fr.sgd(0.1).update)),
+        f"argument 0 of chain is a Pair; expected a Transform. It is one of {__name__}; most of optax is here",
     ),
     "a function that makes a transform": (lambda: fr.chain(fr.scale_by_adam), "of chain is a function.* Is it called"),
     "a function of updates": (lambda: fr.chain(lambda u, p: u), "through stateless"),

@@ -637,3 +637,23 @@ def test_moments_of_complex_leaves_keep_their_imaginary_parts_in_a_real_dtype(ma
             updates, state = tx.update(grads, state, params)
         moved.append(updates["w"])
     assert torch.allclose(*moved, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: fr.scale_by_adam(mu_dtype=d),
+        lambda d: fr.trace(0.9, accumulator_dtype=d),
+        lambda d: fr.schedule_free_sgd(0.1, state_dtype=d),
+    ],
+)
+def test_moments_of_real_leaves_stay_real_in_a_complex_dtype(make):
+    params = {"w": torch.ones(2, dtype=torch.bfloat16), "z": torch.ones(2, dtype=torch.complex64)}
+    grads = {"w": torch.ones(2, dtype=torch.bfloat16), "z": torch.tensor([1j, 1 + 1j])}
+    ends = []
+    for tx in (make(torch.complex64), make(torch.float32)):
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, params)
+        ends.append((updates, state))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)

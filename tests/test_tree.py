@@ -590,6 +590,16 @@ def test_calls_that_cannot_be_meant_say_what_was_expected(make, message):
         make()
 
 
+def test_a_strength_of_the_leaves_that_a_mask_chooses_is_told_of_the_others():
+    tx, params = (
+        fr.add_penalty(fr.l1, strength={"w": 0.1}, mask=fr.select("w")),
+        {"w": torch.ones(1), "b": torch.ones(1)},
+    )
+    with pytest.raises(ValueError, match=r"it lacks 'b'. It needs a number for each leaf, also .* in \{'b': 0\.0\}"):
+        tx.init(params)
+    assert fr.add_penalty(fr.l1, strength={"w": 0.1, "b": 0.0}, mask=fr.select("w")).init(params) is not None
+
+
 def test_wrong_dimensions_are_said_with_the_leaf():
     with pytest.raises(ValueError, match=r"at leaf 'body.scale.0': dim=1 got a leaf of shape \(5,\).*mask=matrices"):
         fr.group_lasso(draw(), dim=1)

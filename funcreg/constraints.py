@@ -319,6 +319,8 @@ def constraint(
 
 
 _INTERVAL = Structure(interval=True)
+#: Whose normals are 0 at entries above 0, and of one sign at zeros: those that keep signs leave them normals.
+_HALF_LINE = Structure(interval=True, needs=("signs",))
 #: Of balls that hold 0 and are the same in each direction of an axis.
 _KEEPS_SIGNS = Structure(keeps=("signs",))
 
@@ -414,7 +416,7 @@ def _nonnegative_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return torch.where(w > 0, g, g.clamp(max=0))
 
 
-@constraint(separable=True, real=True, residual=_nonnegative_normal, structure=_INTERVAL)
+@constraint(separable=True, real=True, residual=_nonnegative_normal, structure=_HALF_LINE)
 def nonnegative(w: Tensor) -> Tensor:
     r"""No entry below zero, :math:`w_i \ge 0`.
 
@@ -560,7 +562,20 @@ def _max_norm_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, 
     return _ball_normal(w, g, slack, radius, group_dims(w, dim))
 
 
-@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal, structure=_KEEPS_SIGNS)
+def _ball_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+def _max_norm_dims(w: Tensor, *, dim: Dim = ...) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+@constraint(
+    metric=_ball_metric,
+    bounds={"radius": _AT_LEAST_0},
+    residual=_l2_ball_normal,
+    structure=Structure(keeps=("signs", "directions"), groups=_ball_dims),
+)
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -579,7 +594,12 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal, structure=_KEEPS_SIGNS)
+@constraint(
+    metric=_max_norm_metric,
+    bounds={"radius": _AT_LEAST_0},
+    residual=_max_norm_normal,
+    structure=Structure(keeps=("signs", "directions"), groups=_max_norm_dims),
+)
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 

@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
+from funcreg.composition import composes
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import (
     NOTE_COPY,
+    RUNS_AWAY,
     Entries,
     Rule,
     buffered,
@@ -451,6 +453,26 @@ class Regularization:
                     f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
                     f"that of both. {remedy}."
                 )
+            if shared:
+                self._say_composed(other, shared)
+
+    def _say_composed(self, other: Regularization, shared: list[str]) -> None:
+        """Warn of a constraint that lands after something else, where both at once lead elsewhere."""
+        first, last = (other, self) if projects(self._task.penalty) else (self, other)
+        before, after = first._task.term(), last._task.term()
+        leaves, in_metric = [self._names.params()[name] for name in shared], self._task.rule.source is not None
+        exact, two_sets = composes(after, before, leaves, in_metric), projects(first._task.penalty)
+        if composes(before, after, leaves, in_metric) or not (two_sets or exact):
+            return
+        ends = (
+            "need not lie in the first set, nor be the nearest point of both" if two_sets else "is not the best of both"
+        )
+        remedy = "Leave one out, give each parameters of its own by mask=, or write one for both, with @constraint."
+        if exact:
+            remedy = f"Their sum is exact, regularize(optimizer, {before.title()} + {after.title()}, ...)."
+        warn_user(
+            f"'{shared[0]}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
+        )
 
     # The step
 
@@ -721,6 +743,8 @@ class Regularization:
         for i in wanted:
             momentum = groups[i]["momentum"]
             if isinstance(momentum, Tensor) or momentum != 0:
+                if groups[i].get("centered", False) and not projects(self._task.penalty):
+                    raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
                 if i in moved or i not in self._buffers:
                     self._buffers[i] = buffered(groups[i], self._buffers.get(i))
                 found[i] = gain(groups[i], self._buffers[i])

@@ -1278,6 +1278,43 @@ def test_a_learning_rate_below_zero_is_told():
         stepped(optimizer, w)
 
 
+def test_momentum_that_comes_later_to_a_centered_metric_is_told():
+    w, kept = weight(3), weight(3)
+    optimizer = optim.RMSprop([w, kept], 0.1, centered=True)
+    fr.regularize(optimizer, fr.l1)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"^param group 0 has got momentum 0.9: RMSprop with centered=True divides"):
+        stepped(optimizer, w)
+
+
+_BALL = fr.l2_ball.given(0.5)
+#: Pairs on one leaf in the order in which they land, and what a warning says of them, or what lands at once.
+PAIRS = {
+    "two sets": (_BALL, fr.box.given(0.1, 1.0), "need not lie in the first set, .* Leave one out"),
+    "two sets, exact as a sum": (_BALL, fr.nonnegative, r"regularize\(optimizer, l2_ball.given\(0.5\) \+ nonnegative"),
+    "groups cut at 0": (0.1 * fr.group_lasso, fr.nonnegative, "is not the best of both. Their sum is exact"),
+    "two sets, in order": (fr.nonnegative, _BALL, _BALL + fr.nonnegative),
+    "two intervals": (fr.nonnegative, fr.box.given(-1.0, 1.0), fr.box.given(0.0, 1.0)),
+    "a penalty and a set": (0.1 * fr.l1, _BALL, 0.1 * fr.l1 + _BALL),
+    "groups in balls": (0.1 * fr.group_lasso, fr.max_norm.given(0.5), 0.1 * fr.group_lasso + fr.max_norm.given(0.5)),
+}
+
+
+@pytest.mark.parametrize(("first", "last", "expected"), PAIRS.values(), ids=PAIRS)
+def test_a_set_that_spoils_what_landed_before_is_told_and_no_other(first, last, expected):
+    w = weight(3, 4)
+    optimizer = optim.SGD([w], 0.5)
+    fr.regularize(optimizer, first)
+    if isinstance(expected, str):
+        with pytest.warns(UserWarning, match=expected):
+            fr.regularize(optimizer, last)
+        return
+    fr.regularize(optimizer, last)  # A warning would be an error.
+    start = w.detach().clone()
+    stepped(optimizer, w)
+    assert_equal(w.detach(), expected.prox(start - 0.5 * w.grad, 0.5), rtol=1e-12)
+
+
 def test_a_strength_that_is_changed_to_one_below_zero_is_told():
     w, strength = weight(3), torch.tensor(1.0, device="cpu")
     optimizer = optim.SGD([w], 0.1)

@@ -289,6 +289,18 @@ MISTAKEN = {
         lambda: fr.schedule_free_adamw(0.1, weight_decay=0.1),
         [r"decays .*head.bias.* left alone where the decay is a link with mask=matrices"],
     ),
+    "a learning rate of zero": (
+        lambda: fr.sgd(0.0),
+        [r"scale_by_learning_rate\(0.0\) multiplies updates by 0: its leaves never move. .* freeze\(mask\)"],
+    ),
+    "a schedule of zeros before a proximal step": (
+        lambda: fr.prox_adam(fr.constant_schedule(0.0), fr.l1, mask=fr.matrices),
+        [r"prox_adam\(constant_schedule\(0.0\), l1.*\) multiplies updates by 0 at every step"],
+    ),
+    "NaN that a moment keeps": (
+        lambda: fr.chain(fr.adam(0.1), fr.zero_nans()),
+        [r"zero_nans\(\) stands after scale_by_adam\(.*\), which keeps the first NaN .* Put it first"],
+    ),
     "a pattern that matches nothing": (
         lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
         [r"per_leaf has 'tail.\*', which matches no leaf"],
@@ -340,6 +352,10 @@ RIGHT = [
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.adamw(0.1, mask=fr.matrices & fr.select("body*"))),
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.sgd(0.1, momentum=0.9), fr.project(fr.nonnegative)),
     lambda: fr.scale_by_adam(),
+    lambda: fr.chain(fr.zero_nans(), fr.adam(0.1), fr.zero_nans()),
+    lambda: fr.apply_if_finite(fr.chain(fr.sgd(0.1, momentum=0.9), fr.zero_nans()), 3),
+    lambda: fr.chain(fr.sgd(0.0), fr.add_independent_weight_decay(0.1, mask=fr.matrices)),
+    lambda: fr.adam(torch.tensor(0.0)),
     lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
     lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
     lambda: fr.chain(fr.monitor({"mean": fr.ema(0.9)}), fr.sgd(0.1), fr.soft_threshold(0.1)),

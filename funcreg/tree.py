@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
+from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.undocumented import (
@@ -1139,22 +1140,30 @@ def hidden(node: Any) -> bool:
 def _of_matrices(params: Params) -> list[bool]:
     found = dimensions(params)
     if len(found) > 1 and min(found) > 1:
-        _refuse_stacks(params)
+        _look_for_stacks(params)
     return [ndim >= 2 for ndim in found]
 
 
-def _refuse_stacks(params: Params) -> None:
-    """Raise an error for what can only be stacked members: leaves of one first size, a bias of two dimensions."""
+def _look_for_stacks(params: Params) -> None:
+    """Raise an error for what can only be stacked members, a bias of two dimensions; warn of what looks like them.
+
+    These have leaves of one first size, and biases of the shape with which weights begin: (members, units).
+    """
     leaves = tree_leaves(params)
     if any([len(leaf) != len(leaves[0]) for leaf in leaves]):
         return
+    begins = {tuple(leaf.shape[:2]) for leaf in leaves if leaf.ndim > 2}
     for name, leaf in zip(tree_paths(params), leaves, strict=True):
+        said = (
+            f"matrices got '{name}' of shape {tuple(leaf.shape)}, and all leaves have {len(leaf)} entries along the "
+            "first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or call inside "
+            "vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
+        )
         if name.split(".")[-1] == "bias":
-            raise ValueError(
-                f"matrices got '{name}' of shape {tuple(leaf.shape)}, and all leaves have {len(leaf)} entries along "
-                "the first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or "
-                "call inside vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
-            )
+            raise ValueError(said)
+        if leaf.ndim == 2 and tuple(leaf.shape) in begins and leaf.shape[0] != leaf.shape[1]:
+            warn_user(said)
+            return
 
 
 matrices = Selection(
@@ -1164,8 +1173,8 @@ matrices = Selection(
     doc="""A mask that is True for leaves of two or more dimensions.
 
     These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization
-    layers. The same as `select(min_ndim=2)`, but for stacked members, which are refused where a bias gives them away:
-    `stacked(matrices)` is for them.
+    layers. The same as `select(min_ndim=2)`, but for stacked members, which are refused where a bias gives them away,
+    and warned of where a leaf looks like one: `stacked(matrices)` is for them.
 
     Example:
         >>> matrices({"weight": torch.ones(2, 2), "bias": torch.ones(2)})

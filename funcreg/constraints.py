@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -212,6 +212,11 @@ def _outside(w: Tensor, z: Tensor, rounding: float) -> Tensor:
     return torch.where(off.isnan().any(), torch.full_like(unit, math.nan), inside)
 
 
+@overload
+def constraint(rule: Callable[..., Tensor], /) -> Constraint: ...
+
+
+@overload
 def constraint(
     *,
     metric: Callable[..., Tensor] | None = None,
@@ -223,14 +228,31 @@ def constraint(
     residual: Callable[..., Tensor] | None = None,
     convex: bool = True,
     structure: Structure | None = None,
-) -> Callable[[Callable[..., Tensor]], Constraint]:
+) -> Callable[[Callable[..., Tensor]], Constraint]: ...
+
+
+def constraint(
+    rule: Callable[..., Tensor] | None = None,
+    /,
+    *,
+    metric: Callable[..., Tensor] | None = None,
+    separable: bool = False,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    check: Callable[..., None] | None = None,
+    real: bool = False,
+    missed: Callable[..., Tensor] | None = None,
+    residual: Callable[..., Tensor] | None = None,
+    convex: bool = True,
+    structure: Structure | None = None,
+) -> Constraint | Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
     Positional arguments after the leaf are hyperparameters: numbers, tensors, or trees like the parameters.
     Keyword-only arguments are static options. The rule sees float32 at least; projections come back in the dtype of
-    the leaf.
+    the leaf. A convex set that needs none of the arguments below is `@constraint` alone.
 
     Args:
+        rule: The projection, where there is nothing else to say of it.
         metric: `(w, metric, *hyper, **options)` to the nearest point where :math:`h` weighs the squared distance; not
             needed for an elementwise constraint.
         separable: Whether each entry is bounded by itself, so that no metric changes the projection.
@@ -312,7 +334,7 @@ def constraint(
             structure=structure,
         ).made_from(constraint, given, rule)
 
-    return lift
+    return lift if rule is None else lift(rule)
 
 
 # Groups
@@ -791,7 +813,7 @@ def _top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = 
     return ungrouped(_count_normal(grouped(w, dims), grouped(g, dims), _of_groups(k, w, dims)), w, dims)
 
 
-def check_count(name: str, value: Hyper) -> None:
+def check_count(name: str, value: Hyper, hint: str = "") -> None:
     """Raise a ValueError if a count is no whole number, as far as it is known."""
     for x in tree_leaves(value):
         known = concrete(x)
@@ -799,11 +821,12 @@ def check_count(name: str, value: Hyper) -> None:
             continue
         broken = known % 1 != 0
         if broken.any() if isinstance(broken, Tensor) else broken:
-            raise ValueError(f"{name} is {written(x)}; expected a whole number")
+            raise ValueError(f"{name} is {written(x)}; expected a whole number{hint}")
 
 
 def _check_k(k: Hyper) -> None:
-    check_count("k of top_k", k)
+    share = "a tenth of a leaf is round(0.1 * w.numel())"
+    check_count("k of top_k", k, f": {share}, and a schedule rounds as in lambda count: schedule(count).round()")
 
 
 @constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal, convex=False)
@@ -814,8 +837,8 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     magnitudes it keeps those that come first. The set is not convex.
 
     Args:
-        k: How many entries of a group may be non-zero, a whole number of at least 0. A tensor is allowed, also a
-            batched one.
+        k: How many entries of a group may be non-zero, a whole number of at least 0, or a tree of such for leaves of
+            several sizes. A tensor is allowed, also a batched one; `cubic_ramp_schedule` prunes gradually.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
     Example:

@@ -281,6 +281,7 @@ class Regularization:
         vars(optimizer).setdefault(_OWN, []).append(self)
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
+        self._say_decays_twice(optimizer)
 
     @property
     def strength(self) -> Any:
@@ -700,6 +701,21 @@ class Regularization:
                 "out of the groups, as by channel_groups(..., layers=...)."
             )
 
+    def _say_decays_twice(self, optimizer: Optimizer) -> None:
+        """Warn of a ridge on parameters that the optimizer lets decay already, as AdamW does by default."""
+        parts = [part for part in self._task.term().parts() if part.penalty.__name__ in _RIDGES]
+        if not any([all([concrete(factor) != 0 for factor in part.factors]) for part in parts]):
+            return
+        for group in optimizer.param_groups:
+            decay, mine = group.get("weight_decay", 0.0), self._acted_on().values()
+            twice = [self._names.names[w] for w in group["params"] if any([w is each for each in mine])]
+            if twice and isinstance(decay, (int, float)) and decay:
+                warn_user(
+                    f"{listed(twice)} would decay twice, by weight_decay={decay} of {type(optimizer).__name__} and by "
+                    f"{self!r}. Leave one out, as by weight_decay=0.0."
+                )
+                return
+
     def _say_nothing_moved(self) -> None:
         """Warn, once, if no step had an effect so far."""
         # None are chosen by mask=False, which is meant.
@@ -953,6 +969,8 @@ _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
     *("_had", "_counted", "_written_to", "_classes", "_pace"),
 )
+#: Penalties whose gradient is a decay to zero.
+_RIDGES = ("l2", "half_l2")
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)

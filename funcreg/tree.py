@@ -306,6 +306,8 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         unknown = [dotted((*path, key)) for key in against[0] if key not in opened[0]]
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
+        if any(["*" in key for key in unknown]):
+            cause = "Keys are whole names; globs go to select, and to per_leaf for a penalty and strength of each."
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {kind_of(node)}, got {kind_of(other)}. {cause}"
 

@@ -1186,6 +1186,7 @@ def of(*args: Any, **kwargs: Any) -> Callable[[], Any]:
     return lambda: fr.regularize(optim.Adam(model.parameters()), *args, **kwargs)
 
 
+TWO = [nn.Linear(3, 2), nn.Linear(2, 2)]
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no optimizer": (lambda: fr.regularize(fr.adam(0.1), fr.l1), TypeError, "expected one of torch"),
     "a scheduler": (
@@ -1233,6 +1234,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "chooses 'head', which the optimizer does not hold",
     ),
     "another module": (of(fr.l1, module=nn.Linear(2, 2)), ValueError, "is not in module, a Linear"),
+    "one of two modules": (
+        lambda: fr.regularize(optim.SGD([*TWO[0].parameters(), *TWO[1].parameters()], 0.1), fr.l1, module=TWO[0]),
+        ValueError,
+        r"is not in module, a Linear.* module=ModuleList\(\[a, b\]\)",
+    ),
+    "globs for names": (
+        of(fr.l1, strength={"0.*": 1.0}, module=nn.Sequential),
+        ValueError,
+        r"has '0.\*', unknown to the parameters. Keys are whole names; globs go to select, and to per_leaf",
+    ),
     "no proximal operator": (of(fr.orthogonality, mask=fr.matrices), ValueError, "no proximal operator.*into the loss"),
     "no exact sum": (
         lambda: fr.regularize(optim.SGD([weight(3, 2)], 0.1), fr.group_lasso + fr.group_lasso.given(dim=0)),
@@ -1313,6 +1324,17 @@ def test_a_set_that_spoils_what_landed_before_is_told_and_no_other(first, last, 
     start = w.detach().clone()
     stepped(optimizer, w)
     assert_equal(w.detach(), expected.prox(start - 0.5 * w.grad, 0.5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [fr.half_l2, fr.l1 + fr.l2, fr.elastic.given(0.1, 0.5)])
+def test_a_ridge_beside_the_decay_of_an_optimizer_is_told(penalty):
+    with pytest.warns(UserWarning, match=r"^groups.0.params.0 would decay twice, by weight_decay=0.01 of AdamW and by"):
+        fr.regularize(optim.AdamW([weight(3)]), penalty, strength=0.1)
+    for other in (fr.l1, fr.elastic.given(0.1, 1.0), fr.anchored_l2.given(0.5)):
+        fr.regularize(optim.AdamW([weight(3)]), other, strength=0.1)  # A warning would be an error.
+    fr.regularize(optim.AdamW([weight(3)], weight_decay=0.0), penalty, strength=0.1)
+    groups = [{"params": [weight(3)]}, {"params": [weight(2, 2)], "weight_decay": 0.0}]
+    fr.regularize(optim.AdamW(groups), penalty, strength=0.1, mask=fr.matrices)
 
 
 def test_a_strength_that_is_changed_to_one_below_zero_is_told():

@@ -270,6 +270,7 @@ SUMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* would decay twice")
 @pytest.mark.parametrize("given", SUMS.values(), ids=SUMS)
 @pytest.mark.parametrize("functional", FUNCTIONAL.values(), ids=FUNCTIONAL)
 def test_its_steps_are_those_of_the_functional_optimizer(functional, given):
@@ -766,7 +767,7 @@ def test_parameters_of_sixteen_bits_get_zeros_and_keep_their_dtype(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
     w = nn.Parameter(torch.linspace(0.5, 1.0, 20, dtype=dtype))
-    optimizer = kind([w], 0.01)
+    optimizer = kind([w], 0.01, weight_decay=0.0)
     handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
     w.grad = torch.full_like(w, 0.25)
     with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:

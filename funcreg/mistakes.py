@@ -224,7 +224,13 @@ def _values(schedule: Any) -> set[float]:
     """What a schedule is at some steps; nothing where it cannot be asked."""
     try:
         return {float(at_step(schedule, n)) for n in _ASKED}
-    except (TypeError, ValueError, RuntimeError):  # It is asked in steps again, and raises there.
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ):  # In steps it is asked again, and raises.
         return set()
 
 

@@ -356,6 +356,8 @@ RIGHT = [
     lambda: fr.apply_if_finite(fr.chain(fr.sgd(0.1, momentum=0.9), fr.zero_nans()), 3),
     lambda: fr.chain(fr.sgd(0.0), fr.add_independent_weight_decay(0.1, mask=fr.matrices)),
     lambda: fr.adam(torch.tensor(0.0)),
+    lambda: fr.adam(lambda count: [0.1, 0.0][int(count)]),  # Of steps that are not asked for it knows nothing.
+    lambda: fr.adam(lambda count: 0.1 / (100 - count)),
     lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
     lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
     lambda: fr.chain(fr.monitor({"mean": fr.ema(0.9)}), fr.sgd(0.1), fr.soft_threshold(0.1)),

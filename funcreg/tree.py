@@ -405,11 +405,12 @@ _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.c
 
 
 def check_params(params: Any, name: str = "params") -> None:
-    """Raise a TypeError that names the first leaf that is not a dense tensor of real or complex numbers."""
+    """Raise an error that names the first leaf that is not a dense tensor of real or complex numbers."""
     if params is None:
         _check_leaf(name, None)
     for leaf in tree_leaves(params):
-        if not (isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided):
+        fits = isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided
+        if not fits or type(leaf) in _LAZY:
             map_with_path(lambda path, leaf: _check_leaf(_named(name, dotted(path)), leaf), params)
 
 
@@ -418,6 +419,8 @@ def _named(tree: str, path: str) -> str:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
+    if type(leaf) in _LAZY:
+        raise ValueError(f"{name} has no shape yet; run its module once on some inputs, which makes it a tensor")
     if isinstance(leaf, Tensor):
         _check_numbers(name, leaf, "is it a buffer?", _REMEDY)
         return
@@ -426,6 +429,8 @@ def _check_leaf(name: str, leaf: Any) -> None:
     )
 
 
+#: Parameters of lazy modules that have not run.
+_LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _REMEDY = "The parameters of a module are dict(module.named_parameters())."
 
 

@@ -12,7 +12,7 @@ from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
 from funcreg.clipping import zero_nans
 from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
-from funcreg.composition import Term
+from funcreg.composition import Term, composes
 from funcreg.constraints import Constraint
 from funcreg.construction import written
 from funcreg.decay import decay_of, every_part, parts_of
@@ -76,6 +76,7 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
         *_changes_after_rounding(entries),
         *_constant_thresholds(links),
         *_projections_in_another_metric(links),
+        *_sets_after_sets(links),
         *_averages_of_zeros(entries),
         *_penalties_of_vectors(links, whole),
         *_penalized_twice(links),
@@ -409,6 +410,24 @@ def _projections_in_another_metric(links: list[Entry]) -> Iterator[str]:
                 f"{entry.tx!r} goes to the nearest point of the set, and {divides.tx!r} gives each entry a step size "
                 "of its own: where entries depend on each other, they end in the set, but not at its best point. "
                 "prox_adam, or proximal_step, goes to the nearest point in the metric of the steps."
+            )
+
+
+def _sets_after_sets(links: list[Entry]) -> Iterator[str]:
+    into = lambda each: each.argument("constraint" if made(each.tx, project) else "penalty")
+    sets = [each for each in links if made(each.tx, project, proximal) and isinstance(into(each), Constraint)]
+    for first, last in _behind(sets, lambda each: True, lambda each: True):
+        before, after = (
+            Term(into(each), (), each.argument("hyper"), tuple(each.argument("options").items()))
+            for each in (first, last)
+        )
+        leaves = [w for _, w in first.leaves()]
+        if not composes(before, after, leaves, False):
+            swapped = composes(after, before, leaves, False)
+            remedy = "Swap the two" if swapped else "Leave one out, or write one for both, with @constraint"
+            yield (
+                f"{last.tx!r} stands after {first.tx!r}: where it ends need not lie in the set of that, nor be the "
+                f"nearest point of both. {remedy}."
             )
 
 

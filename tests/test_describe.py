@@ -222,6 +222,14 @@ MISTAKEN = {
         lambda: fr.chain(fr.adam(0.1), fr.project(fr.simplex)),
         [r"project\(simplex\) goes to the nearest point of the set, and scale_by_adam.* not at its best point"],
     ),
+    "a set that spoils another": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.box, 0.1, 1.0)),
+        [r"project\(box, 0.1, 1.0\) stands after project\(l2_ball, 0.5\): .* nor be the nearest point of both"],
+    ),
+    "two sets in the wrong order": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.nonnegative)),
+        [r"project\(nonnegative\) stands after project\(l2_ball, 0.5\): .* Swap the two"],
+    ),
     "a mean of zeros": (
         lambda: fr.lookahead(fr.prox_adam(0.1, fr.l1, mask=fr.matrices), 5, 0.5),
         [r"lookahead averages the parameters of prox_adam.*exactly zero"],
@@ -336,6 +344,10 @@ RIGHT = [
     lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
     lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
     lambda: fr.prox_adam(0.1, fr.simplex),
+    lambda: fr.chain(fr.sgd(0.1), fr.project(fr.nonnegative), fr.project(fr.max_norm, 2.0, dim=None)),
+    lambda: fr.chain(
+        fr.sgd(0.1), fr.project(fr.simplex, mask=HEAD), fr.project(fr.top_k, 2, mask={"head": False, "body": True})
+    ),
     lambda: fr.chain(fr.sgd(0.1, momentum=0.9), fr.project(fr.simplex)),
     lambda: fr.chain(fr.freeze(HEAD), fr.masked(fr.adam(0.1), {"head": False, "body": True})),
     lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(SCHEDULE, mask=fr.matrices)),

@@ -308,6 +308,12 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
         if any(["*" in key for key in unknown]):
             cause = "Keys are whole names; globs go to select, and to per_leaf for a penalty and strength of each."
+        begins = next((key for key in unknown if any([name.startswith(f"{key}.") for name in missing])), None)
+        if begins is not None:
+            cause = (
+                f"'{begins}' stands for all that begins with it only where dicts are nested; here names are whole. "
+                "Parts of a flat dict go by patterns: select, partition, per_leaf."
+            )
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {kind_of(node)}, got {kind_of(other)}. {cause}"
 

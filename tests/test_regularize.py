@@ -1245,6 +1245,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"has '0.\*', unknown to the parameters. Keys are whole names; globs go to select, and to per_leaf",
     ),
+    "beginnings for names": (
+        of(fr.l1, strength={"0": 1.0, "1": 0.1}, module=nn.Sequential),
+        ValueError,
+        r"has '0', unknown to the parameters.* '0' stands for all that begins with it only where dicts are nested",
+    ),
     "no proximal operator": (of(fr.orthogonality, mask=fr.matrices), ValueError, "no proximal operator.*into the loss"),
     "no exact sum": (
         lambda: fr.regularize(optim.SGD([weight(3, 2)], 0.1), fr.group_lasso + fr.group_lasso.given(dim=0)),

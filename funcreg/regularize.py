@@ -62,9 +62,12 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
+    broadcast,
     global_norm,
     listed,
+    product,
     tree_leaves,
+    tree_paths,
     widen,
 )
 from funcreg.undocumented import copy_all, is_compiling, versions
@@ -703,18 +706,28 @@ class Regularization:
 
     def _say_decays_twice(self, optimizer: Optimizer) -> None:
         """Warn of a ridge on parameters that the optimizer lets decay already, as AdamW does by default."""
-        parts = [part for part in self._task.term().parts() if part.penalty.__name__ in _RIDGES]
-        if not any([all([concrete(factor) != 0 for factor in part.factors]) for part in parts]):
-            return
+        ridged = self._ridged()
         for group in optimizer.param_groups:
-            decay, mine = group.get("weight_decay", 0.0), self._acted_on().values()
-            twice = [self._names.names[w] for w in group["params"] if any([w is each for each in mine])]
+            decay = group.get("weight_decay", 0.0)
+            twice = [self._names.names[w] for w in group["params"] if self._names.names[w] in ridged]
             if twice and isinstance(decay, (int, float)) and decay:
                 warn_user(
                     f"{listed(twice)} would decay twice, by weight_decay={decay} of {type(optimizer).__name__} and by "
                     f"{self!r}. Leave one out, as by weight_decay=0.0."
                 )
                 return
+
+    def _ridged(self) -> set[str]:
+        """The parameters on which a ridge acts, with a strength that is not known to be 0."""
+        params = self._names.tree({name: w.detach() for name, w in self._names.penalized().items()})
+        found = set[str]()
+        for part in self._task.term().parts():
+            if part.penalty.__name__ in _RIDGES:
+                factors = broadcast(product(params, 1.0, *part.factors), params, "a factor")
+                rows = zip(tree_paths(params), part.places(params), map(concrete, factors), strict=True)
+                acts = lambda factor: factor is None or bool(torch.as_tensor(factor, device="cpu").any())
+                found.update([name for name, here, factor in rows if here and acts(factor)])
+        return found & self._touched
 
     def _say_nothing_moved(self) -> None:
         """Warn, once, if no step had an effect so far."""

@@ -1339,6 +1339,12 @@ def test_a_ridge_beside_the_decay_of_an_optimizer_is_told(penalty):
     for other in (fr.l1, fr.elastic.given(0.1, 1.0), fr.anchored_l2.given(0.5)):
         fr.regularize(optim.AdamW([weight(3)]), other, strength=0.1)  # A warning would be an error.
     fr.regularize(optim.AdamW([weight(3)], weight_decay=0.0), penalty, strength=0.1)
+    parts = fr.per_leaf({"a": penalty, "b": fr.l1})
+    with pytest.warns(UserWarning, match=r"^a would decay twice"):
+        fr.regularize(optim.AdamW([("a", weight(3)), ("b", weight(3))]), parts, strength=0.1)
+    named = [("a", weight(3, 2)), ("b", weight(3)), ("c", weight(2, 2))]
+    with pytest.warns(UserWarning, match=r"^c would decay twice"):
+        fr.regularize(optim.AdamW(named), fr.elastic, 0.1, {"a": 1.0, "c": 0.5}, mask=fr.matrices)
     groups = [{"params": [weight(3)]}, {"params": [weight(2, 2)], "weight_decay": 0.0}]
     fr.regularize(optim.AdamW(groups), penalty, strength=0.1, mask=fr.matrices)
 

@@ -51,6 +51,13 @@ def cubic_ramp_schedule(
         [0.0, 0.39, 0.7, 0.8]
         >>> tx = add_penalty(l1, strength=cubic_ramp_schedule(1e-3, 1000))
 
+        A tenth of 640 weights is left after 100 steps:
+
+        >>> kept = lambda count: (640 * (1 - cubic_ramp_schedule(0.9, 100)(count))).round()
+        >>> tx = chain(adam(1e-3), project(top_k, kept, mask=matrices))
+        >>> [int(kept(count)) for count in (0, 50, 100)]
+        [640, 136, 64]
+
     References:
         Zhu & Gupta, *To prune, or not to prune: exploring the efficacy of pruning for model compression*, 2017.
     """

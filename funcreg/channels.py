@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from funcreg._typing import Params
 from funcreg.atoms import UNKNOWN
@@ -281,6 +282,9 @@ def channel_groups(
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
     flags(inside_heads=inside_heads)
+    lazy = next((name for name, w in module.named_parameters() if is_lazy(w)), None)
+    if lazy is not None:
+        raise ValueError(f"'{lazy}' has no shape yet; run the module once on some inputs, which gives it one")
     check_whole_module("channel_groups", module)
     if (inner := inner_module(module)) is not module:
         module, layers = inner, layers if layers is None or isinstance(layers, str) else without_wrappers(tuple(layers))

@@ -454,6 +454,8 @@ def partition(
         )
     if not transforms:
         raise ValueError("partition got no transforms; expected a dict from label to transform")
+    if None in transforms:
+        raise TypeError("partition has the label None, which stands for no leaf in a tree; expected a string, say")
     for label, tx in transforms.items():
         if not isinstance(tx, Transform):
             check_transforms(f"partition, labelled {label!r},", [tx])

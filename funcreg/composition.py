@@ -296,6 +296,22 @@ def _arranged(
     return order, [terms[i] for i in left]
 
 
+def composes(first: Term, last: Term, leaves: list[Tensor], in_metric: bool) -> bool:
+    """Whether the proximal operator of one term after that of another is known to be that of their sum.
+
+    Masks are not asked: both terms act on all of these leaves.
+    """
+    possible: dict[Kept, bool] = {"signs": True, "order": not in_metric, "directions": not in_metric}
+
+    def follows(last: Term, first: Term) -> bool:
+        bends, bounds = first.penalty.structure.curvature is not None, last.penalty.structure.interval
+        if (first.penalty.structure.interval and bounds) or (bends and (bounds or not in_metric)):
+            return True
+        return _leaves_alone(last, first, leaves, possible)
+
+    return all([follows(b, a) for a in first.parts() for b in last.parts()])
+
+
 def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], possible: dict[Kept, bool]) -> bool:
     """Whether the proximal operator of `last` leaves subgradients of `first` subgradients."""
     inner, outer = first.penalty.structure, last.penalty.structure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -212,6 +212,11 @@ def _outside(w: Tensor, z: Tensor, rounding: float) -> Tensor:
     return torch.where(off.isnan().any(), torch.full_like(unit, math.nan), inside)
 
 
+@overload
+def constraint(rule: Callable[..., Tensor], /) -> Constraint: ...
+
+
+@overload
 def constraint(
     *,
     metric: Callable[..., Tensor] | None = None,
@@ -223,14 +228,31 @@ def constraint(
     residual: Callable[..., Tensor] | None = None,
     convex: bool = True,
     structure: Structure | None = None,
-) -> Callable[[Callable[..., Tensor]], Constraint]:
+) -> Callable[[Callable[..., Tensor]], Constraint]: ...
+
+
+def constraint(
+    rule: Callable[..., Tensor] | None = None,
+    /,
+    *,
+    metric: Callable[..., Tensor] | None = None,
+    separable: bool = False,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    check: Callable[..., None] | None = None,
+    real: bool = False,
+    missed: Callable[..., Tensor] | None = None,
+    residual: Callable[..., Tensor] | None = None,
+    convex: bool = True,
+    structure: Structure | None = None,
+) -> Constraint | Callable[[Callable[..., Tensor]], Constraint]:
     r"""Lift the projection of one leaf to a `Constraint` on trees.
 
     Positional arguments after the leaf are hyperparameters: numbers, tensors, or trees like the parameters.
     Keyword-only arguments are static options. The rule sees float32 at least; projections come back in the dtype of
-    the leaf.
+    the leaf. A convex set that needs none of the arguments below is `@constraint` alone.
 
     Args:
+        rule: The projection, where there is nothing else to say of it.
         metric: `(w, metric, *hyper, **options)` to the nearest point where :math:`h` weighs the squared distance; not
             needed for an elementwise constraint.
         separable: Whether each entry is bounded by itself, so that no metric changes the projection.
@@ -312,13 +334,15 @@ def constraint(
             structure=structure,
         ).made_from(constraint, given, rule)
 
-    return lift
+    return lift if rule is None else lift(rule)
 
 
 # Groups
 
 
 _INTERVAL = Structure(interval=True)
+#: Whose normals are 0 at entries above 0, and of one sign at zeros: those that keep signs leave them normals.
+_HALF_LINE = Structure(interval=True, needs=("signs",))
 #: Of balls that hold 0 and are the same in each direction of an axis.
 _KEEPS_SIGNS = Structure(keeps=("signs",))
 
@@ -414,7 +438,7 @@ def _nonnegative_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return torch.where(w > 0, g, g.clamp(max=0))
 
 
-@constraint(separable=True, real=True, residual=_nonnegative_normal, structure=_INTERVAL)
+@constraint(separable=True, real=True, residual=_nonnegative_normal, structure=_HALF_LINE)
 def nonnegative(w: Tensor) -> Tensor:
     r"""No entry below zero, :math:`w_i \ge 0`.
 
@@ -560,7 +584,20 @@ def _max_norm_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, 
     return _ball_normal(w, g, slack, radius, group_dims(w, dim))
 
 
-@constraint(metric=_ball_metric, bounds={"radius": _AT_LEAST_0}, residual=_l2_ball_normal, structure=_KEEPS_SIGNS)
+def _ball_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+def _max_norm_dims(w: Tensor, *, dim: Dim = ...) -> tuple[int, ...]:
+    return group_dims(w, dim)
+
+
+@constraint(
+    metric=_ball_metric,
+    bounds={"radius": _AT_LEAST_0},
+    residual=_l2_ball_normal,
+    structure=Structure(keeps=("signs", "directions"), groups=_ball_dims),
+)
 def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms within a radius, :math:`\|w_g\|_2 \le r`.
 
@@ -579,7 +616,12 @@ def l2_ball(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     return _shortened(w, radius, group_dims(w, dim))
 
 
-@constraint(metric=_max_norm_metric, bounds={"radius": _AT_LEAST_0}, residual=_max_norm_normal, structure=_KEEPS_SIGNS)
+@constraint(
+    metric=_max_norm_metric,
+    bounds={"radius": _AT_LEAST_0},
+    residual=_max_norm_normal,
+    structure=Structure(keeps=("signs", "directions"), groups=_max_norm_dims),
+)
 def max_norm(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = ...) -> Tensor:
     r"""Norm of the weights of each unit within a radius, :math:`\|w_g\|_2 \le r`, as is used beside dropout.
 
@@ -771,7 +813,7 @@ def _top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = 
     return ungrouped(_count_normal(grouped(w, dims), grouped(g, dims), _of_groups(k, w, dims)), w, dims)
 
 
-def check_count(name: str, value: Hyper) -> None:
+def check_count(name: str, value: Hyper, hint: str = "") -> None:
     """Raise a ValueError if a count is no whole number, as far as it is known."""
     for x in tree_leaves(value):
         known = concrete(x)
@@ -779,11 +821,12 @@ def check_count(name: str, value: Hyper) -> None:
             continue
         broken = known % 1 != 0
         if broken.any() if isinstance(broken, Tensor) else broken:
-            raise ValueError(f"{name} is {written(x)}; expected a whole number")
+            raise ValueError(f"{name} is {written(x)}; expected a whole number{hint}")
 
 
 def _check_k(k: Hyper) -> None:
-    check_count("k of top_k", k)
+    share = "a tenth of a leaf is round(0.1 * w.numel())"
+    check_count("k of top_k", k, f": {share}, and a schedule rounds as in lambda count: schedule(count).round()")
 
 
 @constraint(metric=_top_k_metric, bounds={"k": _AT_LEAST_0}, check=_check_k, residual=_top_k_normal, convex=False)
@@ -794,8 +837,8 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     magnitudes it keeps those that come first. The set is not convex.
 
     Args:
-        k: How many entries of a group may be non-zero, a whole number of at least 0. A tensor is allowed, also a
-            batched one.
+        k: How many entries of a group may be non-zero, a whole number of at least 0, or a tree of such for leaves of
+            several sizes. A tensor is allowed, also a batched one; `cubic_ramp_schedule` prunes gradually.
         dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
 
     Example:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from funcreg.ranges import concrete
@@ -77,6 +80,20 @@ def held_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [tensor for part in _parts(value)[1] for tensor in held_tensors(part)]
+
+
+def tells_all(value: Any) -> bool:
+    """Whether `held_tensors` finds every tensor that something was made with: no function may hold another."""
+    if isinstance(value, FunctionType):
+        return not (value.__closure__ or value.__defaults__ or value.__kwdefaults__)
+    if isinstance(value, Remembering) and value.made_by is not None:
+        return tells_all(value.made_by[1:])
+    if isinstance(value, Remembering):
+        made = value.__reduce_ex__(4)
+        return isinstance(made, str) or (len(made) == 2 and tells_all(made[1]))
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        return all(map(tells_all, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (Tensor, int, float, str, type, re.Pattern, torch.dtype, torch.device))
 
 
 def made_with(value: Any, tensors: Iterator[Tensor]) -> Any:

@@ -192,6 +192,11 @@ if hasattr(torch.optim, "Muon"):
     )
 
 
+#: Why nothing follows RMSprop with both centered=True and momentum.
+RUNS_AWAY = (
+    "RMSprop with centered=True divides by the spread of gradients, which vanishes where a penalty balances them, and "
+    "its momentum keeps what was divided by it before: it runs away. Leave one of the two out"
+)
 #: Where an optimizer keeps what tells a copy of it that penalties are missing.
 NOTE_COPY = "_funcreg_note_copy"
 
@@ -252,10 +257,7 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     elif known is None:
         reason = "its metric is not known"
     elif known is torch.optim.RMSprop and any([g["centered"] and g["momentum"] for g in optimizer.param_groups]):
-        reason = (
-            "RMSprop with centered=True divides by the spread of gradients, which vanishes where a penalty balances "
-            "them, and its momentum keeps what was divided by it before: it runs away. Leave one of the two out"
-        )
+        reason = RUNS_AWAY
     elif known in RULES:
         return RULES[known]
     else:

@@ -69,8 +69,9 @@ def describe(tx: Transform, params: Params | nn.Module | None = None) -> Descrip
     Among them: decay before Adam where that of AdamW was meant, a proximal step that is not last, or whose threshold
     stays while the step size does not, a mask that chooses nothing, decay of biases and scales, two decays of one leaf,
     a penalty that a preconditioner divides, zeros that are averaged, updates that go uphill, also those of leaves that
-    a mask leaves to their raw gradients; leaves that `set_to_zero` does not hold; clipping, noise and moments of each
-    of those that `MultiSteps` gathers, and steps of sixteen-bit leaves that are rounded away.
+    a mask leaves to their raw gradients; leaves that `set_to_zero` does not hold, and those that a learning rate of 0
+    never moves; NaN that becomes zero after a moment has kept it; clipping, noise and moments of each of those that
+    `MultiSteps` gathers, and steps of sixteen-bit leaves that are rounded away.
 
     Args:
         tx: Any transform: an optimizer, a chain, a wrapper, or one of your own, which is shown by its name.

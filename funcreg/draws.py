@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from funcreg.rounding import mixed, shifted, signed, words
@@ -337,6 +337,21 @@ def _filled(kind: str, of: Callable[..., Tensor]) -> Callable[..., Any]:
     return drawing
 
 
+def _initialized(method: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A function of `nn.init` that does what a method of tensors does, but goes by a name of its own."""
+
+    def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+        def call(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+            if "generator" in options:
+                return func(tensor, *args, **options)
+            with torch.no_grad():
+                return _DRAWING[method](draws, method)(tensor, *args, *options.values())
+
+        return call
+
+    return drawing
+
+
 def _integers_filled(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     """`random_(high)` and `random_(low, high)`; without them, all numbers of a dtype, it is torch's."""
 
@@ -391,6 +406,8 @@ _DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] =
     Tensor.geometric_: _filled("exponential", lambda e, p: (e / -math.log1p(-p)).ceil()),
     Tensor.cauchy_: _filled("inside", lambda u, median=0.0, sigma=1.0: median + sigma * torch.tan(math.pi * (u - 0.5))),
     Tensor.random_: _integers_filled,
+    nn.init.normal_: _initialized(Tensor.normal_),
+    nn.init.uniform_: _initialized(Tensor.uniform_),
 }
 #: What makes memory without numbers.
 _FRESH = {torch.empty, torch.empty_like, Tensor.new_empty, Tensor.new}

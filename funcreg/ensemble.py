@@ -14,7 +14,7 @@ from torch.func import vmap
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
 from funcreg.ranges import number
-from funcreg.transform import Choice, Transform, everywhere
+from funcreg.transform import Choice, Transform, check_no_torchs, everywhere
 from funcreg.tree import Selection, check_mask, flatten, leaves_like, mask_leaves, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
 
@@ -101,6 +101,7 @@ def _members(make: Any, hyper: tuple[Any, ...]) -> int:
     if not callable(make):
         hint = "; the function that made it, as in lambda rate: sgd(rate)" if isinstance(make, Transform) else ""
         raise TypeError(f"make is {make!r}; expected a function from hyperparameters to a transform{hint}")
+    check_no_torchs("make", make)
     _check_arguments(make, hyper)
     counts: dict[str, int] = {}
     for name, value in zip(tree_paths(hyper), tree_leaves(hyper), strict=True):

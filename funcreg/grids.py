@@ -154,6 +154,11 @@ def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[.
     """Which hyperparameters the factory takes; what it does not take and the loss names goes there."""
     if not callable(make) or isinstance(make, torch.nn.Module):
         raise TypeError(f"make is {make!r}; expected a function from hyperparameters to a transform")
+    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        raise TypeError(
+            f"make is the optimizer {make.__name__} of torch, which takes no steps of many members; expected a "
+            "function from hyperparameters to a transform, such as fr.adamw, with learning_rate in the grid"
+        )
     own, every = _names(make)
     to_make = tuple(name for name in names if every or name in own)
     others = [name for name in names if name not in to_make]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcreg.construction import written
+from funcreg.construction import held_tensors, tells_all, written
 from funcreg.ranges import is_checking, number
 from funcreg.tree import dotted, leaf_paths, restored, scalar_device, structure
 from funcreg.undocumented import is_transformed
@@ -54,6 +54,7 @@ class GroupValues:
         self._first = [p.device for p in params[:1]]
         self._derived: list[_Derived] = []
         self._converted: dict[int, Any] = {}  # Which values the factory made numbers of, and these numbers.
+        self._read: frozenset[int] = frozenset()  # Of which it made something that is still there.
 
     def made(self, factory: Callable[[dict[str, Any]], T]) -> T:
         """What a factory makes of the values, with tensors for floats; what it computes of these follows them."""
@@ -61,7 +62,19 @@ class GroupValues:
             made = factory(restored(self._spec, self._held))
         self._derived = call.lasting()
         self._converted = {i: _single(self._last[i]) for i in sorted(call.converted)}
+        self._read = call.converted.union(*[call.sources_of(each.result()) for each in self._derived])
         return made
+
+    def unread(self, made: Any) -> list[str]:
+        """The names of values, in tensors, of which nothing is in what the factory made, as far as that is known."""
+        if not tells_all(made):
+            return []
+        held = {id(x) for x in held_tensors(made)}
+        rows = [(path[0], i, x) for i, (path, x) in enumerate(zip(self._paths, self._held, strict=True))]
+        read = {name for name, i, x in rows if i in self._read or id(x) in held}
+        return [
+            name for name in dict.fromkeys([str(n) for n, _, x in rows if isinstance(x, Tensor)]) if name not in read
+        ]
 
     def readable(self) -> dict[str, Any]:
         """The values as a factory gets them, but floats on the CPU, where their ranges are checked."""
@@ -137,7 +150,7 @@ class _FactoryCall(TorchFunctionMode):
         tensors = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
         self._sources = {id(x): (weakref.ref(x), frozenset([i])) for i, x in tensors}
         self._derived: list[_Derived] = []
-        self.converted: set[int] = set()
+        self.converted: frozenset[int] = frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -145,7 +158,7 @@ class _FactoryCall(TorchFunctionMode):
         if is_checking.get():
             return result
         given = list(_tensors((args, kwargs)))
-        sources = frozenset().union(*map(self._sources_of, given))
+        sources = frozenset().union(*map(self.sources_of, given))
         if not sources:
             return result
         name = getattr(func, "__name__", "")
@@ -169,7 +182,8 @@ class _FactoryCall(TorchFunctionMode):
         self._sources[id(x)] = (weakref.ref(x), sources)
         self._derived.append(made)
 
-    def _sources_of(self, x: Tensor) -> frozenset[int]:
+    def sources_of(self, x: Tensor | None) -> frozenset[int]:
+        """Of which values a tensor was computed."""
         known, sources = self._sources.get(id(x), (None, frozenset[int]()))
         return sources if known is not None and known() is x else frozenset()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.construction import Call, Remembering, remembered
 from funcreg.ranges import number
-from funcreg.transform import Transform, at_step, counter, dtypes, public_state
+from funcreg.transform import Transform, at_step, check_no_torchs, counter, dtypes, public_state
 from funcreg.tree import leaves_like, scalar_device, tree_leaves, tree_map
 from funcreg.undocumented import is_compiling
 
@@ -79,6 +79,7 @@ def inject_hyperparams(
             ", before it is called, as in inject_hyperparams(sgd)(0.1)" if isinstance(inner_factory, Transform) else ""
         )
         raise TypeError(f"inner_factory is {inner_factory!r}; expected the function that makes a transform{hint}")
+    check_no_torchs("inner_factory", inner_factory)
     names = (static_args,) if isinstance(static_args, str) else static_args
     if not isinstance(names, Iterable) or not all([isinstance(name, str) for name in names]):
         raise TypeError(f"static_args is {static_args!r}; expected the names of arguments, such as ('nesterov',)")

@@ -83,6 +83,11 @@ class Task(NamedTuple):
         step = product(reached, rate, values[0])
         return land(start, reached, step, h, self.penalty, list(values[1:]), count, None, self.options)
 
+    def term(self) -> Term:
+        """The penalty with its hyperparameters at the first step, without its strength."""
+        _, *hyper = self.at(0)
+        return Term(self.penalty, (), tuple(hyper), tuple(self.options.items()))
+
     def value(self, params: Params, steps: int) -> Tensor:
         """Strength times penalty."""
         strength, *values = self.at(steps)
@@ -120,8 +125,7 @@ def _ratio(step: Scalar, own: Scalar) -> Scalar:
 
 def acts_on_entries(task: Task) -> bool:
     """Whether a penalty is one rule for each entry, with numbers that are the same for all leaves."""
-    strength, *hyper = task.at(0)
-    parts = Term(task.penalty, (), tuple(hyper), tuple(task.options.items())).parts()
+    strength, parts = task.at(0)[0], task.term().parts()
     numbers = [strength, *[x for part in parts for x in (*part.factors, *part.hyper)]]
     single = all([isinstance(x, (int, float)) or (isinstance(x, Tensor) and not x.ndim) for x in numbers])
     return single and all([part.penalty.separable is True and part.mask is None for part in parts])

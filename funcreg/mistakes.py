@@ -10,8 +10,9 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
-from funcreg.combine import changes, masked, named_chain, set_to_zero
-from funcreg.composition import Term
+from funcreg.clipping import zero_nans
+from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
+from funcreg.composition import Term, composes
 from funcreg.constraints import Constraint
 from funcreg.construction import written
 from funcreg.decay import decay_of, every_part, parts_of
@@ -75,12 +76,15 @@ def mistakes(entries: list[Entry], several: bool, whole: Params | None) -> list[
         *_changes_after_rounding(entries),
         *_constant_thresholds(links),
         *_projections_in_another_metric(links),
+        *_sets_after_sets(links),
         *_averages_of_zeros(entries),
         *_penalties_of_vectors(links, whole),
         *_penalized_twice(links),
         *_out_of_order(links),
         *_uphill(links, several),
         *_moved_again(links),
+        *_never_moved(links),
+        *_late_for_memories(links),
         *_left_raw(entries, whole),
         *_beside_gathered(entries),
         *_lost_in_sixteen_bits(links),
@@ -217,13 +221,26 @@ def _turns(tx: Transform) -> bool:
 _ASKED = (0, 1, 10, 100, 1000, 10000)
 
 
+def _values(schedule: Any) -> set[float]:
+    """What a schedule is at some steps; nothing where it cannot be asked."""
+    try:
+        return {float(at_step(schedule, n)) for n in _ASKED}
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ):  # In steps it is asked again, and raises.
+        return set()
+
+
 def _sign(tx: Transform) -> int:
     """The sign of the schedule that `scale_by_schedule` multiplies by; 0 for that of others, and one that changes."""
     if not made(tx, scale_by_schedule):
         return 0
-    try:
-        values = [float(at_step(tx.rate, n)) for n in _ASKED]
-    except (TypeError, ValueError, RuntimeError):  # It is asked in steps again, and raises there.
+    values = _values(tx.rate)
+    if not values:
         return 0
     least, greatest = min(values), max(values)
     return 1 if least >= 0 < greatest else -1 if least < 0 >= greatest else 0
@@ -263,6 +280,37 @@ def _moved_again(links: list[Entry]) -> Iterator[str]:
             f"{later.tx!r} stands after {entry.tx!r} and moves the leaves whose updates that has made zero: they are "
             "not held. chain(freeze(mask), ...) holds them, wherever it stands."
         )
+
+
+def _never_moved(links: list[Entry]) -> Iterator[str]:
+    for i, entry in enumerate(links):
+        rate = entry.tx.rate if entry.argument("learning_rate") is None else entry.argument("learning_rate")
+        always = callable(rate) and _values(rate) == {0.0}
+        moves = any([_moves_by_itself(each) and _meet(entry, each) for each in links[i + 1 :]])
+        if (always or (isinstance(rate, (int, float)) and rate == 0)) and not moves:
+            yield (
+                f"{entry.tx!r} multiplies updates by 0{' at every step' if always else ''}: its leaves never "
+                "move. Where they are to be held, freeze(mask) says so."
+            )
+
+
+#: What remembers updates, beside what has a metric.
+_REMEMBERING = (
+    *("trace", "ema", "scale_by_lion", "scale_by_muon", "scale_by_optimistic_gradient", "scale_by_sm3"),
+    *("scale_by_rprop", "scale_by_lbfgs"),
+)
+
+
+def _late_for_memories(links: list[Entry]) -> Iterator[str]:
+    remembers = lambda each: each.tx.metric is not None or each.name in _REMEMBERING
+    clears = lambda each: made(each.tx, zero_nans)
+    for entry, later in _behind(links, remembers, clears):
+        before = [each for each in links[: links.index(entry)] if clears(each) and _meet(each, entry)]
+        if not before and not any([made(tx, apply_if_finite) for tx in entry.around]):
+            yield (
+                f"{later.tx!r} stands after {entry.tx!r}, which keeps the first NaN that it sees: from then on the "
+                "updates of that entry are 0, and it never moves again. Put it first."
+            )
 
 
 def _moves_by_itself(entry: Entry) -> bool:
@@ -362,6 +410,24 @@ def _projections_in_another_metric(links: list[Entry]) -> Iterator[str]:
                 f"{entry.tx!r} goes to the nearest point of the set, and {divides.tx!r} gives each entry a step size "
                 "of its own: where entries depend on each other, they end in the set, but not at its best point. "
                 "prox_adam, or proximal_step, goes to the nearest point in the metric of the steps."
+            )
+
+
+def _sets_after_sets(links: list[Entry]) -> Iterator[str]:
+    into = lambda each: each.argument("constraint" if made(each.tx, project) else "penalty")
+    sets = [each for each in links if made(each.tx, project, proximal) and isinstance(into(each), Constraint)]
+    for first, last in _behind(sets, lambda each: True, lambda each: True):
+        before, after = (
+            Term(into(each), (), each.argument("hyper"), tuple(each.argument("options").items()))
+            for each in (first, last)
+        )
+        leaves = [w for _, w in first.leaves()]
+        if not composes(before, after, leaves, False):
+            swapped = composes(after, before, leaves, False)
+            remedy = "Swap the two" if swapped else "Leave one out, or write one for both, with @constraint"
+            yield (
+                f"{last.tx!r} stands after {first.tx!r}: where it ends need not lie in the set of that, nor be the "
+                f"nearest point of both. {remedy}."
             )
 
 

@@ -121,6 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         self._wanted: dict[str, bool] = {}  # Which extra arguments a chain takes.
         self._plain = False  # Whether nothing is compiled any more.
         self._said_climbs = False  # Whether it was said that a step goes uphill.
+        self._said_unread = False  # Whether it was said that a chain has nothing of a value.
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own.
@@ -180,18 +181,36 @@ class Optimizer(torch.optim.Optimizer):
                 "with learning rates of their own go in groups of their own."
             )
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
-        if climbs(readable := self._called(index, values.readable())) and not self._said_climbs:
-            self._said_climbs = True
-            warn_user(
-                f"param group {index}: {readable!r} has no learning rate that turns the sign, so that steps of this "
-                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
-            )
+        readable = self._called(index, values.readable())
         made = values.made(lambda tree: self._called(index, tree))
+        if climbs(readable):
+            self._say_climbs(index, readable)
+        elif unread := values.unread(made):
+            self._say_unread(index, readable, unread)
         self._values[index:] = [values, *self._values[index + 1 :]]
         self._chains[index:] = [made, *self._chains[index + 1 :]]
         self._parts.forget()  # The states may not be those of the new chain.
         self._steps.clear()
         self._wanted.clear()
+
+    def _say_climbs(self, index: int, made: Transform) -> None:
+        """Warn, once, that steps go uphill."""
+        if not self._said_climbs:
+            self._said_climbs = True
+            warn_user(
+                f"param group {index}: {made!r} has no learning rate that turns the sign, so that steps of this "
+                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
+            )
+
+    def _say_unread(self, index: int, made: Transform, names: list[str]) -> None:
+        """Warn, once, of values that do not reach the chain."""
+        if not self._said_unread:
+            self._said_unread = True
+            warn_user(
+                f"param group {index}: the factory makes {made!r}, in which there is nothing of {listed(names)}, so "
+                "that neither its value nor a scheduler that changes it has an effect. Hand it on, as in lambda lr: "
+                "fr.adamw(lr), or leave it out."
+            )
 
     def _called(self, index: int, given: dict[str, Any]) -> Transform:
         """What the factory makes, or an error that names the group."""

@@ -110,10 +110,12 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
         given = group.get("param_names") or []
         for j, w in enumerate(group["params"]):
             if module is not None and w not in known:
+                some = any([x in known for each in optimizer.param_groups for x in each["params"]])
+                several = " For an optimizer of several modules give one that holds them, module=ModuleList([a, b])."
                 raise ValueError(
                     f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
                     f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
-                    "were replaced, as by to() or a wrapper?"
+                    f"were replaced, as by to() or a wrapper?{several if some else ''}"
                 )
             name = known[w] if module is not None else given[j] if given else None
             if name is not None and module is None and often[name] > 1:

@@ -333,6 +333,8 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum of the norms of groups, :math:`\sum_g c_g \|w_g\|_2`, which zeroes whole groups.
 
+    Groups that are told by indices, as those of features, are `tree_lasso(params, groups=((0, 1), (2, 3, 4)))`.
+
     Args:
         dim: Dimensions that lie inside a group. By default (`...`) all but the first: a group is a row of a matrix
             (all inputs of a unit), a filter of a convolution, a single entry of a bias. An int or a tuple names

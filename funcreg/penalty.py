@@ -667,9 +667,11 @@ def _on(mask: Mask | None, params: Params, act: Callable[[Params], Params], rest
 
 
 def penalty(
+    value: Callable[..., Tensor] | None = None,
+    /,
     *,
-    gradient: Callable[..., Tensor],
-    proximal: Callable[..., Tensor],
+    gradient: Callable[..., Tensor] | None = None,
+    proximal: Callable[..., Tensor] | None = None,
     metric: Callable[..., Tensor] | None = None,
     residual: Callable[..., Tensor] | None = None,
     separable: bool | None = None,
@@ -691,6 +693,7 @@ def penalty(
     groups where `structure` tells of groups (terms then keep the reduced dimensions), else leaves.
 
     Args:
+        value: Nothing. It is what is decorated, and without its rules an error.
         gradient: `(w, *hyper, **options)` to the gradient, 0 at a kink of a norm.
         proximal: `(w, step, *hyper, **options)` to :math:`\arg\min_z \frac{1}{2} \|z - w\|^2 + \text{step} \cdot g(z)`.
         metric: `(w, metric, step, *hyper, **options)` to the same with
@@ -717,6 +720,12 @@ def penalty(
         (tensor(2.6250), {'weight': tensor([ 0.5000, -1.0000])}, {'weight': tensor([ 0.2500, -2.0000])})
     """
 
+    if value is not None or gradient is None or proximal is None:
+        raise TypeError(
+            "penalty lacks its rules; expected @penalty(gradient=..., proximal=...) above the value, two functions of "
+            "one leaf. A value alone needs no penalty: a function of the parameters is a term of the loss as it is."
+        )
+    slope, landing = gradient, proximal  # Which are there.
     given = {
         "gradient": gradient,
         "proximal": proximal,
@@ -770,13 +779,13 @@ def penalty(
             return value(w, *hyper, **options).shape == w.shape if separable is None else separable
 
         def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-            return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
+            return compute(lambda w, *row: slope(w, *row, **options), params, hyper=hyper)
 
         def tree_proximal(
             params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
         ) -> Params:
             if metric is None:
-                return compute(lambda w, *row: proximal(w, *row, **options), params, hyper=(step, *hyper))
+                return compute(lambda w, *row: landing(w, *row, **options), params, hyper=(step, *hyper))
             return compute(
                 lambda w, h, step, *row: in_metric(w, h, step, *row, **options), params, metric, hyper=(step, *hyper)
             )
@@ -784,7 +793,7 @@ def penalty(
         def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
             if metric is not None:
                 return metric(w, h, step, *hyper, **options)
-            return proximal(w, step / h, *hyper, **options)
+            return landing(w, step / h, *hyper, **options)
 
         def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
             if metric is not None or separable is not None:

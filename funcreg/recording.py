@@ -164,7 +164,7 @@ class _Recorder:
         self._captured: dict[int, _Placeholder] = {}
         self._done: dict[Any, Any] = {}  # From an operation and its arguments to what came out.
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
-        self._bare: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
+        self._empty: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What stands for the result of an operation."""
@@ -225,30 +225,33 @@ class _Recorder:
 
     def _infer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shape, dtype and device of what an operation makes; a list of them for several tensors."""
-        device = _device_of_result(args, kwargs)
-        named = {name: substituted(arg, self._without_memory) for name, arg in kwargs.items()}
-        if "device" in named:
-            named["device"] = "meta"
-        out = func(*(substituted(arg, self._without_memory) for arg in args), **named)
+        device = _device_of_result([*args, *kwargs.values()])
+        named = {name: self._bare(arg) for name, arg in kwargs.items()}
+        out = func(*map(self._bare, args), **named)
         if isinstance(out, Tensor):
             return tuple(out.shape), out.dtype, device
         if isinstance(out, (list, tuple)) and all(isinstance(each, Tensor) for each in out):
             return [(tuple(each.shape), each.dtype, device) for each in out]
         raise CannotRecordError(f"{func} reads a number from a tensor")
 
+    def _bare(self, arg: Any) -> Any:
+        """An argument with tensors that have no memory."""
+        return torch.device("meta") if isinstance(arg, torch.device) else substituted(arg, self._without_memory)
+
     def _without_memory(self, value: Value) -> Tensor:
         like = value.shape, value.dtype
-        if like not in self._bare:
-            self._bare[like] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        return self._bare[like]
+        if like not in self._empty:
+            self._empty[like] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return self._empty[like]
 
 
-def _device_of_result(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+def _device_of_result(args: list[Any]) -> torch.device:
     """The device that an operation is told, or that of its tensors; those of the CPU without dimensions go with all."""
-    if kwargs.get("device") is not None:
-        return torch.empty(0, device=kwargs["device"]).device  # With its number, which the argument may lack.
+    told = next((arg for arg in args if isinstance(arg, torch.device)), None)
+    if told is not None:
+        return torch.empty(0, device=told).device  # With its number, which the argument may lack.
     values: list[Value] = []
-    substituted([*args, *kwargs.values()], values.append)
+    substituted(args, values.append)
     cpu = torch.device("cpu")
     devices = {value.device for value in values if value.shape or value.device != cpu} or {cpu}
     if len(devices) > 1:

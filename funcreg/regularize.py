@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
+from funcreg.composition import composes
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import (
     NOTE_COPY,
+    RUNS_AWAY,
     Entries,
     Rule,
     buffered,
@@ -60,9 +62,12 @@ from funcreg.transform import (
 )
 from funcreg.tree import (
     ABSENT,
+    broadcast,
     global_norm,
     listed,
+    product,
     tree_leaves,
+    tree_paths,
     widen,
 )
 from funcreg.undocumented import copy_all, is_compiling, versions
@@ -282,6 +287,7 @@ class Regularization:
         vars(optimizer).setdefault(_OWN, []).append(self)
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
+        self._say_decays_twice(optimizer)
 
     @property
     def strength(self) -> Any:
@@ -454,6 +460,26 @@ class Regularization:
                     f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
                     f"that of both. {remedy}."
                 )
+            if shared:
+                self._say_composed(other, shared)
+
+    def _say_composed(self, other: Regularization, shared: list[str]) -> None:
+        """Warn of a constraint that lands after something else, where both at once lead elsewhere."""
+        first, last = (other, self) if projects(self._task.penalty) else (self, other)
+        before, after = first._task.term(), last._task.term()
+        leaves, in_metric = [self._names.params()[name] for name in shared], self._task.rule.source is not None
+        exact, two_sets = composes(after, before, leaves, in_metric), projects(first._task.penalty)
+        if composes(before, after, leaves, in_metric) or not (two_sets or exact):
+            return
+        ends = (
+            "need not lie in the first set, nor be the nearest point of both" if two_sets else "is not the best of both"
+        )
+        remedy = "Leave one out, give each parameters of its own by mask=, or write one for both, with @constraint."
+        if exact:
+            remedy = f"Their sum is exact, regularize(optimizer, {before.title()} + {after.title()}, ...)."
+        warn_user(
+            f"'{shared[0]}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
+        )
 
     # The step
 
@@ -681,6 +707,31 @@ class Regularization:
                 "out of the groups, as by channel_groups(..., layers=...)."
             )
 
+    def _say_decays_twice(self, optimizer: Optimizer) -> None:
+        """Warn of a ridge on parameters that the optimizer lets decay already, as AdamW does by default."""
+        ridged = self._ridged()
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            twice = [self._names.names[w] for w in group["params"] if self._names.names[w] in ridged]
+            if twice and isinstance(decay, (int, float)) and decay:
+                warn_user(
+                    f"{listed(twice)} would decay twice, by weight_decay={decay} of {type(optimizer).__name__} and by "
+                    f"{self!r}. Leave one out, as by weight_decay=0.0."
+                )
+                return
+
+    def _ridged(self) -> set[str]:
+        """The parameters on which a ridge acts, with a strength that is not known to be 0."""
+        params = self._names.tree({name: w.detach() for name, w in self._names.penalized().items()})
+        found = set[str]()
+        for part in self._task.term().parts():
+            if part.penalty.__name__ in _RIDGES:
+                factors = broadcast(product(params, 1.0, *part.factors), params, "a factor")
+                rows = zip(tree_paths(params), part.places(params), map(concrete, factors), strict=True)
+                acts = lambda factor: factor is None or bool(torch.as_tensor(factor, device="cpu").any())
+                found.update([name for name, here, factor in rows if here and acts(factor)])
+        return found & self._touched
+
     def _say_nothing_moved(self) -> None:
         """Warn, once, if no step had an effect so far."""
         # None are chosen by mask=False, which is meant.
@@ -724,6 +775,8 @@ class Regularization:
         for i in wanted:
             momentum = groups[i]["momentum"]
             if isinstance(momentum, Tensor) or momentum != 0:
+                if groups[i].get("centered", False) and not projects(self._task.penalty):
+                    raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
                 if i in moved or i not in self._buffers:
                     self._buffers[i] = buffered(groups[i], self._buffers.get(i))
                 found[i] = gain(groups[i], self._buffers[i])
@@ -932,6 +985,8 @@ _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
     *("_had", "_counted", "_written_to", "_classes", "_pace"),
 )
+#: Penalties whose gradient is a decay to zero.
+_RIDGES = ("l2", "half_l2")
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)

@@ -473,8 +473,14 @@ def oscar(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
 
 def _levels(groups: Any, size: int) -> list[list[tuple[int, list[int]]]]:
     """Nested groups by height, inner ones first: of each group the number, in order of opening, and the slices."""
+    groups = _tuples(groups)
     if not isinstance(groups, tuple) or not all(isinstance(group, tuple) for group in groups):
-        raise ValueError(f"groups is {groups!r}; expected a tuple of groups, each a tuple of indices and of groups")
+        hint = ""
+        if isinstance(groups, tuple) and len(groups) == size:
+            hint = ". Of the numbers of the groups, one for each index, groups are ((0, 1), (2,)) for (7, 7, 8)"
+        raise ValueError(
+            f"groups is {groups!r}; expected a tuple of groups, each a tuple of indices and of groups{hint}"
+        )
     named = _indices(groups, size)
     if len(set(named)) < len(named):
         raise ValueError(
@@ -501,6 +507,11 @@ def _levels(groups: Any, size: int) -> list[list[tuple[int, list[int]]]]:
     for group in groups:
         grow(group)
     return levels
+
+
+def _tuples(node: Any) -> Any:
+    """Lists and ranges, also those inside, as tuples."""
+    return tuple(map(_tuples, node)) if isinstance(node, (tuple, list, range)) else node
 
 
 def _indices(node: Any, size: int) -> list[int]:
@@ -633,8 +644,10 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     group holds carry no penalty. In a diagonal metric, where there is no closed form, `inner_steps` find the point, by
     default 100.
 
+    Groups of features of a linear model, of any sizes, are trees of one group each.
+
     Args:
-        groups: Tuple of groups. Indices count slices along `axis`, such as the rows of a matrix.
+        groups: Tuple or list of groups. Indices count slices along `axis`, such as the rows of a matrix.
         axis: Dimension that indices count.
         weights: The factors :math:`c_g`: None for 1, `"sqrt_size"` for the root of the number of entries of a group,
             or a tensor with one entry for each group, in the order of their opening brackets.

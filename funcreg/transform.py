@@ -584,6 +584,15 @@ def check_transforms(what: str, transforms: Any) -> None:
             raise TypeError(f"argument {i} of {what} is {_described(tx, what)}")
 
 
+def check_no_torchs(name: str, make: Any) -> None:
+    """Raise a TypeError for a class of torch's optimizers where a function that makes a transform is expected."""
+    if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
+        raise TypeError(
+            f"{name} is the optimizer {make.__name__} of torch, which changes its parameters itself; expected a "
+            "function that makes a Transform, such as fr.adamw"
+        )
+
+
 def _described(tx: Any, what: str) -> str:
     came = f"a {type(tx).__name__}; expected a Transform."
     if isinstance(tx, (list, tuple)):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Updates
 from funcreg.construction import Call, Remembering, written
+from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.undocumented import (
@@ -309,6 +310,14 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
                 f"It needs a number for each leaf, also for one that a mask leaves out, as in {{{missing[0]!r}: 0.0}}."
             )
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
+        if any(["*" in key for key in unknown]):
+            cause = "Keys are whole names; globs go to select, and to per_leaf for a penalty and strength of each."
+        begins = next((key for key in unknown if any([name.startswith(f"{key}.") for name in missing])), None)
+        if begins is not None:
+            cause = (
+                f"'{begins}' stands for all that begins with it only where dicts are nested; here names are whole. "
+                "Parts of a flat dict go by patterns: select, partition, per_leaf."
+            )
         return f"{second} does not match {first}: it {', '.join(parts)}. {cause}"
     return f"{second} does not match {first}{where}: expected {kind_of(node)}, got {kind_of(other)}. {cause}"
 
@@ -406,11 +415,12 @@ _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.c
 
 
 def check_params(params: Any, name: str = "params") -> None:
-    """Raise a TypeError that names the first leaf that is not a dense tensor of real or complex numbers."""
+    """Raise an error that names the first leaf that is not a dense tensor of real or complex numbers."""
     if params is None:
         _check_leaf(name, None)
     for leaf in tree_leaves(params):
-        if not (isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided):
+        fits = isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided
+        if not fits or type(leaf) in _LAZY:
             map_with_path(lambda path, leaf: _check_leaf(_named(name, dotted(path)), leaf), params)
 
 
@@ -419,6 +429,8 @@ def _named(tree: str, path: str) -> str:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
+    if type(leaf) in _LAZY:
+        raise ValueError(f"{name} has no shape yet; run its module once on some inputs, which makes it a tensor")
     if isinstance(leaf, Tensor):
         _check_numbers(name, leaf, "is it a buffer?", _REMEDY)
         return
@@ -427,6 +439,8 @@ def _check_leaf(name: str, leaf: Any) -> None:
     )
 
 
+#: Parameters of lazy modules that have not run.
+_LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _REMEDY = "The parameters of a module are dict(module.named_parameters())."
 
 
@@ -1143,22 +1157,30 @@ def hidden(node: Any) -> bool:
 def _of_matrices(params: Params) -> list[bool]:
     found = dimensions(params)
     if len(found) > 1 and min(found) > 1:
-        _refuse_stacks(params)
+        _look_for_stacks(params)
     return [ndim >= 2 for ndim in found]
 
 
-def _refuse_stacks(params: Params) -> None:
-    """Raise an error for what can only be stacked members: leaves of one first size, a bias of two dimensions."""
+def _look_for_stacks(params: Params) -> None:
+    """Raise an error for what can only be stacked members, a bias of two dimensions; warn of what looks like them.
+
+    These have leaves of one first size, and biases of the shape with which weights begin: (members, units).
+    """
     leaves = tree_leaves(params)
     if any([len(leaf) != len(leaves[0]) for leaf in leaves]):
         return
+    begins = {tuple(leaf.shape[:2]) for leaf in leaves if leaf.ndim > 2}
     for name, leaf in zip(tree_paths(params), leaves, strict=True):
+        said = (
+            f"matrices got '{name}' of shape {tuple(leaf.shape)}, and all leaves have {len(leaf)} entries along the "
+            "first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or call inside "
+            "vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
+        )
         if name.split(".")[-1] == "bias":
-            raise ValueError(
-                f"matrices got '{name}' of shape {tuple(leaf.shape)}, and all leaves have {len(leaf)} entries along "
-                "the first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or "
-                "call inside vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
-            )
+            raise ValueError(said)
+        if leaf.ndim == 2 and tuple(leaf.shape) in begins and leaf.shape[0] != leaf.shape[1]:
+            warn_user(said)
+            return
 
 
 matrices = Selection(
@@ -1168,8 +1190,8 @@ matrices = Selection(
     doc="""A mask that is True for leaves of two or more dimensions.
 
     These are the weights of linear, convolution and embedding layers, not biases or the scales of normalization
-    layers. The same as `select(min_ndim=2)`, but for stacked members, which are refused where a bias gives them away:
-    `stacked(matrices)` is for them.
+    layers. The same as `select(min_ndim=2)`, but for stacked members, which are refused where a bias gives them away,
+    and warned of where a leaf looks like one: `stacked(matrices)` is for them.
 
     Example:
         >>> matrices({"weight": torch.ones(2, 2), "bias": torch.ones(2)})

@@ -129,6 +129,11 @@ BOUNDED = {
     "l1 in a ball": fr.l1 + fr.l2_ball.given(0.6),
     "l1 with rows in balls": 0.5 * fr.l1 + fr.half_l2 + fr.max_norm.given(0.6, dim=None),
     "l1 in a ball of l1": fr.l1 + fr.l1_ball.given(0.6),
+    "groups of at least 0": 0.5 * fr.group_lasso.given(dim=None) + fr.nonnegative,
+    "groups of at least 0 in a ball": fr.nonnegative + 0.5 * fr.group_lasso.given(dim=None) + fr.l2_ball.given(0.6),
+    "at least 0, in a ball of l1": fr.l1_ball.given(0.6) + fr.nonnegative,
+    "mcp of at least 0": fr.mcp.given(0.7, 3.0) + fr.nonnegative,
+    "largest entries of at least 0": fr.half_l2 + fr.nonnegative + fr.linf.given(),
     "l1 and nested groups": 0.5 * fr.l1 + fr.tree_lasso.given(groups=((0, (1,)), (2,))),
 }
 
@@ -156,7 +161,7 @@ def test_bounds_follow_what_they_leave_a_solution(total, metric):
 
 def test_bounds_on_what_is_not_convex_are_refused():
     with pytest.raises(ValueError, match="no proximal operator that is known"):
-        (fr.mcp.given(1.0, 3.0) + fr.nonnegative).prox(torch.ones(2), 0.1)
+        (fr.mcp.given(1.0, 3.0) + fr.box.given(0.2, 0.7)).prox(torch.ones(2), 0.1)
 
 
 def test_factors_may_be_tensors_of_an_ensemble():

@@ -447,7 +447,7 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
         (lambda w: fr.n_m_sparsity.project(w, known(5), 4), "n of n_m_sparsity with m=4 is 5"),
         (lambda w: fr.n_m_sparsity.project(w, 1.5, 4), "n of n_m_sparsity is 1.5; expected a whole number"),
         (lambda w: fr.project(fr.n_m_sparsity, 5, 4), "is 5; expected a number from 0 to 4"),
-        (lambda w: fr.top_k.project(w, known(0.5)), r"k of top_k is tensor\(0.5\); expected a whole number"),
+        (lambda w: fr.top_k.project(w, known(0.5)), r"k of top_k is tensor\(0.5\); expected a whole number: a tenth"),
         (lambda w: fr.box.project(w, {"w": known([0.0, 2.0, 0.0, 0.0])}, 1.0), "lower is 2.0 and upper is 1.0"),
         (lambda w: fr.project(fr.box, 0.0, known(-1.0)), "lower is 0.0 and upper is -1.0"),
         (lambda w: fr.projection_hypercube(w, known(-1.0)), "lower is 0.0 and upper is -1.0"),
@@ -547,6 +547,21 @@ def test_empty_sets_and_wrong_arguments_are_refused():
 def test_constraints_look_like_functions():
     assert repr(fr.box) == "<constraint box(params, lower, upper)>"
     assert fr.simplex.__name__ == "simplex"
+
+
+def test_a_rule_alone_is_a_constraint():
+    @fr.constraint
+    def symmetric(w):
+        return (w + w.mT) / 2
+
+    @fr.constraint()
+    def called(w):
+        return (w + w.mT) / 2
+
+    w = torch.tensor([[1.0, 2.0], [4.0, 3.0]], device=DEVICE)
+    assert_equal(symmetric.project(w), called.project(w))
+    assert symmetric(w) == torch.inf
+    assert symmetric(symmetric.project(w)) == 0
 
 
 def test_constraints_may_be_written_by_users_on_trees():

@@ -222,6 +222,14 @@ MISTAKEN = {
         lambda: fr.chain(fr.adam(0.1), fr.project(fr.simplex)),
         [r"project\(simplex\) goes to the nearest point of the set, and scale_by_adam.* not at its best point"],
     ),
+    "a set that spoils another": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.box, 0.1, 1.0)),
+        [r"project\(box, 0.1, 1.0\) stands after project\(l2_ball, 0.5\): .* nor be the nearest point of both"],
+    ),
+    "two sets in the wrong order": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.nonnegative)),
+        [r"project\(nonnegative\) stands after project\(l2_ball, 0.5\): .* Swap the two"],
+    ),
     "a mean of zeros": (
         lambda: fr.lookahead(fr.prox_adam(0.1, fr.l1, mask=fr.matrices), 5, 0.5),
         [r"lookahead averages the parameters of prox_adam.*exactly zero"],
@@ -289,6 +297,18 @@ MISTAKEN = {
         lambda: fr.schedule_free_adamw(0.1, weight_decay=0.1),
         [r"decays .*head.bias.* left alone where the decay is a link with mask=matrices"],
     ),
+    "a learning rate of zero": (
+        lambda: fr.sgd(0.0),
+        [r"scale_by_learning_rate\(0.0\) multiplies updates by 0: its leaves never move. .* freeze\(mask\)"],
+    ),
+    "a schedule of zeros before a proximal step": (
+        lambda: fr.prox_adam(fr.constant_schedule(0.0), fr.l1, mask=fr.matrices),
+        [r"prox_adam\(constant_schedule\(0.0\), l1.*\) multiplies updates by 0 at every step"],
+    ),
+    "NaN that a moment keeps": (
+        lambda: fr.chain(fr.adam(0.1), fr.zero_nans()),
+        [r"zero_nans\(\) stands after scale_by_adam\(.*\), which keeps the first NaN .* Put it first"],
+    ),
     "a pattern that matches nothing": (
         lambda: fr.prox_sgd(0.1, fr.per_leaf({"tail.*": 0.1 * fr.l1})),
         [r"per_leaf has 'tail.\*', which matches no leaf"],
@@ -324,6 +344,10 @@ RIGHT = [
     lambda: fr.MultiSteps(fr.chain(fr.clip_by_global_norm(1.0), fr.adam(0.1), fr.add_noise(0.1, 0.0, 0)), 4),
     lambda: fr.chain(fr.MultiSteps(fr.adam(0.1), 4), fr.project(fr.nonnegative)),
     lambda: fr.prox_adam(0.1, fr.simplex),
+    lambda: fr.chain(fr.sgd(0.1), fr.project(fr.nonnegative), fr.project(fr.max_norm, 2.0, dim=None)),
+    lambda: fr.chain(
+        fr.sgd(0.1), fr.project(fr.simplex, mask=HEAD), fr.project(fr.top_k, 2, mask={"head": False, "body": True})
+    ),
     lambda: fr.chain(fr.sgd(0.1, momentum=0.9), fr.project(fr.simplex)),
     lambda: fr.chain(fr.freeze(HEAD), fr.masked(fr.adam(0.1), {"head": False, "body": True})),
     lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.adamw(SCHEDULE, mask=fr.matrices)),
@@ -340,6 +364,12 @@ RIGHT = [
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.adamw(0.1, mask=fr.matrices & fr.select("body*"))),
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.sgd(0.1, momentum=0.9), fr.project(fr.nonnegative)),
     lambda: fr.scale_by_adam(),
+    lambda: fr.chain(fr.zero_nans(), fr.adam(0.1), fr.zero_nans()),
+    lambda: fr.apply_if_finite(fr.chain(fr.sgd(0.1, momentum=0.9), fr.zero_nans()), 3),
+    lambda: fr.chain(fr.sgd(0.0), fr.add_independent_weight_decay(0.1, mask=fr.matrices)),
+    lambda: fr.adam(torch.tensor(0.0)),
+    lambda: fr.adam(lambda count: [0.1, 0.0][int(count)]),  # Of steps that are not asked for it knows nothing.
+    lambda: fr.adam(lambda count: 0.1 / (100 - count)),
     lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
     lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
     lambda: fr.chain(fr.monitor({"mean": fr.ema(0.9)}), fr.sgd(0.1), fr.soft_threshold(0.1)),

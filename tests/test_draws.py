@@ -60,6 +60,8 @@ DRAWN = {
     "geometric_": (lambda: torch.empty(200, 500).geometric_(0.4), 2.5, 0.6**0.5 / 0.4),
     "cauchy_": (lambda: torch.empty(200, 500).cauchy_(2.0, 3.0).clamp(-1, 5), 2.0, 3 * (2 / math.pi) ** 0.5),
     "random_": (lambda: torch.empty(200, 500).random_(-2, 8), 2.5, 8.25**0.5),
+    "nn.init.normal_": (lambda: nn.init.normal_(torch.empty(200, 500), std=2.0), 0.0, 2.0),
+    "nn.init.uniform_": (lambda: nn.init.uniform_(torch.empty(200, 500), -1.0, b=1.0), 0.0, 3**-0.5),
     "distribution": (lambda: torch.distributions.Laplace(ONES, 0.5).rsample(), 1.0, 0.5**0.5),
 }
 every = pytest.mark.parametrize(("function", "mean", "deviation"), DRAWN.values(), ids=DRAWN)

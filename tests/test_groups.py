@@ -370,6 +370,10 @@ def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
     assert_equal(
         fr.tree_lasso.prox(w, 0.5, groups=((0,), (1,), (2,), (3,), (4,), (5,))), fr.group_lasso.prox(w, 0.5), rtol=1e-15
     )
+    listed = [[0, [1]], range(2, 5), [5]]
+    assert_equal(
+        fr.tree_lasso.prox(w, 0.5, groups=listed), fr.tree_lasso.prox(w, 0.5, groups=((0, (1,)), (2, 3, 4), (5,)))
+    )
     assert_equal(fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[2:], w[2:])
     assert not fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[:2].any()
 
@@ -381,7 +385,7 @@ def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
         (((..., (...,)),), "twice"),
         (((0, 9),), "the slice 9"),
         ((0, 1), "a tuple of groups"),
-        ([(0, 1)], "a tuple of groups"),
+        ([0, 0, 1, 1], r"a tuple of groups.* groups are \(\(0, 1\), \(2,\)\) for \(7, 7, 8\)"),
         (((0, "1"),), "'1'"),
     ],
 )

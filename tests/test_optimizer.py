@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import pickle
 import re
@@ -800,10 +801,12 @@ def halved(updates, state, params):
         (lambda lr: fr.apply_if_finite(fr.clip(1.0), 3), True),
         (lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(-lr)), False),
         (
-            lambda lr: fr.chain(fr.trace(0.9), fr.scale_by_schedule(lambda n: -fr.cosine_decay_schedule(0.1, 10)(n))),
+            lambda lr: fr.chain(
+                fr.trace(0.9), fr.scale_by_schedule(lambda n: -lr * fr.cosine_decay_schedule(1.0, 10)(n))
+            ),
             False,
         ),
-        (lambda lr: fr.inject_hyperparams(fr.adamw)(0.1), False),
+        (lambda lr: fr.inject_hyperparams(fr.adamw)(lr), False),
         (lambda lr: fr.chain(fr.clip(1.0), fr.Transform(fr.init_empty_state, halved)), False),
         (lambda lr: fr.partition({"a": fr.sgd(lr), "b": fr.set_to_zero()}, lambda params: {"w": "a"}), False),
     ],
@@ -815,6 +818,36 @@ def test_a_chain_that_goes_uphill_is_said_at_once(factory, climbs):
     assert [bool(re.search("param group 0: .* go uphill. End it with", str(each.message))) for each in said] == (
         [True] if climbs else []
     )
+
+
+#: Factories, and what a warning says that their chains have nothing of.
+UNREAD = {
+    "a rate": (lambda lr: fr.adamw(1e-3), "lr"),
+    "a strength": (lambda lr, strength: fr.adamw(lr), "strength"),
+    "a rate beside a mask": (lambda lr: fr.prox_adam(1e-3, 0.1 * fr.l1, mask=~fr.select("b*")), "lr"),
+    "a rate in a schedule": (lambda lr: fr.sgd(fr.linear_schedule(lr, 0.0, 10)), None),
+    "a rate in a function": (lambda lr: fr.sgd(lambda count: lr * 0.9**count), None),
+    "a rate as a default": (lambda lr: fr.sgd(lambda count, rate=lr: rate * 0.9**count), None),
+    "a rate that is computed with": (lambda lr: fr.sgd(0.1 * (lr + 0.0)), None),
+    "a rate in a branch": (lambda lr: fr.sgd(0.1 if lr > 0.01 else 0.2), None),
+    "a factor": (lambda lr, strength: fr.prox_sgd(lr, strength * fr.l1 + fr.half_l2), None),
+    "a tree": (lambda lr, strength: fr.prox_sgd(lr, fr.l1, strength={"w": strength}), None),
+    "a rule of one's own": (
+        lambda lr: fr.Transform(fr.init_empty_state, lambda u, s, p: (fr.tree_map(lambda u: -lr * u, u), s)),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("factory", "name"), UNREAD.values(), ids=UNREAD)
+def test_a_value_of_which_the_chain_has_nothing_is_said(factory, name):
+    hyper = dict.fromkeys(inspect.signature(factory).parameters, 0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fr.Optimizer([("w", torch.nn.Parameter(torch.ones(2)))], factory, compile=False, **hyper)
+    assert len(said) == (name is not None)
+    for each in said:
+        assert re.search(f"param group 0: the factory makes .* nothing of {name}, so that", str(each.message))
 
 
 def test_parameters_that_have_no_shape_yet_are_named():

@@ -354,6 +354,17 @@ def test_penalties_pickle_and_copy(case):
     assert_equal(again.prox(params, 0.5), (0.5 * given).prox(params, 0.5))
 
 
+def test_a_penalty_without_its_rules_is_told_what_they_are():
+    for some in ({}, {"gradient": torch.sign}, {"proximal": fr.shrink}):
+        with pytest.raises(TypeError, match=r"^penalty lacks its rules; expected @penalty\(gradient=..., proximal=..."):
+            fr.penalty(**some)
+    with pytest.raises(TypeError, match=r"^penalty lacks its rules"):
+
+        @fr.penalty
+        def root(w):
+            return w.abs().sqrt()
+
+
 def test_a_penalty_of_a_module_pickles_by_its_name():
     assert pickle.loads(pickle.dumps(fr.l1)) is copy.deepcopy(fr.l1) is fr.l1
     assert pickle.loads(pickle.dumps(PENALTIES["a user's"].penalty)) is PENALTIES["a user's"].penalty

@@ -270,6 +270,7 @@ SUMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* would decay twice")
 @pytest.mark.parametrize("given", SUMS.values(), ids=SUMS)
 @pytest.mark.parametrize("functional", FUNCTIONAL.values(), ids=FUNCTIONAL)
 def test_its_steps_are_those_of_the_functional_optimizer(functional, given):
@@ -766,7 +767,7 @@ def test_parameters_of_sixteen_bits_get_zeros_and_keep_their_dtype(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_penalty_that_sixteen_bits_round_away_is_said_once(kind, dtype):
     w = nn.Parameter(torch.linspace(0.5, 1.0, 20, dtype=dtype))
-    optimizer = kind([w], 0.01)
+    optimizer = kind([w], 0.01, weight_decay=0.0)
     handle = fr.regularize(optimizer, fr.half_l2, strength=1e-4)
     w.grad = torch.full_like(w, 0.25)
     with pytest.warns(UserWarning, match=r"half_l2.* leaves 20 of 20 entries of sixteen bits .*prox_adam") as said:
@@ -1186,6 +1187,7 @@ def of(*args: Any, **kwargs: Any) -> Callable[[], Any]:
     return lambda: fr.regularize(optim.Adam(model.parameters()), *args, **kwargs)
 
 
+TWO = [nn.Linear(3, 2), nn.Linear(2, 2)]
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no optimizer": (lambda: fr.regularize(fr.adam(0.1), fr.l1), TypeError, "expected one of torch"),
     "a scheduler": (
@@ -1238,6 +1240,21 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "chooses 'head', which the optimizer does not hold",
     ),
     "another module": (of(fr.l1, module=nn.Linear(2, 2)), ValueError, "is not in module, a Linear"),
+    "one of two modules": (
+        lambda: fr.regularize(optim.SGD([*TWO[0].parameters(), *TWO[1].parameters()], 0.1), fr.l1, module=TWO[0]),
+        ValueError,
+        r"is not in module, a Linear.* module=ModuleList\(\[a, b\]\)",
+    ),
+    "globs for names": (
+        of(fr.l1, strength={"0.*": 1.0}, module=nn.Sequential),
+        ValueError,
+        r"has '0.\*', unknown to the parameters. Keys are whole names; globs go to select, and to per_leaf",
+    ),
+    "beginnings for names": (
+        of(fr.l1, strength={"0": 1.0, "1": 0.1}, module=nn.Sequential),
+        ValueError,
+        r"has '0', unknown to the parameters.* '0' stands for all that begins with it only where dicts are nested",
+    ),
     "no proximal operator": (of(fr.orthogonality, mask=fr.matrices), ValueError, "no proximal operator.*into the loss"),
     "no exact sum": (
         lambda: fr.regularize(optim.SGD([weight(3, 2)], 0.1), fr.group_lasso + fr.group_lasso.given(dim=0)),
@@ -1281,6 +1298,60 @@ def test_a_learning_rate_below_zero_is_told():
     optimizer.param_groups[0]["lr"] = -0.1
     with pytest.raises(ValueError, match=r"param group 0 has the learning rate -0.1, with which its step goes uphill"):
         stepped(optimizer, w)
+
+
+def test_momentum_that_comes_later_to_a_centered_metric_is_told():
+    w, kept = weight(3), weight(3)
+    optimizer = optim.RMSprop([w, kept], 0.1, centered=True)
+    fr.regularize(optimizer, fr.l1)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"^param group 0 has got momentum 0.9: RMSprop with centered=True divides"):
+        stepped(optimizer, w)
+
+
+_BALL = fr.l2_ball.given(0.5)
+#: Pairs on one leaf in the order in which they land, and what a warning says of them, or what lands at once.
+PAIRS = {
+    "two sets": (_BALL, fr.box.given(0.1, 1.0), "need not lie in the first set, .* Leave one out"),
+    "two sets, exact as a sum": (_BALL, fr.nonnegative, r"regularize\(optimizer, l2_ball.given\(0.5\) \+ nonnegative"),
+    "groups cut at 0": (0.1 * fr.group_lasso, fr.nonnegative, "is not the best of both. Their sum is exact"),
+    "two sets, in order": (fr.nonnegative, _BALL, _BALL + fr.nonnegative),
+    "two intervals": (fr.nonnegative, fr.box.given(-1.0, 1.0), fr.box.given(0.0, 1.0)),
+    "a penalty and a set": (0.1 * fr.l1, _BALL, 0.1 * fr.l1 + _BALL),
+    "groups in balls": (0.1 * fr.group_lasso, fr.max_norm.given(0.5), 0.1 * fr.group_lasso + fr.max_norm.given(0.5)),
+}
+
+
+@pytest.mark.parametrize(("first", "last", "expected"), PAIRS.values(), ids=PAIRS)
+def test_a_set_that_spoils_what_landed_before_is_told_and_no_other(first, last, expected):
+    w = weight(3, 4)
+    optimizer = optim.SGD([w], 0.5)
+    fr.regularize(optimizer, first)
+    if isinstance(expected, str):
+        with pytest.warns(UserWarning, match=expected):
+            fr.regularize(optimizer, last)
+        return
+    fr.regularize(optimizer, last)  # A warning would be an error.
+    start = w.detach().clone()
+    stepped(optimizer, w)
+    assert_equal(w.detach(), expected.prox(start - 0.5 * w.grad, 0.5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [fr.half_l2, fr.l1 + fr.l2, fr.elastic.given(0.1, 0.5)])
+def test_a_ridge_beside_the_decay_of_an_optimizer_is_told(penalty):
+    with pytest.warns(UserWarning, match=r"^groups.0.params.0 would decay twice, by weight_decay=0.01 of AdamW and by"):
+        fr.regularize(optim.AdamW([weight(3)]), penalty, strength=0.1)
+    for other in (fr.l1, fr.elastic.given(0.1, 1.0), fr.anchored_l2.given(0.5)):
+        fr.regularize(optim.AdamW([weight(3)]), other, strength=0.1)  # A warning would be an error.
+    fr.regularize(optim.AdamW([weight(3)], weight_decay=0.0), penalty, strength=0.1)
+    parts = fr.per_leaf({"a": penalty, "b": fr.l1})
+    with pytest.warns(UserWarning, match=r"^a would decay twice"):
+        fr.regularize(optim.AdamW([("a", weight(3)), ("b", weight(3))]), parts, strength=0.1)
+    named = [("a", weight(3, 2)), ("b", weight(3)), ("c", weight(2, 2))]
+    with pytest.warns(UserWarning, match=r"^c would decay twice"):
+        fr.regularize(optim.AdamW(named), fr.elastic, 0.1, {"a": 1.0, "c": 0.5}, mask=fr.matrices)
+    groups = [{"params": [weight(3)]}, {"params": [weight(2, 2)], "weight_decay": 0.0}]
+    fr.regularize(optim.AdamW(groups), penalty, strength=0.1, mask=fr.matrices)
 
 
 def test_a_strength_that_is_changed_to_one_below_zero_is_told():

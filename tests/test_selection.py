@@ -417,6 +417,25 @@ def test_what_chooses_no_leaves_is_no_pattern(parts, message):
         fr.per_leaf(parts)
 
 
+STACKED = {"w": torch.ones(4, 2, 3), "b": torch.ones(4, 2)}
+#: Leaves of one network that are no stack, although some of what is seen of stacks is there.
+UNSTACKED = {
+    "other sizes": {**STACKED, "head": torch.ones(3, 2)},
+    "a vector": {**STACKED, "scale": torch.ones(4)},
+    "filters and a layer of one width": {"filters": torch.ones(4, 4, 3), "layer": torch.ones(4, 4)},
+    "heads": {"query": torch.ones(4, 2, 3), "shift": torch.ones(4, 3)},
+}
+
+
+def test_leaves_that_look_like_stacked_biases_are_warned_of():
+    with pytest.warns(UserWarning, match=r"matrices got 'b' of shape \(4, 2\).*stacked members.*stacked\(matrices\)"):
+        assert fr.matrices(STACKED) == {"w": True, "b": True}
+    for params in UNSTACKED.values():
+        fr.matrices(params)  # A warning would be an error.
+    assert fr.stacked(fr.matrices)(STACKED) == {"w": True, "b": False}
+    assert vmap(lambda params: fr.sparsity(params, mask=fr.matrices))(STACKED).shape == (4,)
+
+
 def test_a_stack_has_members():
     with pytest.raises(ValueError, match="the leaf 'scale' has no dimensions; expected members along the first"):
         fr.stacked(fr.matrices)({"scale": torch.tensor(1.0), "w": torch.ones(2, 3, 4)})

@@ -702,6 +702,11 @@ WRONG = {
         TypeError,
         "takes lr, strength, and neither",
     ),
+    "an optimizer of torch": (
+        {"make": torch.optim.Adam, "grid": {"lr": [0.1]}},
+        TypeError,
+        "make is the optimizer Adam of torch.* such as fr.adamw",
+    ),
     "missing": ({"grid": {"lr": [0.1]}}, TypeError, "lacks hyperparameters.*'strength'"),
     "negative": ({"grid": {**GRID, "strength": [0.1, -1.0]}}, ValueError, r"with \{'lr': 0.01, 'strength': -1.0\}"),
     "number": ({"grid": {**GRID, "lr": 0.1}}, TypeError, "0.1 for 'lr'; expected a list"),

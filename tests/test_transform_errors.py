@@ -332,6 +332,10 @@ CALLS = {
         lambda: fr.partition([fr.sgd(0.1), fr.sgd(0.2)], "a"),
         "partition got transforms as a list; expected a dict from label to transform",
     ),
+    "the label None": (
+        lambda: fr.partition({"a": fr.sgd(0.1), None: fr.set_to_zero()}, {"w": "a", "v": None}),
+        "partition has the label None, which stands for no leaf",
+    ),
     "a label without a transform": (
         lambda: fr.partition({"a": fr.sgd}, "a"),
         r"of partition, labelled 'a', is a function; expected a Transform. Is it called",

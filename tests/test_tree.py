@@ -706,3 +706,18 @@ def test_what_an_ensemble_gets_is_stacked():
     with pytest.raises(ValueError, match=r"the extra argument 'value' of shape \(3,\); expected one entry a member"):
         tx.update(params, state, params, value=torch.ones(3))
     tx.update(params, state, params, value=torch.ones(()), other=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda lazy: fr.l1(dict(lazy.named_parameters())),
+        lambda lazy: fr.adam(0.1).init(dict(lazy.named_parameters())),
+        lambda lazy: fr.sparsity(lazy),
+        lambda lazy: fr.explain(fr.matrices, lazy),
+        lambda lazy: fr.channel_groups(nn.Sequential(lazy, nn.Linear(2, 2)), (torch.ones(1, 3),)),
+    ],
+)
+def test_parameters_that_have_no_shape_yet_are_named(call):
+    with pytest.raises(ValueError, match=r"(bias|weight)' has no shape yet; run (its|the) module once on some inputs"):
+        call(nn.LazyLinear(2))

@@ -424,6 +424,11 @@ def test_what_cannot_be_injected_is_said():
     for call, message in (
         (lambda: fr.inject_hyperparams(cosine)(0.1, 9), "decay_steps is tensor.*named in static_args.*rate, steps"),
         (lambda: fr.inject_hyperparams(fr.sgd(0.1)), "inner_factory is .*before it is called"),
+        (
+            lambda: fr.inject_hyperparams(torch.optim.Adam),
+            "inner_factory is the optimizer Adam of torch.*such as fr.adamw",
+        ),
+        (lambda: fr.ensemble(torch.optim.SGD, torch.ones(2)), "make is the optimizer SGD of torch"),
         (lambda: fr.inject_hyperparams(fr.sgd)(), "missing 1 required positional argument"),
         (
             lambda: fr.inject_hyperparams(fr.sgd)(0.1, lr=1.0),

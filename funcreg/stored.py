@@ -151,6 +151,8 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
         return ()
     if isinstance(value, int):
         found = set(moves.get(value, ())) if value > 1 else set[int]()
+        if name in _LABELS:  # A layer for each of equal parts has a width that divides it.
+            found |= {value // a * b for a, bs in moves.items() for b in bs if a > 1 and value % a == 0}
         divides = is_count(name) or any([value * count in moves for count in beside])
         if divides and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}

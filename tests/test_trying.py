@@ -286,6 +286,29 @@ def test_a_number_that_only_outputs_can_tell_stays_and_is_noted():
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
+class _Selective(nn.Module):
+    """A layer for each half of the channels, as selective kernels have."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.paths = 8, nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)])
+
+    def forward(self, x):
+        parts = x.split(self.in_channels // 2, -1)
+        return sum([layer(part).relu() for layer, part in zip(self.paths, parts, strict=True)])
+
+
+def test_a_width_that_is_divided_among_layers_follows_what_these_take():
+    net = network(lambda: nn.Sequential(nn.Linear(5, 8), _Selective(), nn.Linear(6, 3)))
+    seen = (drawn(2, 5),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [4, 6]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert smaller[1].in_channels == smaller[0].out_features == 4
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
 class _Heads(nn.Module):
     """Attention whose count of heads has a name that says nothing."""
 

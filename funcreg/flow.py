@@ -59,6 +59,14 @@ class _Parts(NamedTuple):
     queries: int  # Entries that are of queries where these share one head of keys and values, else 0.
 
 
+class _Cuts(NamedTuple):
+    """Unequal parts that are taken of a dimension, each of which can go on by itself if the code follows."""
+
+    ids: Tensor
+    reason: str
+    taken: dict[int, set[int]]  # First entries of parts, by their lengths.
+
+
 class Flow:
     """The atoms of all tensors of a recording, found one operation after the other.
 
@@ -92,6 +100,7 @@ class Flow:
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
+        self._cuts: dict[tuple[Ref, int], _Cuts] = {}
         self.known: dict[Ref, Components] = {}
         self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
@@ -139,6 +148,8 @@ class Flow:
                 self.atoms.close(ids, f"{reason}, which a softmax over one entry would hide")
         for parts in self._parts.values():
             self._check_parts(parts)
+        for (ref, dim), cuts in self._cuts.items():
+            self._check_cuts(cuts, ref.shape[dim])
 
     def _enter(self, name: str, ref: Ref, dead: float) -> None:
         self.weights.add(ref)
@@ -245,7 +256,8 @@ class Flow:
 
     def multiplied(self, sets: Tensor) -> str | None:
         """Why some sets may go only if all numbers of the forward pass are tried out, if they may not else."""
-        found = [reason for ids, reason in self._tried if torch.isin(self.atoms.find(ids), sets).any()]
+        cut = [(cuts.ids, cuts.reason) for cuts in self._cuts.values()]
+        found = [reason for ids, reason in (*self._tried, *cut) if torch.isin(self.atoms.find(ids), sets).any()]
         return found[0] if found else None
 
     def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:
@@ -271,6 +283,30 @@ class Flow:
         if apart and length == 1:  # Of a single head its features go on, as atoms that are of no leaf.
             return Component(self.atoms.new(heads.size).reshape([1] * (dim + 1) + [-1]), UNKNOWN)
         return Component(component.ids.narrow(dim, start, length), component.dead)
+
+    def cut(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component:
+        """The atoms of one of several unequal parts. Their sizes are numbers; that these follow is seen by trying out.
+
+        One number may be the size of several parts, so that equal ones go together.
+        """
+        cuts = self._cuts.setdefault((x, dim), _Cuts(component.ids, self.reason("unequal parts are taken"), {}))
+        starts = cuts.taken.setdefault(length, set())
+        part = component.ids.narrow(dim, start, length)
+        for other in starts:
+            self.atoms.join(component.ids.narrow(dim, other, length), part, cuts.reason)
+        starts.add(start)
+        self.summed.append(component.ids)  # What is left goes with other parts.
+        return Component(part, component.dead)
+
+    def _check_cuts(self, cuts: _Cuts, size: int) -> None:
+        """Close atoms of unequal parts unless these are all that there is, each of it once."""
+        end = 0
+        for start, length in sorted([(start, length) for length, starts in cuts.taken.items() for start in starts]):
+            if start != end:
+                break
+            end += length
+        if end != size:
+            self.atoms.close(cuts.ids, cuts.reason)
 
     def _check_parts(self, parts: _Parts) -> None:
         """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part.

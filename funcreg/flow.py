@@ -7,7 +7,7 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,6 +101,7 @@ class Flow:
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
         self._cuts: dict[tuple[Ref, int], _Cuts] = {}
+        self.divided = _divided(recording)
         self.known: dict[Ref, Components] = {}
         self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
@@ -300,12 +301,7 @@ class Flow:
 
     def _check_cuts(self, cuts: _Cuts, size: int) -> None:
         """Close atoms of unequal parts unless these are all that there is, each of it once."""
-        end = 0
-        for start, length in sorted([(start, length) for length, starts in cuts.taken.items() for start in starts]):
-            if start != end:
-                break
-            end += length
-        if end != size:
+        if not _are_all([(start, length) for length, starts in cuts.taken.items() for start in starts], size):
             self.atoms.close(cuts.ids, cuts.reason)
 
     def _check_parts(self, parts: _Parts) -> None:
@@ -452,6 +448,30 @@ class Flow:
 
 #: What gives the same entries, or the same ones several times.
 _COPIES = ("clone", "contiguous", "_to_copy", "repeat")
+
+
+def _are_all(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    """Whether parts, by their first entries and lengths, are all of a dimension, each entry once."""
+    end = 0
+    for start, length in sorted(parts):
+        if start != end:
+            return False
+        end += length
+    return end == size
+
+
+def _divided(recording: Recording) -> set[tuple[Ref, int]]:
+    """The tensors, with a dimension, of which slices are all parts, and not all as long."""
+    slices: dict[tuple[Ref, int], set[tuple[int, int]]] = {}
+    for operation in recording.operations:
+        if operation.name == "slice" and (argument(operation, "step", 1) or 1) == 1:
+            x, dim = operation.args[0], argument(operation, "dim", 0) % len(operation.args[0].shape)
+            start, length = argument(operation, "start") or 0, operation.results[0].shape[dim]
+            start = start + x.shape[dim] if start < 0 else start
+            if length < x.shape[dim]:
+                slices.setdefault((x, dim), set()).add((start, length))
+    unequal = lambda parts: len({length for _, length in parts}) > 1
+    return {(x, dim) for (x, dim), parts in slices.items() if unequal(parts) and _are_all(parts, x.shape[dim])}
 
 
 def _uses(recording: Recording) -> dict[Any, float]:

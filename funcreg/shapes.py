@@ -191,11 +191,11 @@ def _sliced(flow: Flow, operation: Operation) -> list[Components]:
     start = max(0, start + x.shape[dim]) if start < 0 else start
     if (argument(operation, "step", 1) or 1) != 1:
         return [flow.rigid(x, [dim], "every few entries are taken")]
-    return [piece(flow, x, dim, start, made.shape[dim])]
+    return [piece(flow, x, dim, start, made.shape[dim], (x, dim) not in flow.divided)]
 
 
 def piece(flow: Flow, x: Ref, dim: int, start: int, length: int, equal: bool = True) -> Components:
-    """The atoms of a part of a tensor: where it is one of parts that may be equal, what goes goes from each of them."""
+    """The atoms of a part of a tensor: where it may be one of equal parts, what goes goes from each of them."""
     components, size = flow.of(x), x.shape[dim]
     made: Components = []
     for component in components:

@@ -357,7 +357,12 @@ class _Taken(_Partial):
         return self.joined(*torch.split(x, [self.mixed, x.shape[1] - self.mixed], 1))
 
 
-@pytest.mark.parametrize("kind", [_Partial, _Sized, _Taken])
+class _Sliced(_Taken):
+    def forward(self, x):
+        return self.joined(x[:, : self.mixed], x[:, self.mixed :])
+
+
+@pytest.mark.parametrize("kind", [_Partial, _Sized, _Taken, _Sliced])
 @pytest.mark.parametrize("dead", [[0], [1], None])
 def test_unequal_parts_go_on_by_themselves_where_their_sizes_are_stored(kind, dead):
     net = network(lambda: nn.Sequential(CONV(3, 12, 1), kind(), kind(), CONV(12, 3, 1)))

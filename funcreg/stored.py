@@ -57,7 +57,7 @@ _INTERNAL = frozenset(vars(nn.Module()))
 #: Names of widths that are set even where nothing uses them, so that they say what is.
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
-) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+) | {"hidden_size", "head_hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
 #: Layers without parameters that hold widths, or counts of what these are divided into.
 _BARE: dict[type, tuple[str, ...]] = {
     nn.GroupNorm: ("num_groups", "num_channels"),
@@ -236,7 +236,7 @@ def _others(
 
 def is_count(name: str) -> bool:
     """Whether a number has the name of one that divides a width."""
-    return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in SIZES
+    return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in {*SIZES, *_LABELS}
 
 
 def _is_config(value: Any) -> bool:

@@ -7,7 +7,7 @@ atoms to it has closed: an operation without a rule closes all that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,6 +59,14 @@ class _Parts(NamedTuple):
     queries: int  # Entries that are of queries where these share one head of keys and values, else 0.
 
 
+class _Cuts(NamedTuple):
+    """Unequal parts that are taken of a dimension, each of which can go on by itself if the code follows."""
+
+    ids: Tensor
+    reason: str
+    taken: dict[int, set[int]]  # First entries of parts, by their lengths.
+
+
 class Flow:
     """The atoms of all tensors of a recording, found one operation after the other.
 
@@ -92,6 +100,8 @@ class Flow:
         self._rule_of = rule_of
         self._packs_unequally = packs_unequally
         self._parts: dict[tuple[Ref, int], _Parts] = {}
+        self._cuts: dict[tuple[Ref, int], _Cuts] = {}
+        self.divided = _divided(recording)
         self.known: dict[Ref, Components] = {}
         self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
@@ -139,6 +149,8 @@ class Flow:
                 self.atoms.close(ids, f"{reason}, which a softmax over one entry would hide")
         for parts in self._parts.values():
             self._check_parts(parts)
+        for (ref, dim), cuts in self._cuts.items():
+            self._check_cuts(cuts, ref.shape[dim])
 
     def _enter(self, name: str, ref: Ref, dead: float) -> None:
         self.weights.add(ref)
@@ -245,7 +257,8 @@ class Flow:
 
     def multiplied(self, sets: Tensor) -> str | None:
         """Why some sets may go only if all numbers of the forward pass are tried out, if they may not else."""
-        found = [reason for ids, reason in self._tried if torch.isin(self.atoms.find(ids), sets).any()]
+        cut = [(cuts.ids, cuts.reason) for cuts in self._cuts.values()]
+        found = [reason for ids, reason in (*self._tried, *cut) if torch.isin(self.atoms.find(ids), sets).any()]
         return found[0] if found else None
 
     def part(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component | None:
@@ -271,6 +284,25 @@ class Flow:
         if apart and length == 1:  # Of a single head its features go on, as atoms that are of no leaf.
             return Component(self.atoms.new(heads.size).reshape([1] * (dim + 1) + [-1]), UNKNOWN)
         return Component(component.ids.narrow(dim, start, length), component.dead)
+
+    def cut(self, x: Ref, component: Component, dim: int, start: int, length: int) -> Component:
+        """The atoms of one of several unequal parts. Their sizes are numbers; that these follow is seen by trying out.
+
+        One number may be the size of several parts, so that equal ones go together.
+        """
+        cuts = self._cuts.setdefault((x, dim), _Cuts(component.ids, self.reason("unequal parts are taken"), {}))
+        starts = cuts.taken.setdefault(length, set())
+        part = component.ids.narrow(dim, start, length)
+        for other in starts:
+            self.atoms.join(component.ids.narrow(dim, other, length), part, cuts.reason)
+        starts.add(start)
+        self.summed.append(component.ids)  # What is left goes with other parts.
+        return Component(part, component.dead)
+
+    def _check_cuts(self, cuts: _Cuts, size: int) -> None:
+        """Close atoms of unequal parts unless these are all that there is, each of it once."""
+        if not _are_all([(start, length) for length, starts in cuts.taken.items() for start in starts], size):
+            self.atoms.close(cuts.ids, cuts.reason)
 
     def _check_parts(self, parts: _Parts) -> None:
         """Close atoms of unequal parts unless these are all that there is, with a share of each set in every part.
@@ -416,6 +448,30 @@ class Flow:
 
 #: What gives the same entries, or the same ones several times.
 _COPIES = ("clone", "contiguous", "_to_copy", "repeat")
+
+
+def _are_all(parts: Iterable[tuple[int, int]], size: int) -> bool:
+    """Whether parts, by their first entries and lengths, are all of a dimension, each entry once."""
+    end = 0
+    for start, length in sorted(parts):
+        if start != end:
+            return False
+        end += length
+    return end == size
+
+
+def _divided(recording: Recording) -> set[tuple[Ref, int]]:
+    """The tensors, with a dimension, of which slices are all parts, and not all as long."""
+    slices: dict[tuple[Ref, int], set[tuple[int, int]]] = {}
+    for operation in recording.operations:
+        if operation.name == "slice" and (argument(operation, "step", 1) or 1) == 1:
+            x, dim = operation.args[0], argument(operation, "dim", 0) % len(operation.args[0].shape)
+            start, length = argument(operation, "start") or 0, operation.results[0].shape[dim]
+            start = start + x.shape[dim] if start < 0 else start
+            if length < x.shape[dim]:
+                slices.setdefault((x, dim), set()).add((start, length))
+    unequal = lambda parts: len({length for _, length in parts}) > 1
+    return {(x, dim) for (x, dim), parts in slices.items() if unequal(parts) and _are_all(parts, x.shape[dim])}
 
 
 def _uses(recording: Recording) -> dict[Any, float]:

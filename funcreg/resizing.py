@@ -19,7 +19,7 @@ from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
 from funcreg.settling import Problem, are_same, decide, lengths, settle
 from funcreg.sharding import check_whole_module
-from funcreg.stored import Stored, stored_widths
+from funcreg.stored import Stored, stored_widths, takes_parts
 from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
 from funcreg.variations import other_runs
 from funcreg.widths import (
@@ -238,6 +238,7 @@ def _follow(
             follow_bare(layer, came)
         if gives(layer):
             came.append((gives(old), gives(layer)))
+    known.update({name: frozenset() for name in around if name not in known and takes_parts(module, smaller, name)})
     several = [stored_widths(module, smaller, name, found, inside_heads) for name, found in known.items()]
     return [each for stored in several for each in stored]
 

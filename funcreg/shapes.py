@@ -191,11 +191,11 @@ def _sliced(flow: Flow, operation: Operation) -> list[Components]:
     start = max(0, start + x.shape[dim]) if start < 0 else start
     if (argument(operation, "step", 1) or 1) != 1:
         return [flow.rigid(x, [dim], "every few entries are taken")]
-    return [piece(flow, x, dim, start, made.shape[dim])]
+    return [piece(flow, x, dim, start, made.shape[dim], (x, dim) not in flow.divided)]
 
 
-def piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
-    """The atoms of a part of a tensor: where it is one of equal parts, what goes goes from each of them."""
+def piece(flow: Flow, x: Ref, dim: int, start: int, length: int, equal: bool = True) -> Components:
+    """The atoms of a part of a tensor: where it may be one of equal parts, what goes goes from each of them."""
     components, size = flow.of(x), x.shape[dim]
     made: Components = []
     for component in components:
@@ -203,11 +203,13 @@ def piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
             made.append(component)
         elif (part := flow.part(x, component, dim, start, length)) is not None:
             made.append(part)
-        elif length > 1 and size % length == 0 and start % length == 0:
+        elif equal and length > 1 and size % length == 0 and start % length == 0:
             first = component.ids.narrow(dim, 0, length)
             for other in range(length, size, length):
                 flow.atoms.join(first, component.ids.narrow(dim, other, length), flow.reason("parts are taken"))
             made.append(Component(component.ids.narrow(dim, start, length), component.dead))
+        elif component.dims == {dim}:
+            made.append(flow.cut(x, component, dim, start, length))
         else:
             made += flow.atoms.rigid([component], [dim], flow.reason("unequal parts are taken"))
     return flow.atoms.settle(made)
@@ -217,9 +219,9 @@ def piece(flow: Flow, x: Ref, dim: int, start: int, length: int) -> Components:
 def _split(flow: Flow, operation: Operation) -> list[Components]:
     x, dim = operation.args[0], argument(operation, "dim", 0) % len(operation.args[0].shape)
     made: list[Components] = []
-    start = 0
+    start, equal = 0, len({ref.shape[dim] for ref in operation.results}) == 1
     for ref in operation.results:
-        made.append(piece(flow, x, dim, start, ref.shape[dim]))
+        made.append(piece(flow, x, dim, start, ref.shape[dim], equal))
         start += ref.shape[dim]
     return made
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import types
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -55,13 +57,16 @@ _INTERNAL = frozenset(vars(nn.Module()))
 #: Names of widths that are set even where nothing uses them, so that they say what is.
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
-) | {"hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+) | {"hidden_size", "head_hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
 #: Layers without parameters that hold widths, or counts of what these are divided into.
 _BARE: dict[type, tuple[str, ...]] = {
     nn.GroupNorm: ("num_groups", "num_channels"),
     nn.ChannelShuffle: ("groups",),
     nn.Unflatten: ("unflattened_size",),
 }
+#: Names of functions that take parts of given sizes, how many equal ones of these there may be beside a last one, and
+#: how many choices of sizes are looked at.
+_SPLITS, _TIMES, _CHOICES = {"split", "split_with_sizes", "tensor_split", "narrow"}, 4, 256
 #: Short names for a count of heads.
 _SHORT = ("h", "nh", "n_h")
 #: Endings of names of numbers that count words, classes, positions, pixels or layers, and no channels.
@@ -83,6 +88,7 @@ def stored_widths(
     layer, before = smaller.get_submodule(path), module.get_submodule(path)
     moves, near = _moves(layer, before)
     own, named = _mentioned(layer), mentioned(smaller, path)
+    sizes = _parts(module, smaller, path) if _SPLITS & {*(own or ())} else _NO_PARTS
     unchanged = {*HEAD_COUNTS} if inside_heads else set[str]()  # Heads are narrower, and not fewer.
     held = vars(before).values() if inside_heads and near and heads_before(before) is None else ()
     beside = {value for value in held if type(value) is int}
@@ -103,7 +109,7 @@ def stored_widths(
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
                 elif others := _others(key, number, moves, beside):
                     yield Stored(path, f"{name}.{key}", number, others, _named(layer, before, key, number), value)
-        elif others := _others(name, value, moves, beside):
+        elif others := _others(name, value, moves, beside, sizes):
             yield Stored(path, name, value, others, _named(layer, before, name, value))
     for child, inner in layer._modules.items():
         for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
@@ -138,7 +144,66 @@ def _moves(layer: nn.Module, before: nn.Module) -> tuple[dict[int, set[int]], bo
     return moves, near
 
 
-def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] = frozenset()) -> tuple[Any, ...]:
+class _Parts(NamedTuple):
+    """What sizes of parts may have to be now, where a forward takes parts by their sizes."""
+
+    wholes: Mapping[int, set[int]] = MappingProxyType({})  # What widths became, also those around a module.
+    rest: Mapping[int, set[int]] = MappingProxyType({})  # What is left of them once others are taken off.
+
+
+_NO_PARTS = _Parts()
+
+
+def takes_parts(module: nn.Module, smaller: nn.Module, path: str) -> bool:
+    """Whether a module none of whose widths changed takes parts of one around it that did, by sizes of its own."""
+    layer = smaller.get_submodule(path)
+    if type(layer).__module__.startswith("torch.nn.") or not tensors(layer):
+        return False
+    return bool(_around(module, smaller, path) and _SPLITS & {*(_mentioned(layer) or ())})
+
+
+def _around(module: nn.Module, smaller: nn.Module, path: str) -> dict[int, set[int]]:
+    """What widths of a module and of the one around it became, where these changed."""
+    outside = path.rpartition(".")[0]
+    return _moves(smaller.get_submodule(outside), module.get_submodule(outside))[0]
+
+
+def _parts(module: nn.Module, smaller: nn.Module, path: str) -> _Parts:
+    new, own = tensors(smaller.get_submodule(path)), dict[int, set[int]]()
+    for name, x in tensors(module.get_submodule(path)).items():
+        for a, b in zip(x.shape, new[name].shape, strict=True):
+            own.setdefault(a, set()).add(b)
+    wholes, rest = _around(module, smaller, path), dict[int, set[int]]()
+    for whole, now in wholes.items():
+        for part, parts in [(part, parts) for part, parts in own.items() if part > 1]:
+            for times in range(1, min(_TIMES, (whole - 1) // part) + 1):
+                left = {b - times * c for b in now for c in parts if b > times * c}
+                rest.setdefault(whole - times * part, set()).update(left)
+    return _Parts(wholes, {n: left for n, left in rest.items() if n not in own and left})
+
+
+def _sizes_now(sizes: Sequence[int], moves: dict[int, set[int]], parts: _Parts) -> list[list[int]]:
+    """What several widths may have to be now: if they are parts of one that changed, what sums to what it became."""
+    made = [max(moves.get(n, {n})) if n > 1 else n for n in sizes]
+    if sum(sizes) not in parts.wholes:
+        return [made] if made != [*sizes] else []
+    kinds = sorted({*sizes})
+    options = [sorted({*moves.get(n, ()), *parts.rest.get(n, ()), n}, reverse=True) for n in kinds]
+    found: list[list[int]] = []
+    for choice in itertools.islice(itertools.product(*options), _CHOICES):
+        now = [choice[kinds.index(n)] for n in sizes]
+        if sum(now) in parts.wholes[sum(sizes)] and now != [*sizes]:
+            found.append(now)
+    return found
+
+
+def _others(
+    name: str,
+    value: Any,
+    moves: dict[int, set[int]],
+    beside: Set[int] = frozenset(),
+    parts: _Parts = _NO_PARTS,
+) -> tuple[Any, ...]:
     """What a number, or several, may have to be now; nothing if it has nothing to do with a width that changed.
 
     Args:
@@ -146,11 +211,14 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
         value: The number.
         moves: For each width that changed what it became.
         beside: Numbers that may count heads, of which there are as many as before: it may be the width of one.
+        parts: What sizes of parts may have to be, if the forward takes some.
     """
     if isinstance(value, bool) or name.endswith(_OTHER_COUNTS):
         return ()
     if isinstance(value, int):
-        found = set(moves.get(value, ())) if value > 1 else set[int]()
+        found = {*moves.get(value, ()), *parts.rest.get(value, ())} if value > 1 else set[int]()
+        if name in _LABELS:  # A layer for each of equal parts has a width that divides it.
+            found |= {value // a * b for a, bs in moves.items() for b in bs if a > 1 and value % a == 0}
         divides = is_count(name) or any([value * count in moves for count in beside])
         if divides and value > 1:  # As many fewer as what it divides is narrower.
             found |= {value * b // a for a, bs in moves.items() for b in bs if a % value == value * b % a == 0}
@@ -159,16 +227,16 @@ def _others(name: str, value: Any, moves: dict[int, set[int]], beside: Set[int] 
     if isinstance(value, Tensor):
         return (value,) if any(n in moves for n in value.shape) else ()
     if isinstance(value, (list, tuple)) and value and all(type(n) is int for n in value):
-        if not any(n in moves and n > 1 for n in value):
+        if not any(n > 1 and (n in moves or n in parts.rest) for n in value):
             return ()
-        made = [max(moves.get(n, {n})) if n > 1 else n for n in value]
-        return (type(value)(made),) if type(value) in (list, tuple) else (value,)
+        made = _sizes_now(value, moves, parts)
+        return tuple([type(value)(each) for each in made]) if type(value) in (list, tuple) else (value,)
     return ()
 
 
 def is_count(name: str) -> bool:
     """Whether a number has the name of one that divides a width."""
-    return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in SIZES
+    return ("head" in name.lower() or "group" in name.lower() or name in _SHORT) and name not in {*SIZES, *_LABELS}
 
 
 def _is_config(value: Any) -> bool:
@@ -212,11 +280,13 @@ def mentioned(root: nn.Module, path: str) -> frozenset[str] | None:
 
 def _mentioned(layer: nn.Module) -> set[str] | None:
     """The names in the code of a forward, and in the methods and functions beside it that it calls."""
-    if "forward" in vars(layer):
-        return None  # Replaced in this instance alone, by whatever it is.
     names: set[str] = set()
     seen: set[Any] = set()
     todo: list[Any] = [*_methods(type(layer), "forward"), *_methods(type(layer), "__call__")]
+    if (own := vars(layer).get("forward")) is not None:
+        if not isinstance(own, types.MethodType) or own.__self__ is not layer:
+            return None  # Replaced in this instance alone, by whatever it is.
+        todo.append(own.__func__)  # One of several of its methods.
     while todo:
         function = inspect.unwrap(todo.pop())
         if function in seen:

@@ -14,8 +14,8 @@ from funcreg.tree import tree_leaves, tree_map, widen
 
 #: How many other inputs there are at least and at most, and how many entries a tensor among them may have.
 _LEAST, _MOST, _ENTRIES = 8, 48, 1 << 12
-#: Bytes up to which tensors are copied, and that are read by all runs together where these are more than a few.
-_COPIED, _READ = 1 << 31, 1 << 33
+#: Bytes up to which tensors are copied, and what is read by all runs together where these are more than a few.
+_COPIED, _READ, _LEAVES = 1 << 31, 1 << 33, 1 << 14
 
 
 def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Iterator[Agreement]]:
@@ -31,7 +31,10 @@ def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> I
     """
     leaves = [*module.parameters(), *module.buffers()]
     bytes_read = sum([x.nbytes for x in leaves])
-    large, runs = bytes_read > _COPIED, max(_LEAST, min(_MOST, _READ // max(1, bytes_read)))
+    large, runs = (
+        bytes_read > _COPIED,
+        max(_LEAST, min(_MOST, _READ // max(1, bytes_read), _LEAVES // max(1, len(leaves)))),
+    )
     if large and any([x.device.type != "cpu" for x in leaves]):
         return
     factors = {} if large else {name: _factor(w) for name, w in module.named_parameters() if w.is_floating_point()}

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+import types
 
 import pytest
 import torch
@@ -51,13 +52,14 @@ def network(make, seed=0):
     return halve(make().double().eval().to(DEVICE), [], seed)
 
 
-def without_half(net, groups, seed=0):
-    """The network once a random half of each family of groups is zero, penalized entries alone."""
+def without_half(net, groups, seed=0, among=None):
+    """The network once a random half of each family of groups is zero, or of some of these, penalized entries alone."""
     generator, net = torch.Generator().manual_seed(seed), copy.deepcopy(net)
     weights = []
-    for count in groups.counts:
+    for i, count in enumerate(groups.counts):
         gone = torch.zeros(count, dtype=torch.float64)
-        gone[torch.randperm(count, generator=generator, device="cpu")[: count // 2]] = 1e9
+        some = count // 2 if among is None or i in among else 0
+        gone[torch.randperm(count, generator=generator, device="cpu")[:some]] = 1e9
         weights.append(gone.to(DEVICE))
     dead = fr.coupled(fr.group_lasso, groups).prox(dict(net.named_parameters()), 1.0, weights=weights)
     with torch.no_grad():
@@ -873,7 +875,8 @@ def test_unequal_parts_are_kept_where_nobody_knows_how_they_become_smaller():
     (x,) = (drawn(2, 5, 12),)
     assert fr.channel_groups(unknown, (x,)).counts == [2]
     del unknown.part.n_kv_heads
-    unknown.part.forward = lambda x: unknown.part.out_proj(torch.cat(unknown.part.qkv(x).split([12, 4, 4], -1)[:1], -1))
+    parts = lambda part, x: part.out_proj(torch.cat(part.qkv(x).split([12, 4, 4], -1)[:1], -1))
+    unknown.part.forward = types.MethodType(parts, unknown.part)
     with pytest.raises(ValueError, match=r"unequal parts are taken \(split_with_sizes, 'part'\)"):
         fr.channel_groups(unknown, (x,))
 

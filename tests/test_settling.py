@@ -109,6 +109,18 @@ def test_what_has_the_name_of_a_width_follows_it_though_nothing_reads_it_here():
     assert (made.hidden_dim, made.parts) == (4, 1)
 
 
+def test_a_width_whose_name_has_a_head_in_it_is_no_count_of_heads():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head_hidden_size = nn.Linear(5, 8), nn.Linear(8, 3), 8
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    assert smaller(built(Headed, [UNITS]), [UNITS]).head_hidden_size == 4  # Without inputs on which to try it.
+
+
 class Config:
     def __init__(self):
         self.words, self.width, self.depth = 8, 8, 8

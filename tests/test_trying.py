@@ -9,7 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICE
-from test_channels import CONV, Net, Transformer, drawn, images, linears, network, outputs, vectors, without_half, words
+from test_channels import (
+    CONV,
+    Net,
+    Transformer,
+    drawn,
+    entries,
+    images,
+    linears,
+    network,
+    outputs,
+    vectors,
+    without_half,
+    words,
+)
 from torch import nn
 
 import funcreg as fr
@@ -283,6 +296,105 @@ def test_a_number_that_only_outputs_can_tell_stays_and_is_noted():
     assert groups.explain().endswith("\n\nGive resized example_inputs too, to tell what becomes of Heads.heads")
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+class _Selective(nn.Module):
+    """A layer for each half of the channels, as selective kernels have."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.paths = 8, nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)])
+
+    def forward(self, x):
+        parts = x.split(self.in_channels // 2, -1)
+        return sum([layer(part).relu() for layer, part in zip(self.paths, parts, strict=True)])
+
+
+def test_a_width_that_is_divided_among_layers_follows_what_these_take():
+    net = network(lambda: nn.Sequential(nn.Linear(5, 8), _Selective(), nn.Linear(6, 3)))
+    seen = (drawn(2, 5),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [4, 6]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert smaller[1].in_channels == smaller[0].out_features == 4
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+class _Partial(nn.Module):
+    """A convolution of the first channels alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed, self.rest = 4, 8
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return self.joined(*x.split([self.mixed, self.rest], 1))
+
+    def joined(self, x, y):
+        return torch.cat([self.conv(x).relu(), y], 1)
+
+
+class _Sized(_Partial):
+    def __init__(self):
+        super().__init__()
+        del self.mixed, self.rest
+        self.sizes = (4, 8)
+        self.forward = self.by_sizes  # As some choose among methods.
+
+    def by_sizes(self, x):
+        return self.joined(*x.split(self.sizes, 1))
+
+
+class _Taken(_Partial):
+    def __init__(self):
+        super().__init__()
+        self.rest = None
+
+    def forward(self, x):
+        return self.joined(*torch.split(x, [self.mixed, x.shape[1] - self.mixed], 1))
+
+
+class _Sliced(_Taken):
+    def forward(self, x):
+        return self.joined(x[:, : self.mixed], x[:, self.mixed :])
+
+
+@pytest.mark.parametrize("kind", [_Partial, _Sized, _Taken, _Sliced])
+@pytest.mark.parametrize("dead", [[0], [1], None])
+def test_unequal_parts_go_on_by_themselves_where_their_sizes_are_stored(kind, dead):
+    net = network(lambda: nn.Sequential(CONV(3, 12, 1), kind(), kind(), CONV(12, 3, 1)))
+    seen = images()
+    groups = fr.channel_groups(net, seen)
+    assert sorted(groups.counts) == [4, 4, 4, 8]
+    killed = without_half(net, groups, among=dead)  # Also where nothing changes in a layer itself.
+    smaller = fr.resized(killed, fr.remove_dead(fr.with_buffers(killed), groups), seen)
+    assert entries(smaller) < entries(net)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(killed, seen), rtol=1e-10, atol=1e-10)
+
+
+class _Focal(nn.Module):
+    """A gate, what it multiplies, and weights of levels, packed in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [8, 8, 3]
+        self.packed, self.gate, self.last = CONV(6, 19, 1), CONV(8, 8, 1), CONV(8, 6, 1)
+
+    def forward(self, x):
+        x, y, levels = self.packed(x).split(self.sizes, 1)
+        return self.last(x * self.gate(y * levels.mean(1, keepdim=True)))
+
+
+def test_parts_of_one_size_go_together_beside_one_of_another():
+    net, seen = network(lambda: nn.Sequential(CONV(3, 6, 1), _Focal(), CONV(6, 3, 1))), images()
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [6, 8, 6]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert smaller[1].sizes == [4, 4, 3]
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 

@@ -48,7 +48,7 @@ class _Probe:
 
     def begin(self, params: Params) -> Any:
         """Zeros of the shapes and dtypes that a measurement will have."""
-        dtypes = [wide(leaf.dtype.to_real()) for leaf in tree_leaves(params)]
+        dtypes = [wide(leaf.real.dtype) for leaf in tree_leaves(params)]
         zero = torch.zeros((), dtype=dtypes[0] if dtypes else None, device=scalar_device(params))
         return tree_map(torch.zeros_like, self(params, params, dict.fromkeys(self._required, zero)))
 

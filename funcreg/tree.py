@@ -739,7 +739,11 @@ def kept_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     kept = dtype or wide(w.dtype)
     if w.is_complex() and not kept.is_complex:
         return torch.complex128 if kept == torch.float64 else torch.complex64
-    return kept if w.is_complex() else kept.to_real()
+    return kept if w.is_complex() else _REAL.get(kept, kept)
+
+
+#: Of complex dtypes those of their parts, which `dtype.to_real()` gives, too, but not where code is compiled.
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

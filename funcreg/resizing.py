@@ -226,9 +226,10 @@ def _follow(
     around = [name for name, layer in layers.items() if layer._modules]
     came: list[tuple[int, int]] = []
     known: dict[str, frozenset[str]] = {}
+    moved = {path for name, _, _ in changes(smaller, module) for path in _holders(name)}
     for name in (*alone, *reversed(around)):  # Children before what holds them, and these in their order.
         layer, old = layers[name], before[name]
-        if changes(layer, old):
+        if name in moved:
             rule = next((rules[kind] for kind in type(layer).__mro__ if kind in rules), None)
             if rule is not None:
                 rule(layer, old)
@@ -241,6 +242,12 @@ def _follow(
     known.update({name: frozenset() for name in around if name not in known and takes_parts(module, smaller, name)})
     several = [stored_widths(module, smaller, name, found, inside_heads) for name, found in known.items()]
     return [each for stored in several for each in stored]
+
+
+def _holders(name: str) -> list[str]:
+    """The paths of all modules that hold a tensor, the outermost with the empty one."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs: Any) -> None:

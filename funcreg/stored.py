@@ -157,9 +157,9 @@ _NO_PARTS = _Parts()
 def takes_parts(module: nn.Module, smaller: nn.Module, path: str) -> bool:
     """Whether a module none of whose widths changed takes parts of one around it that did, by sizes of its own."""
     layer = smaller.get_submodule(path)
-    if type(layer).__module__.startswith("torch.nn.") or not tensors(layer):
+    if type(layer).__module__.startswith("torch.nn.") or _SPLITS.isdisjoint(_mentioned(layer) or ()):
         return False
-    return bool(_around(module, smaller, path) and _SPLITS & {*(_mentioned(layer) or ())})
+    return bool(tensors(layer) and _around(module, smaller, path))
 
 
 def _around(module: nn.Module, smaller: nn.Module, path: str) -> dict[int, set[int]]:

@@ -34,6 +34,8 @@ from funcreg.widths import CONVOLUTIONS, Rule
 
 #: Functions in the order in which they were called, and the numbers that they were given.
 _Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
+#: A way to take groups out, and whether outputs are compared, or it only has to run.
+_Stage: TypeAlias = tuple[str, bool]
 #: What errors say of the last trial.
 _ONE_LEFT = "with one of these channels left"
 #: Bytes up to which leaves are copied.
@@ -78,6 +80,7 @@ class Trial:
         self.least = [1] * len(families)  # How many groups of each stay, whatever is dead,
         self.needs_two: dict[int, str] = {}  # and why two of some do.
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
+        self.stage: _Stage = ("", False)  # What was tried last.
         self._how = ""  # How many channels are left.
         self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
@@ -94,40 +97,49 @@ class Trial:
         except Exception as error:  # Such as of modules that cannot be copied.
             self.failure = f"to be copied: {_line(error)}"
 
-    def problem(self, chosen: Sequence[int]) -> str | None:
-        """What goes wrong without some of the groups of these families, None if nothing does."""
-        ways = {self._allowed(chosen, left): "without some of these channels" for left in self._left(chosen)}
-        # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
-        ways.setdefault(self._allowed(chosen, [self.least[i] for i in chosen]), _ONE_LEFT)
-        for left, self._how in ways.items():
-            self._scale = None
-            found = self._problem_with(chosen, left)
-            if found is None and self._comparable is not None:
-                found = self._difference(chosen, left, *self._comparable)
-            if found is not None:
-                return found
+    def problem(self, chosen: Sequence[int], stage: _Stage | None = None) -> str | None:
+        """What goes wrong without some of the groups of these families, None if nothing does.
+
+        Args:
+            chosen: The numbers of the families.
+            stage: What is tried, all if it is None: of many families, which one is to blame is seen where all failed.
+        """
+        ways, seen = dict(self._left(chosen)), dict[tuple[int, ...], str]()
+        for way, left in ways.items():
+            first = seen.setdefault(left, way)
+            for compared in (False, True):
+                if stage != (way, compared) if stage else first != way or (compared and self._comparable is None):
+                    continue
+                self.stage, self._scale = (way, compared), None
+                self._how = _ONE_LEFT if first == "one" else "without some of these channels"
+                found = self._difference(chosen, left) if compared else self._problem_with(chosen, left)
+                if found is not None:
+                    return found
         return None
 
-    def runs_with_two(self, chosen: Sequence[int], problem: str) -> bool:
+    def runs_with_two(self, chosen: Sequence[int], problem: str, stage: _Stage) -> bool:
         """Whether all is well if two groups of each of these families stay, where it is not with one: then they do."""
         if self._how != _ONE_LEFT or any([self.least[i] > 1 for i in chosen]):
             return False
         for i in chosen:
             self.least[i] = 2
-        if self.problem(chosen) is None:
+        if self.problem(chosen, stage) is None:
             self.needs_two.update(dict.fromkeys(chosen, problem))
             return True
         for i in chosen:
             self.least[i] = 1
         return False
 
-    def _left(self, chosen: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """How many groups of each family stay, in turn."""
-        yield self._about_half(chosen)
-        yield tuple([max(1, self._counts[i] - 1) for i in chosen])
+    def _left(self, chosen: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Ways to take groups out, by their names, with how many of each family stay."""
+        yield "half", self._allowed(chosen, self._about_half(chosen))
+        yield "all but one", self._allowed(chosen, [max(1, self._counts[i] - 1) for i in chosen])
         if self._inside_heads and any([self._multiplied[i] for i in chosen]):
             # Less of queries and keys alone, which the same number of all would hide to be wrong.
-            yield tuple([n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]])
+            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]]
+            yield "half of queries", self._allowed(chosen, half)
+        # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
+        yield "one", self._allowed(chosen, [self.least[i] for i in chosen])
 
     def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
         """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
@@ -227,10 +239,10 @@ class Trial:
         self.uncompared = "they are no numbers"
         return None
 
-    def _difference(
-        self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor], inputs: Any
-    ) -> str | None:
-        """What goes wrong with outputs, when groups are zero in a network with these tensors, and gone."""
+    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+        """What goes wrong with outputs, when groups are zero in a network whose outputs can be compared, and gone."""
+        assert self._comparable is not None
+        tree, inputs = self._comparable
         whole, smaller, unknown = self._both(chosen, left, tree)
         problem = self._compared(whole, smaller, inputs)
         if left == self._allowed(chosen, self._about_half(chosen)):
@@ -443,7 +455,7 @@ def refused(trial: Trial) -> dict[int, str]:
     for i, family in enumerate(trial.families):
         kinds.setdefault(frozenset(_in_type(trial.module, name) for name in family), []).append(i)
     search = _Search(trial)
-    search.running(list(kinds.values()))
+    search.find(list(kinds.values()))
     return search.reasons
 
 
@@ -451,25 +463,45 @@ class _Search:
     """Divides kinds of families until each of them runs, or is refused."""
 
     def __init__(self, trial: Trial) -> None:
-        self._problem, self._runs_with_two = trial.problem, trial.runs_with_two
+        self._trial, self._stage = trial, trial.stage
         self.reasons: dict[int, str] = {}
 
-    def running(self, kinds: list[list[int]]) -> list[list[int]]:
-        """Those of some kinds of families without which the network runs; all others are refused."""
-        problem = self._problem([i for kind in kinds for i in kind]) if kinds else None
+    def find(self, kinds: list[list[int]]) -> None:
+        """Refuse families until the network runs without all others.
+
+        Which are to blame is looked for where all together failed alone, for that is one trial of many.
+        """
+        while kinds and (problem := self._trial.problem(_families(kinds))) is not None:
+            self._stage, before = self._trial.stage, (len(self.reasons), len(self._trial.needs_two))
+            kinds = self._running(kinds, problem)
+            if before == (len(self.reasons), len(self._trial.needs_two)):  # As where outputs are not always the same.
+                self.reasons.update(dict.fromkeys(_families(kinds), problem))
+                return
+
+    def _problem(self, chosen: list[int]) -> str | None:
+        return self._trial.problem(chosen, self._stage)
+
+    def _running(self, kinds: list[list[int]], problem: str | None = None) -> list[list[int]]:
+        """Those of some kinds of families without which the network runs; all others are refused.
+
+        Args:
+            kinds: Families by their kinds.
+            problem: What goes wrong without all of them, if that is known.
+        """
+        problem = problem or (self._problem(_families(kinds)) if kinds else None)
         if problem is None:
             return kinds
         if len(kinds) == 1:
             return self._apart(kinds[0], problem)
         half = len(kinds) // 2
-        first, second = self.running(kinds[:half]), self.running(kinds[half:])
-        if first and second and self._problem([i for kind in first + second for i in kind]) is not None:
+        first, second = self._running(kinds[:half]), self._running(kinds[half:])
+        if first and second and self._problem(_families(first + second)) is not None:
             return [*first, *self._beside(first, second)]
         return first + second
 
     def _apart(self, kind: list[int], problem: str) -> list[list[int]]:
         """What runs of one kind. Where the first and the last fail alike, all do."""
-        if self._runs_with_two(kind, problem):
+        if self._trial.runs_with_two(kind, problem, self._stage):
             return [kind]
         if len(kind) == 1:
             self.reasons[kind[0]] = problem
@@ -478,11 +510,11 @@ class _Search:
         if first is not None and last is not None and (alike := _alike(first, last)) is not None:
             self.reasons.update(dict.fromkeys(kind, alike))
             return []
-        return self.running([[i] for i in kind])
+        return self._running([[i] for i in kind])
 
     def _beside(self, first: list[list[int]], second: list[list[int]]) -> Iterator[list[int]]:
         """Those of some kinds that run, with which others do not run all together."""
-        taken = [i for kind in first for i in kind]
+        taken = _families(first)
         for kind in second:
             problem = self._problem([*taken, *kind])
             if problem is None:
@@ -490,6 +522,10 @@ class _Search:
                 yield kind
             else:
                 self.reasons.update(dict.fromkeys(kind, problem))
+
+
+def _families(kinds: list[list[int]]) -> list[int]:
+    return [i for kind in kinds for i in kind]
 
 
 #: The number of a layer in a name, or of entries in a shape.

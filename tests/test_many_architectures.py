@@ -182,6 +182,21 @@ NETWORKS = {
         0.3,
     ),
     "Wav2Vec2": ("ForCTC", sounds, {**SMALL, **SPEECH}, 0.3),
+    "Mamba2": (
+        "ForCausalLM",
+        tokens,
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "vocab_size": 96,
+            "state_size": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 2,
+            "chunk_size": 4,
+        },
+        0.3,
+    ),
 }
 
 
@@ -244,21 +259,6 @@ KEPT = {
         images,
         STAGES,
         r"reduced over channels \(mean, 'convnextv2.encoder.stages.\*.layers.0.grn'\)",
-    ),
-    "Mamba2": (
-        "ForCausalLM",
-        tokens,
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "vocab_size": 96,
-            "state_size": 4,
-            "num_heads": 8,
-            "head_dim": 8,
-            "n_groups": 2,
-            "chunk_size": 4,
-        },
-        "unequal parts are taken",
     ),
 }
 

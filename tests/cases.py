@@ -242,6 +242,7 @@ class TransformCase:
     drops: str = ""  # Why an extra argument that nobody takes is no error.
     shared: str = ""  # Why a tensor of its state, besides counters, belongs to several leaves.
     wide: str = ""  # Why its updates of sixteen-bit leaves are float32.
+    newer: str = ""  # Why torch 2.9 does not compile a map in which it is made.
 
     def updates_like(self, params: Any) -> Any:
         """A tree that its updates have the dtypes of."""
@@ -1439,6 +1440,9 @@ TRANSFORMS.update(
 # Factored, orthogonal and mixed steps, and those that see the objective
 
 
+TAKES_MORE = "it does not read the extra arguments of an update that is defined inside of compiled code"
+
+
 @remembered
 def with_value(tx: fr.Transform, value: float) -> fr.Transform:
     """A transform that takes the value of an objective, always given the same one."""
@@ -1667,14 +1671,17 @@ TRANSFORMS.update(
         "reduce_on_plateau": TransformCase(
             lambda h=1.0: with_value(fr.reduce_on_plateau(0.5 * h, patience=2), 3.0),
             lambda s, h: s.g * (0.5 * h if s.n > 2 else 1),
+            newer=TAKES_MORE,
         ),
         "scale_by_polyak": TransformCase(
             lambda h=1.0: with_value(fr.scale_by_polyak(0.5 * h), 3.0),
             lambda s, h: s.g * min(1.0, (3 - 0.5 * h) / float(s.norms[-1]) ** 2),
+            newer=TAKES_MORE,
         ),
         "polyak_sgd": TransformCase(
             lambda h=1.0: with_value(fr.polyak_sgd(0.1 * h, f_min=0.5), 3.0),
             lambda s, h: -s.g * min(0.1 * h, 2.5 / float(s.norms[-1]) ** 2),
+            newer=TAKES_MORE,
         ),
         "scale_by_factored_rms": TransformCase(
             lambda h=1.0: fr.scale_by_factored_rms(min_dim_size_to_factor=2, decay_rate=0.8 * h, epsilon=0.1),
@@ -1742,16 +1749,19 @@ TRANSFORMS.update(
             lambda h=1.0: with_objective(fr.lbfgs(0.3 * h, 2, linesearch=fr.scale_by_zoom_linesearch(2))),
             None,
             differentiable=False,
+            newer=TAKES_MORE,
         ),
         "scale_by_zoom_linesearch": TransformCase(
             lambda h=1.0: with_objective(
                 fr.chain(fr.sgd(0.3 * h), fr.scale_by_zoom_linesearch(3, curv_rtol=0.6, initial_guess_strategy="one"))
             ),
             lambda s, h: _searched(s, 0.3 * h),
+            newer=TAKES_MORE,
         ),
         "scale_by_backtracking_linesearch": TransformCase(
             lambda h=1.0: with_objective(fr.chain(fr.sgd(5.0 * h), fr.scale_by_backtracking_linesearch(3, 1e-4, 0.5))),
             lambda s, h: _backtracked(s, 5.0 * h),
+            newer=TAKES_MORE,
         ),
         "selective_transform": TransformCase(
             lambda h=1.0: fr.selective_transform(fr.sgd(0.1 * h), freeze_mask=fr.matrices),

@@ -24,7 +24,7 @@ from funcreg.tree import (
     tree_leaves,
     tree_paths,
 )
-from funcreg.undocumented import is_compiling
+from funcreg.undocumented import is_compiling, read_once
 from funcreg.wrapping import plain_names
 
 #: What a shape is compared with: sizes, None for any size, one `...` for any number of sizes, or a function of it.
@@ -247,6 +247,7 @@ def rule(pattern: str | re.Pattern[str]) -> tuple[str, int]:
     return (pattern, -1) if isinstance(pattern, str) else (pattern.pattern, pattern.flags)
 
 
+@read_once
 def named_by(text: str, flags: int, names: tuple[str, ...], plain: tuple[str, ...]) -> tuple[bool, ...]:
     """Which names, as they are or without wrappers, match a rule."""
     return tuple([_matches(a, text, flags) or _matches(b, text, flags) for a, b in zip(names, plain, strict=True)])
@@ -255,10 +256,6 @@ def named_by(text: str, flags: int, names: tuple[str, ...], plain: tuple[str, ..
 def _matches(name: str, text: str, flags: int) -> bool:
     """Whether a name matches a glob, or a regular expression if flags of one are given."""
     return fnmatch.fnmatchcase(name, text) if flags < 0 else re.fullmatch(text, name, flags) is not None
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-vars(named_by)["_dynamo_marked_constant"] = True
 
 
 # Roles

@@ -26,6 +26,7 @@ from funcreg.penalties import Dim, group_dims, l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l0_envelope, l_half, l_two_thirds, mcp
 from funcreg.tree import sign, squared, without_autocast
+from funcreg.undocumented import read_once
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -50,12 +51,9 @@ def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     make it once, outside of what is compiled.
     """
 
+    @read_once  # `allow_in_graph` imports the compiler, and so waits until there is one, which runs this.
     def allow() -> None:
         torch.compiler.allow_in_graph(call)
-
-    # What `torch.compiler.assume_constant_result` sets: the compiler runs this as it reads it. Both functions import
-    # the compiler, and so wait until there is one.
-    allow._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # Functions have it.
 
     def called(*args: Any, **options: Any) -> Tensor:
         if torch.compiler.is_dynamo_compiling():

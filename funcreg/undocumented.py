@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ current_level: Callable[[], int | None] | None = getattr(functorch, "maybe_curre
 count_modes: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
 #: A function of the arguments of a graph.
 Compiled = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def dispatch_mode() -> Any:
@@ -131,6 +132,16 @@ def is_traced() -> bool:
     if torch.compiler.is_dynamo_compiling() or count_modes is None:
         return torch.compiler.is_compiling()
     return count_modes() > 0
+
+
+def read_once(call: Function) -> Function:
+    """Let the compiler run a function as it reads code, and take what it returns as a constant.
+
+    What `torch.compiler.assume_constant_result` marks, without its import of the whole compiler. Without the mark,
+    `torch.compile` reads the function itself, which may be more than it can read.
+    """
+    call.__dict__["_dynamo_marked_constant"] = True
+    return call
 
 
 def dynamo_asks() -> bool:

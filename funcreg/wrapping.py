@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from funcreg.undocumented import read_once
+
 #: What wrappers call the module inside them: torch.compile, fully sharded data parallel, activation checkpointing,
 #: Fabric, which has a name for it without its other wrappers, too.
 _WRAPPERS = (
@@ -22,6 +24,7 @@ def without_wrappers(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(".".join(row) for row in rows)
 
 
+@read_once
 def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Names of parameters as they are without wrappers and parametrizations."""
     rows = [name.split(".") for name in without_wrappers(names)]
@@ -31,6 +34,7 @@ def plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(".".join(row) for row in rows)
 
 
+@read_once
 def matched(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     """Each name as it is known, or else the one that is known with other wrappers; itself where there is none."""
     if set(names) <= set(known):
@@ -39,11 +43,6 @@ def matched(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
     by_plain = {name: known[i] for i, name in enumerate(plain) if plain.count(name) == 1}
     rows = zip(names, without_wrappers(names), strict=True)
     return tuple([name if name in known else by_plain.get(short, name) for name, short in rows])
-
-
-# What torch.compiler.assume_constant_result sets, without its import of the whole compiler.
-for _constant in (plain_names, matched):
-    vars(_constant)["_dynamo_marked_constant"] = True
 
 
 def inner_module(module: nn.Module) -> nn.Module:

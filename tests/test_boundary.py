@@ -1102,10 +1102,21 @@ def test_nothing_else_of_torch_is_undocumented():
     from pathlib import Path
 
     private = ("torch._C", "torch._dynamo", "torch._inductor", "torch._subclasses", "torch._functorch", "torch.utils._")
+    private += ("_dynamo_marked",)
     for path in Path(fr.__file__).parent.glob("*.py"):
         if path.name != "undocumented.py":
             text = path.read_text()
             assert not [name for name in private if name in text], path.name
+
+
+def test_what_the_compiler_reads_once_is_marked_as_torch_marks_it():
+    def call() -> int:
+        return 1
+
+    def other() -> int:
+        return 1
+
+    assert vars(undocumented.read_once(call)) == vars(torch.compiler.assume_constant_result(other))
 
 
 def test_processor_checks_of_others_are_made_as_ever():

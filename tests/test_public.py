@@ -77,9 +77,9 @@ def test_penalties_look_like_functions():
 LAYERS = [
     [
         *("_typing", "agreement", "atoms", "equations", "frozen", "memory", "notation", "notices"),
-        *("undocumented", "wrapping"),
+        "undocumented",
     ],
-    ["attention", "freshness", "locality", "ranges", "recording", "tracing"],
+    ["attention", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],

@@ -87,8 +87,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     r"""Least strength that makes zero a solution, :math:`\min \{\lambda : -\nabla f(0) \in \lambda \partial g(0)\}`.
 
     For `l1` this is :math:`\max_i |\nabla_i f(0)|`; a path of strengths starts here. It is found from the definition,
-    as the least step whose proximal operator takes all gradients to zero, and so holds for every convex penalty:
-    bisection, of magnitudes and then of digits, exact to the last bit. Infinite for a penalty that makes no zeros.
+    as the least step whose proximal operator takes all gradients to zero, and so holds for every convex penalty: along
+    lines and by bisection, exact to the last bit. Infinite for a penalty that makes no zeros.
     It has first and second derivatives in the gradients, the hyperparameters and tensors in the penalty.
 
     Args:
@@ -118,15 +118,8 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
 
     land = lambda strength: penalty.prox(downhill, strength, *hyper, **options)
-    vanish = lambda strength: _largest(land(strength)) == 0
     size = _largest(downhill).to(torch.float64).detach()
-    known = concrete(size)
-    if isinstance(known, Tensor) and not known.isnan():
-        # The greatest entry is the answer for the most common penalty, which two steps show.
-        found = concrete(vanish(size) & ~vanish(torch.nextafter(size, torch.zeros_like(size))))
-        if isinstance(found, Tensor) and found:
-            return _with_derivatives(size, land)
-    return _with_derivatives(least_strength(size, vanish), land)
+    return _with_derivatives(least_strength(size, lambda strength: _largest(land(strength))), land)
 
 
 def _with_derivatives(least: Tensor, land: Callable[[Tensor], Params]) -> Tensor:
@@ -151,23 +144,58 @@ def _with_derivatives(least: Tensor, land: Callable[[Tensor], Params]) -> Tensor
     return least + torch.where(least == 0, 0.0, root - root.detach())
 
 
-def least_strength(size: Tensor, vanish: Callable[[Tensor], Tensor]) -> Tensor:
-    """The least strength, exact to the last bit, from which on a function is true; infinite if there is none.
+def least_strength(size: Tensor, left: Callable[[Tensor], Tensor]) -> Tensor:
+    """The least strength, exact to the last bit, that leaves nothing; infinite if there is none.
 
     Args:
         size: Tensor of float64, of how large gradients are: strengths go up to :math:`2^{200}` times as much.
-        vanish: From a strength to a bool.
+        left: From a strength to how large what it leaves is.
     """
     limits = torch.finfo(size.dtype)
     known = torch.where(size.isnan(), torch.ones_like(size), size)  # A step is a number; what lands is NaN anyway.
     low, high = torch.full_like(size, limits.tiny), (known * 2.0**200).clamp(max=limits.max)
+    vanish = lambda strength: left(strength) == 0
     reachable = vanish(high)
+    if concrete(size) is not None and concrete(reachable) is not None:
+        if not reachable:
+            return torch.where(size.isnan(), size, torch.inf)
+        low, high = _along_lines(low, high, known, left)
     for _ in range(66):  # 12 halve the range of magnitudes until it is a factor of 2, 53 the numbers in that.
+        if (found := concrete(high <= torch.nextafter(low, high))) is not None and found:
+            break
         middle = torch.where(high > 2 * low, low.sqrt() * high.sqrt(), low + (high - low) / 2)
         gone = vanish(middle)
         low, high = torch.where(gone, low, middle), torch.where(gone, middle, high)
     least = torch.where(vanish(torch.zeros_like(size)), torch.zeros_like(size), high)
     return torch.where(reachable, least, torch.where(size.isnan(), size, torch.inf))
+
+
+def _along_lines(low: Tensor, high: Tensor, size: Tensor, left: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A strength that leaves something and one that leaves nothing, nearer to each other where that is soon found.
+
+    What is left falls along a line, or nearly, until there is nothing. The search goes to where the line through the
+    last two points ends, or less far if that passes the end, until two lines end at one place; the end is then a few
+    numbers away on either side.
+    """
+    before, value, at, end, share = torch.zeros_like(size), size, size, size, 0.5
+    for _ in range(20):
+        found = left(at).to(size.dtype)
+        if found == 0:
+            high, at, share = at, before + share * (at - before), 0.5
+            continue
+        if not found < value:
+            break
+        end, last = at + found / (value - found) * (at - before), end
+        low, before, value, at, share = at, at, found, end, 0.9375
+        if (end - last).abs() < 2.0**-44 * end:
+            break
+    for width in (2.0**-51, 2.0**-48, 2.0**-44, 2.0**-40):
+        for near in (end * (1 - width), end * (1 + width)):
+            if low < near < high:
+                low, high = (low, near) if left(near) == 0 else (near, high)
+        if high < end * (1 + 2 * width) and low > end * (1 - 2 * width):
+            break
+    return low, high
 
 
 def null_model(loss: Callable[[Params], Tensor], params: Params, mask: Mask, steps: int = 30) -> Params:

@@ -262,7 +262,7 @@ def _greatest(problem: Problem, args: Any, start: Params, free: list[Tensor], sl
     """The strength from which on the first step leaves zeros as they are: where not convex, its length matters."""
     land, kept = problem.landing(start, args), torch.cat([x.reshape(-1) for x in free])
     size = torch.stack([g.detach().abs().amax().double() for g in tree_leaves(slopes) if g.numel()]).amax()
-    found = least_strength(size, lambda strength: ((land(strength) == 0) | kept).all())
+    found = least_strength(size, lambda strength: torch.where(kept, 0.0, land(strength).abs()).amax())
     return found * (1 + 16 * torch.finfo(tree_leaves(start)[0].dtype).eps)  # However the steps of an ensemble round.
 
 

@@ -49,7 +49,7 @@ def users(world: int) -> Iterator[Check]:
         yield check.__name__, lambda check=check: check(world)
     rows = spreads(world)["rows"]
     for name, case in TRANSFORMS.items():
-        if name.startswith(OF_EXAMPLES):
+        if world == 2 or name.startswith(OF_EXAMPLES):  # Four processes have shards that are not alike.
             continue
         yield f"fused {name}", lambda case=case: fused(case.make(), rows)
 

@@ -82,12 +82,10 @@ def processes(world: int, folder: Path, groups: list[str], patience: float) -> t
     return first or [process.returncode for process in started], text
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize(
-    "groups",
-    [["penalties", "constraints", "transforms"], ["others", "steps", "loops", "users"]],
-    ids=" and ".join,
-)
+RULES, USES = ["penalties", "constraints", "transforms"], ["others", "steps", "loops", "users"]
+
+
+@pytest.mark.parametrize(("world", "groups"), [(2, RULES + USES), (4, RULES), (4, USES)])
 def test_sharded_parameters_give_what_whole_ones_give(world, groups, tmp_path):
     found = start(world, tmp_path, groups)
     failed = {f"{name} in process {rank}": why for rank, own in enumerate(found) for name, why in own.items() if why}

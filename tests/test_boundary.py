@@ -740,6 +740,7 @@ print(kernel[kernel.index("extern"):])
     not hasattr(torch.compiler, "_compile_session_context"),
     reason="while this torch compiles anything, compiled functions cannot be called in other threads",
 )
+@pytest.mark.slow
 @compilers
 def test_others_call_compiled_functions_while_a_step_is_made(backend):
     mine = torch.compile(lambda x: x.sin() + 1, backend="aot_eager")
@@ -1557,6 +1558,7 @@ TAKEN_WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "donate", "owned", "backend"), TAKEN_WAYS)
 @pytest.mark.parametrize("tree", KINDS.values(), ids=KINDS)
 def test_trees_of_every_kind_are_stepped_as_by_the_plain_functions(tree, make, owned, backend, donate):

@@ -435,7 +435,7 @@ def test_lassonet_lands_at_the_global_minimum_of_each_feature(ratio, alpha):
     assert all(w.isfinite().all() for w in grad(through)(params).values())
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("outputs", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 10.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_lassonet_in_a_metric_lands_at_the_minimum_of_each_feature(outputs, ratio, alpha):

@@ -785,7 +785,7 @@ EVERY_ZERO = {  # A penalty, and on what: a vector, or a matrix whose second row
 
 
 @pytest.mark.parametrize("name", EVERY_ZERO)
-@pytest.mark.parametrize("compile", [False, "eager"])
+@pytest.mark.parametrize("compile", [False, pytest.param("eager", marks=pytest.mark.slow)])
 def test_where_every_zero_is_stationary_a_solution_is_what_proximal_steps_find(name, compile):
     x, y = sparse()
     penalty, loss, shape = EVERY_ZERO[name]

@@ -61,7 +61,7 @@ def from_a_file(tx, step, grads=forest):
 
 
 @every_transform
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("donate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_are_the_plain_ones_packed_or_as_leaves_lie_and_compile_once(case, donate, small_buffers):
     tx, counter = case.make(), CompileCounterWithBackend("eager")
     step = fr.fuse(tx, donate=donate, backend="eager" if donate else counter)  # test_fused counts those that donate.
@@ -79,6 +79,7 @@ def test_steps_are_the_plain_ones_packed_or_as_leaves_lie_and_compile_once(case,
         from_a_file(tx, step, two_layers)  # The same record serves leaves that are copied together.
 
 
+@pytest.mark.slow
 @every_transform
 def test_packed_steps_take_sixteen_bits(case, small_buffers):
     tx = case.make()
@@ -351,6 +352,7 @@ def test_old_numbers_may_go_to_new_places(row, donate, backend):
     follow(tx, step, *step.init(square(0, U)), grads=square, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("donate", [False, True])
 def test_leaves_without_dimensions_are_steps_like_others(donate, backend):

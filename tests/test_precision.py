@@ -189,7 +189,7 @@ def fused_is_eager(make, donate, backend):
             assert_equal(state.master, eager.master, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("donate", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
 def test_fused_steps_are_the_eager_ones(make, donate):
     fused_is_eager(make, donate, "aot_eager")

@@ -253,6 +253,7 @@ def test_compiled_maps_have_the_same_derivatives_where_singular_values_are_equal
     assert_compiled_is_plain(everything)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nuclear", "spectral", "schatten", "spectral_mcp", "srip"])
 def test_compiled_values_have_the_same_derivatives_where_singular_values_are_equal_or_zero(name):
     case = (PENALTIES | GRADIENT_ALONE)[name]

@@ -323,7 +323,7 @@ AMONG = {
     "others": {"seeds": [3, 5]},
     "chunks": {"seeds": [3, 5], "chunk_size": 1},
     "folds": {"seeds": [3, 5], "folds": 2},
-    "compiled": {"seeds": [3, 5], "compile": "eager"},
+    "compiled": pytest.param({"seeds": [3, 5], "compile": "eager"}, marks=pytest.mark.slow),
 }
 
 

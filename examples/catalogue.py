@@ -182,7 +182,8 @@ def effects(penalty: fr.Penalty, w: Tensor) -> str:
     """What is seen of a matrix while the step of the proximal operator grows."""
     hyper, options = arguments(penalty)
     centre = GIVEN["anchor"] if "anchor" in inspect.signature(penalty).parameters else 0.0
-    path = [w - centre, *[penalty.prox(w, step, *hyper, **options) - centre for step in STEPS]]
+    points = torch.vmap(lambda step: penalty.prox(w, step, *hyper, **options))(torch.tensor(STEPS, dtype=w.dtype))
+    path = [w - centre, *(points - centre)]
     steps = [Seen(w - centre, z, before) for before, z in itertools.pairwise(path)]
     moved = [s for s in steps if (s.z != s.w).any() and (s.z != 0).sum() > 2]
 
@@ -222,21 +223,21 @@ def is_convex(penalty: fr.Penalty) -> bool:
     """No point between two others was found whose value is above the mean of theirs."""
     hyper, options = arguments(penalty)
     generator = torch.Generator("cpu").manual_seed(1)
+    pairs = []
     for seed in range(24):
         a, b = (10.0 ** (seed % 4 - 2) * sample(2 * seed + k) for k in range(2))
         some = torch.rand(ROWS, COLUMNS, generator=generator, device="cpu") < 0.5
         row, other = (torch.arange(ROWS).unsqueeze(1) == k for k in (seed % ROWS, (seed + 1) % ROWS))
-        for x, y in ((a, b), (a * some, b), (a, -a), (a, 0 * a), (a * row, b * other)):
-            if hasattr(penalty, "project"):
-                x, y = (penalty.prox(point, 1.0, *hyper, **options) for point in (x, y))
-                found = (penalty.prox((x + y) / 2, 1.0, *hyper, **options) - (x + y) / 2).abs().max()
-                expected = torch.zeros(())
-            else:
-                found = penalty((x + y) / 2, *hyper, **options)
-                expected = (penalty(x, *hyper, **options) + penalty(y, *hyper, **options)) / 2
-            if found > expected * (1 + 1e-9) + 1e-9:
-                return False
-    return True
+        pairs += [(a, b), (a * some, b), (a, -a), (a, 0 * a), (a * row, b * other)]
+    x, y = map(torch.stack, zip(*pairs, strict=True))
+    if hasattr(penalty, "project"):
+        project = torch.vmap(lambda point: penalty.prox(point, 1.0, *hyper, **options))
+        x, y = project(x), project(y)
+        found, expected = (project((x + y) / 2) - (x + y) / 2).abs().amax((1, 2)), torch.zeros(())
+    else:
+        value = torch.vmap(lambda point: penalty(point, *hyper, **options))
+        found, expected = value((x + y) / 2), (value(x) + value(y)) / 2
+    return not (found > expected * (1 + 1e-9) + 1e-9).any()
 
 
 def proximal(penalty: fr.Penalty, w: Tensor) -> str:

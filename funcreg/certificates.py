@@ -162,6 +162,9 @@ def least_strength(size: Tensor, vanish: Callable[[Tensor], Tensor]) -> Tensor:
     known = torch.where(size.isnan(), torch.ones_like(size), size)  # A step is a number; what lands is NaN anyway.
     low, high = torch.full_like(size, limits.tiny), (known * 2.0**200).clamp(max=limits.max)
     reachable = vanish(high)
+    known = concrete(reachable)
+    if isinstance(known, Tensor) and not known:  # As of a total variation, which has no strength that makes zeros.
+        return torch.where(size.isnan(), size, torch.inf)
     for _ in range(66):  # 12 halve the range of magnitudes until it is a factor of 2, 53 the numbers in that.
         middle = torch.where(high > 2 * low, low.sqrt() * high.sqrt(), low + (high - low) / 2)
         gone = vanish(middle)

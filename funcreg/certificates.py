@@ -157,7 +157,7 @@ def least_strength(size: Tensor, left: Callable[[Tensor], Tensor]) -> Tensor:
     vanish = lambda strength: left(strength) == 0
     reachable = vanish(high)
     if concrete(size) is not None and concrete(reachable) is not None:
-        if not reachable:
+        if not reachable:  # As of a total variation, which has no strength that makes zeros.
             return torch.where(size.isnan(), size, torch.inf)
         low, high = _along_lines(low, high, known, left)
     for _ in range(66):  # 12 halve the range of magnitudes until it is a factor of 2, 53 the numbers in that.

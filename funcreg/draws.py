@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
+from funcreg.ranges import concrete
 from funcreg.rounding import mixed, shifted, signed, words
 from funcreg.undocumented import count_maps, is_batched, is_compiling
 
@@ -36,7 +37,7 @@ class Draws(TorchFunctionMode):
 
     def __init__(self, key: Tensor, step: Tensor) -> None:
         super().__init__()
-        self._key, self._step, self.calls = mixed(key), step, 0
+        self._key, self._step, self.calls, self._skipped = mixed(key), step, 0, 0
         self._maps = 0
         self.functions: set[Callable[..., Any]] = set()  # That have drawn,
         self._inside: set[Callable[..., Any]] = set()  # and those by which torch drew, inside of another `vmap`.
@@ -79,10 +80,14 @@ class Draws(TorchFunctionMode):
         asked = {func for functions in get_overridable_functions().values() for func in functions}
         return [func.__name__ for func in (*self.functions, *self._inside) if func not in asked or func in self._inside]
 
+    def skip(self) -> None:
+        """Leave out the numbers of a call."""
+        self._skipped += 1
+
     def words(self, shape: Sequence[int], device: Any, extra: int = 0) -> Tensor:
         """A word of 64 bits for each entry, others at each call."""
         self.calls += 1
-        key = mixed(self._key + signed((_CALL * self.calls + extra) % 2**64))
+        key = mixed(self._key + signed((_CALL * (self.calls + self._skipped) + extra) % 2**64))
         (found,) = words(key, self._step, torch.empty(shape, device=device))
         return found
 
@@ -114,23 +119,61 @@ def _dropout(shape_of: Callable[[Tensor], Sequence[int]], alpha: bool = False) -
     """A kind of dropout, which drops one entry of a shape as a whole."""
 
     def drawing(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
-        def call(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-            strange = isinstance(p, Tensor) or input.layout is not torch.strided or not input.is_floating_point()
-            if not training or strange or not 0 < p <= 1:  # Some of it is an error of torch's.
+        def call(input: Tensor, p: float | Tensor = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+            strange = input.layout is not torch.strided or not input.is_floating_point() or _is_no_share(p)
+            if not training and isinstance(p, Tensor) and not strange:
+                return func(input, 0.0, training, inplace)  # Which torch reads, and has no use for.
+            if not training or strange or _is_none(draws, p):  # Some of it is an error of torch's.
                 return func(input, p, training, inplace)
             shape = [*shape_of(input), *[1] * (input.ndim - len(shape_of(input)))]
             # Of all words, which are signed, the least are dropped.
-            kept = draws.words(shape, input.device) >= min(round(p * 2**64) - 2**63, 2**63 - 1)
+            kept = draws.words(shape, input.device) >= _threshold(p, input.device)
+            p, inverse = _share(p, input)
             if alpha:
-                scale = ((1 - p) * (1 + p * _SATURATED**2)) ** -0.5 if p < 1 else 0.0
+                scale = (inverse / (1 + p * _SATURATED**2)) ** 0.5
                 found = scale * torch.where(kept, input, _SATURATED) - scale * p * _SATURATED
             else:
-                found = torch.where(kept, input * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+                found = torch.where(kept, input * inverse, 0.0 * inverse)
+            found = found.to(input.dtype)
             return input.copy_(found) if inplace else found
 
         return call
 
     return drawing
+
+
+def _share(p: float | Tensor, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """A share as numbers of a tensor are multiplied by it, and one over what is left."""
+    if not isinstance(p, Tensor):
+        return p, 1 / (1 - p) if p < 1 else 0.0
+    rest, dtype = 1 - p, torch.promote_types(like.dtype, torch.float32)
+    p, rest = p.to(like.device, dtype), rest.to(like.device, dtype)
+    inverse = torch.where(rest > 0, 1 / torch.where(rest > 0, rest, 1.0), 0.0)
+    return p, torch.where((p < 0) | (rest < 0), math.nan, inverse)  # What is no share is not hidden.
+
+
+def _is_no_share(p: Any) -> bool:
+    """Whether a number is known not to lie from 0 to 1."""
+    known = concrete(p) if isinstance(p, Tensor) else p
+    return (isinstance(p, Tensor) and p.ndim > 0) or (known is not None and not 0 <= known <= 1)
+
+
+def _is_none(draws: Draws, p: float | Tensor) -> bool:
+    """Whether a share is the number 0. Then it is as if numbers were drawn, and what comes after is what it is else."""
+    none = not isinstance(p, Tensor) and p == 0
+    if none:
+        draws.skip()
+    return none
+
+
+def _threshold(p: float | Tensor, device: Any) -> int | Tensor:
+    """The word below which a share of all words lies."""
+    if not isinstance(p, Tensor):
+        return min(round(p * 2**64) - 2**63, 2**63 - 1)
+    wide = torch.float32 if p.device.type == "mps" else torch.float64
+    most = 2.0**63 * (1 - torch.finfo(wide).eps / 2)  # The last number before words end.
+    found = (p.detach().to(device, wide) - 0.5) * 2.0**64
+    return torch.where(p.to(device) >= 1, 2**63 - 1, found.clamp(max=most).to(torch.int64))
 
 
 def _attention(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +182,7 @@ def _attention(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
+        dropout_p: float | Tensor = 0.0,
         is_causal: bool = False,
         *,
         scale: float | None = None,
@@ -147,7 +190,7 @@ def _attention(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Tensor:
         is_bool = attn_mask is not None and attn_mask.dtype == torch.bool
         strange = attn_mask is not None and (is_causal or not (is_bool or attn_mask.is_floating_point()))
-        if strange or not 0 < dropout_p <= 1:  # Some of it is an error of torch's.
+        if strange or _is_no_share(dropout_p) or _is_none(draws, dropout_p):
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
@@ -174,7 +217,7 @@ def _heads(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         p, rest = given["dropout_p"], len(args) > len(names)
         longer = given["bias_v"] is not None or given["add_zero_attn"] or given.get("static_v") is not None
-        if not given.get("training", True) or not p or rest or longer:
+        if not given.get("training", True) or rest or longer or _is_no_share(p) or _is_none(draws, p):
             return func(*args, **kwargs)
         shown, mean = given.get("need_weights", True), given.get("average_attn_weights", True)
         _, weights = func(**{**given, "dropout_p": 0.0, "need_weights": True, "average_attn_weights": False})
@@ -193,7 +236,7 @@ def _heads(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _dropped(draws: Draws, x: Tensor, p: float) -> Tensor:
+def _dropped(draws: Draws, x: Tensor, p: float | Tensor) -> Tensor:
     return _dropout(lambda x: x.shape)(draws, F.dropout)(x, p)
 
 
@@ -352,6 +395,26 @@ def _initialized(method: Callable[..., Tensor]) -> Callable[..., Any]:
     return drawing
 
 
+def _log1p(x: float | Tensor) -> float | Tensor:
+    return x.log1p() if isinstance(x, Tensor) else math.log1p(x)
+
+
+def _kaiming(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+    """`nn.init.kaiming_uniform_`, which torch draws where this context does not see it."""
+
+    def call(
+        tensor: Tensor, a: float = 0, mode: str = "fan_in", nonlinearity: Any = "leaky_relu", **options: Any
+    ) -> Tensor:
+        if options or tensor.ndim < 2 or not tensor.numel() or mode not in ("fan_in", "fan_out"):
+            return func(tensor, a, mode, nonlinearity, **options)  # Some of it is an error of torch's.
+        fan = tensor[:, 0].numel() if mode == "fan_out" else tensor[0].numel()
+        bound = math.sqrt(3 / fan) * nn.init.calculate_gain(nonlinearity, a)
+        with torch.no_grad():
+            return _DRAWING[Tensor.uniform_](draws, Tensor.uniform_)(tensor, -bound, bound)
+
+    return call
+
+
 def _integers_filled(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
     """`random_(high)` and `random_(low, high)`; without them, all numbers of a dtype, it is torch's."""
 
@@ -403,11 +466,12 @@ _DRAWING: dict[Any, Callable[[Draws, Callable[..., Any]], Callable[..., Any]]] =
     Tensor.uniform_: _filled("uniform", lambda u, start=0.0, to=1.0: start + (to - start) * u),
     Tensor.bernoulli_: _filled("uniform", lambda u, p=0.5: u < p),
     Tensor.exponential_: _filled("exponential", lambda e, lambd=1.0: e / lambd),
-    Tensor.geometric_: _filled("exponential", lambda e, p: (e / -math.log1p(-p)).ceil()),
+    Tensor.geometric_: _filled("exponential", lambda e, p: (e / -_log1p(-p)).ceil()),
     Tensor.cauchy_: _filled("inside", lambda u, median=0.0, sigma=1.0: median + sigma * torch.tan(math.pi * (u - 0.5))),
     Tensor.random_: _integers_filled,
     nn.init.normal_: _initialized(Tensor.normal_),
     nn.init.uniform_: _initialized(Tensor.uniform_),
+    nn.init.kaiming_uniform_: _kaiming,
 }
 #: What makes memory without numbers.
 _FRESH = {torch.empty, torch.empty_like, Tensor.new_empty, Tensor.new}

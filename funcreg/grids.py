@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import inspect
 import itertools
 import math
@@ -69,7 +70,7 @@ def configurations(grid: Any, draws: int | None, seed: int) -> list[Config]:
 
 def _check_names(config: Mapping[str, Any]) -> None:
     for name in config:
-        if not isinstance(name, str) or not name.isidentifier():
+        if not isinstance(name, str) or not name.rpartition(".")[2].isidentifier():
             raise TypeError(f"grid has the key {name!r}; expected the name of a hyperparameter")
         if name in RESERVED:
             raise ValueError(f"a hyperparameter is named '{name}', as a column of the rows is; give it another name")
@@ -148,10 +149,19 @@ class Split(NamedTuple):
 
     make: tuple[str, ...]  # To the factory of transforms.
     loss: tuple[str, ...]  # To the loss, by keyword.
+    forward: tuple[str, ...] = ()  # To the forward of a module, by keyword.
+    attributes: tuple[str, ...] = ()  # To attributes of modules, whose names these are, or globs of them.
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What goes to the loss or the module."""
+        return (*self.loss, *self.forward, *self.attributes)
 
 
-def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[..., Any]) -> Split:
-    """Which hyperparameters the factory takes; what it does not take and the loss names goes there."""
+def split_names(
+    names: Sequence[str], make: Callable[..., Any], loss: Callable[..., Any], module: torch.nn.Module | None = None
+) -> Split:
+    """Where hyperparameters go: to the factory, what it does not take to the loss, the forward or attributes."""
     if not callable(make) or isinstance(make, torch.nn.Module):
         raise TypeError(f"make is {make!r}; expected a function from hyperparameters to a transform")
     if isinstance(make, type) and issubclass(make, torch.optim.Optimizer):
@@ -160,14 +170,19 @@ def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[.
             "function from hyperparameters to a transform, such as fr.adamw, with learning_rate in the grid"
         )
     own, every = _names(make)
-    to_make = tuple(name for name in names if every or name in own)
-    others = [name for name in names if name not in to_make]
-    named, _ = _names(loss)
-    unknown = [name for name in others if name not in named]
+    to_make = tuple(name for name in names if name in own or (every and name.isidentifier()))
+    rest = [name for name in names if name not in to_make]
+    in_loss, in_forward = _names(loss)[0], [] if module is None else _names(module.forward)[0]
+    to_loss = tuple(name for name in rest if name in in_loss)
+    to_forward = tuple(name for name in rest if name not in in_loss and name in in_forward)
+    others = tuple(name for name in rest if name not in (*to_loss, *to_forward))
+    unknown = [name for name in others if module is None or not attributes(module, name)]
     if unknown:
+        there = "" if module is None else ", nor is it an attribute of the module that is a number, such as '0.p'"
         raise TypeError(
-            f"the factory takes {', '.join(own) or 'no hyperparameters'}, and neither it nor the loss names "
-            f"'{unknown[0]}', which is in the grid.{_near(unknown[0], [name for name in own if name not in names])}"
+            f"the factory takes {', '.join(own) or 'no hyperparameters'}, and neither it nor the loss"
+            f"{'' if module is None else ' nor forward'} names '{unknown[0]}', which is in the grid{there}."
+            f"{_near(unknown[0], [name for name in own if name not in names])}"
         )
     try:
         inspect.signature(make).bind(**dict.fromkeys(to_make))
@@ -180,7 +195,17 @@ def split_names(names: Sequence[str], make: Callable[..., Any], loss: Callable[.
         ) from error
     except ValueError:
         pass  # A function that is not written in Python has no signature: its call says what it lacks.
-    return Split(to_make, tuple(others))
+    return Split(to_make, to_loss, to_forward, others)
+
+
+def attributes(module: torch.nn.Module, name: str) -> list[tuple[str, str]]:
+    """Paths of modules and their attributes that are numbers, as the rate of dropout, whose dotted names match."""
+    found = [(path, key) for path, layer in module.named_modules() for key, x in vars(layer).items() if _is_number(x)]
+    return [(path, key) for path, key in found if fnmatch.fnmatchcase(f"{path}.{key}" if path else key, name)]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 #: What others call a hyperparameter that has one of these names here.
@@ -235,8 +260,7 @@ def grouped(configs: Sequence[Config], static: Sequence[str]) -> list[tuple[Conf
 
 
 def _is_fixed(values: list[Any]) -> bool:
-    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in values]
-    return not all(numbers) or all(value == values[0] for value in values)
+    return not all(map(_is_number, values)) or all(value == values[0] for value in values)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -43,6 +43,8 @@ _KEPT = 256
 _ENTRIES, _TERMS = 2**20, 2**18
 #: Entries from which on those that are surely zero are left out.
 _SCREENED = 64
+#: Entries from which on folds are screened one after the other, instead of solved at once.
+_WIDE = 1024
 
 
 @public_state
@@ -421,6 +423,9 @@ def cross_validate(
 ) -> CrossValidation:
     r"""Choose a strength by the loss on held-out samples; all folds and some strengths at a time in one ensemble.
 
+    With a thousand entries and more, and a convex penalty, folds are solved one after the other, each as a path that
+    leaves out what is surely zero.
+
     Args:
         loss: `loss(params, *data)`, a mean over samples.
         params: Parameters like those wanted.
@@ -479,8 +484,12 @@ def cross_validate(
     error = scores.std(0) / len(held_out) ** 0.5
     least = int(mean.argmin())
     simplest = int((mean <= mean[least] + error[least]).int().argmax())
-    fitted = problem.solve(start, falling[least], data)
-    return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted.params, converged)
+    if _is_wide(problem, start):
+        chosen = _solved_with_screening(problem, data, start, falling[0], falling[least : least + 1])
+        fitted = tree_map(lambda w: w[0], chosen.params)
+    else:
+        fitted = problem.solve(start, falling[least], data).params
+    return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted, converged)
 
 
 def _folds(folds: SupportsIndex | Iterable[Any], samples: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
@@ -530,6 +539,12 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """The loss on held-out samples, for some folds of one size and all strengths, and whether fits have converged."""
     rows = lambda places: tree_map(lambda x: x[places], data)
+    if _is_wide(problem, start):
+        each = [
+            _scores_of_path(problem, start, rows(fit), rows(held), strengths)
+            for fit, held in zip(trains, tests, strict=True)
+        ]
+        return torch.stack([losses for losses, _ in each]), torch.stack([converged for _, converged in each])
     training, testing = rows(trains), rows(tests)
     begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
 
@@ -550,3 +565,23 @@ def _scores(
         columns.append(losses)
         converged.append(done)
     return torch.cat(columns, 1).to(strengths.dtype), torch.cat(converged, 1)
+
+
+def _is_wide(problem: Problem, start: Params) -> bool:
+    """Whether screening saves more than folds that are solved at once."""
+    return sum(w.numel() for w in tree_leaves(start)) >= _WIDE and _is_convex(problem)
+
+
+def _scores_of_path(
+    problem: Problem, start: Params, training: Any, testing: Any, strengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for one fold, whose entries that are surely zero are left out, as on a path."""
+    found: list[Solution] = []
+    size, before = sum(w.numel() for w in tree_leaves(start)), strengths[0]
+    quadratic = _is_quadratic(lambda point: problem.loss(point, *training), start)
+    for some in _chunks(strengths, size, training, quadratic):
+        found.append(_solved_with_screening(problem, training, start, before, some))
+        start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
+    whole = tree_map(lambda *parts: torch.cat(parts), *found)
+    losses = [problem.loss(tree_map(lambda w, k=k: w[k], whole.params), *testing) for k in range(len(strengths))]
+    return torch.stack(losses).to(strengths.dtype), whole.converged

@@ -55,7 +55,7 @@ class Run:
         model: What is trained.
         make: The factory of transforms.
         configs: One configuration for each row of the grid; rows of the sweep are these, each with all seeds.
-        names: Which hyperparameters go to the factory, and which to the loss.
+        names: Which hyperparameters go to the factory, and which elsewhere.
         splits: Data, rows of each fold, and batches.
         epochs: Number of epochs.
         static: Names of hyperparameters that stay numbers of Python.
@@ -161,13 +161,13 @@ class Run:
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.
                 batch = next(self.splits.batches(0, self.device))
                 one = tree_map(lambda x: x[0], batch) if self.folds > 1 else batch
-                for_loss = {name: _to(config[name], self.device) for name in self.names.loss}
-                self.model.check(for_loss, one)
+                known = {name: _to(config[name], self.device) for name in self.names.trained}
+                self.model.check(known, one)
                 if self.splits.valid:
                     held = next(self.splits.validation(0, self.device))[1]
-                    self.model.check_validation(for_loss, held)
+                    self.model.check_validation(known, held)
                     if self.model.score is not None:
-                        self.model.check_score(held)
+                        self.model.check_score(known, held)
         return takes
 
     def _group(self, shared: Config, size: int, takes: list[str]) -> Group:
@@ -176,10 +176,6 @@ class Run:
         def transform(hyper: dict[str, Tensor]) -> Transform:
             config = {**shared, **hyper}
             return make(**{name: config[name] for name in names.make})
-
-        def for_loss(hyper: dict[str, Tensor]) -> Config:
-            config = {**shared, **hyper}
-            return {name: config[name] for name in names.loss}
 
         def init(hyper: dict[str, Tensor], params: Any) -> Any:
             with Draws(hyper["seed"], torch.full_like(hyper["seed"], -1)):  # For chains that draw their key.
@@ -190,8 +186,8 @@ class Run:
         ) -> Any:
             def objective(params: Any) -> tuple[Tensor, Any]:
                 with model.drawing(hyper["seed"], count):
-                    args, own = model.arguments(params, buffers, batch, True)
-                    return model.loss(*args, **for_loss(hyper)), own
+                    args, own = model.arguments(params, buffers, batch, True, {**shared, **hyper})
+                    return model.value(args, {**shared, **hyper}), own
 
             grads, (value, changed) = grad_and_value(objective, has_aux=True)(params)
             known = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
@@ -204,7 +200,7 @@ class Run:
 
         def measure(params: Any, buffers: Any, hyper: dict[str, Tensor], batch: Any) -> tuple[Tensor, Tensor]:
             with model.drawing(hyper["seed"], torch.full_like(hyper["seed"], -2)):
-                return model.measured(params, buffers, for_loss(hyper), batch)
+                return model.measured(params, buffers, {**shared, **hyper}, batch)
 
         def together(params: Any, buffers: Any, state: Any, alive: Tensor, *others: Any) -> Any:
             return mapped(params, buffers, state, *others)

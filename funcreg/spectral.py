@@ -44,7 +44,7 @@ def as_matrix(w: Tensor) -> Tensor:
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function that the compiler takes into its graph as a whole, with the derivatives that it has.
 
     The compiler would else trace the decomposition, and differentiate that. It knows such a function by its identity:
@@ -90,7 +90,7 @@ class _Product(torch.autograd.Function):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-@_whole
+@whole
 def _product(a: Tensor, b: Tensor) -> Tensor:
     made: Any = _Product.apply(a, b)
     return made
@@ -299,7 +299,7 @@ def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
         common: From all singular values and the hyperparameters of the leaf to the one hyperparameter of the rule.
     """
 
-    @_whole
+    @whole
     def applied(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return w.clone()
@@ -314,7 +314,7 @@ def _on_values(rule: Rule, common: Rule | None = None) -> Callable[..., Tensor]:
 def _of_values(rule: Rule, slope: Rule) -> Callable[..., Tensor]:
     """The same for a number made of singular values by a rule whose gradient is another; 0 for an empty leaf."""
 
-    @_whole
+    @whole
     def measured(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         if not w.numel():
             return squared(w).sum()

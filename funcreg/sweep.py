@@ -174,11 +174,13 @@ def sweep(
         model: A module, whose weights all members begin with; a function without arguments that makes a module, which
             is called for each seed; or a tree of parameters.
         loss: Of a module, `loss(outputs, *targets)`; of a tree, `loss(params, *batch)`. A mean over the rows of a
-            batch. Hyperparameters that `make` does not take and `loss` names go to it by keyword.
+            batch. Hyperparameters that `make` does not take and `loss` names go to it by keyword, those that the
+            `forward` of a module names to that, and others to the attributes of its layers that have their names.
         make: From the hyperparameters of one member, by keyword, to its transform. Those that take `value`, `grad` or
             `value_fn`, such as `reduce_on_plateau`, `polyak_sgd` and `lbfgs`, get those of the batch.
         grid: From names of hyperparameters to lists or tensors of values, of which all combinations are trained; or a
-            list of dicts, one for each configuration. With `draws`, values may be distributions of torch or scipy.
+            list of dicts, one for each configuration. With `draws`, values may be distributions of torch or scipy. A
+            name may be that of an attribute, `"3.p"`, or a glob, `"*.p"` for the rates of all layers of dropout.
         data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. Arrays of numpy or pandas and
             lists of numbers become tensors in the dtype of the parameters. A tuple of inputs stands for
             several arguments of the module, a dict for keywords.
@@ -247,8 +249,9 @@ def sweep(
     for name, function in (("loss", loss), ("score", score)):
         if not callable(function) and (name == "loss" or function is not None):
             raise TypeError(f"{name} is {function!r}; expected a function")
-    names = split_names(list(configs[0]), make, loss)
     trained = Model(model, loss, score, seeds, list(configs[0]))
+    names = split_names(list(configs[0]), make, loss, trained.module)
+    trained.give(names)
     start = trained.start[0]
     tensors = as_data(data, start)
     splits = make_splits(tensors, validation, folds, batch_size, seed, start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.func import functional_call, grad, vjp, vmap
 
 from funcreg.draws import Draws
 from funcreg.ensemble import seeded, stack, whole_seeds
-from funcreg.grids import Config
+from funcreg.grids import Config, Split, attributes
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
 from funcreg.ranges import number
@@ -54,6 +55,8 @@ class Model:
                 f"seeds is {seeds!r}, and all members begin with the weights that were given; expected a function that "
                 "makes them, as in lambda: Sequential(...)"
             )
+        self.names = Split((), ())  # Which hyperparameters go where,
+        self._places: list[tuple[str, str, str]] = []  # and to which attribute of which layer.
         members: list[Any] = [seeded(source, each) for each in self.seeds] if drawn else [source]
         if isinstance(members[0], nn.Module):
             trees: list[Any] = [self._opened(member, drawn) for member in members]
@@ -83,7 +86,44 @@ class Model:
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         self._names = {name: first.setdefault(id(w), name) for name, w in named}  # Tied ones have one name.
 
-    def arguments(self, params: Any, buffers: Any, batch: Any, train: bool) -> tuple[tuple[Any, ...], Any]:
+    @property
+    def module(self) -> nn.Module | None:
+        """A copy of the module that is trained; None of a tree."""
+        return self._training
+
+    def give(self, names: Split) -> None:
+        """Say which hyperparameters the loss and the module get, before any call of them."""
+        self.names = names
+        if self._training is not None:
+            self._places = [(name, *at) for name in names.attributes for at in attributes(self._training, name)]
+            first: dict[tuple[str, str], str] = {}
+            for name, *at in self._places:
+                if first.setdefault((at[0], at[1]), name) != name:
+                    raise ValueError(
+                        f"the grid has {first[at[0], at[1]]!r} and {name!r}, which are both "
+                        f"'{'.'.join(filter(None, at))}' of the module; expected one of them, or globs that match apart"
+                    )
+
+    def value(self, args: tuple[Any, ...], hyper: Config) -> Any:
+        """The loss of what it is called with."""
+        return self.loss(*args, **{name: hyper[name] for name in self.names.loss})
+
+    def _called(self, module: nn.Module, own: Any, args: Any, kwargs: Any, hyper: Config) -> Any:
+        """The outputs of a module whose forward, or whose layers, have hyperparameters of one member."""
+        kwargs = {**kwargs, **{name: hyper[name] for name in self.names.forward}}
+        places = [(module.get_submodule(path), key, hyper[name]) for name, path, key in self._places]
+        before = [getattr(layer, key) for layer, key, _ in places]
+        for layer, key, x in places:
+            setattr(layer, key, x)
+        try:
+            return functional_call(module, own, args, kwargs)
+        finally:
+            for (layer, key, _), x in zip(places, before, strict=True):
+                setattr(layer, key, x)
+
+    def arguments(
+        self, params: Any, buffers: Any, batch: Any, train: bool, hyper: Config
+    ) -> tuple[tuple[Any, ...], Any]:
         """What the loss is called with, and the buffers after a forward pass, which changes copies of them."""
         module = self._training if train else self._evaluating if self._training is not None else None
         if module is None:
@@ -93,9 +133,9 @@ class Model:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
         args = args if isinstance(args, tuple) else (args,)
         if train or not self._by_gradient:
-            outputs = functional_call(module, own, args, kwargs)
+            outputs = self._called(module, own, args, kwargs, hyper)
         else:
-            call = lambda params: functional_call(module, {**own, **params}, args, kwargs)
+            call = lambda params: self._called(module, {**own, **params}, args, kwargs, hyper)
             outputs = vjp(call, params)[0]
         return (outputs, *targets), {name: own[name] for name in buffers}
 
@@ -108,8 +148,8 @@ class Model:
 
         Where there is no score, the loss stands in its place.
         """
-        args, _ = self.arguments(params, buffers, batch, False)
-        value = self.loss(*args, **hyper)
+        args, _ = self.arguments(params, buffers, batch, False, hyper)
+        value = self.value(args, hyper)
         if self.score is None or not self.maps_score:
             return value, value if self.score is None or self._training is None else args[0]
         return value, torch.as_tensor(self.score(*args)).to(value.device, value.dtype)
@@ -137,13 +177,16 @@ class Model:
     def check(self, hyper: Config, batch: Any) -> None:
         """Call the loss for one member, where errors say what is wrong, and then by `vmap` for those of all seeds."""
         params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
-        value = self._tried(lambda: self.arguments(params, buffers, batch, True)[0], hyper, params, batch, "data")
+        value = self._tried(
+            lambda: self.arguments(params, buffers, batch, True, hyper)[0], hyper, params, batch, "data"
+        )
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             came = f"of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"loss returned {came}; expected a scalar, the mean over the rows of a batch")
 
         def slope(params: Any, buffers: Any, hyper: Config) -> Any:
-            return grad(lambda params: self.loss(*self.arguments(params, buffers, batch, True)[0], **hyper))(params)
+            value = lambda params: self.value(self.arguments(params, buffers, batch, True, hyper)[0], hyper)
+            return grad(value)(params)
 
         try:
             self._mapped(slope, hyper)
@@ -153,10 +196,10 @@ class Model:
     def check_validation(self, hyper: Config, batch: Any) -> None:
         """Call the loss on rows that are held out, for one member and by `vmap`, and find out how they are measured."""
         params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
-        self._tried(lambda: self.arguments(params, buffers, batch, False)[0], hyper, params, batch, "validation")
+        self._tried(lambda: self.arguments(params, buffers, batch, False, hyper)[0], hyper, params, batch, "validation")
 
         def one(params: Any, buffers: Any, hyper: Config) -> Tensor:
-            return self.loss(*self.arguments(params, buffers, batch, False)[0], **hyper)
+            return self.value(self.arguments(params, buffers, batch, False, hyper)[0], hyper)
 
         try:
             self._mapped(one, hyper)
@@ -184,7 +227,7 @@ class Model:
                     raise
                 raise TypeError(f"the module failed on {rows}: {first_line(error)}. {cause}".rstrip()) from error
             try:
-                value = self.loss(*args, **hyper)
+                value = self.value(args, hyper)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 cause = misfit(error, {"argument": args}, self.loss)
                 kind = ValueError if isinstance(error, (ValueError, IndexError)) else TypeError
@@ -215,18 +258,18 @@ class Model:
         params, buffers = self.start
         return seeded(lambda: vmap(member, randomness="different")(params, buffers, seeds, many), 0)
 
-    def check_score(self, batch: Any) -> None:
+    def check_score(self, hyper: Config, batch: Any) -> None:
         """Call the score by `vmap` or, if it reads numbers from tensors, for one member, and see what it returns."""
 
         def one(params: Any, buffers: Any, hyper: Config) -> Tensor:
-            return torch.as_tensor(self.score(*self.arguments(params, buffers, batch, False)[0]))  # pyright: ignore[reportOptionalCall]  # There is one.
+            return torch.as_tensor(self.score(*self.arguments(params, buffers, batch, False, hyper)[0]))  # pyright: ignore[reportOptionalCall]  # There is one.
 
         try:
-            shape = self._mapped(one, {}).shape[1:]
+            shape = self._mapped(one, hyper).shape[1:]
         except Exception:  # Whatever a library raises for a tensor without numbers; another cause is raised below anew.
             self.maps_score = False
             params, buffers = (tree_map(lambda w: w[0], tree) for tree in self.start)
-            args, _ = seeded(lambda: self.arguments(params, buffers, batch, False), 0)
+            args, _ = seeded(lambda: self.arguments(params, buffers, batch, False, hyper), 0)
             try:
                 value = self._scored(args)
             except (RuntimeError, TypeError, ValueError) as error:
@@ -376,8 +419,15 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
             "nothing can under vmap; expected a momentum, such as 0.1"
         )
     names = ", ".join(name for name, h in hyper.items() if isinstance(h, Tensor))
-    hint = f" The loss takes {names} as 0-dim tensors; static= names those that have to be numbers of Python."
+    taker = "loss takes" if module is None else "loss or the module takes"
+    hint = f" The {taker} {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
+    if "_no_grad_trunc_normal_" in _called_in(error):
+        return (
+            "model and loss run for one member, but not for all at once under vmap: nn.init.trunc_normal_ draws again "
+            "until all numbers lie within the bounds. Numbers within two deviations, with one draw, are "
+            "math.sqrt(2) * torch.erfinv(0.9545 * (2 * torch.rand_like(w) - 1)) times the deviation"
+        )
     if "random" in said:
         return (
             f"model and loss run for one member, but not for all at once under vmap{said}. Each member draws its own: "
@@ -387,6 +437,11 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
     return (
         f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
     )
+
+
+def _called_in(error: Exception) -> list[str]:
+    """The names of the functions in which an error was raised."""
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

@@ -1180,7 +1180,8 @@ def _look_for_stacks(params: Params) -> None:
             "first dimension: stacked members, whose biases look like matrices? Take stacked(matrices), or call inside "
             "vmap or ensemble. If these are no stacks, take select(min_ndim=2)."
         )
-        if name.split(".")[-1] == "bias":
+        last = name.split(".")[-1]
+        if last == "bias" or (leaf.ndim == 2 and "bias" in last.split("_")):  # As those of attention and recurrence.
             raise ValueError(said)
         if leaf.ndim == 2 and tuple(leaf.shape) in begins and leaf.shape[0] != leaf.shape[1]:
             warn_user(said)

@@ -37,6 +37,7 @@ DRAWN = {
     "dropout3d": (lambda: F.dropout3d(ONES.reshape(5000, 20, 1, 1, 1), 0.3), 1.0, (3 / 7) ** 0.5),
     "alpha_dropout": (lambda: F.alpha_dropout(torch.randn(200, 500), 0.3, True), 0.0, 1.0),
     "feature_alpha_dropout": (lambda: F.feature_alpha_dropout(torch.randn(5000, 20, 1), 0.3, True), 0.0, 1.0),
+    "dropout of a rate in a tensor": (lambda: F.dropout(ONES, tensor(0.3)), 1.0, (3 / 7) ** 0.5),
     "randint by name": (lambda: torch.randint(8, size=(200, 500)), 3.5, 5.25**0.5),
     "randint_like": (lambda: torch.randint_like(ONES, -2, 8), 2.5, 8.25**0.5),
     "randperm": (lambda: torch.randperm(100000), 49999.5, 100000 * 12**-0.5),
@@ -58,10 +59,13 @@ DRAWN = {
     "bernoulli_ of bools": (lambda: torch.empty(200, 500, dtype=torch.bool).bernoulli_(0.3 * ONES), 0.3, 0.21**0.5),
     "exponential_": (lambda: torch.empty(200, 500).exponential_(2.0), 0.5, 0.5),
     "geometric_": (lambda: torch.empty(200, 500).geometric_(0.4), 2.5, 0.6**0.5 / 0.4),
+    "geometric_ of a tensor": (lambda: torch.empty(200, 500).geometric_(tensor(0.4)), 2.5, 0.6**0.5 / 0.4),
     "cauchy_": (lambda: torch.empty(200, 500).cauchy_(2.0, 3.0).clamp(-1, 5), 2.0, 3 * (2 / math.pi) ** 0.5),
     "random_": (lambda: torch.empty(200, 500).random_(-2, 8), 2.5, 8.25**0.5),
     "nn.init.normal_": (lambda: nn.init.normal_(torch.empty(200, 500), std=2.0), 0.0, 2.0),
     "nn.init.uniform_": (lambda: nn.init.uniform_(torch.empty(200, 500), -1.0, b=1.0), 0.0, 3**-0.5),
+    "kaiming_uniform_": (lambda: nn.init.kaiming_uniform_(torch.empty(200, 500)), 0.0, (2 / 500) ** 0.5),
+    "xavier_uniform_": (lambda: nn.init.xavier_uniform_(torch.empty(200, 500)), 0.0, (2 / 700) ** 0.5),
     "distribution": (lambda: torch.distributions.Laplace(ONES, 0.5).rsample(), 1.0, 0.5**0.5),
 }
 every = pytest.mark.parametrize(("function", "mean", "deviation"), DRAWN.values(), ids=DRAWN)
@@ -103,6 +107,50 @@ def test_dropout_has_the_gradient_of_what_it_keeps(p):
     y = x.clone()
     assert drawn(lambda: F.dropout(y, p, inplace=True)) is y
     assert_close(y, drawn(lambda: F.dropout(x, p)))
+
+
+DROPOUTS = [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
+
+
+@pytest.mark.parametrize("function", DROPOUTS)
+@pytest.mark.parametrize("p", [0.0, 1e-3, 0.3, 1.0])
+def test_a_rate_in_a_tensor_drops_what_that_number_does(function, p):
+    x = torch.randn(20, 30, 4, *[2] * {F.dropout1d: 0, F.dropout2d: 1}.get(function, 2), dtype=torch.float64)
+    expected = drawn(lambda: function(x, p, True))
+    rates = tensor([0.5, p], dtype=torch.float64)
+    assert_close(drawn(lambda: function(x, rates[1], True)), expected, rtol=1e-12, atol=0)
+
+    def member(rate, key):
+        with Draws(key, tensor(7)):
+            return function(x, rate, True)
+
+    assert_close(vmap(member)(rates, tensor([3, 3]))[1], expected, rtol=1e-12, atol=0)
+    assert_close(drawn(lambda: function(x, rates[1], False)), x, rtol=0, atol=0)
+
+
+def test_a_rate_that_is_no_share_is_an_error_where_it_can_be_read_and_no_number_elsewhere():
+    with pytest.raises(ValueError, match="has to be between 0 and 1"):
+        drawn(lambda: F.dropout(ONES, tensor(1.5)))
+    found = vmap(lambda rate: drawn(lambda: F.dropout(ONES, rate)))(tensor([-0.5, 0.5, 1.5]))
+    assert found.isnan().flatten(1).all(1).tolist() == [True, False, True]
+
+
+def test_what_comes_after_a_dropout_does_not_depend_on_its_rate():
+    after = lambda p: drawn(lambda: (F.dropout(ONES, p), torch.rand(5)))[1]
+    assert all(torch.equal(after(p), after(0.5)) for p in (0.0, 1.0, tensor(0.0)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_attention_takes_a_rate_in_a_tensor(p):
+    q, layer = torch.randn(2, 3, 5, 8), nn.MultiheadAttention(8, 2)
+    attend = lambda p: drawn(lambda: F.scaled_dot_product_attention(q, q, q, dropout_p=p))
+    assert_close(attend(tensor(p)), attend(p))
+
+    def heads(p):
+        layer.dropout = p
+        return drawn(lambda: layer(q[0], q[0], q[0])[0])
+
+    assert_close(heads(tensor(p)), heads(p))
 
 
 @pytest.mark.parametrize("call", [lambda x: F.dropout(x, 0.5, False), lambda x: F.dropout(x, 0.0), lambda x: x.cos()])

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from cases import assert_equal, normal
-from torch.func import grad, jacrev, jvp
+from torch.func import grad, jacrev, jvp, vmap
 
 import funcreg as fr
+from funcreg.dissection import Equations
 
 variation = fr.isotropic_total_variation
 
@@ -49,7 +50,9 @@ def dual(x, step, steps=20000):
     return image(p), p
 
 
-@pytest.mark.parametrize(("shape", "step"), [((4, 5), 0.2), ((6, 3), 0.7), ((2, 9), 2.0), ((7, 7), 0.4)])
+@pytest.mark.parametrize(
+    ("shape", "step"), [((4, 5), 0.2), pytest.param((6, 3), 0.7, marks=pytest.mark.slow), ((2, 9), 2.0), ((7, 7), 0.4)]
+)
 def test_the_nearest_image_is_that_of_another_method(shape, step):
     x = random(*shape)
     z = variation.prox(x, step)
@@ -113,20 +116,119 @@ def test_derivatives_are_those_of_differences():
     assert grad(lambda x: grad(lambda x: point(x, step).square().sum())(x).square().sum())(x).isfinite().all()
 
 
-def test_images_for_which_it_would_not_be_exact_are_refused():
-    """Value and gradient have no limit."""
-    x = random(33, 32)
-    message = r"an image of 33 x 32 entries; .* images of up to 1024, for which they are exact"
-    for act in (
-        lambda: variation.prox(x, 0.1),
-        lambda: variation.prox(x, 0.1, metric=torch.ones_like(x)),
-        lambda: fr.kkt_residual(x, x, variation),
-        lambda: fr.minimize(lambda z: (z - x).square().sum(), x, variation),
-    ):
-        with pytest.raises(ValueError, match=message):
-            act()
-    assert variation(x).isfinite()
-    assert variation.grad(x).isfinite().all()
+def along(x, d):
+    """The next entry along a dimension minus this one; 0 at the end."""
+    return torch.cat([x.diff(dim=d), torch.zeros_like(x.narrow(d, 0, 1))], d)
+
+
+def solved(shape, step, count=2):
+    """An image that is solved, and one of which it is the nearest: from multipliers that certify it."""
+    places = torch.meshgrid(*[torch.linspace(0, 1, n, dtype=torch.float64) for n in shape], indexing="ij")
+    near = torch.stack([place - 0.5 for place in places]).square().sum(0) < 0.1
+    z = near.double() + 0.4 * (5 * places[0]).sin() * (places[-1] > 0.5)
+    dims = range(-count, 0)
+    v, p = torch.stack([along(z, d) for d in dims]), random(count, *shape)
+    norm = v.square().sum(0).sqrt()
+    p = torch.where(norm > 0, v / norm, p / p.square().sum(0).sqrt() * random(*shape, seed=1).sigmoid())
+    x = z.clone()
+    for held, d in zip(p, dims, strict=True):
+        held = step * held.narrow(d, 0, z.shape[d] - 1)
+        x.narrow(d, 0, z.shape[d] - 1).sub_(held)
+        x.narrow(d, 1, z.shape[d] - 1).add_(held)
+    return z, x
+
+
+@pytest.mark.parametrize(
+    ("shape", "step", "count"),
+    [
+        ((37, 32), 0.05, 2),
+        ((2, 13, 30), 0.2, 2),
+        ((1500,), 0.3, 1),
+        ((5, 6, 9), 0.1, 3),
+        pytest.param((128, 256), 0.1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_any_size_have_the_solution_that_their_multipliers_certify(shape, step, count):
+    z, x = solved(shape, step, count)
+    dim = tuple(range(-count, 0))
+    assert_equal(variation.prox(x, step, dim=dim), z, atol=1e-13)
+    assert fr.kkt_residual(z, z - x, variation, strength=step, dim=dim) < 1e-13
+
+
+def test_large_images_go_with_their_own_in_maps_and_low_precision():
+    z, x = solved((33, 32), 0.1)
+    steps = torch.tensor([0.02, 0.1], dtype=torch.float64, device=x.device)
+    assert_equal(vmap(lambda step: variation.prox(x, step))(steps)[1], z, atol=1e-12)
+    broken = torch.stack([x, x])
+    broken[0, 3, 3] = math.nan
+    found = variation.prox(broken, 0.1)
+    assert found[0].isnan().all()
+    assert_equal(found[1], z, atol=1e-12)
+    assert_equal(variation.prox(x.float(), 0.1), z.float(), atol=1e-6)
+
+
+def test_derivatives_of_large_images_are_those_of_differences():
+    x, tangent, cotangent = (
+        solved((33, 32), 0.1)[1] + 0.05 * random(33, 32),
+        random(33, 32, seed=1),
+        random(33, 32, seed=2),
+    )
+    point, near = lambda x: variation.prox(x, 0.1), 1e-6
+    moved = jvp(point, (x,), (tangent,))[1]
+    expected = (point(x + near * tangent) - point(x - near * tangent)) / (2 * near)
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-7)
+    pulled = grad(lambda x: (cotangent * point(x)).sum())(x)
+    torch.testing.assert_close((pulled * tangent).sum(), (cotangent * moved).sum())
+
+
+def test_derivatives_stay_where_differences_are_tiny():
+    """Along a ridge differences become ever smaller; they are no regions."""
+    g = torch.Generator().manual_seed(5)
+    x, tangent = solved((24, 21), 0.1)[1] + 0.05 * normal(g, 24, 21), normal(g, 24, 21)
+    point, near = lambda x: variation.prox(x, 0.3), 1e-5
+    expected = (point(x + near * tangent) - point(x - near * tangent)) / (2 * near)
+    torch.testing.assert_close(jvp(point, (x,), (tangent,))[1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_and_solutions_of_large_images_are_theirs():
+    z, x = solved((33, 32), 0.1)
+    found = fr.minimize(lambda w: (w - x).square().sum() / 2, torch.zeros_like(x), variation, strength=0.1)
+    assert found.converged
+    assert_equal(found.params, z, atol=1e-10)
+    step = fr.fuse(fr.prox_sgd(1.0, variation, strength=0.1), backend="eager")
+    params, state = step.init({"w": torch.zeros_like(x)})
+    params, _ = step(params, {"w": params["w"] - x}, state)
+    assert_equal(params["w"], z, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_near_is_lower_where_a_metric_spans_thirty_orders_of_magnitude(seed):
+    x, h = random(9, 13, seed=seed), (15 * random(9, 13, seed=seed + 10)).exp()
+    z = variation.prox(x, 0.3, metric=h)
+    objective = lambda w: (h * (w - x).square()).sum() / 2 + 0.3 * variation(w)
+    others = [x, torch.full_like(x, float((h * x).sum() / h.sum())), *[z + s * random(9, 13) for s in (1e-8, 1e-3)]]
+    assert objective(z) <= min(map(objective, others)) * (1 + 1e-9)
+
+
+def test_no_strength_is_the_least_that_makes_images_zero():
+    assert fr.lambda_max(random(4, 4), variation) == math.inf
+
+
+@pytest.mark.parametrize("shape", [(1,), (50,), (1, 9), (16, 5), (9, 21), (5, 6, 7), (9, 1, 12)])
+def test_equations_of_neighbours_are_solved_as_those_of_a_matrix(shape):
+    count, size = len(shape), math.prod(shape)
+    h, q, f = random(2, *shape).exp(), random(count, count, 2, *shape, seed=1), random(2, *shape, seed=2)
+    bend = torch.einsum("ab...,cb...->ac...", q, q)
+    slopes = [
+        along(torch.eye(size, dtype=f.dtype, device=f.device).reshape(size, *shape), d) for d in range(1, count + 1)
+    ]
+    rows = [slope.reshape(size, size).T for slope in slopes]
+    pairs = [(i, j) for i in range(count) for j in range(count)]
+    matrix = h.reshape(2, -1).diag_embed() + sum(
+        [rows[i].T @ bend[i, j].reshape(2, -1, 1).mul(rows[j]) for i, j in pairs]
+    )
+    expected = torch.linalg.solve(matrix, f.reshape(2, -1, 1)).reshape(f.shape)
+    assert_equal(Equations(h, [list(row) for row in bend]).solved(f), expected, rtol=1e-9, atol=1e-10)
 
 
 def test_a_noisy_photograph_becomes_smooth():
@@ -141,7 +243,7 @@ def test_an_optimizer_finds_equal_regions():
     x = random(5, 5)
     tx, params = fr.prox_sgd(0.5, variation, strength=0.3), {"w": torch.zeros(5, 5, dtype=torch.float64)}
     state = tx.init(params)
-    for _ in range(60):
+    for _ in range(28):
         updates, state = tx.update({"w": params["w"] - x}, state, params)
         params = fr.apply_updates(params, updates)
     torch.testing.assert_close(params["w"], variation.prox(x, 0.3), rtol=0, atol=1e-7)

@@ -446,3 +446,28 @@ def test_paths_and_choices_where_every_zero_is_stationary_find_the_support(penal
     assert path.sparsity[0] == 1
     assert path.sparsity[2] < 1
     assert path.converged.all()
+
+
+@pytest.mark.parametrize("penalty", [fr.l1, fr.elastic.given(1.0, 0.7)])
+def test_choices_among_many_entries_are_those_of_folds_that_are_solved_at_once(penalty, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x, y = normal(generator, 31, 70), normal(generator, 31)
+    params = {"w": zeros(70), "b": zeros()}
+    choose = lambda y: fr.cross_validate(squares, params, penalty, data=(x, y), count=3, ratio=0.3, folds=2, **WEIGHTS)
+    expected, moved = choose(y), jvp(lambda y: choose(y).mean, (y,), (x[:, 0],))[1]
+    monkeypatch.setattr("funcreg.path._WIDE", 64)  # Such as are screened, one after the other.
+    found = choose(y)
+    assert found.converged.all()
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.params, expected.params, rtol=0, atol=1e-6)
+    torch.testing.assert_close(jvp(lambda y: choose(y).mean, (y,), (x[:, 0],))[1], moved, rtol=1e-4, atol=1e-6)
+
+
+def test_choices_among_thousands_of_entries_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(4)
+    x, y = normal(generator, 24, 1030), normal(generator, 24)
+    found = fr.cross_validate(bare, {"w": zeros(1030)}, fr.l1, data=(x, y), folds=2, count=4, ratio=0.5)
+    model = LassoCV(alphas=found.strengths.cpu().numpy(), cv=2, fit_intercept=False, tol=1e-10, max_iter=100_000)
+    scores = model.fit(x.cpu().numpy(), y.cpu().numpy()).mse_path_.T
+    torch.testing.assert_close(2 * found.scores.cpu(), torch.as_tensor(scores), rtol=0, atol=1e-7)
+    assert float(found.best) == pytest.approx(model.alpha_)

@@ -76,10 +76,10 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     [
-        *("_typing", "agreement", "atoms", "equations", "frozen", "memory", "notation", "notices"),
-        "undocumented",
+        *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
+        *("notices", "undocumented"),
     ],
-    ["attention", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
+    ["attention", "cones", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],

@@ -453,3 +453,16 @@ def test_a_mask_that_asks_for_a_tied_weight_by_its_other_name_is_told_the_first(
     for mask in (fr.select("head.weight"), {"head.weight": True}):
         with pytest.raises(ValueError, match=r"by their first name: head\.weight is embedding\.weight"):
             fr.regularize(optimizer, fr.l1, module=net, mask=mask)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RNN(3, 8), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Linear(3, 8)])
+def test_matrices_refuses_stacks_with_as_many_members_as_units(make):
+    """Shapes alone do not tell: convolutions of as many channels have them, too."""
+    params = fr.init_ensemble(make, 12 if isinstance(make(), nn.MultiheadAttention) else 8).params
+    with pytest.raises(
+        ValueError, match=r"stacked members, whose biases look like matrices\? Take stacked\(matrices\)"
+    ):
+        fr.matrices(params)
+    assert not any(on for name, on in fr.stacked(fr.matrices)(params).items() if "bias" in name)
+    convolutions = {"a": torch.ones(8, 8, 3), "head": torch.ones(8, 8)}
+    assert all(fr.matrices(convolutions).values())

@@ -356,6 +356,73 @@ def test_a_layer_that_reads_its_count_is_named():
         fr.sweep(network, F.cross_entropy, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
 
 
+class Cooled(nn.Module):
+    """A network whose forward has hyperparameters, and that has one itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.scale = nn.Linear(6, 5), nn.Linear(5, 2), 1.0
+
+    def forward(self, x, rate=0.1, *, temperature=1.0):
+        return self.scale * self.head(F.dropout(self.body(x).tanh(), rate, self.training)) / temperature
+
+
+def dropping():
+    return nn.Sequential(
+        nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 4), nn.AlphaDropout(), nn.Linear(4, 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "grid", "options"),
+    [
+        (dropping, {"lr": [0.05], "*.p": [0.0, 0.2, 1.0]}, {}),
+        (dropping, {"lr": [0.05, 0.1], "2.p": [0.4, 0.2], "4.p": [0.1]}, {"folds": 2}),
+        (Cooled, {"lr": [0.05], "rate": [0.0, 0.3], "temperature": [1.0, 2.0]}, {"score": accuracy}),
+        (Cooled, {"lr": [0.05], "scale": [1.0, 2.0], "rate": [0.3]}, {"seeds": 2}),
+        pytest.param(dropping, {"lr": [0.05], "*.p": [0.0, 0.2]}, {"compile": "eager"}, marks=pytest.mark.slow),
+    ],
+)
+def test_hyperparameters_of_a_network_are_swept_and_each_member_is_that_of_its_own(network, grid, options):
+    train = lambda grid, options: fr.sweep(network, F.cross_entropy, fr.adam, grid, data(), epochs=2, **options)
+    named = lambda grid: {"learning_rate" if name == "lr" else name: values for name, values in grid.items()}
+    found = train(named(grid), {"batch_size": 16, **options})
+    fold = 1 if "folds" in options else None
+    for k, row in enumerate(found.rows):
+        same = {
+            "batch_size": 16,
+            **options,
+            "compile": False,
+            **({"seeds": [row["seed"]]} if "seeds" in options else {}),
+        }
+        alone = train([found.hyper(k)], same)
+        assert row["loss"] == pytest.approx(alone.rows[0]["loss"], rel=1e-5)
+        assert_close(found.member(k, fold), alone.member(0, fold), rtol=1e-5, atol=1e-6)
+    assert len({row["loss"] for row in found.rows}) == len(found.rows)  # They make a difference.
+
+
+def test_a_rate_is_that_of_a_network_made_with_it():
+    given = lambda p: nn.Sequential(nn.Linear(6, 5), nn.Dropout(p), nn.Linear(5, 2))
+    train = lambda p, grid: fr.sweep(
+        lambda: given(p), F.cross_entropy, fr.sgd, grid, data(), epochs=2, batch_size=16
+    ).member(-1)
+    found = train(0.5, {"learning_rate": [0.1], "1.p": [0.9, 0.2]})
+    assert_close(found, train(0.2, {"learning_rate": [0.1, 0.1]}), rtol=1e-5, atol=1e-6)
+
+
+def test_hyperparameters_that_no_attribute_is_or_two_are_are_refused():
+    train = lambda grid: fr.sweep(dropping, F.cross_entropy, fr.sgd, {"learning_rate": [0.1], **grid}, data(), epochs=1)
+    with pytest.raises(TypeError, match=r"names '\*.q', which is in the grid, nor is it an attribute of the module"):
+        train({"*.q": [0.1]})
+    with pytest.raises(ValueError, match=r"'\*.p' and '2.p', which are both '2.p' of the module; expected one of them"):
+        train({"*.p": [0.1], "2.p": [0.2]})
+    with pytest.raises(TypeError, match=r"grid has the key '2.'; expected the name"):
+        train({"2.": [0.1]})
+    drawing = lambda outputs, y: F.cross_entropy(outputs + nn.init.trunc_normal_(torch.empty(2)), y)
+    with pytest.raises(TypeError, match=r"trunc_normal_ draws again until .* one draw, are math.sqrt"):
+        fr.sweep(plain, drawing, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+
+
 @SLOWLY
 def test_what_does_not_follow_seeds_is_told():
     deep = nn.LSTM(6, 5, num_layers=2, dropout=0.5)

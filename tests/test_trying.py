@@ -133,6 +133,27 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     assert len(ran) < 44  # Several numbers are tried for each of the few sets of families.
 
 
+class _Wrapped(nn.Sequential):
+    """A layer in a class of its own, as those with a normalization are."""
+
+
+def test_layers_of_one_class_are_told_apart_by_their_names(monkeypatch):
+    def make():
+        net = GPT(3)
+        for block in net.h:
+            block.attn.c_attn, block.attn.c_proj = _Wrapped(block.attn.c_attn), _Wrapped(block.attn.c_proj)
+            block.mlp = nn.Sequential(_Wrapped(block.mlp[0]), nn.GELU(), _Wrapped(block.mlp[2]))
+        return net
+
+    net, tried = network(make), []
+    real = trying.Trial.problem
+    monkeypatch.setattr(trying.Trial, "problem", lambda *args: (tried.append(1), real(*args))[1])
+    groups = fr.channel_groups(net, words())
+    assert groups.layers == [(f"h.{i}.mlp.0.0",) for i in range(3)]
+    # Of all, of what failed and of the rest, of the first and the last of what failed, and of what is left.
+    assert len(tried) <= 6
+
+
 def test_layers_that_are_asked_for_and_cannot_go_are_an_error():
     net, seen = network(GPT), words()
     with pytest.raises(

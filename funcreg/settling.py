@@ -59,15 +59,20 @@ def _value(each: Stored, i: int | None) -> Any:
 
 
 def _asked_once(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Problem:
-    """What is wrong, found once for the same values of all numbers."""
-    known: dict[tuple[int | str, ...], Failure | str | None] = {}
+    """What is wrong, found once for the same values of all numbers that were used until it failed."""
+    known: list[tuple[dict[int, Any], Failure | str | None]] = []
 
     def asked() -> Failure | str | None:
-        values = [each.now(smaller) for each in unknown]
-        key = tuple([id(x) if isinstance(x, Tensor) else repr(x) for x in values])
-        if key not in known:
-            known[key] = problem()
-        return known[key]
+        values = {i: each.now(smaller) for i, each in enumerate(unknown)}
+        for before, wrong in known:
+            if are_same([*before.values()], [values[i] for i in before]):
+                return wrong
+        wrong = problem()
+        ran = wrong.ran if isinstance(wrong, Failure) else frozenset[str]()
+        # What calls a module may use its numbers, too.
+        used = lambda path: not ran or not ran.isdisjoint([path, path.rpartition(".")[0]])
+        known.append(({i: value for i, value in values.items() if used(unknown[i].path)}, wrong))
+        return wrong
 
     return asked
 

@@ -331,3 +331,17 @@ def test_other_runs_are_left_out_where_one_choice_of_numbers_is_left(monkeypatch
         yield
 
     assert settling.decide(net, unknown, lambda: wrong(net), runs()) == []
+
+
+def test_numbers_of_modules_that_did_not_run_before_it_failed_are_not_tried():
+    net = nn.ModuleDict({name: nn.Sequential(*[_Three(8, 4, 4) for _ in range(2)]) for name in ("first", "second")})
+    several = [(f"{part}.{i}", name, n) for part in net for i in range(2) for name, n in (("one", 8), ("two", 4))]
+    unknown, seen = [Stored(path, name, n, (n // 2, 1)) for path, name, n in several], []
+
+    def failure():
+        first = net.get_submodule("first")
+        seen.append([(each.one, each.two) for each in first])
+        return Failure("first.0", "_Three", "of another size", frozenset({"", "first", "first.0"}))
+
+    assert settle(net, unknown, failure) is not None
+    assert len(seen) == len({f"{each}" for each in seen})  # Not again for other numbers of the second part alone.

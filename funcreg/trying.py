@@ -81,7 +81,7 @@ class Trial:
     ) -> None:
         self.module, self.families = module, families
         self._inputs, self._rules = arguments(inputs), rules
-        self._counts, self._round_to = counts, round_to
+        self.counts, self._round_to = counts, round_to
         self._inside_heads, self._multiplied = inside_heads, multiplied
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
@@ -127,6 +127,11 @@ class Trial:
                     return found
         return None
 
+    def runs_alike(self, chosen: Sequence[int]) -> bool:
+        """Whether the network runs without one group of each of these families."""
+        self.stage, self._scale, self._how = ("all but one", False), None, "without some of these channels"
+        return self._problem_with(chosen, self._allowed(chosen, [max(1, self.counts[i] - 1) for i in chosen])) is None
+
     def runs_with_two(self, chosen: Sequence[int], problem: Refusal, stage: _Stage) -> bool:
         """Whether all is well if two groups of each of these families stay, where it is not with one: then they do."""
         if not problem.of_one or any([self.least[i] > 1 for i in chosen]):
@@ -143,20 +148,20 @@ class Trial:
     def _left(self, chosen: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Ways to take groups out, by their names, with how many of each family stay."""
         yield "half", self._allowed(chosen, self._about_half(chosen))
-        yield "all but one", self._allowed(chosen, [max(1, self._counts[i] - 1) for i in chosen])
+        yield "all but a few", self._allowed(chosen, [self._most(i) for i in chosen])
         if self._inside_heads and any([self._multiplied[i] for i in chosen]):
             # Less of queries and keys alone, which the same number of all would hide to be wrong.
-            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]]
+            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self.counts[i]]]
             yield "half of queries", self._allowed(chosen, half)
         # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
         yield "one", self._allowed(chosen, [self.least[i] for i in chosen])
 
     def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
         """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
-        found = {i: min(self._counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
+        found = {i: min(self.counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
         for units, projections in self._projected:
             if units in found:
-                found[units] = min(self._counts[units], max(found[units], 1 + found.get(*projections)))
+                found[units] = min(self.counts[units], max(found[units], 1 + found.get(*projections)))
         return tuple(found.values())
 
     @functools.cached_property
@@ -171,9 +176,20 @@ class Trial:
 
     def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
         """A half of the groups of each family, of some less, so that layers come to differ in width."""
-        each = 1 if self._inside_heads else 2  # Families of one layer are pairs, or those of one kind come in turn.
-        counts = [(self._counts[i], i // each % 2) for i in chosen]
+        # Those that are next to each other differ for every second i, and each second and each third of them, too.
+        counts = [(self.counts[i], (i + i // 2) % 2) for i in chosen]
         return tuple([max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts])
+
+    def _most(self, family: int) -> int:
+        """All groups of a family but one, or a few, so that families of one module differ: one number may count all."""
+        n, i = self.counts[family], self._places[family]
+        return n - 1 - i % (n - 1) if n > 2 else max(1, n - 1 + i % 2)
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        """The place of each family among those with as many groups in its module."""
+        kinds = [(self.holder(i), n) for i, n in enumerate(self.counts)]
+        return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
 
     def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
         """All tensors, with so many groups of these families."""
@@ -376,6 +392,13 @@ class Trial:
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
         )
 
+    def holder(self, family: int) -> str:
+        """The innermost module with a forward of its own that holds all leaves of a family."""
+        path = _around(self.module, self._holder([family]))
+        while path and isinstance(self.module.get_submodule(path), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            path = path.rpartition(".")[0]
+        return path
+
     def _holder(self, chosen: Sequence[int]) -> str:
         """The innermost module that holds all leaves of some families."""
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
@@ -465,26 +488,41 @@ def _around(module: nn.Module, path: str) -> str:
 # Which families are to blame
 
 
-def refused(trial: Trial) -> dict[int, str]:
+def refused(trial: Trial, joined: Sequence[int] = ()) -> tuple[dict[int, str], list[tuple[int, ...]]]:
     """The families without which the network does not run, by their numbers, with the reason.
 
     Those of numbered layers that are alike are tried together, and apart only where that fails.
+
+    Args:
+        trial: Whether it runs.
+        joined: Families that may become one with others.
+
+    Returns:
+        The reasons, and sets of families among those refused that go if as many groups of each do: no more is tried
+        once there are some.
     """
     kinds: dict[Any, list[int]] = {}
-    for i, family in enumerate(trial.families):
-        kinds.setdefault(frozenset(map(_numbered, family)), []).append(i)
-    search = _Search(trial)
+    for i in range(len(trial.families)):
+        kinds.setdefault(_kind(trial, i), []).append(i)
+    search = _Search(trial, joined)
     search.find(list(kinds.values()))
-    return search.reasons
+    return search.reasons, search.together
+
+
+def _kind(trial: Trial, i: int) -> frozenset[str]:
+    """The leaves of a family but for the numbers of layers."""
+    return frozenset(map(_numbered, trial.families[i]))
 
 
 class _Search:
     """Divides kinds of families until each of them runs, or is refused."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial, self._stage = trial, trial.stage
+    def __init__(self, trial: Trial, joined: Sequence[int] = ()) -> None:
+        self._trial, self._stage, self._joined = trial, trial.stage, joined
         self._known: dict[Any, Refusal | None] = {}
         self.reasons: dict[int, str] = {}
+        self.together: list[tuple[int, ...]] = []
+        self._alike: dict[Any, bool] = {}  # Whether families run as one.
 
     def find(self, kinds: list[list[int]]) -> None:
         """Refuse families until the network runs without all others.
@@ -497,6 +535,30 @@ class _Search:
             if before == (len(self.reasons), len(self._trial.needs_two)):  # As where outputs are not always the same.
                 self.reasons.update(dict.fromkeys(_families(kinds), problem.reason))
                 return
+            self.together = list(self._as_one())
+            if self.together:
+                return
+
+    def _as_one(self) -> Iterator[tuple[int, ...]]:
+        """Families among those refused that run if as many groups of each go, as where a number counts all of them.
+
+        They are of one module, where a family of its own for queries and keys, for what mixes scores, and for values
+        has a group for each head. Of modules in numbered layers that are alike the first is tried.
+        """
+        several: dict[tuple[str, int], list[int]] = {}
+        for i in [i for i in self._joined if i in self.reasons]:
+            several.setdefault((self._trial.holder(i), self._trial.counts[i]), []).append(i)
+        for some in several.values():
+            kinds: dict[Any, list[int]] = {}
+            for i in some:
+                kinds.setdefault(_kind(self._trial, i), []).append(i)
+            for here in (some, *kinds.values()):
+                kind = tuple([_kind(self._trial, i) for i in here])
+                if len(here) > 1 and kind not in self._alike:
+                    self._alike[kind] = self._trial.runs_alike(here)
+                if self._alike.get(kind):
+                    yield tuple(here)
+                    break
 
     def _problem(self, chosen: list[int]) -> Refusal | None:
         """What goes wrong without some families, which is not tried a second time."""

@@ -28,7 +28,7 @@ from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, Settled, decide, lengths, settle
-from funcreg.stored import Stored, unknown_counts
+from funcreg.stored import Stored, is_count, unknown_counts
 from funcreg.tree import listed, widen
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
@@ -370,13 +370,16 @@ class Trial:
         if self._scale is not None:  # All else that was tried fails, too, in another way.
             return self._refusal(f"in {_named(self.module, holder)} {self._scale}", holder)
         path = _around(self.module, wrong.path) if isinstance(wrong, Failure) else holder
-        return self._refusal(self._reason(smaller, wrong, unknown, path), path)
+        return self._refusal(self._reason(smaller, wrong, unknown, path, len(chosen) == 1), path)
 
-    def _reason(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], path: str) -> str:
+    def _reason(
+        self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], path: str, apart: bool
+    ) -> str:
         kind = type(self.module.get_submodule(path)).__name__
         here = [each for each in unknown if each.path == path] or list(unknown)
         if here:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
+            holds += self._divided(smaller, here) if apart else ""
         else:
             numbers = unknown_counts(self.module, smaller, path)
             such = f" ({listed([f'{name}={value}' for name, value in numbers.items()])})" if numbers else ""
@@ -392,6 +395,22 @@ class Trial:
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
         )
 
+    def _divided(self, smaller: nn.Module, several: Sequence[Stored]) -> str:
+        """That the code divides a number by a count, as a width that stays for the width of a head, if it does."""
+        is_one = lambda each: type(each.value) is int and is_count(each.attribute.rpartition(".")[2])
+        several = [each for each in several if each.others]
+        for each in several:  # So that it comes as far as it may.
+            each.assign(smaller, each.others[0])
+        for each in filter(is_one, several):
+            count = _Divisor(each.others[0])
+            each.assign(smaller, count)
+            self._outputs(smaller)
+            each.assign(smaller, each.others[0])
+            if count.divided:
+                what = f"{count.divided[0]} by {each.attribute}"
+                return f", for its code divides {what}, which gives another number where some are gone"
+        return ""
+
     def holder(self, family: int) -> str:
         """The innermost module with a forward of its own that holds all leaves of a family."""
         path = _around(self.module, self._holder([family]))
@@ -404,6 +423,21 @@ class Trial:
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
         alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join([parts[0] for parts in alike])
+
+
+class _Divisor(int):
+    """A number that keeps what is divided by it."""
+
+    def __new__(cls, value: int) -> _Divisor:
+        made = super().__new__(cls, value)
+        made.divided = []
+        return made
+
+    divided: list[int]
+
+    def __rfloordiv__(self, other: int) -> int:
+        self.divided.append(other)
+        return other // int(self)
 
 
 class _Numbers(TorchFunctionMode):

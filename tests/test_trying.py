@@ -91,6 +91,7 @@ def test_heads_of_nanogpt_are_kept_and_it_is_said_what_would_help():
     said = groups.explain()
     assert "without some of these channels the network fails in 'h.*.attn', a Packed: RuntimeError: " in said
     assert "'h.*.attn', a Packed, stores n_head=8, n_embd=32, and no other numbers there make it run" in said
+    assert "for its code divides 32 by n_head, which gives another number where some are gone" in said
     assert "or give rules={Packed: function} to channel_groups and resized" in said
     assert "    h.*.attn.c_attn.weight, dimension 0 of 96" in said.splitlines()
     dead = without_half(net, groups)

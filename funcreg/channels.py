@@ -499,12 +499,13 @@ def _running(
             "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
             f"{type(found.module).__name__} fails {trial.failure}"
         ]
-    reasons = refused(trial)
+    plain = [i for i, slots in enumerate(found.families) if not any([slot.fold for slot in slots])]
+    reasons, together = refused(trial, [] if inside_heads else plain)
     if trial.uncompared is not None:
         why = f"and outputs were not compared, because {trial.uncompared}"
         reasons = {**{i: f"{reason}, {why}" for i, reason in summed.items() if not found.is_of_heads(i)}, **reasons}
-    if pairs := _pairs(found, reasons):
-        return _running(_together(found, reasons, pairs), inputs, rules, round_to, inside_heads)
+    if several := _pairs(found, reasons) if inside_heads else together:
+        return _running(_together(found, reasons, several), inputs, rules, round_to, inside_heads)
     two = {owners: why for i, why in trial.needs_two.items() if (owners := found.owners()[i]) and i not in reasons}
     least = [n for i, n in enumerate(trial.least) if i not in reasons]
     found = found.closed(found.turned(reasons))._replace(least=least)
@@ -531,13 +532,11 @@ def _running(
     return found, notes if found.families else []
 
 
-def _pairs(found: _Found, reasons: Mapping[int, str]) -> dict[int, int]:
+def _pairs(found: _Found, reasons: Mapping[int, str]) -> list[tuple[int, ...]]:
     """Features of queries and keys, and those of values beside them, that cannot go one without the other.
 
     A module that holds one width for all three may run without the same number of features of each.
     """
-    if found.flow.inside is None:
-        return {}
     owners = [{name.rpartition(".")[0] for name in names} for names in found.owners()]
     multiplied, pairs = found.multiplied(), dict[int, int]()
     of_heads = found.of_heads()
@@ -548,24 +547,29 @@ def _pairs(found: _Found, reasons: Mapping[int, str]) -> dict[int, int]:
             if alike and bool(torch.isin(sets, of_heads).all()):
                 pairs[i] = j
                 break
-    return pairs
+    return list(pairs.items())
 
 
-def _together(found: _Found, reasons: Mapping[int, str], pairs: Mapping[int, int]) -> _Found:
+def _together(found: _Found, reasons: Mapping[int, str], several: Sequence[tuple[int, ...]]) -> _Found:
     """The families once some are one with others, group by group, and the others that were refused are closed."""
     families = list(found.families)
-    for i, j in pairs.items():
-        one, other = _sets(found.flow, families[i]), _sets(found.flow, families[j])
-        found.flow.atoms.join(one, other, "")
+    for i, *others in several:
         slots = {(slot.name, slot.dim): slot for slot in families[i]}
-        for slot in families[j]:
-            same = slots.get((slot.name, slot.dim))
-            rows = slot.rows if same is None else torch.cat([same.rows, slot.rows], 1)
-            slots[slot.name, slot.dim] = slot._replace(rows=rows)
+        for j in others:
+            found.flow.atoms.join(_sets(found.flow, families[i]), _sets(found.flow, families[j]), "")
+            for slot in families[j]:
+                same = slots.get((slot.name, slot.dim))
+                if same is not None:
+                    rows, uses = (
+                        torch.cat([same.rows, slot.rows], 1),
+                        (same.writes or slot.writes, same.reads or slot.reads),
+                    )
+                    slot = same._replace(rows=rows, writes=uses[0], reads=uses[1])
+                slots[slot.name, slot.dim] = slot
         families[i] = list(slots.values())
-    joined = {*pairs, *pairs.values()}
+    joined = {i for some in several for i in some}
     found = found.closed(found.turned({i: reason for i, reason in reasons.items() if i not in joined}))
-    gone = {*reasons} - {*pairs}
+    gone = {*reasons} - {some[0] for some in several}
     return found._replace(families=[slots for i, slots in enumerate(families) if i not in gone])
 
 

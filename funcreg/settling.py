@@ -14,26 +14,76 @@ from funcreg.stored import Stored, is_told_by_name
 
 #: What is wrong with a network as it is now, None if nothing is.
 Problem: TypeAlias = Callable[[], Failure | str | None]
+#: Which of the values that it may have to have a number got, by its place; None if it stayed.
+Settled: TypeAlias = dict[tuple[str, str], int | None]
 
 
 def kind_of(smaller: nn.Module, each: Stored) -> tuple[type, str]:
     return type(smaller.get_submodule(each.path)), each.attribute
 
 
-def settle(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Failure | str | None:
+def settle(
+    smaller: nn.Module, unknown: list[Stored], problem: Problem, settled: Settled | None = None
+) -> Failure | str | None:
     """Give numbers that nobody knows one choice of values after the other.
 
-    First the same for all layers of a type, then for each layer that fails by itself.
+    First that of a network like this one, then the same for all layers of a type, then for each layer that fails by
+    itself.
+
+    Args:
+        smaller: The network.
+        unknown: The numbers.
+        problem: What is wrong with it as it is now.
+        settled: What numbers got in networks like it, to be tried first; what they get here is added.
 
     Returns:
         None once nothing is wrong, else what was wrong first.
     """
+    asked = _asked_once(smaller, unknown, problem)
+    before = [(settled or {}).get((each.path, each.attribute), 0) for each in unknown]
+    if any([i != 0 for i in before]):
+        for each, i in zip(unknown, before, strict=True):
+            each.assign(smaller, _value(each, i))
+        if asked() is None:
+            return None
+    wrong = _settle_all(smaller, unknown, asked)
+    if wrong is None and settled is not None:
+        for each in unknown:
+            now = [i for i, other in enumerate(each.others) if are_same([other], [each.now(smaller)])]
+            settled[each.path, each.attribute] = now[0] if now else None
+    return wrong
+
+
+def _value(each: Stored, i: int | None) -> Any:
+    return each.value if i is None or i >= len(each.others) else each.others[i]
+
+
+def _asked_once(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Problem:
+    """What is wrong, found once for the same values of all numbers that were used until it failed."""
+    known: list[tuple[dict[int, Any], Failure | str | None]] = []
+
+    def asked() -> Failure | str | None:
+        values = {i: each.now(smaller) for i, each in enumerate(unknown)}
+        for before, wrong in known:
+            if are_same([*before.values()], [values[i] for i in before]):
+                return wrong
+        wrong = problem()
+        ran = wrong.ran if isinstance(wrong, Failure) else frozenset[str]()
+        # What calls a module may use its numbers, too.
+        used = lambda path: not ran or not ran.isdisjoint([path, path.rpartition(".")[0]])
+        known.append(({i: value for i, value in values.items() if used(unknown[i].path)}, wrong))
+        return wrong
+
+    return asked
+
+
+def _settle_all(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Failure | str | None:
+    """What is wrong first with the same values for all layers of a type, None if nothing is with some values."""
     first, failed = None, set[tuple[Any, ...]]()
     kinds = list(dict.fromkeys([kind_of(smaller, each) for each in unknown]))
     for choice in _in_turn(smaller, unknown, kinds, failed):
         for each in unknown:
-            i = choice[kinds.index(kind_of(smaller, each))]
-            each.assign(smaller, each.value if i is None or i >= len(each.others) else each.others[i])
+            each.assign(smaller, _value(each, choice[kinds.index(kind_of(smaller, each))]))
         wrong = problem()
         if wrong is None:
             return None
@@ -219,8 +269,9 @@ class _Numbers:
         beside = [[(*base[:k], i, *base[k + 1 :]) for i in values] for k, values in enumerate(several)]
         fits = [[one for one in some if one == base or self.agree(one, given)] for some in beside]
         if math.prod(map(len, fits)) <= _COMBINED:
-            return [self.found, *itertools.product(*[[one[k] for one in some] for k, some in enumerate(fits)])]
-        return [self.found, base, *[one for some in fits for one in some if one != base]]
+            together = itertools.product(*[[one[k] for one in some] for k, some in enumerate(fits)])
+            return list(dict.fromkeys([self.found, *together]))  # Each once: a single one is not tried out.
+        return list(dict.fromkeys([self.found, base, *[one for some in fits for one in some]]))
 
     def agree(self, choice: _Choice, problem: _Problems) -> bool:
         """Whether nothing is wrong with these values."""

@@ -183,18 +183,20 @@ def _parts(module: nn.Module, smaller: nn.Module, path: str) -> _Parts:
 
 
 def _sizes_now(sizes: Sequence[int], moves: dict[int, set[int]], parts: _Parts) -> list[list[int]]:
-    """What several widths may have to be now: if they are parts of one that changed, what sums to what it became."""
+    """What several widths may have to be now: if they are parts of one that changed, first what sums to what it became.
+
+    What it became may be no dimension of any layer, as where it is joined of what one gives and of what passes by.
+    """
     made = [max(moves.get(n, {n})) if n > 1 else n for n in sizes]
     if sum(sizes) not in parts.wholes:
         return [made] if made != [*sizes] else []
     kinds = sorted({*sizes})
     options = [sorted({*moves.get(n, ()), *parts.rest.get(n, ()), n}, reverse=True) for n in kinds]
-    found: list[list[int]] = []
-    for choice in itertools.islice(itertools.product(*options), _CHOICES):
-        now = [choice[kinds.index(n)] for n in sizes]
-        if sum(now) in parts.wholes[sum(sizes)] and now != [*sizes]:
-            found.append(now)
-    return found
+    choices = [
+        [choice[kinds.index(n)] for n in sizes] for choice in itertools.islice(itertools.product(*options), _CHOICES)
+    ]
+    found = [now for now in choices if now != [*sizes]]
+    return sorted(found, key=lambda now: sum(now) not in parts.wholes[sum(sizes)])
 
 
 def _others(

@@ -15,8 +15,9 @@ import math
 import re
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from funcreg.agreement import Agreement, Failure, arguments, outputs, rounding, 
 from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
-from funcreg.settling import Problem, decide, lengths, settle
-from funcreg.stored import Stored, unknown_counts
+from funcreg.settling import Problem, Settled, decide, lengths, settle
+from funcreg.stored import Stored, is_count, unknown_counts
 from funcreg.tree import listed, widen
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
@@ -42,6 +43,14 @@ _ONE_LEFT = "with one of these channels left"
 _COPIED = 1 << 31
 #: How many other sizes inputs have at most.
 _SIZES = 4
+
+
+class Refusal(NamedTuple):
+    """What goes wrong without some groups."""
+
+    reason: str
+    path: str  # The module whose code is to blame.
+    of_one: bool  # Whether one group of each family was left.
 
 
 class Trial:
@@ -72,7 +81,7 @@ class Trial:
     ) -> None:
         self.module, self.families = module, families
         self._inputs, self._rules = arguments(inputs), rules
-        self._counts, self._round_to = counts, round_to
+        self.counts, self._round_to = counts, round_to
         self._inside_heads, self._multiplied = inside_heads, multiplied
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
@@ -85,6 +94,7 @@ class Trial:
         self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
         self._computed_with: _Computed = []
+        self._settled: dict[str, Settled] = defaultdict(dict)  # By the way in which groups went.
         # Shapes may go by what is in tensors: so of the whole network with such leaves.
         self._expected: list[Tensor] = []
         self.failure: str | None = None  # Why nothing can be tried.
@@ -97,7 +107,7 @@ class Trial:
         except Exception as error:  # Such as of modules that cannot be copied.
             self.failure = f"to be copied: {_line(error)}"
 
-    def problem(self, chosen: Sequence[int], stage: _Stage | None = None) -> str | None:
+    def problem(self, chosen: Sequence[int], stage: _Stage | None = None) -> Refusal | None:
         """What goes wrong without some of the groups of these families, None if nothing does.
 
         Args:
@@ -117,14 +127,19 @@ class Trial:
                     return found
         return None
 
-    def runs_with_two(self, chosen: Sequence[int], problem: str, stage: _Stage) -> bool:
+    def runs_alike(self, chosen: Sequence[int]) -> bool:
+        """Whether the network runs without one group of each of these families."""
+        self.stage, self._scale, self._how = ("all but one", False), None, "without some of these channels"
+        return self._problem_with(chosen, self._allowed(chosen, [max(1, self.counts[i] - 1) for i in chosen])) is None
+
+    def runs_with_two(self, chosen: Sequence[int], problem: Refusal, stage: _Stage) -> bool:
         """Whether all is well if two groups of each of these families stay, where it is not with one: then they do."""
-        if self._how != _ONE_LEFT or any([self.least[i] > 1 for i in chosen]):
+        if not problem.of_one or any([self.least[i] > 1 for i in chosen]):
             return False
         for i in chosen:
             self.least[i] = 2
         if self.problem(chosen, stage) is None:
-            self.needs_two.update(dict.fromkeys(chosen, problem))
+            self.needs_two.update(dict.fromkeys(chosen, problem.reason))
             return True
         for i in chosen:
             self.least[i] = 1
@@ -133,20 +148,20 @@ class Trial:
     def _left(self, chosen: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Ways to take groups out, by their names, with how many of each family stay."""
         yield "half", self._allowed(chosen, self._about_half(chosen))
-        yield "all but one", self._allowed(chosen, [max(1, self._counts[i] - 1) for i in chosen])
+        yield "all but a few", self._allowed(chosen, [self._most(i) for i in chosen])
         if self._inside_heads and any([self._multiplied[i] for i in chosen]):
             # Less of queries and keys alone, which the same number of all would hide to be wrong.
-            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self._counts[i]]]
+            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self.counts[i]]]
             yield "half of queries", self._allowed(chosen, half)
         # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
         yield "one", self._allowed(chosen, [self.least[i] for i in chosen])
 
     def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
         """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
-        found = {i: min(self._counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
+        found = {i: min(self.counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
         for units, projections in self._projected:
             if units in found:
-                found[units] = min(self._counts[units], max(found[units], 1 + found.get(*projections)))
+                found[units] = min(self.counts[units], max(found[units], 1 + found.get(*projections)))
         return tuple(found.values())
 
     @functools.cached_property
@@ -161,9 +176,20 @@ class Trial:
 
     def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
         """A half of the groups of each family, of some less, so that layers come to differ in width."""
-        each = 1 if self._inside_heads else 2  # Families of one layer are pairs, or those of one kind come in turn.
-        counts = [(self._counts[i], i // each % 2) for i in chosen]
+        # Those that are next to each other differ for every second i, and each second and each third of them, too.
+        counts = [(self.counts[i], (i + i // 2) % 2) for i in chosen]
         return tuple([max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts])
+
+    def _most(self, family: int) -> int:
+        """All groups of a family but one, or a few, so that families of one module differ: one number may count all."""
+        n, i = self.counts[family], self._places[family]
+        return n - 1 - i % (n - 1) if n > 2 else max(1, n - 1 + i % 2)
+
+    @functools.cached_property
+    def _places(self) -> list[int]:
+        """The place of each family among those with as many groups in its module."""
+        kinds = [(self.holder(i), n) for i, n in enumerate(self.counts)]
+        return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
 
     def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
         """All tensors, with so many groups of these families."""
@@ -172,13 +198,13 @@ class Trial:
         of = lambda name, w: _number(w, shapes[name].shape) if name in self._numbers else w
         return {name: of(name, w) for name, w in self._leaves.items()}
 
-    def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+    def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> Refusal | None:
         tree = self._tree(chosen, left)
         try:
             smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules, self._inside_heads)
         except Exception as error:  # Of a rule of the user's, too.
-            return f"resized refuses what is left: {_line(error)}"
-        wrong = settle(smaller, unknown, lambda: self._wrong(smaller))
+            return self._refusal(f"resized refuses what is left: {_line(error)}", self._holder(chosen))
+        wrong = settle(smaller, unknown, lambda: self._wrong(smaller), self._settled[self.stage[0]])
         if wrong is None:
             self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
             return None
@@ -239,7 +265,7 @@ class Trial:
         self.uncompared = "they are no numbers"
         return None
 
-    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> str | None:
+    def _difference(self, chosen: Sequence[int], left: Sequence[int]) -> Refusal | None:
         """What goes wrong with outputs, when groups are zero in a network whose outputs can be compared, and gone."""
         assert self._comparable is not None
         tree, inputs = self._comparable
@@ -247,7 +273,7 @@ class Trial:
         problem = self._compared(whole, smaller, inputs)
         if left == self._allowed(chosen, self._about_half(chosen)):
             problem = self._compared_in_turn(problem, whole, smaller)
-        wrong = settle(smaller, unknown, problem)
+        wrong = settle(smaller, unknown, problem, self._settled[self.stage[0]])
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
 
     def _compared_in_turn(self, given: Problem, whole: nn.Module, smaller: nn.Module) -> Problem:
@@ -292,7 +318,7 @@ class Trial:
         tree, inputs = self._comparable
         whole, smaller, unknown = self._both(chosen, self._allowed(chosen, self._about_half(chosen)), tree)
         problem = self._compared_in_turn(self._compared(whole, smaller, inputs), whole, smaller)
-        if settle(smaller, unknown, problem) is not None:
+        if settle(smaller, unknown, problem, self._settled["half"]) is not None:
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -333,15 +359,27 @@ class Trial:
             args, kwargs = self._inputs if inputs is None else inputs
             return outputs(network, args, kwargs, seed)
 
-    def _said(self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]) -> str:
+    def _refusal(self, reason: str, path: str) -> Refusal:
+        return Refusal(reason, _around(self.module, path), self._how == _ONE_LEFT)
+
+    def _said(
+        self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]
+    ) -> Refusal:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
+        holder = _around(self.module, self._holder(chosen))
         if self._scale is not None:  # All else that was tried fails, too, in another way.
-            return f"in {_named(self.module, _around(self.module, self._holder(chosen)))} {self._scale}"
-        path = _around(self.module, wrong.path if isinstance(wrong, Failure) else self._holder(chosen))
+            return self._refusal(f"in {_named(self.module, holder)} {self._scale}", holder)
+        path = _around(self.module, wrong.path) if isinstance(wrong, Failure) else holder
+        return self._refusal(self._reason(smaller, wrong, unknown, path, len(chosen) == 1), path)
+
+    def _reason(
+        self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], path: str, apart: bool
+    ) -> str:
         kind = type(self.module.get_submodule(path)).__name__
         here = [each for each in unknown if each.path == path] or list(unknown)
         if here:
             holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
+            holds += self._divided(smaller, here) if apart else ""
         else:
             numbers = unknown_counts(self.module, smaller, path)
             such = f" ({listed([f'{name}={value}' for name, value in numbers.items()])})" if numbers else ""
@@ -357,11 +395,49 @@ class Trial:
             f"view), or give rules={{{kind}: function}} to channel_groups and resized"
         )
 
+    def _divided(self, smaller: nn.Module, several: Sequence[Stored]) -> str:
+        """That the code divides a number by a count, as a width that stays for the width of a head, if it does."""
+        is_one = lambda each: type(each.value) is int and is_count(each.attribute.rpartition(".")[2])
+        several = [each for each in several if each.others]
+        for each in several:  # So that it comes as far as it may.
+            each.assign(smaller, each.others[0])
+        for each in filter(is_one, several):
+            count = _Divisor(each.others[0])
+            each.assign(smaller, count)
+            self._outputs(smaller)
+            each.assign(smaller, each.others[0])
+            if count.divided:
+                what = f"{count.divided[0]} by {each.attribute}"
+                return f", for its code divides {what}, which gives another number where some are gone"
+        return ""
+
+    def holder(self, family: int) -> str:
+        """The innermost module with a forward of its own that holds all leaves of a family."""
+        path = _around(self.module, self._holder([family]))
+        while path and isinstance(self.module.get_submodule(path), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            path = path.rpartition(".")[0]
+        return path
+
     def _holder(self, chosen: Sequence[int]) -> str:
         """The innermost module that holds all leaves of some families."""
         paths = [name.split(".")[:-1] for i in chosen for name in self.families[i]]
         alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join([parts[0] for parts in alike])
+
+
+class _Divisor(int):
+    """A number that keeps what is divided by it."""
+
+    def __new__(cls, value: int) -> _Divisor:
+        made = super().__new__(cls, value)
+        made.divided = []
+        return made
+
+    divided: list[int]
+
+    def __rfloordiv__(self, other: int) -> int:
+        self.divided.append(other)
+        return other // int(self)
 
 
 class _Numbers(TorchFunctionMode):
@@ -446,25 +522,41 @@ def _around(module: nn.Module, path: str) -> str:
 # Which families are to blame
 
 
-def refused(trial: Trial) -> dict[int, str]:
+def refused(trial: Trial, joined: Sequence[int] = ()) -> tuple[dict[int, str], list[tuple[int, ...]]]:
     """The families without which the network does not run, by their numbers, with the reason.
 
-    Those of modules of one type are tried together, and apart only where that fails.
+    Those of numbered layers that are alike are tried together, and apart only where that fails.
+
+    Args:
+        trial: Whether it runs.
+        joined: Families that may become one with others.
+
+    Returns:
+        The reasons, and sets of families among those refused that go if as many groups of each do: no more is tried
+        once there are some.
     """
     kinds: dict[Any, list[int]] = {}
-    for i, family in enumerate(trial.families):
-        kinds.setdefault(frozenset(_in_type(trial.module, name) for name in family), []).append(i)
-    search = _Search(trial)
+    for i in range(len(trial.families)):
+        kinds.setdefault(_kind(trial, i), []).append(i)
+    search = _Search(trial, joined)
     search.find(list(kinds.values()))
-    return search.reasons
+    return search.reasons, search.together
+
+
+def _kind(trial: Trial, i: int) -> frozenset[str]:
+    """The leaves of a family but for the numbers of layers."""
+    return frozenset(map(_numbered, trial.families[i]))
 
 
 class _Search:
     """Divides kinds of families until each of them runs, or is refused."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial, self._stage = trial, trial.stage
+    def __init__(self, trial: Trial, joined: Sequence[int] = ()) -> None:
+        self._trial, self._stage, self._joined = trial, trial.stage, joined
+        self._known: dict[Any, Refusal | None] = {}
         self.reasons: dict[int, str] = {}
+        self.together: list[tuple[int, ...]] = []
+        self._alike: dict[Any, bool] = {}  # Whether families run as one.
 
     def find(self, kinds: list[list[int]]) -> None:
         """Refuse families until the network runs without all others.
@@ -475,13 +567,41 @@ class _Search:
             self._stage, before = self._trial.stage, (len(self.reasons), len(self._trial.needs_two))
             kinds = self._running(kinds, problem)
             if before == (len(self.reasons), len(self._trial.needs_two)):  # As where outputs are not always the same.
-                self.reasons.update(dict.fromkeys(_families(kinds), problem))
+                self.reasons.update(dict.fromkeys(_families(kinds), problem.reason))
+                return
+            self.together = list(self._as_one())
+            if self.together:
                 return
 
-    def _problem(self, chosen: list[int]) -> str | None:
-        return self._trial.problem(chosen, self._stage)
+    def _as_one(self) -> Iterator[tuple[int, ...]]:
+        """Families among those refused that run if as many groups of each go, as where a number counts all of them.
 
-    def _running(self, kinds: list[list[int]], problem: str | None = None) -> list[list[int]]:
+        They are of one module, where a family of its own for queries and keys, for what mixes scores, and for values
+        has a group for each head. Of modules in numbered layers that are alike the first is tried.
+        """
+        several: dict[tuple[str, int], list[int]] = {}
+        for i in [i for i in self._joined if i in self.reasons]:
+            several.setdefault((self._trial.holder(i), self._trial.counts[i]), []).append(i)
+        for some in several.values():
+            kinds: dict[Any, list[int]] = {}
+            for i in some:
+                kinds.setdefault(_kind(self._trial, i), []).append(i)
+            for here in (some, *kinds.values()):
+                kind = tuple([_kind(self._trial, i) for i in here])
+                if len(here) > 1 and kind not in self._alike:
+                    self._alike[kind] = self._trial.runs_alike(here)
+                if self._alike.get(kind):
+                    yield tuple(here)
+                    break
+
+    def _problem(self, chosen: list[int]) -> Refusal | None:
+        """What goes wrong without some families, which is not tried a second time."""
+        key = self._stage, tuple(chosen), tuple([self._trial.least[i] for i in chosen])
+        if key not in self._known:
+            self._known[key] = self._trial.problem(chosen, self._stage)
+        return self._known[key]
+
+    def _running(self, kinds: list[list[int]], problem: Refusal | None = None) -> list[list[int]]:
         """Those of some kinds of families without which the network runs; all others are refused.
 
         Args:
@@ -493,24 +613,34 @@ class _Search:
             return kinds
         if len(kinds) == 1:
             return self._apart(kinds[0], problem)
-        half = len(kinds) // 2
-        first, second = self._running(kinds[:half]), self._running(kinds[half:])
+        first, second = map(self._running, self._divided(kinds, problem))
         if first and second and self._problem(_families(first + second)) is not None:
             return [*first, *self._beside(first, second)]
         return first + second
 
-    def _apart(self, kind: list[int], problem: str) -> list[list[int]]:
+    def _divided(self, kinds: list[list[int]], problem: Refusal) -> tuple[list[list[int]], list[list[int]]]:
+        """Some kinds in two parts, those that have leaves in layers like the one that failed in the second."""
+        families, inside = self._trial.families, f"{_numbered(problem.path)}." if problem.path else ""
+        blamed = [any([_numbered(name).startswith(inside) for name in families[kind[0]]]) for kind in kinds]
+        if all(blamed) or not any(blamed):
+            return kinds[: len(kinds) // 2], kinds[len(kinds) // 2 :]
+        first, second = (
+            [kind for kind, here in zip(kinds, blamed, strict=True) if here is one] for one in (False, True)
+        )
+        return first, second
+
+    def _apart(self, kind: list[int], problem: Refusal) -> list[list[int]]:
         """What runs of one kind. Where the first and the last fail alike, all do."""
         if self._trial.runs_with_two(kind, problem, self._stage):
             return [kind]
         if len(kind) == 1:
-            self.reasons[kind[0]] = problem
+            self.reasons[kind[0]] = problem.reason
             return []
         first, last = (self._problem([i]) for i in (kind[0], kind[-1]))
-        if first is not None and last is not None and (alike := _alike(first, last)) is not None:
+        if first is not None and last is not None and (alike := _alike(first.reason, last.reason)) is not None:
             self.reasons.update(dict.fromkeys(kind, alike))
             return []
-        return self._running([[i] for i in kind])
+        return self._running([kind[: len(kind) // 2], kind[len(kind) // 2 :]], problem)
 
     def _beside(self, first: list[list[int]], second: list[list[int]]) -> Iterator[list[int]]:
         """Those of some kinds that run, with which others do not run all together."""
@@ -521,7 +651,7 @@ class _Search:
                 taken += kind
                 yield kind
             else:
-                self.reasons.update(dict.fromkeys(kind, problem))
+                self.reasons.update(dict.fromkeys(kind, problem.reason))
 
 
 def _families(kinds: list[list[int]]) -> list[int]:
@@ -532,17 +662,15 @@ def _families(kinds: list[list[int]]) -> list[int]:
 _NUMBER = re.compile(r"\d+")
 
 
+def _numbered(name: str) -> str:
+    """What names have in common but for numbers."""
+    return _NUMBER.sub("*", name)
+
+
 def _alike(one: str, other: str) -> str | None:
     """Two texts as one, with stars for the numbers by which alone they differ; None if they differ otherwise."""
-    if _NUMBER.sub("*", one) != _NUMBER.sub("*", other):
+    if _numbered(one) != _numbered(other):
         return None
     numbers = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
     stars = iter([a if a == b else "*" for a, b in numbers])
     return _NUMBER.sub(lambda _: next(stars), one)
-
-
-def _in_type(module: nn.Module, name: str) -> tuple[str, str]:
-    """A leaf by its name inside of the innermost module that is none of torch's own, and the type of that."""
-    path = _around(module, name.rpartition(".")[0])
-    inside = name.removeprefix(f"{path}.") if path else name
-    return type(module.get_submodule(path)).__qualname__, _NUMBER.sub("*", inside)

@@ -1319,3 +1319,27 @@ class Scaled(nn.Module):
 def test_parameters_of_the_network_itself_have_a_name_in_the_table():
     groups = fr.channel_groups(network(Scaled), vectors())
     assert "\nthe module itself, inner" in repr(groups)
+
+
+class Positions(nn.Module):
+    """Scores of relative positions, shifted by padding and another view, as in BoTNet."""
+
+    def __init__(self, size=4):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.relative = nn.Parameter(torch.randn(2 * size - 1, 8))
+
+    def forward(self, x):
+        y, n = self.first(x), x.shape[1]
+        scores = F.pad(F.pad(y @ self.relative.T, (0, 1)).flatten(1), (0, n - 1))
+        scores = scores.reshape(-1, n + 1, 2 * n - 1)[:, :n, n - 1 :]
+        return self.last(scores.softmax(-1) @ y.relu())
+
+
+def test_positions_that_padding_shifts_end_and_are_kept():
+    net, seen = network(Positions), (drawn(2, 4, 5),)
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [8]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)

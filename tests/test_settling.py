@@ -10,7 +10,11 @@ from test_resizing import Alone, built, draw
 from torch import nn
 
 import funcreg as fr
+from funcreg import settling
+from funcreg.agreement import Failure
+from funcreg.settling import settle
 from funcreg.steadiness import _sizes as sizes
+from funcreg.stored import Stored
 from funcreg.variations import inputs_like, other_sizes
 
 UNITS = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
@@ -270,3 +274,74 @@ def test_inputs_of_other_sizes_are_larger_where_an_index_out_of_range_is_an_erro
     elsewhere = tokens.to("meta")  # It may end the process there.
     assert shapes((elsewhere,)) == {(2, 6), (1, 3)}
     assert {tuple(change(elsewhere).shape) for some in sizes([elsewhere]) for change in some} == {(2, 6), (1, 3)}
+
+
+class _Three(nn.Module):
+    """Two layers, and the widths of three parts that are taken from what is between them."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.one, self.two, self.three = parts
+
+    def forward(self, x):
+        return self.b(torch.cat([y.relu() for y in self.a(x).split([self.one, self.two, self.three], -1)], -1))
+
+
+def _stored(*parts):
+    wide = (8, 4, 4)
+    return _Three(*parts), [
+        Stored("", name, wide[i], (wide[i] // 2, 1)) for i, name in enumerate(("one", "two", "three"))
+    ]
+
+
+def test_no_choice_of_numbers_is_tried_twice_and_one_that_was_right_comes_first():
+    seen = []
+
+    def problem(net, right):
+        seen.append((net.one, net.two, net.three))
+        return None if seen[-1] == right else Failure("", "_Three", "of another size")
+
+    net, unknown = _stored(8, 4, 4)
+    assert settle(net, unknown, lambda: problem(net, None)) is not None
+    assert len(seen) == len(set(seen)) == 27
+    settled = {}
+    for _ in range(2):
+        seen.clear()
+        net, unknown = _stored(8, 4, 4)
+        assert settle(net, unknown, lambda net=net: problem(net, (8, 2, 1)), settled) is None
+        assert (net.one, net.two, net.three) == (8, 2, 1)
+    assert seen == [(8, 2, 1)]
+
+
+def test_other_runs_are_left_out_where_one_choice_of_numbers_is_left(monkeypatch):
+    """As for attention in many blocks, whose numbers are looked at by their kinds."""
+    net = nn.Sequential(*[_Three(8, 4, 4) for _ in range(3)])
+    unknown = [
+        Stored(f"{i}", name, n, (n // 2, 1)) for i in range(3) for name, n in (("one", 8), ("two", 4), ("three", 4))
+    ]
+    right = {"one": 4, "two": 2, "three": 1}
+    wrong = lambda here: None if all(each.now(here) == right[each.attribute] for each in unknown) else "of another size"
+    for each in unknown:
+        each.assign(net, right[each.attribute])
+    monkeypatch.setattr(settling, "_COMBINED", 1)
+
+    def runs():
+        raise AssertionError("one choice is left")
+        yield
+
+    assert settling.decide(net, unknown, lambda: wrong(net), runs()) == []
+
+
+def test_numbers_of_modules_that_did_not_run_before_it_failed_are_not_tried():
+    net = nn.ModuleDict({name: nn.Sequential(*[_Three(8, 4, 4) for _ in range(2)]) for name in ("first", "second")})
+    several = [(f"{part}.{i}", name, n) for part in net for i in range(2) for name, n in (("one", 8), ("two", 4))]
+    unknown, seen = [Stored(path, name, n, (n // 2, 1)) for path, name, n in several], []
+
+    def failure():
+        first = net.get_submodule("first")
+        seen.append([(each.one, each.two) for each in first])
+        return Failure("first.0", "_Three", "of another size", frozenset({"", "first", "first.0"}))
+
+    assert settle(net, unknown, failure) is not None
+    assert len(seen) == len({f"{each}" for each in seen})  # Not again for other numbers of the second part alone.

@@ -91,6 +91,7 @@ def test_heads_of_nanogpt_are_kept_and_it_is_said_what_would_help():
     said = groups.explain()
     assert "without some of these channels the network fails in 'h.*.attn', a Packed: RuntimeError: " in said
     assert "'h.*.attn', a Packed, stores n_head=8, n_embd=32, and no other numbers there make it run" in said
+    assert "for its code divides 32 by n_head, which gives another number where some are gone" in said
     assert "or give rules={Packed: function} to channel_groups and resized" in said
     assert "    h.*.attn.c_attn.weight, dimension 0 of 96" in said.splitlines()
     dead = without_half(net, groups)
@@ -131,6 +132,27 @@ def test_layers_that_are_alike_are_tried_together(monkeypatch):
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
     assert len(ran) < 44  # Several numbers are tried for each of the few sets of families.
+
+
+class _Wrapped(nn.Sequential):
+    """A layer in a class of its own, as those with a normalization are."""
+
+
+def test_layers_of_one_class_are_told_apart_by_their_names(monkeypatch):
+    def make():
+        net = GPT(3)
+        for block in net.h:
+            block.attn.c_attn, block.attn.c_proj = _Wrapped(block.attn.c_attn), _Wrapped(block.attn.c_proj)
+            block.mlp = nn.Sequential(_Wrapped(block.mlp[0]), nn.GELU(), _Wrapped(block.mlp[2]))
+        return net
+
+    net, tried = network(make), []
+    real = trying.Trial.problem
+    monkeypatch.setattr(trying.Trial, "problem", lambda *args: (tried.append(1), real(*args))[1])
+    groups = fr.channel_groups(net, words())
+    assert groups.layers == [(f"h.{i}.mlp.0.0",) for i in range(3)]
+    # Of all, of what failed and of the rest, of the first and the last of what failed, and of what is left.
+    assert len(tried) <= 6
 
 
 def test_layers_that_are_asked_for_and_cannot_go_are_an_error():
@@ -373,6 +395,20 @@ def test_unequal_parts_go_on_by_themselves_where_their_sizes_are_stored(kind, de
     smaller = fr.resized(killed, fr.remove_dead(fr.with_buffers(killed), groups), seen)
     assert entries(smaller) < entries(net)
     torch.testing.assert_close(outputs(smaller, seen), outputs(killed, seen), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dead", [(1, 1, 3, 1), (1, 3, 3, 1), (3, 1, 1, 3), (3, 3, 1, 3)])
+def test_unequal_parts_go_on_whatever_the_numbers_that_are_left(dead):
+    net = network(lambda: nn.Sequential(CONV(3, 12, 1), _Sized(), _Sized(), CONV(12, 3, 1)))
+    groups = fr.channel_groups(net, images())
+    weights = [
+        torch.arange(n, device=DEVICE, dtype=torch.float64) < k for n, k in zip(groups.counts, dead, strict=True)
+    ]
+    params, weights = dict(net.named_parameters()), [1e9 * each for each in weights]
+    killed = copy.deepcopy(net)
+    killed.load_state_dict(fr.coupled(fr.group_lasso, groups).prox(params, 1.0, weights=weights))
+    smaller = fr.resized(killed, fr.remove_dead(fr.with_buffers(killed), groups), images())
+    torch.testing.assert_close(outputs(smaller, images()), outputs(killed, images()), rtol=1e-10, atol=1e-10)
 
 
 class _Focal(nn.Module):
@@ -759,3 +795,51 @@ def test_numbers_that_may_count_heads_are_named_where_these_are_kept():
     net, seen = network(lambda: Net(lambda net, x: net.part(x), part=_Heads())), (drawn(2, 3, 16),)
     with pytest.raises(ValueError, match=r"a count as a number of its own \(parts=4\), or in its code"):
         fr.channel_groups(net, seen)
+
+
+class _Talking(nn.Module):
+    """Attention whose heads are mixed before and after the softmax, with one count for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale = 4, 0.5
+        self.q, self.k, self.v, self.last = *[nn.Linear(5, 16) for _ in range(3)], nn.Linear(16, 3)
+        self.before, self.after = CONV(4, 6, 1), CONV(6, 4, 1)
+
+    def forward(self, x):
+        q, k, v = [
+            layer(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        ]
+        weights = self.after(self.before(q @ k.transpose(-1, -2) * self.scale).softmax(-1))
+        return self.last((weights @ v).transpose(1, 2).flatten(2))
+
+
+class _Cascade(nn.Module):
+    """A layer for each part, all of one width, and a part that has a width of its own in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.parts, self.last = nn.ModuleList(nn.Linear(5, 8) for _ in range(3)), nn.Linear(32, 3)
+        self.other = nn.Linear(5, 8)
+
+    def forward(self, x):
+        parts = [part(x).relu().view(*x.shape[:2], 1, self.width) for part in self.parts]
+        return self.last(torch.cat([*parts, self.other(x).relu().view(*x.shape[:2], 1, 8)], -1).flatten(2))
+
+
+@pytest.mark.parametrize("make", [_Talking, _Cascade])
+def test_families_that_one_number_counts_go_as_one(make):
+    net, seen = network(make), (drawn(2, 6, 5),)
+    groups = fr.channel_groups(net, seen)
+    counts, layers = {_Talking: ([4], ("q", "k", "v", "after")), _Cascade: ([8], ("parts.0", "parts.1", "parts.2"))}[
+        make
+    ]
+    assert (groups.counts, groups.layers) == (counts, [layers])
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert entries(smaller) < entries(net)
+    assert (smaller.num_heads if make is _Talking else smaller.width) == counts[0] // 2
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+    other = (drawn(3, 9, 5, seed=4),)
+    torch.testing.assert_close(outputs(smaller, other), outputs(dead, other), rtol=1e-10, atol=1e-10)

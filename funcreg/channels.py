@@ -560,11 +560,8 @@ def _together(found: _Found, reasons: Mapping[int, str], several: Sequence[tuple
             for slot in families[j]:
                 same = slots.get((slot.name, slot.dim))
                 if same is not None:
-                    rows, uses = (
-                        torch.cat([same.rows, slot.rows], 1),
-                        (same.writes or slot.writes, same.reads or slot.reads),
-                    )
-                    slot = same._replace(rows=rows, writes=uses[0], reads=uses[1])
+                    writes, reads = same.writes or slot.writes, same.reads or slot.reads
+                    slot = same._replace(rows=torch.cat([same.rows, slot.rows], 1), writes=writes, reads=reads)
                 slots[slot.name, slot.dim] = slot
         families[i] = list(slots.values())
     joined = {i for some in several for i in some}

@@ -133,6 +133,8 @@ def _batch(ndim: int, *images: Tensor) -> list[Tensor]:
 def _operation(schema: str, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of images and of how many dimensions they have as an operation of torch."""
     name = f"funcreg::{f.__name__}"
+    if hasattr(torch.ops.funcreg, f.__name__):  # The module is loaded once more, as in notebooks; torch takes one each.
+        return getattr(torch.ops.funcreg, f.__name__)
     torch.library.define(name, schema)
     torch.library.impl(name, "default", f)
     torch.library.register_fake(name, lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format))

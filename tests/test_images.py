@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -254,6 +257,23 @@ def test_it_is_traced_in_one_graph():
     x = random(3, 3)
     compiled = torch.compile(lambda x: (variation(x), variation.prox(x, 0.3)), fullgraph=True, backend="eager")
     assert_equal(compiled(x), (variation(x), variation.prox(x, 0.3)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_it_may_be_loaded_once_more():
+    script = """
+        import importlib, sys
+        import torch
+        import funcreg.images
+        importlib.reload(funcreg.images)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "funcreg"]:
+            del sys.modules[name]
+        import funcreg as fr
+        print(fr.isotropic_total_variation.prox(torch.tensor([[1.0, 0.0]]), 0.25))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "tensor([[0.7500, 0.2500]])"
 
 
 def test_what_is_no_image_is_refused():

@@ -1306,7 +1306,12 @@ def test_none_elsewhere_is_refused_by_the_name_of_its_leaf(make):
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize(
     ("make", "backend"),
-    [(copy.deepcopy, "aot_eager"), (copy.copy, "eager"), (lambda step: pickle.loads(pickle.dumps(step)), "eager")],
+    [
+        pytest.param(copy.deepcopy, "aot_eager", marks=pytest.mark.slow),
+        (copy.deepcopy, "eager"),
+        (copy.copy, "eager"),
+        (lambda step: pickle.loads(pickle.dumps(step)), "eager"),
+    ],
 )
 def test_copies_of_steps_step_alike(make, backend, used, donate):
     tx = fr.chain(fr.scale_by_adam(b1=0.8), fr.add_decayed_weights(torch.tensor(0.1), mask=fr.matrices), fr.scale(-0.1))
@@ -1372,7 +1377,10 @@ MODES_OF_TORCH: dict[str, Callable[[], Any]] = {
 
 
 @both
-@pytest.mark.parametrize("order", ["inside first", "outside first", "init outside"])
+@pytest.mark.parametrize(
+    "order",
+    ["inside first", *[pytest.param(name, marks=pytest.mark.slow) for name in ("outside first", "init outside")]],
+)
 @pytest.mark.parametrize("mode", MODES_OF_TORCH.values(), ids=MODES_OF_TORCH)
 def test_modes_of_torch_change_nothing(mode, order, donate):
     tx = fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.scale(-0.1))

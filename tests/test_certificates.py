@@ -71,7 +71,7 @@ PENALTIES = {
 }
 
 
-@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("loss", ["squared", pytest.param("logistic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PENALTIES)
 def test_the_gap_bounds_the_distance_to_the_minimum_and_closes_there(name, loss):
     penalty, strength = PENALTIES[name]

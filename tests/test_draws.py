@@ -169,6 +169,7 @@ def test_what_has_a_generator_of_its_own_draws_from_it():
     assert len({int(drawn(lambda seed=seed: key(seed), at)) for seed in (0, 1) for at in (0, 1)}) == 4
 
 
+@pytest.mark.slow
 @every
 def test_compiled_code_draws_the_same_or_is_known_not_to(function, mean, deviation):
     context = Draws(tensor(3), tensor(7))

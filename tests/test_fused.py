@@ -73,6 +73,7 @@ def test_an_ensemble_compiles_into_one_step():
     assert_equal(params, stack(members), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
 def test_one_compilation_serves_a_whole_schedule(donate):
     counter = CompileCounterWithBackend("aot_eager")

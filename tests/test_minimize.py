@@ -342,7 +342,13 @@ def of_low_rank(make):
     return solution, size
 
 
-@pytest.mark.parametrize(("at", "make"), SPECTRAL.values(), ids=SPECTRAL)
+@pytest.mark.parametrize(
+    ("at", "make"),
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * (name not in ("nuclear", "spectral_ball")), id=name)
+        for name, row in SPECTRAL.items()
+    ],
+)
 def test_derivatives_through_singular_values(at, make):
     solution, size = of_low_rank(make)
     expected = between(solution, number(at), 1e-5)
@@ -354,6 +360,7 @@ def test_derivatives_through_singular_values(at, make):
     torch.testing.assert_close(leaf.grad, between(size, number(at), 1e-5), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank_envelope", "spectral_ball"])
 def test_second_derivatives_through_singular_values_also_mapped(name):
     at, make = SPECTRAL[name]

@@ -537,6 +537,7 @@ def test_numbers_in_a_state_are_refused_where_they_cannot_be_written():
 # What falls back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize(
     "rule",

@@ -133,7 +133,7 @@ def test_it_ends_at_the_solution_of_scikit_learn(row):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULERS.values(), ids=SCHEDULERS)
-@pytest.mark.parametrize(("name", "lr"), [("SGD, momentum", 0.05), ("AdamW", 0.02)])
+@pytest.mark.parametrize(("name", "lr"), [("SGD, momentum", 0.05), pytest.param("AdamW", 0.02, marks=pytest.mark.slow)])
 def test_it_ends_there_under_every_scheduler(name, lr, schedule):
     assert_is_lasso(solved(OPTIMIZERS[name].make, 500, schedule, lr=lr))
 
@@ -590,6 +590,7 @@ def mixture() -> nn.Module:
         return Mixture().double()
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_a_mixture_of_experts_trains_where_some_get_no_row(row):
     net = mixture()

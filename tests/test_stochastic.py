@@ -44,6 +44,7 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_without_noise_it_ends_at_scikit_learns_solution_with_its_zeros(name):
     make, tolerance = FULL[name]

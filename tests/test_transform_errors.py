@@ -213,6 +213,7 @@ def test_what_follows_no_schedule_refuses_one_at_once(name):
             make(lambda count: 0.1)
 
 
+@pytest.mark.slow
 @every_hyperparameter
 def test_tensors_that_are_not_known_are_not_read(name):
     make, wrong = HYPER[name]

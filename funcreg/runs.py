@@ -168,6 +168,7 @@ class Run:
                     self.model.check_validation(known, held)
                     if self.model.score is not None:
                         self.model.check_score(known, held)
+                self.model.tell_unused(known)
         return takes
 
     def _group(self, shared: Config, size: int, takes: list[str]) -> Group:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.overrides import TorchFunctionMode
 
 from funcreg.draws import Draws
 from funcreg.ensemble import seeded, stack, whole_seeds
@@ -20,6 +21,28 @@ from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
 from funcreg.ranges import number
 from funcreg.tree import check_params, listed, tree_leaves, tree_map
+
+
+class _Uses(TorchFunctionMode):
+    """A context that tells which of some tensors any function of torch takes."""
+
+    def __init__(self, tensors: Config) -> None:
+        super().__init__()
+        self._names = {id(x): name for name, x in tensors.items() if isinstance(x, Tensor)}
+        self.found: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._look((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, x: Any) -> None:
+        if isinstance(x, (tuple, list, dict)):
+            for each in x.values() if isinstance(x, dict) else x:
+                self._look(each)
+        elif id(x) in self._names:
+            self.found.add(self._names[id(x)])
 
 
 class Model:
@@ -46,6 +69,7 @@ class Model:
         self.seeds = whole_seeds(seeds)
         self._draws = False  # Whether it draws random numbers.
         self.not_compiled: list[str] = []  # Functions by which it draws others in compiled code.
+        self._used: set[str] = set()  # Which hyperparameters any operation takes.
         self._warned = False
         self._by_gradient = False  # Whether modules are measured as they are trained, with a map of the derivative.
         self._training: nn.Module | None = None
@@ -211,6 +235,16 @@ class Model:
             except (RuntimeError, TypeError, ValueError) as error:
                 raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
+    def tell_unused(self, hyper: Config) -> None:
+        """Warn of hyperparameters that came in tensors, and that nothing took in the calls for one member."""
+        unused = [name for name, x in hyper.items() if isinstance(x, Tensor) and name not in self._used]
+        if unused:
+            warn_user(
+                f"no operation of the loss{'' if self._training is None else ' or the module'} takes {listed(unused)}, "
+                "which the grid has: members that differ in nothing else are alike. Is it an attribute that forward "
+                "does not read, such as one from which the module was built?"
+            )
+
     def _tried(
         self, arguments: Callable[[], tuple[Any, ...]], hyper: Config, params: Any, batch: Any, name: str
     ) -> Any:
@@ -218,7 +252,7 @@ class Model:
         rows = "a batch" if name == "data" else "rows of validation"
         device = tree_leaves(params)[0].device
         before, zero = _generators(device), torch.zeros((), dtype=torch.int64, device=device)
-        with Draws(zero, zero) as draws:
+        with Draws(zero, zero) as draws, _Uses(hyper) as uses:
             try:
                 args = arguments()
             except (RuntimeError, TypeError) as error:
@@ -235,6 +269,7 @@ class Model:
                     f"the loss failed on {rows}: {first_line(error)}. It was given {_shapes(args)}. {cause}".rstrip()
                 ) from error
         self._draws |= draws.calls > 0
+        self._used |= uses.found
         self.not_compiled = list(dict.fromkeys([*self.not_compiled, *draws.not_compiled()]))
         if not self._warned and (draws.by_generators or not all(map(torch.equal, _generators(device), before))):
             self._warned = True

@@ -421,6 +421,13 @@ def test_hyperparameters_that_no_attribute_is_or_two_are_are_refused():
         train({"2.": [0.1]})
 
 
+def test_a_hyperparameter_that_nothing_takes_is_told():
+    scaled = lambda outputs, y, temperature, slope: F.cross_entropy(outputs / temperature, y)
+    grid = {"learning_rate": [0.1], "0.in_features": [6, 7], "temperature": [1.0, 2.0], "slope": [0.1, 0.2]}
+    with pytest.warns(UserWarning, match=r"takes slope, 0.in_features, which the grid has: members .* are alike"):
+        fr.sweep(plain, scaled, fr.sgd, grid, data(), epochs=1)
+
+
 @pytest.mark.skipif(
     "while True" not in inspect.getsource(nn.init._no_grad_trunc_normal_),
     reason="this torch draws once, which vmap maps",

@@ -214,7 +214,7 @@ class Model:
 
         try:
             self._mapped(slope, hyper)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(_under_vmap(error, hyper, self._training)) from error
 
     def check_validation(self, hyper: Config, batch: Any) -> None:
@@ -457,6 +457,11 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
     taker = "loss takes" if module is None else "loss or the module takes"
     hint = f" The {taker} {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
+    if "compile_wrapper" in _called_in(error):
+        return (
+            f"model and loss run for one member, but not for all at once under vmap{said}. A function in them was made "
+            "by torch.compile; give the plain one. compile=True compiles the whole step of all members"
+        )
     if "_no_grad_trunc_normal_" in _called_in(error):
         return (
             "model and loss run for one member, but not for all at once under vmap: nn.init.trunc_normal_ draws again "

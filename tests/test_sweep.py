@@ -421,6 +421,12 @@ def test_hyperparameters_that_no_attribute_is_or_two_are_are_refused():
         train({"2.": [0.1]})
 
 
+def test_a_compiled_loss_is_refused():
+    compiled = torch.compile(F.cross_entropy, backend="eager")
+    with pytest.raises(TypeError, match=r"was made by torch.compile; give the plain one. compile=True compiles the wh"):
+        fr.sweep(plain, compiled, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+
+
 def test_a_hyperparameter_that_nothing_takes_is_told():
     scaled = lambda outputs, y, temperature, slope: F.cross_entropy(outputs / temperature, y)
     grid = {"learning_rate": [0.1], "0.in_features": [6, 7], "temperature": [1.0, 2.0], "slope": [0.1, 0.2]}

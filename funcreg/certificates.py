@@ -177,7 +177,8 @@ def _along_lines(low: Tensor, high: Tensor, size: Tensor, left: Callable[[Tensor
     last two points ends, or less far if that passes the end, until two lines end at one place; the end is then a few
     numbers away on either side.
     """
-    before, value, at, end, share = torch.zeros_like(size), size, size, size, 0.5
+    before, value, at, end = torch.zeros_like(size), size, size, size
+    share = 0.5  # How far to go where the end was passed: a little less first after a step along a line.
     for _ in range(20):
         found = left(at).to(size.dtype)
         if found == 0:

@@ -33,33 +33,40 @@ _STIFFER, _STIFF, _STIFFEST = 1e3, 1e7, 1e12
 _ROUNDING = (0.0, 1e-14, 1e-10)
 
 
+def slope(x: Tensor, d: int) -> Tensor:
+    """The next entry along a dimension minus this one; 0 at the end."""
+    size = x.shape[d]
+    return torch.cat([x.narrow(d, 1, size - 1) - x.narrow(d, 0, size - 1), _end(x, d)], d)
+
+
+def back(p: Tensor, d: int) -> Tensor:
+    """The transpose of `slope`."""
+    held = p.narrow(d, 0, p.shape[d] - 1)
+    return torch.cat([_end(p, d), held], d) - torch.cat([held, _end(p, d)], d)
+
+
+def _end(x: Tensor, d: int) -> Tensor:
+    return torch.zeros_like(x.narrow(d, 0, 1))
+
+
 def slopes(z: Tensor, ndim: int) -> Tensor:
-    """The differences of each entry to the next ones along each of the last dimensions; 0 at the end."""
-    found = z.new_zeros(ndim, *z.shape)
-    for v, d in zip(found, range(-ndim, 0), strict=True):
-        size = z.shape[d] - 1
-        v.narrow(d, 0, size).copy_(z.narrow(d, 1, size) - z.narrow(d, 0, size))
-    return found
+    """The slopes along each of the last dimensions."""
+    return torch.stack([slope(z, d) for d in range(-ndim, 0)])
 
 
 def backs(p: Tensor) -> Tensor:
-    """The transpose of `slopes`, of what is 0 at the end."""
-    found = torch.zeros_like(p[0])
-    for v, d in zip(p, range(-len(p), 0), strict=True):
-        size = found.shape[d] - 1
-        held = v.narrow(d, 0, size)
-        found.narrow(d, 1, size).add_(held)
-        found.narrow(d, 0, size).sub_(held)
-    return found
+    """The transpose of `slopes`."""
+    found = [back(each, d) for each, d in zip(p, range(-len(p), 0), strict=True)]
+    return sum(found[1:], found[0])
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0)
 
 
 def _fall(t: Tensor, v: Tensor) -> Tensor:
     r""":math:`t^2 - \|v\|^2`, without a difference of squares."""
-    norm = _dot(v, v).sqrt()
+    norm = dot(v, v).sqrt()
     return (t - norm) * (t + norm)
 
 
@@ -73,19 +80,19 @@ class _Scaling:
     def __init__(self, t: Tensor, v: Tensor, s: Tensor) -> None:
         of_point, of_multiplier = _fall(t, v).sqrt(), _fall(torch.ones_like(t), s).sqrt()
         one, other = v / of_point, s / of_multiplier
-        mean = ((1 + t / (of_point * of_multiplier) + _dot(one, other)) / 2).sqrt()
+        mean = ((1 + t / (of_point * of_multiplier) + dot(one, other)) / 2).sqrt()
         self.w = (one - other) / (2 * mean)
-        self.top = (1 + _dot(self.w, self.w)).sqrt()
+        self.top = (1 + dot(self.w, self.w)).sqrt()
         self.square = of_point / of_multiplier  # Of the factor.
         self.factor = self.square.sqrt()
-        self.bent = 2 / (1 + 2 * _dot(self.w, self.w))
+        self.bent = 2 / (1 + 2 * dot(self.w, self.w))
 
     def times(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        along = _dot(self.w, b)
+        along = dot(self.w, b)
         return self.factor * (self.top * a + along), self.factor * (b + self.w * (a + along / (1 + self.top)))
 
     def inverse(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        along = _dot(self.w, b)
+        along = dot(self.w, b)
         return (self.top * a - along) / self.factor, (b + self.w * (along / (1 + self.top) - a)) / self.factor
 
     def bend(self) -> list[list[Tensor]]:
@@ -109,7 +116,7 @@ class _Point(NamedTuple):
 
 def _reach(a: Tensor, b: Tensor, to_a: Tensor, to_b: Tensor) -> Tensor:
     """How far points of cones may go along a direction: the first root of a square."""
-    square, half, rest = to_a * to_a - _dot(to_b, to_b), a * to_a - _dot(b, to_b), _fall(a, b)
+    square, half, rest = to_a * to_a - dot(to_b, to_b), a * to_a - dot(b, to_b), _fall(a, b)
     inside = half * half - square * rest
     ends = (inside >= 0) & ((half < 0) | (square < 0))
     under = inside.clamp(min=0.0).sqrt() - half
@@ -123,16 +130,16 @@ class _Descent:
         self.x, self.h, self.ndim = x, h, x.ndim - 1
         self._dims = tuple(range(1, x.ndim))
         v = slopes(x, self.ndim)
-        norm = _dot(v, v).sqrt()
+        norm = dot(v, v).sqrt()
         # Constraints hold from the beginning on: they are linear.
         self.point = _Point(x, norm + norm.mean(self._dims, keepdim=True), v, torch.zeros_like(v))
 
     def gap(self) -> Tensor:
-        return (self.point.t + _dot(self.point.v, self.point.s)).sum(self._dims, keepdim=True)
+        return (self.point.t + dot(self.point.v, self.point.s)).sum(self._dims, keepdim=True)
 
     def objective(self) -> Tensor:
         z, _, v, _ = self.point
-        return (self.h * (z - self.x).square() / 2 + _dot(v, v).sqrt()).sum(self._dims, keepdim=True)
+        return (self.h * (z - self.x).square() / 2 + dot(v, v).sqrt()).sum(self._dims, keepdim=True)
 
     def step(self, active: Tensor) -> None:
         """Predict how far complementarity may fall, and step to less of it."""
@@ -141,13 +148,13 @@ class _Descent:
         scaling = _Scaling(t, v, s)
         equations = Equations(self.h, scaling.bend())
         at = scaling.times(ones, s)  # The point and the multipliers, both scaled, are this.
-        goal = -at[0] * at[0] - _dot(at[1], at[1]), -2 * at[0] * at[1]
+        goal = -at[0] * at[0] - dot(at[1], at[1]), -2 * at[0] * at[1]
         first = self._direction(scaling, equations, at, goal)
         far = self._far(first).clamp(max=1.0)
         mean = self.gap() / t[0].numel()
         a, b = scaling.inverse(first.t, first.v), scaling.times(zeros, first.s)
         goal = (
-            goal[0] + (1 - far) ** 3 * mean - a[0] * b[0] - _dot(a[1], b[1]),
+            goal[0] + (1 - far) ** 3 * mean - a[0] * b[0] - dot(a[1], b[1]),
             goal[1] - a[0] * b[1] - b[0] * a[1],
         )
         second = self._direction(scaling, equations, at, goal)
@@ -163,15 +170,15 @@ class _Descent:
     ) -> _Point:
         """The direction along which the product of the point and the multipliers goes to a goal."""
         z, _, _, s = self.point
-        top = (at[0] * goal[0] - _dot(at[1], goal[1])) / _fall(*at)
+        top = (at[0] * goal[0] - dot(at[1], goal[1])) / _fall(*at)
         push, force = scaling.inverse(top, (goal[1] - top * at[1]) / at[0])
         # Multipliers begin with 1: norms go where that stays.
         stiff, lean = (2 * scaling.top**2 - 1) / scaling.square, -2 * scaling.top * scaling.w / scaling.square
         force = force - lean * push / stiff
         dz = equations.solved(self.h * (self.x - z) + backs(s) + backs(force))
         dv = slopes(dz, self.ndim)
-        dt = (push - _dot(lean, dv)) / stiff
-        return _Point(dz, dt, dv, force - (dv - scaling.bent * scaling.w * _dot(scaling.w, dv)) / scaling.square)
+        dt = (push - dot(lean, dv)) / stiff
+        return _Point(dz, dt, dv, force - (dv - scaling.bent * scaling.w * dot(scaling.w, dv)) / scaling.square)
 
 
 def nearest(x: Tensor, h: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ def nearest(x: Tensor, h: Tensor) -> Tensor:
     z, _, v, s = best
     # At a solution either the difference is 0 or the multiplier has length 1. Where both nearly are it is a difference:
     # these become ever smaller along a ridge, while a multiplier comes near to 1 by chance alone.
-    level = _dot(v, v).sqrt() < _LEVEL * (1 - _dot(s, s).sqrt())
+    level = dot(v, v).sqrt() < _LEVEL * (1 - dot(s, s).sqrt())
     z = leveled(z, regions(level | flat, len(v)), h)
     return torch.where(found, torch.where(flat, x, z), torch.nan)
 
@@ -240,7 +247,7 @@ def turned(force: Tensor, z: Tensor, h: Tensor, jump: Tensor) -> Tensor:
     Equal neighbours move together: by stiff ties, and the mean of what is left.
     """
     v = slopes(z, z.ndim - 1)
-    norm = _dot(v, v).sqrt()
+    norm = dot(v, v).sqrt()
     level = norm == 0
     free = torch.where(level, 0.0, jump / torch.where(level, 1.0, norm))
     most = _STIFFER * free.amax(tuple(range(1, z.ndim)), keepdim=True)

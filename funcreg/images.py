@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.cones import by_parts, nearest, turned
+from funcreg.cones import back, backs, by_parts, dot, nearest, slope, slopes, turned
 from funcreg.penalties import group_dims
 from funcreg.penalty import penalty
 from funcreg.spectral import whole
@@ -37,25 +37,9 @@ def _inside(w: Tensor, *, dim: Dims = None) -> tuple[int, ...]:
     return _lie(w, dim)
 
 
-def _end(x: Tensor, d: int) -> Tensor:
-    return torch.zeros_like(x.narrow(d, 0, 1))
-
-
-def _slope(x: Tensor, d: int) -> Tensor:
-    """The next entry along a dimension minus this one; 0 at the end."""
-    size = x.shape[d]
-    return torch.cat([x.narrow(d, 1, size - 1) - x.narrow(d, 0, size - 1), _end(x, d)], d)
-
-
-def _back(p: Tensor, d: int) -> Tensor:
-    """The transpose of `_slope`."""
-    held = torch.cat([p.narrow(d, 0, p.shape[d] - 1), _end(p, d)], d)
-    return torch.cat([_end(p, d), held.narrow(d, 0, p.shape[d] - 1)], d) - held
-
-
 def _norms(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """At each entry the norm of its differences to the next ones."""
-    return euclidean(torch.stack([_slope(w, d) for d in dims], -1), (w.ndim,)).squeeze(-1)
+    return euclidean(torch.stack([slope(w, d) for d in dims], -1), (w.ndim,)).squeeze(-1)
 
 
 def _gradient(w: Tensor, *, dim: Dims = None) -> Tensor:
@@ -65,8 +49,8 @@ def _gradient(w: Tensor, *, dim: Dims = None) -> Tensor:
     norms = _norms(w, dims)
     safe = torch.where(norms == 0, torch.ones_like(norms), norms)
     # Also of the derivative there is nothing where entries are equal.
-    turn = [torch.where(norms == 0, torch.zeros_like(w), _slope(w, d) / safe) for d in dims]
-    return _backs(turn, dims)
+    found = [back(torch.where(norms == 0, torch.zeros_like(w), slope(w, d) / safe), d) for d in dims]
+    return sum(found[1:], found[0])
 
 
 # The nearest image
@@ -97,20 +81,6 @@ def _in_units(x: Tensor, h: Tensor, jump: Tensor, dims: tuple[int, ...]) -> Tens
     z = mean + size * _exact((x - mean) / size, h / top, (jump / (size * top)).clamp(max=count), dims)
     still = x.detach() + (z - z.detach())  # Without a step the image itself, with the derivative of what moves.
     return torch.where(jump == 0, still, z)
-
-
-def _slopes(x: Tensor, dims: tuple[int, ...]) -> list[Tensor]:
-    return [_slope(x, d) for d in dims]
-
-
-def _backs(p: list[Tensor], dims: tuple[int, ...]) -> Tensor:
-    found = [_back(each, d) for each, d in zip(p, dims, strict=True)]
-    return sum(found[1:], found[0])
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    found = [x * y for x, y in zip(a, b, strict=True)]
-    return sum(found[1:], found[0])
 
 
 # Both operations read numbers, to see when they are done, and so are one each for whatever traces or batches them.
@@ -192,15 +162,15 @@ def _exact(x: Tensor, h: Tensor, jump: Tensor, dims: tuple[int, ...]) -> Tensor:
     fixed, metric, force = x.detach().contiguous(), h.detach().contiguous(), jump.detach().contiguous()
     z = _nearest(fixed, metric / torch.where(force == 0, torch.ones_like(force), force), len(dims))
     z = torch.where(force == 0, fixed, z)
-    center, v = z, _slopes(z, dims)
-    apart = _dot(v, v) > 0
+    center, v = z, slopes(z, len(dims))
+    apart = dot(v, v) > 0
     # Each of these steps has one more derivative.
     for _ in range(3):
-        v = _slopes(z, dims)
-        left = apart & (_dot(v, v) > 0)
-        norm = torch.where(left, _dot(v, v), torch.ones_like(z)).sqrt()
-        turn = [torch.where(left, each / norm, torch.zeros_like(z)) for each in v]
-        step = _turn(h * (x - z) - jump * _backs(turn, dims), center, metric, force, len(dims))
+        v = slopes(z, len(dims))
+        left = apart & (dot(v, v) > 0)
+        norm = torch.where(left, dot(v, v), torch.ones_like(z)).sqrt()
+        turn = torch.where(left, v / norm, torch.zeros_like(v))
+        step = _turn(h * (x - z) - jump * backs(turn), center, metric, force, len(dims))
         # Where two regions are equal to rounding, a step by the second derivative leads nowhere; its derivative stays.
         with torch.no_grad():
             before, after = (_worth(image, x, h, jump, dims) for image in (z, z + step))
@@ -210,8 +180,8 @@ def _exact(x: Tensor, h: Tensor, jump: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _worth(z: Tensor, x: Tensor, h: Tensor, jump: Tensor, dims: tuple[int, ...]) -> Tensor:
-    v = _slopes(z, dims)
-    return (h * (z - x).square() / 2 + jump * _dot(v, v).sqrt()).sum(dims, keepdim=True)
+    v = slopes(z, len(dims))
+    return (h * (z - x).square() / 2 + jump * dot(v, v).sqrt()).sum(dims, keepdim=True)
 
 
 def _proximal(w: Tensor, step: Scalar, *, dim: Dims = None) -> Tensor:

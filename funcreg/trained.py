@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
 from funcreg.notices import warn_user
 from funcreg.ranges import number
 from funcreg.tree import check_params, listed, tree_leaves, tree_map
+from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, raised_in
 
 
 class _Uses(TorchFunctionMode):
@@ -457,12 +457,12 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
     taker = "loss takes" if module is None else "loss or the module takes"
     hint = f" The {taker} {names} as 0-dim tensors; static= names those that have to be numbers of Python."
     said = "" if "calling .item()" in str(error) else f": {first_line(error)}"  # What follows says that better.
-    if "compile_wrapper" in _called_in(error):
+    if raised_in(error, CALLS_COMPILED):
         return (
             f"model and loss run for one member, but not for all at once under vmap{said}. A function in them was made "
             "by torch.compile; give the plain one. compile=True compiles the whole step of all members"
         )
-    if "_no_grad_trunc_normal_" in _called_in(error):
+    if raised_in(error, DRAWS_AGAIN):
         return (
             "model and loss run for one member, but not for all at once under vmap: nn.init.trunc_normal_ draws again "
             "until all numbers lie within the bounds. Numbers within two deviations, with one draw, are "
@@ -477,11 +477,6 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
     return (
         f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
     )
-
-
-def _called_in(error: Exception) -> list[str]:
-    """The names of the functions in which an error was raised."""
-    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

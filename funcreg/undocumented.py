@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -240,6 +241,15 @@ def described(x: Any) -> Any:
         return type(x)
     bits = (x.requires_grad, x.is_neg(), x.is_conj(), x.is_inference())
     return type(x), x.shape, x.dtype, x.device, x.layout, x.stride() if x.layout is torch.strided else None, bits
+
+
+#: Functions by which an error is told apart: what calls a compiled function, and what draws until bounds hold.
+CALLS_COMPILED, DRAWS_AGAIN = "compile_wrapper", "_no_grad_trunc_normal_"
+
+
+def raised_in(error: Exception, name: str) -> bool:
+    """Whether an error was raised inside of a function of torch. Without its name, the text is that of other errors."""
+    return any([frame.name == name for frame in traceback.extract_tb(error.__traceback__)])
 
 
 def forward_depth() -> int:

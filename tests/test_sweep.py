@@ -421,9 +421,12 @@ def test_hyperparameters_that_no_attribute_is_or_two_are_are_refused():
         train({"2.": [0.1]})
 
 
-def test_a_compiled_loss_is_refused():
+def test_a_compiled_loss_is_refused(monkeypatch):
     compiled = torch.compile(F.cross_entropy, backend="eager")
     with pytest.raises(TypeError, match=r"was made by torch.compile; give the plain one. compile=True compiles the wh"):
+        fr.sweep(plain, compiled, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
+    monkeypatch.setattr("funcreg.trained.CALLS_COMPILED", "another name")
+    with pytest.raises(TypeError, match="model and loss run for one member, but not for all at once under vmap"):
         fr.sweep(plain, compiled, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
 
 

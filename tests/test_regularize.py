@@ -698,7 +698,9 @@ def test_steps_that_a_scaler_skips_are_none(name, fused):
     optimizer = OPTIMIZERS[name].make([w], fused=fused)
     handle = fr.regularize(optimizer, fr.l1, strength=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for finite in (False, True, False):
+    # Torch's fused SGD leaves its momentum uninitialized where the first step of all is skipped, and then adds to that.
+    begins = [] if fused and name.startswith("SGD") else [False]
+    for finite in (*begins, True, False):
         optimizer.zero_grad()
         scaler.scale((w * (1.0 if finite else torch.inf)).sum()).backward()
         before = w.detach().clone()

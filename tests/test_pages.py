@@ -59,6 +59,13 @@ def test_blocks_run_from_top_to_bottom(page, tmp_path):
         assert int(right) >= 95  # and it learned what it was to learn.
 
 
+@pytest.mark.parametrize("page", [path for path in PAGES.values() if blocks(path)], ids=lambda path: path.name)
+def test_what_blocks_draw_is_seeded(page):
+    """So that a page runs for every reader, or for none."""
+    draw = re.search(r"torch\.rand|nn\.[A-Z]\w+\(.*|manual_seed", "\n".join(blocks(page)))
+    assert draw is None or draw.group() == "manual_seed"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="blocks marked `python optuna` need optuna")
 def test_blocks_that_need_optuna_run_after_the_first(tmp_path):

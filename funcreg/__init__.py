@@ -372,14 +372,9 @@ from funcreg.transform import (
     init_empty_state as init_empty_state,
     stateless as stateless,
 )
-from funcreg.tree import (
-    apply_updates as apply_updates,
-    global_norm as global_norm,
-    matrices as matrices,
-    tree_leaves as tree_leaves,
-    tree_map as tree_map,
-    tree_paths as tree_paths,
-)
+from funcreg.leafwise import apply_updates as apply_updates, global_norm as global_norm
+from funcreg.masks import matrices as matrices
+from funcreg.tree import tree_leaves as tree_leaves, tree_map as tree_map, tree_paths as tree_paths
 from funcreg.averaging import (
     LookaheadParams as LookaheadParams,
     LookaheadState as LookaheadState,

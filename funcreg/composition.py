@@ -12,20 +12,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.construction import written
+from funcreg.leafwise import compute, compute_wide, product, total
+from funcreg.masks import Selection, keep, mask_leaves
 from funcreg.ranges import flags
-from funcreg.tree import (
-    Selection,
-    broadcast,
-    compute,
-    compute_wide,
-    flatten,
-    keep,
-    mask_leaves,
-    product,
-    total,
-    tree_leaves,
-    tree_map,
-)
+from funcreg.tree import broadcast, flatten, tree_leaves, tree_map
 
 #: What a proximal operator may keep of the point that it moves; see `Structure`.
 Kept = Literal["signs", "order", "directions"]

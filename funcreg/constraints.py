@@ -17,23 +17,12 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import written
+from funcreg.leafwise import compute, compute_leaves, compute_wide, reduce_leaves, running_sum, safe_sqrt, sign, squared
+from funcreg.leafwise import total as summed
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.penalty import LACKING, Penalty
 from funcreg.ranges import check_range, concrete, flags
-from funcreg.tree import (
-    compute,
-    compute_leaves,
-    compute_wide,
-    flatten,
-    reduce_leaves,
-    running_sum,
-    safe_sqrt,
-    sign,
-    squared,
-    tree_leaves,
-    tree_paths,
-)
-from funcreg.tree import total as summed
+from funcreg.tree import flatten, tree_leaves, tree_paths
 
 _AT_LEAST_0 = (0.0, math.inf)
 

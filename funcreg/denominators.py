@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from funcreg._typing import Scalar
 from funcreg.construction import written
+from funcreg.leafwise import widen
 from funcreg.ranges import concrete
-from funcreg.tree import widen
 
 #: What an optimizer keeps of a parameter, and what is set for its param group.
 Entries: TypeAlias = dict[str, Any]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from funcreg.construction import written
 from funcreg.hyperparams import Injected
+from funcreg.masks import listed
 from funcreg.transform import Transform
-from funcreg.tree import listed
 
 #: Options of torch's optimizers, and what stands for them here.
 _HABITS = {

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
+from funcreg.checks import check_params, filled
 from funcreg.construction import Remembering, remembered
 from funcreg.freshness import Freshness
 from funcreg.frozen import frozen_beside_others
+from funcreg.leafwise import apply_updates, without_autocast
 from funcreg.lowering import Compiler, say_once
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
@@ -29,20 +32,7 @@ from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
 from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
-from funcreg.tree import (
-    apply_updates,
-    check_params,
-    filled,
-    leaves_like,
-    listed,
-    reader,
-    restored,
-    structure,
-    tree_leaves,
-    tree_map,
-    tree_paths,
-    without_autocast,
-)
+from funcreg.tree import leaves_like, reader, restored, structure, tree_leaves, tree_map, tree_paths
 
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32

@@ -16,13 +16,14 @@ from funcreg.composition import Term, composes
 from funcreg.constraints import Constraint
 from funcreg.construction import written
 from funcreg.decay import decay_of, every_part, parts_of
+from funcreg.masks import keep, listed
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, scale_by_schedule, trace
 from funcreg.transform import Transform, at_step, raw_leaves
-from funcreg.tree import keep, listed, tree_leaves, tree_paths
+from funcreg.tree import tree_leaves, tree_paths
 
 
 @dataclass(frozen=True)

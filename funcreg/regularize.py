@@ -46,6 +46,8 @@ from funcreg.landing import (
     laid_out,
     land_in_sets,
 )
+from funcreg.leafwise import global_norm, product, widen
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
 from funcreg.penalty import Penalty
@@ -60,16 +62,7 @@ from funcreg.transform import (
     is_scheduled,
     positive,
 )
-from funcreg.tree import (
-    ABSENT,
-    broadcast,
-    global_norm,
-    listed,
-    product,
-    tree_leaves,
-    tree_paths,
-    widen,
-)
+from funcreg.tree import ABSENT, broadcast, tree_leaves, tree_paths
 from funcreg.undocumented import copy_all, is_compiling, versions
 from funcreg.wrapping import matched
 

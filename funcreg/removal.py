@@ -15,9 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from funcreg._typing import Params
 from funcreg.families import Along, Family, Groups, Place, gather, places_of, within
+from funcreg.leafwise import gathered
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
-from funcreg.tree import flatten, gathered, listed, tree_paths
+from funcreg.tree import flatten, tree_paths
 from funcreg.wrapping import matched, without_wrappers
 
 

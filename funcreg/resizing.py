@@ -14,13 +14,15 @@ from torch.nn.utils import parametrize
 from funcreg._typing import Params
 from funcreg.agreement import Agreement, Failure
 from funcreg.coupled import layers_in_sequence
+from funcreg.leafwise import widen
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
 from funcreg.settling import Problem, are_same, decide, lengths, settle
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths, takes_parts
-from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
+from funcreg.tree import tree_leaves, tree_map, tree_paths
 from funcreg.variations import other_runs
 from funcreg.widths import (
     CONVOLUTIONS,

@@ -25,11 +25,12 @@ from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, outputs, rounding, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
+from funcreg.leafwise import widen
+from funcreg.masks import listed
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, Settled, decide, lengths, settle
 from funcreg.stored import Stored, is_count, unknown_counts
-from funcreg.tree import listed, widen
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
 

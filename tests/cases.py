@@ -15,7 +15,7 @@ from torch import Tensor
 
 import funcreg as fr
 from funcreg.construction import remembered
-from funcreg.tree import reduce_leaves, total
+from funcreg.leafwise import reduce_leaves, total
 from funcreg.undocumented import is_traced, is_transformed
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.

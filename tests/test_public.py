@@ -77,12 +77,13 @@ def test_penalties_look_like_functions():
 LAYERS = [
     [
         *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
-        *("notices", "undocumented"),
+        *("notices", "tree", "undocumented"),
     ],
     ["attention", "cones", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
-    ["grids", "lowering", "schedules", "shapes", "tree"],
+    ["checks", "grids", "lowering", "schedules", "shapes"],
+    ["leafwise", "masks"],
     ["graphs", "rounding", "rows", "variations"],
     ["coarse", "settling", "steadiness"],
     [

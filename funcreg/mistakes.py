@@ -13,7 +13,7 @@ from funcreg.averaging import lookahead, schedule_free
 from funcreg.clipping import zero_nans
 from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
 from funcreg.composition import Term, composes
-from funcreg.constraints import Constraint
+from funcreg.constraint import Constraint
 from funcreg.construction import written
 from funcreg.decay import decay_of, every_part, parts_of
 from funcreg.masks import keep, listed

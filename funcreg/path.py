@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import kkt_residual, lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
-from funcreg.constraints import Constraint
+from funcreg.constraint import Constraint
 from funcreg.graphs import with_more
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.leafwise import wide

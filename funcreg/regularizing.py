@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
-from funcreg.constraints import Constraint
+from funcreg.constraint import Constraint
 from funcreg.construction import remembered, written
 from funcreg.leafwise import compute, compute_wide
 from funcreg.penalties import half_l2, l1

@@ -135,7 +135,8 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraints", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "sweep", "trying"],
     [
         "averaging",

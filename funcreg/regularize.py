@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.composition import composes
+from funcreg.composition import apart, composes
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import (
@@ -448,7 +448,7 @@ class Regularization:
         mine = self._task.penalty
         for other in vars(optimizer).get(_OWN, []):
             theirs, own = other._task.penalty, {id(w) for w in self._acted_on().values()}
-            shared = [name for name, w in other._acted_on().items() if id(w) in own]
+            shared = {name: w for name, w in other._acted_on().items() if id(w) in own}
             alike = mine is theirs or written(mine) == written(theirs)
             if shared and (alike or not (projects(mine) or projects(theirs))):
                 again = (
@@ -457,28 +457,34 @@ class Regularization:
                 )
                 remedy = again if alike else "Regularize with their sum, as in regularize(optimizer, a + b)"
                 raise ValueError(
-                    f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
-                    f"that of both. {remedy}."
+                    f"'{next(iter(shared))}' is regularized already, by {other!r}; one proximal operator after "
+                    f"the other is not that of both. {remedy}."
                 )
             if shared:
                 self._say_composed(other, shared)
 
-    def _say_composed(self, other: Regularization, shared: list[str]) -> None:
+    def _say_composed(self, other: Regularization, shared: dict[str, Tensor]) -> None:
         """Warn of a constraint that lands after something else, where both at once lead elsewhere."""
         first, last = (other, self) if projects(self._task.penalty) else (self, other)
         before, after = first._task.term(), last._task.term()
-        leaves, in_metric = [self._names.params()[name] for name in shared], self._task.rule.source is not None
-        exact, two_sets = composes(after, before, leaves, in_metric), projects(first._task.penalty)
-        if composes(before, after, leaves, in_metric) or not (two_sets or exact):
+        leaves, in_metric = list(shared.values()), self._task.rule.source is not None
+        missed = apart(before, after)
+        exact, two_sets = not missed and composes(after, before, leaves, in_metric), projects(first._task.penalty)
+        if not missed and (composes(before, after, leaves, in_metric) or not (two_sets or exact)):
             return
         ends = (
-            "need not lie in the first set, nor be the nearest point of both" if two_sets else "is not the best of both"
+            "never lies in the first set, because no number is in both"
+            if missed
+            else "need not lie in the first set, nor be the nearest point of both"
+            if two_sets
+            else "is not the best of both"
         )
         remedy = "Leave one out, give each parameters of its own by mask=, or write one for both, with @constraint."
         if exact:
             remedy = f"Their sum is exact, regularize(optimizer, {before.title()} + {after.title()}, ...)."
         warn_user(
-            f"'{shared[0]}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
+            f"'{next(iter(shared))}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. "
+            f"{remedy}"
         )
 
     # The step

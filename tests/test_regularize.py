@@ -1316,10 +1316,18 @@ _BALL = fr.l2_ball.given(0.5)
 #: Pairs on one leaf in the order in which they land, and what a warning says of them, or what lands at once.
 PAIRS = {
     "two sets": (_BALL, fr.box.given(0.1, 1.0), "need not lie in the first set, .* Leave one out"),
+    "intervals apart": (fr.box.given(2.0, 3.0), fr.box.given(0.0, 1.0), "never lies in the first set, .* Leave one"),
+    "a half line apart": (fr.nonnegative, fr.box.given(-2.0, -1.0), "never lies in the first set, because no number"),
+    "bounds of entries apart": (
+        fr.box.given(torch.tensor([0.0, 2.0, 0.0, 0.0], device="cpu"), 3.0),
+        fr.box.given(-1.0, 1.0),
+        "never lies in the first set",
+    ),
     "two sets, exact as a sum": (_BALL, fr.nonnegative, r"regularize\(optimizer, l2_ball.given\(0.5\) \+ nonnegative"),
     "groups cut at 0": (0.1 * fr.group_lasso, fr.nonnegative, "is not the best of both. Their sum is exact"),
     "two sets, in order": (fr.nonnegative, _BALL, _BALL + fr.nonnegative),
     "two intervals": (fr.nonnegative, fr.box.given(-1.0, 1.0), fr.box.given(0.0, 1.0)),
+    "intervals that touch": (fr.box.given(1.0, 2.0), fr.box.given(-1.0, 1.0), fr.box.given(1.0, 1.0)),
     "a penalty and a set": (0.1 * fr.l1, _BALL, 0.1 * fr.l1 + _BALL),
     "groups in balls": (0.1 * fr.group_lasso, fr.max_norm.given(0.5), 0.1 * fr.group_lasso + fr.max_norm.given(0.5)),
 }
@@ -1338,6 +1346,17 @@ def test_a_set_that_spoils_what_landed_before_is_told_and_no_other(first, last, 
     start = w.detach().clone()
     stepped(optimizer, w)
     assert_equal(w.detach(), expected.prox(start - 0.5 * w.grad, 0.5), rtol=1e-12)
+
+
+def test_two_regularizations_may_call_a_parameter_by_other_names():
+    net = nn.Linear(3, 2)
+    optimizer = optim.SGD(net.parameters(), 0.5)
+    fr.regularize(optimizer, fr.nonnegative, module=net)
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    start = net.weight.detach().clone()
+    net.weight.square().sum().backward()
+    optimizer.step()
+    assert_equal(net.weight.detach(), (start - 0.5 * 2 * start - 0.05).clamp(min=0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [fr.half_l2, fr.l1 + fr.l2, fr.elastic.given(0.1, 0.5)])

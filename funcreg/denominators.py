@@ -176,6 +176,9 @@ RULES: dict[type[Optimizer], Rule] = {
     torch.optim.Adafactor: Rule(_adafactor_rate, _adafactor, counts=True, note=_size),
 }
 
+#: For a constraint, which holds after a step of any size.
+OF_ANY_SIZE = Rule(lambda state, group: (0.0,))
+
 #: Why others have no step that a proximal operator could follow.
 REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "its curvature comes from differences of gradients between points, which a proximal operator "
@@ -263,7 +266,7 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     else:
         reason = REFUSED[known]
     if projects:
-        return Rule(lambda state, group: (0.0,))
+        return OF_ANY_SIZE
     if kind.__module__.startswith("funcreg."):
         raise ValueError(
             "this optimizer has a chain of its own, into which the penalty belongs: prox_adam(lr, l1, strength=...) in "

@@ -240,6 +240,12 @@ class FusedStep(_Planned):
     ) -> None:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
+        if tx.examples:
+            raise TypeError(
+                f"fuse got {tx!r}, which takes gradients of single examples; a fused step takes gradients like the "
+                "parameters. Make the update of differentially_private_aggregate first and fuse what comes after it, "
+                "or compile a function around update and apply_updates with torch.compile."
+            )
         flags(donate=donate)
         super().__init__(backend)
         self._tx, self._donate, self._loose = tx, donate, loose

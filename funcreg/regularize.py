@@ -20,11 +20,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.composition import composes
+from funcreg.composition import apart, composes
 from funcreg.construction import Call, written
 from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import (
     NOTE_COPY,
+    OF_ANY_SIZE,
     RUNS_AWAY,
     Entries,
     Rule,
@@ -269,15 +270,14 @@ class Regularization:
         self._said_frozen = self._is_copy = False
         self._said_dead: set[str] = set()
         self._pace: list[Any] = []
-        self._hooks = [optimizer.register_step_post_hook(self._after)]
-        if task.rule.note is not None or self._inner is not None or self._watches:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before))
+        self._values: tuple[Hyper, ...] = ()  # Strength and hyperparameters of the next step,
+        self._seen_groups: list[Any] = []  # and what was checked for it.
+        self._hooks = [optimizer.register_step_pre_hook(self._before)]
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
-        if not projects(self._task.penalty):
-            for other in vars(optimizer).get(_OWN, []):
-                other.follow_last(optimizer)
-        vars(optimizer).setdefault(_OWN, []).append(self)
+        if _OWN not in vars(optimizer):
+            vars(optimizer)[_OWN] = _Landings(optimizer)
+        vars(optimizer)[_OWN].add(self)
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
         self._say_decays_twice(optimizer)
@@ -318,7 +318,7 @@ class Regularization:
         self._notes, self._starts, self._layouts, self._ends = {}, {}, {}, (None, None, None)
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
-            vars(optimizer)[_OWN].remove(self)
+            vars(optimizer)[_OWN].drop(self, optimizer)
             _see_to_copies(optimizer)
 
     def penalty_value(self) -> Tensor:
@@ -408,8 +408,8 @@ class Regularization:
                 "by channel_groups(..., layers=...), or give them to the optimizer."
             )
 
-    def _check_rates(self, optimizer: Optimizer) -> None:
-        """Raise an error if leaves that share groups have learning rates of their own from the start."""
+    def _check_rates(self, optimizer: Optimizer, moving: bool = False) -> None:
+        """Raise an error if leaves that share groups, all or those that move, have learning rates of their own."""
         groups, rule = optimizer.param_groups, self._task.rule
         anyhow = projects(self._task.penalty) and rule.source is None and not rule.buffers  # After a step of any size.
         if anyhow or not self._task.penalty.couples_leaves:
@@ -417,9 +417,40 @@ class Regularization:
         rates = [_known(group.get("lr", 1.0)) for group in groups]
         if rule.buffers:
             rates = [_buffered_rate(rate, group) for rate, group in zip(rates, groups, strict=True)]
-        places = {self._names.names[w]: i for i, group in enumerate(groups) for w in group["params"]}
+        params = [(w, i) for i, group in enumerate(groups) for w in group["params"]]
+        rows = zip(params, gradients_of([w for w, _ in params]), strict=True)
+        places = {self._names.names[w]: i for (w, i), g in rows if not moving or g is not None}
         for each in self._linked:
-            self._check_one_rate({name: places[name] for name in each}, rates)
+            self._check_one_rate({name: places[name] for name in each if name in places}, rates)
+
+    def _check_groups(self, optimizer: Optimizer, waits: bool) -> None:
+        """Raise an error, before a step, for numbers of param groups that no proximal step can follow.
+
+        Args:
+            optimizer: The optimizer.
+            waits: Whether gradients come from a closure, so that it is not known yet what will move.
+        """
+        rule, groups = self._task.rule, optimizer.param_groups
+        seen = [(_known(group.get("lr")), group.get("momentum"), group.get("dampening")) for group in groups]
+        if rule is OF_ANY_SIZE or seen == self._seen_groups:
+            return
+        for i, group in enumerate(groups):
+            if not any([self._names.names.get(w) in self._names.chosen for w in group["params"]]):
+                continue
+            rate, momentum = concrete(group.get("lr", 1.0)), group.get("momentum", 0.0)
+            if rate is not None and not bool(rate >= 0):
+                raise ValueError(
+                    f"param group {i} has the learning rate {group['lr']}, with which its step goes uphill; expected a "
+                    "number of at least 0"
+                )
+            if not rule.buffers or (not isinstance(momentum, Tensor) and momentum == 0):
+                continue
+            if group.get("centered", False) and not projects(self._task.penalty):
+                raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
+            buffered(group, None)  # For its errors.
+        if not waits:
+            self._check_rates(optimizer, moving=True)
+        self._seen_groups = seen
 
     def warn_of_scales(self, module: nn.Module) -> None:
         """Warn of penalized parameters from which a parametrization computes the weight, once for each kind."""
@@ -441,7 +472,7 @@ class Regularization:
         mine = self._task.penalty
         for other in vars(optimizer).get(_OWN, []):
             theirs, own = other._task.penalty, {id(w) for w in self._acted_on().values()}
-            shared = [name for name, w in other._acted_on().items() if id(w) in own]
+            shared = {name: w for name, w in other._acted_on().items() if id(w) in own}
             alike = mine is theirs or written(mine) == written(theirs)
             if shared and (alike or not (projects(mine) or projects(theirs))):
                 again = (
@@ -450,41 +481,52 @@ class Regularization:
                 )
                 remedy = again if alike else "Regularize with their sum, as in regularize(optimizer, a + b)"
                 raise ValueError(
-                    f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
-                    f"that of both. {remedy}."
+                    f"'{next(iter(shared))}' is regularized already, by {other!r}; one proximal operator after "
+                    f"the other is not that of both. {remedy}."
                 )
             if shared:
                 self._say_composed(other, shared)
 
-    def _say_composed(self, other: Regularization, shared: list[str]) -> None:
+    def _say_composed(self, other: Regularization, shared: dict[str, Tensor]) -> None:
         """Warn of a constraint that lands after something else, where both at once lead elsewhere."""
         first, last = (other, self) if projects(self._task.penalty) else (self, other)
         before, after = first._task.term(), last._task.term()
-        leaves, in_metric = [self._names.params()[name] for name in shared], self._task.rule.source is not None
-        exact, two_sets = composes(after, before, leaves, in_metric), projects(first._task.penalty)
-        if composes(before, after, leaves, in_metric) or not (two_sets or exact):
+        leaves, in_metric = list(shared.values()), self._task.rule.source is not None
+        missed = apart(before, after)
+        exact, two_sets = not missed and composes(after, before, leaves, in_metric), projects(first._task.penalty)
+        if not missed and (composes(before, after, leaves, in_metric) or not (two_sets or exact)):
             return
         ends = (
-            "need not lie in the first set, nor be the nearest point of both" if two_sets else "is not the best of both"
+            "never lies in the first set, because no number is in both"
+            if missed
+            else "need not lie in the first set, nor be the nearest point of both"
+            if two_sets
+            else "is not the best of both"
         )
         remedy = "Leave one out, give each parameters of its own by mask=, or write one for both, with @constraint."
         if exact:
             remedy = f"Their sum is exact, regularize(optimizer, {before.title()} + {after.title()}, ...)."
         warn_user(
-            f"'{shared[0]}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
+            f"'{next(iter(shared))}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. "
+            f"{remedy}"
         )
 
     # The step
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Note what has to be known from before a step."""
+        """Note what has to be known from before a step, and raise the errors of what follows it, as far as known."""
         self._read_added(optimizer)
-        with torch.no_grad():
-            for w, name in self._names.names.items():
-                if name in self._names.chosen and self._task.rule.note is not None:
-                    self._notes[w] = self._task.rule.note(w, optimizer.state.get(w, {}))
-                if name in self._names.chosen and self._inner is not None:
-                    self._starts[w] = w.detach().clone()
+        self._values, note = self._task.at(self.steps), self._task.rule.note
+        self._check_groups(optimizer, waits=any(map(callable, [*args[1:], *kwargs.values()])))
+        if self.steps == 0:
+            self._say_uninitialized(optimizer)
+        if note is not None or self._inner is not None:
+            with torch.no_grad():
+                for w in self._names.penalized().values():
+                    if note is not None:
+                        self._notes[w] = note(w, optimizer.state.get(w, {}))
+                    if self._inner is not None:
+                        self._starts[w] = w.detach().clone()
         if not self._watches:
             return None
         if not _is_in_a_step(optimizer):
@@ -507,10 +549,8 @@ class Regularization:
 
         return seen
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after(self, optimizer: Optimizer) -> None:
         """Land where a step has led."""
-        if self._watches and _is_in_a_step(optimizer):
-            return
         skipped = getattr(optimizer, "found_inf", None)  # Of a GradScaler, whose optimizer skips inside its kernel.
         if isinstance(skipped, Tensor) and skipped.device.type == "cpu":
             if skipped.item():
@@ -528,7 +568,7 @@ class Regularization:
         if not moved:
             self._say_nothing_moved()
             return
-        values, self.steps = self._task.at(self.steps), self.steps + 1
+        values, self.steps = self._values, self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         due = self.steps in _LOOKS or self.steps % _AGAIN == 0
         if due and not self._said_replaced:  # Those that were replaced keep their last gradients.
@@ -543,12 +583,6 @@ class Regularization:
         self._taken += 1
         if self._taken == _PATIENCE:
             self._say_never_moved(optimizer)
-
-    def follow_last(self, optimizer: Optimizer) -> None:
-        """Land after a penalty that came later, if this is a constraint, which would not hold otherwise."""
-        if projects(self._task.penalty):
-            self._hooks[0].remove()
-            self._hooks[0] = optimizer.register_step_post_hook(self._after)
 
     def _penalized(self, leaves: list[Moved]) -> list[Moved]:
         """Those on which the penalty acts."""
@@ -676,6 +710,21 @@ class Regularization:
                 "regularize that."
             )
 
+    def _say_uninitialized(self, optimizer: Optimizer) -> None:
+        """Warn of torch's fused SGD, whose momentum is what was in memory where its first step is skipped."""
+        skipped, state = getattr(optimizer, "found_inf", None), optimizer.state
+        if type(optimizer) is not torch.optim.SGD or not isinstance(skipped, Tensor) or is_compiling():
+            return
+        fused = [group for group in optimizer.param_groups if group["fused"] and group["momentum"] != 0]
+        params = [w for group in fused for w in group["params"] if w.grad is not None]
+        begins = [w for w in params if state.get(w, {}).get("momentum_buffer") is None]
+        if begins and skipped.item():
+            warn_user(
+                "a GradScaler skips the first step of SGD with fused=True, which then goes on with momentum that torch "
+                f"has left uninitialized in {len(begins)} parameters, whatever was in memory: numbers, or NaN. Call "
+                "optimizer.state.clear() after this step, or begin with fused=False or a smaller init_scale."
+            )
+
     def _say_never_moved(self, optimizer: Optimizer) -> None:
         """Warn of leaves that share groups with others, and never had a gradient in many steps."""
         never = sorted(set().union(*self._linked) - self._ever)
@@ -754,11 +803,6 @@ class Regularization:
         for i in firsts:
             group = leaves[i].group
             rate, *rest = rule.scalars(entries[i], groups[group])
-            if isinstance(rate, (int, float)) and not rate >= 0:
-                raise ValueError(
-                    f"param group {group} has the learning rate {groups[group].get('lr')}, with which its step goes "
-                    "uphill; expected a number of at least 0"
-                )
             columns.append((rate * factors[group] if group in factors else rate, *rest))
         return columns
 
@@ -768,8 +812,6 @@ class Regularization:
         for i in wanted:
             momentum = groups[i]["momentum"]
             if isinstance(momentum, Tensor) or momentum != 0:
-                if groups[i].get("centered", False) and not projects(self._task.penalty):
-                    raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
                 if i in moved or i not in self._buffers:
                     self._buffers[i] = buffered(groups[i], self._buffers.get(i))
                 found[i] = gain(groups[i], self._buffers[i])
@@ -919,6 +961,34 @@ class Regularization:
         self._restored = self._task.is_scheduled and len(optimizer.state) > 0
 
 
+class _Landings(list[Regularization]):
+    """The penalties on an optimizer, in the order in which they land: constraints last, or they would not hold.
+
+    One hook for all stands where the first of them came, among other hooks of the optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__()
+        self._watches = not steps_as_torch(type(optimizer))
+        self._hook = optimizer.register_step_post_hook(self._after)
+
+    def add(self, each: Regularization) -> None:
+        self.append(each)
+        self.sort(key=lambda each: projects(each._task.penalty))
+
+    def drop(self, each: Regularization, optimizer: Optimizer) -> None:
+        self.remove(each)
+        if not self:
+            self._hook.remove()
+            del vars(optimizer)[_OWN]
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watches and _is_in_a_step(optimizer):
+            return
+        for each in [*self]:
+            each.after(optimizer)
+
+
 class _Lost:
     """Warns at the first step of an optimizer that was copied or read from a file, and so lost its penalties."""
 
@@ -936,7 +1006,7 @@ class _Lost:
 
 def _see_to_copies(optimizer: Optimizer) -> None:
     """Let copies of an optimizer notice that its penalties are missing; those of one without any are made as ever."""
-    said = [repr(each) for each in vars(optimizer)[_OWN]]
+    said = [repr(each) for each in vars(optimizer).get(_OWN, [])]
     if said:
         vars(optimizer)["__reduce_ex__"] = functools.partial(_reduced, weakref.ref(optimizer))
         vars(optimizer)[NOTE_COPY] = functools.partial(_note_copy, said)
@@ -976,7 +1046,7 @@ def _no_step(*_: Any) -> Any:
 _NO_RULE = Rule(_no_step, metric=_no_step)
 _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
-    *("_had", "_counted", "_written_to", "_classes", "_pace"),
+    *("_had", "_counted", "_written_to", "_classes", "_pace", "_values", "_seen_groups"),
 )
 #: Penalties whose gradient is a decay to zero.
 _RIDGES = ("l2", "half_l2")

@@ -226,6 +226,10 @@ MISTAKEN = {
         lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.box, 0.1, 1.0)),
         [r"project\(box, 0.1, 1.0\) stands after project\(l2_ball, 0.5\): .* nor be the nearest point of both"],
     ),
+    "two intervals apart": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.box, 0.0, 1.0), fr.project(fr.box, 2.0, 3.0)),
+        [r"project\(box, 2.0, 3.0\) stands after project\(box, 0.0, 1.0\), and no number is in both sets"],
+    ),
     "two sets in the wrong order": (
         lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.nonnegative)),
         [r"project\(nonnegative\) stands after project\(l2_ball, 0.5\): .* Swap the two"],

@@ -60,6 +60,13 @@ def _rate(group: Entries) -> Scalar:
     return rate.double() if rate.requires_grad or concrete(rate) is None else rate.item()
 
 
+def known_number(rate: Any) -> Any:
+    """A number, where it may be read without a wait for a device; else the tensor's identity."""
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.device.type == "cpu" else id(rate)
+    return rate
+
+
 def buffered(group: Entries, before: Scalar | None) -> Scalar:
     """The sum of the weights of gradients in a momentum buffer after one more step.
 

@@ -1842,6 +1842,15 @@ def test_a_strength_is_not_set_from_outside():
     assert handle.strength == 0.5
 
 
+@pytest.mark.parametrize("name", ["step", "zero_grad", "param_groups", "add_param_group"])
+def test_a_handle_that_is_taken_for_the_optimizer_says_so(name):
+    handle = fr.regularize(torch.optim.SGD([weight(2)], lr=0.1), fr.l1, strength=0.5)
+    with pytest.raises(AttributeError, match=rf"has no attribute '{name}'. It is what regularize .*: optimizer.{name}"):
+        getattr(handle, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'values'$"):
+        handle.values  # noqa: B018  # Asked for.
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_two_modules_of_one_optimizer_may_have_equal_names(kind):
     def trained(with_module):

@@ -54,6 +54,7 @@ from funcreg.constraints import (
     l2_sphere as l2_sphere,
     linf_ball as linf_ball,
     max_norm as max_norm,
+    min_max_norm as min_max_norm,
     nonnegative as nonnegative,
     simplex as simplex,
 )

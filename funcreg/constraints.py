@@ -99,8 +99,8 @@ def nonnegative(w: Tensor) -> Tensor:
     return w.relu() + 0.0  # +0.0 also from -0.0.
 
 
-def check_bounds(lower: Hyper, upper: Hyper) -> None:
-    """Raise a ValueError if the bounds of a box cross, as far as they are known."""
+def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", "upper")) -> None:
+    """Raise a ValueError if bounds cross, as those of a box, as far as they are known."""
     lows, highs = tree_leaves(lower), tree_leaves(upper)
     if len(lows) != len(highs) and 1 not in (len(lows), len(highs)):
         return
@@ -118,7 +118,8 @@ def check_bounds(lower: Hyper, upper: Hyper) -> None:
                 continue
             a, b = (float(torch.as_tensor(x).broadcast_to(crossed.shape)[crossed][0]) for x in (a, b))
         if not a <= b:
-            raise ValueError(f"lower is {a} and upper is {b}; expected lower <= upper. Are they swapped?")
+            low, high = names
+            raise ValueError(f"{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?")
 
 
 def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
@@ -315,6 +316,46 @@ def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
         {'weight': tensor([0.6000, 0.8000]), 'bias': tensor([0.5000, 0.5000, 0.5000, 0.5000])}
     """
     return on_sphere(w, radius, group_dims(w, dim))
+
+
+def _min_max_normal(
+    w: Tensor, g: Tensor, slack: Scalar, shortest: Scalar, longest: Scalar, *, dim: Dim = ...
+) -> Tensor:
+    norms, directions = polar(w, dims := group_dims(w, dim))
+    left = _without(g, directions, _met(norms, longest, slack), dims)
+    left = _without(left, -directions, norms <= shortest + slack * norms, dims)
+    return torch.where(torch.zeros_like(norms) + longest == 0, torch.zeros_like(g), left)
+
+
+@constraint(
+    bounds={"shortest": _AT_LEAST_0, "longest": _AT_LEAST_0},
+    check=lambda shortest, longest: check_bounds(shortest, longest, ("shortest", "longest")),
+    residual=_min_max_normal,
+    convex=False,
+)
+def min_max_norm(w: Tensor, shortest: Scalar, longest: Scalar, *, dim: Dim = ...) -> Tensor:
+    r"""Norm of the weights of each unit between two lengths, :math:`l \le \|w_g\|_2 \le u`.
+
+    All directions are equally near to a unit of zeros; the projection takes the one of equal entries.
+
+    Args:
+        shortest: :math:`l`, at least 0.
+        longest: :math:`u`, at least `shortest`; may be `math.inf`.
+        dim: Dimensions that lie inside a group; by default (`...`) all but the first, as in `max_norm`.
+
+    Raises:
+        ValueError: The shortest is longer than the longest.
+
+    Example:
+        >>> min_max_norm.project({"weight": torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]])}, 1.0, 2.0)
+        {'weight': tensor([[1.2000, 1.6000],
+                [0.6000, 0.8000],
+                [0.6000, 0.8000]])}
+    """
+    dims = group_dims(w, dim)
+    norms = polar(w, dims)[0]
+    goal = clamp(norms, shortest, longest)
+    return torch.where(goal == norms, w + 0.0, on_sphere(w, goal, dims))
 
 
 def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:

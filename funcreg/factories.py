@@ -20,11 +20,14 @@ _HABITS = {
     "capturable": "Counters are tensors where the parameters are without it.",
     "differentiable": "To differentiate through steps, call update of the chain and apply_updates.",
     "maximize": "Minimize the negative of the loss.",
+    "amsgrad": "It is an optimizer of its own, fr.amsgrad.",
 }
 
 
 def is_number(name: str, value: Any) -> bool:
-    """Whether an entry of a group looks like a hyperparameter: a number, or an option of torch's optimizers."""
+    """Whether an entry of a group looks like a hyperparameter: a number, some, or an option of torch's optimizers."""
+    if isinstance(value, (tuple, list)) and value and name != "params":
+        return all([is_number(name, each) for each in value])
     return (name in _HABITS and value is True) or type(value) in (int, float) or isinstance(value, Tensor)
 
 

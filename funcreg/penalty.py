@@ -510,7 +510,7 @@ class Penalty(Remembering):
         name = self._as_called()
         return (
             f"Its strength is a factor, 1e-4 * {name}(params), also of the step, {name}.prox(params, 1e-4 * rate); or "
-            f"strength=1e-4 of what takes {self.__name__} as an argument."
+            f"strength=1e-4 where it is an argument, as in regularize(optimizer, {self.__name__}, strength=1e-4)."
         )
 
     def _as_called(self) -> str:

@@ -291,6 +291,16 @@ class Regularization:
             "which is read at every step, and change it in place, or a schedule."
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What a handle does not have; where it is taken for its optimizer, the error says so."""
+        hint = ""
+        if hasattr(Optimizer, name) or name in ("param_groups", "state", "defaults"):
+            hint = (
+                f". It is what regularize returns, not the optimizer, which stays what it was: optimizer.{name}, after "
+                "regularize(optimizer, ...) on a line of its own"
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}{hint}", name=name, obj=self)
+
     def __repr__(self) -> str:
         on = f"{self._said} on {len(self._touched)} of {self._names.count} parameters"
         return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on

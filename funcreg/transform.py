@@ -589,6 +589,10 @@ def _described(tx: Any, what: str) -> str:
             library = type(tx).__module__.partition(".")[0]
             return f"{came} It is one of {library}; most of optax is here under the same name, such as fr.adamw."
         return f"{came} Are they to be given one by one, as in {what}(*transforms)?"
+    if isinstance(tx, torch.optim.Optimizer) and type(tx).__module__.startswith("funcreg."):
+        return (
+            f"{came} It makes its chain of the values of a group; give {what} what the factory makes, as adamw(1e-3)."
+        )
     if isinstance(tx, torch.optim.Optimizer):
         return f"{came} An optimizer of torch changes its parameters itself; take one of funcreg such as adamw."
     kind, name = getattr(tx, "kind", None), getattr(tx, "__name__", repr(tx))

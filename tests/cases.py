@@ -662,6 +662,14 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         metric=False,
         nonconvex="a sphere is hollow",
     ),
+    "min_max_norm": ConstraintCase(
+        fr.min_max_norm,
+        lambda w: _beyond((_size(w, _rows(w)) - 0.5).abs(), 0.2) if w.numel() else w.sum(),
+        lambda w: 0.5 * w / _size(w, _rows(w)),
+        hyper=(0.3, 0.7),
+        metric=False,
+        nonconvex="a ball with a hole",
+    ),
     "l1_ball": ConstraintCase(
         fr.l1_ball,
         lambda w: _beyond(w.abs().sum(), 0.7),

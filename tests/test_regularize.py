@@ -1235,7 +1235,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a strength by another name": (
         of(fr.l1, lam=1e-4),
         TypeError,
-        r"got lam\. Its strength is .* strength=1e-4 of what",
+        r"got lam\. Its strength is .* strength=1e-4 where it is an argument",
     ),
     "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
     "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),
@@ -1840,6 +1840,15 @@ def test_a_strength_is_not_set_from_outside():
     with pytest.raises(AttributeError, match=r"the strength of .* is not set from outside. Give .* a tensor"):
         handle.strength = 1.0
     assert handle.strength == 0.5
+
+
+@pytest.mark.parametrize("name", ["step", "zero_grad", "param_groups", "add_param_group"])
+def test_a_handle_that_is_taken_for_the_optimizer_says_so(name):
+    handle = fr.regularize(torch.optim.SGD([weight(2)], lr=0.1), fr.l1, strength=0.5)
+    with pytest.raises(AttributeError, match=rf"has no attribute '{name}'. It is what regularize .*: optimizer.{name}"):
+        getattr(handle, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'values'$"):
+        handle.values  # noqa: B018  # Asked for.
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])

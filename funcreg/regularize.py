@@ -288,6 +288,7 @@ class Regularization:
         _see_to_copies(optimizer)
         self._say_none_can_die(optimizer)
         self._say_decays_twice(optimizer)
+        self._say_evaluated_elsewhere(optimizer)
 
     @property
     def strength(self) -> Any:
@@ -778,6 +779,15 @@ class Regularization:
                     f"{self!r}. Leave one out, as by weight_decay=0.0."
                 )
                 return
+
+    def _say_evaluated_elsewhere(self, optimizer: Optimizer) -> None:
+        """Warn of an optimizer that puts other numbers into the parameters for an evaluation."""
+        if all([callable(getattr(optimizer, name, None)) for name in ("train", "eval")]):
+            warn_user(
+                f"{type(optimizer).__name__} has train() and eval(), as schedule-free optimizers that put averages "
+                f"into the parameters: {self!r} lands where steps lead, and zeros and constraints need not hold after "
+                "eval(). Take an optimizer that evaluates what it trains, or regularize as a term of the loss."
+            )
 
     def _ridged(self) -> set[str]:
         """The parameters on which a ridge acts, with a strength that is not known to be 0."""

@@ -1235,7 +1235,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a strength by another name": (
         of(fr.l1, lam=1e-4),
         TypeError,
-        r"got lam\. Its strength is .* strength=1e-4 of what",
+        r"got lam\. Its strength is .* strength=1e-4 where it is an argument",
     ),
     "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
     "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),

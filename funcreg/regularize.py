@@ -276,6 +276,7 @@ class Regularization:
         _see_to_copies(optimizer)
         self._remarks.of_what_cannot_die(optimizer, task.penalty.__name__, self._linked)
         self._remarks.of_decay(optimizer, self._task, self._touched)
+        self._remarks.of_evaluation(optimizer)
         if names.module is not None and not projects(task.penalty):
             self._remarks.of_scales(names.module, self._acted_on())
 

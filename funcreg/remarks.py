@@ -83,6 +83,15 @@ class Remarks:
                 )
                 return
 
+    def of_evaluation(self, optimizer: Optimizer) -> None:
+        """Warn of an optimizer that puts other numbers into the parameters for an evaluation."""
+        if all([callable(getattr(optimizer, name, None)) for name in ("train", "eval")]):
+            warn_user(
+                f"{type(optimizer).__name__} has train() and eval(), as schedule-free optimizers that put averages "
+                f"into the parameters: {self._on!r} lands where steps lead, and zeros and constraints need not hold "
+                "after eval(). Take an optimizer that evaluates what it trains, or regularize as a term of the loss."
+            )
+
     def _ridged(self, task: Task) -> set[str]:
         """The parameters on which a ridge acts, with a strength that is not known to be 0."""
         params = self._names.tree({name: w.detach() for name, w in self._names.penalized().items()})

@@ -1404,6 +1404,22 @@ def test_two_regularizations_may_call_a_parameter_by_other_names():
     assert_equal(net.weight.detach(), (start - 0.5 * 2 * start - 0.05).clamp(min=0), rtol=0, atol=1e-6)
 
 
+class Averaging(Descent):
+    """As schedule-free optimizers do, it evaluates at other numbers than it trains."""
+
+    def train(self) -> None:
+        """Put those of steps into the parameters."""
+
+    def eval(self) -> None:
+        """Put their average into the parameters."""
+
+
+def test_an_optimizer_that_evaluates_at_other_parameters_is_said():
+    with pytest.warns(UserWarning, match=r"Averaging has train\(\) and eval\(\).*linf_ball.* need not hold after eval"):
+        fr.regularize(Averaging([weight(3)], 0.1), fr.linf_ball, 0.1)
+    fr.regularize(Descent([weight(3)], 0.1), fr.linf_ball, 0.1)  # A warning would be an error.
+
+
 @pytest.mark.parametrize("penalty", [fr.half_l2, fr.l1 + fr.l2, fr.elastic.given(0.1, 0.5)])
 def test_a_ridge_beside_the_decay_of_an_optimizer_is_told(penalty):
     with pytest.warns(UserWarning, match=r"^groups.0.params.0 would decay twice, by weight_decay=0.01 of AdamW and by"):

@@ -278,14 +278,18 @@ class Trial:
 
     def _compared_in_turn(self, given: Problem, whole: nn.Module, smaller: nn.Module) -> Problem:
         """What is wrong on the inputs that are given, or on such of other sizes, which may take another branch."""
-        several: list[tuple[Any, Problem]] = []
-        for inputs in self._other_sizes:
-            with contextlib.suppress(ValueError):  # With groups that are zero it may fail.
-                several.append((inputs, self._compared(whole, smaller, inputs)))
+
+        @functools.cache
+        def several() -> list[tuple[Any, Problem]]:
+            found: list[tuple[Any, Problem]] = []
+            for inputs in self._other_sizes:
+                with contextlib.suppress(ValueError):  # With groups that are zero it may fail.
+                    found.append((inputs, self._compared(whole, smaller, inputs)))
+            return found
 
         def problem() -> Failure | str | None:
             wrong = given()
-            for inputs, other in several if wrong is None else ():
+            for inputs, other in several() if wrong is None else ():
                 if (found := other()) is not None and not self._draws(whole, inputs):
                     where = "on inputs of other sizes"
                     said = f"{found.error}, {where}" if isinstance(found, Failure) else f"{where} {found}"

@@ -339,7 +339,8 @@ class Trial:
                 for along in [each for each in parts(where) if each.penalized]:
                     rows = gather(dead[name], along).clone()
                     rows[count:] = 0
-                    dead[name] = scatter(rows, dead[name], along)
+                    # As it lies in memory, for a view of a weight that is computed from it.
+                    dead[name] = torch.empty_like(dead[name]).copy_(scatter(rows, dead[name], along))
         given = as_given(self.module, without(dead, families, left, self._round_to))
         return narrowed(self.module, dead, {})[0], *narrowed(self.module, given, self._rules, self._inside_heads)
 

@@ -843,3 +843,28 @@ def test_families_that_one_number_counts_go_as_one(make):
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
     other = (drawn(3, 9, 5, seed=4),)
     torch.testing.assert_close(outputs(smaller, other), outputs(dead, other), rtol=1e-10, atol=1e-10)
+
+
+class _Splines(nn.Module):
+    """A layer whose weight is computed from two, and viewed as a matrix."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.scale = (
+            nn.Parameter(torch.empty(outputs, inputs, 4)),
+            nn.Parameter(torch.empty(outputs, inputs)),
+        )
+        self.register_buffer("centers", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        bumps = torch.tanh(x[..., None] * self.centers).flatten(-2)
+        return F.linear(bumps, (self.weight * self.scale[..., None]).view(len(self.weight), -1))
+
+
+def test_weights_lie_in_memory_as_they_did_where_outputs_are_compared():
+    net, x = network(lambda: nn.Sequential(_Splines(5, 8), _Splines(8, 6), _Splines(6, 3))), vectors()
+    groups = fr.channel_groups(net, x)
+    assert groups.counts == [8, 6]
+    dead = without_half(net, groups)
+    made = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), x)
+    torch.testing.assert_close(made(*x), dead(*x), rtol=1e-10, atol=1e-10)

@@ -101,6 +101,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
 ) | {"hidden_size", "head_hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+#: What is in other names of widths.
+_WIDTHS = ("dim", "width", "hidden", "inner", "channels", "features")
 #: Layers without parameters that hold widths, or counts of what these are divided into.
 _BARE: dict[type, tuple[str, ...]] = {
     nn.GroupNorm: ("num_groups", "num_channels"),
@@ -152,7 +154,7 @@ def stored_widths(
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
                 elif others := _others(key, number, moves, beside):
                     yield Stored(path, f"{name}.{key}", number, others, _named(layer, before, key, number), value)
-        elif others := _others(name, value, moves, beside, sizes):
+        elif others := _with_shares(_others(name, value, moves, beside, sizes), name, value, moves, before):
             near_by = own is None or name in own
             yield Stored(path, name, value, others, _named(layer, before, name, value), near=near_by)
     for child, inner in layer._modules.items():
@@ -278,6 +280,22 @@ def _others(
         made = _sizes_now(value, moves, parts)
         return tuple([type(value)(each) for each in made]) if type(value) in (list, tuple) else (value,)
     return ()
+
+
+def _with_shares(
+    others: tuple[Any, ...], name: str, value: Any, moves: dict[int, set[int]], before: nn.Module
+) -> tuple[Any, ...]:
+    """What a number may be, and what it may be as the width of equal parts, as of a gate beside what it multiplies.
+
+    Such a number has a name as widths have, and is no dimension that stays as it was.
+    """
+    known = name in _LABELS or (any([word in name for word in _WIDTHS]) and "head" not in name)
+    if type(value) is not int or value < 2 or not known or name.endswith(_OTHER_COUNTS):
+        return others
+    if value not in moves and any([value in x.shape for x in tensors(before).values()]):
+        return others
+    found = {b // times for times in range(2, _TIMES + 1) for b in moves.get(times * value, ()) if b % times == 0}
+    return (*others, *sorted(found.difference(others, [value]), reverse=True))
 
 
 def is_count(name: str) -> bool:

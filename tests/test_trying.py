@@ -434,6 +434,28 @@ def test_parts_of_one_size_go_together_beside_one_of_another():
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
+class _Gated(nn.Module):
+    """A gate and what it multiplies, the width of each stored, which no parameter has."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.output_dim, self.both, self.norm = 8, nn.Linear(inputs, 16, bias=False), nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        x = self.norm(self.both(x))
+        return x[:, : self.output_dim] * torch.sigmoid(x[:, self.output_dim :])
+
+
+def test_the_width_of_equal_parts_follows_where_no_parameter_has_it():
+    net, seen = network(lambda: nn.Sequential(_Gated(5), _Gated(8), nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [8, 8]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert (smaller[0].output_dim, smaller[1].output_dim) == (4, 4)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
 class _Heads(nn.Module):
     """Attention whose count of heads has a name that says nothing."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -113,6 +114,17 @@ def outputs(
             said = str(error).strip().partition("\n")[0]
             kind = type(network.get_submodule(path)).__name__
             return Failure(path, kind, f"{type(error).__name__}: {said}")
+
+
+def draws(network: nn.Module, inputs: Any) -> bool:
+    """Whether outputs depend on random numbers, or it fails, as where a part of what is long is drawn."""
+    args, kwargs = arguments(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # They were given when the network itself ran.
+        first, again = (outputs(network, args, kwargs, seed) for seed in (0, 1))
+    if isinstance(first, Failure) or isinstance(again, Failure):
+        return True
+    return (unlike(first, again) or unequal(first, again, rounding(network, (args, kwargs)))) is not None
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

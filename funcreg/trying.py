@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from funcreg.agreement import Agreement, Failure, arguments, outputs, rounding, unequal, unlike
+from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
@@ -290,20 +290,13 @@ class Trial:
         def problem() -> Failure | str | None:
             wrong = given()
             for inputs, other in several() if wrong is None else ():
-                if (found := other()) is not None and not self._draws(whole, inputs):
+                if (found := other()) is not None and not draws(whole, inputs):
                     where = "on inputs of other sizes"
                     said = f"{found.error}, {where}" if isinstance(found, Failure) else f"{where} {found}"
                     return found._replace(error=said) if isinstance(found, Failure) else said
             return wrong
 
         return problem
-
-    def _draws(self, network: nn.Module, inputs: Any) -> bool:
-        """Whether outputs depend on random numbers, as where a part of what is long is drawn."""
-        first, again = (self._outputs(network, inputs, seed) for seed in (0, 1))
-        if isinstance(first, Failure) or isinstance(again, Failure):
-            return True
-        return (unlike(first, again) or unequal(first, again, rounding(network, inputs))) is not None
 
     @functools.cached_property
     def _other_sizes(self) -> list[Any]:

@@ -3,7 +3,7 @@
 Lasso and l1 logistic regression beside scikit-learn's and skglm's coordinate descent in compiled code, which is what
 to use where the problem is on their list; and a problem that neither has. Every way must reach the same solutions.
 Times are those of whole paths, the median of rounds in turn; of a compiled path also that of its first call, with
-nothing in the caches of the compiler (not where screening leaves many sizes, each with graphs of its own).
+nothing in the caches of the compiler (not where models have many sizes, each with graphs of its own).
 
     python benchmarks/paths.py --write  # In an environment with scikit-learn, and skglm if it is to have its rows.
 """

@@ -16,3 +16,10 @@ def solved(matrices: Tensor, b: Tensor) -> Tensor:
         return torch.linalg.solve_ex(matrices, b.unsqueeze(-1))[0].squeeze(-1)
     q, upper = torch.linalg.qr(matrices)
     return torch.linalg.solve_triangular(upper, q.mT @ b.unsqueeze(-1), upper=True).squeeze(-1)
+
+
+def solved_upwards(matrices: Tensor, b: Tensor) -> Tensor:
+    """The same for matrices that are symmetric; not finite where one is not positive definite."""
+    factors, where = torch.linalg.cholesky_ex(matrices)
+    found = torch.cholesky_solve(b.unsqueeze(-1), factors).squeeze(-1)
+    return torch.where((where == 0).unsqueeze(-1), found, torch.nan)

@@ -41,7 +41,7 @@ from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, public_state
 from funcreg.tree import structure, tree_leaves, tree_map, tree_paths
-from funcreg.undocumented import forward_depth, is_compiling
+from funcreg.undocumented import forward_depth, is_batched, is_compiling, without_levels
 from funcreg.vectors import Flat, flat_problem
 
 #: What others call what is called otherwise here.
@@ -61,7 +61,9 @@ _SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Entries up to which Hessians and Jacobians are matrices; beyond that, equations are solved by products with vectors.
 _DENSE = 512
 #: Entries up to which a Hessian, and a Newton step on a model, cost little more than a proximal step.
-_SMALL = 128
+SMALL = 64
+#: Entries of a model for each that is not zero.
+_GROWTH = 3
 #: Most steps on a model.
 _INNER = 200
 #: Steps without a better residual or objective after which rounding is held to be all that moves.
@@ -188,6 +190,7 @@ class Problem:
     max_steps: int
     options: dict[str, Any]
     compile: bool | str | Callable[..., Any]
+    quadratic: bool = False  # Whether the loss seems to be, so that it has one Hessian.
 
     def check(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> None:
         """Raise an error, before any work, for what is no problem."""
@@ -229,14 +232,14 @@ class Problem:
         """The greatest residual of a solution: that which was given, or what the dtype reaches."""
         return _REACHED.get(_coarsest(params), 1e-2) if self.tol is None else self.tol
 
-    def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None = None) -> Solution:
-        """The solution; if only some entries may move, with their places in a vector of all."""
+    def solve(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> Solution:
+        """The solution."""
         # When to stop depends on numbers, which no graph can hold.
         solved = torch.compiler.disable(self._solve) if is_compiling() else self._solve
-        return solved(params, strength, args, kept)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
+        return solved(params, strength, args)  # pyright: ignore[reportCallIssue]  # Torch says it takes a function.
 
     @torch.inference_mode(False)  # Inside of it, torch 2.9 takes every derivative for 0.
-    def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...], kept: Tensor | None) -> Solution:
+    def _solve(self, params: Params, strength: Hyper, args: tuple[Any, ...]) -> Solution:
         start = tree_map(lambda w: w.detach(), params)  # The solution has no derivative in the place of the start.
         given, graphs = (start, strength, self.hyper, args), None
         if self.compile:
@@ -250,9 +253,8 @@ class Problem:
             self.options,
             self.tolerance(params),
             self.max_steps,
-            kept,
         )
-        flat = replace(flat, graphs=graphs, penalty_is_known=_is_known(self.penalty))
+        flat = replace(flat, graphs=graphs, quadratic=self.quadratic, penalty_is_known=_is_known(self.penalty))
         if forward_depth() > 1:
             raise NotImplementedError(
                 "a solution has no forward derivative of a forward derivative, as jacfwd(jacfwd(f)) takes; expected "
@@ -353,7 +355,15 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _is_small(x: Tensor) -> bool:
-    return 1 <= x.shape[-1] <= _SMALL
+    return 1 <= x.shape[-1] <= SMALL
+
+
+def _is_eager(flat: Flat, x: Tensor) -> bool:
+    """Whether the descent begins with a model.
+
+    Where entries are many and the penalty is no convex sum over them, steps find those that matter at less cost.
+    """
+    return _is_small(x) or (flat.separable and flat.convex)
 
 
 def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
@@ -398,7 +408,7 @@ def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
     """The greatest curvature, roughly."""
     v = torch.where(slope == 0, torch.ones_like(slope), slope)
     rate = torch.ones_like(v.sum())
-    for _ in range(6):
+    for _ in range(2 if _is_eager(flat, x) else 6):
         v = v / v.square().sum().sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         v = _hessian_times(flat, x, tensors, v)
         rate = v.square().sum().sqrt()
@@ -560,18 +570,18 @@ def _descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     lost = s.residual.isnan() | ~s.slope.isfinite().all(-1)
     if bool(lost.any()):
         warn_user(_why_lost(flat, tensors, lost))
-    hessian = hessian if _is_small(s.x) else None
-    n, wait = 0, _EVERY
+    hessians = _Hessians(flat, tensors, hessian if _is_small(s.x) else None)
+    n, wait, eager = 0, _EVERY, _is_eager(flat, s.x)
     # A Hessian costs as much as so many steps as it has rows, or somewhat less.
-    then = 0 if hessian is not None else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
+    then = 0 if eager else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
             before = s.residual
-            s, steps, size = _jumped(flat, tensors, s, hessian, flat.max_steps - n)
-            hessian, n = None, n + steps
+            s, steps, size = _jumped(flat, tensors, s, hessians, flat.max_steps - n, n > 0)
+            n = n + steps
             helped = bool((s.residual < before / 2).any())
             wait = _EVERY if helped else 2 * wait
-            then = n if helped and _is_small(s.x) else n + max(wait, size // 8)
+            then = n if helped and eager else n + max(wait, size // 8)
             if then == n:
                 continue
         s, n = _State(*proximal(tensors, s)), n + 1
@@ -592,21 +602,20 @@ def _why_lost(flat: Flat, tensors: Any, lost: Tensor) -> str:
     return f"the loss or its gradient is not finite at params{for_some}, so that no step is taken. {cause}"
 
 
-def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget: int) -> tuple[_State, int, int]:
+def _jumped(
+    flat: Flat, tensors: Any, s: _State, hessians: _Hessians, budget: int, moved: bool
+) -> tuple[_State, int, int]:
     """The state after a step to the minimum of a model, how many steps that took, and the size of its Hessian."""
-    part, places = flat, torch.arange(s.x.shape[-1], device=s.x.device)
-    if not _is_dense(s.x):
-        places = _support(flat, tensors, s)
-        part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes, graphs=flat.graphs)
-        if not 1 <= len(places) <= _DENSE:
+    inside = None
+    if not _is_small(s.x):
+        inside = _working_set(flat, tensors, s)
+        if not 1 <= inside.shape[-1] <= _DENSE:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)), "newton")
             return _State(*tried(tensors, s)), 0, 0
-    x, slope = (v.index_select(-1, places) for v in (s.x, s.slope))
-    hessians = part.over_members(lambda tensors, x: _hessian(part, x, tensors), "hessian")
-    curvature: Tensor = hessians(tensors, x) if hessian is None else hessian
-    curvature = convex(curvature, lambda: ((s.x != 0) | (_landed(flat, tensors, s) != 0)).index_select(-1, places))
-    quadratic, descent, steps = _model_minimum(part, tensors, s.done, (x, slope, curvature), budget)
-    goal = s.x.index_copy(-1, places, descent.x)
+    x, slope = (_entries(v, inside) for v in (s.x, s.slope))
+    curvature = convex(hessians.at(x, inside, moved), lambda: _entries(_moves(flat, tensors, s) > 0, inside))
+    quadratic, descent, steps = _model_minimum(flat, tensors, s.done, (x, slope, curvature), inside, budget)
+    goal = descent.x if inside is None else s.x.scatter(-1, inside, descent.x)
     whole, part_way = (
         flat.over_members(
             lambda tensors, s, goal, steps, shares=shares: _towards(flat, tensors, _State(*s), goal, steps, shares),
@@ -616,58 +625,132 @@ def _jumped(flat: Flat, tensors: Any, s: _State, hessian: Tensor | None, budget:
     )
     after, near = whole(tensors, s, goal, descent.steps)
     if not bool(near.all()):
+        hessians.same = False
         after, _ = part_way(tensors, s, goal, descent.steps)
     after = _State(*after)
-    if part is flat:
+    if inside is None:
         after = after._replace(
             rate=torch.where(s.done, s.rate, quadratic.rate),
             metric=torch.where(s.done.unsqueeze(-1), s.metric, quadratic.metric),
         )
-    return after, max(steps, 1), len(places)
+    return after, max(steps, 1), x.shape[-1]
 
 
-def _model_minimum(
-    flat: Flat, tensors: Any, given_up: Tensor, inside: tuple[Tensor, Tensor, Tensor], budget: int
-) -> tuple[Quadratic, Descent, int]:
-    """Models of the loss at a vector, from the slope and the Hessian there, and descents to their minima."""
-    tol = flat.tol / 4
-    rules = lambda tensors: Rules(
-        lambda x, step, metric: flat.land(x, step, metric, tensors), lambda x: flat.value(x, tensors), flat.separable
-    )
-
-    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor) -> Any:
-        metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
-        rate = _first_rate(flat, tensors, hessian, metric)
-        made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
-        return made, begin(made, rules(tensors))
-
-    stepped, jumped = (
-        flat.over_members(lambda tensors, q, d, f=f: f(Quadratic(*q), rules(tensors), tol, Descent(*d)), name)
-        for f, name in ((step, "step of a model"), (newton, "newton of a model"))
-    )
-    quadratic, descent = flat.over_members(model, "model")(tensors, *inside)
-    descent, steps, every = Descent(*descent), 0, 1 if _is_small(inside[0]) else _EVERY // 2
-    helped = False
-    while steps < min(budget, _INNER) and not bool((descent.done | given_up).all()):
-        descent, steps = Descent(*stepped(tensors, quadratic, descent)), steps + 1
-        if helped or steps % every == 0:
-            before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent))
-            helped = bool((descent.error < before / 2).any())
-    return Quadratic(*quadratic), descent, steps
-
-
-def _support(flat: Flat, tensors: Any, s: _State) -> Tensor:
-    """The places of entries that are not zero, or will not be after a proximal step, of a member that is not done."""
-    alive = ((s.x != 0) | (_landed(flat, tensors, s) != 0)) & ~s.done.unsqueeze(-1)
-    alive = alive.reshape(-1, alive.shape[-1]).any(0)
-    return alive.nonzero()[:, 0] if flat.graphs is None else with_more(alive)
-
-
-def _landed(flat: Flat, tensors: Any, s: _State) -> Tensor:
+def _moves(flat: Flat, tensors: Any, s: _State) -> Tensor:
+    """How far a proximal step takes zeros; infinite for entries that are not zero."""
     land = flat.over_members(
         lambda tensors, x, slope, rate, metric: _proximal_step(flat, x, slope, rate, metric, tensors), "landed"
     )
-    return land(tensors, s.x, s.slope, s.rate, s.metric)
+    return torch.where(s.x == 0, land(tensors, s.x, s.slope, s.rate, s.metric).abs(), torch.inf)
+
+
+def _working_set(flat: Flat, tensors: Any, s: _State) -> Tensor:
+    """Places of the entries that are not zero, and of the zeros that a proximal step takes furthest.
+
+    They are no more than some times those that are not zero, as most zeros that a step would move stay once the others
+    have moved. Each member has its own, and of others so many that all have as many.
+    """
+    moves = torch.where(s.done.unsqueeze(-1), 0.0, _moves(flat, tensors, s))
+    least, most = (int(x.sum(-1).amax()) for x in (moves.isinf(), moves > 0))
+    if flat.separable:
+        most = min(most, max(_GROWTH * least, SMALL))
+    places = moves.argsort(dim=-1, descending=True)[..., :most]
+    return places if flat.graphs is None else _shared(places, s.x.shape[-1])
+
+
+def _shared(places: Tensor, size: int) -> Tensor:
+    """The places of all members, for each of them, and more."""
+    found = with_more(torch.zeros(size, dtype=torch.bool, device=places.device).index_fill(0, places.reshape(-1), True))
+    return found.expand(*places.shape[:-1], -1)
+
+
+def _entries(x: Tensor, places: Tensor | None) -> Tensor:
+    return x if places is None else x.take_along_dim(places, -1)
+
+
+class _Hessians:
+    """Hessians of a loss, or of it as a function of the entries in some places; what is known is not computed again.
+
+    Where all members of a map begin, or wherever they are if the loss seems to be quadratic, one serves for those with
+    the same data.
+
+    Args:
+        flat: The problem.
+        tensors: What it was given.
+        start: The Hessian where the descent begins, if it is known.
+    """
+
+    def __init__(self, flat: Flat, tensors: Any, start: Tensor | None) -> None:
+        self._flat, self._tensors, self._start = flat, tensors, start
+        self._known: tuple[Tensor, Tensor] | None = None  # Places, and the Hessian of those.
+        self.same = flat.quadratic  # Whether they seem to be the same everywhere.
+
+    def at(self, x: Tensor, inside: Tensor | None, moved: bool) -> Tensor:
+        """Hessians at the entries x in some places, or all; x has moved or is where the descent begins."""
+        flat, differs = self._flat, moved and not self.same
+        if inside is None:
+            if self._start is not None and not differs:
+                return self._start
+            return flat.over_members(lambda tensors, x: _hessian(flat, x, tensors), "hessian")(self._tensors, x)
+        union = inside.unique()
+        if differs or len(union) > _DENSE:
+            of = lambda tensors, x, inside: _hessian(flat.narrowed(inside), x, tensors)
+            return flat.over_members(of, ("hessian", x.shape[-1]))(self._tensors, x, inside)
+        if self._known is None or not bool(torch.isin(union, self._known[0]).all()):
+            self._known = union, self._at_start(x, union)
+        places, found = self._known
+        own = torch.searchsorted(places, inside.contiguous())
+        return found.take_along_dim(own.unsqueeze(-1), -2).take_along_dim(own.unsqueeze(-2), -1)
+
+    def _at_start(self, x: Tensor, places: Tensor) -> Tensor:
+        flat = self._flat
+        part = replace(flat.narrowed(places), levels=flat.levels, sizes=flat.sizes, graphs=flat.graphs)
+        # Of what a member is given it takes what all may share: not x, nor the strength.
+        start = part.over_members(lambda tensors, x: _hessian(part, part.begin(tensors), tensors), "hessian at start")
+        return start(self._tensors, x)
+
+
+def _model_minimum(
+    flat: Flat,
+    tensors: Any,
+    given_up: Tensor,
+    there: tuple[Tensor, Tensor, Tensor],
+    inside: Tensor | None,
+    budget: int,
+) -> tuple[Quadratic, Descent, int]:
+    """Models of the loss at entries in some places, from the slope and the Hessian there, and descents to minima."""
+    tol, size = flat.tol / 4, there[0].shape[-1]
+    places = () if inside is None else (inside,)
+
+    def within(tensors: Any, places: tuple[Tensor, ...]) -> tuple[Flat, Rules]:
+        part = flat.narrowed(*places) if places else flat
+        land = lambda x, step, metric: part.land(x, step, metric, tensors)
+        return part, Rules(land, lambda x: part.value(x, tensors), flat.separable, flat.convex)
+
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor, *places: Tensor) -> Any:
+        part, rules = within(tensors, places)
+        metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
+        rate = _first_rate(part, tensors, hessian, metric)
+        made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+        return made, begin(made, rules)
+
+    stepped, jumped = (
+        flat.over_members(
+            lambda tensors, q, d, *places, f=f: f(Quadratic(*q), within(tensors, places)[1], tol, Descent(*d)),
+            (name, size),
+        )
+        for f, name in ((step, "step of a model"), (newton, "newton of a model"))
+    )
+    quadratic, descent = flat.over_members(model, ("model", size))(tensors, *there, *places)
+    # The Jacobian of a penalty that is no sum over entries is a matrix, too.
+    every = 1 if flat.separable or _is_small(there[0]) else _EVERY // 2
+    descent, steps, helped = Descent(*descent), 0, False
+    while steps < min(budget, _INNER) and not bool((descent.done | given_up).all()):
+        descent, steps = Descent(*stepped(tensors, quadratic, descent, *places)), steps + 1
+        if helped or steps % every == 0:
+            before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent, *places))
+            helped = bool((descent.error < before / 2).any())
+    return Quadratic(*quadratic), descent, steps
 
 
 # Linear equations of a fixed point
@@ -713,7 +796,7 @@ class _Solve(torch.autograd.Function):
         x, rate, metric, *tensors = ctx.saved_tensors
         flat = ctx.flat
         pull = flat.over_members(lambda tensors, *rest: _pull(flat, tensors, *rest))
-        found = pull(tuple(tensors), x, rate, metric, slopes[0])
+        found = pull(tuple(tensors), x, rate, metric, slopes[0], *_moving(flat, tuple(tensors), x, rate, metric))
         for i in range(len(tensors)):  # What is the same for all members gets the sum of their slopes.
             shared = [place for place, dims in enumerate(reversed(flat.levels)) if dims[i] is None]
             found[i] = found[i].sum(shared) if shared else found[i]
@@ -725,7 +808,8 @@ class _Solve(torch.autograd.Function):
         flat = ctx.flat
         push = flat.over_members(lambda *given: _push(flat, *given), tuples=2)
         filled = [torch.zeros_like(t) if d is None else d for t, d in zip(tensors, tangents[1:], strict=True)]
-        return push(tuple(tensors), tuple(filled), x, rate, metric), None, None, None, None, None
+        inside = _moving(flat, tuple(tensors), x, rate, metric)
+        return push(tuple(tensors), tuple(filled), x, rate, metric, *inside), None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *given: Any) -> Any:
@@ -754,22 +838,46 @@ def _landing(
     return land, of_real, which
 
 
-def _pull(flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor) -> list[Tensor]:
+def _moving(flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor) -> tuple[Tensor, ...]:
+    """Places of the entries on whose moves those of a proximal step depend, where others are many and known to be none.
+
+    A step of a penalty that is a sum over entries has no slope in those that it holds at zero. Inside of `vmap` their
+    number is not known.
+    """
+    if not flat.separable or _is_small(x) or is_batched(without_levels(x)):
+        return ()
+
+    def slopes(tensors: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
+        point = x - grad_and_value(flat.read)(x, tensors)[0] / (rate * metric)
+        return vjp(lambda z: flat.land(z, 1 / rate, metric, tensors), point)[1](torch.ones_like(x))[0]
+
+    moving = (flat.over_members(slopes)(tensors, x, rate, metric) != 0) | (x != 0)
+    count = int(moving.sum(-1).amax())
+    return (moving.byte().argsort(dim=-1, descending=True)[..., :count],) if 1 <= count <= _DENSE else ()
+
+
+def _pull(
+    flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, slope: Tensor, inside: Tensor | None = None
+) -> list[Tensor]:
     """Slopes in the tensors, from a slope in the solution."""
     land, of_real, which = _landing(flat, x, rate, metric, tensors)
-    if len(x) <= _DENSE:
-        matrix = _matrix(_landing_times(flat, x, rate, metric, tensors), x)
-        along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ slope
-    else:
-        back = vjp(land, x)[1]
+    back = vjp(land, x)[1]
+    if inside is None and len(x) > _DENSE:
         along = _gmres(lambda v: v - back(v)[0], slope, 200)
+    else:
+        matrix = _matrix_of_move(flat, tensors, x, rate, metric, inside)
+        along = torch.linalg.pinv(matrix.T, rtol=1e-12) @ _entries(slope, inside)
+        if inside is not None:
+            along = slope + back(torch.zeros_like(slope).index_copy(0, inside, along))[0]
     found = list(map(torch.zeros_like, tensors))
     for i, g in zip(which, vjp(of_real, *(tensors[i] for i in which))[1](along), strict=True):
         found[i] = g
     return found
 
 
-def _push(flat: Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor) -> Tensor:
+def _push(
+    flat: Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metric: Tensor, inside: Tensor | None = None
+) -> Tensor:
     """How the solution moves when the tensors do."""
     _, of_real, which = _landing(flat, x, rate, metric, tensors, sparse=False)  # Torch has no tangents of sparse ones.
     real, along = tuple(tensors[i] for i in which), tuple(tangents[i] for i in which)
@@ -777,6 +885,19 @@ def _push(flat: Flat, tensors: Any, tangents: Any, x: Tensor, rate: Tensor, metr
     pull = vjp(of_real, *real)[1]
     moved = vjp(pull, torch.zeros_like(x))[1](along)[0]
     product = _landing_times(flat, x, rate, metric, tensors)
-    if len(x) <= _DENSE:
-        return torch.linalg.pinv(_matrix(product, x), rtol=1e-12) @ moved
-    return _gmres(lambda v: v - product(v), moved, 200)
+    if inside is None and len(x) > _DENSE:
+        return _gmres(lambda v: v - product(v), moved, 200)
+    solve = torch.linalg.pinv(_matrix_of_move(flat, tensors, x, rate, metric, inside), rtol=1e-12)
+    if inside is None:
+        return solve @ moved
+    others = moved.index_fill(0, inside, 0.0)  # They move as the step says, and move those inside.
+    return others.index_copy(0, inside, solve @ _entries(moved + product(others), inside))
+
+
+def _matrix_of_move(
+    flat: Flat, tensors: Any, x: Tensor, rate: Tensor, metric: Tensor, inside: Tensor | None = None
+) -> Tensor:
+    r""":math:`I - J` of the proximal step, of the entries in some places."""
+    part = flat if inside is None else flat.narrowed(inside)
+    x, metric = _entries(x, inside), _entries(metric, inside)
+    return _matrix(_landing_times(part, x, rate, metric, tensors), x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -12,13 +13,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.certificates import kkt_residual, lambda_max, least_strength, null_model, sparsity
+from funcreg.certificates import lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
 from funcreg.constraint import Constraint
-from funcreg.graphs import with_more
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.leafwise import wide
-from funcreg.minimize import Problem, Solution
+from funcreg.minimize import SMALL, Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import check_range, number
@@ -36,16 +36,10 @@ _ELSEWHERE = {
 }
 #: Strengths that are solved at once, of a quadratic loss however far apart they are.
 _TOGETHER = 5
-#: Shares of the strength before, down to which others are solved with it: without screening, and with it.
-_NEAR, _NEAR_SCREENED = 0.2, 0.7
-#: Entries that screening is thought to leave.
-_KEPT = 256
+#: Shares of the strength before, down to which others are solved with it: of few entries, and of many.
+_NEAR, _NEAR_LARGE = 0.2, 0.5
 #: Entries of the Hessians of all that are solved at once, and products of their entries and the samples.
-_ENTRIES, _TERMS = 2**20, 2**18
-#: Entries from which on those that are surely zero are left out.
-_SCREENED = 64
-#: Entries from which on folds are screened one after the other, instead of solved at once.
-_WIDE = 1024
+_ENTRIES, _TERMS = 2**18, 2**26
 
 
 @public_state
@@ -93,11 +87,10 @@ def regularization_path(
     r"""Solutions of :math:`f + \lambda g` for many strengths, from the one on that makes all zero down.
 
     Strengths fall geometrically from `lambda_max`, at the loss's minimum over what carries no penalty. Some at a time
-    are solved as one ensemble, from the last solution before them. Entries that the sequential strong rule holds for
-    zero are left out of the work; where the residual of the whole problem says otherwise they come back in.
+    are solved as one ensemble, from the last solution before them, whose zeros are most of those to come.
 
     With a penalty that is not convex, the greatest strength is that from which on the first proximal step of `minimize`
-    leaves all at zero; nothing is left out of the work; and solutions are what `minimize` finds, not always minima.
+    leaves all at zero, and solutions are what `minimize` finds, not always minima.
 
     Args:
         loss: `loss(params, *args)`, a scalar with a first and second derivative.
@@ -130,7 +123,6 @@ def regularization_path(
     References:
         Friedman, Hastie & Tibshirani, *Regularization paths for generalized linear models via coordinate
         descent*, 2010.
-        Tibshirani et al., *Strong rules for discarding predictors in lasso-type problems*, 2012.
     """
     check_names(
         "regularization_path", options, {**_ELSEWHERE, "data": "what the loss takes after params are its args="}
@@ -144,12 +136,13 @@ def regularization_path(
     free = _free(problem, params)
     start = _null(objective, params, free)
     falling, order = _strengths(strengths, count, ratio, problem, args, start, free)
+    problem = replace(problem, quadratic=_is_quadratic(objective, start))
     found: list[Solution] = []
-    before = falling[0]
-    size = sum(w.numel() for w in tree_leaves(start))
-    for some in _chunks(falling, size, args, _is_quadratic(objective, start)):
-        found.append(_solved_with_screening(problem, args, start, before, some))
-        start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
+    done = 0
+    while done < len(falling):
+        some = falling[done : done + _count(falling, done, start, args, problem)]
+        found.append(_solved(problem, start, args, some))
+        start, done = tree_map(lambda w: w[-1], found[-1].params), done + len(some)
     whole = tree_map(lambda *parts: torch.cat(parts).index_select(0, order), *found)
     losses = vmap(objective)(whole.params)
     zeros = vmap(lambda point: sparsity(point, mask))(whole.params)
@@ -299,77 +292,55 @@ def _as_strengths(given: Any, dtype: torch.dtype) -> Tensor:
         raise TypeError(f"strengths is {str(given)[:60]!r}; expected a list of numbers, or a tensor") from error
 
 
-def _chunks(strengths: Tensor, size: int, args: Any, quadratic: bool, folds: int = 1) -> list[Tensor]:
-    """Strengths in falling order, cut into those that are solved at once, from the solution of the one before them.
+def _count(strengths: Tensor, done: int, start: Params, args: Any, problem: Problem, folds: int = 1) -> int:
+    """How many strengths of those that are left are solved at once, from the last solution.
 
-    Another member of an ensemble costs little as long as all do less work than it takes to call torch. Where they do
-    more, each begins at the solution of the one before. Far below that a loss that is no quadratic function takes more
-    steps, and screening leaves more.
+    Another member of an ensemble costs little as long as all do less work than it takes to call torch. Far below the
+    last strength a loss that is no quadratic function takes more steps, and of many entries more come into question.
+
+    Args:
+        strengths: All strengths, in falling order.
+        done: How many of them are solved.
+        start: The last solution, of each fold.
+        args: What the loss takes.
+        problem: What is solved.
+        folds: How many there are.
     """
-    kept = max(min(size, _KEPT), 1)
-    rows = max([len(x) for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim], default=1)
-    most = max(1, min(_ENTRIES // kept**2, _TERMS // (kept * max(rows, 1))) // folds)
     if any([isinstance(x, Tensor) and x.layout is not torch.strided for x in tree_leaves(args)]):
-        most = 1  # Of products with sparse matrices there is no map over maps.
-    share = _NEAR_SCREENED if size >= _SCREENED else 0.0 if quadratic else _NEAR
-    least = _TOGETHER if quadratic else 1
-    numbers = [float(x) for x in strengths.detach().cpu()]  # Under derivatives torch 2.9 makes no list of a tensor.
-    sizes, first = [], 0
-    for k, strength in enumerate(numbers):
-        far = k - first >= least and strength < share * numbers[max(first - 1, 0)]
-        if k - first == most or far:
-            sizes.append(k - first)
-            first = k
-    return list(strengths.split([*sizes, len(numbers) - first]))
+        return 1  # Of products with sparse matrices there is no map over maps.
+    leaves = tree_leaves(start)
+    size = max(sum(w.numel() for w in leaves) // folds, 1)
+    rows = max([len(x) for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim], default=1)
+    support = sum(int((w != 0).sum()) for w in leaves) // folds
+    dense = min(size, max(2 * support, SMALL))  # As many entries as may come into question.
+    terms = size * max(rows, 1) * (1 if problem.quadratic else dense)  # Each member has a Hessian of its own.
+    most = max(1, min(_ENTRIES // dense**2, _TERMS // terms) // folds)
+    # One by one: under derivatives torch 2.9 makes no list of a tensor.
+    before, *numbers = [float(x) for x in strengths.detach().cpu()[max(done - 1, 0) :]]
+    share = _NEAR_LARGE if size > SMALL else 0.0 if problem.quadratic else _NEAR
+    near = sum(x >= share * before for x in numbers) + (done == 0)
+    return min(most, max(near, _TOGETHER if problem.quadratic else 1))
+
+
+def _solved(problem: Problem, start: Params, args: Any, strengths: Tensor) -> Solution:
+    """Solutions for some strengths at once, from that of one before."""
+    solve = lambda strength: problem.solve(start, strength, args)
+    if len(strengths) == 1 and not problem.compile:
+        return tree_map(lambda x: x.unsqueeze(0), solve(strengths[0]))
+    found = vmap(solve)(_filled(strengths) if problem.compile else strengths)
+    return tree_map(lambda x: x[: len(strengths)], found)
 
 
 def _is_quadratic(objective: Callable[[Params], Tensor], start: Params) -> bool:
     """Whether the slope changes by the same from a place to a second as from there to a third in line."""
-    slopes = [grad(objective)(tree_map(lambda w, k=k: w + k, start)) for k in (0.0, 1.0, 2.0)]
+    leaves, rebuild = flatten(start)
+    # In no direction that a loss may be blind to, as softmax is to what is the same for all classes.
+    ways = [torch.arange(1, w.numel() + 1, device=w.device).to(w.dtype).cos().reshape(w.shape) for w in leaves]
+    places = [rebuild([w + k * way for w, way in zip(leaves, ways, strict=True)]) for k in (0.0, 1.0, 2.0)]
+    slopes = [grad(objective)(place) for place in places]
     first, second, third = (torch.cat([g.reshape(-1).double() for g in tree_leaves(each)]) for each in slopes)
-    noise = 1e3 * torch.finfo(tree_leaves(start)[0].dtype).eps
+    noise = 1e3 * torch.finfo(leaves[0].dtype).eps
     return bool(((third - second) - (second - first)).abs().amax() <= noise * torch.stack([first, third]).abs().amax())
-
-
-def _solved_with_screening(problem: Problem, args: Any, start: Params, before: Tensor, strengths: Tensor) -> Solution:
-    """Solutions for some strengths at once, from that of one before."""
-    # Where a penalty is not convex, a residual does not tell of all that a proximal step would bring back in.
-    if sum(w.numel() for w in tree_leaves(start)) < _SCREENED or not _is_convex(problem):
-        return _together(problem, args, start, strengths, None)
-    penalty, hyper, options = problem.penalty, problem.hyper, {"mask": problem.mask, **problem.options}
-    slopes = grad(lambda point: problem.loss(point, *args))
-    flat = lambda tree: torch.cat([w.reshape(-1) for w in tree_leaves(tree)])
-    # What the rule keeps for the least of the strengths, and no fewer than what a step of half of it would.
-    least = torch.maximum(2 * strengths[-1] - before, strengths[-1] / 2)
-    moved = penalty.prox(tree_map(lambda g: -g, slopes(start)), least, *hyper, **options)
-    kept = (flat(moved) != 0) | (flat(start) != 0)
-    tol = problem.tolerance(start)
-    while not bool(kept.all()):
-        places = with_more(kept) if problem.compile else kept.nonzero()[:, 0]
-        found = _together(problem, args, start, strengths, places)
-
-        def residuals(point: Params, strength: Tensor) -> tuple[Tensor, Tensor]:
-            g = slopes(point)
-            each = penalty.residual(point, g, *hyper, strength=strength, **options)
-            return flat(each).abs(), kkt_residual(point, g, penalty, *hyper, strength=strength, **options)
-
-        each, whole = vmap(residuals)(found.params, strengths)
-        missed = (each > tol).any(0) & ~kept
-        if not bool(missed.any()):
-            whole = whole.to(found.residual.dtype)
-            return found._replace(residual=whole, converged=whole <= tol)
-        kept = kept | missed
-    return _together(problem, args, start, strengths, None)
-
-
-def _together(problem: Problem, args: Any, start: Params, strengths: Tensor, kept: Tensor | None) -> Solution:
-    places = None if kept is None else without_levels(kept)  # Solutions know the derivatives of what they are given.
-    solve = lambda strength: problem.solve(start, strength, args, places)
-    if len(strengths) == 1:
-        return tree_map(lambda x: x.unsqueeze(0), solve(strengths[0]))
-    if not problem.compile:
-        return vmap(solve)(strengths)
-    return tree_map(lambda x: x[: len(strengths)], vmap(solve)(_filled(strengths)))
 
 
 def _filled(strengths: Tensor) -> Tensor:
@@ -424,9 +395,6 @@ def cross_validate(
 ) -> CrossValidation:
     r"""Choose a strength by the loss on held-out samples; all folds and some strengths at a time in one ensemble.
 
-    With a thousand entries and more, and a convex penalty, folds are solved one after the other, each as a path that
-    leaves out what is surely zero.
-
     Args:
         loss: `loss(params, *data)`, a mean over samples.
         params: Parameters like those wanted.
@@ -466,11 +434,11 @@ def cross_validate(
     start = _null(objective, params, free)
     falling, _ = _strengths(strengths, count, ratio, problem, data, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
-    converged = torch.empty_like(scores, dtype=torch.bool)
+    converged, near = torch.empty_like(scores, dtype=torch.bool), start
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.
         which = [i for i, (tests, trains) in enumerate(held_out) if (len(tests), len(trains)) == size]
         tests, trains = (torch.stack([held_out[i][k] for i in which]) for k in (0, 1))
-        scores[which], converged[which] = _scores(problem, start, data, tests, trains, falling)
+        scores[which], converged[which], near = _scores(problem, start, data, tests, trains, falling)
     mean = scores.mean(0)
     if not bool(mean.isfinite().all()):
         raise ValueError(
@@ -485,11 +453,9 @@ def cross_validate(
     error = scores.std(0) / len(held_out) ** 0.5
     least = int(mean.argmin())
     simplest = int((mean <= mean[least] + error[least]).int().argmax())
-    if _is_wide(problem, start):
-        chosen = _solved_with_screening(problem, data, start, falling[0], falling[least : least + 1])
-        fitted = tree_map(lambda w: w[0], chosen.params)
-    else:
-        fitted = problem.solve(start, falling[least], data).params
+    if _is_convex(problem):  # Else the result depends on where it begins.
+        start = tree_map(lambda w: w[least], near)
+    fitted = problem.solve(start, falling[least], data).params
     return CrossValidation(falling, scores, mean, error, falling[least], falling[simplest], fitted, converged)
 
 
@@ -537,52 +503,27 @@ def _places(fold: Any, number: int, samples: int) -> Tensor:
 
 def _scores(
     problem: Problem, start: Params, data: Any, tests: Tensor, trains: Tensor, strengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss on held-out samples, for some folds of one size and all strengths, and whether fits have converged."""
+) -> tuple[Tensor, Tensor, Params]:
+    """The loss on held-out samples, for some folds of one size and all strengths; whether fits have converged; and the
+    solutions of one of the folds."""
     rows = lambda places: tree_map(lambda x: x[places], data)
-    if _is_wide(problem, start):
-        each = [
-            _scores_of_path(problem, start, rows(fit), rows(held), strengths)
-            for fit, held in zip(trains, tests, strict=True)
-        ]
-        return torch.stack([losses for losses, _ in each]), torch.stack([converged for _, converged in each])
     training, testing = rows(trains), rows(tests)
     begin = tree_map(lambda w: w.expand(len(tests), *w.shape), start)
 
     def of_fold(begin: Params, training: Any, testing: Any, some: Tensor) -> tuple[Tensor, Tensor, Params]:
-        solve = lambda strength: problem.solve(begin, strength, training)
-        found = vmap(solve)(_filled(some) if problem.compile else some)
+        found = _solved(problem, begin, training, some)
         # One after the other: mapped over maps, `mse_loss` and others of torch fail on targets that a map shares.
-        losses = torch.stack(
-            [problem.loss(tree_map(lambda w, k=k: w[k], found.params), *testing) for k in range(len(some))]
-        )
-        return losses, found.converged[: len(some)], tree_map(lambda w: w[-1], found.params)
+        losses = [problem.loss(tree_map(lambda w, k=k: w[k], found.params), *testing) for k in range(len(some))]
+        return torch.stack(losses), found.converged, found.params
 
-    columns, converged = [], []
-    size = sum(w.numel() for w in tree_leaves(start))
-    quadratic = _is_quadratic(lambda point: problem.loss(point, *data), start)
-    for some in _chunks(strengths, size, data, quadratic, len(tests)):
-        losses, done, begin = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
+    columns, converged, solutions, done = [], [], [], 0
+    problem = replace(problem, quadratic=_is_quadratic(lambda point: problem.loss(point, *data), start))
+    while done < len(strengths):
+        some = strengths[done : done + _count(strengths, done, begin, data, problem, len(tests))]
+        losses, ended, found = vmap(of_fold, in_dims=(0, 0, 0, None))(begin, training, testing, some)
+        begin, done = tree_map(lambda w: w[:, -1], found), done + len(some)
         columns.append(losses)
-        converged.append(done)
-    return torch.cat(columns, 1).to(strengths.dtype), torch.cat(converged, 1)
-
-
-def _is_wide(problem: Problem, start: Params) -> bool:
-    """Whether screening saves more than folds that are solved at once."""
-    return sum(w.numel() for w in tree_leaves(start)) >= _WIDE and _is_convex(problem)
-
-
-def _scores_of_path(
-    problem: Problem, start: Params, training: Any, testing: Any, strengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same for one fold, whose entries that are surely zero are left out, as on a path."""
-    found: list[Solution] = []
-    size, before = sum(w.numel() for w in tree_leaves(start)), strengths[0]
-    quadratic = _is_quadratic(lambda point: problem.loss(point, *training), start)
-    for some in _chunks(strengths, size, training, quadratic):
-        found.append(_solved_with_screening(problem, training, start, before, some))
-        start, before = tree_map(lambda w: w[-1], found[-1].params), some[-1]
-    whole = tree_map(lambda *parts: torch.cat(parts), *found)
-    losses = [problem.loss(tree_map(lambda w, k=k: w[k], whole.params), *testing) for k in range(len(strengths))]
-    return torch.stack(losses).to(strengths.dtype), whole.converged
+        converged.append(ended)
+        solutions.append(tree_map(lambda w: w[0], found))
+    whole = tree_map(lambda *parts: torch.cat(parts), *solutions)
+    return torch.cat(columns, 1).to(strengths.dtype), torch.cat(converged, 1), whole

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from funcreg.equations import solved
+from funcreg.equations import solved, solved_upwards
 
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
 #: How Newton steps are damped: a loss that is flat along some direction makes a Jacobian singular.
-_DAMPS = (1e-10, 1e-3)
+DAMPS = (1e-10, 1e-3)
 #: Shares of a Newton step that are tried.
 _SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Steps without progress after which rounding is held to be all that moves.
@@ -29,6 +29,7 @@ class Rules:
     land: Callable[[Tensor, Tensor, Tensor], Tensor]  # The proximal point of a vector, a step and a metric.
     value: Callable[[Tensor], Tensor]
     separable: bool  # Whether the Jacobian of `land` is diagonal.
+    convex: bool
 
 
 class Quadratic(NamedTuple):
@@ -198,12 +199,21 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     """A Newton step on the fixed point of the proximal step, if it more than halves the error or goes downhill."""
     scale = s.rate * model.metric
     landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)[:2]
-    one = torch.eye(len(s.x), dtype=s.x.dtype, device=s.x.device)
-    inner = one - model.hessian / scale[:, None]
-    jacobian = pull(torch.ones_like(landed))[0][:, None] * inner if rules.separable else vmap(pull)(one)[0] @ inner
-    damps = torch.tensor(_DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
-    matrices = one - jacobian + damps[:, None, None] * one
-    ways = solved(matrices, (landed - s.x).expand(len(damps), -1))
+    one, move = torch.eye(len(s.x), dtype=s.x.dtype, device=s.x.device), landed - s.x
+    damps = torch.tensor(DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
+    if rules.separable and rules.convex:
+        slopes = pull(torch.ones_like(landed))[0]
+        moves = slopes > 0  # What does not move with its point goes where it landed, whatever the others do.
+        scale = scale / torch.where(moves, slopes, 1.0)
+        inside = moves[:, None] & moves
+        diagonals = torch.where(moves, scale * (1 - slopes + damps[:, None]), 1.0)
+        wanted = torch.where(moves, scale * move - model.hessian @ torch.where(moves, 0.0, move), move)
+        matrices = torch.where(inside, model.hessian, 0.0) + diagonals.diag_embed()
+        ways = solved_upwards(matrices, wanted.expand(len(damps), -1))
+    else:
+        inner = one - model.hessian / scale[:, None]
+        jacobian = pull(torch.ones_like(landed))[0][:, None] * inner if rules.separable else vmap(pull)(one)[0] @ inner
+        ways = solved(one - jacobian + damps[:, None, None] * one, move.expand(len(damps), -1))
     ways = torch.where(ways.isfinite().all(-1, keepdim=True), ways, torch.zeros_like(ways))
     shares = torch.tensor(_SHARES, dtype=s.x.dtype, device=s.x.device)
     points = s.x + (shares[:, None, None] * ways).reshape(-1, len(s.x))

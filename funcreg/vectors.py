@@ -47,6 +47,7 @@ class Flat:
     sizes: tuple[int, ...] = ()  # How many members each has.
     #: Graphs of functions of members; None to call them as they are.
     graphs: Graphs | None = None
+    quadratic: bool = False  # Whether the loss seems to be, so that it has one Hessian.
     penalty_is_known: bool = True  # Whether all that it computes is known from its name.
 
     def mapped(self, dims: tuple[int | None, ...], size: int, tensors: list[Tensor]) -> tuple[Flat, list[Tensor]]:
@@ -108,7 +109,6 @@ def flat_problem(
     options: dict[str, Any],
     tol: float,
     max_steps: int,
-    kept: Tensor | None = None,
 ) -> tuple[Flat, list[Tensor]]:
     """A problem on a vector, and the tensors that it was given.
 
@@ -120,7 +120,6 @@ def flat_problem(
         options: Static options of the penalty.
         tol: Greatest residual of a solution.
         max_steps: Number of steps after which to give up.
-        kept: Places of the entries that may move, in a vector of all; None for all.
     """
     leaves, rebuild = flatten((*given, *_followed(penalty, options)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -202,4 +201,4 @@ def flat_problem(
             kept=kept,
         )
 
-    return of_places(kept), [leaves[i] for i in places]
+    return of_places(None), [leaves[i] for i in places]

@@ -315,6 +315,24 @@ def test_derivatives_beyond_matrices(monkeypatch):
         torch.testing.assert_close(derivative(f)(at), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_derivatives_in_what_holds_entries_where_they_are():
+    x, y = made(30, 80)  # So many that entries whose step has no slope are left out of the equations.
+
+    def f(low):
+        return fr.minimize(squares, {"w": zeros(80)}, fr.box, low, 0.3, args=(x, y), tol=1e-10).params["w"]
+
+    low = number(0.0)
+    held = f(low) == 0
+    assert 5 < held.sum() < 75
+    expected = between(f, low, 1e-6)
+    assert (expected[held] == 1).any()
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(f)(low), expected, rtol=1e-5, atol=1e-5)
+    size = lambda low: f(low).sum()
+    mapped = vmap(grad(size))(torch.stack([low, low]))  # Where nobody knows how many these are.
+    torch.testing.assert_close(mapped, expected.sum().expand(2), rtol=1e-5, atol=1e-5)
+
+
 SPECTRAL = {
     "nuclear": (0.05, lambda c: (fr.nuclear, (), {"strength": c})),
     "spectral": (0.05, lambda c: (fr.spectral, (), {"strength": c})),
@@ -476,6 +494,17 @@ def test_where_a_hessian_of_all_would_be_too_large_those_that_are_not_zero_have_
     assert found.steps < 200
     np.testing.assert_allclose(found.params["w"].cpu(), expected, atol=1e-8)
     np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected == 0)
+
+
+def test_of_many_entries_those_that_matter_are_found_in_few_steps():
+    x, y = made(60, 1500)
+    strengths = torch.tensor([0.5, 0.1], dtype=torch.float64, device=DEVICE)
+    found = vmap(lambda c: fr.minimize(squares, {"w": zeros(1500)}, fr.l1, strength=c, args=(x, y)))(strengths)
+    assert found.converged.all()
+    assert found.steps.max() < 60
+    for strength, w in zip(strengths, found.params["w"], strict=True):
+        slopes = grad(squares)({"w": w}, x, y)
+        assert fr.kkt_residual({"w": w}, slopes, fr.l1, strength=strength) <= 1e-8
 
 
 @pytest.mark.slow

@@ -7,13 +7,14 @@ import pytest
 import scipy.sparse
 import torch
 from cases import DEVICE, normal
-from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
 from torch.func import grad, jacfwd, jvp, vmap
-from torch.nn.functional import cross_entropy, mse_loss, softplus
+from torch.nn.functional import cross_entropy, huber_loss, mse_loss, softplus
 
 import funcreg as fr
+from funcreg.path import _is_quadratic
 
 WEIGHTS = {"mask": fr.select("w")}
 
@@ -46,7 +47,7 @@ def test_paths_of_scikit_learn(penalty, hyper, share):
     torch.testing.assert_close(path.losses, vmap(lambda p: squares(p, x, y))(path.params))
 
 
-def test_screening_loses_nothing():
+def test_of_many_entries_none_is_lost():
     generator = torch.Generator().manual_seed(0)
     x = normal(generator, 60, 300)
     y = x[:, :8].sum(1) + normal(generator, 60)
@@ -260,7 +261,7 @@ def test_derivatives_in_data_reach_folds_and_the_strengths_of_a_path():
 
 
 @pytest.mark.parametrize("strengths", [{"strengths": [0.5, 0.1]}, {"count": np.int64(3), "ratio": 0.2}], ids=str)
-def test_derivatives_reach_what_screening_leaves(strengths):
+def test_derivatives_reach_what_models_leave_out(strengths):
     generator = torch.Generator().manual_seed(0)
     x, y = normal(generator, 30, 70), normal(generator, 30)
     f = lambda c: (
@@ -450,18 +451,51 @@ def test_paths_and_choices_where_every_zero_is_stationary_find_the_support(penal
 
 
 @pytest.mark.parametrize("penalty", [fr.l1, fr.elastic.given(1.0, 0.7)])
-def test_choices_among_many_entries_are_those_of_folds_that_are_solved_at_once(penalty, monkeypatch):
+def test_choices_among_many_entries_are_those_of_each_fold_alone(penalty):
     generator = torch.Generator().manual_seed(3)
     x, y = normal(generator, 31, 70), normal(generator, 31)
     params = {"w": zeros(70), "b": zeros()}
-    choose = lambda y: fr.cross_validate(squares, params, penalty, data=(x, y), count=3, ratio=0.3, folds=2, **WEIGHTS)
-    expected, moved = choose(y), jvp(lambda y: choose(y).mean, (y,), (x[:, 0],))[1]
-    monkeypatch.setattr("funcreg.path._WIDE", 64)  # Such as are screened, one after the other.
+    strengths, folds = [0.3, 0.15, 0.1], torch.arange(31).tensor_split(2)
+
+    def alone(y):
+        scores = []
+        for held in folds:
+            fit = torch.ones(31, dtype=torch.bool).index_fill(0, held, False)
+            solve = lambda c, fit=fit: fr.minimize(
+                squares, params, penalty, strength=c, args=(x[fit], y[fit]), **WEIGHTS
+            )
+            scores.append(torch.stack([squares(solve(c).params, x[held], y[held]) for c in strengths]))
+        return torch.stack(scores)
+
+    choose = lambda y: fr.cross_validate(squares, params, penalty, data=(x, y), strengths=strengths, folds=2, **WEIGHTS)
     found = choose(y)
     assert found.converged.all()
-    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.params, expected.params, rtol=0, atol=1e-6)
-    torch.testing.assert_close(jvp(lambda y: choose(y).mean, (y,), (x[:, 0],))[1], moved, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.scores, alone(y), rtol=0, atol=1e-6)
+    whole = fr.minimize(squares, params, penalty, strength=found.best, args=(x, y), **WEIGHTS)
+    torch.testing.assert_close(found.params, whole.params, rtol=0, atol=1e-6)
+    moved = jvp(lambda y: choose(y).scores, (y,), (x[:, 0],))[1]
+    numeric = (choose(y + 1e-5 * x[:, 0]).scores - choose(y - 1e-5 * x[:, 0]).scores) / 2e-5
+    torch.testing.assert_close(moved, numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_that_are_quadratic_in_places_have_paths():
+    generator = torch.Generator().manual_seed(5)
+    x, y = normal(generator, 40, 90), normal(generator, 40)
+    y = y.index_fill(0, torch.tensor([3, 20], device=DEVICE), 30.0)
+    loss = lambda params, x, y: huber_loss(x @ params["w"], y, delta=2.0)
+    path = fr.regularization_path(loss, {"w": zeros(90)}, fr.l1, args=(x, y), count=4, ratio=0.3)
+    assert path.converged.all()
+    assert path.steps.sum() < 100
+    for strength, w in zip(path.strengths, path.params["w"], strict=True):
+        slopes = grad(loss)({"w": w}, x, y)
+        assert fr.kkt_residual({"w": w}, slopes, fr.l1, strength=strength) <= 1e-8
+
+
+def test_losses_that_are_linear_along_some_direction_are_not_taken_for_quadratic():
+    x, y = standard(load_wine)
+    loss = lambda w, x, y: cross_entropy(x @ w, y)  # The same if all classes get as much.
+    assert not _is_quadratic(lambda w: loss(w, x, y), zeros(13, 3))
+    assert _is_quadratic(lambda w: (x @ w - y[:, None]).square().mean(), zeros(13, 3))
 
 
 def test_choices_among_thousands_of_entries_are_those_of_scikit_learn():

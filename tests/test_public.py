@@ -83,7 +83,7 @@ LAYERS = [
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["grids", "lowering", "schedules", "shapes", "tree"],
-    ["graphs", "rounding", "rows", "variations"],
+    ["graphs", "rounding", "rows", "uses", "variations"],
     ["coarse", "settling", "steadiness"],
     [
         "annealing",

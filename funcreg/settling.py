@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from funcreg.agreement import Agreement, Failure
 from funcreg.stored import Stored, is_told_by_name, reading
+from funcreg.uses import Problem, idle
 
-#: What is wrong with a network as it is now, None if nothing is.
-Problem: TypeAlias = Callable[[], Failure | str | None]
 #: Which of the values that it may have to have a number got, by its place; None if it stayed.
 Settled: TypeAlias = dict[tuple[str, str], int | None]
 
@@ -84,7 +83,7 @@ class _Asked:
             wrong = self._problem()
         self._known.append(({i: value for i, value in values.items() if i in read}, wrong))
         self.read = frozenset(read)
-        self.ever |= read
+        self.ever |= read.keys()
         return wrong
 
 
@@ -209,6 +208,7 @@ def decide(
     given = _Asked(smaller, unknown, problem)
     numbers, read = _Numbers(smaller, _in_kinds(smaller, unknown, given)), given.ever
     fits = [choice for choice in numbers.choices(given) if choice == numbers.found or numbers.agree(choice, given)]
+    alike = [problem]  # Runs in which outputs are as they are to be.
     ran = 0  # How many other runs there were with outputs as they are to be.
     labels = lambda: {id(each) for i, each in enumerate(unknown) if i not in read and not each.near}
     for ways in runs if len(fits) > 1 else ():
@@ -218,6 +218,7 @@ def decide(
             read |= asked.ever
             if same:
                 fits, ran = same, ran + 1
+                alike += [functools.partial(agreement.problem, smaller)] if ran <= _ENOUGH else []
                 break
         if (ran > _ENOUGH and not _open(*numbers.told(fits), ran, labels())) or len(fits) == 1:
             break
@@ -226,9 +227,11 @@ def decide(
     for each in untold:
         if (same := _elsewhere(each, told)) is not None:
             each.assign(smaller, same)
+    found = _open(told, untold, ran, labels())
+    unused = {id(each) for each in idle(smaller, numbers.values_of(found, fits), alike)} if found else set[int]()
     for each in unknown:
         each.share_again(smaller)
-    return _open(told, untold, ran, labels())
+    return [each for each in found if id(each) not in unused]
 
 
 def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int, labels: Set[int]) -> list[Stored]:
@@ -315,6 +318,14 @@ class _Numbers:
         for kind, values, i in zip(self.kinds, self._values, choice, strict=True):
             for each, value in zip(kind, values[i], strict=True):
                 each.assign(self.smaller, value)
+
+    def values_of(self, several: Sequence[Stored], fits: Sequence[_Choice]) -> list[tuple[Stored, list[Any]]]:
+        """Some of the numbers, with their values in these choices."""
+        wanted, found = {id(each) for each in several}, list[tuple[Stored, list[Any]]]()
+        for i, (kind, values) in enumerate(zip(self.kinds, self._values, strict=True)):
+            places = sorted({choice[i] for choice in fits})
+            found += [(each, [values[n][k] for n in places]) for k, each in enumerate(kind) if id(each) in wanted]
+        return found
 
     def told(self, fits: Sequence[_Choice]) -> tuple[list[tuple[Stored, Any]], list[Stored]]:
         """The numbers that have one value in all of these choices, with it, and those that have not."""

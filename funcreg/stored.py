@@ -7,6 +7,7 @@ import copy
 import inspect
 import itertools
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -56,26 +57,33 @@ class Stored(NamedTuple):
         setattr(holder, own, value)
 
 
+#: How often a number counts as read if that cannot be seen.
+_UNSEEN = 1 << 40
+
+
 @contextlib.contextmanager
-def reading(root: nn.Module, several: Sequence[Stored]) -> Iterator[set[int]]:
-    """The numbers that code reads meanwhile, by their places, among them all of which that cannot be seen.
+def reading(root: nn.Module, several: Sequence[Stored]) -> Iterator[Counter[int]]:
+    """How often code reads numbers meanwhile, by their places, and those very often of which it cannot be seen.
 
     Their classes have properties of their names as long as it takes, which read and write what instances hold.
     """
-    read, names = set[int](), dict[tuple[type, str], dict[int, set[int]]]()
+    read, names = Counter[int](), dict[tuple[type, str], dict[int, set[int]]]()
+    modules = {id(layer): set[int]() for layer in root.modules()}  # Of which none is a copy of another one.
     for i, each in enumerate(several):
         holder, own = each.holder(root), each.attribute.rpartition(".")[2]
         names.setdefault((type(holder), own), {}).setdefault(id(holder), set()).add(i)
         if own not in vars(holder):
-            read.add(i)
+            read[i] = _UNSEEN
     with contextlib.ExitStack() as stack:
         for (kind, own), places in names.items():
-            if not _watch(kind, own, places, read, stack):
-                read.update(*places.values())
+            if not _watch(kind, own, {**modules, **places}, read, stack):
+                read.update(dict.fromkeys(itertools.chain(*places.values()), _UNSEEN))
         yield read
 
 
-def _watch(kind: type, name: str, places: Mapping[int, Set[int]], read: set[int], stack: contextlib.ExitStack) -> bool:
+def _watch(
+    kind: type, name: str, places: Mapping[int, Set[int]], read: Counter[int], stack: contextlib.ExitStack
+) -> bool:
     """Let what reads an attribute of the instances of a class add their places, those of all for a copy of one."""
     every = frozenset().union(*places.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+import warnings
 
 import pytest
 import torch
@@ -423,7 +424,7 @@ def test_numbers_that_are_read_are_seen_in_copies_and_configurations_too():
     net = nn.ModuleList([Either(True), Either(False), Sharing(Config())])
     plain, built_in = Numbered(None), Numbered(None)
     plain.config, built_in.config = _Plain(), types.SimpleNamespace(words=8)
-    net.extend([plain, built_in])
+    net.extend([plain, built_in, Either(True)])
     unknown = [Stored(path, "number", 8, (4,)) for path in ("0", "1")]
     unknown += [Stored("2", f"config.{name}", 8, (4,)) for name in ("words", "width")]
     unknown += [Stored("3", "config.words", 3, (2,)), Stored("4", "config.words", 8, (4,))]
@@ -433,10 +434,45 @@ def test_numbers_that_are_read_are_seen_in_copies_and_configurations_too():
         (1,): lambda: net[1](draw(2, 3, 5).float()),
         (0, 1): lambda: copy.deepcopy(net[0])(draw(2, 3, 5).float()),  # Which of them it is a copy of is unknown.
         (2,): lambda: net[2](draw(2, 3, 5).float()),
-        (): lambda: setattr(net[0], "number", 8),
+        (): lambda: net[5](draw(2, 3, 5).float()),  # Of the same class, and none of those.
+        frozenset(): lambda: setattr(net[0], "number", 8),
     }
     for read, run in reads.items():
         with reading(net, unknown) as found:
             run()
-        assert found == {*read, *cannot_be_seen}
+        assert found.keys() == {*read, *cannot_be_seen}
     assert (net[0].number, net[1].number, "number" in vars(Either), "words" in vars(Config)) == (8, 8, False, False)
+
+
+IDLE = {
+    "a comparison": lambda net, x: net.b(net.a(x).relu() if net.number > 1 else net.a(x)),
+    "whether it is there": lambda net, x: net.b(net.a(x).relu() if net.number else net.a(x)),
+    "the end of a slice": lambda net, x: net.b(net.a(x)[..., : net.number].relu()),
+    "the end of the second slice": lambda net, x: net.b(net.a(x)[:, : net.number].relu()),
+}
+IN_USE = {
+    "in another branch": lambda net, x: net.b(net.a(x).relu()) if len(x) < 999 else x[:, : net.number],
+    "in another branch, and read": lambda net, x: (lambda n: net.b(net.a(x)) if len(x) < 999 else x[:, :n])(net.number),
+    "a comparison that tells": lambda net, x: net.b(net.a(x).relu() * max(1.0, float(net.number > 6))),
+    "computed with": lambda net, x: net.b(net.a(x).relu() + 0 * (net.number // 2)),
+    "the end of a slice of what is longer": lambda net, x: net.b(net.a(x).relu()) + 0 * x[:, : net.number].sum(),
+}
+
+
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.number = nn.Linear(5, 8), nn.Linear(8, 3), 8
+
+
+@pytest.mark.parametrize("name", [*IDLE, *IN_USE])
+def test_what_is_no_width_is_warned_of_only_if_it_is_in_use(name):
+    kind = type("Kind", (_Two,), {"forward": IDLE.get(name) or IN_USE[name]})
+    net, x = built(kind, [UNITS]), draw(6, 5)
+    notes = [note for note in fr.channel_groups(net, (x,)).notes if "do not tell whether Kind.number" in note]
+    assert len(notes) == (name in IN_USE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = smaller(net, [UNITS], x)
+    assert len(caught) == (name in IN_USE)
+    assert (made.number, type(made.number)) == (8, int)

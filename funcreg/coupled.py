@@ -28,7 +28,7 @@ from funcreg.families import (
     scatter,
     width_of,
 )
-from funcreg.leafwise import total
+from funcreg.leafwise import laid_out_as, total
 from funcreg.masks import chosen_by, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.removal import count_alive
@@ -139,11 +139,13 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
                 earlier = results[leaf]
                 base = whole(bases[leaf] if earlier is None else earlier)
                 own = _like(part, leaves[leaf])
+                if len(family) > 1:  # Else the leaf would keep the memory of all.
+                    own = own.clone(memory_format=torch.contiguous_format)
                 if onto is None:
-                    own = scatter(own, torch.zeros_like(base), along)
+                    own = laid_out_as(base, scatter(own, torch.zeros_like(base), along))
                     results[leaf] = like(own, leaves[leaf]) if earlier is None else earlier + like(own, leaves[leaf])
                 else:
-                    results[leaf] = like(scatter(own, base, along), leaves[leaf])
+                    results[leaf] = like(laid_out_as(base, scatter(own, base, along)), leaves[leaf])
         return results
 
     def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:

@@ -28,7 +28,7 @@ GIVEN: dict[str, Any] = {
     "alpha": 1.0, "rho": 0.2, "beta": 0.1, "strength": 2.0, "gamma": 3.0, "a": 3.7, "epsilon": 0.1, "threshold": 1.0,
     "delta": 1.0, "anchor": 0.25, "fisher": 1.0, "lower": -1.0, "upper": 1.0, "radius": 6.0, "total": 6.0, "k": 3,
     "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "kappa": 2.0, "matrix": torch.eye(2, 48, dtype=torch.float64),
-    "factor": 1.0, "groups": ((0, (1, 2)), (3, (4, 5))),
+    "factor": 1.0, "shortest": 4.0, "longest": 6.0, "groups": ((0, (1, 2)), (3, (4, 5))),
     "weights": torch.linspace(2, 1, 48, dtype=torch.float64).reshape(6, 8),
 }  # fmt: skip
 

@@ -41,11 +41,12 @@ from funcreg.combine import (
 from funcreg.composition import (
     Structure as Structure,
 )
-from funcreg.constraints import (
+from funcreg.constraint import (
     Constraint as Constraint,
-    box as box,
     constraint as constraint,
-    group_top_k as group_top_k,
+)
+from funcreg.constraints import (
+    box as box,
     halfspace as halfspace,
     hyperplane as hyperplane,
     l1_ball as l1_ball,
@@ -53,9 +54,13 @@ from funcreg.constraints import (
     l2_sphere as l2_sphere,
     linf_ball as linf_ball,
     max_norm as max_norm,
-    n_m_sparsity as n_m_sparsity,
+    min_max_norm as min_max_norm,
     nonnegative as nonnegative,
     simplex as simplex,
+)
+from funcreg.counts import (
+    group_top_k as group_top_k,
+    n_m_sparsity as n_m_sparsity,
     top_k as top_k,
 )
 from funcreg.conventions import (
@@ -372,10 +377,14 @@ from funcreg.transform import (
     init_empty_state as init_empty_state,
     stateless as stateless,
 )
-from funcreg.tree import (
+from funcreg.leafwise import (
     apply_updates as apply_updates,
     global_norm as global_norm,
+)
+from funcreg.masks import (
     matrices as matrices,
+)
+from funcreg.tree import (
     tree_leaves as tree_leaves,
     tree_map as tree_map,
     tree_paths as tree_paths,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -49,7 +50,6 @@ class Failure(NamedTuple):
     path: str  # Name of the module whose forward ran, empty for the network itself.
     kind: str  # Its type.
     error: str
-    ran: frozenset[str] = frozenset()  # Names of the modules that were called until then.
 
     def __str__(self) -> str:
         where = f"'{self.path}', a {self.kind}" if self.path else "its own forward"
@@ -102,8 +102,8 @@ def outputs(
     exchange: Exchange | None = None,
 ) -> list[Tensor] | Failure:
     """The tensors that a network gives in evaluation, or what went wrong; its random numbers are those of a seed."""
-    running, ran = list[str](), set[str]()
-    with _evaluated(network), _followed(network, running, ran), drawing(network, seed), torch.no_grad():
+    running = list[str]()
+    with _evaluated(network), _followed(network, running), drawing(network, seed), torch.no_grad():
         try:
             own = {name: x.clone() for name, x in network.named_buffers()}
             if exchange is not None:
@@ -113,7 +113,18 @@ def outputs(
             path = running[-1] if running else ""
             said = str(error).strip().partition("\n")[0]
             kind = type(network.get_submodule(path)).__name__
-            return Failure(path, kind, f"{type(error).__name__}: {said}", frozenset(ran))
+            return Failure(path, kind, f"{type(error).__name__}: {said}")
+
+
+def draws(network: nn.Module, inputs: Any) -> bool:
+    """Whether outputs depend on random numbers, or it fails, as where a part of what is long is drawn."""
+    args, kwargs = arguments(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # They were given when the network itself ran.
+        first, again = (outputs(network, args, kwargs, seed) for seed in (0, 1))
+    if isinstance(first, Failure) or isinstance(again, Failure):
+        return True
+    return (unlike(first, again) or unequal(first, again, rounding(network, (args, kwargs)))) is not None
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -144,19 +155,15 @@ def _evaluated(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _followed(network: nn.Module, running: list[str], ran: set[str]) -> Iterator[None]:
-    """Keep a list of the names of the modules that are running, and of all that ran."""
-
-    def came(name: str) -> None:
-        running.append(name)
-        ran.add(name)
+def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep a list of the names of the modules that are running."""
 
     def left(*_: Any) -> None:  # What a hook returns would be the output.
         running.pop()
 
     handles = []
     for name, layer in network.named_modules():
-        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: came(name)))
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
         handles.append(layer.register_forward_hook(left))
     try:
         yield

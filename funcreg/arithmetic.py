@@ -14,23 +14,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.construction import written
+from funcreg.leafwise import compute, compute_wide, global_norm, reduce_leaves, squared, total, without_autocast
 from funcreg.ranges import check_numbers, concrete, flags, ordered
 from funcreg.transform import dtypes
-from funcreg.tree import (
-    compute,
-    compute_wide,
-    dotted,
-    global_norm,
-    leaves_like,
-    map_with_path,
-    reduce_leaves,
-    squared,
-    total,
-    tree_leaves,
-    tree_map,
-    tree_paths,
-    without_autocast,
-)
+from funcreg.tree import dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
 
 
 def _combined(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:

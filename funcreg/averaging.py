@@ -11,6 +11,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
 from funcreg.combine import chain, hold, pick
 from funcreg.construction import remembered
+from funcreg.leafwise import beside, compute, compute_wide, kept_dtype, scalar_device
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate, scale_by_rms
@@ -28,7 +29,7 @@ from funcreg.transform import (
     share,
     warn,
 )
-from funcreg.tree import beside, compute, compute_wide, kept_dtype, scalar_device, tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map
 from funcreg.wrappers import Named, around, check_period
 
 # Fast and slow weights

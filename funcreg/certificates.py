@@ -12,13 +12,16 @@ from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 from torch.nn.functional import softplus
 
 from funcreg._typing import Hyper, Mask, Params, Scalar
+from funcreg.checks import check_params
 from funcreg.composition import Term, split
 from funcreg.deployment import computed_parameters
+from funcreg.leafwise import compute, reduce_leaves, total
+from funcreg.masks import keep, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
-from funcreg.tree import check_params, compute, flatten, keep, mask_leaves, reduce_leaves, total, tree_leaves, tree_map
+from funcreg.tree import flatten, tree_leaves, tree_map
 from funcreg.undocumented import has_tangents, is_transformed
 
 

@@ -19,13 +19,13 @@ from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
 from funcreg.layers import PIXELS, rule_of
+from funcreg.masks import listed
 from funcreg.ranges import flags
 from funcreg.removal import count_alive
 from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
 from funcreg.steadiness import unsteady
 from funcreg.tracing import record
-from funcreg.tree import listed
 from funcreg.trying import Trial, refused
 from funcreg.widths import Heads, Rule, heads_before, packs_unequally
 from funcreg.wrapping import inner_module, without_wrappers

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcreg.masks import listed
 from funcreg.ranges import flags
-from funcreg.tree import listed, restored, structure, tree_paths, tree_types
+from funcreg.tree import restored, structure, tree_paths, tree_types
 
 #: The format of the dict. A change that older readers cannot read gets another number.
 VERSION = 1

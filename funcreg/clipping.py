@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, euclidean, global_norm, reduce_leaves
 from funcreg.ranges import concrete, ordered, scalars, single
 from funcreg.transform import (
     Stage,
@@ -23,7 +24,7 @@ from funcreg.transform import (
     positive,
     public_state,
 )
-from funcreg.tree import compute, euclidean, flatten, global_norm, reduce_leaves, tree_leaves, tree_map
+from funcreg.tree import flatten, tree_leaves, tree_map
 
 
 @remembered

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from funcreg._typing import Params
 from funcreg.construction import transforms_in
+from funcreg.masks import listed
 from funcreg.ranges import number
 from funcreg.rounding import digits, is_narrow
 from funcreg.schedules import KnownSchedule
-from funcreg.tree import listed, tree_leaves, tree_paths
+from funcreg.tree import tree_leaves, tree_paths
 
 #: Scalers whose results are of size 1 at most, or little more.
 _OF_SIZE_1 = {

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
+from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
 from funcreg.ranges import flags
 from funcreg.transform import (
     Choice,
@@ -26,25 +28,7 @@ from funcreg.transform import (
     public_state,
     warn,
 )
-from funcreg.tree import (
-    Selection,
-    beside,
-    broadcast,
-    chosen_by,
-    compute,
-    flatten,
-    hidden,
-    keep,
-    mask_leaves,
-    merge,
-    reduce_leaves,
-    scalar_device,
-    total,
-    tree_leaves,
-    tree_map,
-    tree_paths,
-    widen,
-)
+from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
 
 

@@ -12,20 +12,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.construction import written
-from funcreg.ranges import flags
-from funcreg.tree import (
-    Selection,
-    broadcast,
-    compute,
-    compute_wide,
-    flatten,
-    keep,
-    mask_leaves,
-    product,
-    total,
-    tree_leaves,
-    tree_map,
-)
+from funcreg.leafwise import compute, compute_wide, product, total
+from funcreg.masks import Selection, keep, mask_leaves
+from funcreg.ranges import concrete, flags
+from funcreg.tree import broadcast, flatten, tree_leaves, tree_map
 
 #: What a proximal operator may keep of the point that it moves; see `Structure`.
 Kept = Literal["signs", "order", "directions"]
@@ -310,6 +300,26 @@ def composes(first: Term, last: Term, leaves: list[Tensor], in_metric: bool) -> 
         return _leaves_alone(last, first, leaves, possible)
 
     return all([follows(b, a) for a in first.parts() for b in last.parts()])
+
+
+def apart(first: Term, last: Term) -> bool:
+    """Whether two terms are known to bound the same entries by intervals that have no number in common.
+
+    Bounds that are schedules, trees or on another device are not known, nor where parts with masks act.
+    """
+    bounds = lambda term: [x for x in term.parts() if x.penalty.structure.interval and x.mask is None]
+    return any([_miss(a, b) for a in bounds(first) for b in bounds(last)])
+
+
+def _miss(first: Term, last: Term) -> bool:
+    bounds = list(map(concrete, (*first.hyper, *last.hyper)))
+    if any([bound is None for bound in bounds]):
+        return False
+    shape = torch.broadcast_shapes(*[bound.shape for bound in bounds if isinstance(bound, Tensor)])
+    # Of an interval in the other one's reach, the nearest number to one in that lies in both.
+    start = torch.zeros(shape)
+    landed = last.penalty.project(first.penalty.project(start, *first.hyper), *last.hyper)
+    return bool(first.penalty(landed, *first.hyper) > 0)
 
 
 def _leaves_alone(last: Term, first: Term, leaves: list[Tensor], possible: dict[Kept, bool]) -> bool:

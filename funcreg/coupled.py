@@ -28,10 +28,12 @@ from funcreg.families import (
     scatter,
     width_of,
 )
+from funcreg.leafwise import total
+from funcreg.masks import chosen_by, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.removal import count_alive
 from funcreg.sharding import like, whole
-from funcreg.tree import chosen_by, flatten, leaves_like, mask_leaves, total, tree_leaves, tree_paths
+from funcreg.tree import flatten, leaves_like, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, named_chain
 from funcreg.construction import remembered, transforms_in, written
+from funcreg.leafwise import compute, compute_wide, product, sign
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
 from funcreg.regularizing import add_decayed_weights, where_masked
@@ -38,7 +39,7 @@ from funcreg.transform import (
     scheduled,
     warn,
 )
-from funcreg.tree import compute, compute_wide, product, sign, tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map
 
 #: The kinds of `with_weight_decay`.
 Kind: TypeAlias = Literal[

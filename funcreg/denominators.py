@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from funcreg._typing import Scalar
 from funcreg.construction import written
+from funcreg.leafwise import widen
 from funcreg.ranges import concrete
-from funcreg.tree import widen
 
 #: What an optimizer keeps of a parameter, and what is set for its param group.
 Entries: TypeAlias = dict[str, Any]
@@ -58,6 +58,13 @@ def _rate(group: Entries) -> Scalar:
     if not isinstance(rate, Tensor) or rate.device.type != "cpu":
         return rate
     return rate.double() if rate.requires_grad or concrete(rate) is None else rate.item()
+
+
+def known_number(rate: Any) -> Any:
+    """A number, where it may be read without a wait for a device; else the tensor's identity."""
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.device.type == "cpu" else id(rate)
+    return rate
 
 
 def buffered(group: Entries, before: Scalar | None) -> Scalar:
@@ -176,6 +183,9 @@ RULES: dict[type[Optimizer], Rule] = {
     torch.optim.Adafactor: Rule(_adafactor_rate, _adafactor, counts=True, note=_size),
 }
 
+#: For a constraint, which holds after a step of any size.
+OF_ANY_SIZE = Rule(lambda state, group: (0.0,))
+
 #: Why others have no step that a proximal operator could follow.
 REFUSED: dict[type[Optimizer], str] = {
     torch.optim.LBFGS: "its curvature comes from differences of gradients between points, which a proximal operator "
@@ -263,7 +273,7 @@ def rule_of(optimizer: Optimizer, metric: Callable[[Entries, Entries], Any] | No
     else:
         reason = REFUSED[known]
     if projects:
-        return Rule(lambda state, group: (0.0,))
+        return OF_ANY_SIZE
     if kind.__module__.startswith("funcreg."):
         raise ValueError(
             "this optimizer has a chain of its own, into which the penalty belongs: prox_adam(lr, l1, strength=...) in "

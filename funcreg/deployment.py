@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from funcreg._typing import Mask, Params
+from funcreg.checks import check_params
+from funcreg.masks import listed, mask_leaves
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole, check_whole_module
-from funcreg.tree import check_params, flatten, listed, mask_leaves, tree_paths
+from funcreg.tree import flatten, tree_paths
 
 # Sparse layouts
 

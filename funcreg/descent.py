@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params
-from funcreg.tree import compute_wide, flatten, product, reduce_leaves, scalar_device, total
+from funcreg.leafwise import compute_wide, product, reduce_leaves, scalar_device, total
+from funcreg.tree import flatten
 
 
 def accelerate(momentum: Tensor, uphill: Tensor | None = None) -> tuple[Tensor, Tensor]:

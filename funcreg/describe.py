@@ -13,13 +13,14 @@ from funcreg._typing import Params
 from funcreg.combine import freeze, masked, named_chain, partition
 from funcreg.ensemble import ensemble
 from funcreg.hyperparams import Injected
+from funcreg.masks import chosen_by, keep, listed, mask_leaves
 from funcreg.mistakes import Entry, made, mistakes, penalized
 from funcreg.monitoring import monitor
 from funcreg.notation import plain
 from funcreg.per_leaf import PerLeaf
 from funcreg.report import readable
 from funcreg.transform import Transform, check_transforms
-from funcreg.tree import broadcast, chosen_by, keep, listed, mask_leaves, tree_leaves, tree_map, tree_paths
+from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 
 
 class Row(NamedTuple):

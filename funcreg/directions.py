@@ -14,9 +14,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, euclidean, sign, zeros
 from funcreg.ranges import check_range, concrete, scalars, single
 from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, positive, public_state
-from funcreg.tree import compute, euclidean, sign, tree_map, zeros
+from funcreg.tree import tree_map
 
 
 @remembered

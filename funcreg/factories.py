@@ -10,8 +10,8 @@ from torch import Tensor
 
 from funcreg.construction import written
 from funcreg.hyperparams import Injected
+from funcreg.masks import listed
 from funcreg.transform import Transform
-from funcreg.tree import listed
 
 #: Options of torch's optimizers, and what stands for them here.
 _HABITS = {
@@ -20,11 +20,14 @@ _HABITS = {
     "capturable": "Counters are tensors where the parameters are without it.",
     "differentiable": "To differentiate through steps, call update of the chain and apply_updates.",
     "maximize": "Minimize the negative of the loss.",
+    "amsgrad": "It is an optimizer of its own, fr.amsgrad.",
 }
 
 
 def is_number(name: str, value: Any) -> bool:
-    """Whether an entry of a group looks like a hyperparameter: a number, or an option of torch's optimizers."""
+    """Whether an entry of a group looks like a hyperparameter: a number, some, or an option of torch's optimizers."""
+    if isinstance(value, (tuple, list)) and value and name != "params":
+        return all([is_number(name, each) for each in value])
     return (name in _HABITS and value is True) or type(value) in (int, float) or isinstance(value, Tensor)
 
 

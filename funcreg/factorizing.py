@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole_module
-from funcreg.tree import listed
 from funcreg.widths import CONVOLUTIONS, TRANSPOSED, is_conv1d
 
 

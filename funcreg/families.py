@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params
+from funcreg.masks import chosen_by, hidden, listed
 from funcreg.ranges import flags
-from funcreg.tree import chosen_by, hidden, listed, tree_leaves, tree_paths
+from funcreg.tree import tree_leaves, tree_paths
 from funcreg.wrapping import matched
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
+from funcreg.checks import check_params, filled
 from funcreg.construction import Remembering, remembered
 from funcreg.freshness import Freshness
 from funcreg.frozen import frozen_beside_others
+from funcreg.leafwise import apply_updates, without_autocast
 from funcreg.lowering import Compiler, say_once
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
@@ -29,20 +32,7 @@ from funcreg.recording import Record, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
 from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
-from funcreg.tree import (
-    apply_updates,
-    check_params,
-    filled,
-    leaves_like,
-    listed,
-    reader,
-    restored,
-    structure,
-    tree_leaves,
-    tree_map,
-    tree_paths,
-    without_autocast,
-)
+from funcreg.tree import leaves_like, reader, restored, structure, tree_leaves, tree_map, tree_paths
 
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32
@@ -250,6 +240,12 @@ class FusedStep(_Planned):
     ) -> None:
         if not isinstance(tx, Transform):
             raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
+        if tx.examples:
+            raise TypeError(
+                f"fuse got {tx!r}, which takes gradients of single examples; a fused step takes gradients like the "
+                "parameters. Make the update of differentially_private_aggregate first and fuse what comes after it, "
+                "or compile a function around update and apply_updates with torch.compile."
+            )
         flags(donate=donate)
         super().__init__(backend)
         self._tx, self._donate, self._loose = tx, donate, loose

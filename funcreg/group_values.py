@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcreg.construction import held_tensors, tells_all, written
+from funcreg.leafwise import scalar_device
 from funcreg.ranges import is_checking, number
-from funcreg.tree import dotted, leaf_paths, restored, scalar_device, structure
+from funcreg.tree import dotted, leaf_paths, restored, structure
 from funcreg.undocumented import is_transformed
 
 T = TypeVar("T")

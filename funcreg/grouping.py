@@ -179,7 +179,8 @@ def _claim(found: Record, owner: dict[Value, _Owner], written: Sequence[Value | 
             mine = _only([by for value in node.outputs for by in used.get(value, ())])
             owner.update((value, mine) for value in node.outputs)
         for value in node.inputs:
-            used.setdefault(value, set()).add(mine)
+            if owner[value] is None:
+                used.setdefault(value, set()).add(mine)
     for value in [*found.inputs, *(value for value, _ in found.captured)]:
         if owner[value] is None:
             owner[value] = _only(used.get(value, ()))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
+from funcreg.leafwise import euclidean, running_sum, sign, squared
 from funcreg.penalties import (
     Dim,
     Weights,
@@ -39,7 +40,6 @@ from funcreg.separable import (
     scad_slope,
     scad_value,
 )
-from funcreg.tree import euclidean, running_sum, sign, squared
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)

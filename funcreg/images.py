@@ -12,10 +12,10 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.cones import back, backs, by_parts, dot, nearest, slope, slopes, turned
+from funcreg.leafwise import euclidean
 from funcreg.penalties import group_dims
 from funcreg.penalty import penalty
 from funcreg.spectral import whole
-from funcreg.tree import euclidean
 
 Dims: TypeAlias = int | tuple[int, ...] | None
 

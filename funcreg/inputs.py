@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Params
-from funcreg.tree import dotted, leaf_paths, listed, map_with_path, tree_leaves, tree_map, tree_paths
+from funcreg.masks import listed
+from funcreg.tree import dotted, leaf_paths, map_with_path, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_batched, is_transformed
 
 # Arrays

@@ -12,11 +12,12 @@ from funcreg._typing import Hyper, Params, Scalar, Schedule
 from funcreg.composition import Term
 from funcreg.denominators import Rule
 from funcreg.fused import FusedStep
+from funcreg.leafwise import compute, compute_wide, product, scalar_device
 from funcreg.memory import Pieces
 from funcreg.penalty import Penalty
 from funcreg.proximal import land
 from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
-from funcreg.tree import ABSENT, Absent, compute, compute_wide, product, scalar_device, tree_leaves
+from funcreg.tree import ABSENT, Absent, tree_leaves
 
 #: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.
 _SMALL = 1 << 14

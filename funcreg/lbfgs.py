@@ -10,22 +10,12 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Schedule, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, squared, total, zeros
 from funcreg.linesearch import scale_by_zoom_linesearch
 from funcreg.ranges import flags
 from funcreg.scaling import scale, scale_by_learning_rate
 from funcreg.transform import Transform, check_transforms, counter, identity, public_state
-from funcreg.tree import (
-    compute,
-    compute_wide,
-    reduce_leaves,
-    safe_sqrt,
-    scalar_device,
-    squared,
-    total,
-    tree_leaves,
-    tree_map,
-    zeros,
-)
+from funcreg.tree import tree_leaves, tree_map
 
 
 @public_state

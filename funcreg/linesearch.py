@@ -17,21 +17,13 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from funcreg._typing import Params, Scalar, State, Updates
+from funcreg.checks import check_alike
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, total
 from funcreg.plateau import as_value
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.transform import Transform, finite_nonnegative, positive, public_state
-from funcreg.tree import (
-    check_alike,
-    compute,
-    compute_wide,
-    reduce_leaves,
-    safe_sqrt,
-    scalar_device,
-    total,
-    tree_leaves,
-    tree_map,
-)
+from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import is_batched, is_traced, without_levels
 
 

@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.checks import check_params
 from funcreg.coupled import check_groups_are_whole
 from funcreg.graphs import Graphs, Same, key_of, like, with_more
 from funcreg.inputs import RANDOM, as_tensors, check_call, check_names, explained
+from funcreg.leafwise import wide
+from funcreg.masks import listed, mask_leaves
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.quadratic import (
@@ -37,7 +40,7 @@ from funcreg.regularizing import check_penalty, check_strength
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, check_selection, public_state
-from funcreg.tree import check_params, listed, mask_leaves, structure, tree_leaves, tree_map, tree_paths, wide
+from funcreg.tree import structure, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import forward_depth, is_batched, is_compiling, without_levels
 from funcreg.vectors import Flat, flat_problem
 

@@ -12,17 +12,18 @@ from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
 from funcreg.clipping import zero_nans
 from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
-from funcreg.composition import Term, composes
-from funcreg.constraints import Constraint
+from funcreg.composition import Term, apart, composes
+from funcreg.constraint import Constraint
 from funcreg.construction import written
 from funcreg.decay import decay_of, every_part, parts_of
+from funcreg.masks import keep, listed
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, scale_by_schedule, trace
 from funcreg.transform import Transform, at_step, raw_leaves
-from funcreg.tree import keep, listed, tree_leaves, tree_paths
+from funcreg.tree import tree_leaves, tree_paths
 
 
 @dataclass(frozen=True)
@@ -422,7 +423,12 @@ def _sets_after_sets(links: list[Entry]) -> Iterator[str]:
             for each in (first, last)
         )
         leaves = [w for _, w in first.leaves()]
-        if not composes(before, after, leaves, False):
+        if apart(before, after):
+            yield (
+                f"{last.tx!r} stands after {first.tx!r}, and no number is in both sets: where it ends never lies in "
+                "the first. Leave one out, or let masks give each leaves of its own."
+            )
+        elif not composes(before, after, leaves, False):
             swapped = composes(after, before, leaves, False)
             remedy = "Swap the two" if swapped else "Leave one out, or write one for both, with @constraint"
             yield (

@@ -11,6 +11,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, compute_wide, safe_sqrt, scalar_device, zeros
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import (
@@ -32,7 +33,6 @@ from funcreg.transform import (
     finite_nonnegative,
     public_state,
 )
-from funcreg.tree import compute, compute_wide, safe_sqrt, scalar_device, zeros
 
 # AdEMAMix
 

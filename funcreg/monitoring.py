@@ -11,9 +11,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import scalar_device, wide
 from funcreg.scaling import ema
 from funcreg.transform import Transform, public_state
-from funcreg.tree import leaves_like, scalar_device, tree_leaves, tree_map, wide
+from funcreg.tree import leaves_like, tree_leaves, tree_map
 from funcreg.wrappers import Named, named_by
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, partition, with_link
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, euclidean, zeros
 from funcreg.optimizers import adamw
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import add_decayed_weights
@@ -28,7 +29,7 @@ from funcreg.transform import (
     positive,
     public_state,
 )
-from funcreg.tree import Path, compute, dotted, euclidean, flatten, leaf_paths, tree_map, tree_paths, zeros
+from funcreg.tree import Path, dotted, flatten, leaf_paths, tree_map, tree_paths
 
 #: Coefficients of the polynomial a x + b x^3 + c x^5 of singular values, one triple for all steps, or one for each.
 Coefficients: TypeAlias = tuple[float, float, float] | Sequence[Sequence[float]]

@@ -23,18 +23,14 @@ from funcreg.factories import check_complete, default_of, hyperparameters, is_nu
 from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
+from funcreg.masks import listed
 from funcreg.mistakes import climbs
 from funcreg.notices import warn_user
 from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
-from funcreg.tree import (
-    listed,
-    restored,
-    tree_leaves,
-    tree_map,
-)
+from funcreg.tree import restored, tree_leaves, tree_map
 
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from funcreg._typing import Params, State
 from funcreg.construction import written
+from funcreg.masks import listed
 from funcreg.transform import Transform
-from funcreg.tree import ABSENT, dotted, leaf_paths, listed, structure
+from funcreg.tree import ABSENT, dotted, leaf_paths, structure
 
 #: What `param_groups` and `state` of an optimizer are.
 Groups = Sequence[dict[str, Any]]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
+from funcreg.leafwise import apply_updates
 from funcreg.optimizer_state import Part, filled
 from funcreg.transform import Transform
-from funcreg.tree import apply_updates, leaves_like, tree_leaves
+from funcreg.tree import leaves_like, tree_leaves
 
 PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from funcreg._typing import Mask, Params
+from funcreg.masks import listed, mask_leaves
 from funcreg.selection import plain_names
-from funcreg.tree import ABSENT, listed, mask_leaves
+from funcreg.tree import ABSENT
 
 
 class ParameterNames:

@@ -15,15 +15,16 @@ from torch.func import grad, vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
-from funcreg.constraints import Constraint
+from funcreg.constraint import Constraint
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
+from funcreg.leafwise import wide
 from funcreg.minimize import _SMALL, Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import check_range, number
 from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state
-from funcreg.tree import flatten, tree_leaves, tree_map, wide
+from funcreg.tree import flatten, tree_leaves, tree_map
 from funcreg.undocumented import is_batched, without_levels
 
 #: What others call what is called otherwise here.

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
+from funcreg.leafwise import bare, euclidean, sign, squared
 from funcreg.penalty import penalty
 from funcreg.ranges import check_sign
-from funcreg.tree import bare, euclidean, sign, squared, tree_map
+from funcreg.tree import tree_map
 
 #: The dimensions that a group reduces: `...` all but the first, None all.
 Dim = int | tuple[int, ...] | EllipsisType | None

@@ -12,31 +12,23 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.checks import check_alike, check_params, fits
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.construction import Remembering
 from funcreg.descent import approach, check_inner_steps
-from funcreg.ranges import check_range, check_sign, concrete, flags
-from funcreg.tree import (
-    check_alike,
-    check_params,
+from funcreg.leafwise import (
     compute,
     compute_leaves,
     compute_wide,
-    dotted,
-    fits,
-    flatten,
-    keep,
-    map_with_path,
-    mask_leaves,
-    merge,
     product,
     reduce_leaves,
     times,
     total,
-    tree_leaves,
-    tree_map,
     without_autocast,
 )
+from funcreg.masks import keep, mask_leaves, merge
+from funcreg.ranges import check_range, check_sign, concrete, flags
+from funcreg.tree import dotted, flatten, map_with_path, tree_leaves, tree_map
 from funcreg.undocumented import dynamo_asks, is_compiling
 
 P = TypeVar("P", bound="Penalty")
@@ -518,7 +510,7 @@ class Penalty(Remembering):
         name = self._as_called()
         return (
             f"Its strength is a factor, 1e-4 * {name}(params), also of the step, {name}.prox(params, 1e-4 * rate); or "
-            f"strength=1e-4 of what takes {self.__name__} as an argument."
+            f"strength=1e-4 where it is an argument, as in regularize(optimizer, {self.__name__}, strength=1e-4)."
         )
 
     def _as_called(self) -> str:

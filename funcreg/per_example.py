@@ -13,20 +13,11 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
+from funcreg.checks import check_params
+from funcreg.leafwise import beside, safe_sqrt, squared, wide, widen
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.sharding import check_whole
-from funcreg.tree import (
-    beside,
-    check_params,
-    flatten,
-    leaves_like,
-    safe_sqrt,
-    squared,
-    tree_leaves,
-    tree_paths,
-    wide,
-    widen,
-)
+from funcreg.tree import flatten, leaves_like, tree_leaves, tree_paths
 
 
 def per_example_global_norm_clip(grads: Updates, l2_norm_clip: Scalar) -> tuple[Updates, Tensor]:

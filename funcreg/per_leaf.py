@@ -13,22 +13,12 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Term
 from funcreg.construction import remembered, written
+from funcreg.leafwise import total
+from funcreg.masks import Selection, check_mask, hidden, keep, listed, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.selection import named_by, plain_names, rule
 from funcreg.transform import Transform
-from funcreg.tree import (
-    Selection,
-    broadcast,
-    check_mask,
-    flatten,
-    hidden,
-    keep,
-    listed,
-    mask_leaves,
-    total,
-    tree_leaves,
-    tree_paths,
-)
+from funcreg.tree import broadcast, flatten, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
 
 #: A glob or a regular expression over dotted names, or a mask.

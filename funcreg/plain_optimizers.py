@@ -9,6 +9,7 @@ from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.combine import chain, masked
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient, scale_by_rprop
+from funcreg.leafwise import compute
 from funcreg.noise import add_noise, differentially_private_aggregate
 from funcreg.regularizing import add_decayed_weights
 from funcreg.rounding import one_key
@@ -21,7 +22,6 @@ from funcreg.transform import (
     scheduled,
     without_momentum,
 )
-from funcreg.tree import compute
 
 # Signs
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, scalar_device
 from funcreg.ranges import check_range, scalars
 from funcreg.sharding import whole
 from funcreg.transform import Transform, counter, finite_nonnegative, public_state, share
-from funcreg.tree import compute, scalar_device
 
 
 @public_state

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params
 from funcreg.families import Groups, grouped_matrices
+from funcreg.masks import keep, mask_leaves
 from funcreg.report import readable
-from funcreg.tree import keep, mask_leaves, tree_leaves, tree_map, tree_paths
+from funcreg.tree import tree_leaves, tree_map, tree_paths
 
 # One hue from dark to light for what has an order, one other for what stands out: also apart in gray, and for eyes that
 # do not see red and green apart.

@@ -9,11 +9,12 @@ import torch
 from funcreg._typing import Hyper, Params, Scalar, Schedule, State, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, reduce_leaves, squared, total
 from funcreg.optimizers import sgd
 from funcreg.plateau import as_value
 from funcreg.ranges import scalars
 from funcreg.transform import Transform, finite, finite_nonnegative, init_empty_state, positive
-from funcreg.tree import compute, reduce_leaves, squared, total, tree_leaves
+from funcreg.tree import tree_leaves
 
 _VARIANTS = ("sps", "sps+")
 #: Below it, a squared norm is that of a minimum.

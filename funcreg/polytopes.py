@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
-from funcreg.constraints import check_bounds, clamp, constraint, grouped, simplex_excess, ungrouped
+from funcreg.constraint import constraint
+from funcreg.constraints import check_bounds, clamp, simplex_excess
 from funcreg.equations import solved
+from funcreg.grouped import grouped, ungrouped
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers, concrete
 from funcreg.spectral import as_matrix

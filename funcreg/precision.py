@@ -14,9 +14,11 @@ from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute_wide, widen
+from funcreg.masks import keep, merge
 from funcreg.rounding import check_key, first_key, is_narrow, rounded, words
 from funcreg.transform import Stage, Transform, check_transforms, counter, public_state
-from funcreg.tree import compute_wide, flatten, keep, merge, tree_leaves, tree_map, widen
+from funcreg.tree import flatten, tree_leaves, tree_map
 
 
 def _narrow(params: Params) -> list[bool]:

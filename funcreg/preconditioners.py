@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, compute_wide, gathered, reduce_leaves, safe_sqrt, sign, squared, wide, zeros
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.scaling import (
     AdamState,
@@ -39,21 +40,7 @@ from funcreg.transform import (
     public_state,
     share,
 )
-from funcreg.tree import (
-    compute,
-    compute_wide,
-    flatten,
-    gathered,
-    leaves_like,
-    reduce_leaves,
-    safe_sqrt,
-    sign,
-    squared,
-    tree_leaves,
-    tree_map,
-    wide,
-    zeros,
-)
+from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map
 
 # Entry by entry
 

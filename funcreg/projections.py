@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
+from funcreg.checks import check_alike, check_params
 from funcreg.constraints import (
     box,
     halfspace,
@@ -24,8 +25,9 @@ from funcreg.constraints import (
     simplex,
     simplex_excess,
 )
+from funcreg.leafwise import gathered, sign, spread_like, widen
 from funcreg.ranges import check_range
-from funcreg.tree import check_alike, check_params, flatten, gathered, sign, spread_like, tree_leaves, widen
+from funcreg.tree import flatten, tree_leaves
 
 
 def _joint(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:

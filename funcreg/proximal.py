@@ -17,6 +17,8 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
+from funcreg.leafwise import compute, compute_wide, product, total
+from funcreg.masks import keep, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
@@ -35,17 +37,7 @@ from funcreg.transform import (
     public_state,
     without_momentum,
 )
-from funcreg.tree import (
-    compute,
-    compute_wide,
-    keep,
-    mask_leaves,
-    merge,
-    product,
-    total,
-    tree_leaves,
-    tree_map,
-)
+from funcreg.tree import tree_leaves, tree_map
 
 
 @public_state

@@ -157,18 +157,19 @@ _kind_of = functools.cache(_Kind)
 
 
 class _Recorder:
-    """Writes operations down in a record."""
+    """Writes operations down in a record; a dispatch mode together with torch's class of them."""
 
     def __init__(self, record: Record) -> None:
+        super().__init__()
         self._record = record
         self._captured: dict[int, _Placeholder] = {}
         self._done: dict[Any, Any] = {}  # From an operation and its arguments to what came out.
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
         self._empty: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
 
-    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What stands for the result of an operation."""
-        kind = _kind_of(func)
+        kind, kwargs = _kind_of(func), kwargs or {}
         if kind.is_identity:
             return _Placeholder(self.placeholder_of(args[0]).value)
         if kind.refused:
@@ -266,13 +267,8 @@ def record(function: Callable[..., Sequence[Tensor]], *placeholders: Any) -> Rec
         CannotRecordError: The function does what only tensors with memory can do.
     """
     found = Record([x.value for x in placeholders if isinstance(x, _Placeholder)])
-    recorder = _Recorder(found)
-
-    class Recording(dispatch_mode()):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return recorder.dispatch(func, args, kwargs or {})
-
-    with torch.no_grad(), Recording():
+    recorder: Any = type("Recording", (_Recorder, dispatch_mode()), {})(found)
+    with torch.no_grad(), recorder:
         for result in function(*placeholders):
             if not isinstance(result, Tensor):
                 raise CannotRecordError(f"a result is {result!r}, which is no tensor")

@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,23 +20,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.composition import composes
 from funcreg.construction import Call, written
-from funcreg.coupled import extinct, is_coupled, linked, named_leaves, split_leaf
+from funcreg.coupled import is_coupled, linked, named_leaves, split_leaf
 from funcreg.denominators import (
     NOTE_COPY,
+    OF_ANY_SIZE,
     RUNS_AWAY,
     Entries,
     Rule,
     buffered,
     gain,
     inner_optimizers,
+    known_number,
     rule_of,
     steps_as_torch,
     unwrapped,
 )
 from funcreg.descent import check_inner_steps
-from funcreg.frozen import frozen_beside_others, gradients_of
+from funcreg.frozen import gradients_of
 from funcreg.landing import (
     CompiledLanding,
     EndToEnd,
@@ -46,13 +47,16 @@ from funcreg.landing import (
     laid_out,
     land_in_sets,
 )
+from funcreg.leafwise import global_norm, widen
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
 from funcreg.penalty import Penalty
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty, check_strength, projects
+from funcreg.remarks import Remarks, has_numbers, say_composed
 from funcreg.rounding import is_narrow
-from funcreg.selection import computed_from, plain_names
+from funcreg.selection import plain_names
 from funcreg.transform import (
     Transform,
     check_selection,
@@ -60,16 +64,7 @@ from funcreg.transform import (
     is_scheduled,
     positive,
 )
-from funcreg.tree import (
-    ABSENT,
-    broadcast,
-    global_norm,
-    listed,
-    product,
-    tree_leaves,
-    tree_paths,
-    widen,
-)
+from funcreg.tree import ABSENT, tree_leaves
 from funcreg.undocumented import copy_all, is_compiling, versions
 from funcreg.wrapping import matched
 
@@ -189,10 +184,7 @@ def regularize(
         del given["strength"]  # Of which a set knows nothing.
     shown = {k: v for k, v in given.items() if v is not None}
     call = Call(regularize, (type(optimizer), penalty, *hyper), {**shown, **options})
-    made = Regularization(optimizer, task, ParameterNames(optimizer, module, mask), compile, str(call))
-    if module is not None and not projects(penalty):
-        made.warn_of_scales(module)
-    return made
+    return Regularization(optimizer, task, ParameterNames(optimizer, module, mask), compile, str(call))
 
 
 def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
@@ -268,26 +260,25 @@ class Regularization:
         self._classes: list[int] = []
         self._layouts: dict[Any, CompiledLanding | None] = {}
         self._ends: tuple[EndToEnd | None, Any, Any] = None, None, None  # For what moves and its classes, as they were.
-        self._waits = False  # Whether all entries were zero while a momentum buffer was filled.
         #: Whether the step of the optimizer may set gradients to None, or call that of its base, which has hooks, too.
         self._watches = not steps_as_torch(type(optimizer))
         self._had: set[Tensor] = set()  # What had a gradient before such a step, or in it.
-        self._restored = self._said_zero = self._said_replaced = self._said_rounded = self._said_still = False
-        self._said_frozen = self._is_copy = False
-        self._said_dead: set[str] = set()
-        self._pace: list[Any] = []
-        self._hooks = [optimizer.register_step_post_hook(self._after)]
-        if task.rule.note is not None or self._inner is not None or self._watches:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before))
+        self._restored = self._is_copy = False
+        self._remarks = Remarks(self, names)
+        self._values: tuple[Hyper, ...] = ()  # Strength and hyperparameters of the next step,
+        self._seen_groups: list[Any] = []  # and what was checked for it.
+        self._hooks = [optimizer.register_step_pre_hook(self._before)]
         if task.is_scheduled:
             self._hooks.append(optimizer.register_load_state_dict_post_hook(self._loaded))
-        if not projects(self._task.penalty):
-            for other in vars(optimizer).get(_OWN, []):
-                other.follow_last(optimizer)
-        vars(optimizer).setdefault(_OWN, []).append(self)
+        if _OWN not in vars(optimizer):
+            vars(optimizer)[_OWN] = _Landings(optimizer)
+        vars(optimizer)[_OWN].add(self)
         _see_to_copies(optimizer)
-        self._say_none_can_die(optimizer)
-        self._say_decays_twice(optimizer)
+        self._remarks.of_what_cannot_die(optimizer, task.penalty.__name__, self._linked)
+        self._remarks.of_decay(optimizer, self._task, self._touched)
+        self._remarks.of_evaluation(optimizer)
+        if names.module is not None and not projects(task.penalty):
+            self._remarks.of_scales(names.module, self._acted_on())
 
     @property
     def strength(self) -> Any:
@@ -301,6 +292,16 @@ class Regularization:
             "which is read at every step, and change it in place, or a schedule."
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """What a handle does not have; where it is taken for its optimizer, the error says so."""
+        hint = ""
+        if hasattr(Optimizer, name) or name in ("param_groups", "state", "defaults"):
+            hint = (
+                f". It is what regularize returns, not the optimizer, which stays what it was: optimizer.{name}, after "
+                "regularize(optimizer, ...) on a line of its own"
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}{hint}", name=name, obj=self)
+
     def __repr__(self) -> str:
         on = f"{self._said} on {len(self._touched)} of {self._names.count} parameters"
         return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on
@@ -313,6 +314,7 @@ class Regularization:
         kept: dict[str, Any] = {
             "_task": self._task._replace(rule=_NO_RULE),
             "_optimizer": _no_optimizer,
+            "_remarks": None,
             "_ends": (None, None, None),
         }
         empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
@@ -325,7 +327,7 @@ class Regularization:
         self._notes, self._starts, self._layouts, self._ends = {}, {}, {}, (None, None, None)
         optimizer = self._optimizer()
         if optimizer is not None and self in vars(optimizer).get(_OWN, []):
-            vars(optimizer)[_OWN].remove(self)
+            vars(optimizer)[_OWN].drop(self, optimizer)
             _see_to_copies(optimizer)
 
     def penalty_value(self) -> Tensor:
@@ -415,29 +417,49 @@ class Regularization:
                 "by channel_groups(..., layers=...), or give them to the optimizer."
             )
 
-    def _check_rates(self, optimizer: Optimizer) -> None:
-        """Raise an error if leaves that share groups have learning rates of their own from the start."""
+    def _check_rates(self, optimizer: Optimizer, moving: bool = False) -> None:
+        """Raise an error if leaves that share groups, all or those that move, have learning rates of their own."""
         groups, rule = optimizer.param_groups, self._task.rule
         anyhow = projects(self._task.penalty) and rule.source is None and not rule.buffers  # After a step of any size.
         if anyhow or not self._task.penalty.couples_leaves:
             return
-        rates = [_known(group.get("lr", 1.0)) for group in groups]
+        rates = [known_number(group.get("lr", 1.0)) for group in groups]
         if rule.buffers:
             rates = [_buffered_rate(rate, group) for rate, group in zip(rates, groups, strict=True)]
-        places = {self._names.names[w]: i for i, group in enumerate(groups) for w in group["params"]}
+        params = [(w, i) for i, group in enumerate(groups) for w in group["params"]]
+        rows = zip(params, gradients_of([w for w, _ in params]), strict=True)
+        places = {self._names.names[w]: i for (w, i), g in rows if not moving or g is not None}
         for each in self._linked:
-            self._check_one_rate({name: places[name] for name in each}, rates)
+            self._check_one_rate({name: places[name] for name in each if name in places}, rates)
 
-    def warn_of_scales(self, module: nn.Module) -> None:
-        """Warn of penalized parameters from which a parametrization computes the weight, once for each kind."""
-        computed, kinds = computed_from(module), dict[Any, list[str]]()
-        for name, w in self._acted_on().items():
-            if w in computed:
-                kinds.setdefault(computed[w], []).append(name)
-        for (kind, effect), found in kinds.items():
-            name = found[0]
-            size = f"{name[:-2]}_g" if name.endswith("_v") else name.replace("original1", "original0")
-            warn_user(f"{self!r} penalizes {listed(found)}, {kind}: {effect.format(name=name, size=size)}.")
+    def _check_groups(self, optimizer: Optimizer, waits: bool) -> None:
+        """Raise an error, before a step, for numbers of param groups that no proximal step can follow.
+
+        Args:
+            optimizer: The optimizer.
+            waits: Whether gradients come from a closure, so that it is not known yet what will move.
+        """
+        rule, groups = self._task.rule, optimizer.param_groups
+        seen = [(known_number(group.get("lr")), group.get("momentum"), group.get("dampening")) for group in groups]
+        if rule is OF_ANY_SIZE or seen == self._seen_groups:
+            return
+        for i, group in enumerate(groups):
+            if not any([self._names.names.get(w) in self._names.chosen for w in group["params"]]):
+                continue
+            rate, momentum = concrete(group.get("lr", 1.0)), group.get("momentum", 0.0)
+            if rate is not None and not bool(rate >= 0):
+                raise ValueError(
+                    f"param group {i} has the learning rate {group['lr']}, with which its step goes uphill; expected a "
+                    "number of at least 0"
+                )
+            if not rule.buffers or (not isinstance(momentum, Tensor) and momentum == 0):
+                continue
+            if group.get("centered", False) and not projects(self._task.penalty):
+                raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
+            buffered(group, None)  # For its errors.
+        if not waits:
+            self._check_rates(optimizer, moving=True)
+        self._seen_groups = seen
 
     def _acted_on(self) -> dict[str, Tensor]:
         """The parameters on which the penalty acts, which may have masks and patterns of its own."""
@@ -448,7 +470,7 @@ class Regularization:
         mine = self._task.penalty
         for other in vars(optimizer).get(_OWN, []):
             theirs, own = other._task.penalty, {id(w) for w in self._acted_on().values()}
-            shared = [name for name, w in other._acted_on().items() if id(w) in own]
+            shared = {name: w for name, w in other._acted_on().items() if id(w) in own}
             alike = mine is theirs or written(mine) == written(theirs)
             if shared and (alike or not (projects(mine) or projects(theirs))):
                 again = (
@@ -457,41 +479,28 @@ class Regularization:
                 )
                 remedy = again if alike else "Regularize with their sum, as in regularize(optimizer, a + b)"
                 raise ValueError(
-                    f"'{shared[0]}' is regularized already, by {other!r}; one proximal operator after the other is not "
-                    f"that of both. {remedy}."
+                    f"'{next(iter(shared))}' is regularized already, by {other!r}; one proximal operator after "
+                    f"the other is not that of both. {remedy}."
                 )
             if shared:
-                self._say_composed(other, shared)
-
-    def _say_composed(self, other: Regularization, shared: list[str]) -> None:
-        """Warn of a constraint that lands after something else, where both at once lead elsewhere."""
-        first, last = (other, self) if projects(self._task.penalty) else (self, other)
-        before, after = first._task.term(), last._task.term()
-        leaves, in_metric = [self._names.params()[name] for name in shared], self._task.rule.source is not None
-        exact, two_sets = composes(after, before, leaves, in_metric), projects(first._task.penalty)
-        if composes(before, after, leaves, in_metric) or not (two_sets or exact):
-            return
-        ends = (
-            "need not lie in the first set, nor be the nearest point of both" if two_sets else "is not the best of both"
-        )
-        remedy = "Leave one out, give each parameters of its own by mask=, or write one for both, with @constraint."
-        if exact:
-            remedy = f"Their sum is exact, regularize(optimizer, {before.title()} + {after.title()}, ...)."
-        warn_user(
-            f"'{shared[0]}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
-        )
+                say_composed(self._task, other._task, shared)
 
     # The step
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Note what has to be known from before a step."""
+        """Note what has to be known from before a step, and raise the errors of what follows it, as far as known."""
         self._read_added(optimizer)
-        with torch.no_grad():
-            for w, name in self._names.names.items():
-                if name in self._names.chosen and self._task.rule.note is not None:
-                    self._notes[w] = self._task.rule.note(w, optimizer.state.get(w, {}))
-                if name in self._names.chosen and self._inner is not None:
-                    self._starts[w] = w.detach().clone()
+        self._values, note = self._task.at(self.steps), self._task.rule.note
+        self._check_groups(optimizer, waits=any(map(callable, [*args[1:], *kwargs.values()])))
+        if self.steps == 0:
+            self._remarks.of_uninitialized(optimizer)
+        if note is not None or self._inner is not None:
+            with torch.no_grad():
+                for w in self._names.penalized().values():
+                    if note is not None:
+                        self._notes[w] = note(w, optimizer.state.get(w, {}))
+                    if self._inner is not None:
+                        self._starts[w] = w.detach().clone()
         if not self._watches:
             return None
         if not _is_in_a_step(optimizer):
@@ -514,10 +523,8 @@ class Regularization:
 
         return seen
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after(self, optimizer: Optimizer) -> None:
         """Land where a step has led."""
-        if self._watches and _is_in_a_step(optimizer):
-            return
         skipped = getattr(optimizer, "found_inf", None)  # Of a GradScaler, whose optimizer skips inside its kernel.
         if isinstance(skipped, Tensor) and skipped.device.type == "cpu":
             if skipped.item():
@@ -533,96 +540,31 @@ class Regularization:
             )
         moved = self._moved(optimizer)
         if not moved:
-            self._say_nothing_moved()
+            self._remarks.of_standing_still(self.steps)
             return
-        values, self.steps = self._task.at(self.steps), self.steps + 1
+        values, self.steps = self._values, self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         due = self.steps in _LOOKS or self.steps % _AGAIN == 0
-        if due and not self._said_replaced:  # Those that were replaced keep their last gradients.
-            self._say_replaced()
+        if due:  # Those that were replaced keep their last gradients.
+            self._remarks.of_replaced()
         # Some layers begin with zeros, which a step of 0 leaves.
-        looks = due and (self._waits or _has_numbers(self._penalized(moved)))
+        looks = due and (self._remarks.waits or has_numbers(self._penalized(moved)))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if looks:
-            self._say_all_became_zero(self._penalized(self._leaves), optimizer)
-            self._say_what_died(optimizer)
+            self._remarks.of_zeros(self._penalized(self._leaves), self._task, optimizer.param_groups, self.steps)
+            self._remarks.of_dead(self._leaves, self._task, self.steps, self._call(optimizer))
         self._taken += 1
         if self._taken == _PATIENCE:
-            self._say_never_moved(optimizer)
+            never = set[str]().union(*self._linked) - self._ever
+            self._remarks.of_never_moved(never, self._taken, self._call(optimizer))
 
-    def follow_last(self, optimizer: Optimizer) -> None:
-        """Land after a penalty that came later, if this is a constraint, which would not hold otherwise."""
-        if projects(self._task.penalty):
-            self._hooks[0].remove()
-            self._hooks[0] = optimizer.register_step_post_hook(self._after)
+    def _call(self, optimizer: Optimizer) -> str:
+        return f"regularize({type(optimizer).__name__}, {self._task.penalty.__name__}, ...)"
 
     def _penalized(self, leaves: list[Moved]) -> list[Moved]:
         """Those on which the penalty acts."""
         return [m for m in leaves if m.name in self._touched]
-
-    def _say_all_became_zero(self, moved: list[Moved], optimizer: Optimizer) -> None:
-        """Warn, once, if no weight is left, unless a strength above 1 says that this is meant."""
-        leaves = [m.w.detach() for m in moved]
-        self._waits = False
-        if self._said_zero or self._is_meant() or projects(self._task.penalty) or _has_numbers(moved):
-            return
-        if self._task.rule.buffers and self.steps < 3 * max([_held_before(group) for group in optimizer.param_groups]):
-            self._waits = True  # The buffer holds few gradients yet, against a step of as many as it will hold.
-            return
-        self._said_zero = True
-        warn_user(
-            f"all {sum([w.numel() for w in leaves])} entries are zero after {self.steps} steps of {self!r}: its "
-            "strength is above what the gradients of the loss can hold against. For a loss that is a mean, strengths "
-            "from 1e-5 to 1e-2 are usual; lambda_max says of a convex problem from where on all is zero.",
-        )
-
-    def _say_rounded(self, moved: list[Moved], wide: Params, landed: Params) -> None:
-        """Warn, once, if most of what the penalty would change in parameters of sixteen bits is rounded away."""
-        changed, lost = 0, 0
-        for m in moved:
-            if is_narrow(m.w.dtype):
-                away = landed[m.name] != wide[m.name]
-                changed += int(away.sum())
-                lost += int((away & (landed[m.name].to(m.w.dtype) == m.w.detach())).sum())
-        if 4 * lost > 3 * changed:
-            self._said_rounded = True
-            warn_user(
-                f"{self!r} leaves {lost} of {changed} entries of sixteen bits that it would change where they are: its "
-                "step is less than half the distance to the next number, and is rounded away. Keep parameters in "
-                "float32, and compute in sixteen bits by autocast; or take Optimizer with with_master_weights around "
-                "a chain such as prox_adam."
-            )
-
-    def _is_meant(self) -> bool:
-        """Whether a strength above 1 says that nothing is to be left."""
-        strength = concrete(self._task.strength)
-        return strength is not None and bool((torch.as_tensor(strength, device="cpu") > 1).any())
-
-    def _say_what_died(self, optimizer: Optimizer) -> None:
-        """Warn, once for each, of families of `coupled` without which outputs are the same at every input."""
-        if self._said_zero or self._is_meant() or self.steps == 1:  # Some begin with zeros.
-            return
-        tree = self._names.tree({m.name: m.w.detach() for m in self._leaves})
-        found = [each for each in extinct(self._task.penalty, tree) if each.neck is not False]
-        new = [each for each in found if each.title not in self._said_dead]
-        self._said_dead.update([each.title for each in new])
-        if not new:
-            return
-        which = listed([f"'{each.title}' ({each.groups} groups)" for each in new])
-        unless = "" if any([each.neck for each in new]) else "unless something goes around it, "
-        warn_user(
-            f"all groups are dead in the family of {which} after {self.steps} steps of regularize("
-            f"{type(optimizer).__name__}, {self._task.penalty.__name__}, ...): {unless}the network gives the same at "
-            "every input from now on. Its strength is too great for this family, or comes too early: lower it, or let "
-            "it grow from 0 as in strength=linear_schedule(0.0, 1e-3, steps).",
-        )
-
-    def _keeps_pace(self, groups: list[Entries], values: Sequence[Hyper]) -> bool:
-        """Whether learning rates and strength are no greater than at the last look: in a warm-up steps are small."""
-        before, now = self._pace, [_known(group.get("lr", 1.0)) for group in groups]
-        self._pace = now = [*now, *[x for x in values[:1] if isinstance(x, (int, float))]]
-        return len(before) == len(now) and all([x <= y for x, y in zip(now, before, strict=True)])
 
     def _read_added(self, optimizer: Optimizer) -> None:
         """Read the names of parameters that the optimizer got since the last step."""
@@ -653,94 +595,10 @@ class Regularization:
         self._leaves = [Moved(names[w], w, i) for w, i in rows if names[w] in held or names[w] not in stays]
         self._held = {m for m in self._leaves if m.name in held}
         self._absent = {name: ABSENT for name in names.values() if name in stays - held}
-        if any(still) and not self._said_replaced:
-            self._say_replaced()
-        if any(still) and not self._said_frozen:
-            self._say_frozen(optimizer, params)
+        if any(still):
+            self._remarks.of_replaced()
+            self._remarks.of_frozen(optimizer, params)
         return self._moving
-
-    def _say_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:
-        """Warn, once, of frozen parameters that the optimizer moves on, by a gradient that was left in them."""
-        rows = zip(params, frozen_beside_others(params), strict=True)
-        held = [self._names.names[w] for w, frozen in rows if frozen and w.grad is not None]
-        names = [name for name in held if name in self._names.chosen]
-        if names:
-            self._said_frozen = True
-            warn_user(
-                f"{self!r} leaves out {listed(names)}, frozen by requires_grad=False. But grad is not None there, so "
-                f"that {type(optimizer).__name__} may move it on, by momentum or weight decay. Set grad to None, as "
-                "zero_grad() does by default."
-            )
-
-    def _say_replaced(self) -> None:
-        """Warn, once, of parameters that training can no longer reach."""
-        gone = [name for name in self._names.replaced() if name in self._names.chosen]
-        if gone:
-            self._said_replaced = True
-            warn_user(
-                f"{self!r} has no effect on {listed(gone)}: the optimizer holds parameters that its module no longer "
-                "has, as after load_state_dict(assign=True), or where a layer is a new one. Make a new optimizer, and "
-                "regularize that."
-            )
-
-    def _say_never_moved(self, optimizer: Optimizer) -> None:
-        """Warn of leaves that share groups with others, and never had a gradient in many steps."""
-        never = sorted(set().union(*self._linked) - self._ever)
-        if never:
-            warn_user(
-                f"{listed(map(repr, never))} had no gradient in any of {self._taken} steps of regularize("
-                f"{type(optimizer).__name__}, {self._task.penalty.__name__}, ...): they stay where they are, and keep "
-                "the groups of which they are a part from becoming zero. Are they frozen, or not used by the loss? "
-                "Leave their layers out of the groups, as by channel_groups(..., layers=...)."
-            )
-
-    def _say_none_can_die(self, optimizer: Optimizer) -> None:
-        """Warn if every family of groups has a leaf that is frozen."""
-        params = [w for group in optimizer.param_groups for w in group["params"]]
-        rows = zip(params, frozen_beside_others(params), strict=True)
-        frozen = [self._names.names[w] for w, is_frozen in rows if is_frozen]
-        if self._linked and all([each.intersection(frozen) for each in self._linked]):
-            named = [repr(name) for name in frozen if name in set().union(*self._linked)]
-            warn_user(
-                f"in each family of groups of {self._task.penalty.__name__} something is frozen, by "
-                f"requires_grad=False: {listed(named)}. As long as it is, no group can become zero. Leave these layers "
-                "out of the groups, as by channel_groups(..., layers=...)."
-            )
-
-    def _say_decays_twice(self, optimizer: Optimizer) -> None:
-        """Warn of a ridge on parameters that the optimizer lets decay already, as AdamW does by default."""
-        ridged = self._ridged()
-        for group in optimizer.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            twice = [self._names.names[w] for w in group["params"] if self._names.names[w] in ridged]
-            if twice and isinstance(decay, (int, float)) and decay:
-                warn_user(
-                    f"{listed(twice)} would decay twice, by weight_decay={decay} of {type(optimizer).__name__} and by "
-                    f"{self!r}. Leave one out, as by weight_decay=0.0."
-                )
-                return
-
-    def _ridged(self) -> set[str]:
-        """The parameters on which a ridge acts, with a strength that is not known to be 0."""
-        params = self._names.tree({name: w.detach() for name, w in self._names.penalized().items()})
-        found = set[str]()
-        for part in self._task.term().parts():
-            if part.penalty.__name__ in _RIDGES:
-                factors = broadcast(product(params, 1.0, *part.factors), params, "a factor")
-                rows = zip(tree_paths(params), part.places(params), map(concrete, factors), strict=True)
-                acts = lambda factor: factor is None or bool(torch.as_tensor(factor, device="cpu").any())
-                found.update([name for name, here, factor in rows if here and acts(factor)])
-        return found & self._touched
-
-    def _say_nothing_moved(self) -> None:
-        """Warn, once, if no step had an effect so far."""
-        # None are chosen by mask=False, which is meant.
-        if self.steps == 0 and self._names.chosen and not (self._said_replaced or self._said_still):
-            self._said_still = True
-            warn_user(
-                f"{self!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or did "
-                "another hook of the optimizer, which came first, or the step itself set gradients to None?",
-            )
 
     def _columns(self, groups: list[Entries], moved: list[Moved], entries: list[Entries]) -> list[tuple[Scalar, ...]]:
         """The scalars of each class of parameters: those of one group that have seen as many steps, or stay."""
@@ -761,11 +619,6 @@ class Regularization:
         for i in firsts:
             group = leaves[i].group
             rate, *rest = rule.scalars(entries[i], groups[group])
-            if isinstance(rate, (int, float)) and not rate >= 0:
-                raise ValueError(
-                    f"param group {group} has the learning rate {groups[group].get('lr')}, with which its step goes "
-                    "uphill; expected a number of at least 0"
-                )
             columns.append((rate * factors[group] if group in factors else rate, *rest))
         return columns
 
@@ -775,8 +628,6 @@ class Regularization:
         for i in wanted:
             momentum = groups[i]["momentum"]
             if isinstance(momentum, Tensor) or momentum != 0:
-                if groups[i].get("centered", False) and not projects(self._task.penalty):
-                    raise ValueError(f"param group {i} has got momentum {written(momentum)}: {RUNS_AWAY}.")
                 if i in moved or i not in self._buffers:
                     self._buffers[i] = buffered(groups[i], self._buffers.get(i))
                 found[i] = gain(groups[i], self._buffers[i])
@@ -798,11 +649,11 @@ class Regularization:
         if task.rule.source is not None:
             rows = zip(leaves, entries, strict=True)
             sources = tree({m.name: self._source(m, each, groups[m.group]) for m, each in rows})
-        narrow = looks and not self._said_rounded and any([is_narrow(m.w.dtype) for m in moved])
-        if narrow and self._keeps_pace(groups, values):
+        narrow = looks and "rounding" not in self._remarks.said and any([is_narrow(m.w.dtype) for m in moved])
+        if narrow and self._remarks.keeps_pace(groups, values):
             wide = tree({m.name: widen(m.w.detach()) for m in leaves})
             starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in leaves})
-            self._say_rounded(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
+            self._remarks.of_rounding(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
         written = self._written(moved)
         if not keeps and skipped is None and self._may_compile(leaves):
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
@@ -889,7 +740,7 @@ class Regularization:
         rule, numbers = self._task.rule, dict(zip([m.name for m in self._leaves], self._classes, strict=True))
         rates: dict[int, Any] = {}
         for m in self._leaves:
-            rates[m.group] = _known(groups[m.group]["lr"] if rule.counts else columns[numbers[m.name]][0])
+            rates[m.group] = known_number(groups[m.group]["lr"] if rule.counts else columns[numbers[m.name]][0])
         places, moving = {m.name: m.group for m in self._leaves}, {m.name for m in moved}
         firsts: dict[Any, int] = {}
         first: dict[str, int] = {}
@@ -926,6 +777,34 @@ class Regularization:
         self._restored = self._task.is_scheduled and len(optimizer.state) > 0
 
 
+class _Landings(list[Regularization]):
+    """The penalties on an optimizer, in the order in which they land: constraints last, or they would not hold.
+
+    One hook for all stands where the first of them came, among other hooks of the optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__()
+        self._watches = not steps_as_torch(type(optimizer))
+        self._hook = optimizer.register_step_post_hook(self._after)
+
+    def add(self, each: Regularization) -> None:
+        self.append(each)
+        self.sort(key=lambda each: projects(each._task.penalty))
+
+    def drop(self, each: Regularization, optimizer: Optimizer) -> None:
+        self.remove(each)
+        if not self:
+            self._hook.remove()
+            del vars(optimizer)[_OWN]
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watches and _is_in_a_step(optimizer):
+            return
+        for each in [*self]:
+            each.after(optimizer)
+
+
 class _Lost:
     """Warns at the first step of an optimizer that was copied or read from a file, and so lost its penalties."""
 
@@ -943,7 +822,7 @@ class _Lost:
 
 def _see_to_copies(optimizer: Optimizer) -> None:
     """Let copies of an optimizer notice that its penalties are missing; those of one without any are made as ever."""
-    said = [repr(each) for each in vars(optimizer)[_OWN]]
+    said = [repr(each) for each in vars(optimizer).get(_OWN, [])]
     if said:
         vars(optimizer)["__reduce_ex__"] = functools.partial(_reduced, weakref.ref(optimizer))
         vars(optimizer)[NOTE_COPY] = functools.partial(_note_copy, said)
@@ -983,27 +862,18 @@ def _no_step(*_: Any) -> Any:
 _NO_RULE = Rule(_no_step, metric=_no_step)
 _OF_STEPS = (
     *("_hooks", "_notes", "_starts", "_layouts", "_seen", "_moving", "_held", "_leaves", "_absent", "_ever"),
-    *("_had", "_counted", "_written_to", "_classes", "_pace"),
+    *("_had", "_counted", "_written_to", "_classes", "_values", "_seen_groups"),
 )
-#: Penalties whose gradient is a decay to zero.
-_RIDGES = ("l2", "half_l2")
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def _known(rate: Any) -> Any:
-    """A number, where it may be read without a wait for a device; else the tensor's identity."""
-    if isinstance(rate, Tensor):
-        return float(rate) if rate.device.type == "cpu" else id(rate)
-    return rate
 
 
 def _buffered_rate(rate: Any, group: Entries) -> Any:
     """The rate of a group whose buffer has been filled; a pair of numbers where one of them is a tensor's identity."""
     momentum = group["momentum"]
     if isinstance(momentum, Tensor) or isinstance(group["lr"], Tensor):
-        return rate, _known(momentum)
+        return rate, known_number(momentum)
     return rate * gain(group, buffered(group, None)) if momentum else rate
 
 
@@ -1024,31 +894,11 @@ def _is_in_a_step(optimizer: Optimizer) -> bool:
 def _is_empty(optimizer: Optimizer) -> bool:
     """Whether a step has neither length nor gradient, such as torch makes to see the entries of a state."""
     groups = optimizer.param_groups
-    if is_compiling() or any([_known(group.get("lr", 1.0)) != 0 for group in groups]):
+    if is_compiling() or any([known_number(group.get("lr", 1.0)) != 0 for group in groups]):
         return False
     grads = [w.grad for group in groups for w in group["params"] if w.grad is not None]
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     return bool(grads) and not capturing and not any([g.is_sparse for g in grads]) and global_norm(grads).item() == 0
-
-
-def _held_before(group: Entries) -> float:
-    """How many gradients, besides the last, a momentum buffer holds in the long run."""
-    momentum = float(group.get("momentum", 0.0))
-    return momentum / max(1 - momentum, 1e-3)
-
-
-def _has_numbers(moved: list[Moved]) -> bool:
-    """Whether an entry is not zero, where that can be read without waiting for a device."""
-    leaves = [m.w.detach() for m in moved]
-    if is_compiling() or not all(map(_is_readable, leaves)):
-        return False
-    return any([bool(w.any()) for w in leaves])  # Mostly the first leaf has some.
-
-
-def _is_readable(w: Tensor) -> bool:
-    """Whether an entry may be read here and now."""
-    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(w) is Tensor and w.device.type != "meta" and not capturing
 
 
 def _numbers(counted: list[Any]) -> list[Any]:

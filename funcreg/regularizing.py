@@ -9,8 +9,9 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
-from funcreg.constraints import Constraint
+from funcreg.constraint import Constraint
 from funcreg.construction import remembered, written
+from funcreg.leafwise import compute, compute_wide
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import ordered
@@ -23,7 +24,6 @@ from funcreg.transform import (
     nonnegative,
     scheduled,
 )
-from funcreg.tree import compute, compute_wide
 
 
 def where_masked(mask: Mask | None, tx: Transform) -> Transform:

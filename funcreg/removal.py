@@ -15,9 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from funcreg._typing import Params
 from funcreg.families import Along, Family, Groups, Place, gather, places_of, within
+from funcreg.leafwise import gathered
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
-from funcreg.tree import flatten, gathered, listed, tree_paths
+from funcreg.tree import flatten, tree_paths
 from funcreg.wrapping import matched, without_wrappers
 
 
@@ -311,10 +313,19 @@ def _fold(
     biases[number] = (bias + along.constant * given).to(bias.dtype)
 
 
+#: How tensors of so many dimensions may lie in memory with channels last.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _cut(leaf: Tensor, cut: _Cut) -> Tensor:
+    """What stays of a leaf, with channels last in memory if it has them so."""
+    made = leaf
     for dim, kept in cut.kept.items():
-        leaf = leaf.index_select(dim, kept.nonzero()[:, 0].to(leaf.device))
-    return leaf
+        made = made.index_select(dim, kept.nonzero()[:, 0].to(leaf.device))
+    last = _CHANNELS_LAST.get(leaf.ndim)
+    if last is not None and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=last):
+        return made.contiguous(memory_format=last)
+    return made
 
 
 # States

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.checks import check_params
 from funcreg.composition import Term
 from funcreg.construction import written
 from funcreg.deployment import computed_parameters
+from funcreg.leafwise import global_norm
+from funcreg.masks import keep, listed, mask_bools
 from funcreg.penalty import Penalty
 from funcreg.per_leaf import PerLeaf
 from funcreg.ranges import flags
 from funcreg.regularizing import check_penalty
 from funcreg.selection import reasons
 from funcreg.sharding import whole
-from funcreg.tree import check_params, flatten, global_norm, keep, listed, mask_bools, tree_leaves, tree_paths
+from funcreg.tree import flatten, tree_leaves, tree_paths
 from funcreg.undocumented import is_traced, is_transformed
 
 #: Numbers of one leaf by name.

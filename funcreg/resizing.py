@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
-from funcreg.agreement import Agreement, Failure
+from funcreg.agreement import Agreement, Failure, draws
 from funcreg.coupled import layers_in_sequence
+from funcreg.leafwise import widen
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.rounding import is_narrow
 from funcreg.settling import Problem, are_same, decide, lengths, settle
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths, takes_parts
-from funcreg.tree import listed, tree_leaves, tree_map, tree_paths, widen
+from funcreg.tree import tree_leaves, tree_map, tree_paths
 from funcreg.variations import other_runs
 from funcreg.widths import (
     CONVOLUTIONS,
@@ -265,6 +267,12 @@ def _settle(module: nn.Module, smaller: nn.Module, unknown: list[Stored], inputs
         if untold:
             warn_user(_untold(smaller, untold))
         return
+    if isinstance(wrong, str) and draws(module, inputs):
+        raise ValueError(
+            f"the smaller network cannot be compared with the module, whose outputs depend on random numbers: {wrong}. "
+            "It draws in evaluation, as by dropout with training=True, and layers of another width draw other numbers. "
+            f"Give no example_inputs{'' if not unknown else f', and rules, for {_said(smaller, unknown)}'}"
+        )
     first = f"it fails on example_inputs: {wrong}" if isinstance(wrong, Failure) else wrong
     if not unknown:
         raise ValueError(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params
-from funcreg.tree import scalar_device, tree_leaves
+from funcreg.leafwise import scalar_device
+from funcreg.tree import tree_leaves
 from funcreg.undocumented import is_batched, is_transformed
 
 

@@ -14,11 +14,12 @@ from torch.func import grad_and_value, vmap
 
 from funcreg.draws import Draws
 from funcreg.grids import Config, Split, grouped
+from funcreg.leafwise import apply_updates
 from funcreg.lowering import say_once
 from funcreg.rounding import signed
 from funcreg.trained import Model, Splits
 from funcreg.transform import FOR_ANY, Transform
-from funcreg.tree import apply_updates, tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map
 
 #: Share of rows that are out of training, from which on the others are stacked anew.
 _SPARSE = 0.25

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.leafwise import compute, compute_wide, euclidean, safe_sqrt, sign, squared, wide, widen, zeros
 from funcreg.ranges import check_choice, concrete, flags, scalars, single
 from funcreg.rounding import is_narrow, rounded, words
 from funcreg.transform import (
@@ -30,20 +31,7 @@ from funcreg.transform import (
     scheduled,
     share,
 )
-from funcreg.tree import (
-    compute,
-    compute_wide,
-    euclidean,
-    flatten,
-    safe_sqrt,
-    sign,
-    squared,
-    tree_leaves,
-    tree_map,
-    wide,
-    widen,
-    zeros,
-)
+from funcreg.tree import flatten, tree_leaves, tree_map
 
 
 @remembered

@@ -13,17 +13,8 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params
 from funcreg.construction import Call, written
-from funcreg.tree import (
-    Selection,
-    counted,
-    dimensions,
-    hidden,
-    kind_of,
-    listed,
-    mask_bools,
-    tree_leaves,
-    tree_paths,
-)
+from funcreg.masks import Selection, counted, dimensions, hidden, listed, mask_bools
+from funcreg.tree import kind_of, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling, read_once
 from funcreg.wrapping import plain_names
 

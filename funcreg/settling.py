@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from funcreg.agreement import Agreement, Failure
-from funcreg.stored import Stored, is_told_by_name
+from funcreg.stored import Stored, is_told_by_name, reading
 
 #: What is wrong with a network as it is now, None if nothing is.
 Problem: TypeAlias = Callable[[], Failure | str | None]
@@ -39,7 +40,7 @@ def settle(
     Returns:
         None once nothing is wrong, else what was wrong first.
     """
-    asked = _asked_once(smaller, unknown, problem)
+    asked = _Asked(smaller, unknown, problem)
     before = [(settled or {}).get((each.path, each.attribute), 0) for each in unknown]
     if any([i != 0 for i in before]):
         for each, i in zip(unknown, before, strict=True):
@@ -58,66 +59,94 @@ def _value(each: Stored, i: int | None) -> Any:
     return each.value if i is None or i >= len(each.others) else each.others[i]
 
 
-def _asked_once(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Problem:
-    """What is wrong, found once for the same values of all numbers that were used until it failed."""
-    known: list[tuple[dict[int, Any], Failure | str | None]] = []
+class _Asked:
+    """What is wrong with a network, found once for the same values of all numbers that were read until it failed.
 
-    def asked() -> Failure | str | None:
-        values = {i: each.now(smaller) for i, each in enumerate(unknown)}
-        for before, wrong in known:
+    Args:
+        smaller: The network.
+        unknown: The numbers that have other values each time.
+        problem: What is wrong with it as it is now.
+    """
+
+    def __init__(self, smaller: nn.Module, unknown: list[Stored], problem: Problem) -> None:
+        self._smaller, self._unknown, self._problem = smaller, unknown, problem
+        self._known: list[tuple[dict[int, Any], Failure | str | None]] = []
+        self.read: Set[int] = frozenset()  # The numbers that the last result comes from, by their places,
+        self.ever: set[int] = set()  # and that any did.
+
+    def __call__(self) -> Failure | str | None:
+        values = {i: each.now(self._smaller) for i, each in enumerate(self._unknown)}
+        for before, wrong in self._known:
             if are_same([*before.values()], [values[i] for i in before]):
+                self.read = before.keys()
                 return wrong
-        wrong = problem()
-        ran = wrong.ran if isinstance(wrong, Failure) else frozenset[str]()
-        # What calls a module may use its numbers, too.
-        used = lambda path: not ran or not ran.isdisjoint([path, path.rpartition(".")[0]])
-        known.append(({i: value for i, value in values.items() if used(unknown[i].path)}, wrong))
+        with reading(self._smaller, self._unknown) as read:
+            wrong = self._problem()
+        self._known.append(({i: value for i, value in values.items() if i in read}, wrong))
+        self.read = frozenset(read)
+        self.ever |= read
         return wrong
 
-    return asked
 
-
-def _settle_all(smaller: nn.Module, unknown: list[Stored], problem: Problem) -> Failure | str | None:
+def _settle_all(smaller: nn.Module, unknown: list[Stored], asked: _Asked) -> Failure | str | None:
     """What is wrong first with the same values for all layers of a type, None if nothing is with some values."""
-    first, failed = None, set[tuple[Any, ...]]()
-    kinds = list(dict.fromkeys([kind_of(smaller, each) for each in unknown]))
-    for choice in _in_turn(smaller, unknown, kinds, failed):
-        for each in unknown:
-            each.assign(smaller, _value(each, choice[kinds.index(kind_of(smaller, each))]))
-        wrong = problem()
+    first, kinds = None, list(dict.fromkeys([kind_of(smaller, each) for each in unknown]))
+    places = [kinds.index(kind_of(smaller, each)) for each in unknown]
+    failed, blamed = list[_Part](), list[_Part]()
+    for choice in _in_turn(smaller, unknown, kinds, failed, blamed):
+        for each, place in zip(unknown, places, strict=True):
+            each.assign(smaller, _value(each, choice[place]))
+        wrong = asked()
         if wrong is None:
             return None
         first = first or wrong
+        part = {place: choice[place] for place in {places[i] for i in asked.read}}
+        failed.append(part)
         if isinstance(wrong, Failure):
             around = [type(smaller.get_submodule(path)) for path in _around(wrong.path)]
-            failed.update([(kind, own) for kind, own in _by_type(kinds, choice) if kind in around])
-    return None if unknown and _settle_each(smaller, unknown, problem) else first
+            for kind in {kinds[place][0] for place in part} & {*around}:
+                blamed.append({place: i for place, i in part.items() if kinds[place][0] is kind})
+    return None if unknown and _settle_each(smaller, unknown, asked) else first
 
 
 #: How many choices of numbers are tried, and among how many.
 _TRIES, _CHOICES = 64, 1 << 14
+#: What some kinds of numbers got, by their places.
+_Part: TypeAlias = dict[int, "int | None"]
 
 
 def _in_turn(
-    smaller: nn.Module, unknown: list[Stored], kinds: list[tuple[type, str]], failed: set[tuple[Any, ...]]
-) -> Iterator[tuple[Any, ...]]:
-    """Choices for all kinds of numbers; at last those in which a module failed with the same numbers before."""
+    smaller: nn.Module,
+    unknown: list[Stored],
+    kinds: list[tuple[type, str]],
+    failed: Sequence[_Part],
+    blamed: Sequence[_Part],
+) -> Iterator[tuple[int | None, ...]]:
+    """Choices for all kinds of numbers but those with what failed, and at last those with what a type failed with.
+
+    Args:
+        smaller: The network.
+        unknown: The numbers.
+        kinds: Their kinds.
+        failed: What all the numbers got that were read until it failed; it grows.
+        blamed: What of these is of one type, around what failed; it grows.
+    """
     count = [max(len(each.others) for each in unknown if kind_of(smaller, each) == kind) for kind in kinds]
-    later: list[tuple[Any, ...]] = []
+    has = lambda choice, parts: any([all([choice[k] == i for k, i in part.items()]) for part in parts])
+    later: list[tuple[int | None, ...]] = []
     tries = 0
     for choice in itertools.islice(itertools.product(*[(*range(n), None) for n in count]), _CHOICES):
-        if not failed.isdisjoint(_by_type(kinds, choice)):
+        if has(choice, failed):
+            continue
+        if has(choice, blamed):
             later.append(choice)
         elif tries < _TRIES:
             tries += 1
             yield choice
-    yield from later[: _TRIES - tries]
-
-
-def _by_type(kinds: list[tuple[type, str]], choice: tuple[Any, ...]) -> list[tuple[type, tuple[Any, ...]]]:
-    """The part of a choice that is for each type of module."""
-    types = dict.fromkeys(kind for kind, _ in kinds)
-    return [(each, tuple(i for (kind, _), i in zip(kinds, choice, strict=True) if kind is each)) for each in types]
+    for choice in later:
+        if tries < _TRIES and not has(choice, failed):
+            tries += 1
+            yield choice
 
 
 def _around(path: str) -> list[str]:
@@ -151,8 +180,6 @@ def _settle_each(smaller: nn.Module, unknown: list[Stored], problem: Problem) ->
 
 # What inputs do not tell
 
-#: What is wrong with a network.
-_Problems: TypeAlias = Callable[[nn.Module], "Failure | str | None"]
 #: For each kind of numbers which of its values they have.
 _Choice: TypeAlias = tuple[int, ...]
 #: How many combinations of values are tried; beyond that one kind of numbers has other values at a time.
@@ -179,16 +206,20 @@ def decide(
     Returns:
         The numbers of which nothing tells what they are.
     """
-    numbers, given = _Numbers(smaller, _in_kinds(smaller, unknown, problem)), lambda _: problem()
+    given = _Asked(smaller, unknown, problem)
+    numbers, read = _Numbers(smaller, _in_kinds(smaller, unknown, given)), given.ever
     fits = [choice for choice in numbers.choices(given) if choice == numbers.found or numbers.agree(choice, given)]
     ran = 0  # How many other runs there were with outputs as they are to be.
+    labels = lambda: {id(each) for i, each in enumerate(unknown) if i not in read and not each.near}
     for ways in runs if len(fits) > 1 else ():
         for agreement in ways:
-            same = [choice for choice in fits if numbers.agree(choice, agreement.problem)]
+            asked = _Asked(smaller, unknown, functools.partial(agreement.problem, smaller))
+            same = [choice for choice in fits if numbers.agree(choice, asked)]
+            read |= asked.ever
             if same:
                 fits, ran = same, ran + 1
                 break
-        if (ran > _ENOUGH and not _open(*numbers.told(fits), ran)) or len(fits) == 1:
+        if (ran > _ENOUGH and not _open(*numbers.told(fits), ran, labels())) or len(fits) == 1:
             break
     numbers.assign(min(fits, key=lambda choice: sum([i > 0 for i in choice])))
     told, untold = numbers.told(fits)
@@ -197,16 +228,18 @@ def decide(
             each.assign(smaller, same)
     for each in unknown:
         each.share_again(smaller)
-    return _open(told, untold, ran)
+    return _open(told, untold, ran, labels())
 
 
-def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int) -> list[Stored]:
+def _open(told: list[tuple[Stored, Any]], untold: list[Stored], ran: int, labels: Set[int]) -> list[Stored]:
     """The numbers of which neither outputs tell what they are, nor names, nor the same number elsewhere.
 
     A count that did not matter in other runs is right as it is, as one by which what is left is repeated, and the name
-    of a width may be of one that stays.
+    of a width may be of one that stays. Labels are numbers that nothing read in any run, and that no code of their
+    module names.
     """
     several = [each for each in untold if not each.named and _elsewhere(each, told) is None]
+    several = [each for each in several if id(each) not in labels]
     return [each for each in several if ran < _FEWEST or not is_told_by_name(each.attribute.rpartition(".")[2])]
 
 
@@ -257,7 +290,7 @@ class _Numbers:
             found.append(next(i for i, some in enumerate(values) if are_same(some, now)))
         self.found: _Choice = tuple(found)
 
-    def choices(self, given: _Problems) -> list[_Choice]:
+    def choices(self, given: Problem) -> list[_Choice]:
         """Choices of values, with those that the network has among them."""
         several = [list(range(len(values))) for values in self._values]
         if math.prod(map(len, several)) <= _COMBINED:
@@ -273,10 +306,10 @@ class _Numbers:
             return list(dict.fromkeys([self.found, *together]))  # Each once: a single one is not tried out.
         return list(dict.fromkeys([self.found, base, *[one for some in fits for one in some]]))
 
-    def agree(self, choice: _Choice, problem: _Problems) -> bool:
+    def agree(self, choice: _Choice, problem: Problem) -> bool:
         """Whether nothing is wrong with these values."""
         self.assign(choice)
-        return problem(self.smaller) is None
+        return problem() is None
 
     def assign(self, choice: _Choice) -> None:
         for kind, values, i in zip(self.kinds, self._values, choice, strict=True):

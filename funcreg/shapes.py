@@ -69,6 +69,13 @@ def _same(flow: Flow, operation: Operation) -> list[Components]:
     return [flow.of(operation.args[0])]
 
 
+@rule("as_strided")
+def _strided(flow: Flow, operation: Operation) -> list[Components]:
+    """Other strides where dimensions have one entry, as pooling to one pixel gives where channels lie last."""
+    x = operation.args[0]
+    return [flow.of(x)] if operation.results == [x] else unknown(flow, operation)
+
+
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero", "fill", "bernoulli")
 def _like(flow: Flow, operation: Operation) -> list[Components]:
     dead = {"zeros_like": 0.0, "zero": 0.0, "ones_like": 1.0}.get(operation.name.removesuffix("_"), UNKNOWN)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
+from funcreg.checks import filled
+from funcreg.leafwise import apply_updates, compute
 from funcreg.locality import local_results
 from funcreg.sharding import Layout, holds_sharded, is_sharded, layout, of_shard, shard
 from funcreg.transform import Transform
-from funcreg.tree import apply_updates, compute, filled, restored, structure, tree_leaves, tree_map, tree_paths
+from funcreg.tree import restored, structure, tree_leaves, tree_map, tree_paths
 
 
 class OnShards:

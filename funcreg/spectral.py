@@ -20,12 +20,14 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import varies
-from funcreg.constraints import constraint, polar, share, simplex_excess
+from funcreg.constraint import constraint
+from funcreg.constraints import share, simplex_excess
 from funcreg.construction import remembered
+from funcreg.grouped import polar
+from funcreg.leafwise import sign, squared, without_autocast
 from funcreg.penalties import Dim, group_dims, l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum, penalty
 from funcreg.separable import l0_envelope, l_half, l_two_thirds, mcp
-from funcreg.tree import sign, squared, without_autocast
 from funcreg.undocumented import read_once
 
 _AT_LEAST_0 = (0.0, math.inf)

@@ -17,6 +17,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
+from funcreg.leafwise import compute, compute_wide, product, safe_sqrt, squared, wide, zeros
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
@@ -34,7 +35,7 @@ from funcreg.transform import (
     positive,
     public_state,
 )
-from funcreg.tree import compute, compute_wide, product, safe_sqrt, squared, tree_map, wide, zeros
+from funcreg.tree import tree_map
 
 
 @public_state

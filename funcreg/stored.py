@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -24,12 +25,16 @@ class Stored(NamedTuple):
     others: tuple[Any, ...]  # What it may have to be now.
     named: bool = False  # Whether it has the name of a width, and every dimension of this size changed.
     shared: Any = None  # The configuration that it is in.
+    near: bool = True  # Whether code of the module itself mentions it, or may, and not only what is around it.
 
     def now(self, root: nn.Module) -> Any:
         """What it is."""
-        owner, _, own = self.attribute.rpartition(".")
-        layer = root.get_submodule(self.path)
-        return getattr(getattr(layer, owner) if owner else layer, own)
+        return getattr(self.holder(root), self.attribute.rpartition(".")[2])
+
+    def holder(self, root: nn.Module) -> Any:
+        """The module, or the configuration, that it is an attribute of."""
+        owner, layer = self.attribute.rpartition(".")[0], root.get_submodule(self.path)
+        return getattr(layer, owner) if owner else layer
 
     def share_again(self, root: nn.Module) -> None:
         """Give back the configuration that modules share, where a copy of it says the same."""
@@ -41,15 +46,53 @@ class Stored(NamedTuple):
 
     def assign(self, root: nn.Module, value: Any) -> None:
         """Set it. A configuration that other modules share is copied for this one."""
-        layer: Any = root.get_submodule(self.path)
         owner, _, own = self.attribute.rpartition(".")
-        holder = getattr(layer, owner) if owner else layer
+        holder = self.holder(root)
         if getattr(holder, own) is value:
             return
         if owner:
             holder = copy.copy(holder)
-            setattr(layer, owner, holder)
+            setattr(root.get_submodule(self.path), owner, holder)
         setattr(holder, own, value)
+
+
+@contextlib.contextmanager
+def reading(root: nn.Module, several: Sequence[Stored]) -> Iterator[set[int]]:
+    """The numbers that code reads meanwhile, by their places, among them all of which that cannot be seen.
+
+    Their classes have properties of their names as long as it takes, which read and write what instances hold.
+    """
+    read, names = set[int](), dict[tuple[type, str], dict[int, set[int]]]()
+    for i, each in enumerate(several):
+        holder, own = each.holder(root), each.attribute.rpartition(".")[2]
+        names.setdefault((type(holder), own), {}).setdefault(id(holder), set()).add(i)
+        if own not in vars(holder):
+            read.add(i)
+    with contextlib.ExitStack() as stack:
+        for (kind, own), places in names.items():
+            if not _watch(kind, own, places, read, stack):
+                read.update(*places.values())
+        yield read
+
+
+def _watch(kind: type, name: str, places: Mapping[int, Set[int]], read: set[int], stack: contextlib.ExitStack) -> bool:
+    """Let what reads an attribute of the instances of a class add their places, those of all for a copy of one."""
+    every = frozenset().union(*places.values())
+
+    def get(holder: Any) -> Any:
+        read.update(places.get(id(holder), every))
+        if name in vars(holder):
+            return vars(holder)[name]
+        raise AttributeError(f"{type(holder).__name__!r} object has no attribute {name!r}")
+
+    if any([name in vars(base) for base in kind.__mro__]):  # Which would be hidden.
+        return False
+    try:
+        setattr(kind, name, property(get, lambda holder, value: vars(holder).update({name: value})))
+    except (AttributeError, TypeError):  # Of a class that is built in.
+        return False
+    stack.callback(delattr, kind, name)
+    return True
 
 
 #: What every module has.
@@ -58,6 +101,8 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _LABELS = frozenset(
     f"{kind}_{what}" for kind in ("in", "out", "hidden", "num") for what in ("features", "channels")
 ) | {"hidden_size", "head_hidden_size", "intermediate_size", "hidden_dim", "embed_dim"}
+#: What is in other names of widths.
+_WIDTHS = ("dim", "width", "hidden", "inner", "channels", "features")
 #: Layers without parameters that hold widths, or counts of what these are divided into.
 _BARE: dict[type, tuple[str, ...]] = {
     nn.GroupNorm: ("num_groups", "num_channels"),
@@ -109,8 +154,9 @@ def stored_widths(
                     Stored(path, f"{name}.{key}", number, ()).assign(smaller, count)
                 elif others := _others(key, number, moves, beside):
                     yield Stored(path, f"{name}.{key}", number, others, _named(layer, before, key, number), value)
-        elif others := _others(name, value, moves, beside, sizes):
-            yield Stored(path, name, value, others, _named(layer, before, name, value))
+        elif others := _with_shares(_others(name, value, moves, beside, sizes), name, value, moves, before):
+            near_by = own is None or name in own
+            yield Stored(path, name, value, others, _named(layer, before, name, value), near=near_by)
     for child, inner in layer._modules.items():
         for name in _BARE.get(type(inner), ()) if inner is not None and not tensors(inner) else ():
             if others := _others(name, getattr(inner, name), moves):
@@ -234,6 +280,22 @@ def _others(
         made = _sizes_now(value, moves, parts)
         return tuple([type(value)(each) for each in made]) if type(value) in (list, tuple) else (value,)
     return ()
+
+
+def _with_shares(
+    others: tuple[Any, ...], name: str, value: Any, moves: dict[int, set[int]], before: nn.Module
+) -> tuple[Any, ...]:
+    """What a number may be, and what it may be as the width of equal parts, as of a gate beside what it multiplies.
+
+    Such a number has a name as widths have, and is no dimension that stays as it was.
+    """
+    known = name in _LABELS or (any([word in name for word in _WIDTHS]) and "head" not in name)
+    if type(value) is not int or value < 2 or not known or name.endswith(_OTHER_COUNTS):
+        return others
+    if value not in moves and any([value in x.shape for x in tensors(before).values()]):
+        return others
+    found = {b // times for times in range(2, _TIMES + 1) for b in moves.get(times * value, ()) if b % times == 0}
+    return (*others, *sorted(found.difference(others, [value]), reverse=True))
 
 
 def is_count(name: str) -> bool:

@@ -17,22 +17,11 @@ from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
 from funcreg.groups import from_members, members, sum_groups
+from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty
 from funcreg.sharding import whole
-from funcreg.tree import (
-    bare,
-    euclidean,
-    flatten,
-    gathered,
-    running_sum,
-    safe_sqrt,
-    sign,
-    spread_like,
-    squared,
-    tree_paths,
-    widen,
-)
+from funcreg.tree import flatten, tree_paths
 
 _AT_LEAST_0 = (0.0, math.inf)
 _SHARE = (0.0, 1.0)

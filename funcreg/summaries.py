@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from funcreg.tree import listed, tree_leaves, tree_paths
+from funcreg.masks import listed
+from funcreg.tree import tree_leaves, tree_paths
 from funcreg.undocumented import is_traced, is_transformed
 
 #: Rows of a table of many.

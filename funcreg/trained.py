@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
+from funcreg.checks import check_params
 from funcreg.draws import Draws
 from funcreg.ensemble import seeded, stack, whole_seeds
 from funcreg.grids import Config, Split, attributes
 from funcreg.inputs import NO_NUMBERS, as_data, first_line, misfit
+from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import number
-from funcreg.tree import check_params, listed, tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, raised_in
 
 

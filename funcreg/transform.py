@@ -11,28 +11,15 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.checks import check_alike, check_params, filled
 from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
+from funcreg.leafwise import scalar_device, without_autocast
+from funcreg.masks import check_mask, hidden, listed, mask_leaves
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number, scalars
 from funcreg.schedules import KnownSchedule
-from funcreg.tree import (
-    broadcast,
-    check_alike,
-    check_mask,
-    check_params,
-    dotted,
-    filled,
-    flatten,
-    hidden,
-    listed,
-    map_with_path,
-    mask_leaves,
-    scalar_device,
-    tree_leaves,
-    tree_paths,
-    without_autocast,
-)
+from funcreg.tree import broadcast, dotted, flatten, map_with_path, tree_leaves, tree_paths
 from funcreg.undocumented import dynamo_asks, is_compiling, is_transformed
 
 T = TypeVar("T")
@@ -602,6 +589,10 @@ def _described(tx: Any, what: str) -> str:
             library = type(tx).__module__.partition(".")[0]
             return f"{came} It is one of {library}; most of optax is here under the same name, such as fr.adamw."
         return f"{came} Are they to be given one by one, as in {what}(*transforms)?"
+    if isinstance(tx, torch.optim.Optimizer) and type(tx).__module__.startswith("funcreg."):
+        return (
+            f"{came} It makes its chain of the values of a group; give {what} what the factory makes, as adamw(1e-3)."
+        )
     if isinstance(tx, torch.optim.Optimizer):
         return f"{came} An optimizer of torch changes its parameters itself; take one of funcreg such as adamw."
     kind, name = getattr(tx, "kind", None), getattr(tx, "__name__", repr(tx))

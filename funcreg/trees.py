@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State
+from funcreg.checks import fits
 from funcreg.construction import written
+from funcreg.leafwise import compute, without_autocast
+from funcreg.masks import listed
 from funcreg.ranges import check_numbers, check_range, number, single
 from funcreg.transform import Transform
-from funcreg.tree import (
-    ABSENT,
-    Absent,
-    Path,
-    compute,
-    dotted,
-    fits,
-    level,
-    listed,
-    tree_leaves,
-    tree_map,
-    tree_paths,
-    without_autocast,
-)
+from funcreg.tree import ABSENT, Absent, Path, dotted, level, tree_leaves, tree_map, tree_paths
 
 #: From the dotted path and the value of a node to whether it is meant.
 Filter = Callable[[str, Any], bool]

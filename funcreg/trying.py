@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from funcreg.agreement import Agreement, Failure, arguments, outputs, rounding, unequal, unlike
+from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
 from funcreg.families import Family, gather, parts, scatter
+from funcreg.leafwise import widen
+from funcreg.masks import listed
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, Settled, decide, lengths, settle
 from funcreg.stored import Stored, is_count, unknown_counts
-from funcreg.tree import listed, widen
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
 
@@ -278,28 +279,25 @@ class Trial:
 
     def _compared_in_turn(self, given: Problem, whole: nn.Module, smaller: nn.Module) -> Problem:
         """What is wrong on the inputs that are given, or on such of other sizes, which may take another branch."""
-        several: list[tuple[Any, Problem]] = []
-        for inputs in self._other_sizes:
-            with contextlib.suppress(ValueError):  # With groups that are zero it may fail.
-                several.append((inputs, self._compared(whole, smaller, inputs)))
+
+        @functools.cache
+        def several() -> list[tuple[Any, Problem]]:
+            found: list[tuple[Any, Problem]] = []
+            for inputs in self._other_sizes:
+                with contextlib.suppress(ValueError):  # With groups that are zero it may fail.
+                    found.append((inputs, self._compared(whole, smaller, inputs)))
+            return found
 
         def problem() -> Failure | str | None:
             wrong = given()
-            for inputs, other in several if wrong is None else ():
-                if (found := other()) is not None and not self._draws(whole, inputs):
+            for inputs, other in several() if wrong is None else ():
+                if (found := other()) is not None and not draws(whole, inputs):
                     where = "on inputs of other sizes"
                     said = f"{found.error}, {where}" if isinstance(found, Failure) else f"{where} {found}"
                     return found._replace(error=said) if isinstance(found, Failure) else said
             return wrong
 
         return problem
-
-    def _draws(self, network: nn.Module, inputs: Any) -> bool:
-        """Whether outputs depend on random numbers, as where a part of what is long is drawn."""
-        first, again = (self._outputs(network, inputs, seed) for seed in (0, 1))
-        if isinstance(first, Failure) or isinstance(again, Failure):
-            return True
-        return (unlike(first, again) or unequal(first, again, rounding(network, inputs))) is not None
 
     @functools.cached_property
     def _other_sizes(self) -> list[Any]:
@@ -335,7 +333,8 @@ class Trial:
                 for along in [each for each in parts(where) if each.penalized]:
                     rows = gather(dead[name], along).clone()
                     rows[count:] = 0
-                    dead[name] = scatter(rows, dead[name], along)
+                    # As it lies in memory, for a view of a weight that is computed from it.
+                    dead[name] = torch.empty_like(dead[name]).copy_(scatter(rows, dead[name], along))
         given = as_given(self.module, without(dead, families, left, self._round_to))
         return narrowed(self.module, dead, {})[0], *narrowed(self.module, given, self._rules, self._inside_heads)
 

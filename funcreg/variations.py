@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from funcreg.agreement import Agreement, Exchange, arguments
-from funcreg.tree import tree_leaves, tree_map, widen
+from funcreg.leafwise import widen
+from funcreg.tree import tree_leaves, tree_map
 
 #: How many other inputs there are at least and at most, and how many entries a tensor among them may have.
 _LEAST, _MOST, _ENTRIES = 8, 48, 1 << 12

@@ -16,8 +16,9 @@ from funcreg.certificates import kkt_residual
 from funcreg.construction import held_tensors, made_with
 from funcreg.graphs import Graphs
 from funcreg.inputs import at
+from funcreg.leafwise import product, wide
 from funcreg.penalty import Penalty, Sum
-from funcreg.tree import flatten, leaf_paths, product, tree_leaves, wide
+from funcreg.tree import flatten, leaf_paths, tree_leaves
 from funcreg.undocumented import has_tangents, is_batched
 
 

@@ -16,6 +16,18 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
 from funcreg.combine import chain, freeze, partition, pick
 from funcreg.construction import Call, remembered
+from funcreg.leafwise import (
+    beside,
+    compute,
+    compute_wide,
+    gathered,
+    reduce_leaves,
+    scalar_device,
+    spread_like,
+    squared,
+    total,
+    zeros,
+)
 from funcreg.ranges import check_range, flags, number
 from funcreg.transform import (
     Choice,
@@ -30,20 +42,7 @@ from funcreg.transform import (
     public_state,
     warn,
 )
-from funcreg.tree import (
-    beside,
-    compute,
-    compute_wide,
-    gathered,
-    reduce_leaves,
-    scalar_device,
-    spread_like,
-    squared,
-    total,
-    tree_leaves,
-    tree_map,
-    zeros,
-)
+from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import is_compiling
 
 #: optax's older name of `partition`.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import funcreg as fr
 from funcreg.construction import remembered
-from funcreg.tree import reduce_leaves, total
+from funcreg.leafwise import reduce_leaves, total
 from funcreg.undocumented import is_traced, is_transformed
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
@@ -661,6 +661,14 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(0.7,),
         metric=False,
         nonconvex="a sphere is hollow",
+    ),
+    "min_max_norm": ConstraintCase(
+        fr.min_max_norm,
+        lambda w: _beyond((_size(w, _rows(w)) - 0.5).abs(), 0.2) if w.numel() else w.sum(),
+        lambda w: 0.5 * w / _size(w, _rows(w)),
+        hyper=(0.3, 0.7),
+        metric=False,
+        nonconvex="a ball with a hole",
     ),
     "l1_ball": ConstraintCase(
         fr.l1_ball,

@@ -1343,3 +1343,21 @@ def test_positions_that_padding_shifts_end_and_are_kept():
     dead = without_half(net, groups)
     smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("network_too", [True, False])
+def test_channels_that_lie_last_in_memory_go_as_others_do_and_stay_last(network_too):
+    """Pooling to one pixel gives other strides there than elsewhere."""
+    layers = (CONV(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), CONV(16, 12, 3), nn.ReLU())
+    net = network(lambda: nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)))
+    x = drawn(2, 3, 9, 9).to(DEVICE, memory_format=torch.channels_last)
+    net = net.to(memory_format=torch.channels_last) if network_too else net
+    groups = fr.channel_groups(net, (x,))
+    assert groups.counts == [16, 12]
+    dead = without_half(net, groups)
+    made = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), (x,))
+    torch.testing.assert_close(made(x), dead(x), rtol=1e-10, atol=1e-10)
+    for i in (0, 3):
+        last = made[i].weight.is_contiguous(memory_format=torch.channels_last)
+        assert (made[i].in_channels, made[i].out_channels) == ((3, 8), (8, 6))[i // 3]
+        assert last == network_too

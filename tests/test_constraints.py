@@ -526,6 +526,8 @@ def test_empty_sets_and_wrong_arguments_are_refused():
         fr.box.project(w, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"lower is 2\.0 and upper is 1\.0"):
         fr.project(fr.box, {"w": 2.0}, {"w": 1.0})
+    with pytest.raises(ValueError, match=r"shortest is 2\.0 and longest is 1\.0; expected shortest <= longest"):
+        fr.min_max_norm.project(torch.ones(2, 2), 2.0, 1.0)
     with pytest.raises(ValueError, match=r"lower is 2\.0 and upper is 0\.0"):
         fr.box.project(w, known(2.0), known([0.0, 3.0, 3.0, 3.0]))
     # Where numbers are not known, the projection on an empty set is no number.

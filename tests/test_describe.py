@@ -38,6 +38,14 @@ def test_every_transform_is_described_by_its_documentation(case):
             assert (row.leaves is None) == (params is None)
 
 
+def test_an_optimizer_of_chains_is_refused_with_what_to_describe():
+    optimizer = fr.Optimizer(torch.nn.Linear(2, 1).named_parameters(), fr.adamw, lr=1e-3)
+    with pytest.raises(
+        TypeError, match=r"argument 0 of describe is a Optimizer; .* give describe what the factory makes"
+    ):
+        fr.describe(optimizer)
+
+
 def test_formulas_become_letters_and_signs():
     first = {name: plain((inspect.getdoc(value) or "").split("\n\n")[0]) for name, value in PUBLIC.items()}
     marks = ("\\", "$", ":math:", "  ", "`")
@@ -225,6 +233,10 @@ MISTAKEN = {
     "a set that spoils another": (
         lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.box, 0.1, 1.0)),
         [r"project\(box, 0.1, 1.0\) stands after project\(l2_ball, 0.5\): .* nor be the nearest point of both"],
+    ),
+    "two intervals apart": (
+        lambda: fr.chain(fr.sgd(0.1), fr.project(fr.box, 0.0, 1.0), fr.project(fr.box, 2.0, 3.0)),
+        [r"project\(box, 2.0, 3.0\) stands after project\(box, 0.0, 1.0\), and no number is in both sets"],
     ),
     "two sets in the wrong order": (
         lambda: fr.chain(fr.sgd(0.1), fr.project(fr.l2_ball, 0.5), fr.project(fr.nonnegative)),

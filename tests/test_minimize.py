@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours, flat, normal
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
@@ -25,6 +26,9 @@ from torch.nn.functional import (
 
 import funcreg as fr
 from funcreg.undocumented import forward_depth
+
+#: A lasso of `LogisticRegression`, whose argument has another name since scikit-learn 1.8.
+LASSO = {"l1_ratio": 1.0} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
 
 
 def number(x: float) -> Tensor:
@@ -97,7 +101,7 @@ def test_logistic_regression_with_a_free_intercept(strength):
         logistic, {"w": zeros(30), "b": zeros()}, fr.l1, strength=strength, args=(x, y), mask=fr.select("w")
     )
     assert found.converged
-    model = LogisticRegression(C=1 / (strength * len(y)), l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=20_000)
+    model = LogisticRegression(C=1 / (strength * len(y)), **LASSO, solver="saga", tol=1e-10, max_iter=20_000)
     weights = model.fit(x.cpu().numpy(), y.cpu().numpy()).coef_[0] if strength > 0.05 else found.params["w"].cpu()
     np.testing.assert_allclose(found.params["w"].cpu(), weights, atol=1e-5)
     slopes = grad(logistic)(found.params, x, y)

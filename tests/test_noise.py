@@ -339,6 +339,11 @@ def test_members_have_noise_of_their_own_and_sixteen_bits_are_summed_in_float32(
     assert updates["w"].dtype == torch.bfloat16
 
 
+def test_fuse_refuses_what_takes_gradients_of_examples_and_says_what_to_fuse():
+    with pytest.raises(TypeError, match=r"fuse got dpsgd.*gradients of single examples.* fuse what comes after it"):
+        fr.fuse(fr.dpsgd(0.1, 1.0, 1.0, seed=0))
+
+
 def test_what_are_no_gradients_of_examples_is_refused():
     params = {"w": torch.zeros(2, 3)}
     tx = fr.dpsgd(0.1, 1.0, 1.0, seed=0)

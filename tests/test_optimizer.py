@@ -782,7 +782,7 @@ def test_what_comes_to_be_wrong_is_named_and_changes_nothing(compile):
 
 
 def test_what_has_no_effect_in_a_group_is_said():
-    for group in ({"weight_decay": 0.1}, {"maximize": True}):
+    for group in ({"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.9, 0.95)}, {"amsgrad": True}):
         with pytest.warns(UserWarning, match=f"param group 0 has {next(iter(group))}.*no effect"):
             fr.Optimizer([{"params": P, **group}], LASSO, lr=0.1, strength=1.0)
     fr.Optimizer([{"params": P, "initial_lr": 0.1, "name": "head"}], LASSO, lr=0.1, strength=1.0)

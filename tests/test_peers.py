@@ -46,6 +46,7 @@ WITHOUT = {
     "l0_envelope": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "l1_linf": "no peer has it",
     "linf": "no peer has it",
+    "min_max_norm": "the formula of Keras is a row of examples/from_others.md",
     "n_m_sparsity": "no peer has it",
     "orthogonality": "no peer has it",
     "orthogonality_offdiagonal": "no peer has it: Keras normalizes rows, which is keras_orthogonal",

@@ -77,12 +77,13 @@ def test_penalties_look_like_functions():
 LAYERS = [
     [
         *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
-        *("notices", "undocumented"),
+        *("notices", "tree", "undocumented"),
     ],
     ["attention", "cones", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
-    ["grids", "lowering", "schedules", "shapes", "tree"],
+    ["checks", "grids", "lowering", "schedules", "shapes"],
+    ["leafwise", "masks"],
     ["graphs", "rounding", "rows", "variations"],
     ["coarse", "settling", "steadiness"],
     [
@@ -134,7 +135,8 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraints", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "sweep", "trying"],
     [
         "averaging",
@@ -153,6 +155,7 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
+    ["remarks"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path"],
 ]

@@ -710,6 +710,27 @@ def test_steps_that_a_scaler_skips_are_none(name, fused):
     assert handle.steps == 1
 
 
+@cpu_only  # Numbers in uninitialized memory.
+def test_momentum_that_torch_leaves_uninitialized_is_said_and_what_to_do_helps():
+    w = weight(4)
+    optimizer = optim.SGD([w], 0.1, momentum=0.9, fused=True)
+    fr.regularize(optimizer, fr.l1, strength=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    start = w.detach().clone()
+    scaler.scale((w * torch.inf).sum()).backward()
+    with pytest.warns(UserWarning, match=r"first step of SGD with fused=True.*uninitialized in 1 parameters"):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.state.clear()
+    for _ in range(2):  # A warning would be an error.
+        optimizer.zero_grad()
+        scaler.scale(w.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    first = fr.l1.prox(start - 0.1, 0.5)  # With 1 / (1 - momentum) for a buffer.
+    assert_equal(w.detach(), fr.l1.prox(first - 0.19, 0.5), atol=1e-12)
+
+
 def test_a_skipped_step_on_a_device_is_not_waited_for():
     """Where `found_inf` may not be read, what it says is computed with."""
     w = weight(5)
@@ -1214,7 +1235,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a strength by another name": (
         of(fr.l1, lam=1e-4),
         TypeError,
-        r"got lam\. Its strength is .* strength=1e-4 of what",
+        r"got lam\. Its strength is .* strength=1e-4 where it is an argument",
     ),
     "no penalty": (of(nn.L1Loss()), TypeError, "expected a Penalty"),
     "no module": (of(fr.l1, module="model"), TypeError, "expected the torch.nn.Module"),
@@ -1294,32 +1315,64 @@ def test_wrong_input_is_told_before_the_first_step(call, kind, match):
         call()
 
 
-def test_a_learning_rate_below_zero_is_told():
-    w = weight(3)
-    optimizer = optim.SGD([w], 0.1)
-    fr.regularize(optimizer, fr.l1)
-    optimizer.param_groups[0]["lr"] = -0.1
-    with pytest.raises(ValueError, match=r"param group 0 has the learning rate -0.1, with which its step goes uphill"):
-        stepped(optimizer, w)
+#: What is changed in the first group after `regularize`, and so is told before the optimizer has moved anything.
+CHANGED = {
+    "lr below zero": (
+        lambda p: optim.SGD(p, 0.1),
+        {"lr": -0.1},
+        "has the learning rate -0.1, with which its step goes",
+    ),
+    "lr in a tensor": (
+        lambda p: optim.Adam(p, torch.tensor(0.1, device="cpu"), foreach=False),
+        {"lr": torch.tensor(-0.1, device="cpu")},
+        r"has the learning rate -0.1000.*, with which its step goes uphill",
+    ),
+    "momentum of a centered metric": (
+        lambda p: optim.RMSprop(p, 0.1, centered=True),
+        {"momentum": 0.9},
+        "^param group 0 has got momentum 0.9: RMSprop with centered=True divides",
+    ),
+    "momentum of 1": (
+        lambda p: optim.SGD(p, 0.1, momentum=0.5),
+        {"momentum": 1.0},
+        "momentum is 1.0; expected a number",
+    ),
+    "rates of one family": (lambda p: optim.SGD(p, 0.1), {"lr": 0.2}, r"which share groups, differ, 0.1 and 0.2"),
+}
 
 
-def test_momentum_that_comes_later_to_a_centered_metric_is_told():
-    w, kept = weight(3), weight(3)
-    optimizer = optim.RMSprop([w, kept], 0.1, centered=True)
-    fr.regularize(optimizer, fr.l1)
-    optimizer.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(ValueError, match=r"^param group 0 has got momentum 0.9: RMSprop with centered=True divides"):
-        stepped(optimizer, w)
+@pytest.mark.parametrize(("make", "changed", "match"), CHANGED.values(), ids=CHANGED)
+def test_what_no_step_can_follow_is_told_before_the_optimizer_moves(make, changed, match):
+    w, v = weight(3, 2), weight(3, seed=1)
+    optimizer = make([{"params": [("w", w)]}, {"params": [("v", v)]}])
+    groups = fr.coupled(fr.group_lasso, [{"w": 0, "v": 0}])
+    fr.regularize(optimizer, groups if "share" in match else fr.l1, strength=0.1)
+    stepped(optimizer, w, v)
+    optimizer.param_groups[0].update(changed)
+    before = copy.deepcopy(([w, v], optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=match):
+        stepped(optimizer, w, v)
+    for x, y in zip([w, v], before[0], strict=True):
+        assert_equal(x.detach(), y.detach(), rtol=0, atol=0)
+    assert_equal(optimizer.state_dict()["state"], before[1], rtol=0, atol=0)
 
 
 _BALL = fr.l2_ball.given(0.5)
 #: Pairs on one leaf in the order in which they land, and what a warning says of them, or what lands at once.
 PAIRS = {
     "two sets": (_BALL, fr.box.given(0.1, 1.0), "need not lie in the first set, .* Leave one out"),
+    "intervals apart": (fr.box.given(2.0, 3.0), fr.box.given(0.0, 1.0), "never lies in the first set, .* Leave one"),
+    "a half line apart": (fr.nonnegative, fr.box.given(-2.0, -1.0), "never lies in the first set, because no number"),
+    "bounds of entries apart": (
+        fr.box.given(torch.tensor([0.0, 2.0, 0.0, 0.0], device="cpu"), 3.0),
+        fr.box.given(-1.0, 1.0),
+        "never lies in the first set",
+    ),
     "two sets, exact as a sum": (_BALL, fr.nonnegative, r"regularize\(optimizer, l2_ball.given\(0.5\) \+ nonnegative"),
     "groups cut at 0": (0.1 * fr.group_lasso, fr.nonnegative, "is not the best of both. Their sum is exact"),
     "two sets, in order": (fr.nonnegative, _BALL, _BALL + fr.nonnegative),
     "two intervals": (fr.nonnegative, fr.box.given(-1.0, 1.0), fr.box.given(0.0, 1.0)),
+    "intervals that touch": (fr.box.given(1.0, 2.0), fr.box.given(-1.0, 1.0), fr.box.given(1.0, 1.0)),
     "a penalty and a set": (0.1 * fr.l1, _BALL, 0.1 * fr.l1 + _BALL),
     "groups in balls": (0.1 * fr.group_lasso, fr.max_norm.given(0.5), 0.1 * fr.group_lasso + fr.max_norm.given(0.5)),
 }
@@ -1338,6 +1391,33 @@ def test_a_set_that_spoils_what_landed_before_is_told_and_no_other(first, last, 
     start = w.detach().clone()
     stepped(optimizer, w)
     assert_equal(w.detach(), expected.prox(start - 0.5 * w.grad, 0.5), rtol=1e-12)
+
+
+def test_two_regularizations_may_call_a_parameter_by_other_names():
+    net = nn.Linear(3, 2)
+    optimizer = optim.SGD(net.parameters(), 0.5)
+    fr.regularize(optimizer, fr.nonnegative, module=net)
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    start = net.weight.detach().clone()
+    net.weight.square().sum().backward()
+    optimizer.step()
+    assert_equal(net.weight.detach(), (start - 0.5 * 2 * start - 0.05).clamp(min=0), rtol=0, atol=1e-6)
+
+
+class Averaging(Descent):
+    """As schedule-free optimizers do, it evaluates at other numbers than it trains."""
+
+    def train(self) -> None:
+        """Put those of steps into the parameters."""
+
+    def eval(self) -> None:
+        """Put their average into the parameters."""
+
+
+def test_an_optimizer_that_evaluates_at_other_parameters_is_said():
+    with pytest.warns(UserWarning, match=r"Averaging has train\(\) and eval\(\).*linf_ball.* need not hold after eval"):
+        fr.regularize(Averaging([weight(3)], 0.1), fr.linf_ball, 0.1)
+    fr.regularize(Descent([weight(3)], 0.1), fr.linf_ball, 0.1)  # A warning would be an error.
 
 
 @pytest.mark.parametrize("penalty", [fr.half_l2, fr.l1 + fr.l2, fr.elastic.given(0.1, 0.5)])
@@ -1364,6 +1444,7 @@ def test_a_strength_that_is_changed_to_one_below_zero_is_told():
     strength.fill_(-2.0)
     with pytest.raises(ValueError, match=r"^strength is -2.0; expected a number of at least 0"):
         stepped(optimizer, w)
+    assert_equal(w.detach(), weight(3).detach(), rtol=0, atol=0)
 
 
 def test_a_failed_call_leaves_the_optimizer_alone():
@@ -1777,6 +1858,15 @@ def test_a_strength_is_not_set_from_outside():
     assert handle.strength == 0.5
 
 
+@pytest.mark.parametrize("name", ["step", "zero_grad", "param_groups", "add_param_group"])
+def test_a_handle_that_is_taken_for_the_optimizer_says_so(name):
+    handle = fr.regularize(torch.optim.SGD([weight(2)], lr=0.1), fr.l1, strength=0.5)
+    with pytest.raises(AttributeError, match=rf"has no attribute '{name}'. It is what regularize .*: optimizer.{name}"):
+        getattr(handle, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'values'$"):
+        handle.values  # noqa: B018  # Asked for.
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_two_modules_of_one_optimizer_may_have_equal_names(kind):
     def trained(with_module):
@@ -1895,6 +1985,26 @@ def test_an_optimizer_without_a_learning_rate_is_refused_before_its_first_step()
     fr.regularize(optimizer, fr.linf_ball, 0.1)
     stepped(optimizer, w)
     assert w.abs().max() <= 0.1
+
+
+def test_hooks_that_come_after_a_constraint_see_where_a_later_penalty_and_it_land():
+    w, seen = weight(4, 3), []
+    optimizer = optim.SGD([w], lr=0.1)
+    see = lambda *_: seen.append(w.detach().clone())
+    optimizer.register_step_post_hook(see)
+    handle = fr.regularize(optimizer, fr.linf_ball, 0.1)
+    optimizer.register_step_post_hook(see)
+    fr.regularize(optimizer, fr.l1, strength=0.5)
+    for _ in range(2):
+        stepped(optimizer, w)
+        before, after = seen[-2:]
+        assert before.abs().max() > 0.1
+        assert_equal(after, w.detach(), rtol=0, atol=0)
+        assert_equal(after, (0.5 * fr.l1).prox(before, 0.1).clamp(-0.1, 0.1), atol=1e-12)
+        w.data.copy_(weight(4, 3).detach())
+    handle.remove()
+    stepped(optimizer, w)
+    assert_equal(seen[-1], (0.5 * fr.l1).prox(seen[-2], 0.1), atol=1e-12)
 
 
 @pytest.mark.parametrize("first", ["penalty", "constraint"])

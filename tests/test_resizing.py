@@ -772,3 +772,24 @@ def test_a_narrow_attention_is_exported_and_compiled():
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     for run in (exported, compiled):
         torch.testing.assert_close(run(x), expected, rtol=1e-11, atol=1e-12)
+
+
+class _Drawing(nn.Module):
+    """A network with dropout that stays on, and a number that is its width."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.wide = nn.Linear(5, 8), nn.Linear(8, 3), 8
+
+    def forward(self, x):
+        return self.b(F.dropout(self.a(x).relu(), 0.5, training=True).reshape(-1, self.wide))
+
+
+def test_a_network_that_draws_other_numbers_where_it_is_narrower_is_not_compared():
+    family = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
+    net = built(_Drawing, [family])
+    with pytest.raises(
+        ValueError, match=r"depend on random numbers: output 0 .* no example_inputs, and rules, for '', a"
+    ):
+        smaller(net, [family], draw(6, 5))
+    assert smaller(net, [family], rules={_Drawing: lambda new, _: setattr(new, "wide", new.a.out_features)}).wide == 4

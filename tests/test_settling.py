@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,10 @@ from torch import nn
 
 import funcreg as fr
 from funcreg import settling
-from funcreg.agreement import Failure
+from funcreg.agreement import Failure, outputs
 from funcreg.settling import settle
 from funcreg.steadiness import _sizes as sizes
-from funcreg.stored import Stored
+from funcreg.stored import Stored, reading
 from funcreg.variations import inputs_like, other_sizes
 
 UNITS = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
@@ -333,7 +336,7 @@ def test_other_runs_are_left_out_where_one_choice_of_numbers_is_left(monkeypatch
     assert settling.decide(net, unknown, lambda: wrong(net), runs()) == []
 
 
-def test_numbers_of_modules_that_did_not_run_before_it_failed_are_not_tried():
+def test_numbers_that_were_not_read_before_it_failed_are_not_tried():
     net = nn.ModuleDict({name: nn.Sequential(*[_Three(8, 4, 4) for _ in range(2)]) for name in ("first", "second")})
     several = [(f"{part}.{i}", name, n) for part in net for i in range(2) for name, n in (("one", 8), ("two", 4))]
     unknown, seen = [Stored(path, name, n, (n // 2, 1)) for path, name, n in several], []
@@ -341,7 +344,99 @@ def test_numbers_of_modules_that_did_not_run_before_it_failed_are_not_tried():
     def failure():
         first = net.get_submodule("first")
         seen.append([(each.one, each.two) for each in first])
-        return Failure("first.0", "_Three", "of another size", frozenset({"", "first", "first.0"}))
+        return Failure("first.0", "_Three", "of another size")
 
     assert settle(net, unknown, failure) is not None
     assert len(seen) == len({f"{each}" for each in seen})  # Not again for other numbers of the second part alone.
+
+
+class _Packed(nn.Module):
+    """Attention that stores five numbers, of which it reads two before the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.width, self.wide, self.all, self.rest = 4, 4, 4, 16, 16
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        parts = self.qkv(x).split([self.all, self.all, self.rest], -1)
+        q, k = [y.unflatten(-1, (self.count, self.width)).transpose(1, 2) for y in parts[:2]]
+        v = parts[2].unflatten(-1, (self.count, self.wide)).transpose(1, 2)
+        return x + self.o(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("width", "most"), [(23, 9), (24, 27)])
+def test_numbers_have_other_values_only_where_they_were_read(width, most):
+    net, runs = _Packed(), []
+    net.qkv, net.o = nn.Linear(16, width), nn.Linear(8, 16)
+    numbers = [("count", 4), ("width", 4), ("wide", 4), ("all", 16), ("rest", 16)]
+    unknown = [Stored("", name, n, (n // 4, n // 2)) for name, n in numbers]
+
+    def problem():
+        runs.append(width)
+        found = outputs(net, (torch.ones(2, 3, 16),), {})
+        return found if isinstance(found, Failure) else None
+
+    before = dict(vars(_Packed))
+    wrong = settle(net, unknown, problem)
+    assert vars(_Packed) == before
+    assert len(runs) <= most
+    if width == 24:
+        assert wrong is None
+        assert (net.count * net.width, net.count * net.wide, net.all, net.rest) == (8, 8, 8, 8)
+    else:
+        assert "split_with_sizes" in wrong.error
+
+
+class _Labelled(nn.Module):
+    """A layer that has its width as a label, inside one whose code reads a number of this name."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.wide = nn.Linear(5, 8), nn.Linear(8, 5), 8
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+class _Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.layer = 5, _Labelled()
+
+    def forward(self, x):
+        return x[..., : self.wide] + self.layer(x)
+
+
+def test_a_number_that_is_a_label_is_no_matter():
+    families = [{f"layer.{name}": dim for name, dim in UNITS.items()}]
+    net, x = built(_Around, families), draw(6, 5)
+    assert smaller(net, families, x).layer.wide == 8
+    assert not [note for note in fr.channel_groups(net, (x,)).notes if "do not tell" in note]
+
+
+class _Plain:
+    words = 3
+
+
+def test_numbers_that_are_read_are_seen_in_copies_and_configurations_too():
+    net = nn.ModuleList([Either(True), Either(False), Sharing(Config())])
+    plain, built_in = Numbered(None), Numbered(None)
+    plain.config, built_in.config = _Plain(), types.SimpleNamespace(words=8)
+    net.extend([plain, built_in])
+    unknown = [Stored(path, "number", 8, (4,)) for path in ("0", "1")]
+    unknown += [Stored("2", f"config.{name}", 8, (4,)) for name in ("words", "width")]
+    unknown += [Stored("3", "config.words", 3, (2,)), Stored("4", "config.words", 8, (4,))]
+    cannot_be_seen = {4, 5}  # Of the class itself, and of one that is built in.
+    reads = {
+        (0,): lambda: net[0](draw(2, 3, 5).float()),
+        (1,): lambda: net[1](draw(2, 3, 5).float()),
+        (0, 1): lambda: copy.deepcopy(net[0])(draw(2, 3, 5).float()),  # Which of them it is a copy of is unknown.
+        (2,): lambda: net[2](draw(2, 3, 5).float()),
+        (): lambda: setattr(net[0], "number", 8),
+    }
+    for read, run in reads.items():
+        with reading(net, unknown) as found:
+            run()
+        assert found == {*read, *cannot_be_seen}
+    assert (net[0].number, net[1].number, "number" in vars(Either), "words" in vars(Config)) == (8, 8, False, False)

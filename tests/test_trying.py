@@ -434,6 +434,28 @@ def test_parts_of_one_size_go_together_beside_one_of_another():
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
 
 
+class _Gated(nn.Module):
+    """A gate and what it multiplies, the width of each stored, which no parameter has."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.output_dim, self.both, self.norm = 8, nn.Linear(inputs, 16, bias=False), nn.BatchNorm1d(16)
+
+    def forward(self, x):
+        x = self.norm(self.both(x))
+        return x[:, : self.output_dim] * torch.sigmoid(x[:, self.output_dim :])
+
+
+def test_the_width_of_equal_parts_follows_where_no_parameter_has_it():
+    net, seen = network(lambda: nn.Sequential(_Gated(5), _Gated(8), nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [8, 8]
+    dead = without_half(net, groups)
+    smaller = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), seen)
+    assert (smaller[0].output_dim, smaller[1].output_dim) == (4, 4)
+    torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
+
+
 class _Heads(nn.Module):
     """Attention whose count of heads has a name that says nothing."""
 
@@ -843,3 +865,28 @@ def test_families_that_one_number_counts_go_as_one(make):
     torch.testing.assert_close(outputs(smaller, seen), outputs(dead, seen), rtol=1e-10, atol=1e-10)
     other = (drawn(3, 9, 5, seed=4),)
     torch.testing.assert_close(outputs(smaller, other), outputs(dead, other), rtol=1e-10, atol=1e-10)
+
+
+class _Splines(nn.Module):
+    """A layer whose weight is computed from two, and viewed as a matrix."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.scale = (
+            nn.Parameter(torch.empty(outputs, inputs, 4)),
+            nn.Parameter(torch.empty(outputs, inputs)),
+        )
+        self.register_buffer("centers", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        bumps = torch.tanh(x[..., None] * self.centers).flatten(-2)
+        return F.linear(bumps, (self.weight * self.scale[..., None]).view(len(self.weight), -1))
+
+
+def test_weights_lie_in_memory_as_they_did_where_outputs_are_compared():
+    net, x = network(lambda: nn.Sequential(_Splines(5, 8), _Splines(8, 6), _Splines(6, 3))), vectors()
+    groups = fr.channel_groups(net, x)
+    assert groups.counts == [8, 6]
+    dead = without_half(net, groups)
+    made = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), x)
+    torch.testing.assert_close(made(*x), dead(*x), rtol=1e-10, atol=1e-10)

@@ -551,6 +551,16 @@ def test_compiling_the_whole_changes_nothing(case):
 
 
 @every_penalty
+def test_what_comes_back_lies_in_memory_as_the_leaves_do(case):
+    """So that `view` works, torch's fused optimizers are right, and a checkpoint holds no more than the leaf."""
+    x = draw()
+    for made in (case.grad(x), case.prox(x, 0.3), case.prox(x, 0.3, metric=fr.tree_map(torch.ones_like, x))):
+        for w, leaf in zip(fr.tree_leaves(x), fr.tree_leaves(made), strict=True):
+            assert leaf.stride() == w.stride()
+            assert leaf.untyped_storage().nbytes() == w.untyped_storage().nbytes()
+
+
+@every_penalty
 def test_penalties_stand_in_a_loss_with_functional_call(case):
     model = torch.nn.Linear(3, 2).double()
     params, x = dict(model.named_parameters()), torch.randn(5, 3, dtype=torch.float64)

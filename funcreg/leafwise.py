@@ -84,13 +84,13 @@ def _compute(
             made = apply(f, row) if sharded and any_sharded(row) else f(*row)
         except ValueError as error:
             raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
-        results.append(made if made.is_contiguous() else laid_out_as(row[0], made))
+        results.append(laid_out_as(row[0], made) if isinstance(made, Tensor) else made)
     return results
 
 
 def laid_out_as(leaf: Tensor, made: Tensor) -> Tensor:
     """What was made of a leaf, in the order in memory that `view` and torch's fused optimizers take for granted."""
-    return made.contiguous() if leaf.is_contiguous() else made
+    return made.contiguous() if leaf.is_contiguous() and not made.is_contiguous() else made
 
 
 def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]) -> list[tuple[Any, ...]]:

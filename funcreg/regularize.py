@@ -134,8 +134,9 @@ def regularize(
         inner_steps: For a penalty without a proximal operator in a metric, as in `proximal_step`.
         max_step: Greatest :math:`\eta / h` of the proximal step, above 0; where that is less than the step of the
             optimizer, the penalty is weaker. None for no bound.
-        compile: Whether to compile the step, in which the first call takes seconds; by default where a million entries
-            or more are penalized.
+        compile: Whether to compile the step, by default where a million entries or more are penalized. The first step
+            then takes seconds, and a minute or two for the families of channels of a deep network; the next process
+            finds what was compiled on the disk.
         options: Static options of the penalty, such as `dim`.
 
     Raises:

@@ -595,6 +595,7 @@ def test_a_tolerance_that_no_float32_reaches_is_named():
 # Compiled, and without a word
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # The compiler of torch looks at it after a break.
 def test_in_compiled_functions_it_is_left_as_it_is():
     x, y = made(40, 8)

@@ -450,6 +450,7 @@ def test_paths_and_choices_where_every_zero_is_stationary_find_the_support(penal
     assert path.converged.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [fr.l1, fr.elastic.given(1.0, 0.7)])
 def test_choices_among_many_entries_are_those_of_each_fold_alone(penalty):
     generator = torch.Generator().manual_seed(3)

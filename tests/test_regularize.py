@@ -990,6 +990,7 @@ def test_what_it_returns_tells_the_value_and_takes_the_penalty_off():
     fr.regularize(optimizer, fr.elastic, 0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_it_may_be_asked_inside_a_compiled_step():
     w, v = weight(5), weight(5)
     optimizer, other = optim.SGD([w], 0.1), optim.SGD([v], 0.1)

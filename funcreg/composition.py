@@ -317,7 +317,7 @@ def _miss(first: Term, last: Term) -> bool:
         return False
     shape = torch.broadcast_shapes(*[bound.shape for bound in bounds if isinstance(bound, Tensor)])
     # Of an interval in the other one's reach, the nearest number to one in that lies in both.
-    start = torch.zeros(shape)
+    start = torch.zeros(shape, dtype=torch.float64, device="cpu")
     landed = last.penalty.project(first.penalty.project(start, *first.hyper), *last.hyper)
     return bool(first.penalty(landed, *first.hyper) > 0)
 

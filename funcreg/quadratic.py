@@ -15,7 +15,7 @@ from funcreg.equations import solved, solved_upwards
 #: Objectives of which a new one has to be below the greatest.
 _HISTORY = 10
 #: How Newton steps are damped: a loss that is flat along some direction makes a Jacobian singular.
-DAMPS = (1e-10, 1e-3)
+_DAMPS = (1e-10, 1e-3)
 #: Shares of a Newton step that are tried.
 _SHARES = (1.0, 0.5, 0.25, 0.0625)
 #: Steps without progress after which rounding is held to be all that moves.
@@ -200,7 +200,7 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     scale = s.rate * model.metric
     landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)[:2]
     one, move = torch.eye(len(s.x), dtype=s.x.dtype, device=s.x.device), landed - s.x
-    damps = torch.tensor(DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
+    damps = torch.tensor(_DAMPS, dtype=s.x.dtype, device=s.x.device).clamp(min=8 * torch.finfo(s.x.dtype).eps)
     if rules.separable and rules.convex:
         slopes = pull(torch.ones_like(landed))[0]
         moves = slopes > 0  # What does not move with its point goes where it landed, whatever the others do.

@@ -7,9 +7,10 @@ is. The same families tell which slices of which leaves a dead group takes with 
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ from funcreg.removal import count_alive
 from funcreg.sharding import like, whole
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
+
+#: For each family what a rule of rows takes: its leaves, and what is like them, as matrices, and options.
+Matrices: TypeAlias = Iterable[tuple[list[Tensor], dict[str, Any]]]
+#: From matrices, with a metric or without, a step and hyperparameters to the proximal point of each.
+LandRows: TypeAlias = Callable[[Matrices, Hyper, Sequence[Hyper]], Iterable[Tensor]]
 
 
 @remembered
@@ -83,6 +89,17 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         raise TypeError(f"penalty is {penalty!r}; expected a Penalty of rows such as group_lasso")
     if not callable(groups):
         families_of(groups)
+    return _coupled(penalty, groups, functools.partial(_each_landed, penalty))
+
+
+def _each_landed(penalty: Penalty, matrices: Matrices, step: Hyper, hyper: Sequence[Hyper]) -> Iterator[Tensor]:
+    """The proximal points of matrices, one after another."""
+    for (w, *h), options in matrices:
+        yield penalty.prox(w, step, *hyper, metric=h[0] if h else None, **options)
+
+
+def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
+    """As `coupled`, with what lands rows."""
     signature = inspect.signature(penalty)
     in_rows = {"dim": ...} if "dim" in signature.parameters else {}
 
@@ -120,7 +137,11 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         return {**options, **in_rows, "weights": weights[family]}
 
     def mapped(
-        f: Callable[..., Tensor], found: list[list[Place]], *trees: Params, onto: Params | None, options: dict[str, Any]
+        f: Callable[[Matrices], Iterable[Tensor]],
+        found: list[list[Place]],
+        *trees: Params,
+        onto: Params | None,
+        options: dict[str, Any],
     ) -> list[Tensor | None]:
         """For each leaf what `f` makes of the rows of its families, None if it has none.
 
@@ -130,12 +151,12 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         columns = [leaves, *[leaves_like(trees[0], tree) for tree in trees[1:]]]
         bases = leaves if onto is None else tree_leaves(onto)
         results: list[Tensor | None] = [None] * len(leaves)
-        for i, family in enumerate(found):
-            if not family:
-                continue
-            made = f(*[rows(column, family) for column in columns], **each(i, len(found), options))
+        numbers = [i for i, family in enumerate(found) if family]
+        made = f(([rows(column, found[i]) for column in columns], each(i, len(found), options)) for i in numbers)
+        for i, own_rows in zip(numbers, made, strict=True):
+            family = found[i]
             widths = [width_of(leaves[leaf], along) for leaf, along in family]
-            for (leaf, along), part in zip(family, made.split(widths, 1), strict=True):
+            for (leaf, along), part in zip(family, own_rows.split(widths, 1), strict=True):
                 earlier = results[leaf]
                 base = whole(bases[leaf] if earlier is None else earlier)
                 own = _like(part, leaves[leaf])
@@ -162,7 +183,8 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
         _shared(hyper)
         found = families(params)
-        slopes = mapped(lambda w, **o: penalty.grad(w, *hyper, **o), found, params, onto=None, options=options)
+        slope = lambda matrices: (penalty.grad(w, *hyper, **own) for (w,), own in matrices)
+        slopes = mapped(slope, found, params, onto=None, options=options)
         leaves, rebuild = flatten(params)
         return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
 
@@ -170,7 +192,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         _shared((step, *hyper))
         trees = () if metric is None else (metric,)
         landed = mapped(
-            lambda w, h=None, **o: penalty.prox(w, step, *hyper, metric=h, **o),
+            lambda matrices: land_rows(matrices, step, hyper),
             apart(params),
             params,
             *trees,
@@ -193,7 +215,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
     def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
         _shared((strength, *hyper))
         found = mapped(
-            lambda w, g, **o: penalty.residual(w, g, *hyper, strength=strength, **o),
+            lambda matrices: (penalty.residual(w, g, *hyper, strength=strength, **own) for (w, g), own in matrices),
             apart(params),
             params,
             grads,
@@ -273,6 +295,19 @@ def linked(penalty: Penalty, params: Params) -> list[set[str]]:
     return found
 
 
+def landed_by(penalty: Penalty, landing: Callable[[Penalty], LandRows]) -> Penalty:
+    """A penalty in which `coupled`, also in a sum, leaves rows to what `landing` makes; the same one if it has none."""
+    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+        terms = penalty.structure.parts()
+        made = [term._replace(penalty=landed_by(term.penalty, landing)) for term in terms]
+        same = all([new.penalty is old.penalty for new, old in zip(made, terms, strict=True)])
+        return penalty if same else Sum(tuple(made))
+    if not is_coupled(penalty):
+        return penalty
+    of_rows, groups = _made_of(penalty)
+    return _coupled(of_rows, groups, landing(of_rows))
+
+
 def is_coupled(penalty: Penalty) -> bool:
     """Whether a penalty is one that `coupled` made, not a sum with it."""
     return penalty.made_by is not None and penalty.made_by.function.__name__ == "coupled"
@@ -295,11 +330,16 @@ def _families(penalty: Penalty, params: Params) -> list[set[str]]:
     return [family for family in found if family]
 
 
-def _groups_of(penalty: Penalty) -> Groups:
-    """The groups that `coupled` was given."""
+def _made_of(penalty: Penalty) -> tuple[Penalty, Groups]:
+    """What `coupled` was given."""
     call = penalty.made_by
     assert call is not None  # It is made by coupled.
-    return (*call.args, *call.kwargs.values())[1]
+    given = inspect.signature(coupled).bind(*call.args, **call.kwargs).arguments
+    return given["penalty"], given["groups"]
+
+
+def _groups_of(penalty: Penalty) -> Groups:
+    return _made_of(penalty)[1]
 
 
 def named_leaves(penalty: Penalty, params: Params) -> list[str]:

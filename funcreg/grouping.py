@@ -13,6 +13,7 @@ stage, then its kernels. Of an earlier stage a kernel sees scalars only; all els
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,6 +28,8 @@ _LIKE = {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.defa
 _REDUCTIONS = {_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.amin.default}
 #: Operations from which code for stacks of any shape is compiled: several would compile for minutes.
 _LONG = 100
+#: Entries from which on a call for each leaf costs less than to stack leaves.
+_WORTH_A_CALL = 1 << 13
 
 #: What a value belongs to: a subgraph, by one of its leaves; "many" subgraphs; None if only scalars made it.
 _Owner = int | Literal["many"] | None
@@ -58,7 +61,7 @@ class Group:
     @property
     def stacked(self) -> bool:
         """Whether its members are computed with side by side, each a row of a stack."""
-        return not self.flat and (self.shape_polymorphic or len(self.members) > 1)
+        return not self.flat and len(self.members) > 1
 
     @property
     def shape_polymorphic(self) -> bool:
@@ -70,6 +73,12 @@ class Group:
         if self.flat or len(nodes) < _LONG or self.first.inputs[0].device.type != "cpu":
             return False
         return all([torch.Tag.pointwise in node.op.tags or node.op in _LIKE | _REDUCTIONS for node in nodes])
+
+    def apart(self) -> list[Group]:
+        """Groups of one member each if members are so large that a call for each costs less than to stack them."""
+        if math.prod(self.first.inputs[0].shape) < _WORTH_A_CALL:
+            return [self]
+        return [Group([member], self.flat) for member in self.members]
 
     @property
     def first(self) -> LeafSubgraph:
@@ -264,7 +273,8 @@ def _groups(
         # Of several leaves in one vector, no scalar can be had but sums over all of them.
         key = (_description(subgraph, bool), *stacks) if flat and summed else _description(subgraph)
         alike.setdefault((flat, summed, key), []).append(subgraph)
-    return [Group(members, flat and (summed or len(members) == 1)) for (flat, summed, _), members in alike.items()]
+    found = [Group(members, flat and (summed or len(members) == 1)) for (flat, summed, _), members in alike.items()]
+    return [each for one in found for each in (one.apart() if one.shape_polymorphic else [one])]
 
 
 def _summed_by(value: Value, users: dict[Value, list[Node]], sums: set[Value]) -> tuple[Value, ...] | None:

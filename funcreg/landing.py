@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule
 from funcreg.composition import Term
+from funcreg.coupled import Matrices
 from funcreg.denominators import Rule
 from funcreg.fused import FusedStep
 from funcreg.leafwise import compute, compute_wide, product, scalar_device
@@ -230,19 +231,35 @@ def laid_out(columns: Sequence[Sequence[Any]], classes: dict[str, int], tree: Pa
     return [columns[0][i] if same(i) else spread(i) for i in range(len(columns[0]))]
 
 
+class _Numbers:
+    """0-dim tensors that hold the numbers of a call, so that a compiled step does not change with them."""
+
+    def __init__(self, count: int, tensors: Sequence[Tensor]) -> None:
+        wide = any([x.dtype in (torch.float64, torch.complex128) for x in tensors])
+        dtype = torch.float64 if wide else torch.float32
+        self.tensors = [torch.zeros((), dtype=dtype, device=scalar_device(tensors)) for _ in range(count)]
+        self._last: list[Any] = [None] * count
+
+    def read(self, given: Sequence[Any]) -> None:
+        """Hold other numbers, which may be tensors."""
+        for i, (place, x) in enumerate(zip(self.tensors, given, strict=True)):
+            if isinstance(x, Tensor):
+                place.copy_(x)
+            elif self._last[i] != x:
+                place.fill_(x)
+            self._last[i] = None if isinstance(x, Tensor) else x
+
+
 class CompiledLanding:
     """A compiled step for one set of leaves."""
 
     def __init__(
         self, task: Task, params: Params, classes: dict[str, int], columns: Any, values: Any, sets: Sets | None
     ) -> None:
-        leaves = tree_leaves(params)
-        exact = torch.float64 if any([w.dtype in (torch.float64, torch.complex128) for w in leaves]) else torch.float32
-        device = scalar_device(params)
-        slot = lambda: torch.zeros((), dtype=exact, device=device)
         self._moving = [i for i, value in enumerate((task.strength, *task.hyper)) if callable(value)]
-        self._slots = _Slots([[slot() for _ in column] for column in columns], [slot() for _ in self._moving])
-        self._last: dict[int, Any] = {}
+        self._numbers = _Numbers(sum(map(len, columns)) + len(self._moving), tree_leaves(params))
+        found = iter(self._numbers.tensors)
+        self._slots = _Slots([[next(found) for _ in column] for column in columns], [*found])
         fixed = list(values)
 
         def update(sources: Params, slots: _Slots, params: Params) -> tuple[Params, _Slots]:
@@ -261,12 +278,43 @@ class CompiledLanding:
         self._step = FusedStep(Transform(lambda params: self._slots, update), donate=True, loose=True)
 
     def __call__(self, params: Params, sources: Params, columns: Any, values: Any) -> None:
-        given = [x for column in columns for x in column] + [values[i] for i in self._moving]
-        places = [x for column in self._slots.scalars for x in column] + self._slots.values
-        for i, (place, x) in enumerate(zip(places, given, strict=True)):
-            if isinstance(x, Tensor):
-                place.copy_(x)
-            elif self._last.get(i) != x:
-                place.fill_(x)
-            self._last[i] = None if isinstance(x, Tensor) else x
+        self._numbers.read([x for column in columns for x in column] + [values[i] for i in self._moving])
         self._step(params, sources, self._slots)
+
+
+class CompiledRows:
+    """The proximal operator of rows that `coupled` gathers, compiled once for matrices of many shapes: a `LandRows`.
+
+    The families of a deep network differ in shape and in the number of their leaves. Kernels for each, which gather
+    rows as well, compile for minutes; of rows that were gathered by plain operations few kernels serve all.
+    """
+
+    def __init__(self, penalty: Penalty, backend: str = "inductor") -> None:
+        self._penalty = penalty
+        self._options: Sequence[dict[str, Any]] = ()
+        self._in_metric = False
+        self._numbers: _Numbers | None = None
+        self._step = FusedStep(Transform(lambda rows: [], self._update), False, backend)
+
+    def __call__(self, matrices: Matrices, step: Hyper, hyper: Sequence[Hyper]) -> list[Tensor]:
+        found = [*matrices]
+        if not found:
+            return []
+        tensors, self._options = zip(*found, strict=True)
+        rows = [w for w, *_ in tensors]
+        self._in_metric = len(tensors[0]) > 1
+        # What is not read stands for what is like the parameters.
+        metrics = [own[1] if self._in_metric else own[0].new_zeros(()).expand_as(own[0]) for own in tensors]
+        if self._numbers is None:
+            self._numbers = _Numbers(1 + len(hyper), rows)
+        self._numbers.read([step, *hyper])
+        return self._step(rows, metrics, self._numbers.tensors)[0]
+
+    def _update(self, metrics: Params, numbers: list[Tensor], rows: Params) -> tuple[Params, list[Tensor]]:
+        step, *hyper = numbers
+        landed = [
+            self._penalty.prox(w, step, *hyper, metric=h if self._in_metric else None, **options)
+            for w, h, options in zip(rows, metrics, self._options, strict=True)
+        ]
+        # In the dtype of the parameters, or w + (0 - w) would not be 0.
+        return compute(lambda w, z: z - w, rows, landed), numbers

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.construction import Call, written
-from funcreg.coupled import is_coupled, linked, named_leaves, split_leaf
+from funcreg.coupled import is_coupled, landed_by, linked, named_leaves, split_leaf
 from funcreg.denominators import (
     NOTE_COPY,
     OF_ANY_SIZE,
@@ -40,6 +40,7 @@ from funcreg.descent import check_inner_steps
 from funcreg.frozen import gradients_of
 from funcreg.landing import (
     CompiledLanding,
+    CompiledRows,
     EndToEnd,
     Sets,
     Task,
@@ -76,6 +77,8 @@ _LOOKS, _AGAIN = (1, 10, 30, 100), 1000
 _PATIENCE = 100
 #: What a metric is made of for a leaf that the optimizer has never moved: so much that the leaf stays where it is.
 _IMMOVABLE = 1e8
+#: Families of groups up to which one compilation of all that is done to them pays.
+_FEW = 8
 #: Sets of leaves for which a compiled step is kept.
 _LAYOUTS = 4
 
@@ -134,9 +137,9 @@ def regularize(
         inner_steps: For a penalty without a proximal operator in a metric, as in `proximal_step`.
         max_step: Greatest :math:`\eta / h` of the proximal step, above 0; where that is less than the step of the
             optimizer, the penalty is weaker. None for no bound.
-        compile: Whether to compile the step, by default where a million entries or more are penalized. The first step
-            then takes seconds, and a minute or two for the families of channels of a deep network; the next process
-            finds what was compiled on the disk.
+        compile: Whether to compile the step, by default where a million entries or more are penalized (for `coupled`
+            with more than eight families: in a metric alone). The first step then takes seconds, for the families of
+            channels of a deep network up to half a minute; the next process finds what was compiled on the disk.
         options: Static options of the penalty, such as `dim`.
 
     Raises:
@@ -316,6 +319,7 @@ class Regularization:
             "_task": self._task._replace(rule=_NO_RULE),
             "_optimizer": _no_optimizer,
             "_remarks": None,
+            "_compiled_rows": None,
             "_ends": (None, None, None),
         }
         empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
@@ -377,6 +381,7 @@ class Regularization:
         found = [each & touched for each in linked(self._task.penalty, tree)]
         alone = touched.difference(*found) if self._task.penalty.couples_leaves else set()
         self._linked = [each for each in found if each] + [{name} for name in sorted(alone)]
+        self._compiled_rows = self._with_compiled_rows()
         return inner
 
     def _check_added(self) -> None:
@@ -656,7 +661,8 @@ class Regularization:
             starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in leaves})
             self._remarks.of_rounding(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
         written = self._written(moved)
-        if not keeps and skipped is None and self._may_compile(leaves):
+        may_compile = not keeps and self._may_compile(leaves)
+        if may_compile and skipped is None and self._compiled_rows is None:
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
             read_from = sources
             if read_from is None:
@@ -679,7 +685,8 @@ class Regularization:
         else:
             reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in leaves})
             starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in leaves})
-            landed = self._landed(starts, reached, sources, columns, classes, values, sets)
+            by_rows = self._compiled_rows if may_compile and _are_plain(reached, sources) else None
+            landed = self._landed(starts, reached, sources, columns, classes, values, sets, by_rows)
         found = [landed[m.name] for m in written]
         if skipped is not None:
             found = [torch.where(skipped.to(m.w.device) > 0, m.w, z) for m, z in zip(written, found, strict=True)]
@@ -698,10 +705,12 @@ class Regularization:
         classes: Any,
         values: Any,
         sets: Any,
+        task: Task | None = None,
     ) -> Params:
+        task = self._task if task is None else task
         if sets is not None:
-            return land_in_sets(self._task, starts, reached, sources, columns, classes, values, self._inner, sets)
-        return self._task.land(starts, reached, sources, laid_out(columns, classes, reached), values, self._inner)
+            return land_in_sets(task, starts, reached, sources, columns, classes, values, self._inner, sets)
+        return task.land(starts, reached, sources, laid_out(columns, classes, reached), values, self._inner)
 
     def _source(self, m: Moved, state: Entries, group: Entries) -> Tensor:
         """What the metric of a leaf is made of."""
@@ -754,9 +763,18 @@ class Regularization:
             first.update(dict.fromkeys(names, number))
         return Sets(first, is_coupled(self._task.penalty))
 
+    def _with_compiled_rows(self) -> Task | None:
+        """The task with compiled kernels of rows in it, if its penalty has many families of groups."""
+        if len(self._linked) <= _FEW:
+            return None
+        through = landed_by(self._task.penalty, CompiledRows)
+        return None if through is self._task.penalty else self._task._replace(penalty=through)
+
     def _may_compile(self, moved: list[Moved]) -> bool:
         if self._inner is not None or self._compile is False or is_compiling():
             return False
+        if self._compile is None and self._compiled_rows is not None and self._task.rule.source is None:
+            return False  # Without a metric, most of the time goes to gathering rows.
         return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
 
     def _layout(
@@ -768,8 +786,7 @@ class Regularization:
             scheduled_trees = [
                 x for x in (self._task.strength, *self._task.hyper) if is_scheduled(x) and not callable(x)
             ]
-            plain = all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves((params, sources))])
-            fits = plain and not scheduled_trees
+            fits = _are_plain(params, sources) and not scheduled_trees
             self._layouts[key] = CompiledLanding(self._task, params, classes, columns, values, sets) if fits else None
         return self._layouts.get(key)
 
@@ -868,6 +885,11 @@ _OF_STEPS = (
 #: Where an optimizer keeps the penalties on it.
 _OWN = "_funcreg_regularizations"
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _are_plain(*trees: Params) -> bool:
+    """Whether a compiled step takes the leaves of some trees."""
+    return all([type(x) in _PLAIN and x.layout == torch.strided for x in tree_leaves(trees)])
 
 
 def _buffered_rate(rate: Any, group: Entries) -> Any:

@@ -24,6 +24,8 @@ from torch.testing import assert_close
 
 import funcreg as fr
 from funcreg import denominators
+from funcreg.coupled import landed_by
+from funcreg.landing import CompiledRows
 
 Make = Callable[..., optim.Optimizer]
 
@@ -1552,23 +1554,53 @@ def test_a_compiled_step_is_the_same(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True], ids=["two families", "many families"])
 @pytest.mark.parametrize("name", ["SGD, momentum", "Adam"])
-def test_a_compiled_step_of_groups_is_the_same(name):
+def test_a_compiled_step_of_groups_is_the_same(name, several):
     trained, families = [], [{"a": 0, "b": 0, "c": 0}, {"d": 0, "e": 0}]
+    more = {f"more{i}": 0 for i in range(9)} if several else {}
+    families += [{each: 0} for each in more]
     for compile in (False, True):
         params = {each: weight(4, 3, seed=i) for i, each in enumerate("abcde")}
-        rows = [[(each, params[each]) for each in family] for family in families]
+        params.update({each: weight(3 + i, 2 + i % 3, seed=i) for i, each in enumerate(more)})
+        rows = [[(each, params[each]) for each in family] for family in ("abc", ["d", "e", *more])]
         optimizer = OPTIMIZERS[name].make([{"params": rows[0]}, {"params": rows[1], "lr": 0.02}])
-        handle = fr.regularize(optimizer, fr.coupled(fr.group_lasso, families), strength=0.3, compile=compile)
+        units = fr.coupled(fr.group_lasso, families)
+        handle = fr.regularize(optimizer, units, strength=0.3, weights="sqrt_size", compile=compile)
         for seed, names in enumerate(("abde", "abcde", "abc", "bcd", "d", "abcde")):
             for w in params.values():
                 w.grad = None
             optimizer.param_groups[1]["lr"] = 0.0 if seed == 3 else 0.02
-            stepped(optimizer, *[params[each] for each in names], seed=seed)
-        assert bool(handle._layouts) == compile
-        assert name == "Adam" or len(handle._layouts) == compile
+            stepped(optimizer, *[params[each] for each in (*names, *more)], seed=seed)
+        assert bool(handle._layouts) == (compile and not several)
+        assert copy.deepcopy(handle).penalty_value() == handle.penalty_value()
+        assert name == "Adam" or several or len(handle._layouts) == compile
         trained.append([w.detach().clone() for w in params.values()])
     assert_equal(*trained, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("penalty", ["groups", "entries of groups", "a sum", "weights"])
+def test_rows_that_are_landed_by_kernels_are_the_same(penalty, metric):
+    families = [{"a": 0, "b": 0}, {"c": fr.Along(1, size=2)}, {"d": 0}]
+    units = fr.coupled(fr.group_lasso, families)
+    of, hyper, options = {
+        "groups": (units, (), {"weights": "sqrt_size"}),
+        "entries of groups": (fr.coupled(fr.sparse_group_lasso, families), (0.7, torch.tensor(0.4)), {}),
+        "a sum": (0.5 * units + 0.1 * fr.half_l2, (), {}),
+        "weights": (units, (), {"weights": [torch.arange(1.0, 5.0), None, torch.tensor([0.5, 0.0, 2.0])]}),
+    }[penalty]
+    params = {"a": weight(4, 3), "b": weight(4), "c": weight(3, 8, seed=1), "d": weight(3, 5, seed=2).float()}
+    params["free"] = weight(2, seed=3)
+    params = {name: w.detach() for name, w in params.items()}
+    by_kernels = landed_by(of, lambda rows: CompiledRows(rows, backend="eager"))
+    assert by_kernels is not of
+    assert landed_by(fr.l1, CompiledRows) is fr.l1
+    h = {name: 0.5 + w.square() for name, w in params.items()} if metric else None
+    for step in (0.3, 0.4, torch.tensor(0.3), 0.0):
+        found = by_kernels.prox(params, step, *hyper, metric=h, **options)
+        assert_equal(found, of.prox(params, step, *hyper, metric=h, **options), atol=1e-6)
+        assert [w.dtype for w in found.values()] == [w.dtype for w in params.values()]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -49,14 +50,18 @@ def spreads(world: int) -> dict[str, Spread]:
     }
 
 
-def by_turns(world: int, checks: Iterable[SpreadCheck]) -> Iterator[Check]:
-    """Each check of leaves spread in one of the ways, whose turns change with the checks; by few rows, all of them."""
+def by_turns(world: int, checks: Iterable[SpreadCheck], every: int = 1) -> Iterator[Check]:
+    """Each check of leaves spread in one of the ways, whose turns change with the checks.
+
+    In four processes all are of few rows, and one in `every` of one of the other ways, too.
+    """
     first, *others = spreads(world).items()
     ways = others if world == 4 else [first, *others]
     for i, (name, check) in enumerate(checks):
         # A step further after each round: else one kind of check would always meet the same spread.
         turn = ways[(i + i // len(ways)) % len(ways)]
-        for how, spread in [first, turn] if world == 4 else [turn]:
+        few = [first, turn] if (i + i // 6) % every == 0 else [first]
+        for how, spread in few if world == 4 else [turn]:
             yield f"{how}, {name}", lambda check=check, spread=spread: check(spread)
 
 
@@ -157,12 +162,12 @@ def of_penalty(name: str, case: Any, params: Any) -> Iterator[SpreadCheck]:
 
 def penalties(world: int) -> Iterator[Check]:
     rows = (PENALTIES | GRADIENT_ALONE).items()
-    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw())])
+    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw())], 2)
 
 
 def constraints(world: int) -> Iterator[Check]:
     rows = CONSTRAINTS.items()
-    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw_fours())])
+    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw_fours())], 2)
 
 
 # Transforms
@@ -173,7 +178,8 @@ OF_EXAMPLES = ("differentially_private_aggregate", "dpsgd")
 
 
 def transforms(world: int) -> Iterator[Check]:
-    check = lambda name: refuse_shards if name.startswith(OF_EXAMPLES) else three_steps
+    steps = functools.partial(few_steps, count=3 if world == 2 else 2)
+    check = lambda name: refuse_shards if name.startswith(OF_EXAMPLES) else steps
     rows = [(name, check(name), case.make) for name, case in TRANSFORMS.items()]
     yield from by_turns(world, [(name, lambda spread, of=of, make=make: of(make(), spread)) for name, of, make in rows])
 
@@ -185,12 +191,12 @@ def refuse_shards(tx: Any, spread: Spread) -> None:
         tx.update(there, tx.init(there), there)
 
 
-def three_steps(tx: Any, spread: Spread) -> None:
-    """Three updates of sharded parameters are those of whole ones, and keep where everything lies."""
+def few_steps(tx: Any, spread: Spread, count: int = 3) -> None:
+    """A few updates of sharded parameters are those of whole ones, and keep where everything lies."""
     params = draw()
     there = spread_tree(spread, params)
     state, spread_state = tx.init(params), tx.init(there)
-    for seed in (1, 2, 3):
+    for seed in range(1, 1 + count):
         grads = draw(seed)
         updates, state = tx.update(grads, state, params)
         found, after = tx.update(spread_tree(spread, grads), spread_state, there)

@@ -257,6 +257,7 @@ class Regularization:
         self._held: set[Moved] = set()  # what stays, and may share groups with what moves;
         self._leaves: list[Moved] = []  # both;
         self._absent: Params = {}  # what stands for the others.
+        self._entries = 0  # Of what moves or is held.
         self._ever: set[str] = set()  # What has moved in any of the steps
         self._taken = 0  # that were seen.
         self._counted: list[Any] = []
@@ -600,6 +601,7 @@ class Regularization:
         rows = zip(params, places, strict=True)
         self._leaves = [Moved(names[w], w, i) for w, i in rows if names[w] in held or names[w] not in stays]
         self._held = {m for m in self._leaves if m.name in held}
+        self._entries = sum([m.w.numel() for m in self._leaves])
         self._absent = {name: ABSENT for name in names.values() if name in stays - held}
         if any(still):
             self._remarks.of_replaced()
@@ -661,7 +663,7 @@ class Regularization:
             starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in leaves})
             self._remarks.of_rounding(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
         written = self._written(moved)
-        may_compile = not keeps and self._may_compile(leaves)
+        may_compile = not keeps and self._may_compile()
         if may_compile and skipped is None and self._compiled_rows is None:
             # Gradients are not read where there is no metric, but stand for what is like the parameters.
             read_from = sources
@@ -770,12 +772,12 @@ class Regularization:
         through = landed_by(self._task.penalty, CompiledRows)
         return None if through is self._task.penalty else self._task._replace(penalty=through)
 
-    def _may_compile(self, moved: list[Moved]) -> bool:
+    def _may_compile(self) -> bool:
         if self._inner is not None or self._compile is False or is_compiling():
             return False
         if self._compile is None and self._compiled_rows is not None and self._task.rule.source is None:
             return False  # Without a metric, most of the time goes to gathering rows.
-        return self._compile is True or sum([m.w.numel() for m in moved]) >= _WORTH_COMPILING
+        return self._compile is True or self._entries >= _WORTH_COMPILING
 
     def _layout(
         self, params: Params, sources: Params, classes: dict[str, int], columns: Any, values: Any, sets: Sets | None

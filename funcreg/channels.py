@@ -478,9 +478,11 @@ class _Found(NamedTuple):
 
 def _check_some(found: _Found) -> None:
     if not found.families:
+        single = [name for name, w in found.module.named_parameters() if w.ndim > 1 and w.shape[0] == 1]
+        only = {"they are the only one of their layer, as where all others were dead": single} if single else {}
         raise ValueError(
             f"channel_groups found no channels in {type(found.module).__name__} that could go. Kept are\n"
-            f"{_reasons(found.kept())}"
+            f"{_reasons({**found.kept(), **only})}"
         )
 
 

@@ -890,3 +890,9 @@ def test_weights_lie_in_memory_as_they_did_where_outputs_are_compared():
     dead = without_half(net, groups)
     made = fr.resized(dead, fr.remove_dead(fr.with_buffers(dead), groups), x)
     torch.testing.assert_close(made(*x), dead(*x), rtol=1e-10, atol=1e-10)
+
+
+def test_layers_of_one_channel_are_named_where_nothing_can_go():
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Conv2d(1, 1, 3), nn.Flatten(), nn.Linear(16, 2)).to(DEVICE)
+    with pytest.raises(ValueError, match=r"only one of their layer, as where all others were dead: 0\.weight, 2\."):
+        fr.channel_groups(net, (torch.zeros(2, 1, 8, 8, device=DEVICE),))

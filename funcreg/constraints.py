@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure
 from funcreg.constraint import constraint
-from funcreg.grouped import grouped, of_groups, polar, ungrouped
+from funcreg.grouped import grouped, of_groups, polar, root_of_mean, sum_groups, ungrouped
 from funcreg.leafwise import running_sum, sign, squared
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.ranges import concrete
@@ -185,15 +185,7 @@ def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
-    r"""The point :math:`h_i w_i / (h_i + \lambda)` of the sphere, where a group is too long.
-
-    Newton's method on one over the norm, which is concave in :math:`\lambda`, climbs to the root from where no entry
-    alone is longer than the radius.
-    """
-
-    def over_group(x: Tensor) -> Tensor:
-        return x.sum(dims, keepdim=True) if dims else x
-
+    r"""The point :math:`h_i w_i / (h_i + \lambda)` of the sphere, where a group is too long."""
     if not w.numel():
         return w.clone()
     norms, directions = polar(w, dims)
@@ -202,14 +194,8 @@ def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, 
     x, h = torch.where(long, directions, torch.ones_like(w)), torch.where(long, h, torch.ones_like(h))
     h = h / (h.amax(dims, keepdim=True) if dims else h)
     goal = torch.where(long, radius / norms, torch.ones_like(norms))
-    root = (h * (x.abs() / goal - 1)).relu()
-    root = root.amax(dims, keepdim=True) if dims else root
-    for _ in range(8):
-        z = h * x / (h + root)
-        length = over_group(squared(z)).sqrt()
-        root = root + length.square() / over_group(squared(z) / (h + root)) * (length / goal - 1)
-    z = h * x / (h + root)
-    return torch.where(long, radius * z / over_group(squared(z)).sqrt() + 0.0, _shortened(w, radius, dims))
+    z = x / (goal / h * root_of_mean(x, goal / h, goal, dims) + goal)
+    return torch.where(long, radius * z / sum_groups(squared(z), dims).sqrt() + 0.0, _shortened(w, radius, dims))
 
 
 def _ball_metric(w: Tensor, h: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
@@ -371,7 +357,12 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
         inverse = (1 / h).gather(-1, order)
         sums, weights = running_sum(pulls * inverse) - total, running_sum(inverse)
         last = ((pulls * weights > sums).sum(-1, keepdim=True) - 1).clamp(min=0)
-        return (x - sums.gather(-1, last) / weights.gather(-1, last) / h).relu()
+        found = (x - sums.gather(-1, last) / weights.gather(-1, last) / h).relu()
+        # Once more what is missing, which is known to the rounding of what has landed.
+        shares = torch.where(found > 0, 1 / h, torch.zeros_like(h))
+        whole = shares.sum(-1, keepdim=True)
+        missing = total - found.sum(-1, keepdim=True)
+        return (found + missing * shares / torch.where(whole == 0, torch.ones_like(whole), whole)).relu()
     largest = x.amax(-1, keepdim=True)
     # Infinite entries are level with each other.
     x = torch.where((x == largest) & largest.isinf(), torch.zeros_like(x), x - largest)
@@ -506,8 +497,10 @@ def _no_halfspace(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim =
 
 
 def _plane_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
-    below, steps = _along(w, normal, offset, group_dims(w, dim), h)
-    return w + below * steps
+    for _ in range(2):  # The second takes away the rounding of entries that were far larger.
+        below, steps = _along(w, normal, offset, group_dims(w, dim), h)
+        w = w + below * steps
+    return w
 
 
 def _plane_normal(
@@ -539,8 +532,8 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
 
 
 def _halfspace_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
-    below, steps = _along(w, normal, offset, group_dims(w, dim), h)
-    return w + below.clamp(max=0) * steps + 0.0
+    below, _ = _along(w, normal, offset, group_dims(w, dim), h)
+    return torch.where(below < 0, _plane_metric(w, h, normal, offset, dim=dim), w) + 0.0
 
 
 def _halfspace_normal(

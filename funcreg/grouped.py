@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
-from funcreg.leafwise import safe_sqrt, sign, squared
+from funcreg.leafwise import euclidean, safe_sqrt, sign, squared
 
 
 def grouped(w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -24,6 +24,11 @@ def ungrouped(x: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
         return x.squeeze(-1)
     outer = [n for d, n in enumerate(w.shape) if d not in dims]
     return x.reshape([*outer, *[w.shape[d] for d in dims]]).movedim(tuple(range(-len(dims), 0)), dims)
+
+
+def sum_groups(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Sums over groups, reduced dimensions kept."""
+    return x.sum(dims, keepdim=True) if dims else x  # sum(()) would reduce them all.
 
 
 def of_groups(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Scalar:
@@ -48,3 +53,36 @@ def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     norms = safe_sqrt(norms.sum(dims, keepdim=True) if dims else norms)
     directions = scaled / torch.where(norms == 0, torch.ones_like(norms), norms)
     return torch.where(largest == math.inf, largest, norms * unit), directions
+
+
+def root_of_mean(unit: Tensor, rates: Tensor, offset: Tensor, dims: tuple[int, ...]) -> Tensor:
+    r"""The root :math:`\theta` of :math:`M(\theta) = (\sum_i u_i^2 (b_i \theta + c)^{-2})^{-1/2} = 1` for each group.
+
+    The power mean :math:`M` is concave in :math:`\theta`, at most the arithmetic mean, and at least :math:`c` plus
+    :math:`\theta` times that of the rates: two bounds of the root. Newton's method ends left of it from either side,
+    and so lifts the lower bound; while the bounds lie far apart, their geometric mean is tried. For rates that span
+    eight orders of magnitude the error is 1e-7 in float32, and 1e-13 in float64.
+
+    Args:
+        unit: :math:`u`, whose squares are 1 in sum over a group.
+        rates: :math:`b_i`, above 0.
+        offset: :math:`c`, at least 0 and below 1, one for each group.
+        dims: Dimensions that lie inside a group.
+    """
+
+    def newton(u: Tensor, b: Tensor, c: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = 1 / (b * at + c)
+        terms = squared(u * inverse)
+        phi = sum_groups(terms, dims)
+        return phi, at - phi * (1 - phi.sqrt()) / sum_groups(terms * (b * inverse), dims)
+
+    u, b, c = unit.detach(), rates.detach(), offset.detach()
+    near, far = (1 - c) / sum_groups(squared(u) * b, dims), (1 - c) * euclidean(u / b, dims)
+    for _ in range(6 if b.dtype == torch.float64 else 4):
+        at = torch.where(far > 3 * near, near.sqrt() * far.sqrt(), near)
+        phi, after = newton(u, b, c, at)
+        far = torch.where(phi <= 1, at, far)
+        near = torch.minimum(torch.maximum(near, after), far)
+    for _ in range(2):  # With derivatives, of any order, which need no more than the root.
+        _, near = newton(unit, rates, offset, near)
+    return near

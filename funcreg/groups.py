@@ -17,6 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
+from funcreg.grouped import sum_groups
 from funcreg.leafwise import euclidean, running_sum, sign, squared
 from funcreg.penalties import (
     Dim,
@@ -66,11 +67,6 @@ def per_group(x: Any, w: Tensor, dims: tuple[int, ...]) -> Any:
     if not isinstance(x, Tensor) or not x.ndim:
         return x
     return members(x.expand([1 if d in dims else n for d, n in enumerate(w.shape)]), dims)
-
-
-def sum_groups(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sums over groups, reduced dimensions kept."""
-    return x.sum(dims, keepdim=True) if dims else x  # sum(()) would reduce them all.
 
 
 # Nonconvex penalties of the norm

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
+from funcreg.grouped import root_of_mean
 from funcreg.leafwise import bare, euclidean, sign, squared
 from funcreg.penalty import penalty
 from funcreg.ranges import check_sign
@@ -269,8 +270,6 @@ def group_directions(w: Tensor, dims: tuple[int, ...]) -> Tensor:
 def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:
     r"""Group soft thresholding in a diagonal metric, by the root of :math:`\sum (h w)^2 / (h \theta + t)^2 = 1`.
 
-    Newton's method on :math:`\phi^{-1/2} - 1`, which is concave, climbs to the root from the left without a bracket.
-
     References:
         Deleu & Bengio, *Structured sparsity inducing adaptive optimizers for deep learning*, 2021, theorem 1.
     """
@@ -282,17 +281,11 @@ def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple
     alive = norms > threshold
     # In units of the norm, so that no power of it leaves the range of float32.
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
-    pulls = squared(h * w / unit)
+    pulls = h * w / unit
     # The dead branch computes with ones, so that no derivative through it is NaN.
     pulls, weight = torch.where(alive, pulls, torch.ones_like(pulls)), torch.where(alive, h, torch.ones_like(h))
     force = torch.where(alive, threshold / unit, torch.ones_like(norms))
-    root = torch.where(alive, (norms - threshold) / unit, torch.ones_like(norms)) / weight.amax(dims, keepdim=True)
-    for _ in range(6):  # 1e-9 at worst for metrics that span twelve orders of magnitude.
-        scale = weight * root + force
-        terms = pulls / scale.square()
-        phi = terms.sum(dims, keepdim=True)
-        slope = (terms * weight / scale).sum(dims, keepdim=True)
-        root = root - phi * (1 - phi.sqrt()) / slope
+    root = root_of_mean(pulls, weight, force, dims)
     landed = w * (weight * root / (weight * root + force))
     gone = torch.where(norms.isnan(), norms, torch.zeros_like(norms)).to(w.dtype)
     return torch.where(alive, landed, gone) + 0.0

@@ -74,6 +74,11 @@ def _section(x: Tensor, h: Tensor, low: Tensor, high: Tensor, normal: Tensor, of
     reached = through(torch.where(free, x, at(middle)))
     mu = (reached - offset) / torch.where(stiffness == 0, torch.ones_like(stiffness), stiffness)
     z = at(torch.where(stiffness == 0, middle, mu))
+    # Once more what is missing, which is known to the rounding of what has landed.
+    free = ~level & (z > low) & (z < high)
+    stiffness = torch.where(free, normal * slope, torch.zeros_like(x)).sum(-1, keepdim=True)
+    missing = torch.where(stiffness == 0, 0.0, (offset - through(z)) / torch.where(stiffness == 0, 1.0, stiffness))
+    z = torch.where(free, clamp(z + missing * slope, low, high), z)
     # Beyond what the bounds allow the set is empty.
     edges = torch.stack([torch.where(level, torch.zeros_like(x), normal * bound) for bound in (low, high)])
     least, most = (edges.amin(0).sum(-1, keepdim=True), edges.amax(0).sum(-1, keepdim=True))

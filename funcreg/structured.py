@@ -16,7 +16,8 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
-from funcreg.groups import from_members, members, sum_groups
+from funcreg.grouped import sum_groups
+from funcreg.groups import from_members, members
 from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
 from funcreg.penalties import Dim, Weights, group_dims
 from funcreg.penalty import Penalty, penalty

@@ -11,7 +11,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DEVICE, GRADIENT_ALONE, PENALTIES, Layer, assert_equal, draw, flat, known
+from cases import (
+    CONSTRAINTS,
+    DEVICE,
+    GRADIENT_ALONE,
+    PENALTIES,
+    Layer,
+    assert_equal,
+    draw,
+    draw_fours,
+    flat,
+    known,
+    uniform,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, grad_and_value, hessian, jvp, vmap
@@ -743,6 +755,25 @@ def test_groups_may_have_weights_of_their_own():
     assert not z[1].any()
     torch.testing.assert_close(fr.group_lasso(w, dim=-1, weights=weights), fr.group_lasso(w, weights=weights))
     torch.testing.assert_close(fr.group_lasso.prox(w.T, 0.5, dim=(0,), weights=weights), z.T)
+
+
+IN_METRICS = {name: (case, draw) for name, case in PENALTIES.items() if case.metric}
+IN_METRICS |= {name: (case, draw_fours) for name, case in CONSTRAINTS.items() if case.metric}
+
+
+@pytest.mark.parametrize("name", IN_METRICS)
+def test_points_in_metrics_of_many_magnitudes_are_stationary(name):
+    case, drawn = IN_METRICS[name]
+    for seed in (0, 5, 11):
+        params, generator = drawn(seed), torch.Generator().manual_seed(seed)
+        h = fr.tree_map(lambda w, g=generator: 10 ** (6 * uniform(g, *w.shape) - 3), params)
+        for x in (params, fr.tree_map(torch.div, params, h)):
+            z = case.prox(x, 0.3, metric=h)
+            slopes = fr.tree_map(lambda z, w, h: h * (z - w), z, x, h)
+            left = case.penalty.residual(z, slopes, *case.hyper, strength=0.3, **case.options)
+            for r, w, own in zip(*map(fr.tree_leaves, (left, x, h)), strict=True):
+                # As a force, or as the way to where it is none.
+                assert min((r.abs() / own).max() / w.abs().max(), r.abs().max() / (own * w).abs().max()) < 1e-9
 
 
 def test_group_prox_in_a_metric_is_exact_for_metrics_of_many_magnitudes():

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
 from funcreg.batches import Examples
-from funcreg.families import Family, gather, parts, scatter
+from funcreg.families import Family, parts, within
 from funcreg.leafwise import widen
 from funcreg.masks import listed
 from funcreg.removal import with_buffers, without
@@ -423,15 +423,17 @@ class Trial:
         self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """These tensors with groups that are zero, and without them."""
-        families, dead = [self.families[i] for i in chosen], dict(tree)
-        for family, count in zip(families, left, strict=True):
-            for name, where in family.items():
-                for along in [each for each in parts(where) if each.penalized]:
-                    rows = gather(dead[name], along).clone()
-                    rows[count:] = 0
+        dead, copied = dict(tree), set[str]()
+        for i, count in zip(chosen, left, strict=True):
+            alive = torch.arange(self.counts[i], device="cpu") < count
+            for name, along in [(name, each) for name, where in self.families[i].items() for each in parts(where)]:
+                if along.penalized:
                     # As it lies in memory, for a view of a weight that is computed from it.
-                    dead[name] = torch.empty_like(dead[name]).copy_(scatter(rows, dead[name], along))
-        return dead, without(dead, families, left, self._round_to)
+                    w = dead[name] if name in copied else dead[name].detach().clone()
+                    gone = (~within(alive, w, along)).nonzero()[:, 0]
+                    dead[name] = w.index_fill_(along.dim, gone.to(w.device), 0)
+                    copied.add(name)
+        return dead, without(dead, [self.families[i] for i in chosen], left, self._round_to)
 
     def _compared(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:
         with self._written_down() as numbers:

@@ -98,6 +98,7 @@ class Trial:
         self._settled: dict[str, Settled] = defaultdict(dict)  # By the way in which groups went.
         self._at_once: dict[Any, bool] = {}  # Whether outputs were the same, by what is chosen and what is left.
         self._examples = Examples()
+        self._unknown: set[frozenset[int]] = set()  # Families without which numbers are unknown.
 
     @property
     def failure(self) -> str | None:
@@ -142,7 +143,7 @@ class Trial:
 
     def agrees(self, chosen: Sequence[int]) -> bool:
         """Whether all is well without some of the groups of these families, found with as few runs as may be."""
-        return all([self._agrees(way, chosen, left) for way, left in self._left(chosen)])
+        return all(self._agrees(way, chosen, left) for way, left in self._left(chosen))  # None after one that fails.
 
     def _agrees(self, way: str, chosen: Sequence[int], left: tuple[int, ...]) -> bool:
         """Whether outputs are the same without some groups, of a network with no numbers that nobody knows.
@@ -160,15 +161,18 @@ class Trial:
     def _agree_at_once(self, chosen: Sequence[int], left: tuple[int, ...]) -> bool:
         if self._usual is None or vars(self).get("_comparable", self._usual) is not self._usual:
             return False
+        if frozenset(chosen) in self._unknown:
+            return False
         tree, inputs = self._usual
         try:
             if any([tree[name].dtype != w.dtype for name, w in self._leaves.items()]):
                 smaller, unknown = self._narrowed(self._tree(chosen, left))
-                if unknown or isinstance(self._outputs(smaller), Failure):
+                if not unknown and isinstance(self._outputs(smaller), Failure):
                     return False
             dead, given = self._dead(chosen, left, tree)
             smaller, unknown = self._narrowed(given)
             if unknown:
+                self._unknown.add(frozenset(chosen))
                 return False
             whole = narrowed(self.module, dead, {})[0]
             if left == self._allowed(chosen, self._about_half(chosen)):

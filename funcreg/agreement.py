@@ -29,7 +29,7 @@ class Agreement:
         self.inputs = arguments(inputs)
         self.module, self.exchange = module, exchange
         self.rounding = rounding(module, self.inputs, exchange)
-        found = outputs(module, *self.inputs, exchange=exchange)
+        found, self.drew = run(module, *self.inputs, exchange=exchange)  # What it gives, and whether it drew numbers.
         if isinstance(found, Failure):
             raise ValueError(f"the module itself fails on example_inputs: {found}")
         self.expected = found
@@ -102,18 +102,29 @@ def outputs(
     exchange: Exchange | None = None,
 ) -> list[Tensor] | Failure:
     """The tensors that a network gives in evaluation, or what went wrong; its random numbers are those of a seed."""
+    return run(network, args, kwargs, seed, exchange)[0]
+
+
+def run(
+    network: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int = 0,
+    exchange: Exchange | None = None,
+) -> tuple[list[Tensor] | Failure, bool]:
+    """As `outputs`, and whether numbers were drawn from a generator that the seed is for."""
     running = list[str]()
-    with _evaluated(network), _followed(network, running), drawing(network, seed), torch.no_grad():
+    with _evaluated(network), _followed(network, running), drawing(network, seed) as drew, torch.no_grad():
         try:
             own = {name: x.clone() for name, x in network.named_buffers()}
             if exchange is not None:
                 own = {name: exchange(name, x) for name, x in (*own.items(), *network.named_parameters())}
-            return list(_tensors(functional_call(network, own, args, kwargs)))
+            return list(_tensors(functional_call(network, own, args, kwargs))), drew()
         except Exception as error:
             path = running[-1] if running else ""
             said = str(error).strip().partition("\n")[0]
             kind = type(network.get_submodule(path)).__name__
-            return Failure(path, kind, f"{type(error).__name__}: {said}")
+            return Failure(path, kind, f"{type(error).__name__}: {said}"), drew()
 
 
 def draws(network: nn.Module, inputs: Any) -> bool:
@@ -173,15 +184,17 @@ def _followed(network: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def drawing(network: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Let a network draw from a generator that begins anew, and leave the user's as it was."""
+def drawing(network: nn.Module, seed: int = 0) -> Iterator[Callable[[], bool]]:
+    """Let a network draw from generators that begin anew, leave the user's as they were, and say if it drew any."""
     devices = list({w.device for w in network.parameters() if w.is_cuda})
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        states = lambda: [torch.default_generator.get_state(), *map(torch.cuda.get_rng_state, devices)]
+        before = states()
+        yield lambda: not all(map(torch.equal, before, states()))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -496,7 +496,7 @@ def _running(
     summed = {i: reason for i, reason in enumerate(found.multiplied()) if reason is not None}
     multiplied = [i in summed for i in range(len(counts))]
     trial = Trial(found.module, inputs, found.written(), counts, rules, round_to, inside_heads, multiplied)
-    if trial.failure is not None:
+    if not trial.agrees(range(len(counts))) and trial.failure is not None:
         return found.closed(summed), [
             "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights "
             f"{type(found.module).__name__} fails {trial.failure}"

@@ -265,6 +265,11 @@ def _blocks(leaf: Tensor, along: Along) -> tuple[int, int]:
     return along.packed, len(_entries(along, leaf.shape[along.dim])) // (along.size * along.packed)
 
 
+def count_of(leaf: Tensor, along: Along) -> int:
+    """The number of groups that have entries in a leaf."""
+    return _blocks(leaf, along)[1]
+
+
 def gather(leaf: Tensor, along: Along) -> Tensor:
     """A leaf as a matrix, the entries of a group in each row."""
     (packed, count), width = _blocks(leaf, along), width_of(leaf, along)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from funcreg._typing import Params
-from funcreg.families import Along, Family, Groups, Place, gather, places_of, within
+from funcreg.families import Along, Family, Groups, Place, count_of, gather, places_of, within
 from funcreg.leafwise import gathered
 from funcreg.masks import listed
 from funcreg.notices import warn_user
@@ -188,7 +188,7 @@ def without(
     staying: list[tuple[list[Place], Tensor]] = []
     for places, count in zip(places_of(families, params), left, strict=True):
         leaf, along = places[0]
-        alive = torch.arange(len(gather(leaves[leaf], along)), device="cpu") < count
+        alive = torch.arange(count_of(leaves[leaf], along), device="cpu") < count
         staying.append((places, _staying(alive, places, round_to)))
     return rebuild(_without(names, leaves, staying)[0])
 

@@ -1,9 +1,9 @@
 """Families tried out before they are offered: taken out of a copy, whose forward has to run, and to give the same.
 
 What `remove_dead` and `resized` do is done by their own code, so that what would be refused after training is known
-before. At first the leaves of families are single numbers, expanded to the shapes that are left, and all other tensors
-are shared with the network. Where that runs, outputs are compared, with and without groups that are set to zero, of a
-network with weights that are drawn.
+before. Outputs are compared, with and without groups that are set to zero, of a network with weights that are drawn.
+Where they are not the same at once, the leaves of families are single numbers at first, expanded to the shapes that are
+left, and all other tensors are shared with the network, so that it costs less to find which families are to blame.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
-from funcreg.families import Family, gather, parts, scatter
+from funcreg.batches import Examples
+from funcreg.families import Family, parts, within
 from funcreg.leafwise import widen
 from funcreg.masks import listed
 from funcreg.removal import with_buffers, without
@@ -39,7 +40,7 @@ _Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
 #: A way to take groups out, and whether outputs are compared, or it only has to run.
 _Stage: TypeAlias = tuple[str, bool]
 #: What errors say of the last trial.
-_ONE_LEFT = "with one of these channels left"
+_ONE_LEFT, _SOME_GONE = "with one of these channels left", "without some of these channels"
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 #: How many other sizes inputs have at most.
@@ -94,19 +95,29 @@ class Trial:
         self._how = ""  # How many channels are left.
         self._scale: str | None = None  # How a number comes from shapes.
         self.uncompared: str | None = None  # Why outputs were not compared.
-        self._computed_with: _Computed = []
         self._settled: dict[str, Settled] = defaultdict(dict)  # By the way in which groups went.
-        # Shapes may go by what is in tensors: so of the whole network with such leaves.
-        self._expected: list[Tensor] = []
-        self.failure: str | None = None  # Why nothing can be tried.
+        self._at_once: dict[Any, bool] = {}  # Whether outputs were the same, by what is chosen and what is left.
+        self._examples = Examples()
+        self._unknown: set[frozenset[int]] = set()  # Families without which numbers are unknown.
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be tried."""
+        return self._reference if isinstance(self._reference, str) else None
+
+    @functools.cached_property
+    def _reference(self) -> tuple[list[Tensor], _Computed] | str:
+        """What the network gives with leaves that are single numbers, and what it computes with, or why it does not.
+
+        Shapes may go by what is in tensors: so of the whole network with such leaves.
+        """
         try:
-            network = narrowed(module, self._tree([], []), {})[0]
-            with self._written_down() as self._computed_with:
+            network = narrowed(self.module, self._tree([], []), {})[0]
+            with self._written_down() as numbers:
                 found = self._outputs(network)
-            self.failure = f"{found}" if isinstance(found, Failure) else None
-            self._expected = [] if isinstance(found, Failure) else found
+            return f"{found}" if isinstance(found, Failure) else (found, numbers)
         except Exception as error:  # Such as of modules that cannot be copied.
-            self.failure = f"to be copied: {_line(error)}"
+            return f"to be copied: {_line(error)}"
 
     def problem(self, chosen: Sequence[int], stage: _Stage | None = None) -> Refusal | None:
         """What goes wrong without some of the groups of these families, None if nothing does.
@@ -118,19 +129,87 @@ class Trial:
         ways, seen = dict(self._left(chosen)), dict[tuple[int, ...], str]()
         for way, left in ways.items():
             first = seen.setdefault(left, way)
+            if stage is None and first == way and self._agrees(way, chosen, left):
+                continue
             for compared in (False, True):
                 if stage != (way, compared) if stage else first != way or (compared and self._comparable is None):
                     continue
                 self.stage, self._scale = (way, compared), None
-                self._how = _ONE_LEFT if first == "one" else "without some of these channels"
+                self._how = _ONE_LEFT if first == "one" else _SOME_GONE
                 found = self._difference(chosen, left) if compared else self._problem_with(chosen, left)
                 if found is not None:
                     return found
         return None
 
+    def agrees(self, chosen: Sequence[int]) -> bool:
+        """Whether all is well without some of the groups of these families, found with as few runs as may be."""
+        return all(self._agrees(way, chosen, left) for way, left in self._left(chosen))  # None after one that fails.
+
+    def _agrees(self, way: str, chosen: Sequence[int], left: tuple[int, ...]) -> bool:
+        """Whether outputs are the same without some groups, of a network with no numbers that nobody knows.
+
+        Both networks run with weights that are drawn, which proves what the other runs of `problem` prove: what gives
+        the same has shapes as they are to be, and the whole network is seen to give numbers and to draw none. Where
+        weights are drawn in another dtype, the smaller network has to run in its own, too. What is wrong is not asked.
+        """
+        key = frozenset(zip(chosen, left, strict=True))
+        if key not in self._at_once:
+            self.stage, self._scale, self._how = (way, True), None, _ONE_LEFT if way == "one" else _SOME_GONE
+            self._at_once[key] = self._agree_at_once(chosen, left)
+        return self._at_once[key]
+
+    def _agree_at_once(self, chosen: Sequence[int], left: tuple[int, ...]) -> bool:
+        if self._usual is None or vars(self).get("_comparable", self._usual) is not self._usual:
+            return False
+        if frozenset(chosen) in self._unknown:
+            return False
+        tree, inputs = self._usual
+        try:
+            if any([tree[name].dtype != w.dtype for name, w in self._leaves.items()]):
+                smaller, unknown = self._narrowed(self._tree(chosen, left))
+                if not unknown and isinstance(self._outputs(smaller), Failure):
+                    return False
+            dead, given = self._dead(chosen, left, tree)
+            smaller, unknown = self._narrowed(given)
+            if unknown:
+                self._unknown.add(frozenset(chosen))
+                return False
+            whole = narrowed(self.module, dead, {})[0]
+            if left == self._allowed(chosen, self._about_half(chosen)):
+                return self._alike_on_several(whole, smaller, inputs)
+            # What a dimension of one entry is broadcast with shows in a batch of several.
+            some = inputs if self._how == _ONE_LEFT else self._examples.enough(inputs)
+            return self._agreement(whole, smaller, some) is not None
+        except Exception:  # `problem` tells what is refused, and what fails.
+            return False
+
+    def _alike_on_several(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> bool:
+        """Whether two networks give the same numbers on inputs, and on such of other sizes that the first takes."""
+        given, taken = self._agreement(whole, smaller, inputs), 0
+        if given is None:
+            return False
+        for other in vars(self).get("_other_sizes") or other_sizes(inputs):
+            with contextlib.suppress(ValueError):  # It may not take it, or fail with groups that are zero.
+                found = self._agreement(whole, smaller, self._examples.enough(other))
+                if found is None:
+                    return False
+                self._examples.compare(given, found)
+                taken += 1
+            if taken == _SIZES:
+                break
+        return True
+
+    def _agreement(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Agreement | None:
+        """What a network gives on inputs if the smaller one gives it, too: numbers, none of which are drawn."""
+        with self._written_down() as numbers:
+            agreement = _quiet(Agreement, whole, inputs)
+        if agreement.drew or any([bool(x.isnan().any()) for x in agreement.expected]):
+            return None
+        return agreement if self._unequal(agreement, smaller, numbers) is None else None
+
     def runs_alike(self, chosen: Sequence[int]) -> bool:
         """Whether the network runs without one group of each of these families."""
-        self.stage, self._scale, self._how = ("all but one", False), None, "without some of these channels"
+        self.stage, self._scale, self._how = ("all but one", False), None, _SOME_GONE
         return self._problem_with(chosen, self._allowed(chosen, [max(1, self.counts[i] - 1) for i in chosen])) is None
 
     def runs_with_two(self, chosen: Sequence[int], problem: Refusal, stage: _Stage) -> bool:
@@ -202,7 +281,7 @@ class Trial:
     def _problem_with(self, chosen: Sequence[int], left: Sequence[int]) -> Refusal | None:
         tree = self._tree(chosen, left)
         try:
-            smaller, unknown = narrowed(self.module, as_given(self.module, tree), self._rules, self._inside_heads)
+            smaller, unknown = self._narrowed(tree)
         except Exception as error:  # Of a rule of the user's, too.
             return self._refusal(f"resized refuses what is left: {_line(error)}", self._holder(chosen))
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller), self._settled[self.stage[0]])
@@ -212,10 +291,12 @@ class Trial:
         return self._said(smaller, wrong, unknown, chosen)
 
     def _wrong(self, smaller: nn.Module) -> Failure | str | None:
+        assert not isinstance(self._reference, str)  # Else nothing is tried.
+        expected, whole = self._reference
         with self._written_down() as numbers:
             found = self._outputs(smaller)
-        wrong = found if isinstance(found, Failure) else unlike(self._expected, found)
-        return wrong or self._other_number(self._computed_with, numbers)
+        wrong = found if isinstance(found, Failure) else unlike(expected, found)
+        return wrong or self._other_number(whole, numbers)
 
     @contextlib.contextmanager
     def _written_down(self) -> Iterator[_Computed]:
@@ -240,19 +321,28 @@ class Trial:
         return None
 
     @functools.cached_property
+    def _usual(self) -> tuple[dict[str, Tensor], Any] | None:
+        """Tensors that are drawn, and inputs for them; None where they are too many to be copied.
+
+        Its own may hide what is wrong: a last layer that begins at zero, a scale of 1e-5, sixteen bits.
+        """
+        if sum([w.nbytes for w in self._leaves.values()]) > _COPIED:
+            return None
+        drawn = {name: _drawn(self.module, name, w) for name, w in sorted(self._leaves.items())}
+        return {name: widen(w) if w.is_floating_point() else w for name, w in drawn.items()}, widened(self._inputs)
+
+    @functools.cached_property
     def _comparable(self) -> tuple[dict[str, Tensor], Any] | None:
         """Tensors and inputs of a network whose outputs tell what shapes do not; None where none do.
 
-        Weights are drawn, because those that a network has may hide what is wrong: a last layer that begins at zero, a
-        scale of 1e-5, sixteen bits. Where it does not run with such weights, it is to run with its own.
+        Weights are drawn. Where it does not run with such, they are to have its own dtypes, or to be its own.
         """
-        if sum([w.nbytes for w in self._leaves.values()]) > _COPIED:
+        if self._usual is None:
             self.uncompared = "its tensors are large"
             return None
-        drawn = {name: _drawn(self.module, name, w) for name, w in sorted(self._leaves.items())}
-        wide = {name: widen(w) if w.is_floating_point() else w for name, w in drawn.items()}
-        own = {name: drawn[name].to(w.dtype) for name, w in self._leaves.items()}
-        for tree, inputs in ((wide, widened(self._inputs)), (own, self._inputs), (self._leaves, self._inputs)):
+        own = {name: self._usual[0][name].to(w.dtype) for name, w in self._leaves.items()}
+        for each in (self._usual, (own, self._inputs), (self._leaves, self._inputs)):
+            tree, inputs = each
             network = narrowed(self.module, tree, {})[0]
             first, again = (self._outputs(network, inputs, seed) for seed in (0, 1))
             if isinstance(first, Failure) or isinstance(again, Failure) or not first:
@@ -262,7 +352,7 @@ class Trial:
             if unlike(first, again) or unequal(first, again, rounding(network, inputs)):
                 self.uncompared = "they depend on random numbers"
                 return None
-            return tree, inputs
+            return each
         self.uncompared = "they are no numbers"
         return None
 
@@ -327,22 +417,31 @@ class Trial:
         self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor]
     ) -> tuple[nn.Module, nn.Module, list[Stored]]:
         """The network with these tensors, with groups that are zero, and without them; and what no rule knows there."""
-        families, dead = [self.families[i] for i in chosen], dict(tree)
-        for family, count in zip(families, left, strict=True):
-            for name, where in family.items():
-                for along in [each for each in parts(where) if each.penalized]:
-                    rows = gather(dead[name], along).clone()
-                    rows[count:] = 0
+        dead, given = self._dead(chosen, left, tree)
+        return narrowed(self.module, dead, {})[0], *self._narrowed(given)
+
+    def _narrowed(self, tree: dict[str, Tensor]) -> tuple[nn.Module, list[Stored]]:
+        return narrowed(self.module, as_given(self.module, tree), self._rules, self._inside_heads)
+
+    def _dead(
+        self, chosen: Sequence[int], left: Sequence[int], tree: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """These tensors with groups that are zero, and without them."""
+        dead, copied = dict(tree), set[str]()
+        for i, count in zip(chosen, left, strict=True):
+            alive = torch.arange(self.counts[i], device="cpu") < count
+            for name, along in [(name, each) for name, where in self.families[i].items() for each in parts(where)]:
+                if along.penalized:
                     # As it lies in memory, for a view of a weight that is computed from it.
-                    dead[name] = torch.empty_like(dead[name]).copy_(scatter(rows, dead[name], along))
-        given = as_given(self.module, without(dead, families, left, self._round_to))
-        return narrowed(self.module, dead, {})[0], *narrowed(self.module, given, self._rules, self._inside_heads)
+                    w = dead[name] if name in copied else dead[name].detach().clone()
+                    gone = (~within(alive, w, along)).nonzero()[:, 0]
+                    dead[name] = w.index_fill_(along.dim, gone.to(w.device), 0)
+                    copied.add(name)
+        return dead, without(dead, [self.families[i] for i in chosen], left, self._round_to)
 
     def _compared(self, whole: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with self._written_down() as numbers:
-                agreement = Agreement(whole, inputs)
+        with self._written_down() as numbers:
+            agreement = _quiet(Agreement, whole, inputs)
         return lambda: self._unequal(agreement, smaller, numbers)
 
     def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
@@ -460,6 +559,13 @@ class _Numbers(TorchFunctionMode):
 
 #: Functions that compute with whole numbers, where others take them for sizes and dimensions.
 _ARITHMETIC = re.compile("mul|div|pow|tensor|full")
+
+
+def _quiet(made: type[Agreement], *args: Any) -> Agreement:
+    """What networks give without a warning: those were given when the network itself ran."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return made(*args)
 
 
 def _shown(numbers: Sequence[float]) -> str:

@@ -84,7 +84,7 @@ LAYERS = [
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
     ["leafwise", "masks"],
-    ["graphs", "rounding", "rows", "uses", "variations"],
+    ["batches", "graphs", "rounding", "rows", "uses", "variations"],
     ["coarse", "settling", "steadiness"],
     [
         "annealing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 
 import pytest
@@ -26,7 +27,7 @@ from test_channels import (
 from torch import nn
 
 import funcreg as fr
-from funcreg import trying
+from funcreg import agreement, trying
 
 
 class Packed(nn.Module):
@@ -123,15 +124,15 @@ def test_a_rule_that_resized_takes_is_taken_before_training_too():
 
 def test_layers_that_are_alike_are_tried_together(monkeypatch):
     ran = []
-    real = trying.outputs
-    monkeypatch.setattr(trying, "outputs", lambda *args: (ran.append(1), real(*args))[1])
+    real = agreement.run
+    monkeypatch.setattr(agreement, "run", lambda *args, **kwargs: (ran.append(1), real(*args, **kwargs))[1])
     fr.channel_groups(network(lambda: GPT(6)), words(), rules={Packed: narrow})
-    # As it is, with drawn weights and two seeds, on inputs of four other sizes, without a half of each family, without
-    # one group, and with one left.
-    assert len(ran) == 10
+    # With groups that are zero and without them: a half of each family, also on inputs of four other sizes, one group,
+    # and all but one.
+    assert len(ran) == 14
     ran.clear()
     fr.channel_groups(network(lambda: GPT(6)), words())
-    assert len(ran) < 44  # Several numbers are tried for each of the few sets of families.
+    assert len(ran) < 34  # Several numbers are tried for each of the few sets of families.
 
 
 class _Wrapped(nn.Sequential):
@@ -577,18 +578,68 @@ def test_a_forward_that_goes_by_what_is_in_tensors_is_tried_out_too():
 
 def test_where_it_cannot_be_tried_out_that_is_noted():
     def run(net, x):
-        y = net.first(x)
-        if float(y.std(-1).max()) < 1e-9:
-            raise ArithmeticError("all features are the same")
-        return net.last(y.relu())
+        if net.first.weight.detach().cpu().numpy()[0, 0] != own:
+            raise ArithmeticError("it has other weights")
+        return net.last(net.first(x).relu())
 
     net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    own = net.first.weight.detach().cpu().numpy()[0, 0]
     groups = fr.channel_groups(net, seen)
     assert groups.counts == [8]
     assert groups.explain().endswith(
         "Not tried out, so that resized may refuse what is offered here: with other numbers in its weights Net fails "
-        "in its own forward: ArithmeticError: all features are the same"
+        "in its own forward: ArithmeticError: it has other weights"
     )
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_what_fails_where_all_features_are_the_same_is_tried_out_with_weights_that_are_drawn(holds):
+    def run(net, x):
+        y = net.first(x)
+        if float(y.std(-1).max()) < 1e-9:
+            raise ArithmeticError("all features are the same")
+        return net.last(y.relu()) + (y.shape[-1] < 8 and holds)
+
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert groups.counts == [8]
+    assert ("Not tried out" in groups.explain()) == holds
+
+
+def test_an_error_that_one_channel_makes_of_several_examples_is_seen():
+    def run(net, x):
+        y = net.first(x).relu()
+        less = y.squeeze(-1) - y  # Of one channel a square matrix, with the examples along both dimensions.
+        return net.last(y) + (less if y.shape[-1] == 1 else y.new_zeros(1)).sum(-1, keepdim=True)
+
+    net, seen = network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3))), vectors()
+    groups = fr.channel_groups(net, seen)
+    assert (groups.counts, groups.least) == ([8], [2])
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_few_examples_are_enough_of_those_that_a_network_computes_with_apart(mixes):
+    def run(net, x):
+        seen.append(len(x))
+        y = net.first(x).relu()
+        return net.last(y - y.mean(0) if mixes else y)
+
+    seen, net = list[int](), network(lambda: Net(run, first=nn.Linear(5, 8), last=nn.Linear(8, 3)))
+    assert fr.channel_groups(net, vectors()).counts == [8]
+    few = 4 if mixes else 2
+    # As it is; with a half at zero and without it, on twice as many examples, on more features, which it does not take,
+    # on half as many examples, and on less features; without one; with one left.
+    assert seen == [4, *(4, 4), *(8, 8), 4, *(2, 2), few, *(few, few), *(4, 4)]
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()).item(), random.Random(0).random])
+def test_outputs_that_are_drawn_are_not_compared_whoever_draws_them(draw):
+    net = network(
+        lambda: Net(lambda net, x: net.last(net.first(x).relu()) + draw(), first=nn.Linear(5, 8), last=nn.Linear(8, 3))
+    )
+    groups = fr.channel_groups(net, vectors())
+    assert groups.counts == [8]
+    assert "Outputs were not compared, because they depend on random numbers" in groups.explain()
 
 
 @pytest.mark.parametrize("copied", [trying._COPIED, 0])

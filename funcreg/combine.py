@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -254,6 +255,32 @@ class MaskedState(NamedTuple):
     inner_state: State
 
 
+def as_seen(
+    extra: dict[str, Any], params: Params, narrow: Callable[[Any], Any], whole: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Extra arguments for a transform that sees parameters in another form: their gradient, and the objective of these.
+
+    Args:
+        extra: Extra arguments of `update`.
+        params: Parameters, and trees like them.
+        narrow: From those to what the transform sees.
+        whole: From that to parameters.
+    """
+    seen, grad, objective = dict(extra), extra.get("grad"), extra.get("value_fn")
+    if grad is not None and tree_paths(grad) == tree_paths(params):
+        seen["grad"] = narrow(grad)
+    if callable(objective):
+        # Its arguments are those of the objective, which a line search asks for.
+        call = functools.wraps(objective, updated=())
+        seen["value_fn"] = call(lambda point, *args, **others: objective(whole(point), *args, **others))
+    return seen
+
+
+def _of_chosen(extra: dict[str, Any], params: Params, bools: list[bool]) -> dict[str, Any]:
+    """Extra arguments for a transform of some leaves; for the objective the others are where they are."""
+    return as_seen(extra, params, lambda tree: keep(tree, bools), lambda chosen: merge(params, chosen, bools))
+
+
 @remembered
 def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = False) -> Transform:
     r"""Apply a transform to some leaves; the updates of the others pass.
@@ -264,7 +291,8 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         inner: Transform of the chosen leaves.
         mask: Tree of bools like the parameters, a prefix of one, or a function that makes it from parameters, such
             as `select("*.weight")`. True means apply.
-        mask_compatible_extra_args: Whether extra arguments that are trees like the parameters are masked too.
+        mask_compatible_extra_args: Whether extra arguments that are trees like the parameters are masked too. `grad`
+            always is, and of `value_fn` the other leaves are where they are.
 
     Raises:
         TypeError: The mask is a string, or has a leaf that is no bool; the message names it.
@@ -288,6 +316,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         if mask_compatible_extra_args:
             names = tree_paths(params)
             extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
+        extra = _of_chosen(extra, params, bools)
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **inner.accepted(extra))
         return merge(updates, new, bools), MaskedState(after)
 
@@ -366,7 +395,8 @@ def hold(inner: Transform, frozen: list[Choice]) -> Transform:
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         bools = held(params)
         free = [not h for h in bools]
-        new, after = inner.update(keep(updates, free), state, keep(params, free), **inner.accepted(extra))
+        extra = _of_chosen(inner.accepted(extra), params, free)
+        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
         return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
 
     return Transform(

@@ -642,7 +642,7 @@ def _check_after(tx: Transform, kind: str, later: list[Transform]) -> None:
 
 
 #: Arguments of wrappers that make no step downhill: sharpness-aware minimization climbs with this one.
-_CLIMBING = ("adv_optimizer",)
+CLIMBING = ("adv_optimizer",)
 
 
 def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform:
@@ -659,7 +659,7 @@ def _inside(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
             f"{tx!r} makes a step and lands in one, so that {kind} decay has no place between; {hint}, or take "
             "'coupled'"
         )
-    own = {} if call is None else {name: x for name, x in call.arguments.items() if name not in _CLIMBING}
+    own = {} if call is None else {name: x for name, x in call.arguments.items() if name not in CLIMBING}
     if call is None or not any(map(_steps, transforms_in(own))):
         raise ValueError(
             f"the learning rate inside {tx!r} is not to be seen; put with_weight_decay around the optimizer in it"
@@ -691,10 +691,11 @@ def _times(*rates: Hyper | Schedule) -> Hyper | Schedule:
 
 
 def parts_of(tx: Transform) -> list[Transform]:
-    """The transforms that a chain or a wrapper was made of."""
+    """The transforms that a chain or a wrapper was made of, but for those with which it climbs."""
     if tx.links:
         return list(tx.links)
-    return [] if tx.made_by is None else transforms_in([tx.made_by.args, tx.made_by.kwargs])
+    given = {} if tx.made_by is None else tx.made_by.arguments
+    return transforms_in({name: x for name, x in given.items() if name not in CLIMBING})
 
 
 def every_part(tx: Transform) -> list[Transform]:

@@ -23,7 +23,7 @@ from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, sc
 from funcreg.plateau import as_value
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.transform import Transform, finite_nonnegative, positive, public_state
-from funcreg.tree import tree_leaves, tree_map
+from funcreg.tree import tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_batched, is_traced, without_levels
 
 
@@ -500,7 +500,8 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
     r"""A function for the value and the gradient of an objective that takes both from a line search's state.
 
     The last trial of a search is where the next update begins. Only before the first update, and where a value is not
-    finite, they are computed; where no number can be read, in an ensemble or compiled, they always are.
+    finite, they are computed; where no number can be read, in an ensemble or compiled, and where the search sees other
+    leaves, through a mask or in `flatten`, they always are.
 
     Args:
         value_fn: The objective, from parameters, and whatever else, to a scalar that does not change between steps.
@@ -527,11 +528,14 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
 
     def value_and_grad(params: Params, *args: Any, state: State, **kwargs: Any) -> tuple[Tensor, Updates]:
         found = _searches(state)
-        if len(found) != 1 or len(tree_leaves(found[0].grad)) != len(tree_leaves(params)):
+        if len(found) != 1:
             raise ValueError(
                 f"the state has {len(found)} line searches that store a gradient; expected one, as in that of lbfgs() "
                 "or scale_by_backtracking_linesearch(..., store_grad=True)"
             )
+        if not _is_like(found[0].grad, params):
+            grad, value = grad_and_value(value_fn)(params, *args, **kwargs)
+            return value, grad
         kept = found[0].value, tree_map(torch.clone, found[0].grad)
         known = found[0].value.isfinite()
         if _is_over(known):
@@ -540,6 +544,11 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
         return _select(known, kept, (value.to(kept[0].dtype), grad))
 
     return value_and_grad
+
+
+def _is_like(grad: Updates, params: Params) -> bool:
+    shapes = [[leaf.shape for leaf in tree_leaves(tree)] for tree in (grad, params)]
+    return tree_paths(grad) == tree_paths(params) and shapes[0] == shapes[1]
 
 
 def _searches(state: State) -> list[Any]:

@@ -380,7 +380,7 @@ def _start(flat: Flat, tensors: Any) -> tuple[_State, Tensor, Tensor, Tensor]:
     else:
         rate = _curvature(flat, x, tensors, slope)
     is_flat = (slope == 0).all() & (rate == 0) & (x.shape[-1] > 0) & ~value.isnan()
-    rate = torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate))
+    rate = _in_reach(torch.where((rate > 0) & rate.isfinite(), rate, torch.ones_like(rate)), x, slope, metric)
     objective = value + flat.value(x, tensors)
     residual = torch.where(value.isnan(), value, _left(flat, x, slope, rate, metric, tensors))
     zero = torch.zeros_like(value, dtype=torch.int64)
@@ -402,6 +402,19 @@ def _first_rate(flat: Flat, tensors: Any, hessian: Tensor, metric: Tensor) -> Te
     held = flat.land(torch.full_like(metric, torch.finfo(metric.dtype).eps ** 2), one, metric, tensors) == 0
     left = flat.residual(torch.zeros_like(metric), torch.where(held, -1e30, 0.0).to(metric.dtype), tensors)
     return torch.where(held.any() & (left == 0), one, rate)
+
+
+def _in_reach(rate: Tensor, x: Tensor, slope: Tensor, metric: Tensor) -> Tensor:
+    """A rate whose step is short enough for numbers to tell what it adds to.
+
+    Where the curvature is nearly 0, as that of a smooth loss of quantiles between two samples, a step would otherwise
+    be so long that no number of halvings makes it short.
+    """
+    if not x.shape[-1]:
+        return rate
+    longest = x.abs().amax().clamp(min=1.0) / torch.finfo(x.dtype).eps
+    least = (slope / metric).abs().amax() / longest
+    return torch.where(least.isfinite(), torch.maximum(rate, least), rate)
 
 
 def _curvature(flat: Flat, x: Tensor, tensors: Any, slope: Tensor) -> Tensor:
@@ -495,7 +508,8 @@ def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple
 
     # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.
     places, slopes, objectives, residuals = (torch.stack(each) for each in zip(*map(reach, points), strict=True))
-    best, near, taken = chosen(s, s.residual, objectives, residuals)
+    # Of the least so far: steps may come nearer and go away again, and half of where they are may lie far uphill.
+    best, near, taken = chosen(s, s.best, objectives, residuals)
     z, slope, objective = (x.index_select(0, best)[0] for x in (places, slopes, objectives))
     after = _moved(flat, tensors, s, taken, z, slope, objective, s.rate, torch.zeros_like(taken))
     return after._replace(steps=s.steps, since=torch.where(taken, after.since, s.since)), near
@@ -629,8 +643,12 @@ def _jumped(
         after, _ = part_way(tensors, s, goal, descent.steps)
     after = _State(*after)
     if inside is None:
+        # Where a model was of no help, steps become no longer than those whose length is known.
+        known = s.rate * (s.metric / quadratic.metric).amax(-1)
+        stayed = (after.x == s.x).all(-1) & (s.steps > 0) & known.isfinite()
+        rate = torch.where(stayed, torch.maximum(quadratic.rate, known), quadratic.rate)
         after = after._replace(
-            rate=torch.where(s.done, s.rate, quadratic.rate),
+            rate=torch.where(s.done, s.rate, rate),
             metric=torch.where(s.done.unsqueeze(-1), s.metric, quadratic.metric),
         )
     return after, max(steps, 1), x.shape[-1]
@@ -731,7 +749,8 @@ def _model_minimum(
         part, rules = within(tensors, places)
         metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
         rate = _first_rate(part, tensors, hessian, metric)
-        made = Quadratic(x, slope, hessian, metric, torch.where((rate > 0) & rate.isfinite(), rate, 1.0))
+        rate = _in_reach(torch.where((rate > 0) & rate.isfinite(), rate, 1.0), x, slope, metric)
+        made = Quadratic(x, slope, hessian, metric, rate)
         return made, begin(made, rules)
 
     stepped, jumped = (

@@ -15,7 +15,7 @@ from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_t
 from funcreg.composition import Term, apart, composes
 from funcreg.constraint import Constraint
 from funcreg.construction import written
-from funcreg.decay import decay_of, every_part, parts_of
+from funcreg.decay import CLIMBING, decay_of, every_part, parts_of
 from funcreg.masks import keep, listed
 from funcreg.penalty import Penalty, Sum
 from funcreg.precision import with_master_weights, with_stochastic_rounding
@@ -48,6 +48,13 @@ class Entry:
 
     def argument(self, name: str) -> Any:
         return None if self.tx.made_by is None else self.tx.made_by.arguments.get(name)
+
+    @property
+    def is_climbing(self) -> bool:
+        """Whether it is part of what a wrapper goes uphill with, on purpose."""
+        inside = zip(self.around, (*self.around, self.tx)[1:], strict=True)
+        calls = [(outer.made_by, part) for outer, part in inside if outer.made_by is not None]
+        return any([call.arguments.get(name) is part for call, part in calls for name in CLIMBING])
 
     @property
     def penalty(self) -> Penalty | None:
@@ -259,12 +266,13 @@ def climbs(tx: Transform) -> bool:
 
 
 def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
-    if several and _climb([entry.tx for entry in links]):
+    downhill = [entry for entry in links if not entry.is_climbing]
+    if several and downhill and _climb([entry.tx for entry in downhill]):
         yield (
             "no link has a learning rate that turns the sign: applied as they are, updates go uphill. End with "
             "scale_by_learning_rate."
         )
-    turning = [entry for entry in links if _turns(entry.tx)]
+    turning = [entry for entry in downhill if _turns(entry.tx)]
     for i, entry in enumerate(turning):
         before = [each for each in turning[:i] if _meet(entry, each)]
         last = not any([_meet(entry, each) for each in turning[i + 1 :]])

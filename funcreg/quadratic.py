@@ -56,10 +56,14 @@ class Descent(NamedTuple):
 
 
 def diagonal_metric(hessian: Tensor) -> Tensor:
-    """The diagonal where it is positive, with a floor; ones where there is none."""
+    """The diagonal where it is positive, with a floor; ones where there is none, or one that loses small moves."""
     found = hessian.diagonal().abs()
     top = found.amax()
-    return torch.where(found.isfinite() & (top > 0), found.clamp(min=1e-6 * top), torch.ones_like(found))
+    return torch.where(
+        found.isfinite() & (top > torch.finfo(top.dtype).tiny ** 0.5),
+        found.clamp(min=1e-6 * top),
+        torch.ones_like(found),
+    )
 
 
 def convex(hessians: Tensor, moves: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, freeze, partition, pick
+from funcreg.combine import as_seen, chain, freeze, partition, pick
 from funcreg.construction import Call, remembered
 from funcreg.leafwise import (
     beside,
@@ -561,7 +561,8 @@ def flatten(inner: Transform) -> Transform:
         return inner.begin(_vector(params))
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
-        new, after = inner.update(_vector(updates), state, _vector(params), **inner.accepted(extra))
+        seen = as_seen(inner.accepted(extra), params, _vector, lambda vector: _unravelled(vector, params))
+        new, after = inner.update(_vector(updates), state, _vector(params), **seen)
         return _unravelled(new, updates), after
 
     def spread(choose: Choice | None) -> Choice | None:

@@ -124,6 +124,8 @@ def test_decay_is_for_steps_downhill_and_not_for_those_that_climb():
     climb = fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))
     decayed = fr.with_weight_decay(fr.sam(fr.adam(0.1), climb), "decoupled", 0.3)
     assert_equal(train(decayed, draw()), train(fr.sam(fr.adamw(0.1, weight_decay=0.3), climb), draw()))
+    with warnings.catch_warnings(action="error"):  # What a climb decays is no decay of where the descent goes.
+        fr.with_weight_decay(fr.sam(fr.sgd(0.1), fr.adamw(0.05, weight_decay=0.1)), "decoupled", 0.3)
     by_name = fr.with_weight_decay(fr.sam(adv_optimizer=fr.sgd(0.05), optimizer=fr.sgd(DOWN)), "corrected", 0.3)
     expected = fr.sam(fr.with_weight_decay(fr.sgd(DOWN), "corrected", 0.3), fr.sgd(0.05))
     assert_equal(train(by_name, draw()), train(expected, draw()))

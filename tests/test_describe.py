@@ -272,6 +272,10 @@ MISTAKEN = {
         lambda: fr.masked(fr.adam(0.1), HEAD),
         [r"masked\(adam.* makes steps downhill at some leaves.*: body.* would go uphill.*freeze"],
     ),
+    "a climb that turns the sign of a descent that does not": (
+        lambda: fr.sam(fr.chain(fr.scale_by_adam(), fr.clip(1.0)), fr.sgd(0.1)),
+        ["no link has a learning rate that turns the sign: .* go uphill"],
+    ),
     "a part that takes no steps": (
         lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.clip(1.0)}, {"head": "a", "body": "b"}),
         [r"partition.*: body.* would go uphill"],
@@ -382,6 +386,7 @@ RIGHT = [
     lambda: fr.adam(torch.tensor(0.0)),
     lambda: fr.adam(lambda count: [0.1, 0.0][int(count)]),  # Of steps that are not asked for it knows nothing.
     lambda: fr.adam(lambda count: 0.1 / (100 - count)),
+    lambda: fr.sam(fr.sgd(0.1), fr.chain(fr.scale_by_adam(), fr.clip(1.0))),
     lambda: fr.sam(fr.prox_sgd(0.1, fr.l1, mask=fr.matrices), fr.chain(fr.normalize_by_update_norm(), fr.sgd(0.05))),
     lambda: fr.proximal_step(fr.scale_by_adam(), SCHEDULE, fr.l1, strength=0.1, mask=fr.matrices),
     lambda: fr.chain(fr.monitor({"mean": fr.ema(0.9)}), fr.sgd(0.1), fr.soft_threshold(0.1)),

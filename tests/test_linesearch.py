@@ -97,6 +97,49 @@ def test_members_search_as_they_do_alone(make):
         assert_equal(fr.tree_map(lambda w, i=i: w[i], state), kept, rtol=1e-7, atol=1e-9)
 
 
+HELD = fr.select("y")
+SOME_LEAVES = {
+    "freeze": lambda tx: fr.chain(fr.freeze(HELD), tx),
+    "selective_transform": lambda tx: fr.selective_transform(tx, freeze_mask=HELD),
+    "partition": lambda tx: fr.partition({"x": tx, "y": fr.set_to_zero()}, {"x": "x", "y": "y"}),
+    "masks of extra arguments": lambda tx: fr.partition(
+        {"x": tx, "y": fr.set_to_zero()}, {"x": "x", "y": "y"}, mask_compatible_extra_args=True
+    ),
+}
+
+
+@every_search
+@pytest.mark.parametrize("around", SOME_LEAVES.values(), ids=SOME_LEAVES)
+def test_a_search_over_some_leaves_finds_what_one_of_these_alone_does(make, around):
+    params = start()
+    alone = lambda chosen, scale: scale * rosenbrock({"x": chosen["x"], "y": params["y"]})
+    expected, _ = descend(make(), alone, {"x": params["x"]}, 4, scale=torch.tensor(0.5))
+    found, _ = descend(around(make()), lambda p, scale: scale * rosenbrock(p), params, 4, scale=torch.tensor(0.5))
+    assert_close(found, {**expected, "y": params["y"]}, rtol=1e-12, atol=0)
+
+
+@every_search
+def test_a_search_over_a_vector_is_one_over_all_leaves(make):
+    expected, _ = descend(make(), rosenbrock, start(), 4)
+    assert_close(descend(fr.flatten(make()), rosenbrock, start(), 4)[0], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("around", "params"),
+    [(SOME_LEAVES["freeze"], start()), (fr.flatten, {"x": torch.ones(2, 2)})],
+    ids=["freeze", "flatten"],
+)
+def test_gradients_of_other_leaves_are_no_gradients_of_all(around, params):
+    f = lambda p: sum((leaf**2).sum() for leaf in fr.tree_leaves(p))
+    tx, value_and_grad = around(fr.lbfgs()), fr.value_and_grad_from_state(f)
+    state = tx.init(params)
+    for _ in range(2):
+        value, slope = value_and_grad(params, state=state)
+        assert_close((slope, value), grad_and_value(f)(params))
+        updates, state = tx.update(slope, state, params, value=value, grad=slope, value_fn=f)
+        params = fr.apply_updates(params, updates)
+
+
 def test_plain_code_stops_where_a_step_will_do_and_the_rest_of_masked_trials_is_left_out():
     calls = []
 

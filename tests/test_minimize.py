@@ -22,6 +22,7 @@ from torch.nn.functional import (
     huber_loss,
     mse_loss,
     smooth_l1_loss,
+    softplus,
 )
 
 import funcreg as fr
@@ -792,6 +793,23 @@ def test_where_a_loss_curves_downwards_models_have_minima_too():
     assert found.steps < 300  # With models that have no minima, more.
     each = vmap(lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x, y), mask=fr.select("a", "c")))
     assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [[3.0], [1.0, 3.0], [1.0, 2.0, 4.0]], ids=str)
+def test_losses_that_are_nearly_straight_between_samples_are_minimized(samples):
+    """Where the descent begins their curvature is down to 1e-260, and their gradient does not say how far to go."""
+    y = torch.tensor(samples, dtype=torch.float64, device=DEVICE)
+    widths = torch.tensor([0.03, 0.01, 0.005, 1 / 300, 1 / 600], dtype=torch.float64, device=DEVICE)
+
+    def loss(w, y, width):
+        return width * (softplus((w - y) / width) + softplus((y - w) / width)).sum()
+
+    solve = lambda width: fr.minimize(loss, zeros(), fr.l1, strength=0.5, args=(y, width))
+    found = vmap(solve)(widths)
+    assert found.converged.all(), found
+    slope = lambda w, width: torch.tanh((w - y) / (2 * width)).sum() + 0.5
+    assert torch.stack([slope(w, h) for w, h in zip(found.params, widths, strict=True)]).abs().max() < 1e-7
 
 
 # Penalties for which every zero is stationary

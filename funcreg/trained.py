@@ -66,6 +66,9 @@ class Model:
         seeds: int | Sequence[int],
         hyper: list[str],
     ) -> None:
+        for name, given in (("loss", loss), ("score", score)):
+            if isinstance(given, type) and issubclass(given, nn.Module):
+                raise TypeError(f"{name} is the class {given.__name__}; expected what it makes, {given.__name__}()")
         self.loss, self.score, self.hyper = loss, score, hyper
         self.maps_score = True  # Whether it is called by vmap, or for one member after the other.
         self.seeds = whole_seeds(seeds)

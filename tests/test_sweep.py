@@ -1018,6 +1018,10 @@ MISFITS = {
         {"loss": lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y)},
         r"the loss failed.*int64.*not classes: y.float\(\)",
     ),
+    "a class for a loss": (
+        {"loss": nn.CrossEntropyLoss},
+        r"loss is the class C.*expected what it makes, CrossEntropyLoss\(\)",
+    ),
     "whole inputs": ({"data": (data()[0].long(), data()[1])}, "the module failed on a batch.*int64: data at '0'"),
     "a splitter": ({"folds": KFold(3)}, r"folds is KFold.*expected a number, or pairs .* as list\(KFold"),
     "no hyperparameters": ({"grid": {}, "make": lambda rate: fr.sgd(rate)}, "grid names no .* 'rate'"),

@@ -497,7 +497,7 @@ class Penalty(Remembering):
         known = {p.name for p in self._hyper} | self._options
         unknown = [name for name in options if name not in known]
         if unknown:
-            hint = _other_name(unknown[0], known)
+            hint = _other_name(unknown[0], known) or self._of_two_strengths(unknown)
             if not hint and _STRENGTHS.intersection(unknown):
                 hint = f". {self._how_strong()}"
             raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{hint}")
@@ -507,6 +507,13 @@ class Penalty(Remembering):
         return takes + (f" and the keywords {', '.join(sorted(self._options))}" if self._options else "")
 
     def _how_strong(self) -> str:
+    def _of_two_strengths(self, names: Collection[str]) -> str:
+        """How `elastic` takes what Keras calls l1 and l2."""
+        if self.__name__ != "elastic" or not {"l1", "l2"}.issuperset(names):
+            return ""
+        call = "elastic(params, *elastic_from_keras(l1=1e-3, l2=1e-4))"
+        return f". Two strengths of their own become alpha and rho by a converter, as in {call}."
+
         name = self._as_called()
         return (
             f"Its strength is a factor, 1e-4 * {name}(params), also of the step, {name}.prox(params, 1e-4 * rate); or "

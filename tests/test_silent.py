@@ -599,6 +599,10 @@ MISWRITTEN = {
         r"got lam\. Its strength is a factor, 1e-4 \* l1",
     ),
     "one argument too many": (
+    "strengths of Keras": (
+        lambda: fr.elastic(LEAVES, l1=0.1, l2=0.2),
+        r"got l1, l2\. Two strengths .* elastic\(params, \*elastic_from_keras\(l1=1e-3, l2=1e-4\)\)",
+    ),
         lambda: fr.l1(LEAVES, 0.1),
         r"l1 takes no hyperparameters; got 1.* Its strength is a factor",
     ),

@@ -546,7 +546,7 @@ class Regularization:
             )
         moved = self._moved(optimizer)
         if not moved:
-            self._remarks.of_standing_still(self.steps)
+            self._remarks.of_standing_still(self.steps, all(self._seen[1]))
             return
         values, self.steps = self._values, self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])

@@ -106,14 +106,23 @@ class Remarks:
 
     # Of gradients and parameters
 
-    def of_standing_still(self, steps: int) -> None:
-        """Warn if no step had an effect so far."""
-        # None are chosen by mask=False, which is meant.
-        if steps == 0 and self._names.chosen and not self.said & {"replaced", "still"}:
+    def of_standing_still(self, steps: int, nothing_moves: bool) -> None:
+        """Warn of a step without effect if none had any so far, or if the optimizer moves nothing at all."""
+        # None are chosen by mask=False, which is meant, and layers may be frozen later on, while others are trained.
+        if not self._names.chosen or self.said & {"replaced", "still"}:
+            return
+        if steps == 0:
             self.said.add("still")
             warn_user(
                 f"{self._on!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or "
                 "did another hook of the optimizer, which came first, or the step itself set gradients to None?",
+            )
+        elif nothing_moves:
+            self.said.add("still")
+            warn_user(
+                f"{self._on!r} has no effect any more, after {steps} steps: no parameter of the optimizer has a "
+                "gradient. Is another model trained now, a copy or a resized one? Make an optimizer of its parameters, "
+                "and regularize that."
             )
 
     def of_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:

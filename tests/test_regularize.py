@@ -343,6 +343,22 @@ def test_one_without_any_gradient_is_said():
         optimizer.step()
 
 
+@pytest.mark.parametrize("freezes", [False, True], ids=["another model", "a layer is frozen"])
+def test_an_optimizer_whose_model_is_no_longer_trained_is_said_once(freezes, recwarn):
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    optimizer = optim.SGD(net.parameters(), 0.1)
+    fr.regularize(optimizer, fr.l1, module=net, mask=fr.select("0.weight"))
+    stepped(optimizer, *net.parameters())
+    optimizer.zero_grad()
+    for _ in range(2):
+        if freezes:
+            stepped(optimizer, *net[1].parameters())
+        optimizer.step()  # As where a copy of the module gets the gradients.
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (not freezes)
+    assert freezes or "no effect any more, after 1 steps: no parameter of the optimizer has a gradient" in said[0]
+
+
 def test_the_mask_false_means_what_it_says():
     w = weight(3)
     optimizer, before = optim.Adam([w], 0.1), w.detach().clone()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
+from funcreg.checks import shared_leaf
 from funcreg.construction import Call, written
 from funcreg.coupled import is_coupled, landed_by, linked, named_leaves, split_leaf
 from funcreg.denominators import (
@@ -376,6 +377,7 @@ class Regularization:
         self._check_names_are_held()
         with torch.no_grad():
             self._touched = touched = self._task.check(tree)
+            self._check_anchors()
             self._check_groups_are_whole()
             inner = self._task.inner(tree)
         found = [each & touched for each in linked(self._task.penalty, tree)]
@@ -383,6 +385,17 @@ class Regularization:
         self._linked = [each for each in found if each] + [{name} for name in sorted(alone)]
         self._compiled_rows = self._with_compiled_rows()
         return inner
+
+    def _check_anchors(self) -> None:
+        """Raise an error for a hyperparameter in the memory of a parameter, which moves along at every step."""
+        for part in self._task.term().parts():
+            name = shared_leaf(self._acted_on(), [*part.factors, *part.hyper])
+            if name is not None:
+                raise ValueError(
+                    f"{part.penalty.__name__} got a tensor that shares memory with parameter '{name}', as state_dict() "
+                    "and detach() give them: every step of the optimizer would move both. Give a copy, as by "
+                    "w.detach().clone() or copy.deepcopy(model.state_dict())."
+                )
 
     def _check_added(self) -> None:
         """The same after the optimizer got other parameters."""

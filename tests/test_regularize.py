@@ -1852,6 +1852,19 @@ def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
         fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
 
 
+def test_an_anchor_that_moves_along_with_the_parameters_is_refused():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    copied = copy.deepcopy(net.state_dict())
+    part = {name: w if name.startswith("1.") else copied[name] for name, w in net.state_dict().items()}
+    regularize = functools.partial(fr.regularize, module=net)
+    for shared in (net.state_dict(), {name: w.detach() for name, w in net.named_parameters()}, part):
+        for penalty, *anchor in [(fr.anchored_l2, shared), (fr.l1 + 0.1 * fr.anchored_l2.given(shared),)]:
+            with pytest.raises(ValueError, match=r"anchored_l2 got a tensor that shares memory with parameter '\d"):
+                regularize(torch.optim.SGD(net.parameters(), lr=0.1), penalty, *anchor)
+    regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.anchored_l2, copied)
+    regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.anchored_l2, part, mask=fr.select("0.*"))
+
+
 def test_parameters_that_the_module_no_longer_has_are_said():
     net = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(net.parameters())

@@ -425,6 +425,19 @@ def test_names_come_from_the_optimizer_where_it_has_them():
     assert "1 of 2" in repr(fr.regularize(optimizer, fr.l1, mask=fr.select("bias")))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_name_of_the_module_that_the_optimizer_was_not_given_is_told(frozen):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(not frozen)
+    optimizer = optim.SGD(net[1].parameters(), 0.1)
+    said = r"'0\.weight'\) matches no leaf; .* has 0\.weight, 0\.bias, too, which the optimizer was not given"
+    said += " and which are frozen" if frozen else r"\."
+    with pytest.raises(ValueError, match=said):
+        fr.regularize(optimizer, fr.l1, module=net, mask=fr.select("0.weight"))
+    with pytest.raises(ValueError, match=r"is not in module, .* a part of a module the whole, and a mask such as sel"):
+        fr.regularize(optim.SGD(net.parameters(), 0.1), fr.l1, module=net[0])
+
+
 class Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

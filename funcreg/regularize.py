@@ -513,6 +513,8 @@ class Regularization:
         self._check_groups(optimizer, waits=any(map(callable, [*args[1:], *kwargs.values()])))
         if self.steps == 0:
             self._remarks.of_uninitialized(optimizer)
+            if self._task.rule.source is not None:
+                self._remarks.note_rows(self._acted_on())
         if note is not None or self._inner is not None:
             with torch.no_grad():
                 for w in self._names.penalized().values():
@@ -570,6 +572,8 @@ class Regularization:
         looks = due and (self._remarks.waits or has_numbers(self._penalized(moved)))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
+        if self.steps == 1:
+            self._remarks.of_lost_rows(self._acted_on(), type(optimizer).__name__)
         if looks:
             self._remarks.of_zeros(self._penalized(self._leaves), self._task, optimizer.param_groups, self.steps)
             self._remarks.of_dead(self._leaves, self._task, self.steps, self._call(optimizer))

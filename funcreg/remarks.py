@@ -43,6 +43,7 @@ class Remarks:
         self.said = set[str]()
         self.waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._pace: list[Any] = []
+        self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step.
 
     # Of a new penalty
 
@@ -168,6 +169,27 @@ class Remarks:
                 "optimizer.state.clear() after this step, or begin with fused=False or a smaller init_scale."
             )
 
+    def note_rows(self, acted_on: dict[str, Tensor]) -> None:
+        """Note which rows of embeddings are not zero before the first step, for `of_lost_rows`."""
+        if self._names.module is None or is_compiling():
+            return
+        tables = {m.weight for m in self._names.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        plain = {name: w for name, w in acted_on.items() if w in tables and type(w) is nn.Parameter}
+        self._rows = {name: (w.detach() != 0).any(1) for name, w in plain.items()}
+
+    def of_lost_rows(self, acted_on: dict[str, Tensor], kind: str) -> None:
+        """Warn of rows of embeddings that the first step made zero because its batch had nothing of them."""
+        for name, before in self._rows.items():
+            w = acted_on[name]
+            lost = int((before & _without_gradient(w) & (w == 0).all(1)).sum())
+            if lost:
+                warn_user(
+                    f"{lost} of {len(w)} rows of '{name}', an embedding, became zero in the first step of {self._on!r}:"
+                    f" they had no gradient yet, and {kind} divides by no more than eps there. Leave it out, as by "
+                    f"mask=matrices & ~select('{name}'), or bound the step, as by max_step=1.0."
+                )
+        self._rows = {}
+
     def of_never_moved(self, names: set[str], steps: int, call: str) -> None:
         """Warn of leaves that share groups with others, and never had a gradient in many steps."""
         if names:
@@ -258,6 +280,14 @@ def say_composed(mine: Task, theirs: Task, shared: dict[str, Tensor]) -> None:
     warn_user(
         f"'{next(iter(shared))}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
     )
+
+
+def _without_gradient(w: Tensor) -> Tensor:
+    """Which rows of a matrix have a gradient of zeros, or none in a sparse one."""
+    g, nothing = w.grad, torch.ones(len(w), dtype=torch.bool, device=w.device)
+    if g is None:
+        return ~nothing  # The step has left it where it was.
+    return nothing.index_fill_(0, g.coalesce().indices()[0], False) if g.is_sparse else (g == 0).all(1)
 
 
 def _is_meant(task: Task) -> bool:

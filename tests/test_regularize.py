@@ -866,6 +866,30 @@ def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():
 # Strengths that change
 
 
+@pytest.mark.parametrize(("make", "options", "lost"), [
+    (optim.Adam, {}, 4),
+    (optim.Adagrad, {}, 4),
+    (optim.Adagrad, {"sparse": True}, 4),
+    (optim.Adam, {"max_step": 1.0}, 0),
+    (optim.Adam, {"mask": fr.matrices & ~fr.select("0.weight")}, 0),
+    (optim.SGD, {}, 0),
+])  # fmt: skip
+def test_rows_of_an_embedding_that_go_to_zero_for_want_of_a_gradient_are_said(make, options, lost, recwarn):
+    options, sparse = dict(options), options.get("sparse", False)
+    options.pop("sparse", None)
+    net = nn.Sequential(nn.Embedding(8, 2, padding_idx=7, sparse=sparse), nn.Linear(2, 1)).to("cpu")
+    optimizer = make(net.parameters(), 1e-2)
+    fr.regularize(optimizer, fr.l1, module=net, **{"strength": 1e-4, **options})
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.tensor([0, 2, 4])).sum().backward()
+        optimizer.step()
+    assert (net[0].weight == 0).all(1).sum() == 1 + lost  # That of padding is zero from the beginning.
+    said = [str(each.message) for each in recwarn if "an embedding" in str(each.message)]
+    assert len(said) == bool(lost)
+    assert not lost or "4 of 8 rows of '0.weight', an embedding, became zero in the first step of" in said[0]
+
+
 def test_a_strength_in_a_tensor_is_read_at_every_step():
     w, strength = weight(3), torch.tensor(0.0)
     optimizer = optim.SGD([w], 0.1)

@@ -563,6 +563,7 @@ class Regularization:
         if not moved:
             self._remarks.of_standing_still(self.steps, all(self._seen[1]))
             return
+        self._remarks.of_moving()
         values, self.steps = self._values, self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         due = self.steps in _LOOKS or self.steps % _AGAIN == 0

@@ -28,6 +28,8 @@ from funcreg.undocumented import is_compiling
 
 #: Penalties whose gradient is a decay to zero.
 _RIDGES = ("l2", "half_l2")
+#: Steps without any gradient after which it is said: more than a critic takes between two of its generator.
+_IDLE = 20
 
 
 class Remarks:
@@ -43,6 +45,7 @@ class Remarks:
         self.said = set[str]()
         self.waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._pace: list[Any] = []
+        self._idle = 0  # In how many steps, up to now, the optimizer has moved nothing.
         self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step.
 
     # Of a new penalty
@@ -108,7 +111,7 @@ class Remarks:
     # Of gradients and parameters
 
     def of_standing_still(self, steps: int, nothing_moves: bool) -> None:
-        """Warn of a step without effect if none had any so far, or if the optimizer moves nothing at all."""
+        """Warn of a step without effect if none had any so far, or of many in which the optimizer moves nothing."""
         # None are chosen by mask=False, which is meant, and layers may be frozen later on, while others are trained.
         if not self._names.chosen or self.said & {"replaced", "still"}:
             return
@@ -118,13 +121,19 @@ class Remarks:
                 f"{self._on!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or "
                 "did another hook of the optimizer, which came first, or the step itself set gradients to None?",
             )
-        elif nothing_moves:
+            return
+        self._idle = self._idle + 1 if nothing_moves else 0
+        if self._idle == _IDLE:
             self.said.add("still")
             warn_user(
-                f"{self._on!r} has no effect any more, after {steps} steps: no parameter of the optimizer has a "
-                "gradient. Is another model trained now, a copy or a resized one? Make an optimizer of its parameters, "
-                "and regularize that."
+                f"{self._on!r} had no effect in any of {_IDLE} steps after the first {steps}: no parameter of the "
+                "optimizer had a gradient. Is another model trained now, a copy or a resized one? Make an optimizer of "
+                "its parameters, and regularize that."
             )
+
+    def of_moving(self) -> None:
+        """Note a step that has an effect."""
+        self._idle = 0
 
     def of_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:
         """Warn of frozen parameters that the optimizer moves on, by a gradient that was left in them."""

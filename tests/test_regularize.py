@@ -343,20 +343,27 @@ def test_one_without_any_gradient_is_said():
         optimizer.step()
 
 
-@pytest.mark.parametrize("freezes", [False, True], ids=["another model", "a layer is frozen"])
-def test_an_optimizer_whose_model_is_no_longer_trained_is_said_once(freezes, recwarn):
+@pytest.mark.parametrize(("between", "said"), [
+    ("nothing", True),  # As where a copy of the module gets the gradients.
+    ("steps of a layer that is not frozen", False),
+    ("a gradient at every fifth step", False),  # As a critic takes its steps between two of a generator.
+])  # fmt: skip
+def test_an_optimizer_whose_model_is_no_longer_trained_is_said_once(between, said, recwarn):
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
     optimizer = optim.SGD(net.parameters(), 0.1)
-    fr.regularize(optimizer, fr.l1, module=net, mask=fr.select("0.weight"))
+    fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("0.weight"))
     stepped(optimizer, *net.parameters())
     optimizer.zero_grad()
-    for _ in range(2):
-        if freezes:
+    for k in range(45):
+        if between.startswith("steps"):
             stepped(optimizer, *net[1].parameters())
-        optimizer.step()  # As where a copy of the module gets the gradients.
-    said = [str(warning.message) for warning in recwarn]
-    assert len(said) == (not freezes)
-    assert freezes or "no effect any more, after 1 steps: no parameter of the optimizer has a gradient" in said[0]
+        elif between.startswith("a gradient") and not k % 5:
+            stepped(optimizer, *net.parameters())
+        optimizer.zero_grad()
+        optimizer.step()
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == said
+    assert not said or "in any of 20 steps after the first 1: no parameter of the optimizer had a" in messages[0]
 
 
 def test_the_mask_false_means_what_it_says():

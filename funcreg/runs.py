@@ -18,6 +18,7 @@ from funcreg.grids import Config, Split, grouped
 from funcreg.leafwise import apply_updates
 from funcreg.lowering import say_once
 from funcreg.masks import listed
+from funcreg.mistakes import climbs
 from funcreg.notices import warn_user
 from funcreg.rounding import signed
 from funcreg.trained import Model, Splits, Uses
@@ -163,7 +164,13 @@ class Run:
                 raise TypeError(f"{name} returned {tx!r} with {self.configs[row]}; expected a Transform.{hint}")
             takes += [name for name in FOR_ANY if name not in takes and tx.accepts(name)]
             if not place:
-                self._tell_unread(tx, config, uses.found)
+                if climbs(tx):
+                    warn_user(
+                        f"the factory makes {tx!r}, which has no learning rate that turns the sign, so that members go "
+                        "uphill. End it with scale_by_learning_rate(lr)."
+                    )
+                else:
+                    self._tell_unread(tx, config, uses.found)
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.
                 batch = next(self.splits.batches(0, self.device))
                 one = tree_map(lambda x: x[0], batch) if self.folds > 1 else batch

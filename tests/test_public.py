@@ -136,9 +136,9 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
-    ["groups", "projections", "regularizing", "spectral", "sweep", "trying"],
+    ["groups", "projections", "regularizing", "spectral", "trying"],
     [
         "averaging",
         "certificates",
@@ -156,9 +156,9 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
-    ["remarks"],
+    ["remarks", "runs"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["path"],
+    ["path", "sweep"],
 ]
 
 

@@ -456,6 +456,12 @@ def test_a_hyperparameter_that_the_factory_leaves_out_is_told():
         fr.sweep(plain, F.cross_entropy, make, grid, data(), epochs=1, **options)
 
 
+def test_a_chain_that_leads_uphill_is_told():
+    make = lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(lr))
+    with pytest.warns(UserWarning, match=r"makes chain\(.*\), which has no learning rate .* members go uphill"):
+        fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 0.2]}, data(), epochs=1)
+
+
 @pytest.mark.skipif(
     "while True" not in inspect.getsource(nn.init._no_grad_trunc_normal_),
     reason="this torch draws once, which vmap maps",

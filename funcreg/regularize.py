@@ -297,6 +297,14 @@ class Regularization:
             "which is read at every step, and change it in place, or a schedule."
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is private, and refuse what would have no effect, such as `handle.mask = ...`."""
+        if not name.startswith("_") and name not in ("steps", "strength"):
+            raise AttributeError(
+                f"{name} of {self!r} cannot be set: nothing would read it. remove() this, and call regularize again."
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """What a handle does not have; where it is taken for its optimizer, the error says so."""
         hint = ""

@@ -1962,6 +1962,11 @@ def test_a_strength_is_not_set_from_outside():
     with pytest.raises(AttributeError, match=r"the strength of .* is not set from outside. Give .* a tensor"):
         handle.strength = 1.0
     assert handle.strength == 0.5
+    for name in ("mask", "penalty", "lam"):
+        with pytest.raises(
+            AttributeError, match=rf"{name} of regularize\(SGD, l1, .* cannot be set: nothing would read"
+        ):
+            setattr(handle, name, fr.matrices)
 
 
 @pytest.mark.parametrize("name", ["step", "zero_grad", "param_groups", "add_param_group"])

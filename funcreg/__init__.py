@@ -1,5 +1,7 @@
 """Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from funcreg.annealing import (
     cubic_ramp_schedule as cubic_ramp_schedule,
     cyclic_schedule as cyclic_schedule,
@@ -488,6 +490,7 @@ from funcreg.precision import (
     with_master_weights as with_master_weights,
     with_stochastic_rounding as with_stochastic_rounding,
 )
+from funcreg.spelling import unknown_name as _unknown_name
 from funcreg.selection import (
     no_bias_norm_embed as no_bias_norm_embed,
     select as select,
@@ -523,3 +526,9 @@ from funcreg.arithmetic import (
 )
 
 __version__ = "0.1.0"
+
+if not _TYPE_CHECKING:  # A type checker would take any name for one that is here.
+
+    def __getattr__(name: str) -> object:
+        """The error for a name that is not here, which says what it is called instead."""
+        raise AttributeError(_unknown_name(name, globals()), name=name)

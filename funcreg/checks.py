@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Updates
 from funcreg.tree import dotted, flatten, kind_of, leaves_like, map_with_path, tree_leaves, tree_paths
+from funcreg.undocumented import is_traced, is_transformed
 
 #: The dtypes that arithmetic is defined in: eight-bit floats are for storage, and complex32 has few operators.
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
@@ -24,6 +25,25 @@ def check_params(params: Any, name: str = "params") -> None:
         fits = isinstance(leaf, Tensor) and leaf.dtype in _NUMBERS and leaf.layout is torch.strided
         if not fits or type(leaf) in _LAZY:
             map_with_path(lambda path, leaf: _check_leaf(leaf_name(name, dotted(path)), leaf), params)
+
+
+def shared_leaf(params: Params, others: Any) -> str | None:
+    """The name of a leaf that lies in memory where one of some other tensors does, as those of a `state_dict` do.
+
+    Such a tensor moves along with a parameter that is written into, and is no anchor of it. Nothing is known of tensors
+    whose memory cannot be seen here and now: sharded, traced and batched ones.
+    """
+    tensors = [x for x in tree_leaves(others) if isinstance(x, Tensor) and x.ndim]
+    if not tensors or is_traced() or is_transformed(lambda: tensors):
+        return None
+    places = {x.data_ptr(): name for name, x in zip(tree_paths(params), tree_leaves(params), strict=True) if _lies(x)}
+    return next((places[x.data_ptr()] for x in tensors if _lies(x) and x.data_ptr() in places), None)
+
+
+def _lies(x: Any) -> bool:
+    """Whether a tensor has memory of its own kind, at an address that is known."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.layout is torch.strided and x.device.type != "meta"
+    return plain and x.numel() > 0
 
 
 def leaf_name(tree: str, path: str) -> str:

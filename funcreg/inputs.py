@@ -191,6 +191,7 @@ def explained(loss: Callable[..., Any]) -> Callable[..., Any]:
             if followed:
                 raise TypeError(followed) from error
             cause = _under_vmap(error) or misfit(error, {"params": params, "args": args}, loss)
+            cause = cause or _of_inputs(error, loss)
             if not cause:
                 raise
             raise TypeError(f"the loss failed: {first_line(error)}. {cause}") from error
@@ -207,6 +208,18 @@ def _held_and_followed(error: Exception, loss: Any) -> str:
     return (
         f"{what} vmap, or a derivative of torch.func, follows: what it holds is a constant to the solver. Let it take "
         "that after params, and give it in args=(...)."
+    )
+
+
+def _of_inputs(error: Exception, loss: Any) -> str:
+    """Why a module, or a loss of torch, fails that was given for a loss of parameters, if that is the cause."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    known = isinstance(loss, torch.nn.Module) or str(getattr(loss, "__module__", "")).startswith("torch.nn")
+    if not known or not isinstance(error, (TypeError, AttributeError)):
+        return ""
+    return (
+        f"{name} takes inputs, and no parameters; expected a function of the parameters, as lambda params, x, y: "
+        "F.mse_loss(functional_call(model, params, (x,)), y)."
     )
 
 

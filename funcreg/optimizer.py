@@ -125,6 +125,15 @@ class Optimizer(torch.optim.Optimizer):
         # What compiles a training loop leaves the step out, which compiles its own.
         self._advance: Any = torch.compiler.disable(self._update)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and refuse what stands in param groups, as `optimizer.strength = ...` has no effect."""
+        if name in vars(self).get("_names", ()):
+            raise AttributeError(
+                f"{name} cannot be set as an attribute, which nothing reads: it stands in each param group, as in "
+                f"optimizer.param_groups[0][{name!r}] = {value!r}"
+            )
+        super().__setattr__(name, value)
+
     # Groups
 
     @torch.no_grad()

@@ -39,6 +39,8 @@ class ParameterNames:
                 raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
             if tied := self._tied():
                 raise ValueError(f"{error}. Tied parameters go by their first name: {listed(tied)}.") from error
+            if lacking := self._lacking():
+                raise ValueError(f"{error}. The module has {lacking}.") from error
             raise
         # In the order of leaves, which is that of sorted keys.
         self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
@@ -49,6 +51,13 @@ class ParameterNames:
         every = [] if self.module is None else self.module.named_parameters(remove_duplicate=False)
         pairs = [(plain_names((name,))[0], self.names[w]) for name, w in every if w in self.names]
         return [f"{again} is {first}" for again, first in pairs if again != first]
+
+    def _lacking(self) -> str:
+        """What parameters the module has that the optimizer does not hold, for an error."""
+        every = {} if self.module is None else dict(self.module.named_parameters())
+        lost = {name: w for name, w in every.items() if w not in self.names}
+        why = " and which are frozen" if not any([w.requires_grad for w in lost.values()]) else ""
+        return f"{listed(plain_names(tuple(lost)))}, too, which the optimizer was not given{why}" if lost else ""
 
     def _own(self, mask: Mask) -> Mask:
         """A mask by the names of the module as one by the names here."""
@@ -112,7 +121,10 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
         for j, w in enumerate(group["params"]):
             if module is not None and w not in known:
                 some = any([x in known for each in optimizer.param_groups for x in each["params"]])
-                several = " For an optimizer of several modules give one that holds them, module=ModuleList([a, b])."
+                several = (
+                    " For an optimizer of several modules give one that holds them, module=ModuleList([a, b]); for a "
+                    "part of a module the whole, and a mask such as select('encoder.*')."
+                )
                 raise ValueError(
                     f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
                     f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.checks import check_alike, check_params, fits
+from funcreg.checks import check_alike, check_params, fits, leaf_name, shared_leaf
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.construction import Remembering
 from funcreg.descent import approach, check_inner_steps
@@ -27,6 +27,7 @@ from funcreg.leafwise import (
     without_autocast,
 )
 from funcreg.masks import keep, mask_leaves, merge
+from funcreg.notices import warn_user
 from funcreg.ranges import check_range, check_sign, concrete, flags
 from funcreg.tree import dotted, flatten, map_with_path, tree_leaves, tree_map
 from funcreg.undocumented import dynamo_asks, is_compiling
@@ -206,6 +207,8 @@ class Penalty(Remembering):
         values, options = self.bind(*hyper, **options)
         check_params(params)
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        if values:
+            _say_shared(self, chosen, values)
         return self._value(chosen, *values, **options)
 
     @without_autocast
@@ -381,6 +384,8 @@ class Penalty(Remembering):
         values, options = self.bind(*hyper, **options)
         check_params(params)
         chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        if values:
+            _say_shared(self, chosen, values)
         own = self.weigh(chosen, weights, *values, **options)
         if self._weighted is not None:
             return self._weighted(chosen, own, *values, **options)
@@ -497,10 +502,17 @@ class Penalty(Remembering):
         known = {p.name for p in self._hyper} | self._options
         unknown = [name for name in options if name not in known]
         if unknown:
-            hint = _other_name(unknown[0], known)
+            hint = _other_name(unknown[0], known) or self._of_two_strengths(unknown)
             if not hint and _STRENGTHS.intersection(unknown):
                 hint = f". {self._how_strong()}"
             raise TypeError(f"{self._takes()}; got {', '.join(unknown)}{hint}")
+
+    def _of_two_strengths(self, names: Collection[str]) -> str:
+        """How `elastic` takes what Keras calls l1 and l2."""
+        if self.__name__ != "elastic" or not {"l1", "l2"}.issuperset(names):
+            return ""
+        call = "elastic(params, *elastic_from_keras(l1=1e-3, l2=1e-4))"
+        return f". Two strengths of their own become alpha and rho by a converter, as in {call}."
 
     def _takes(self) -> str:
         takes = f"{self.__name__} takes {', '.join(p.name for p in self._hyper) or 'no hyperparameters'}"
@@ -626,6 +638,19 @@ _ELSEWHERE = {"l1_ratio": "rho", "lam": "alpha", "lambda_": "alpha", "axis": "di
 def _other_name(name: str, known: Collection[str]) -> str:
     own = _ELSEWHERE.get(name)
     return f". {name} of other libraries is {own} here." if own in known else ""
+
+
+def _say_shared(penalty: Penalty, params: Params, values: tuple[Hyper, ...]) -> None:
+    """Warn of an anchor in the memory of parameters of a module, which moves along where these are written into."""
+    if all([isinstance(value, (int, float)) for value in values]) or not torch.is_grad_enabled():
+        return
+    name = shared_leaf(params, values)
+    if name is not None and any([type(w) is torch.nn.Parameter and w.requires_grad for w in tree_leaves(params)]):
+        warn_user(
+            f"{penalty.__name__} got a tensor that shares memory with {leaf_name('params', name)}, as state_dict() and "
+            "detach() give them: an optimizer that writes into the parameter moves both, and the penalty has no effect "
+            "on it. Give a copy, as by w.detach().clone() or copy.deepcopy(model.state_dict())."
+        )
 
 
 def _single(weights: Hyper) -> bool:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
+from funcreg.checks import shared_leaf
 from funcreg.construction import Call, written
 from funcreg.coupled import is_coupled, landed_by, linked, named_leaves, split_leaf
 from funcreg.denominators import (
@@ -297,6 +298,14 @@ class Regularization:
             "which is read at every step, and change it in place, or a schedule."
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is private, and refuse what would have no effect, such as `handle.mask = ...`."""
+        if not name.startswith("_") and name not in ("steps", "strength"):
+            raise AttributeError(
+                f"{name} of {self!r} cannot be set: nothing would read it. remove() this, and call regularize again."
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         """What a handle does not have; where it is taken for its optimizer, the error says so."""
         hint = ""
@@ -377,6 +386,7 @@ class Regularization:
         self._check_names_are_held()
         with torch.no_grad():
             self._touched = touched = self._task.check(tree)
+            self._check_anchors()
             self._check_groups_are_whole()
             inner = self._task.inner(tree)
         found = [each & touched for each in linked(self._task.penalty, tree)]
@@ -384,6 +394,17 @@ class Regularization:
         self._linked = [each for each in found if each] + [{name} for name in sorted(alone)]
         self._compiled_rows = self._with_compiled_rows()
         return inner
+
+    def _check_anchors(self) -> None:
+        """Raise an error for a hyperparameter in the memory of a parameter, which moves along at every step."""
+        for part in self._task.term().parts():
+            name = shared_leaf(self._acted_on(), [*part.factors, *part.hyper])
+            if name is not None:
+                raise ValueError(
+                    f"{part.penalty.__name__} got a tensor that shares memory with parameter '{name}', as state_dict() "
+                    "and detach() give them: every step of the optimizer would move both. Give a copy, as by "
+                    "w.detach().clone() or copy.deepcopy(model.state_dict())."
+                )
 
     def _check_added(self) -> None:
         """The same after the optimizer got other parameters."""
@@ -501,6 +522,8 @@ class Regularization:
         self._check_groups(optimizer, waits=any(map(callable, [*args[1:], *kwargs.values()])))
         if self.steps == 0:
             self._remarks.of_uninitialized(optimizer)
+            if self._task.rule.source is not None:
+                self._remarks.note_rows(self._acted_on())
         if note is not None or self._inner is not None:
             with torch.no_grad():
                 for w in self._names.penalized().values():
@@ -547,8 +570,9 @@ class Regularization:
             )
         moved = self._moved(optimizer)
         if not moved:
-            self._remarks.of_standing_still(self.steps)
+            self._remarks.of_standing_still(self.steps, all(self._seen[1]))
             return
+        self._remarks.of_moving()
         values, self.steps = self._values, self.steps + 1
         differentiable = any([group.get("differentiable", False) for group in optimizer.param_groups])
         due = self.steps in _LOOKS or self.steps % _AGAIN == 0
@@ -558,6 +582,8 @@ class Regularization:
         looks = due and (self._remarks.waits or has_numbers(self._penalized(moved)))
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
+        if self.steps == 1:
+            self._remarks.of_lost_rows(self._acted_on(), type(optimizer).__name__)
         if looks:
             self._remarks.of_zeros(self._penalized(self._leaves), self._task, optimizer.param_groups, self.steps)
             self._remarks.of_dead(self._leaves, self._task, self.steps, self._call(optimizer))

@@ -28,6 +28,8 @@ from funcreg.undocumented import is_compiling
 
 #: Penalties whose gradient is a decay to zero.
 _RIDGES = ("l2", "half_l2")
+#: Steps without any gradient after which it is said: more than a critic takes between two of its generator.
+_IDLE = 20
 
 
 class Remarks:
@@ -43,6 +45,8 @@ class Remarks:
         self.said = set[str]()
         self.waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._pace: list[Any] = []
+        self._idle = 0  # In how many steps, up to now, the optimizer has moved nothing.
+        self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step.
 
     # Of a new penalty
 
@@ -106,15 +110,30 @@ class Remarks:
 
     # Of gradients and parameters
 
-    def of_standing_still(self, steps: int) -> None:
-        """Warn if no step had an effect so far."""
-        # None are chosen by mask=False, which is meant.
-        if steps == 0 and self._names.chosen and not self.said & {"replaced", "still"}:
+    def of_standing_still(self, steps: int, nothing_moves: bool) -> None:
+        """Warn of a step without effect if none had any so far, or of many in which the optimizer moves nothing."""
+        # None are chosen by mask=False, which is meant, and layers may be frozen later on, while others are trained.
+        if not self._names.chosen or self.said & {"replaced", "still"}:
+            return
+        if steps == 0:
             self.said.add("still")
             warn_user(
                 f"{self._on!r} has no effect on this step: none of its parameters has a gradient. Are they frozen, or "
                 "did another hook of the optimizer, which came first, or the step itself set gradients to None?",
             )
+            return
+        self._idle = self._idle + 1 if nothing_moves else 0
+        if self._idle == _IDLE:
+            self.said.add("still")
+            warn_user(
+                f"{self._on!r} had no effect in any of {_IDLE} steps after the first {steps}: no parameter of the "
+                "optimizer had a gradient. Is another model trained now, a copy or a resized one? Make an optimizer of "
+                "its parameters, and regularize that."
+            )
+
+    def of_moving(self) -> None:
+        """Note a step that has an effect."""
+        self._idle = 0
 
     def of_frozen(self, optimizer: Optimizer, params: list[Tensor]) -> None:
         """Warn of frozen parameters that the optimizer moves on, by a gradient that was left in them."""
@@ -158,6 +177,27 @@ class Remarks:
                 f"has left uninitialized in {len(begins)} parameters, whatever was in memory: numbers, or NaN. Call "
                 "optimizer.state.clear() after this step, or begin with fused=False or a smaller init_scale."
             )
+
+    def note_rows(self, acted_on: dict[str, Tensor]) -> None:
+        """Note which rows of embeddings are not zero before the first step, for `of_lost_rows`."""
+        if self._names.module is None or is_compiling():
+            return
+        tables = {m.weight for m in self._names.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        plain = {name: w for name, w in acted_on.items() if w in tables and type(w) is nn.Parameter}
+        self._rows = {name: (w.detach() != 0).any(1) for name, w in plain.items()}
+
+    def of_lost_rows(self, acted_on: dict[str, Tensor], kind: str) -> None:
+        """Warn of rows of embeddings that the first step made zero because its batch had nothing of them."""
+        for name, before in self._rows.items():
+            w = acted_on[name]
+            lost = int((before & _without_gradient(w) & (w == 0).all(1)).sum())
+            if lost:
+                warn_user(
+                    f"{lost} of {len(w)} rows of '{name}', an embedding, became zero in the first step of {self._on!r}:"
+                    f" they had no gradient yet, and {kind} divides by no more than eps there. Leave it out, as by "
+                    f"mask=matrices & ~select('{name}'), or bound the step, as by max_step=1.0."
+                )
+        self._rows = {}
 
     def of_never_moved(self, names: set[str], steps: int, call: str) -> None:
         """Warn of leaves that share groups with others, and never had a gradient in many steps."""
@@ -249,6 +289,14 @@ def say_composed(mine: Task, theirs: Task, shared: dict[str, Tensor]) -> None:
     warn_user(
         f"'{next(iter(shared))}' lands by {before.title()}, and then by {after.title()}: where it ends {ends}. {remedy}"
     )
+
+
+def _without_gradient(w: Tensor) -> Tensor:
+    """Which rows of a matrix have a gradient of zeros, or none in a sparse one."""
+    g, nothing = w.grad, torch.ones(len(w), dtype=torch.bool, device=w.device)
+    if g is None:
+        return ~nothing  # The step has left it where it was.
+    return nothing.index_fill_(0, g.coalesce().indices()[0], False) if g.is_sparse else (g == 0).all(1)
 
 
 def _is_meant(task: Task) -> bool:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from funcreg.construction import held_tensors, tells_all
 from funcreg.draws import Draws
 from funcreg.grids import Config, Split, grouped
 from funcreg.leafwise import apply_updates
 from funcreg.lowering import say_once
+from funcreg.masks import listed
+from funcreg.mistakes import climbs
+from funcreg.notices import warn_user
 from funcreg.rounding import signed
-from funcreg.trained import Model, Splits
+from funcreg.trained import Model, Splits, Uses
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import tree_leaves, tree_map
 
@@ -145,7 +149,8 @@ class Run:
             hint = f"The hyperparameters {names} come as 0-dim tensors; static= names those that have to be numbers of"
             hint = f". {hint} Python"
             try:
-                tx: Any = self.make(**{name: config[name] for name in self.names.make})
+                with Uses(config) as uses:
+                    tx: Any = self.make(**{name: config[name] for name in self.names.make})
             except ValueError as error:
                 hint = hint if "tensor(" in str(error) and "whole number" in str(error) else ""
                 raise ValueError(f"with {self.configs[row]}: {error}{hint}") from error
@@ -159,6 +164,13 @@ class Run:
                 raise TypeError(f"{name} returned {tx!r} with {self.configs[row]}; expected a Transform.{hint}")
             takes += [name for name in FOR_ANY if name not in takes and tx.accepts(name)]
             if not place:
+                if climbs(tx):
+                    warn_user(
+                        f"the factory makes {tx!r}, which has no learning rate that turns the sign, so that members go "
+                        "uphill. End it with scale_by_learning_rate(lr)."
+                    )
+                else:
+                    self._tell_unread(tx, config, uses.found)
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.
                 batch = next(self.splits.batches(0, self.device))
                 one = tree_map(lambda x: x[0], batch) if self.folds > 1 else batch
@@ -171,6 +183,17 @@ class Run:
                         self.model.check_score(known, held)
                 self.model.tell_unused(known)
         return takes
+
+    def _tell_unread(self, tx: Transform, config: Config, used: set[str]) -> None:
+        """Warn of hyperparameters that the factory takes, and of which nothing is in what it makes."""
+        held = {id(x) for x in held_tensors(tx)}
+        given = [name for name in self.names.make if isinstance(config[name], Tensor)]
+        unread = [name for name in given if name not in used and id(config[name]) not in held]
+        if unread and tells_all(tx):
+            warn_user(
+                f"the factory makes {tx!r}, in which there is nothing of {listed(unread)}, which the grid has: members "
+                "that differ in nothing else are alike. Hand it on, as in lambda lr: fr.adamw(lr), or leave it out."
+            )
 
     def _group(self, shared: Config, size: int, takes: list[str]) -> Group:
         make, model, names = self.make, self.model, self.names

@@ -25,7 +25,7 @@ from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, raised_in
 
 
-class _Uses(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """A context that tells which of some tensors any function of torch takes."""
 
     def __init__(self, tensors: Config) -> None:
@@ -66,6 +66,9 @@ class Model:
         seeds: int | Sequence[int],
         hyper: list[str],
     ) -> None:
+        for name, given in (("loss", loss), ("score", score)):
+            if isinstance(given, type) and issubclass(given, nn.Module):
+                raise TypeError(f"{name} is the class {given.__name__}; expected what it makes, {given.__name__}()")
         self.loss, self.score, self.hyper = loss, score, hyper
         self.maps_score = True  # Whether it is called by vmap, or for one member after the other.
         self.seeds = whole_seeds(seeds)
@@ -254,7 +257,7 @@ class Model:
         rows = "a batch" if name == "data" else "rows of validation"
         device = tree_leaves(params)[0].device
         before, zero = _generators(device), torch.zeros((), dtype=torch.int64, device=device)
-        with Draws(zero, zero) as draws, _Uses(hyper) as uses:
+        with Draws(zero, zero) as draws, Uses(hyper) as uses:
             try:
                 args = arguments()
             except (RuntimeError, TypeError) as error:

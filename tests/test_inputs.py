@@ -161,6 +161,14 @@ WRONG = {
         "params and 2 more",
     ),
     "no function": (lambda: fr.minimize(torch.nn.MSELoss, start(), fr.l1), "expected a function of the parameters"),
+    "a module for a loss": (
+        lambda: fr.minimize(torch.nn.Linear(10, 1), start(), fr.l1, args=tensors()),
+        r"failed: TypeError.*Linear takes inputs, and no parameters; expected .*functional_call\(model, params",
+    ),
+    "a loss of torch": (
+        lambda: fr.regularization_path(mse_loss, {"w": start()}, fr.l1, args=tensors()[:1]),
+        "mse_loss takes inputs, and no parameters",
+    ),
     "params of numpy": (lambda: fr.minimize(squares, np.zeros(10), fr.l1, args=tensors()), r"torch.as_tensor"),
     "a loader": (
         lambda: fr.cross_validate(squares, start(), fr.l1, data=DataLoader(TensorDataset(*tensors()))),

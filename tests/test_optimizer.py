@@ -1161,3 +1161,13 @@ def test_a_mask_that_chooses_nothing_in_any_group_is_refused_and_nothing_is_chan
     model.bias.grad = None  # Also where not all of the group have begun.
     with pytest.raises(ValueError, match=r"matches no leaf; the leaves are bias, weight"):
         optimizer.step()
+
+
+def test_values_of_groups_are_not_set_as_attributes():
+    optimizer = fr.Optimizer(network().named_parameters(), lasso, lr=0.1, strength=0.2, compile=False)
+    with pytest.raises(
+        AttributeError, match=r"in each param group, as in optimizer\.param_groups\[0\]\['strength'\] = 1"
+    ):
+        optimizer.strength = 1.0
+    optimizer.epoch = 3  # What others keep there is theirs.
+    assert optimizer.param_groups[0]["strength"] == 0.2

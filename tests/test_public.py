@@ -16,6 +16,7 @@ import torch
 from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, TRANSFORMS
 
 import funcreg as fr
+from funcreg import spelling
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and not inspect.ismodule(value)}
@@ -77,7 +78,7 @@ def test_penalties_look_like_functions():
 LAYERS = [
     [
         *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
-        *("notices", "tree", "undocumented"),
+        *("notices", "spelling", "tree", "undocumented"),
     ],
     ["attention", "cones", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
@@ -135,9 +136,9 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "runs", "separable"],
+    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
-    ["groups", "projections", "regularizing", "spectral", "sweep", "trying"],
+    ["groups", "projections", "regularizing", "spectral", "trying"],
     [
         "averaging",
         "certificates",
@@ -155,9 +156,9 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
-    ["remarks"],
+    ["remarks", "runs"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["path"],
+    ["path", "sweep"],
 ]
 
 
@@ -191,6 +192,30 @@ def test_only_one_module_asks_torch_whether_something_is_compiled():
     """What it says is true in all threads while one of them compiles: `undocumented.is_compiling` knows of this one."""
     asking = {path.stem for path in (ROOT / "funcreg").glob("*.py") if "compiler.is_compiling" in path.read_text()}
     assert asking == {"undocumented"}
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("ElasticNet", r"has no attribute 'ElasticNet'\. Is it elastic\?"),
+    ("prox_adamw", r"Is it prox_adam, with weight_decay="),
+    ("AdamW", r"Is it adamw\?"),
+    ("group_laso", r"Is it group_lasso\?"),
+    ("resizings", r"'resizings'$"),  # And not a module that is called nearly so.
+    ("_private", r"'_private'$"),
+])  # fmt: skip
+def test_names_of_others_are_told_what_they_are_here(name, said):
+    with pytest.raises(AttributeError, match=said):
+        getattr(fr, name)
+
+
+def test_pictures_are_told_where_they_are():
+    said = spelling.unknown_name("plot", {})  # Of a process that has not imported the module.
+    assert said.endswith("Pictures are a module of their own: from funcreg import plot.")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), spelling._ELSEWHERE.items())
+def test_what_is_said_of_names_of_others_is_here(theirs, ours):
+    assert re.match(r"\w+", ours)[0] in PUBLIC  # pyright: ignore[reportOptionalSubscript]
+    assert not hasattr(fr, theirs)
 
 
 def test_torch_and_optree_are_all_it_needs():

@@ -343,6 +343,29 @@ def test_one_without_any_gradient_is_said():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("between", "said"), [
+    ("nothing", True),  # As where a copy of the module gets the gradients.
+    ("steps of a layer that is not frozen", False),
+    ("a gradient at every fifth step", False),  # As a critic takes its steps between two of a generator.
+])  # fmt: skip
+def test_an_optimizer_whose_model_is_no_longer_trained_is_said_once(between, said, recwarn):
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    optimizer = optim.SGD(net.parameters(), 0.1)
+    fr.regularize(optimizer, fr.l1, strength=1e-3, module=net, mask=fr.select("0.weight"))
+    stepped(optimizer, *net.parameters())
+    optimizer.zero_grad()
+    for k in range(45):
+        if between.startswith("steps"):
+            stepped(optimizer, *net[1].parameters())
+        elif between.startswith("a gradient") and not k % 5:
+            stepped(optimizer, *net.parameters())
+        optimizer.zero_grad()
+        optimizer.step()
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == said
+    assert not said or "in any of 20 steps after the first 1: no parameter of the optimizer had a" in messages[0]
+
+
 def test_the_mask_false_means_what_it_says():
     w = weight(3)
     optimizer, before = optim.Adam([w], 0.1), w.detach().clone()
@@ -407,6 +430,19 @@ def test_names_come_from_the_optimizer_where_it_has_them():
     model = nn.Linear(4, 3)
     optimizer = optim.SGD(model.named_parameters(), 0.1)
     assert "1 of 2" in repr(fr.regularize(optimizer, fr.l1, mask=fr.select("bias")))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_name_of_the_module_that_the_optimizer_was_not_given_is_told(frozen):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(not frozen)
+    optimizer = optim.SGD(net[1].parameters(), 0.1)
+    said = r"'0\.weight'\) matches no leaf; .* has 0\.weight, 0\.bias, too, which the optimizer was not given"
+    said += " and which are frozen" if frozen else r"\."
+    with pytest.raises(ValueError, match=said):
+        fr.regularize(optimizer, fr.l1, module=net, mask=fr.select("0.weight"))
+    with pytest.raises(ValueError, match=r"is not in module, .* a part of a module the whole, and a mask such as sel"):
+        fr.regularize(optim.SGD(net.parameters(), 0.1), fr.l1, module=net[0])
 
 
 class Wrapper(nn.Module):
@@ -835,6 +871,30 @@ def test_sparse_gradients_are_those_of_a_table_whose_other_rows_have_none():
 
 
 # Strengths that change
+
+
+@pytest.mark.parametrize(("make", "options", "lost"), [
+    (optim.Adam, {}, 4),
+    (optim.Adagrad, {}, 4),
+    (optim.Adagrad, {"sparse": True}, 4),
+    (optim.Adam, {"max_step": 1.0}, 0),
+    (optim.Adam, {"mask": fr.matrices & ~fr.select("0.weight")}, 0),
+    (optim.SGD, {}, 0),
+])  # fmt: skip
+def test_rows_of_an_embedding_that_go_to_zero_for_want_of_a_gradient_are_said(make, options, lost, recwarn):
+    options, sparse = dict(options), options.get("sparse", False)
+    options.pop("sparse", None)
+    net = nn.Sequential(nn.Embedding(8, 2, padding_idx=7, sparse=sparse), nn.Linear(2, 1)).to("cpu")
+    optimizer = make(net.parameters(), 1e-2)
+    fr.regularize(optimizer, fr.l1, module=net, **{"strength": 1e-4, **options})
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.tensor([0, 2, 4])).sum().backward()
+        optimizer.step()
+    assert (net[0].weight == 0).all(1).sum() == 1 + lost  # That of padding is zero from the beginning.
+    said = [str(each.message) for each in recwarn if "an embedding" in str(each.message)]
+    assert len(said) == bool(lost)
+    assert not lost or "4 of 8 rows of '0.weight', an embedding, became zero in the first step of" in said[0]
 
 
 def test_a_strength_in_a_tensor_is_read_at_every_step():
@@ -1836,6 +1896,19 @@ def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
         fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
 
 
+def test_an_anchor_that_moves_along_with_the_parameters_is_refused():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
+    copied = copy.deepcopy(net.state_dict())
+    part = {name: w if name.startswith("1.") else copied[name] for name, w in net.state_dict().items()}
+    regularize = functools.partial(fr.regularize, module=net)
+    for shared in (net.state_dict(), {name: w.detach() for name, w in net.named_parameters()}, part):
+        for penalty, *anchor in [(fr.anchored_l2, shared), (fr.l1 + 0.1 * fr.anchored_l2.given(shared),)]:
+            with pytest.raises(ValueError, match=r"anchored_l2 got a tensor that shares memory with parameter '\d"):
+                regularize(torch.optim.SGD(net.parameters(), lr=0.1), penalty, *anchor)
+    regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.anchored_l2, copied)
+    regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.anchored_l2, part, mask=fr.select("0.*"))
+
+
 def test_parameters_that_the_module_no_longer_has_are_said():
     net = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(net.parameters())
@@ -1889,6 +1962,11 @@ def test_a_strength_is_not_set_from_outside():
     with pytest.raises(AttributeError, match=r"the strength of .* is not set from outside. Give .* a tensor"):
         handle.strength = 1.0
     assert handle.strength == 0.5
+    for name in ("mask", "penalty", "lam"):
+        with pytest.raises(
+            AttributeError, match=rf"{name} of regularize\(SGD, l1, .* cannot be set: nothing would read"
+        ):
+            setattr(handle, name, fr.matrices)
 
 
 @pytest.mark.parametrize("name", ["step", "zero_grad", "param_groups", "add_param_group"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 import threading
@@ -598,6 +599,10 @@ MISWRITTEN = {
         lambda: fr.l1.grad(LEAVES, lam=0.1),
         r"got lam\. Its strength is a factor, 1e-4 \* l1",
     ),
+    "strengths of Keras": (
+        lambda: fr.elastic(LEAVES, l1=0.1, l2=0.2),
+        r"got l1, l2\. Two strengths .* elastic\(params, \*elastic_from_keras\(l1=1e-3, l2=1e-4\)\)",
+    ),
     "one argument too many": (
         lambda: fr.l1(LEAVES, 0.1),
         r"l1 takes no hyperparameters; got 1.* Its strength is a factor",
@@ -713,6 +718,28 @@ def test_a_step_names_frozen_parameters_that_it_would_move():
         step.init({name: w for name, w in params.items() if w.requires_grad})
         step.init({name: w.detach() for name, w in params.items()})  # Of gradients by torch.func.
         step.init({"w": torch.ones(2, requires_grad=True), "anchor": torch.ones(2)})
+
+
+# Anchors that move along
+
+
+@pytest.mark.parametrize(
+    "penalty", [lambda anchor: fr.anchored_l1.given(anchor), lambda anchor: 2 * fr.anchored_l2.given(anchor)]
+)
+def test_an_anchor_in_the_memory_of_parameters_that_are_trained_is_said(penalty):
+    model = nn.Linear(3, 2).to("cpu")
+    params, shared = dict(model.named_parameters()), model.state_dict()
+    with pytest.warns(UserWarning, match=r"shares memory with params 'weight', .* moves both"):
+        penalty({**shared, "bias": torch.zeros(2)})(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty(copy.deepcopy(shared))(params)
+        penalty({**shared, "weight": torch.zeros(2, 3)})(params, mask=fr.matrices)  # The bias is left out.
+        penalty(shared)(shared)  # As in functional loops, which begin where the anchor is, and write into nothing.
+        torch.func.grad(penalty(shared))(params)
+        torch.compile(lambda params: penalty(shared)(params), backend="eager", fullgraph=True)(params)
+        with torch.no_grad():
+            assert penalty(shared)(params) == 0
 
 
 # While another thread compiles, nothing here is compiled

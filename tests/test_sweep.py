@@ -437,6 +437,31 @@ def test_a_hyperparameter_that_nothing_takes_is_told():
         fr.sweep(plain, scaled, fr.sgd, grid, data(), epochs=1)
 
 
+def test_a_hyperparameter_that_the_factory_leaves_out_is_told():
+    grid = {"lr": [0.1, 0.2], "strength": [0.0, 0.1]}
+    with pytest.warns(UserWarning, match=r"makes prox_sgd\(0.1, l1, .*nothing of lr, which the grid has: members"):
+        fr.sweep(
+            plain,
+            F.cross_entropy,
+            lambda lr, strength: fr.prox_sgd(0.1, fr.l1, strength=strength),
+            grid,
+            data(),
+            epochs=1,
+        )
+    for make, options in (
+        (lambda lr, strength: prox(0.5 * lr, strength), {}),
+        (lambda lr, strength: fr.chain(fr.add_decayed_weights(strength), fr.sgd(lambda count: lr)), {}),
+        (lambda lr, strength: prox(0.1 if lr > 0.15 else 0.2, strength), {"static": ["lr"]}),
+    ):
+        fr.sweep(plain, F.cross_entropy, make, grid, data(), epochs=1, **options)
+
+
+def test_a_chain_that_leads_uphill_is_told():
+    make = lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(lr))
+    with pytest.warns(UserWarning, match=r"makes chain\(.*\), which has no learning rate .* members go uphill"):
+        fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 0.2]}, data(), epochs=1)
+
+
 @pytest.mark.skipif(
     "while True" not in inspect.getsource(nn.init._no_grad_trunc_normal_),
     reason="this torch draws once, which vmap maps",
@@ -1017,6 +1042,10 @@ MISFITS = {
     "whole targets": (
         {"loss": lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y)},
         r"the loss failed.*int64.*not classes: y.float\(\)",
+    ),
+    "a class for a loss": (
+        {"loss": nn.CrossEntropyLoss},
+        r"loss is the class C.*expected what it makes, CrossEntropyLoss\(\)",
     ),
     "whole inputs": ({"data": (data()[0].long(), data()[1])}, "the module failed on a batch.*int64: data at '0'"),
     "a splitter": ({"folds": KFold(3)}, r"folds is KFold.*expected a number, or pairs .* as list\(KFold"),

@@ -98,6 +98,7 @@ LAYERS = [
         "factorizing",
         "families",
         "group_values",
+        "grouped",
         "inputs",
         "layers",
         "per_example",
@@ -136,7 +137,7 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "grouped", "lbfgs", "monitoring", "resizing", "separable"],
+    ["constraint", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "trying"],
     [

@@ -183,14 +183,15 @@ class Remarks:
         if self._names.module is None or is_compiling():
             return
         tables = {m.weight for m in self._names.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        plain = {name: w for name, w in acted_on.items() if w in tables and type(w) is nn.Parameter}
-        self._rows = {name: (w.detach() != 0).any(1) for name, w in plain.items()}
+        plain = {name: w.detach() for name, w in acted_on.items() if w in tables and type(w) is nn.Parameter}
+        self._rows = {name: (w != 0).any(1) for name, w in plain.items() if _is_readable(w)}
 
     def of_lost_rows(self, acted_on: dict[str, Tensor], kind: str) -> None:
         """Warn of rows of embeddings that the first step made zero because its batch had nothing of them."""
         for name, before in self._rows.items():
             w = acted_on[name]
-            lost = int((before & _without_gradient(w) & (w == 0).all(1)).sum())
+            lost = before & _without_gradient(w) & (w == 0).all(1)
+            lost = int(lost.sum()) if _is_readable(w.detach()) else 0
             if lost:
                 warn_user(
                     f"{lost} of {len(w)} rows of '{name}', an embedding, became zero in the first step of {self._on!r}:"

@@ -23,6 +23,7 @@ import pytest
 import torch
 from cases import DEVICE, assert_equal, cpu_only, normal
 from hypothesis import assume, given
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -481,6 +482,28 @@ def test_a_step_does_not_wait_for_the_first_call_of_another():
             stopping.go.set()
 
     in_threads(first, second)
+
+
+def test_functions_are_compiled_after_two_threads_have_recorded_at_the_same_time():
+    begun, ended = (threading.Event(), threading.Event()), (threading.Event(), threading.Event())
+
+    def record(mine: int) -> None:
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            begun[mine].set()
+            assert begun[1 - mine].wait(LONG)
+            assert not mine or ended[0].wait(LONG)  # The one that began first ends first.
+            return fr.tree_map(lambda g: -0.1 * g, grads), state
+
+        assert not mine or begun[0].wait(LONG)
+        step = fr.fuse(fr.Transform(lambda params: (), update), backend="eager")
+        step(*[step.init(square())[0], square(), ()])
+        ended[mine].set()
+
+    in_threads(lambda: record(0), lambda: record(1))
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(lambda x: x + 1, backend=counter, fullgraph=True)(torch.ones(2, device=DEVICE))
+    assert counter.frame_count == 1
+    assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
 @cpu_only
@@ -1024,6 +1047,7 @@ TAKEN = {
     "TensorGuards without a check": replaced(GUARDS, "TensorGuards", Other),
     "no dispatch modes": missing(MODES),
     "no TorchDispatchMode": without(MODES, "TorchDispatchMode"),
+    "no flags of dispatch modes": lambda patch: patch.setattr(undocumented._Modes, "NAMES", ()),
     "no proxies": missing(PROXIES),
     "no make_fx": _with_inductor(without(PROXIES, "make_fx")),
     "another make_fx": _with_inductor(changed(PROXIES, "make_fx")),

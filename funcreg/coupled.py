@@ -37,8 +37,8 @@ from funcreg.sharding import like, whole
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
 
-#: For each family what a rule of rows takes: its leaves, and what is like them, as matrices, and options.
-Matrices: TypeAlias = Iterable[tuple[list[Tensor], dict[str, Any]]]
+#: For each family its number, and what a rule of rows takes: leaves, and what is like them, as matrices, and options.
+Matrices: TypeAlias = Iterable[tuple[int, list[Tensor], dict[str, Any]]]
 #: From matrices, with a metric or without, a step and hyperparameters to the proximal point of each.
 LandRows: TypeAlias = Callable[[Matrices, Hyper, Sequence[Hyper]], Iterable[Tensor]]
 
@@ -94,7 +94,7 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
 
 def _each_landed(penalty: Penalty, matrices: Matrices, step: Hyper, hyper: Sequence[Hyper]) -> Iterator[Tensor]:
     """The proximal points of matrices, one after another."""
-    for (w, *h), options in matrices:
+    for _, (w, *h), options in matrices:
         yield penalty.prox(w, step, *hyper, metric=h[0] if h else None, **options)
 
 
@@ -152,7 +152,7 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
         bases = leaves if onto is None else tree_leaves(onto)
         results: list[Tensor | None] = [None] * len(leaves)
         numbers = [i for i, family in enumerate(found) if family]
-        made = f(([rows(column, found[i]) for column in columns], each(i, len(found), options)) for i in numbers)
+        made = f((i, [rows(column, found[i]) for column in columns], each(i, len(found), options)) for i in numbers)
         for i, own_rows in zip(numbers, made, strict=True):
             family = found[i]
             widths = [width_of(leaves[leaf], along) for leaf, along in family]
@@ -183,7 +183,7 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
     def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
         _shared(hyper)
         found = families(params)
-        slope = lambda matrices: (penalty.grad(w, *hyper, **own) for (w,), own in matrices)
+        slope = lambda matrices: (penalty.grad(w, *hyper, **own) for _, (w,), own in matrices)
         slopes = mapped(slope, found, params, onto=None, options=options)
         leaves, rebuild = flatten(params)
         return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
@@ -215,7 +215,7 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
     def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
         _shared((strength, *hyper))
         found = mapped(
-            lambda matrices: (penalty.residual(w, g, *hyper, strength=strength, **own) for (w, g), own in matrices),
+            lambda matrices: (penalty.residual(w, g, *hyper, strength=strength, **own) for _, (w, g), own in matrices),
             apart(params),
             params,
             grads,

@@ -291,7 +291,7 @@ class CompiledRows:
 
     def __init__(self, penalty: Penalty, backend: str = "inductor") -> None:
         self._penalty = penalty
-        self._options: Sequence[dict[str, Any]] = ()
+        self._options: dict[int, dict[str, Any]] = {}  # By the number of a family, which tells sets of them apart.
         self._in_metric = False
         self._numbers: _Numbers | None = None
         self._step = FusedStep(Transform(lambda rows: [], self._update), False, backend)
@@ -300,21 +300,24 @@ class CompiledRows:
         found = [*matrices]
         if not found:
             return []
-        tensors, self._options = zip(*found, strict=True)
-        rows = [w for w, *_ in tensors]
-        self._in_metric = len(tensors[0]) > 1
+        self._options = {number: options for number, _, options in found}
+        self._in_metric = len(found[0][1]) > 1
+        rows = {number: own[0] for number, own, _ in found}
         # What is not read stands for what is like the parameters.
-        metrics = [own[1] if self._in_metric else own[0].new_zeros(()).expand_as(own[0]) for own in tensors]
+        metrics = {n: own[1] if self._in_metric else own[0].new_zeros(()).expand_as(own[0]) for n, own, _ in found}
         if self._numbers is None:
-            self._numbers = _Numbers(1 + len(hyper), rows)
+            self._numbers = _Numbers(1 + len(hyper), [*rows.values()])
         self._numbers.read([step, *hyper])
-        return self._step(rows, metrics, self._numbers.tensors)[0]
+        landed, _ = self._step(rows, metrics, self._numbers.tensors)
+        return [landed[number] for number in rows]
 
     def _update(self, metrics: Params, numbers: list[Tensor], rows: Params) -> tuple[Params, list[Tensor]]:
         step, *hyper = numbers
-        landed = [
-            self._penalty.prox(w, step, *hyper, metric=h if self._in_metric else None, **options)
-            for w, h, options in zip(rows, metrics, self._options, strict=True)
-        ]
+        landed = {
+            number: self._penalty.prox(
+                w, step, *hyper, metric=metrics[number] if self._in_metric else None, **self._options[number]
+            )
+            for number, w in rows.items()
+        }
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         return compute(lambda w, z: z - w, rows, landed), numbers

@@ -1663,6 +1663,14 @@ def test_rows_that_are_landed_by_kernels_are_the_same(penalty, metric):
         assert [w.dtype for w in found.values()] == [w.dtype for w in params.values()]
 
 
+def test_kernels_of_rows_tell_families_of_one_shape_apart():
+    land, w = CompiledRows(fr.group_lasso, backend="eager"), weight(3, 4).detach()
+    for _ in range(2):
+        for number, weights in enumerate((None, "sqrt_size", torch.tensor([1.0, 2.0, 0.0]))):
+            (found,) = land([(number, [w], {"weights": weights})], 0.2, ())
+            assert_equal(found, fr.group_lasso.prox(w, 0.2, weights=weights), atol=1e-12)
+
+
 @pytest.mark.slow
 def test_a_compiled_step_tells_autograd_what_it_wrote():
     w = weight(6)

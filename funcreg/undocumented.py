@@ -41,6 +41,9 @@ class _Modes:
     )
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self.lock, self._count, self._before = threading.Lock(), 0, dict[str, bool]()
 
     def add(self, flags: dict[str, Any]) -> None:
@@ -55,17 +58,19 @@ class _Modes:
 
     def _put_back(self, flags: dict[str, Any]) -> None:
         flags.update(self._before)
-        tell = flags.get("set_is_in_mode_without_ignore_compile_internals")  # Guards have the last one, too.
-        if tell is not None and self.NAMES[-1] in self._before:
-            tell(self._before[self.NAMES[-1]])
+        tell = flags.get("set_is_in_mode_without_ignore_compile_internals")  # Guards of later versions have it, too.
+        found = self._before.get("_is_in_any_mode_without_ignore_compile_internals")
+        if tell is not None and found is not None:
+            tell(found)
 
     def forget(self) -> None:
         """In a child of the process, which has none of the other threads: begin anew."""
         if self._count:
             from torch.utils import _python_dispatch
 
-            self._put_back(vars(_python_dispatch))
-        self.__init__()
+            flags: Any = vars(_python_dispatch)
+            self._put_back(flags)
+        self._begin()
 
 
 _modes = _Modes()
@@ -82,16 +87,18 @@ def dispatch_mode() -> Any:
     from torch.utils import _python_dispatch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    flags: Any = vars(_python_dispatch)
+
     class Mode(TorchDispatchMode):
         def __enter__(self) -> Any:
             with _modes.lock:
-                _modes.add(vars(_python_dispatch))
+                _modes.add(flags)
                 return super().__enter__()
 
         def __exit__(self, *raised: Any) -> None:
             with _modes.lock:
                 super().__exit__(*raised)
-                _modes.drop(vars(_python_dispatch))
+                _modes.drop(flags)
 
     return Mode
 

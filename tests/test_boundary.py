@@ -101,8 +101,10 @@ def in_threads(*works: Callable[[], Any]) -> None:
     for thread in threads:
         thread.join(4 * LONG)
         assert not thread.is_alive()
-    tracing = torch.fx._symbolic_trace._is_fx_tracing_flag
-    torch.fx._symbolic_trace._is_fx_tracing_flag = False
+    flags: dict[str, Any] = vars(torch.fx._symbolic_trace)
+    tracing = flags.get("_is_fx_tracing_flag", False)  # Later versions have one for each thread.
+    if tracing:
+        flags["_is_fx_tracing_flag"] = False
     if raised:
         raise raised[0]
     assert not tracing, "from now on, torch takes every call of a compiled function for one inside a tracer"

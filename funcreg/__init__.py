@@ -124,8 +124,10 @@ from funcreg.families import (
     Along as Along,
 )
 from funcreg.fused import (
-    fuse as fuse,
     value_and_grad as value_and_grad,
+)
+from funcreg.fusing import (
+    fuse as fuse,
 )
 from funcreg.grids import (
     log_uniform as log_uniform,

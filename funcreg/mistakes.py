@@ -22,7 +22,7 @@ from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, scale_by_schedule, trace
-from funcreg.transform import Transform, at_step, raw_leaves
+from funcreg.transform import Transform, at_step, raw_leaves, stateless
 from funcreg.tree import tree_leaves, tree_paths
 
 
@@ -256,13 +256,17 @@ def _sign(tx: Transform) -> int:
 
 def _climb(parts: list[Transform]) -> bool:
     """Whether all of these transforms are known, and none of them turns the sign of a gradient."""
-    known = all([tx.made_by is not None and not (callable(tx.rate) and not _sign(tx)) for tx in parts])
-    return known and not any(map(_turns, parts))
+    return all(map(_is_known, parts)) and not any(map(_turns, parts))
+
+
+def _is_known(tx: Transform) -> bool:
+    """Whether a transform tells what it does to the sign of a gradient: a function of the user's own does not."""
+    return tx.made_by is not None and not made(tx, stateless) and not (callable(tx.rate) and not _sign(tx))
 
 
 def climbs(tx: Transform) -> bool:
     """Whether a transform is known to lead uphill, where its updates are applied as they are."""
-    return "steps" not in tx.stages and _climb(every_part(tx))
+    return "steps" not in tx.stages and not made(tx, set_to_zero) and _climb(every_part(tx))
 
 
 def _uphill(links: list[Entry], several: bool) -> Iterator[str]:

@@ -79,6 +79,7 @@ def test_between_its_turns_it_only_rises_or_only_falls(make):
         assert at_turns.amax() >= found.amax() - 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
 @every_schedule
 def test_it_prints_as_it_was_written_and_drives_strengths_thresholds_and_decays(make):
     schedule, params = make(0.3), draw()

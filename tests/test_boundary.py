@@ -31,6 +31,9 @@ import funcreg as fr
 from funcreg import plan as plans
 from funcreg import undocumented
 
+#: Links of a chain are fused here by themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
+
 #: Seconds in which anything that is not stuck has ended.
 LONG = 120
 

@@ -126,6 +126,7 @@ def test_leaves_that_share_memory_or_lie_in_more_of_it_are_saved_alone(through, 
     assert loaded["transposed"].stride() == tree["transposed"].stride()
 
 
+@pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
 @every_format
 def test_parameters_of_a_step_save_at_their_own_size(through, tmp_path):
     step = fr.fuse(CHAIN(), donate=True, backend="aot_eager")

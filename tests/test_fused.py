@@ -172,6 +172,29 @@ def test_a_state_of_another_chain_is_refused():
         fr.fuse(fr.sgd)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("make", [
+    fr.scale_by_adam,
+    lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.scale_by_adam(), fr.add_decayed_weights(0.01)),
+    lambda: fr.chain(fr.scale_by_rms(), fr.soft_threshold(0.1)),
+])  # fmt: skip
+def test_a_chain_that_goes_uphill_is_told(make):
+    with pytest.warns(UserWarning, match=r"fuse got .* uphill\. End it with scale_by_learning_rate"):
+        fr.fuse(make(), backend="eager")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: fr.chain(fr.scale_by_adam(), fr.scale(-0.1)),
+    lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda n: -0.1)),
+    lambda: fr.chain(fr.scale_by_adam(), fr.stateless(lambda updates, params: fr.tree_map(torch.neg, updates))),
+    lambda: fr.masked(fr.adamw(0.1), fr.matrices),
+    lambda: fr.inject_hyperparams(fr.adamw)(learning_rate=0.1),
+    fr.set_to_zero,
+    lambda: fr.Transform(lambda params: (), lambda updates, state, params: (updates, state)),
+])  # fmt: skip
+def test_a_chain_that_goes_downhill_or_that_nobody_knows_is_not(make):
+    fr.fuse(make(), backend="eager")
+
+
 def test_steps_record_no_history_also_for_parameters_that_require_grad():
     model = torch.nn.Linear(3, 2)
     step = fr.fuse(fr.sgd(0.1), backend="aot_eager")

@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 import funcreg as fr
 from funcreg import plan as plans
 
+#: Links of a chain are fused here by themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
+
 
 def plain(tx, params, grads, state, **extra):
     """The plain functions, on copies."""

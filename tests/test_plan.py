@@ -15,6 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import funcreg as fr
 from funcreg import grouping, plan
 
+#: Links of a chain are fused here by themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
+
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
 

@@ -157,7 +157,7 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
-    ["remarks", "runs"],
+    ["fusing", "remarks", "runs"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path", "sweep"],
 ]

@@ -186,6 +186,7 @@ def test_chains_made_inside_a_compiled_vmap_are_those_of_a_loop(names):
 PURE = ["sgd", "adamw", "prox_adam of groups", "chain", "partition", "apply_if_finite", "scale_by_learning_rate"]
 
 
+@pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")  # Wrappers of directions.
 # Steps of every transform with a backend that only runs graphs are in test_plan.py. What AOTAutograd makes of a graph
 # takes seconds, and differs by its operations: for some rows of all kinds.
 @pytest.mark.parametrize("name", PURE)

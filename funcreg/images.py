@@ -15,7 +15,7 @@ from funcreg.cones import back, backs, by_parts, dot, nearest, slope, slopes, tu
 from funcreg.leafwise import euclidean
 from funcreg.penalties import group_dims
 from funcreg.penalty import penalty
-from funcreg.spectral import whole
+from funcreg.singular_values import whole
 
 Dims: TypeAlias = int | tuple[int, ...] | None
 

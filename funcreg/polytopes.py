@@ -19,7 +19,7 @@ from funcreg.equations import solved
 from funcreg.grouped import grouped, ungrouped
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers, concrete
-from funcreg.spectral import as_matrix
+from funcreg.singular_values import as_matrix
 
 _AT_LEAST_0 = (0.0, math.inf)
 

@@ -85,7 +85,7 @@ LAYERS = [
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
     ["leafwise", "masks"],
-    ["batches", "graphs", "rounding", "rows", "uses", "variations"],
+    ["batches", "graphs", "rounding", "rows", "singular_values", "uses", "variations"],
     ["coarse", "settling", "steadiness"],
     [
         "annealing",
@@ -137,7 +137,7 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "lbfgs", "monitoring", "resizing", "separable"],
+    ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "trying"],
     [

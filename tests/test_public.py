@@ -157,7 +157,8 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
-    ["remarks", "runs"],
+    ["proximal_newton", "remarks", "runs"],
+    ["implicit"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path", "sweep"],
 ]

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from funcreg.lifting import (
+    penalty as penalty,
+)
 from funcreg.gradient_alone import (
     hoyer_square as hoyer_square,
     keras_orthogonal as keras_orthogonal,
@@ -229,7 +232,6 @@ from funcreg.penalties import (
 )
 from funcreg.penalty import (
     Penalty as Penalty,
-    penalty as penalty,
 )
 from funcreg.polytopes import (
     affine_set as affine_set,

@@ -12,8 +12,8 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.grouped import polar
 from funcreg.leafwise import sign, squared
+from funcreg.lifting import penalty
 from funcreg.penalties import Dim, group_dims
-from funcreg.penalty import penalty
 from funcreg.singular_values import as_matrix, matmul, of_values, on_values
 
 _AT_LEAST_0 = (0.0, math.inf)

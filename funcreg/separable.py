@@ -22,8 +22,9 @@ from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, sign, squared, total
+from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
-from funcreg.penalty import Penalty, penalty
+from funcreg.penalty import Penalty
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)

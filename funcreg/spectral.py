@@ -15,8 +15,9 @@ from funcreg.composition import varies
 from funcreg.constraint import constraint
 from funcreg.constraints import share, simplex_excess
 from funcreg.construction import remembered
+from funcreg.lifting import penalty
 from funcreg.penalties import l1, l2, shrunk
-from funcreg.penalty import Penalty, Sum, penalty
+from funcreg.penalty import Penalty, Sum
 from funcreg.separable import l0_envelope, l_half, l_two_thirds, mcp
 from funcreg.singular_values import as_matrix, decompose, matmul, of_values, on_values, one_per_matrix
 

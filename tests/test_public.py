@@ -84,7 +84,7 @@ LAYERS = [
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
-    ["leafwise", "masks"],
+    ["arguments", "leafwise", "masks"],
     ["batches", "graphs", "rounding", "rows", "singular_values", "uses", "variations"],
     ["coarse", "settling", "steadiness"],
     [
@@ -125,6 +125,7 @@ LAYERS = [
         "shards",
         "trees",
     ],
+    ["lifting"],
     [
         "coupled",
         "factories",

@@ -116,6 +116,7 @@ LAYERS = [
         "ensemble",
         "hyperparams",
         "noise",
+        "optimizer_hooks",
         "optimizer_state",
         "penalty",
         "plateau",
@@ -159,7 +160,8 @@ LAYERS = [
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
     ["proximal_newton", "remarks", "runs"],
-    ["implicit"],
+    ["implicit", "penalized_parameters"],
+    ["followed_steps"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path", "sweep"],
 ]

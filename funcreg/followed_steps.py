@@ -168,9 +168,7 @@ class FollowedSteps(PenalizedParameters):
                 found[i] = gain(groups[i], self._buffers[i])
         return found
 
-    def _land(
-        self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool = False
-    ) -> None:
+    def _land(self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool) -> None:
         task, groups = self._task, optimizer.param_groups
         tree, leaves = lambda leaves: {**leaves, **self._absent}, self._leaves
         # Without a look that makes an entry where there is none: the state stays what it was.

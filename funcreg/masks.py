@@ -150,9 +150,10 @@ def merge(tree: Any, kept: Any, mask: Sequence[bool]) -> Any:
     return rebuild([next(new) if here else leaf for leaf, here in zip(leaves, mask, strict=True)])
 
 
-def keep_if_given(tree: Params | None, mask: Mask | None, params: Params) -> Params | None:
-    """The leaves of a tree like the parameters that a mask keeps, if there is a tree."""
-    return tree if mask is None or tree is None else keep(tree, mask_leaves(mask, params))
+def kept_by(mask: Mask | None, params: Params, tree: Any = None) -> Any:
+    """The leaves of parameters, or of a tree like them, that a mask keeps; without a mask all of them."""
+    tree = params if tree is None else tree
+    return tree if mask is None else keep(tree, mask_leaves(mask, params))
 
 
 def on_mask(mask: Mask | None, params: Params, act: Callable[[Params], Params], rest: Params) -> Params:

@@ -23,7 +23,7 @@ from funcreg.leafwise import (
     times,
     without_autocast,
 )
-from funcreg.masks import keep, keep_if_given, mask_leaves, on_mask
+from funcreg.masks import kept_by, on_mask
 from funcreg.ranges import check_sign, flags
 from funcreg.tree import dotted, map_with_path, tree_leaves, tree_map
 from funcreg.undocumented import dynamo_asks, is_compiling
@@ -199,7 +199,7 @@ class Penalty(TakesHyper):
         self._check_given(params=params)
         values, options = self.bind(*hyper, **options)
         check_params(params)
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         if values:
             say_shared(self, chosen, values)
         return self._value(chosen, *values, **options)
@@ -251,11 +251,11 @@ class Penalty(TakesHyper):
 
         def act(chosen: Params) -> Params:
             own = self.weigh(chosen, step, *values, **options) if self.weighable else step
-            h = keep_if_given(metric, mask, params)
-            if h is None:
+            if metric is None:
                 return self._proximal(chosen, own, *values, **options)
             # Where nothing holds an entry, 0 / 0 would hide that no step is taken; -0.0 would turn the step around. Its
             # inverse is far from overflow, so that rules may sum it.
+            h = kept_by(mask, params, metric)
             h = compute_wide(lambda h: h.clamp(min=torch.finfo(h.dtype).tiny ** 0.8), h)
             count = inner_steps
             if count is None:
@@ -330,7 +330,7 @@ class Penalty(TakesHyper):
         check_hyper("strength", strength, AT_LEAST_0)
 
         def act(chosen: Params) -> Params:
-            slopes = keep_if_given(grads, mask, params)
+            slopes = kept_by(mask, params, grads)
             own = self.weigh(chosen, strength, *values, **options) if self.weighable else strength
             if self._residual is not None:
                 return self._residual(chosen, slopes, own, *values, **options)
@@ -348,7 +348,7 @@ class Penalty(TakesHyper):
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         """Whether the proximal operator of such parameters has a rule of its own in a metric."""
         values, options = self.bind(*hyper, **options)
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         return self._in_metric(chosen, *values, **options)
 
     def is_convex(self, *hyper: Hyper, **options: Any) -> bool:
@@ -376,7 +376,7 @@ class Penalty(TakesHyper):
         """The value of `weights * self`."""
         values, options = self.bind(*hyper, **options)
         check_params(params)
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         if values:
             say_shared(self, chosen, values)
         own = self.weigh(chosen, weights, *values, **options)
@@ -489,7 +489,7 @@ class Sum(Penalty):
 
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         self.bind(*hyper, **options)
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         return sum_in_metric(self._addends, chosen)
 
     def _in_metric(self, params: Params) -> bool:

@@ -53,10 +53,6 @@ _shrunk, _within_sum = on_values(shrunk), on_values(shrunk, _level)
 _cut_off, _levelled = on_values(_clipped), on_values(_clipped, _level)
 
 
-def _nuclear_gradient(w: Tensor) -> Tensor:
-    return _directions(w)
-
-
 def _nuclear_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _shrunk(w, one_per_matrix(step, "step"))
 
@@ -70,12 +66,12 @@ def _beside(slopes: Tensor, turns: Tensor) -> Tensor:
 def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
     if not w.numel():
         return g.clone()
-    turns, slopes = as_matrix(_nuclear_gradient(w)), as_matrix(g)
+    turns, slopes = as_matrix(_directions(w)), as_matrix(g)
     beside = _beside(slopes, turns)
     return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
-@penalty(gradient=_nuclear_gradient, proximal=_nuclear_proximal, residual=_nuclear_residual, separable=False)
+@penalty(gradient=_directions, proximal=_nuclear_proximal, residual=_nuclear_residual, separable=False)
 def nuclear(w: Tensor) -> Tensor:
     r"""Nuclear norm, the sum of singular values, :math:`\sum_i \sigma_i(W)`: the lasso of rank.
 
@@ -110,15 +106,11 @@ def _is_largest(s: Tensor) -> Tensor:
 _largest, _largest_directions = of_values(_largest_value, _is_largest), on_values(_is_largest)
 
 
-def _spectral_gradient(w: Tensor) -> Tensor:
-    return _largest_directions(w)
-
-
 def _spectral_proximal(w: Tensor, step: Scalar) -> Tensor:
     return _levelled(w, one_per_matrix(step, "step"))
 
 
-@penalty(gradient=_spectral_gradient, proximal=_spectral_proximal, separable=False)
+@penalty(gradient=_largest_directions, proximal=_spectral_proximal, separable=False)
 def spectral(w: Tensor) -> Tensor:
     r"""Spectral norm, the largest singular value, :math:`\sigma_1(W)`: how much a layer can stretch.
 
@@ -174,14 +166,16 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
 
     slope, shrunk, whole = on_values(g.grad), on_values(g.prox), of_values(g, g.grad)
 
+    names = tuple(inspect.signature(g).parameters)[1:]
+
     def ones(hyper: tuple[Any, ...]) -> list[Any]:
-        return [one_per_matrix(value, "a hyperparameter") for value in hyper]
+        return [one_per_matrix(value, name) for value, name in zip(hyper, names, strict=False)]
 
     def gradient(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         return slope(w, *ones(hyper), **options)
 
     def proximal(w: Tensor, step: Scalar, *hyper: Any, **options: Any) -> Tensor:
-        return shrunk(w, *ones((step, *hyper)), **options)
+        return shrunk(w, one_per_matrix(step, "step"), *ones(hyper), **options)
 
     def value(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
         return whole(w, *ones(hyper), **options)
@@ -206,7 +200,7 @@ def _schatten_gradient(w: Tensor, *, p: float = 1) -> Tensor:
 
 
 def _schatten_proximal(w: Tensor, step: Scalar, *, p: float = 1) -> Tensor:
-    return _power(p).prox(w, one_per_matrix(step, "step"))
+    return _power(p).prox(w, step)
 
 
 @penalty(gradient=_schatten_gradient, proximal=_schatten_proximal, separable=False, convex=lambda p=1: p >= 1)
@@ -237,19 +231,9 @@ def schatten(w: Tensor, *, p: float = 1) -> Tensor:
 _mcp = on_singular_values(mcp)
 
 
-def _spectral_mcp_gradient(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
-    return _mcp.grad(w, one_per_matrix(strength, "strength"), one_per_matrix(gamma, "gamma"))
-
-
-def _spectral_mcp_proximal(w: Tensor, step: Scalar, strength: Scalar, gamma: Scalar) -> Tensor:
-    return _mcp.prox(
-        w, one_per_matrix(step, "step"), one_per_matrix(strength, "strength"), one_per_matrix(gamma, "gamma")
-    )
-
-
 @penalty(
-    gradient=_spectral_mcp_gradient,
-    proximal=_spectral_mcp_proximal,
+    gradient=_mcp.grad,
+    proximal=_mcp.prox,
     separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
     convex=False,
@@ -272,23 +256,15 @@ def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     References:
         Lu, Zhu, Xu, Yan & Lin, *Generalized singular value thresholding*, 2015.
     """
-    return _mcp(w, one_per_matrix(strength, "strength"), one_per_matrix(gamma, "gamma"))
+    return _mcp(w, strength, gamma)
 
 
 _envelope = on_singular_values(l0_envelope)
 
 
-def _rank_envelope_gradient(w: Tensor, gamma: Scalar) -> Tensor:
-    return _envelope.grad(w, one_per_matrix(gamma, "gamma"))
-
-
-def _rank_envelope_proximal(w: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
-    return _envelope.prox(w, one_per_matrix(step, "step"), one_per_matrix(gamma, "gamma"))
-
-
 @penalty(
-    gradient=_rank_envelope_gradient,
-    proximal=_rank_envelope_proximal,
+    gradient=_envelope.grad,
+    proximal=_envelope.prox,
     separable=False,
     bounds={"gamma": _ABOVE_0},
     convex=False,
@@ -311,7 +287,7 @@ def rank_envelope(w: Tensor, gamma: Scalar) -> Tensor:
     References:
         Carlsson, *On convex envelopes and regularization of non-convex functionals without moving global minima*, 2019.
     """
-    return _envelope(w, one_per_matrix(gamma, "gamma"))
+    return _envelope(w, gamma)
 
 
 # Constraints

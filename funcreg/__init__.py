@@ -2,6 +2,16 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from funcreg.lifting import (
+    penalty as penalty,
+)
+from funcreg.gradient_alone import (
+    hoyer_square as hoyer_square,
+    keras_orthogonal as keras_orthogonal,
+    orthogonality as orthogonality,
+    orthogonality_offdiagonal as orthogonality_offdiagonal,
+    srip as srip,
+)
 from funcreg.annealing import (
     cubic_ramp_schedule as cubic_ramp_schedule,
     cyclic_schedule as cyclic_schedule,
@@ -224,7 +234,6 @@ from funcreg.penalties import (
 )
 from funcreg.penalty import (
     Penalty as Penalty,
-    penalty as penalty,
 )
 from funcreg.polytopes import (
     affine_set as affine_set,
@@ -354,19 +363,14 @@ from funcreg.stochastic import (
     rmda as rmda,
 )
 from funcreg.spectral import (
-    hoyer_square as hoyer_square,
-    keras_orthogonal as keras_orthogonal,
     nuclear as nuclear,
     nuclear_ball as nuclear_ball,
     on_singular_values as on_singular_values,
-    orthogonality as orthogonality,
-    orthogonality_offdiagonal as orthogonality_offdiagonal,
     rank_envelope as rank_envelope,
     schatten as schatten,
     spectral as spectral,
     spectral_ball as spectral_ball,
     spectral_mcp as spectral_mcp,
-    srip as srip,
     stiefel as stiefel,
 )
 from funcreg.sweep import (

@@ -16,7 +16,7 @@ from funcreg.checks import check_params
 from funcreg.composition import Term, split
 from funcreg.deployment import computed_parameters
 from funcreg.leafwise import compute, reduce_leaves, total
-from funcreg.masks import keep, mask_leaves
+from funcreg.masks import keep, kept_by, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
@@ -115,7 +115,7 @@ def lambda_max(grads: Params, penalty: Penalty, *hyper: Hyper, mask: Mask | None
     check_params(grads, "grads")
     if isinstance(grads, dict) and grads and not tree_leaves(grads):
         raise ValueError("grads has None for every leaf, and so no strength is known. Was backward() called?")
-    chosen = grads if mask is None else keep(grads, mask_leaves(mask, grads))
+    chosen = kept_by(mask, grads)
     values, own = penalty.bind(*hyper, **options)
     chosen = keep(chosen, Term(penalty, (), values, tuple(own.items())).acts(chosen))
     downhill = tree_map(lambda g: -g.to(torch.complex128 if g.is_complex() else torch.float64), chosen)
@@ -395,7 +395,7 @@ def sparsity(params: Params | nn.Module, mask: Mask | None = None) -> Tensor:
     """
     params = computed_parameters(params)
     check_params(params)
-    leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
+    leaves = tree_leaves(kept_by(mask, params))
     entries = sum(leaf.numel() for leaf in leaves)
     zeros = [count.to(leaves[0].device) for count in reduce_leaves(lambda w: w == 0, leaves)]
     return torch.stack(zeros).sum() / entries if entries else torch.zeros(())

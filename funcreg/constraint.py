@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
+from funcreg.arguments import LACKING
 from funcreg.composition import Structure
 from funcreg.leafwise import compute, compute_leaves, compute_wide, reduce_leaves
 from funcreg.leafwise import total as summed
-from funcreg.penalty import LACKING, Penalty
+from funcreg.penalty import Penalty
 from funcreg.ranges import flags
 from funcreg.tree import flatten, tree_leaves, tree_paths
 

@@ -122,15 +122,21 @@ def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", 
             raise ValueError(f"{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?")
 
 
+def bounds_like(w: Tensor, lower: Scalar, upper: Scalar) -> tuple[Tensor, Tensor]:
+    """Bounds as tensors of the dtype of a leaf, where it lies."""
+    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    return low, high
+
+
 def clamp(w: Tensor, lower: Scalar, upper: Scalar) -> Tensor:
     """Each entry in its bounds, NaN where they cross; bounds may be tensors of another dtype."""
-    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    low, high = bounds_like(w, lower, upper)
     inside = torch.where(w < low, low, torch.where(w > high, high, w))
     return torch.where(low <= high, inside, torch.full_like(w, math.nan)) + 0.0
 
 
 def _box_normal(w: Tensor, g: Tensor, slack: Scalar, lower: Scalar, upper: Scalar) -> Tensor:
-    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    low, high = bounds_like(w, lower, upper)
     # A bound itself is met exactly, but for its rounding in the dtype of the leaf.
     at_low, at_high = w <= low + slack / 32 * low.abs(), w >= high - slack / 32 * high.abs()
     left = torch.where(at_low & (low > -math.inf), g.clamp(max=0), g)

@@ -411,7 +411,7 @@ _PIXELWISE = {
 }
 
 
-def sequence_groups(module: nn.Module, prefix: str = "", layers: Sequence[str] | None = None) -> list[Family]:
+def sequence_groups(module: nn.Module, prefix: str, layers: Sequence[str] | None) -> list[Family]:
     """The channels of a network of layers in sequence, one family for each layer but the last; see `channel_groups`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential")

@@ -292,6 +292,9 @@ def _toward(
     ema: Scalar | None = None,
 ) -> Transform:
     """Add a multiple of a function of the distance to an anchor: given, the first parameters, or their average."""
+    if ema is not None:
+        below_one(ema_decay=ema)
+        (ema,) = scalars(ema_decay=ema)
     finite_nonnegative(weight_decay=weight_decay)
     if anchor is not None:
         finite(anchor=anchor)
@@ -401,8 +404,6 @@ def add_weight_decay_to_ema(
     References:
         Tarvainen & Valpola, *Mean teachers are better role models*, 2017.
     """
-    below_one(ema_decay=ema_decay)
-    (ema_decay,) = scalars(ema_decay=ema_decay)
     return _toward(_difference, weight_decay, None, mask, ema_decay)
 
 
@@ -426,8 +427,6 @@ def add_l1_weight_decay_to_ema(
     References:
         Tarvainen & Valpola, *Mean teachers are better role models*, 2017.
     """
-    below_one(ema_decay=ema_decay)
-    (ema_decay,) = scalars(ema_decay=ema_decay)
     return _toward(sign, weight_decay, None, mask, ema_decay)
 
 

@@ -107,7 +107,7 @@ class Draws(TorchFunctionMode):
         """Normal numbers."""
         return (math.sqrt(2) * torch.erfinv(2 * self.inside(shape, device, dtype) - 1)).to(dtype)
 
-    def exponential(self, shape: Sequence[int], device: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    def exponential(self, shape: Sequence[int], device: Any, dtype: torch.dtype) -> Tensor:
         """Exponential numbers of mean 1, none of which is 0."""
         return -torch.log1p(-self.inside(shape, device, dtype)).to(dtype)
 

@@ -159,7 +159,7 @@ class Split(NamedTuple):
 
 
 def split_names(
-    names: Sequence[str], make: Callable[..., Any], loss: Callable[..., Any], module: torch.nn.Module | None = None
+    names: Sequence[str], make: Callable[..., Any], loss: Callable[..., Any], module: torch.nn.Module | None
 ) -> Split:
     """Where hyperparameters go: to the factory, what it does not take to the loss, the forward or attributes."""
     if not callable(make) or isinstance(make, torch.nn.Module):

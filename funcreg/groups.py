@@ -19,6 +19,7 @@ from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import sum_groups
 from funcreg.leafwise import euclidean, running_sum, sign, squared
+from funcreg.lifting import penalty
 from funcreg.penalties import (
     Dim,
     Weights,
@@ -29,7 +30,6 @@ from funcreg.penalties import (
     shrink_groups,
     shrunk,
 )
-from funcreg.penalty import penalty
 from funcreg.separable import (
     l0_landing,
     l_half_landing,

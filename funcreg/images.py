@@ -13,9 +13,9 @@ from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.cones import back, backs, by_parts, dot, nearest, slope, slopes, turned
 from funcreg.leafwise import euclidean
+from funcreg.lifting import penalty
 from funcreg.penalties import group_dims
-from funcreg.penalty import penalty
-from funcreg.spectral import whole
+from funcreg.singular_values import whole
 
 Dims: TypeAlias = int | tuple[int, ...] | None
 

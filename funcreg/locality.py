@@ -54,7 +54,7 @@ class Coupled(Exception):
 
 
 def local_result(
-    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int = 2, small: Sequence[int] = ()
+    f: Callable[..., Any], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
 ) -> Result | None:
     """What a rule that may run on pieces makes of whole tensors; None for a rule that may not.
 
@@ -128,7 +128,7 @@ def _found_sums(
 
 
 def local_results(
-    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int] = ()
+    f: Callable[..., Sequence[Any]], row: Sequence[Any], cuts: Sequence[Cuts], pieces: int, small: Sequence[int]
 ) -> list[Result] | None:
     """`local_result` of a function with several results, which is not kept. A cut dimension of one entry gets more."""
     runs = _runs(f, row, cuts, _sizes(pieces, small))

@@ -150,6 +150,20 @@ def merge(tree: Any, kept: Any, mask: Sequence[bool]) -> Any:
     return rebuild([next(new) if here else leaf for leaf, here in zip(leaves, mask, strict=True)])
 
 
+def kept_by(mask: Mask | None, params: Params, tree: Any = None) -> Any:
+    """The leaves of parameters, or of a tree like them, that a mask keeps; without a mask all of them."""
+    tree = params if tree is None else tree
+    return tree if mask is None else keep(tree, mask_leaves(mask, params))
+
+
+def on_mask(mask: Mask | None, params: Params, act: Callable[[Params], Params], rest: Params) -> Params:
+    """`act` on the leaves that a mask keeps; the other leaves are those of `rest`."""
+    if mask is None:
+        return act(params)
+    bools = mask_leaves(mask, params)
+    return merge(rest, act(keep(params, bools)), bools)
+
+
 class Selection(Remembering):
     """A mask that is made from parameters when it is used, and composes with `&`, `|` and `~`.
 

@@ -18,9 +18,10 @@ from funcreg.composition import Term
 from funcreg.constraint import Constraint
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
 from funcreg.leafwise import wide
-from funcreg.minimize import SMALL, Problem, Solution
+from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
+from funcreg.proximal_newton import SMALL
 from funcreg.ranges import check_range, number
 from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state

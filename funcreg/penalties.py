@@ -18,7 +18,7 @@ from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.grouped import root_of_mean
 from funcreg.leafwise import bare, euclidean, sign, squared
-from funcreg.penalty import penalty
+from funcreg.lifting import penalty
 from funcreg.ranges import check_sign
 from funcreg.tree import tree_map
 
@@ -211,6 +211,14 @@ def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
         Zou & Hastie, *Regularization and variable selection via the elastic net*, 2005.
     """
     return alpha * rho * w.abs() + alpha * (1 - rho) / 2 * squared(w)
+
+
+# What Keras calls two strengths of their own.
+elastic.hints = dict.fromkeys(
+    ("l1", "l2"),
+    ". Two strengths of their own become alpha and rho by a converter, as in elastic(params, "
+    "*elastic_from_keras(l1=1e-3, l2=1e-4)).",
+)
 
 
 # Groups

@@ -14,7 +14,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.composition import Term
 from funcreg.construction import remembered, written
 from funcreg.leafwise import total
-from funcreg.masks import Selection, check_mask, hidden, keep, listed, mask_leaves
+from funcreg.masks import Selection, check_mask, hidden, keep, kept_by, listed, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.selection import named_by, plain_names, rule
 from funcreg.transform import Transform
@@ -133,7 +133,7 @@ class PerLeaf(Sum):
 
     def parts(self, params: Params, mask: Mask | None = None) -> dict[str, Tensor]:
         """The value of each part by its pattern, which add up to the value of the whole."""
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         values = [part(own) for part, _, (own,) in self._split(chosen)]
         return dict(zip(self.patterns(), values, strict=True))
 
@@ -182,7 +182,7 @@ class PerLeaf(Sum):
 
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         self.bind(*hyper, **options)
-        chosen = params if mask is None else keep(params, mask_leaves(mask, params))
+        chosen = kept_by(mask, params)
         return all([part.in_metric(own) for part, _, (own,) in self._split(chosen)])
 
     def _weighted(self, params: Params, weights: Hyper) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params
 from funcreg.families import Groups, grouped_matrices
-from funcreg.masks import keep, mask_leaves
+from funcreg.masks import kept_by, mask_leaves
 from funcreg.report import readable
 from funcreg.tree import tree_leaves, tree_map, tree_paths
 
@@ -34,9 +34,9 @@ _RESULTS = {
 }
 
 
-def _matplotlib(name: str) -> Any:
+def _pyplot() -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError(
             "funcreg.plot draws with matplotlib, which is not installed: pip install 'funcreg[plot]', or matplotlib"
@@ -46,7 +46,7 @@ def _matplotlib(name: str) -> Any:
 def _axes(axes: Any, **options: Any) -> Any:
     """Axes as they are, or new ones, with what all pictures have in common."""
     if axes is None:
-        _, axes = _matplotlib("matplotlib.pyplot").subplots(layout="constrained", **options)
+        _, axes = _pyplot().subplots(layout="constrained", **options)
     for each in _each(axes):
         each.spines[["top", "right"]].set_visible(False)
         each.tick_params(labelsize=9, color=GRAY, labelcolor=INK)
@@ -71,7 +71,7 @@ def _numbers(x: Any) -> list[float]:
 
 def _entries(name: str, params: Params, mask: Mask | None) -> Tensor:
     params = readable(name, params)
-    leaves = tree_leaves(params if mask is None else keep(params, mask_leaves(mask, params)))
+    leaves = tree_leaves(kept_by(mask, params))
     parts = [w.abs() if w.is_complex() else w for w in leaves]
     return torch.cat([w.to("cpu", torch.float64).flatten() for w in parts])
 

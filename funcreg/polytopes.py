@@ -14,12 +14,12 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.constraint import constraint
-from funcreg.constraints import check_bounds, clamp, simplex_excess
+from funcreg.constraints import bounds_like, check_bounds, clamp, simplex_excess
 from funcreg.equations import solved
 from funcreg.grouped import grouped, ungrouped
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers, concrete
-from funcreg.spectral import as_matrix
+from funcreg.singular_values import as_matrix
 
 _AT_LEAST_0 = (0.0, math.inf)
 
@@ -120,7 +120,7 @@ def _box_section_normal(
     *,
     dim: Dim = None,
 ) -> Tensor:
-    low, high = (torch.as_tensor(x, dtype=w.dtype, device=w.device) for x in (lower, upper))
+    low, high = bounds_like(w, lower, upper)
     at_low, at_high = w <= low + slack * low.abs(), w >= high - slack * high.abs()
     # What is left is the way of steepest descent: the nearest direction that stays in the set.
     down = torch.where(at_low & (low > -math.inf), torch.zeros_like(w), torch.full_like(w, -math.inf))

@@ -456,6 +456,18 @@ def _root(eps_in_sqrt: bool) -> Any:
     return lambda v, e: safe_sqrt(v + e) if eps_in_sqrt else safe_sqrt(v) + e
 
 
+def _mean_square(
+    decay: Scalar, eps: Scalar, initial_scale: Scalar, nu_dtype: torch.dtype | None
+) -> tuple[Scalar, Scalar, Scalar]:
+    """The hyperparameters of RMSprop, checked."""
+    below_one(decay=decay)
+    finite_nonnegative(eps=eps, initial_scale=initial_scale)
+    _check_real(nu_dtype)
+    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    single(initial_scale=initial_scale)
+    return decay, eps, initial_scale
+
+
 @remembered
 def scale_by_rms(
     decay: Scalar = 0.9,
@@ -485,12 +497,8 @@ def scale_by_rms(
     References:
         Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
-    below_one(decay=decay)
-    finite_nonnegative(eps=eps, initial_scale=initial_scale)
-    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
-    single(initial_scale=initial_scale)
+    decay, eps, initial_scale = _mean_square(decay, eps, initial_scale, nu_dtype)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
-    _check_real(nu_dtype)
     corrected = bias_correction
 
     def init(params: Params) -> RmsState:
@@ -556,12 +564,8 @@ def scale_by_stddev(
     References:
         Graves, *Generating sequences with recurrent neural networks*, 2013.
     """
-    below_one(decay=decay)
-    finite_nonnegative(eps=eps, initial_scale=initial_scale)
-    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
-    single(initial_scale=initial_scale)
+    decay, eps, initial_scale = _mean_square(decay, eps, initial_scale, nu_dtype)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
-    _check_real(nu_dtype)
     corrected = bias_correction
 
     def init(params: Params) -> StddevState:

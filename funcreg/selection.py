@@ -33,11 +33,17 @@ class _Layers(NamedTuple):
         return self.module
 
 
-def _layers(types: tuple[type[torch.nn.Module], ...], module: torch.nn.Module) -> _Layers:
-    """The parameters of the layers of some types in a module, or an error if there are none."""
+def _names_of(module: torch.nn.Module) -> dict[Tensor, list[str]]:
+    """All names of each parameter."""
     names: dict[Tensor, list[str]] = {}
     for name, w in module.named_parameters(remove_duplicate=False):
         names.setdefault(w, []).append(name)
+    return names
+
+
+def _layers(types: tuple[type[torch.nn.Module], ...], module: torch.nn.Module) -> _Layers:
+    """The parameters of the layers of some types in a module, or an error if there are none."""
+    names = _names_of(module)
     chosen: set[str] = set()
     others: set[str] = set()
     for layer in module.modules():
@@ -313,9 +319,7 @@ def no_bias_norm_embed(module: torch.nn.Module) -> Selection:
 
 
 def _roles(module: torch.nn.Module) -> _Roles:
-    names: dict[Tensor, list[str]] = {}
-    for name, w in module.named_parameters(remove_duplicate=False):
-        names.setdefault(w, []).append(name)
+    names = _names_of(module)
     roles = {name: "" for own in names.values() for name in own}
     for layer in module.modules():
         own = list(layer.named_parameters(recurse=False))

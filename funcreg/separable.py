@@ -22,8 +22,9 @@ from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, sign, squared, total
+from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
-from funcreg.penalty import Penalty, penalty
+from funcreg.penalty import Penalty
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
@@ -34,16 +35,14 @@ def of_magnitudes(
     landing: Callable[..., Tensor],
     bounds: Mapping[str, tuple[float, float]] | None = None,
     has_gradient: bool = True,
-    convex: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
-    r"""Lift rules on magnitudes to a `Penalty`, :math:`\sum_i \phi(|w_i|)`; the decorated function is the value.
+    r"""Lift rules on magnitudes to a nonconvex penalty, :math:`\sum_i \phi(|w_i|)`; the decorated function is its value.
 
     Args:
         slope: `(size, *hyper)` to :math:`\phi'`, at 0 from the right, where it may be infinite.
         landing: `(size, step, *hyper)` to :math:`\arg\min_{z \ge 0} \frac{1}{2} (z - a)^2 + \text{step} \cdot \phi(z)`.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         has_gradient: Whether the slope is not 0 everywhere.
-        convex: Whether the slope never falls.
     """
 
     def gradient(w: Tensor, *hyper: Scalar) -> Tensor:
@@ -69,7 +68,7 @@ def of_magnitudes(
         separable=True,
         bounds=bounds,
         has_gradient=has_gradient,
-        convex=convex,
+        convex=False,
     )
 
 

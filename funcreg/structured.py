@@ -19,8 +19,9 @@ from funcreg.construction import remembered
 from funcreg.grouped import sum_groups
 from funcreg.groups import from_members, members
 from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
+from funcreg.lifting import penalty
 from funcreg.penalties import Dim, Weights, group_dims
-from funcreg.penalty import Penalty, penalty
+from funcreg.penalty import Penalty
 from funcreg.sharding import whole
 from funcreg.tree import flatten, tree_paths
 

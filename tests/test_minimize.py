@@ -307,7 +307,8 @@ def test_the_derivative_of_ridge_is_that_of_its_closed_form():
 
 
 def test_derivatives_beyond_matrices(monkeypatch):
-    monkeypatch.setattr(sys.modules["funcreg.minimize"], "_DENSE", 4)
+    for module in ("proximal_newton", "implicit"):
+        monkeypatch.setattr(sys.modules[f"funcreg.{module}"], "DENSE", 4)
     x, y = standard(load_diabetes)
     f, at = lambda strength: lasso(strength, x, y), number(5.0)
     expected = between(f, at)

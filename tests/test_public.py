@@ -84,8 +84,8 @@ LAYERS = [
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
-    ["leafwise", "masks"],
-    ["batches", "graphs", "rounding", "rows", "uses", "variations"],
+    ["arguments", "leafwise", "masks"],
+    ["batches", "graphs", "rounding", "rows", "singular_values", "uses", "variations"],
     ["coarse", "settling", "steadiness"],
     [
         "annealing",
@@ -116,6 +116,7 @@ LAYERS = [
         "ensemble",
         "hyperparams",
         "noise",
+        "optimizer_hooks",
         "optimizer_state",
         "penalty",
         "plateau",
@@ -125,6 +126,7 @@ LAYERS = [
         "shards",
         "trees",
     ],
+    ["lifting"],
     [
         "coupled",
         "factories",
@@ -137,7 +139,7 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "lbfgs", "monitoring", "resizing", "separable"],
+    ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "trying"],
     [
@@ -157,7 +159,9 @@ LAYERS = [
         "structured",
     ],
     ["landing", "mistakes", "quadratic", "vectors"],
-    ["fusing", "remarks", "runs"],
+    ["fusing", "proximal_newton", "remarks", "runs"],
+    ["implicit", "penalized_parameters"],
+    ["followed_steps"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
     ["path", "sweep"],
 ]

@@ -124,6 +124,10 @@ def test_the_gap_refuses_what_has_no_dual_norm():
     for free in (fr.total_variation, {"w": 0.0} * fr.l1):
         with pytest.raises(ValueError, match="along which no multiple of the gradient is feasible"):
             fr.duality_gap(predict, params, targets, free)
+    both, chosen = {**params, "b": torch.zeros((), dtype=torch.float64)}, fr.select("w")
+    for some in (fr.l1.given(mask=chosen), fr.l1.given(mask=chosen) + fr.half_l2, fr.per_leaf({"w": fr.l1})):
+        with pytest.raises(ValueError, match="no norm acts on leaf 'b'"):  # A multiple would be no bound.
+            fr.duality_gap(lambda p: predict(p) + p["b"], both, targets, some)
     with pytest.raises(ValueError, match="loss is 'hinge'; expected one of 'squared', 'logistic'"):
         fr.duality_gap(predict, params, targets, fr.l1, loss="hinge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="targets have shape"):

@@ -46,7 +46,8 @@ def kkt_residual(
     A penalty or constraint without a residual rule of its own is judged by the residual of its proximal operator,
     :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`. That is 0 at the same points, but a length in
     parameters, and not in the units of the gradient. Of what the library has, these are `spectral`,
-    `on_singular_values`, `schatten`, `spectral_mcp`, `slope`, `oscar` and `hierarchical`.
+    `on_singular_values`, `schatten`, `spectral_mcp`, `rank_envelope`, `slope`, `oscar`, `isotropic_total_variation` and
+    `hierarchical`. One without a proximal operator either, as `orthogonality`, is an error.
 
     Args:
         params: Parameters :math:`w`.

@@ -21,7 +21,7 @@ from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
 from funcreg.transform import nonnegative
-from funcreg.tree import flatten, tree_leaves, tree_map
+from funcreg.tree import flatten, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import has_tangents, is_transformed
 
 
@@ -46,7 +46,8 @@ def kkt_residual(
     A penalty or constraint without a residual rule of its own is judged by the residual of its proximal operator,
     :math:`w - \operatorname{prox}_{\lambda g}(w - \nabla f)`. That is 0 at the same points, but a length in
     parameters, and not in the units of the gradient. Of what the library has, these are `spectral`,
-    `on_singular_values`, `schatten`, `spectral_mcp`, `slope`, `oscar` and `hierarchical`.
+    `on_singular_values`, `schatten`, `spectral_mcp`, `rank_envelope`, `slope`, `oscar`, `isotropic_total_variation` and
+    `hierarchical`. One without a proximal operator either, as `orthogonality`, is an error.
 
     Args:
         params: Parameters :math:`w`.
@@ -315,8 +316,8 @@ def duality_gap(
         options: Static options of the penalty, such as `dim`.
 
     Raises:
-        ValueError: The penalty is not a sum of norms and ridges, has no norm in it, or leaves parameters without a
-            charge.
+        ValueError: The penalty is not a sum of norms and ridges, has no norm in it, or no norm acts on some of the
+            parameters.
 
     Shape:
         A 0-dim tensor.
@@ -350,18 +351,30 @@ def duality_gap(
     outputs, pull_back = vjp(predict, params)[:2]
     if outputs.shape != targets.shape:
         raise ValueError(f"targets have shape {tuple(targets.shape)}; expected {tuple(outputs.shape)}, as predicted")
+    charged = Sum(tuple(norms))
+    _check_charged(penalty, Term(charged, (), (), ()).acts(params), params)
     slopes, divergence = _LOSSES[loss](outputs, targets)
     samples = max(outputs.shape[0], 1) if outputs.ndim else 1
     grads: Params = pull_back(slopes / samples)[0]
     for term in smooth:
         grads = compute(lambda g, s: g + s, grads, term.grad(params))
-    size = lambda_max(grads, Sum(tuple(norms)))
+    size = lambda_max(grads, charged)
     _check_feasible(penalty, size, grads)
     share = (1 / size).clamp(max=1.0)  # Of the gradient that is feasible in the dual problem; all of it at a solution.
     along = total(reduce_leaves(lambda g, w: g * w, grads, params))
     ridges = total([term.value(params) for term in smooth]) * (1 - share).square()
-    gap = divergence(share).sum() / samples + ridges + share * along + Sum(tuple(norms))(params)
+    gap = divergence(share).sum() / samples + ridges + share * along + charged(params)
     return gap.to(along.dtype)
+
+
+def _check_charged(penalty: Penalty, acts: list[bool], params: Params) -> None:
+    """Raise an error if no norm acts on a leaf: its gradient would have to be 0 in the dual problem."""
+    free = [path for path, charged in zip(tree_paths(params), acts, strict=True) if not charged]
+    if free:
+        raise ValueError(
+            f"duality_gap of {penalty.__name__}: no norm acts on leaf '{free[0]}'; expected parameters that all carry "
+            "one. Fit an intercept first, make it a constant of predict, and leave it out of params."
+        )
 
 
 def _check_feasible(penalty: Penalty, size: Tensor, grads: Params) -> None:

@@ -153,7 +153,7 @@ def adaptive_grad_clip(
             only the first).
 
     Raises:
-        ValueError: A leaf has more than five dimensions and `axis` is None.
+        ValueError: A leaf has more than five dimensions, several of them longer than 1, and `axis` is None.
 
     Example:
         >>> params = {"weight": torch.tensor([[3.0, 4.0], [0.0, 0.0]])}

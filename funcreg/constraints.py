@@ -18,7 +18,7 @@ from funcreg.grouped import grouped, of_groups, polar, root_of_mean, sum_groups,
 from funcreg.leafwise import running_sum, sign, squared
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.ranges import concrete
-from funcreg.tree import tree_leaves
+from funcreg.tree import tree_leaves, tree_paths
 
 _AT_LEAST_0 = (0.0, math.inf)
 
@@ -105,7 +105,9 @@ def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", 
     if len(lows) != len(highs) and 1 not in (len(lows), len(highs)):
         return
     count = max(len(lows), len(highs))
-    for low, high in zip(lows * (count // len(lows) or 1), highs * (count // len(highs) or 1), strict=False):
+    paths = max(tree_paths(lower), tree_paths(upper), key=lambda paths: (len(paths), paths != [""]))
+    pairs = zip(paths, lows * (count // len(lows) or 1), highs * (count // len(highs) or 1), strict=False)
+    for path, low, high in pairs:
         a, b = concrete(low), concrete(high)
         if a is None or b is None:
             continue
@@ -119,7 +121,8 @@ def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", 
             a, b = (float(torch.as_tensor(x).broadcast_to(crossed.shape)[crossed][0]) for x in (a, b))
         if not a <= b:
             low, high = names
-            raise ValueError(f"{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?")
+            at = f"at leaf '{path}': " if path else ""
+            raise ValueError(f"{at}{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?")
 
 
 def bounds_like(w: Tensor, lower: Scalar, upper: Scalar) -> tuple[Tensor, Tensor]:

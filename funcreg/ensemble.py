@@ -109,12 +109,12 @@ def _members(make: Any, hyper: tuple[Any, ...]) -> int:
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"ensemble got {value!r} as hyperparameter {name}; expected a tensor with one entry a member. "
-                "torch.as_tensor(...) makes one of a list or an array; what is the same for all belongs into make."
+                "torch.as_tensor(...) makes one of a list or an array; what is the same for all belongs in make."
             )
         if not value.ndim:
             raise ValueError(
                 f"ensemble got a tensor without dimensions as hyperparameter {name}; expected one with one entry a "
-                "member. What is the same for all belongs into make."
+                "member. What is the same for all belongs in make."
             )
         counts[name] = len(value)
     if not counts:

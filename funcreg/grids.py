@@ -87,7 +87,7 @@ def _axis(name: str, values: Any, draws: int | None) -> Any:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or not hasattr(values, "__len__"):
         raise TypeError(
             f"grid has {written(values)} for '{name}'; expected a list or tensor of values, or a distribution. What is "
-            "the same for all belongs into the factory."
+            "the same for all belongs in the factory."
         )
     found = [_plain(value) for value in values]
     if not found:

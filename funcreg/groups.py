@@ -330,6 +330,7 @@ def group_l_half(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tenso
 
 
 def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
+    group_dims(w, dim)  # Which raises an error for dimensions that the leaf does not have.
     return 0 * w
 
 

@@ -128,7 +128,7 @@ def as_data(data: Any, params: Params, name: str = "data") -> tuple[Any, ...]:
         if not isinstance(x, Tensor) or not x.ndim:
             raise TypeError(
                 f"{name} has {_brief(x)} at '{place}'; expected a tensor with one row an example. What is the same for "
-                "all belongs into the loss."
+                "all belongs in the loss."
             )
         counts[place] = len(x)
     if len(set(counts.values())) > 1:

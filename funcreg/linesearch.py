@@ -185,9 +185,11 @@ def scale_by_backtracking_linesearch(
         Vaswani et al., *Painless stochastic gradient*, 2019.
     """
     _check_trials("max_backtracking_steps", max_backtracking_steps)
-    finite_nonnegative(slope_rtol=slope_rtol, atol=atol, rtol=rtol)
+    finite_nonnegative(atol=atol, rtol=rtol)
+    check_range("slope_rtol", slope_rtol, 0.0, 1.0)
     check_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True, open_high=True)
-    positive(increase_factor=increase_factor, max_learning_rate=max_learning_rate)
+    check_range("increase_factor", increase_factor, 1.0)
+    positive(max_learning_rate=max_learning_rate)
     slope_rtol, decrease_factor, increase_factor, max_learning_rate, atol, rtol = scalars(
         slope_rtol=slope_rtol,
         decrease_factor=decrease_factor,
@@ -349,8 +351,10 @@ def scale_by_zoom_linesearch(
         Hager & Zhang, *Algorithm 851: CG_DESCENT, a conjugate gradient method with guaranteed descent*, 2006.
     """
     _check_trials("max_linesearch_steps", max_linesearch_steps)
-    finite_nonnegative(tol=tol, slope_rtol=slope_rtol, curv_rtol=curv_rtol, stepsize_precision=stepsize_precision)
-    positive(increase_factor=increase_factor)
+    finite_nonnegative(tol=tol, stepsize_precision=stepsize_precision)
+    check_range("slope_rtol", slope_rtol, 0.0, 1.0)
+    check_range("curv_rtol", curv_rtol, 0.0, 1.0)
+    check_range("increase_factor", increase_factor, 1.0, open_low=True)
     most = math.inf if max_learning_rate is None else max_learning_rate
     approximate = math.inf if approx_dec_rtol is None else approx_dec_rtol
     positive(max_learning_rate=most)

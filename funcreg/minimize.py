@@ -116,7 +116,7 @@ def minimize(
         options: Static options of the penalty, such as `dim`.
 
     Raises:
-        TypeError: `compile` is no backend.
+        TypeError: `compile` is neither a bool nor a name or function of a backend.
         ValueError: A number is out of range, or the loss is no scalar.
 
     Example:

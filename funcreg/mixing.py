@@ -12,7 +12,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, safe_sqrt, scalar_device, zeros
-from funcreg.ranges import flags, scalars
+from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import (
     AdamState,
@@ -317,7 +317,7 @@ def scale_by_adopt(
         Taniguchi et al., *ADOPT: modified Adam can converge with any beta2 with the optimal rate*, 2024.
     """
     below_one(b1=b1, b2=b2)
-    finite_nonnegative(eps=eps)
+    check_range("eps", eps, 0.0, open_low=True, finite=True)  # With 0 an entry without a gradient would be 0 / 0.
     b1, b2, eps = scalars(b1=b1, b2=b2, eps=eps)
     dtypes(mu_dtype=mu_dtype)
     flags(nesterov=nesterov, use_clipping=use_clipping)
@@ -376,7 +376,7 @@ def adopt(
         learning_rate: :math:`\eta`.
         b1: Decay of the mean.
         b2: Decay of the mean square.
-        eps: Least root of the mean square.
+        eps: Least root of the mean square, above 0.
         mu_dtype: Dtype in which the mean is kept.
         nesterov: Whether the mean looks one step ahead.
         use_clipping: Whether ratios are bounded.

@@ -141,8 +141,8 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group, with values of its own or those of the constructor.
 
         Raises:
-            TypeError: A hyperparameter of the factory has no value, or a parameter no name where others have one.
-            ValueError: A hyperparameter is out of its range.
+            TypeError: A hyperparameter of the factory has no value.
+            ValueError: A hyperparameter is out of its range, or parameters have no names where others have them.
         """
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1

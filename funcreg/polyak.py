@@ -82,7 +82,7 @@ def polyak_sgd(
 
     There is no learning rate to choose, but the least value of the objective to know: 0 where a model can fit all
     data. The value :math:`f` comes with each update: `tx.update(grads, state, params, value=loss)`. A penalty in the
-    objective belongs into both the value and the gradient.
+    objective belongs in both the value and the gradient.
 
     Args:
         max_learning_rate: :math:`\eta_{\max}`, above 0.

@@ -416,6 +416,9 @@ def _shares(weights: Any, m: Tensor, along: int) -> Tensor:
     if found.shape != (size,):
         name = ("rows", "columns")[along]
         raise ValueError(f"{name} has shape {tuple(found.shape)}; expected ({size},), one for each of the {name}")
+    if concrete(found) is not None and not (bool((found >= 0).all()) and 0 < found.sum() < torch.inf):
+        name = ("rows", "columns")[along]
+        raise ValueError(f"{name} is {found.tolist()}; expected shares of at least 0, not all of them 0")
     return found / found.sum()
 
 
@@ -572,7 +575,7 @@ def transport(w: Tensor, total: Scalar = 1.0, *, rows: Any = None, columns: Any 
         columns: Shares :math:`c` of the columns; None for equal ones.
 
     Raises:
-        ValueError: Shares do not fit the rows or columns of a leaf.
+        ValueError: Shares do not fit the rows or columns of a leaf, one is negative, or all are 0.
 
     Example:
         >>> plan = transport.project(torch.tensor([[1.0, 0.0], [0.2, 0.4]]), 1.0, rows=[0.5, 0.5], columns=[0.75, 0.25])

@@ -255,8 +255,9 @@ def proximal_step(
     Its fixed point minimizes :math:`f + \lambda g` whatever the metric, if the direction :math:`d` comes to be the
     gradient over :math:`h`, as it does for `scale_by_adam`, `scale_by_amsgrad`, `scale_by_rms`, `scale_by_stddev`,
     `scale_by_rss`, `scale_by_adamax`, `scale_by_belief`, `scale_by_yogi`, `scale_by_radam`, `scale_by_adan`,
-    `scale_by_adadelta`, `scale_by_novograd` and `scale_by_sm3(keep_metric=True)`. Momentum stands before these as
-    `ema`; `trace` exceeds the gradient, and would weaken the penalty.
+    `scale_by_adadelta`, `scale_by_novograd`, `scale_by_factored_rms`, `scale_by_ademamix`,
+    `scale_by_simplified_ademamix`, `scale_by_adopt` and `scale_by_sm3(keep_metric=True)`. Momentum stands before these
+    as `ema`; `trace` exceeds the gradient, and would weaken the penalty.
 
     An entry whose gradient is always 0 (an unused row of an embedding, a dead unit) has the metric
     :math:`\epsilon`, and the step :math:`\eta / \epsilon` takes it to zero at once. That is the minimum, but may

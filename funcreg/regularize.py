@@ -68,8 +68,8 @@ def regularize(
 
     After each `optimizer.step()` a hook applies the proximal operator of the penalty, with the step that was taken:
     the learning rate that the group has now, whatever its scheduler; 1 / (1 - momentum) for a buffer; the denominators
-    of Adam and its kin. Nothing else changes, and the `state_dict` of the optimizer neither. Gradients are those of the
-    loss without the penalty, which counts once a step, also where gradients are accumulated.
+    of Adam and its variants. Nothing else changes, nor does the `state_dict` of the optimizer. Gradients are those of
+    the loss without the penalty, which counts once a step, also where gradients are accumulated.
 
     It follows SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta and Adafactor, in all their variants,
     and others if `metric` is given. A constraint, as in `regularize(optimizer, max_norm, 3.0)`, follows any optimizer

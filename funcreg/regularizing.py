@@ -205,8 +205,8 @@ def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None 
     r"""Keep parameters in a set, :math:`u' = P_C(w + u) - w`.
 
     It goes last in a chain: after it, parameters lie in the set, to the rounding of one addition. With plain gradient
-    steps this is projected gradient descent, and minimizes over the set. After Adam and its kin it does so only where
-    each entry is bounded by itself, as by `box`; for other sets `prox_adam` projects in the metric of the steps.
+    steps this is projected gradient descent, and minimizes over the set. After Adam and its variants it does so only
+    where each entry is bounded by itself, as by `box`; for other sets `prox_adam` projects in the metric of the steps.
 
     Args:
         constraint: A constraint such as `simplex`.

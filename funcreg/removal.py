@@ -61,9 +61,8 @@ def remove_dead(
     Leaves that no family names stay as they are; buffers may be among the leaves (`with_buffers`), and are sliced if
     a family names them. Where a dead channel is a constant that is not 0 the bias of what reads it takes this (see
     `Along`). One group of a family always stays, so that no layer is left without entries, and two where
-    `channel_groups` found that the network needs them. Sharded leaves
-    come back whole. The numbers of groups depend on what is in the tensors, so that this is no step to be compiled or
-    mapped over.
+    `channel_groups` found that the network needs them. Sharded leaves come back whole. The numbers of groups depend on
+    what is in the tensors, so that this is no step to be compiled or mapped over.
 
     Args:
         params: Tree of parameters, also with the buffers of their module.

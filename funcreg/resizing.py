@@ -162,6 +162,10 @@ def narrowed(
 
 def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
     """The tensors that are given, by their names, or an error if the module has not such ones."""
+    if tree_paths(params) == [""]:
+        raise TypeError(
+            f"params is a {type(params).__name__}; expected a tree of parameters and buffers by their names"
+        )
     known = tensors(module)
     names = matched(tuple(tree_paths(params)), tuple(known))  # Of another wrapper, or of none.
     given = dict(zip(names, tree_leaves(params), strict=True))

@@ -331,7 +331,7 @@ def linear_onecycle_schedule(
     Args:
         transition_steps: Number of steps in all; the value stays at the last one afterwards.
         peak_value: :math:`v`, the greatest value.
-        pct_start: Share of the steps, from 0 to 1, until the peak.
+        pct_start: Share of the steps until the peak, at least 0 and below `pct_final`.
         pct_final: Share of the steps until the value is back at the first one.
         div_factor: :math:`d`, above 0: what the peak is divided by for the first value.
         final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
@@ -373,7 +373,7 @@ def cosine_onecycle_schedule(
     Args:
         transition_steps: Number of steps in all; the value stays at the last one afterwards.
         peak_value: :math:`v`, the greatest value.
-        pct_start: Share of the steps, from 0 to 1, until the peak.
+        pct_start: Share of the steps until the peak, at least 0 and below 1.
         div_factor: :math:`d`, above 0: what the peak is divided by for the first value.
         final_div_factor: :math:`d'`, above 0: what the first value is divided by for the last one.
 
@@ -516,7 +516,7 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
         boundaries: Steps at which the second, third ... schedule begins, one fewer than schedules.
 
     Raises:
-        ValueError: The numbers of schedules and boundaries do not fit, or the boundaries do not rise.
+        ValueError: The numbers of schedules and boundaries do not fit, or a boundary is less than the one before.
 
     Example:
         >>> schedule = join_schedules([constant_schedule(1.0), linear_schedule(0.5, 0.0, 10)], [100])
@@ -540,7 +540,7 @@ def join_schedules(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> 
     if len(boundaries) != len(schedules) - 1:
         raise ValueError(f"{len(schedules)} schedules got {len(boundaries)} boundaries; expected {len(schedules) - 1}")
     if list(boundaries) != sorted(boundaries):
-        raise ValueError(f"boundaries are {list(boundaries)}; expected steps that rise")
+        raise ValueError(f"boundaries are {list(boundaries)}; expected steps that do not fall")
 
     def schedule(count: Any) -> Tensor:
         steps = double(count)

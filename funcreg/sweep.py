@@ -184,7 +184,7 @@ def sweep(
         data: Tensors with one row an example, `(inputs, *targets)`, or a `TensorDataset`. Arrays of numpy or pandas and
             lists of numbers become tensors in the dtype of the parameters. A tuple of inputs stands for
             several arguments of the module, a dict for keywords.
-        epochs: Number of passes over the training rows, of each fold over its own: one that has less of them waits.
+        epochs: Number of passes over the training rows, of each fold over its own; a fold with fewer rows waits.
         batch_size: Rows in a batch, for all folds no more than the smallest has. What does not fill the last batch of
             an epoch waits for the next one.
         draws: Number of random draws from the grid, instead of all its combinations.

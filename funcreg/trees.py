@@ -133,7 +133,7 @@ def tree_set(tree: Any, filtering: Filter | None = None, /, **values: Any) -> An
     Raises:
         KeyError: A name is not found; the message lists those there are.
         ValueError: A tensor does not broadcast to the shape of the one whose place it takes.
-        TypeError: What takes the place of a number is none, such as None or a string.
+        TypeError: What takes the place of a tensor of numbers is neither a number nor a tensor, such as a string.
 
     Example:
         >>> state = scale_by_adam().init({"w": torch.zeros(2)})

@@ -611,7 +611,7 @@ def _unravelled(vector: Any, tree: Updates) -> Updates:
 def with_extra_args(tx: Transform) -> Transform:
     r"""Let a transform be handed any extra argument; those that it does not take are dropped.
 
-    An extra argument that nobody takes is an error else, because it is misspelled as a rule.
+    Otherwise an extra argument that nobody takes is an error, because as a rule it is misspelled.
 
     Args:
         tx: The transform.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from cases import assert_equal, draw
+from cases import GRADIENT_ALONE, assert_equal, draw
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import ElasticNet, Lasso, MultiTaskElasticNet, MultiTaskLasso, lasso_path
@@ -124,10 +125,25 @@ def test_the_gap_refuses_what_has_no_dual_norm():
     for free in (fr.total_variation, {"w": 0.0} * fr.l1):
         with pytest.raises(ValueError, match="along which no multiple of the gradient is feasible"):
             fr.duality_gap(predict, params, targets, free)
+    both, chosen = {**params, "b": torch.zeros((), dtype=torch.float64)}, fr.select("w")
+    for some in (fr.l1.given(mask=chosen), fr.l1.given(mask=chosen) + fr.half_l2, fr.per_leaf({"w": fr.l1})):
+        with pytest.raises(ValueError, match="no norm acts on leaf 'b'"):  # A multiple would be no bound.
+            fr.duality_gap(lambda p: predict(p) + p["b"], both, targets, some)
     with pytest.raises(ValueError, match="loss is 'hinge'; expected one of 'squared', 'logistic'"):
         fr.duality_gap(predict, params, targets, fr.l1, loss="hinge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="targets have shape"):
         fr.duality_gap(predict, params, targets[:, None], fr.l1)
+
+
+# Residuals
+
+
+def test_the_docstring_of_kkt_residual_names_every_penalty_without_a_rule():
+    said = str(fr.kkt_residual.__doc__).split("Of what the library has, these are")[1].split(". ")[0]
+    made = {"on_singular_values": fr.on_singular_values(fr.l1), "hierarchical": fr.hierarchical("a", "b")}
+    made |= {name: each for name, each in vars(fr).items() if isinstance(each, fr.Penalty)}
+    landing = {name for name in made if not any(made[name] is row.penalty for row in GRADIENT_ALONE.values())}
+    assert {*re.findall(r"`(\w+)`", said)} == {name for name in landing if not made[name].has_residual}
 
 
 # Paths

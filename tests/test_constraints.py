@@ -448,7 +448,11 @@ def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
         (lambda w: fr.n_m_sparsity.project(w, 1.5, 4), "n of n_m_sparsity is 1.5; expected a whole number"),
         (lambda w: fr.project(fr.n_m_sparsity, 5, 4), "is 5; expected a number from 0 to 4"),
         (lambda w: fr.top_k.project(w, known(0.5)), r"k of top_k is tensor\(0.5\); expected a whole number: a tenth"),
-        (lambda w: fr.box.project(w, {"w": known([0.0, 2.0, 0.0, 0.0])}, 1.0), "lower is 2.0 and upper is 1.0"),
+        (
+            lambda w: fr.box.project(w, {"w": known([0.0, 2.0, 0.0, 0.0])}, 1.0),
+            "at leaf 'w': lower is 2.0 and upper is 1.0",
+        ),
+        (lambda w: fr.min_max_norm.project(w, 0.5, {"w": 0.25}), "at leaf 'w': shortest is 0.5 and longest is 0.25"),
         (lambda w: fr.project(fr.box, 0.0, known(-1.0)), "lower is 0.0 and upper is -1.0"),
         (lambda w: fr.projection_hypercube(w, known(-1.0)), "lower is 0.0 and upper is -1.0"),
         (lambda w: fr.projection_l1_sphere(w, known(-1.0)), "scale is -1.0"),

@@ -597,3 +597,11 @@ def test_nonnegative_groups_have_metrics_weights_and_training():
         params = fr.apply_updates(params, updates)
     torch.testing.assert_close(params["w"], torch.tensor([[2.2, 0.0], [0.0, 0.0]], dtype=torch.float64))
     assert fr.kkt_residual(params, {"w": params["w"] - w}, form, strength=0.8) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rule", [fr.group_l0, fr.group_l0.grad, lambda w, **options: fr.group_l0.prox(w, 0.1, **options)]
+)
+def test_a_dimension_that_a_leaf_does_not_have_is_refused_by_every_rule(rule):
+    with pytest.raises(ValueError, match="at leaf 'w'"):
+        rule({"w": torch.ones(2, 3)}, dim=2)

@@ -177,7 +177,7 @@ WRONG = {
     "one tensor": (lambda: fr.cross_validate(squares, start(), fr.l1, data=tensors()[0]), r"write \(x,\)"),
     "a number in data": (
         lambda: fr.cross_validate(lambda w, x, y, c: 0, start(), fr.l1, data=(*tensors(), 0.5)),
-        "0.5 at '2'.*belongs into the loss",
+        "0.5 at '2'.*belongs in the loss",
     ),
 }
 

@@ -222,6 +222,11 @@ def test_plans_have_derivatives_batches_and_dtypes():
 def test_shares_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"rows has shape \(2,\); expected \(3,\), one for each of the rows"):
         fr.transport.project({"w": torch.ones(3, 2)}, rows=[0.5, 0.5])
+    for rows in ([-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [math.nan, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=r"at leaf 'w': rows is \[.*\]; expected shares of at least 0"):
+            fr.transport.project({"w": torch.ones(3, 2)}, rows=rows)
+    with pytest.raises(ValueError, match=r"columns is \[0.5, -0.5\]"):
+        fr.transport({"w": torch.ones(3, 2)}, columns=[0.5, -0.5])
     with pytest.raises(ValueError, match="total of transport is -1"):
         fr.transport.project(torch.ones(3, 2), -1.0)
 

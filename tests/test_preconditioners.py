@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,16 @@ def test_the_direction_times_the_metric_comes_to_be_the_gradient(preconditioner)
     for _ in range(400):
         direction, state = tx.update(grads, state, params)
     assert_equal(fr.tree_map(torch.mul, direction, tx.metric(state)), grads, rtol=1e-12, atol=1e-20)
+
+
+def test_the_docstring_of_proximal_step_names_every_transform_with_a_metric():
+    named = {*re.findall(r"`(scale_by_\w+)", str(fr.proximal_step.__doc__).split("Args:")[0])}
+    made = {"scale_by_sm3": fr.scale_by_sm3(keep_metric=True)}
+    for name in [name for name in vars(fr) if name.startswith("scale_by_") and name not in made]:
+        parameters = inspect.signature(getattr(fr, name)).parameters.values()
+        if all(p.default is not p.empty for p in parameters) and name != "scale_by_learning_rate":
+            made[name] = getattr(fr, name)()
+    assert named == {name for name, tx in made.items() if tx.metric is not None}
 
 
 def lasso() -> tuple[Callable[[Any], torch.Tensor], torch.Tensor]:

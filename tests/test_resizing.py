@@ -707,6 +707,12 @@ def test_a_module_compiled_by_torch_jit_is_refused():
         fr.resized(net, {"1.bias": torch.ones(2)})
 
 
+@pytest.mark.parametrize("given", [3, torch.ones(2), nn.Linear(2, 3)])
+def test_what_is_no_tree_of_tensors_is_refused_by_its_type(given):
+    with pytest.raises(TypeError, match=rf"params is a {type(given).__name__}; expected a tree of parameters"):
+        fr.resized(nn.Linear(2, 3), given)
+
+
 def test_parametrized_and_pruned_weights_do_not_change_their_shape():
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"'0.parametrizations.weight.original1' .* a weight is computed from it"):

@@ -100,6 +100,21 @@ HYPER = {
     "ademamix alpha": (lambda x: fr.ademamix(0.1, alpha=x), RATE),
     "simplified_ademamix b1": (lambda x: fr.simplified_ademamix(0.1, x), DECAY),
     "adopt b2": (lambda x: fr.adopt(0.1, b2=x), DECAY),
+    "adopt eps": (lambda x: fr.adopt(0.1, eps=x), (*POSITIVE, INF)),
+    "scale_by_zoom_linesearch slope_rtol": (lambda x: fr.scale_by_zoom_linesearch(3, slope_rtol=x), SHARE),
+    "scale_by_zoom_linesearch curv_rtol": (lambda x: fr.scale_by_zoom_linesearch(3, curv_rtol=x), SHARE),
+    "scale_by_zoom_linesearch increase_factor": (
+        lambda x: fr.scale_by_zoom_linesearch(3, increase_factor=x),
+        (0.5, 1, NAN),
+    ),
+    "scale_by_backtracking_linesearch slope_rtol": (
+        lambda x: fr.scale_by_backtracking_linesearch(3, slope_rtol=x),
+        SHARE,
+    ),
+    "scale_by_backtracking_linesearch increase_factor": (
+        lambda x: fr.scale_by_backtracking_linesearch(3, increase_factor=x),
+        (0.5, NAN),
+    ),
     "scale_by_zoom_linesearch tol": (lambda x: fr.scale_by_zoom_linesearch(3, tol=x), RATE),
     "scale_by_zoom_linesearch max_learning_rate": (lambda x: fr.scale_by_zoom_linesearch(3, x), POSITIVE),
     "scale_by_zoom_linesearch approx_dec_rtol": (lambda x: fr.scale_by_zoom_linesearch(3, approx_dec_rtol=x), RATE),

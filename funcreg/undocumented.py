@@ -27,78 +27,33 @@ Compiled = Callable[..., Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class _Modes:
-    """The modes of `dispatch_mode` that are entered in all threads, and flags of the process before the first of them.
-
-    A mode sets these flags, and puts them back as it found them: where two threads record at the same time, the second
-    finds them set. `torch.compile` would then leave all functions uncompiled from there on, without a word.
-    """
-
-    NAMES = (
-        "_is_in_torch_dispatch_mode",
-        "_is_in_non_infra_torch_dispatch_mode",
-        "_is_in_any_mode_without_ignore_compile_internals",
-    )
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self.lock, self._count, self._before = threading.Lock(), 0, dict[str, bool]()
-
-    def add(self, flags: dict[str, Any]) -> None:
-        if not self._count:
-            self._before = {name: flags[name] for name in self.NAMES if name in flags}
-        self._count += 1
-
-    def drop(self, flags: dict[str, Any]) -> None:
-        self._count -= 1
-        if not self._count:
-            self._put_back(flags)
-
-    def _put_back(self, flags: dict[str, Any]) -> None:
-        flags.update(self._before)
-        tell = flags.get("set_is_in_mode_without_ignore_compile_internals")  # Guards of later versions have it, too.
-        found = self._before.get("_is_in_any_mode_without_ignore_compile_internals")
-        if tell is not None and found is not None:
-            tell(found)
-
-    def forget(self) -> None:
-        """In a child of the process, which has none of the other threads: begin anew."""
-        if self._count:
-            from torch.utils import _python_dispatch
-
-            flags: Any = vars(_python_dispatch)
-            self._put_back(flags)
-        self._begin()
-
-
-_modes = _Modes()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_modes.forget)
-
-
 def dispatch_mode() -> Any:
     """`TorchDispatchMode`, which sees every operation, of a chain or a forward pass.
 
     Without it a chain is not recorded, and `torch.compile` compiles its plain functions leaf by leaf; no channels are
-    found; and rules on shards run on whole leaves. Without the flags of its module none are put back.
+    found; and rules on shards run on whole leaves. Without `_push_mode` and `_pop_mode` it is that of torch.
     """
     from torch.utils import _python_dispatch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    flags: Any = vars(_python_dispatch)
+    push, pop = [getattr(_python_dispatch, name, None) for name in ("_push_mode", "_pop_mode")]
+    if push is None or pop is None:
+        return TorchDispatchMode
 
     class Mode(TorchDispatchMode):
+        """A mode of this thread alone.
+
+        That of torch sets flags of the process, and puts them back as it found them. Where threads are in modes at
+        the same time, one of the user's own among them, the flags would stay set, and `torch.compile` of torch 2.9
+        would leave all functions uncompiled from there on, without a word.
+        """
+
         def __enter__(self) -> Any:
-            with _modes.lock:
-                _modes.add(flags)
-                return super().__enter__()
+            push(self)
+            return self
 
         def __exit__(self, *raised: Any) -> None:
-            with _modes.lock:
-                super().__exit__(*raised)
-                _modes.drop(flags)
+            pop()
 
     return Mode
 

@@ -511,6 +511,36 @@ def test_functions_are_compiled_after_two_threads_have_recorded_at_the_same_time
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
+def test_functions_are_compiled_after_a_mode_of_another_thread_outlasted_a_recording():
+    begun, entered, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    def records() -> None:
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            begun.set()
+            assert entered.wait(LONG)
+            return fr.tree_map(lambda g: -0.1 * g, grads), state
+
+        step = fr.fuse(fr.Transform(lambda params: (), update), backend="eager")
+        step(*[step.init(square())[0], square(), ()])
+        ended.set()
+
+    def counts() -> None:
+        assert begun.wait(LONG)
+        with Mode():
+            entered.set()
+            assert ended.wait(LONG)
+
+    in_threads(records, counts)
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(lambda x: x + 1, backend=counter, fullgraph=True)(torch.ones(2, device=DEVICE))
+    assert counter.frame_count == 1
+    assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+
+
 @cpu_only
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.distributed
@@ -1052,7 +1082,7 @@ TAKEN = {
     "TensorGuards without a check": replaced(GUARDS, "TensorGuards", Other),
     "no dispatch modes": missing(MODES),
     "no TorchDispatchMode": without(MODES, "TorchDispatchMode"),
-    "no flags of dispatch modes": lambda patch: patch.setattr(undocumented._Modes, "NAMES", ()),
+    "no stack of dispatch modes": without(MODES, "_push_mode"),
     "no proxies": missing(PROXIES),
     "no make_fx": _with_inductor(without(PROXIES, "make_fx")),
     "another make_fx": _with_inductor(changed(PROXIES, "make_fx")),

@@ -36,7 +36,7 @@ def of_magnitudes(
     bounds: Mapping[str, tuple[float, float]] | None = None,
     has_gradient: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Penalty]:
-    r"""Lift rules on magnitudes to a nonconvex penalty, :math:`\sum_i \phi(|w_i|)`; the function is its value.
+    r"""Lift rules on magnitudes to a nonconvex penalty, :math:`\sum_i \phi(|w_i|)`: what is decorated is its value.
 
     Args:
         slope: `(size, *hyper)` to :math:`\phi'`, at 0 from the right, where it may be infinite.

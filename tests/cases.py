@@ -148,8 +148,25 @@ joint = fr.Penalty(fr.global_norm, _joint_grad, _joint_prox)
 """A penalty on trees: one norm couples all leaves, which live or die together."""
 
 
+class Given:
+    """A penalty, or a constraint, with its hyperparameters and options."""
+
+    penalty: fr.Penalty
+    hyper: tuple[float, ...]
+    options: dict[str, Any]
+
+    def value(self, params: Any, **kwargs: Any) -> Tensor:
+        return self.penalty(params, *self.hyper, **self.options, **kwargs)
+
+    def grad(self, params: Any, **kwargs: Any) -> Any:
+        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
+
+    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
+        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
+
+
 @dataclass(frozen=True)
-class PenaltyCase:
+class PenaltyCase(Given):
     penalty: fr.Penalty
     equation: Callable[[Tensor], Tensor] | None  # On one leaf; None where leaves are coupled.
     hyper: tuple[float, ...] = ()
@@ -167,15 +184,6 @@ class PenaltyCase:
     unweighted: str = ""  # Why no tree of weights multiplies it.
     batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
     tied: str = ""  # Why its proximal operator is not smooth in a step from 0 at entries of exactly zero.
-
-    def value(self, params: Any, **kwargs: Any) -> Tensor:
-        return self.penalty(params, *self.hyper, **self.options, **kwargs)
-
-    def grad(self, params: Any, **kwargs: Any) -> Any:
-        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
-
-    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
-        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
 
 
 PENALTIES: dict[str, PenaltyCase] = {
@@ -572,7 +580,7 @@ TRANSFORMS: dict[str, TransformCase] = {
 
 
 @dataclass(frozen=True)
-class ConstraintCase:
+class ConstraintCase(Given):
     penalty: fr.Constraint
     violation: Callable[[Tensor], Tensor]  # How far one leaf is from allowed, 0 in the set.
     member: Callable[[Tensor], Tensor]  # An allowed leaf made from any leaf, not the nearest one.
@@ -585,15 +593,6 @@ class ConstraintCase:
     uncompiled: str = ""  # Why it is left out of compilation into one graph.
     finite: str = ""  # Why an infinite entry has no projection.
     batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
-
-    def value(self, params: Any, **kwargs: Any) -> Tensor:
-        return self.penalty(params, *self.hyper, **self.options, **kwargs)
-
-    def grad(self, params: Any, **kwargs: Any) -> Any:
-        return self.penalty.grad(params, *self.hyper, **self.options, **kwargs)
-
-    def prox(self, params: Any, step: Any, **kwargs: Any) -> Any:
-        return self.penalty.prox(params, step, *self.hyper, **self.options, **kwargs)
 
     def project(self, params: Any, **kwargs: Any) -> Any:
         return self.penalty.project(params, *self.hyper, **self.options, **kwargs)

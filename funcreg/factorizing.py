@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from funcreg.copies import check_functions, copied, used_by_functions
 from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range
@@ -89,7 +89,8 @@ def factorized(
         raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
     check_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_whole_module("factorized", module)
-    smaller = copy.deepcopy(module)
+    check_functions(module)
+    smaller = copied(module)
     if state is not None:
         return _read(smaller, state)
     named = dict(smaller.named_modules())
@@ -136,7 +137,7 @@ class _Plan(NamedTuple):
 def _refused(module: nn.Module) -> dict[str, str]:
     """For the name of each module that is left as it is the reason."""
     shared = Counter([id(w) for layer in module.modules() for w in layer._parameters.values() if w is not None])
-    reasons: dict[str, str] = {}
+    used, reasons = used_by_functions(module), dict[str, str]()
     for name, layer in module.named_modules():
         w = layer._parameters.get("weight")
         if type(layer) not in (nn.Linear, nn.Embedding, *CONVOLUTIONS) and not is_conv1d(layer):
@@ -151,6 +152,10 @@ def _refused(module: nn.Module) -> dict[str, str]:
             reasons[name] = "it has max_norm, which changes its weight as it is used"
         elif layer._forward_hooks or layer._forward_pre_hooks:
             reasons[name] = "it has hooks"
+        elif "forward" in vars(layer):
+            reasons[name] = "its forward is another function than that of its class"
+        elif used.intersection([id(layer), id(w), id(getattr(layer, "bias", None))]):
+            reasons[name] = "a function that replaces a forward, or is a hook, uses it"
     return reasons
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from funcreg._typing import Params
 from funcreg.agreement import Agreement, Failure, draws
+from funcreg.copies import check_functions, copied
 from funcreg.coupled import layers_in_sequence
 from funcreg.leafwise import widen
 from funcreg.masks import listed
@@ -136,6 +136,7 @@ def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None
         if isinstance(layer, torch.jit.ScriptModule):  # Which takes no hooks, and cannot be copied inside another one.
             what = f"'{name}' in the module" if name else "module"
             raise TypeError(f"{what} is compiled by torch.jit; expected the module that it was made of")
+    check_functions(module)
     for kind, rule in (rules or {}).items():
         if not isinstance(kind, type) or not callable(rule):
             raise TypeError(f"rules maps {kind!r} to {rule!r}; expected a type of module and a function")
@@ -211,8 +212,8 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
     for name, leaf in given.items():
         old = known[name]
         memo.setdefault(id(old), nn.Parameter(leaf, old.requires_grad) if isinstance(old, nn.Parameter) else leaf)
-    copied = copy.deepcopy(module, memo)
-    made = tensors(copied)
+    new = copied(module, memo)
+    made = tensors(new)
     for name in given:
         if made.get(name) is not memo[id(known[name])]:
             raise ValueError(
@@ -220,7 +221,7 @@ def _copied(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
                 "way of its own, as those of Keras do from their configuration. Build the network anew with these "
                 "shapes, and load what remove_dead returned"
             )
-    return copied
+    return new
 
 
 def _follow(

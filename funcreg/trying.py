@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
 from funcreg.batches import Examples
+from funcreg.copies import running
 from funcreg.families import Family, parts, within
 from funcreg.leafwise import widen
 from funcreg.masks import listed
@@ -113,11 +114,17 @@ class Trial:
         """
         try:
             network = narrowed(self.module, self._tree([], []), {})[0]
-            with self._written_down() as numbers:
+            with running(self.module) as ran, self._written_down() as numbers:
                 found = self._outputs(network)
-            return f"{found}" if isinstance(found, Failure) else (found, numbers)
         except Exception as error:  # Such as of modules that cannot be copied.
             return f"to be copied: {_line(error)}"
+        if ran:
+            raise ValueError(
+                f"a copy of {type(self.module).__name__} runs {_named(self.module, ran[-1])} of the module that it is "
+                "a copy of, as a smaller one would, too: its code has it by a global name, or in an object that is not "
+                "copied. Let each module use what it holds itself"
+            )
+        return f"{found}" if isinstance(found, Failure) else (found, numbers)
 
     def problem(self, chosen: Sequence[int], stage: _Stage | None = None) -> Refusal | None:
         """What goes wrong without some of the groups of these families, None if nothing does.
@@ -205,7 +212,9 @@ class Trial:
             agreement = _quiet(Agreement, whole, inputs)
         if agreement.drew or any([bool(x.isnan().any()) for x in agreement.expected]):
             return None
-        return agreement if self._unequal(agreement, smaller, numbers) is None else None
+        with running(self.module) as ran:
+            wrong = self._unequal(agreement, smaller, numbers)
+        return agreement if wrong is None and not ran else None
 
     def runs_alike(self, chosen: Sequence[int]) -> bool:
         """Whether the network runs without one group of each of these families."""

@@ -55,6 +55,22 @@ def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(largest == math.inf, largest, norms * unit), directions
 
 
+def in_units(w: Tensor, h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries and metric of each group in units of the greatest of each, then both units.
+
+    Products and squares of many large or many small numbers leave the range of float32. Of what has no finite unit
+    above 0 the unit is 1. Units have no derivatives: what is computed with them does not depend on which they are.
+    """
+
+    def unit(size: Tensor) -> Tensor:
+        greatest = size.amax(dims, keepdim=True) if dims else size
+        return torch.where((greatest > 0) & (greatest < math.inf), greatest, torch.ones_like(greatest))
+
+    size, top = unit(w.detach().abs()), unit(h.detach())
+    # A metric of 0 would divide by 0 without a step.
+    return w / size, (h / top).clamp(min=torch.finfo(h.dtype).tiny), size, top
+
+
 def root_of_mean(unit: Tensor, rates: Tensor, offset: Tensor, dims: tuple[int, ...]) -> Tensor:
     r"""The root :math:`\theta` of :math:`M(\theta) = (\sum_i u_i^2 (b_i \theta + c)^{-2})^{-1/2} = 1` for each group.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.grouped import sum_groups
+from funcreg.grouped import in_units, sum_groups
 from funcreg.leafwise import euclidean, running_sum, sign, squared
 from funcreg.lifting import penalty
 from funcreg.penalties import (
@@ -94,14 +94,14 @@ def _turn(w: Tensor, h: Tensor, force: Any, bend: Any, dims: tuple[int, ...]) ->
     zero, if it has one. :math:`f / \|h w / (h + \mu)\| - \mu - b` is concave in :math:`\mu`, so that Newton's method
     falls to its greatest root from the right without a bracket. Without a root some other point comes back.
     """
-    norms = euclidean(h * w, dims)
+    x, h, size, top = in_units(w, h, dims)
+    norms = euclidean(h * x, dims)
+    # In units of the norm, too, so that no power leaves the range of float32.
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
-    # In units of the norm and of the greatest metric, so that no power leaves the range of float32.
-    top = h.amax(dims, keepdim=True) if dims else h
-    force, bend, h = force / unit, bend / top, h / top
+    force, bend = force / size / top / unit, bend / top
     alive = (norms != 0) & (force < 1) & (force > bend)
     # The dead branch computes with ones, so that no derivative through it is NaN.
-    pulls = torch.where(alive, squared(h * w / (unit / top)), torch.ones_like(h))
+    pulls = torch.where(alive, squared(h * x / unit), torch.ones_like(h))
     weight = torch.where(alive, h, torch.ones_like(h))
     force = torch.where(alive, force, torch.full_like(norms, 0.5))
     start = (force - bend) / (1 - force)
@@ -123,10 +123,12 @@ def _best(
     w: Tensor, h: Tensor, step: Any, value: Callable[[Tensor], Tensor], points: list[Tensor], dims: tuple[int, ...]
 ) -> Tensor:
     """Of zero, the start and some points, the one of least objective for each group; the first if two are equal."""
-    best, least = torch.zeros_like(w), sum_groups(h * squared(w), dims) / 2
+    x, h, size, top = in_units(w, h, dims)
+    best, least = torch.zeros_like(w), sum_groups(h * squared(x), dims) / 2
     for z in [w, *points]:
         away = torch.where(z == w, torch.zeros_like(w), z - w)  # Infinity is at no distance from itself.
-        found = sum_groups(h * squared(away), dims) / 2 + step * value(group_norms(z, dims))
+        worth = step / size / top * (value(group_norms(z, dims)) / size)
+        found = sum_groups(h * squared(away / size), dims) / 2 + worth
         best, least = torch.where(found < least, z, best), torch.where(found < least, found, least)
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
 
@@ -342,8 +344,11 @@ def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weig
 
 def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    lost = sum_groups(h * squared(w), dims) / 2
-    return torch.where(lost <= step * group_sizes(w, dims, weights), torch.zeros_like(w), w) + 0.0
+    if not w.numel():
+        return w.clone()
+    x, h, size, top = in_units(w, h, dims)
+    lost, cost = sum_groups(h * squared(x), dims) / 2, step / size / top / size * group_sizes(w, dims, weights)
+    return torch.where(lost <= cost, torch.zeros_like(w), w) + 0.0
 
 
 def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

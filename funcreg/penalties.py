@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
-from funcreg.grouped import root_of_mean
+from funcreg.grouped import in_units, root_of_mean
 from funcreg.leafwise import bare, euclidean, sign, squared
 from funcreg.lifting import penalty
 from funcreg.ranges import check_sign
@@ -285,11 +285,13 @@ def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple
         return w.clone()
     if not dims:
         return shrunk(w, threshold / h)
-    norms = euclidean(h * w, dims)
+    x, h, size, top = in_units(w, h, dims)
+    threshold = threshold / size / top
+    norms = euclidean(h * x, dims)
     alive = norms > threshold
     # In units of the norm, so that no power of it leaves the range of float32.
     unit = torch.where(norms == 0, torch.ones_like(norms), norms)
-    pulls = h * w / unit
+    pulls = h * x / unit
     # The dead branch computes with ones, so that no derivative through it is NaN.
     pulls, weight = torch.where(alive, pulls, torch.ones_like(pulls)), torch.where(alive, h, torch.ones_like(h))
     force = torch.where(alive, threshold / unit, torch.ones_like(norms))

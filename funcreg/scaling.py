@@ -740,8 +740,9 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
         sizes = [euclidean(x) for x in (w, u)]
         size, step = (torch.where(n <= least, least + torch.zeros_like(n), n) for n in sizes)
         either = (size == 0) | (step == 0)
-        # The ratio of ones stands in where it is not used, so that no derivative is NaN.
-        return u * torch.where(either, torch.ones_like(size), coefficient * size / torch.where(either, 1.0, step + eps))
+        # Ones stand in where the ratio is not used, so that no derivative is NaN.
+        size, step = (torch.where(either, 1.0, n) for n in (coefficient * size, step + eps))
+        return u / step * size  # The ratio of sizes may be infinite where the result is not.
 
     def rule(updates: Updates, params: Params) -> Updates:
         return compute(ratio, updates, params, hyper=(min_norm, trust_coefficient, eps))

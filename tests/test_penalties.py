@@ -22,6 +22,7 @@ from cases import (
     draw_fours,
     flat,
     known,
+    normal,
     uniform,
 )
 from hypothesis import given
@@ -795,6 +796,29 @@ def test_group_prox_in_a_metric_stays_in_the_range_of_float32():
         w, h = torch.tensor([[3.0, 4.0]]), torch.full((1, 2), size)
         z = fr.group_lasso.prox(w, 2.5 * size, metric=h)
         torch.testing.assert_close(z, w / 2, rtol=1e-5, atol=0)
+
+
+IN_METRICS_OF_GROUPS = {
+    "group_lasso": (fr.group_lasso, ()),
+    "sparse_group_lasso": (fr.sparse_group_lasso, (0.7, 0.4)),
+    "group_mcp": (fr.group_mcp, (0.7, 2.0)),
+    "group_scad": (fr.group_scad, (0.7, 5.0)),
+    "group_l0": (fr.group_l0, ()),
+}
+
+
+@pytest.mark.parametrize("name", IN_METRICS_OF_GROUPS)
+def test_groups_in_metrics_are_those_of_float64_where_products_leave_the_range_of_float32(name):
+    penalty, hyper = IN_METRICS_OF_GROUPS[name]
+    generator = torch.Generator().manual_seed(3)
+    for size, scale in ((1e25, 1e19), (1e-25, 1e-19), (1e25, 1e-19), (1e-25, 1e19), (1e-25, 1.0), (1e25, 1.0)):
+        w = (size * normal(generator, 40, 4)).float()
+        h = (scale * (0.1 + uniform(generator, 40, 4))).float()
+        for step in (0.0, 0.3 * size * scale, 0.3 * size * size * scale):
+            if step == 0 or 1e-37 < step < 1e37:
+                expected = penalty.prox(w.double(), step, *hyper, metric=h.double())
+                z = penalty.prox(w, step, *hyper, metric=h)
+                torch.testing.assert_close(z, expected.float(), rtol=1e-4, atol=1e-6 * size)
 
 
 def test_sparsity_is_the_share_of_exact_zeros():

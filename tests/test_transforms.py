@@ -393,6 +393,14 @@ def test_clipping_at_norm_zero_is_not_nan():
     assert flat(fr.clip_by_global_norm(1.0).update(bad, fr.EmptyState(), bad)[0]).isnan().all()
 
 
+def test_the_trust_ratio_may_be_beyond_the_range_of_float32():
+    params, grads = {"w": torch.tensor(40.0), "v": torch.tensor([3.0, 4.0])}, {"w": torch.tensor(1e-38)}
+    grads["v"] = torch.tensor([0.6e-37, -0.8e-37])
+    tx = fr.scale_by_trust_ratio(trust_coefficient=100.0)
+    expected = {"w": torch.tensor(4000.0), "v": torch.tensor([300.0, -400.0])}
+    assert_equal(tx.update(grads, tx.init(params), params)[0], expected, rtol=1e-6)
+
+
 def test_zeros_survive_in_every_dtype_also_where_gradients_have_another():
     for own, other in (
         (torch.float32, torch.bfloat16),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from funcreg.checks import check_params
+from funcreg.copies import copied
 from funcreg.draws import Draws
 from funcreg.ensemble import seeded, stack, whole_seeds
 from funcreg.grids import Config, Split, attributes
@@ -107,7 +107,7 @@ class Model:
 
     def _keep(self, module: nn.Module) -> None:
         """Copies of the module, one in each mode: the user's own stays as it is."""
-        self._training, self._evaluating = (copy.deepcopy(module) for _ in range(2))
+        self._training, self._evaluating = (copied(module) for _ in range(2))
         if not module.training:  # Else layers that were put into another mode stay in it.
             self._training.train()
         self._evaluating.eval()

@@ -95,7 +95,7 @@ def descend(
 ) -> Transform:
     """A step along a direction, then the proximal operator in the direction's metric, if it has one."""
     finite_nonnegative(learning_rate=learning_rate, weight_decay=weight_decay)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_selection(mask)
 
@@ -392,7 +392,7 @@ def fista(
     """
     finite_nonnegative(learning_rate=learning_rate)
     flags(restart=restart)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_selection(mask)
 

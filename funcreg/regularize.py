@@ -138,7 +138,7 @@ def regularize(
         )
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module is {_described(module)}; expected the torch.nn.Module that the optimizer trains")
-    check_penalty(penalty, hyper, options)
+    values, static = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_selection(mask)
     check_inner_steps(inner_steps)
@@ -150,7 +150,7 @@ def regularize(
     _check_moves_itself(optimizer, penalty)
     _say_unread(optimizer)
     rule = rule_of(optimizer, metric, projects(penalty))
-    task = Task(penalty, hyper, strength, options, rule, inner_steps, max_step)
+    task = Task(penalty, values, strength, static, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
     if projects(penalty):
         del given["strength"]  # Of which a set knows nothing.
@@ -319,7 +319,7 @@ class Regularization(FollowedSteps):
         if self.steps == 0:
             self._remarks.of_uninitialized(optimizer)
             if self._task.rule.source is not None:
-                self._remarks.note_rows(self._acted_on())
+                self._remarks.note_begun(self._acted_on())
         if note is not None or self._inner is not None:
             with torch.no_grad():
                 for w in self._names.penalized().values():
@@ -365,7 +365,7 @@ class Regularization(FollowedSteps):
         with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
             self._land(optimizer, moved, values, skipped, looks)
         if self.steps == 1:
-            self._remarks.of_lost_rows(self._acted_on(), type(optimizer).__name__)
+            self._remarks.of_lost(self._acted_on(), type(optimizer).__name__)
         if looks:
             self._remarks.of_zeros(self._penalized(self._leaves), self._task, optimizer.param_groups, self.steps)
             self._remarks.of_dead(self._leaves, self._task, self.steps, self._call(optimizer))

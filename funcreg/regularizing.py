@@ -31,14 +31,19 @@ def where_masked(mask: Mask | None, tx: Transform) -> Transform:
     return tx if mask is None else masked(tx, mask)
 
 
-def check_penalty(penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str, Any]) -> None:
-    """Raise an error, before the first step, if a penalty is not one or does not take these hyperparameters."""
+def check_penalty(
+    penalty: Penalty, hyper: tuple[Hyper, ...], options: dict[str, Any]
+) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
+    """Hyperparameters in their order, also those given by name, and static options, or an error before the first step.
+
+    What is given by name may be a schedule or a tree, too.
+    """
     if not isinstance(penalty, Penalty):
         shown = isinstance(penalty, (dict, list, tuple, Tensor, torch.nn.Module, torch.optim.Optimizer))
         what = f"a {type(penalty).__name__}" if shown else repr(penalty)
         hint = ". Is it a value? Give the penalty itself, l1 and not l1(params)" if isinstance(penalty, Tensor) else ""
         raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty{hint}")
-    penalty.bind(*hyper, **options)
+    return penalty.bind(*hyper, **options)
 
 
 def projects(penalty: Penalty) -> bool:
@@ -120,7 +125,7 @@ def add_penalty(
     """
     finite_nonnegative(strength=strength)
     check_selection(mask)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
     check_gradient(penalty)
 
     def rule(updates: Updates, params: Params, strength: Hyper, *values: Hyper) -> Updates:
@@ -161,7 +166,7 @@ def proximal(
     """
     nonnegative(step=step)
     check_selection(mask)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
 
     def rule(updates: Updates, params: Params, step: Hyper, *values: Hyper) -> Updates:
         reached = compute_wide(lambda w, u: w + u, params, updates)

@@ -46,7 +46,8 @@ class Remarks:
         self.waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._pace: list[Any] = []
         self._idle = 0  # In how many steps, up to now, the optimizer has moved nothing.
-        self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step.
+        self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step,
+        self._begun = set[str]()  # and which other leaves.
 
     # Of a new penalty
 
@@ -178,13 +179,29 @@ class Remarks:
                 "optimizer.state.clear() after this step, or begin with fused=False or a smaller init_scale."
             )
 
-    def note_rows(self, acted_on: dict[str, Tensor]) -> None:
-        """Note which rows of embeddings are not zero before the first step, for `of_lost_rows`."""
-        if self._names.module is None or is_compiling():
+    def note_begun(self, acted_on: dict[str, Tensor]) -> None:
+        """Note which rows of embeddings and which leaves are not zero before the first step, for `of_lost`."""
+        if is_compiling():
             return
-        tables = {m.weight for m in self._names.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-        plain = {name: w.detach() for name, w in acted_on.items() if w in tables and type(w) is nn.Parameter}
-        self._rows = {name: (w != 0).any(1) for name, w in plain.items() if _is_readable(w)}
+        modules = [] if self._names.module is None else self._names.module.modules()
+        tables = {m.weight for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+        plain = {name: w.detach() for name, w in acted_on.items() if type(w) is nn.Parameter}
+        plain = {name: w for name, w in plain.items() if _is_readable(w)}
+        self._rows = {name: (w != 0).any(1) for name, w in plain.items() if acted_on[name] in tables}
+        self._begun = {name for name, w in plain.items() if acted_on[name] not in tables and w.any()}
+
+    def of_lost(self, acted_on: dict[str, Tensor], kind: str) -> None:
+        """Warn of what the first step made zero because it had no gradient yet."""
+        self.of_lost_rows(acted_on, kind)
+        begun = {name: w for name, w in acted_on.items() if name in self._begun and _is_readable(w.detach())}
+        self._begun = set()
+        lost = [name for name, w in begun.items() if w.grad is not None and not (w.detach().any() or _any(w.grad))]
+        if lost:
+            warn_user(
+                f"all of {listed(map(repr, lost))} became zero in the first step of {self._on!r}: the gradient was "
+                "zero there, as behind a gate, a scale or an adapter that begins with zeros, and "
+                f"{kind} divides by no more than eps. What was initialized is lost. Bound the step, as by max_step=1.0."
+            )
 
     def of_lost_rows(self, acted_on: dict[str, Tensor], kind: str) -> None:
         """Warn of rows of embeddings that the first step made zero because its batch had nothing of them."""
@@ -298,6 +315,11 @@ def _without_gradient(w: Tensor) -> Tensor:
     if g is None:
         return ~nothing  # The step has left it where it was.
     return nothing.index_fill_(0, g.coalesce().indices()[0], False) if g.is_sparse else (g == 0).all(1)
+
+
+def _any(g: Tensor) -> bool:
+    """Whether a gradient, which may be a sparse one, has a number that is not zero."""
+    return bool((g.coalesce().values() if g.is_sparse else g).any())
 
 
 def _is_meant(task: Task) -> bool:

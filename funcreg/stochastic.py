@@ -69,7 +69,7 @@ def _average(
     single(learning_rate=learning_rate)
     below_one(momentum=momentum)
     check_inner_steps(inner_steps)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_selection(mask)
 
@@ -284,7 +284,7 @@ def ftrl(
     positive(learning_rate=learning_rate, beta=beta)
     finite_nonnegative(learning_rate=learning_rate, beta=beta)
     learning_rate, beta = scalars(learning_rate=learning_rate, beta=beta)
-    check_penalty(penalty, hyper, options)
+    hyper, options = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_inner_steps(inner_steps)
     check_selection(mask)

@@ -897,6 +897,35 @@ def test_rows_of_an_embedding_that_go_to_zero_for_want_of_a_gradient_are_said(ma
     assert not lost or "4 of 8 rows of '0.weight', an embedding, became zero in the first step of" in said[0]
 
 
+class _Gated(nn.Module):
+    """A residual block behind a gate that begins at zero, as in ReZero."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate = nn.Linear(3, 3, bias=False), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.gate * self.inner(x)
+
+
+@pytest.mark.parametrize(("make", "options", "lost"), [
+    (optim.Adam, {}, True),
+    (optim.RMSprop, {}, True),
+    (optim.Adam, {"max_step": 1.0}, False),
+    (optim.SGD, {}, False),
+])  # fmt: skip
+def test_leaves_that_go_to_zero_behind_a_gate_of_zero_are_said(make, options, lost, recwarn):
+    net = nn.Sequential(nn.Linear(3, 3), _Gated()).to("cpu")
+    optimizer = make(net.parameters(), 1e-2)
+    fr.regularize(optimizer, fr.l1, strength=1e-4, mask=fr.matrices, **options)
+    net(torch.ones(4, 3)).square().mean().backward()
+    optimizer.step()
+    assert bool((net[1].inner.weight == 0).all()) == lost
+    said = [str(each.message) for each in recwarn if "became zero in the first step of" in str(each.message)]
+    assert len(said) == lost
+    assert not lost or "Bound the step, as by max_step=1.0" in said[0]
+
+
 def test_a_strength_in_a_tensor_is_read_at_every_step():
     w, strength = weight(3), torch.tensor(0.0)
     optimizer = optim.SGD([w], 0.1)

@@ -444,3 +444,27 @@ def test_what_is_no_preconditioner_is_said():
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match=r"inner_steps is .*; expected a whole number of at least 1"):
             fr.prox_adam(0.1, fr.l1, inner_steps=wrong)
+
+
+@pytest.mark.parametrize("make", [
+    lambda *hyper, **named: fr.prox_sgd(0.1, fr.elastic, *hyper, strength=2.0, **named),
+    lambda *hyper, **named: fr.prox_adam(0.1, fr.elastic, *hyper, strength=2.0, **named),
+    lambda *hyper, **named: fr.fista(0.1, fr.elastic, *hyper, strength=2.0, **named),
+    lambda *hyper, **named: fr.rmda(0.1, fr.elastic, *hyper, strength=2.0, **named),
+    lambda *hyper, **named: fr.proximal(fr.elastic, 0.1, *hyper, **named),
+    lambda *hyper, **named: fr.add_penalty(fr.elastic, *hyper, strength=2.0, **named),
+], ids=["prox_sgd", "prox_adam", "fista", "rmda", "proximal", "add_penalty"])  # fmt: skip
+def test_hyperparameters_by_name_are_those_in_their_order(make):
+    alpha = fr.linear_schedule(0.1, 0.3, 4)
+    given, named, mixed = make(alpha, 0.5), make(alpha=alpha, rho=0.5), make(alpha, rho=0.5)
+    params = {"w": torch.tensor([1.0, -0.2, 0.0])}
+    states = [tx.init(params) for tx in (given, named, mixed)]
+    for _ in range(3):
+        steps = [
+            tx.update({"w": torch.tensor([0.3, 0.1, -0.4])}, s, params)
+            for tx, s in zip((given, named, mixed), states, strict=True)
+        ]
+        states = [state for _, state in steps]
+        assert_equal(steps[1][0], steps[0][0])
+        assert_equal(steps[2][0], steps[0][0])
+        params = fr.apply_updates(params, steps[0][0])

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
 from funcreg.combine import chain, hold, pick
 from funcreg.construction import remembered
-from funcreg.leafwise import beside, compute, compute_wide, kept_dtype, scalar_device
+from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate, scale_by_rms
@@ -275,7 +275,7 @@ def schedule_free(
         z = compute(lambda z, u: z + u, state.z, moves)
         # By differences, which are exactly 0 at a leaf that does not move.
         step = compute(_toward_average, params, state.z, z, hyper=(b1, share_of_z))
-        count = state.step_count + 1
+        count = increment(state.step_count)
         return step, ScheduleFreeState(state.b1.clone(), whole, count, greatest, inner, z)
 
     return around(base_optimizer, init, update, ScheduleFreeState, stages=["lands"])

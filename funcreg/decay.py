@@ -19,7 +19,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, named_chain
 from funcreg.construction import remembered, transforms_in, written
-from funcreg.leafwise import compute, compute_wide, product, sign
+from funcreg.leafwise import compute, compute_wide, increment, product, sign
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
 from funcreg.regularizing import add_decayed_weights, where_masked
@@ -317,7 +317,7 @@ def _toward(
             # In this form an average of what does not move is exactly that, and its sign 0.
             anchor = compute(lambda m, w, b: m + (1 - b) * (w - m), anchor, params, hyper=(ema,))
         new = add(updates, params, at_step(weight_decay, state.steps), anchor)
-        return new, AnchorState(state.steps + 1, anchor)
+        return new, AnchorState(increment(state.steps), anchor)
 
     if anchor is not None:
         return where_masked(mask, scheduled(add_given, weight_decay, anchor, stages=["adds"]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, euclidean, sign, zeros
+from funcreg.leafwise import compute, euclidean, increment, sign, zeros
 from funcreg.ranges import check_range, concrete, scalars, single
 from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, positive, public_state
 from funcreg.tree import tree_map
@@ -118,7 +118,7 @@ def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> Tra
         )
         # Cloned, because a state never shares memory with the updates that a user holds.
         last = compute(lambda kept, u: u.clone(), before, updates)
-        return direction, OptimisticGradientState(state.steps + 1, last)
+        return direction, OptimisticGradientState(increment(state.steps), last)
 
     return Transform(init, update, state=OptimisticGradientState)
 

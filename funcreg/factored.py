@@ -13,7 +13,7 @@ from funcreg.clipping import clip_by_block_rms
 from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_param_block_rms
-from funcreg.leafwise import compute_wide, safe_sqrt, squared, wide
+from funcreg.leafwise import compute_wide, increment, safe_sqrt, squared, wide
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate, stored
@@ -138,7 +138,7 @@ def scale_by_factored_rms(
     def update(updates: Updates, state: FactoredState, params: Params) -> tuple[Updates, FactoredState]:
         decay = decay_rate_fn(state.steps - step_offset, decay_rate)
         new = FactoredState(
-            state.steps + 1,
+            increment(state.steps),
             averages(updates, state.v_row, decay, 1),
             averages(updates, state.v_col, decay, 0),
             averages(updates, state.v, decay, None),

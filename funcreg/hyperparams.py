@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.construction import Call, Remembering, remembered
-from funcreg.leafwise import scalar_device
+from funcreg.leafwise import increment, scalar_device
 from funcreg.ranges import number
 from funcreg.transform import Transform, at_step, check_no_torchs, counter, dtypes, public_state
 from funcreg.tree import leaves_like, tree_leaves, tree_map
@@ -248,7 +248,7 @@ def _injected(call: _Call, dtype: torch.dtype | None) -> Transform:
         hyper = now(state)
         inner = call.make(hyper)
         updates, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
-        return updates, InjectHyperparamsState(state.steps + 1, hyper, after)
+        return updates, InjectHyperparamsState(increment(state.steps), hyper, after)
 
     def metric(state: InjectHyperparamsState) -> Params:
         measure = call.make(state.hyperparams).metric

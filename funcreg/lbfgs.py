@@ -10,7 +10,17 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Schedule, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, squared, total, zeros
+from funcreg.leafwise import (
+    compute,
+    compute_wide,
+    increment,
+    reduce_leaves,
+    safe_sqrt,
+    scalar_device,
+    squared,
+    total,
+    zeros,
+)
 from funcreg.linesearch import scale_by_zoom_linesearch
 from funcreg.ranges import flags
 from funcreg.scaling import scale, scale_by_learning_rate
@@ -81,7 +91,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
 
     def update(updates: Updates, state: LbfgsState, params: Params) -> tuple[Updates, LbfgsState]:
         if not tree_leaves(updates):
-            return updates, state._replace(steps=state.steps + 1)
+            return updates, state._replace(steps=increment(state.steps))
         begun = state.steps > 0
         change = lambda new, old: compute(
             lambda kept, x, b: torch.where(b, x - kept, torch.zeros_like(kept)).to(kept.dtype), old, new, hyper=(begun,)
@@ -91,7 +101,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
         weight = torch.where(along == 0, 0.0, 1 / torch.where(along == 0, 1.0, along))
         keep = lambda new, old: tree_map(lambda x, kept: x.to(kept.dtype, copy=True), new, old)
         new = LbfgsState(
-            state.steps + 1,
+            increment(state.steps),
             keep(params, state.params),
             keep(updates, state.updates),
             (*state.params_differences[1:], moved),

@@ -38,6 +38,11 @@ def without_autocast(f: F) -> F:
     return exact  # pyright: ignore[reportReturnType]  # It takes and returns what the function does.
 
 
+def increment(steps: Tensor) -> Tensor:
+    """The number of steps after one more; the greatest one of its dtype stays, where 1 more would be negative."""
+    return steps + (steps < torch.iinfo(steps.dtype).max)
+
+
 def widen(x: Tensor) -> Tensor:
     """A tensor in the precision in which it is computed with: float32 at least."""
     return x.to(torch.float32) if x.dtype in _SIXTEEN_BITS else x

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, compute_wide, safe_sqrt, scalar_device, zeros
+from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, scalar_device, zeros
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import (
@@ -99,7 +99,7 @@ def scale_by_ademamix(
         )
 
     def update(updates: Updates, state: AdemamixState, params: Params) -> tuple[Updates, AdemamixState]:
-        steps, slow, share = state.steps + 1, at_step(b3, state.steps), at_step(alpha, state.steps)
+        steps, slow, share = increment(state.steps), at_step(b3, state.steps), at_step(alpha, state.steps)
         m1, m2 = average(state.m1, updates, b1), average(state.m2, updates, slow)
         nu = stored(average_square(state.nu, updates, b2), state.nu)
         weight = (slow * state.weight + (1 - slow)).to(state.weight.dtype)
@@ -217,7 +217,7 @@ def scale_by_simplified_ademamix(
         share = at_step(alpha, state.steps)
         m = compute_wide(lambda m, u, b: u + b * m, state.m, updates, hyper=(b1,))
         nu = stored(average_square(state.nu, updates, b2), state.nu)
-        new = SimplifiedAdemamixState(state.steps + 1, stored(m, state.m), nu)
+        new = SimplifiedAdemamixState(increment(state.steps), stored(m, state.m), nu)
         return compute(lambda u, m, h, s: (m + s * u) / h, updates, m, denominators(new), hyper=(share,)), new
 
     def denominators(state: SimplifiedAdemamixState) -> Params:
@@ -347,7 +347,7 @@ def scale_by_adopt(
         decay, slower = 1 - begun * (1 - b1), begun * b2
         mu, nu = average(state.mu, ratios, decay), average_square(state.nu, updates, slower)
         ahead = average(mu, ratios, decay) if nesterov else mu
-        new = AdamState(state.steps + 1, stored(mu, state.mu), stored(nu, state.nu))
+        new = AdamState(increment(state.steps), stored(mu, state.mu), stored(nu, state.nu))
         return compute(lambda u, m: m.clone(), updates, ahead), new
 
     def metric(state: AdamState) -> Params:

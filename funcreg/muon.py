@@ -13,7 +13,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, partition, with_link
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, euclidean, zeros
+from funcreg.leafwise import compute, euclidean, increment, zeros
 from funcreg.optimizers import adamw
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import add_decayed_weights
@@ -249,7 +249,7 @@ def scale_by_muon(
         return MuonState(counter(params), zeros(params, mu_dtype))
 
     def update(updates: Updates, state: MuonState, params: Params) -> tuple[Updates, MuonState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         mu = average(state.mu, updates, beta)
         mean = corrected_mean(mu, updates, beta, steps, nesterov)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, widen
+from funcreg.leafwise import compute, increment, widen
 from funcreg.per_example import check_examples, per_example_global_norm_clip
 from funcreg.ranges import scalars, single
 from funcreg.rounding import first_key, one_key, shifted, words
@@ -79,7 +79,7 @@ def add_noise(
         return AddNoiseState(counter(params), first_key(begin, params))
 
     def update(updates: Updates, state: AddNoiseState, params: Params) -> tuple[Updates, AddNoiseState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         size = (at_step(eta, state.steps) / steps.to(torch.float64) ** gamma) ** 0.5
         leaves, rebuild = flatten(params)
         noise = rebuild(map(_normal, words(state.key, steps, params), leaves))
@@ -165,7 +165,7 @@ def differentially_private_aggregate(
     def update(
         updates: Updates, state: DifferentiallyPrivateAggregateState, params: Params
     ) -> tuple[Updates, DifferentiallyPrivateAggregateState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         leaves, rebuild = flatten(params)
         if not leaves:
             return updates, DifferentiallyPrivateAggregateState(steps, state.key)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import compute_wide, widen
+from funcreg.leafwise import compute_wide, increment, widen
 from funcreg.masks import keep, merge
 from funcreg.rounding import check_key, first_key, is_narrow, rounded, words
 from funcreg.transform import Stage, Transform, check_transforms, counter, public_state
@@ -160,7 +160,7 @@ def with_stochastic_rounding(inner: Transform, key: int | Tensor | torch.Generat
     def update(
         updates: Updates, state: StochasticRoundingState, params: Params, **extra: Any
     ) -> tuple[Updates, StochasticRoundingState]:
-        steps, whole = state.steps + 1, tree_map(widen, params)
+        steps, whole = increment(state.steps), tree_map(widen, params)
         new, after = inner.update(tree_map(widen, updates), state.inner_state, whole, **inner.accepted(extra))
         leaves, rebuild = flatten(params)
         rows = zip(leaves, tree_leaves(new), words(state.key, steps, params), strict=True)

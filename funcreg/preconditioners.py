@@ -16,7 +16,18 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, compute_wide, gathered, reduce_leaves, safe_sqrt, sign, squared, wide, zeros
+from funcreg.leafwise import (
+    compute,
+    compute_wide,
+    gathered,
+    increment,
+    reduce_leaves,
+    safe_sqrt,
+    sign,
+    squared,
+    wide,
+    zeros,
+)
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.scaling import (
     AdamState,
@@ -73,7 +84,7 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         return AdamState(counter(params), zeros(params), real_zeros(params))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = state.steps + 1, average(state.mu, updates, b1)
+        steps, mu = increment(state.steps), average(state.mu, updates, b1)
         greatest = lambda v, u, b, e: torch.maximum(u.abs() + e, b * v)
         nu = compute(greatest, state.nu, updates, hyper=(b2, eps))
         mean = corrected_mean(mu, updates, b1, steps, nesterov=False)
@@ -134,7 +145,7 @@ def scale_by_belief(
         return BeliefState(counter(params), zeros(params), real_zeros(params))
 
     def update(updates: Updates, state: BeliefState, params: Params) -> tuple[Updates, BeliefState]:
-        steps, mu = state.steps + 1, average(state.mu, updates, b1)
+        steps, mu = increment(state.steps), average(state.mu, updates, b1)
         apart = lambda v, u, m, b, r: b * v + (1 - b) * squared(u - m) + r
         nu = compute(apart, state.nu, updates, mu, hyper=(b2, eps_root))
         new = BeliefState(steps, stored(mu, state.mu), nu)
@@ -188,7 +199,7 @@ def scale_by_yogi(
         return AdamState(counter(params), mu, real_zeros(params, first))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = state.steps + 1, average(state.mu, updates, b1)
+        steps, mu = increment(state.steps), average(state.mu, updates, b1)
         towards = lambda v, u, b: v - (1 - b) * sign(v - squared(u)) * squared(u)
         new = AdamState(steps, stored(mu, state.mu), compute(towards, state.nu, updates, hyper=(b2,)))
         mean = corrected_mean(mu, updates, b1, steps, nesterov=False)
@@ -245,7 +256,7 @@ def scale_by_radam(
         return AdamState(counter(params), zeros(params), real_zeros(params))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = state.steps + 1, average(state.mu, updates, b1)
+        steps, mu = increment(state.steps), average(state.mu, updates, b1)
         new = AdamState(steps, stored(mu, state.mu), stored(average_square(state.nu, updates, b2), state.nu))
         mean = corrected_mean(mu, updates, b1, steps, nesterov)
         return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
@@ -321,7 +332,7 @@ def scale_by_adan(
         return AdanState(counter(params), zeros(params), zeros(params), real_zeros(params), zeros(params))
 
     def update(updates: Updates, state: AdanState, params: Params) -> tuple[Updates, AdanState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         changes = compute_wide(
             lambda u, last, n: torch.where(n == 0, torch.zeros_like(u), u - last),
             updates,
@@ -467,7 +478,7 @@ def scale_by_novograd(
         own = compute_wide(scaled, updates, params, hyper=(nu, eps, eps_root, at_step(weight_decay, state.steps)))
         mu = stored(compute_wide(lambda m, u, b: b * m + u, state.mu, own, hyper=(b1,)), state.mu)
         # Cloned, because leaves of updates and state never share memory.
-        return compute(lambda u, m: m.clone(), updates, mu), NovogradState(state.steps + 1, mu, nu)
+        return compute(lambda u, m: m.clone(), updates, mu), NovogradState(increment(state.steps), mu, nu)
 
     def metric(state: NovogradState) -> Params:
         # Of the sum, which exceeds a mean by 1 / (1 - b1).

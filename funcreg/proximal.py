@@ -17,7 +17,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
-from funcreg.leafwise import compute, compute_wide, product, total
+from funcreg.leafwise import compute, compute_wide, increment, product, total
 from funcreg.masks import keep, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
@@ -123,7 +123,7 @@ def descend(
         landed = land(params, reached, step, metric, penalty, values, count, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)
-        return moves, ProximalState(state.steps + 1, inner)
+        return moves, ProximalState(increment(state.steps), inner)
 
     return Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask), stages=["steps", "lands"])
 
@@ -410,6 +410,6 @@ def fista(
         further, momentum = accelerate(state.momentum, uphill)
         # From y to the next y, in one subtraction: where x and its predecessor are zero, y becomes exactly zero.
         moves = compute(lambda y, x, x0, k: x + k * (x - x0) - y, params, x, state.solution, hyper=(further,))
-        return moves, FistaState(state.steps + 1, momentum, compute(lambda x0, x: x, state.solution, x))
+        return moves, FistaState(increment(state.steps), momentum, compute(lambda x0, x: x, state.solution, x))
 
     return Transform(init, update, state=FistaState, descends=True, spares=left_out(mask), stages=["steps", "lands"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, compute_wide, euclidean, safe_sqrt, sign, squared, wide, widen, zeros
+from funcreg.leafwise import compute, compute_wide, euclidean, increment, safe_sqrt, sign, squared, wide, widen, zeros
 from funcreg.ranges import check_choice, concrete, flags, scalars, single
 from funcreg.rounding import is_narrow, rounded, words
 from funcreg.transform import (
@@ -233,7 +233,7 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: torch.dtype | Non
         return EmaState(counter(params), zeros(params, accumulator_dtype))
 
     def update(updates: Updates, state: EmaState, params: Params) -> tuple[Updates, EmaState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         m = average(state.ema, updates, decay)
         missing = bias_correction(decay, steps) if debias else 1.0
         averages = compute(lambda u, m, c: m / c, updates, m, hyper=(missing,))
@@ -337,7 +337,7 @@ def scale_by_adam(
         return AdamState(counter(params), zeros(params, mu_dtype), real_zeros(params, dtype=nu_dtype))
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         mu, nu = average(state.mu, updates, b1), _stored_square(average_square(state.nu, updates, b2), state.nu, steps)
         new = AdamState(steps, stored(mu, state.mu), nu)
         mean = corrected_mean(mu, updates, b1, steps, nesterov)
@@ -353,7 +353,7 @@ def corrected_mean(mu: Params, updates: Updates, b1: Scalar, steps: Tensor, nest
     """A moving average without the weight of the zero that it began with, one step ahead if `nesterov`."""
     if not nesterov:
         return compute(lambda m, c: m * c, mu, hyper=(1 / bias_correction(b1, steps),))
-    ahead, here = bias_correction(b1, steps + 1), bias_correction(b1, steps)
+    ahead, here = bias_correction(b1, increment(steps)), bias_correction(b1, steps)
     return compute(lambda m, u, b, c, d: b * m / c + (1 - b) * u / d, mu, updates, hyper=(b1, ahead, here))
 
 
@@ -425,7 +425,7 @@ def scale_by_amsgrad(
         return AmsgradState(counter(params), zeros(params, mu_dtype), *squares)
 
     def update(updates: Updates, state: AmsgradState, params: Params) -> tuple[Updates, AmsgradState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         mu, nu = average(state.mu, updates, b1), _stored_square(average_square(state.nu, updates, b2), state.nu, steps)
         missing = bias_correction(b2, steps) if bias_correction_nu else 1.0
         nu_max = compute(lambda top, v, c: torch.maximum(top, v / c), state.nu_max, nu, hyper=(missing,))
@@ -505,7 +505,7 @@ def scale_by_rms(
         return RmsState(counter(params), real_zeros(params, initial_scale, nu_dtype))
 
     def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         new = RmsState(steps, _stored_square(average_square(state.nu, updates, decay), state.nu, steps))
         return compute(lambda u, h: u / h, updates, metric(new)), new
 
@@ -572,7 +572,7 @@ def scale_by_stddev(
         return StddevState(counter(params), zeros(params), real_zeros(params, initial_scale, nu_dtype))
 
     def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
-        steps = state.steps + 1
+        steps = increment(state.steps)
         mu, nu = average(state.mu, updates, decay), average_square(state.nu, updates, decay)
         new = StddevState(steps, stored(mu, state.mu), _stored_square(nu, state.nu, steps))
         return compute(lambda u, h: u / h, updates, metric(new)), new

@@ -17,7 +17,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
-from funcreg.leafwise import compute, compute_wide, product, safe_sqrt, squared, wide, zeros
+from funcreg.leafwise import compute, compute_wide, increment, product, safe_sqrt, squared, wide, zeros
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
@@ -85,7 +85,7 @@ def _average(
         rate, force, keep, *values = (
             at_step(value, state.steps) for value in (learning_rate, strength, momentum, *hyper)
         )
-        steps = state.steps + 1
+        steps = increment(state.steps)
         root = steps.to(torch.float64).sqrt()
         weight = state.weight + rate * root
         gradients = compute(lambda v, g, s: v + s * g, state.gradients, updates, hyper=(rate * root,))
@@ -296,7 +296,7 @@ def ftrl(
 
     def update(updates: Updates, state: FtrlState, params: Params) -> tuple[Updates, FtrlState]:
         force, *values = (at_step(value, state.steps) for value in (strength, *hyper))
-        steps = state.steps + 1
+        steps = increment(state.steps)
         squares = compute(lambda n, g: n + squared(g), state.squares, updates)
         h = compute(lambda n, b, r: (b + safe_sqrt(n)) / r, squares, hyper=(beta, learning_rate))
         before = compute(lambda n, b, r: (b + safe_sqrt(n)) / r, state.squares, hyper=(beta, learning_rate))

@@ -14,7 +14,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.checks import check_alike, check_params, filled
 from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
-from funcreg.leafwise import scalar_device, without_autocast
+from funcreg.leafwise import increment, scalar_device, without_autocast
 from funcreg.masks import check_mask, hidden, listed, mask_leaves
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number, scalars
@@ -480,7 +480,7 @@ def scheduled(
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         values = [at_step(value, state.steps if counts else None) for value in hyper]
-        return rule(updates, params, *values), ScheduleState(state.steps + 1) if counts else state
+        return rule(updates, params, *values), ScheduleState(increment(state.steps)) if counts else state
 
     state = ScheduleState if counts else None
     return Transform(init, update, state=state, descends=descends, stages=stages, rate=rate)

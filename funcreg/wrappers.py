@@ -21,6 +21,7 @@ from funcreg.leafwise import (
     compute,
     compute_wide,
     gathered,
+    increment,
     reduce_leaves,
     scalar_device,
     spread_like,
@@ -211,7 +212,7 @@ def conditionally_transform(
         go = asked(state.step, params, extra)
         new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
         after = pick(go, after, state.inner_state)
-        return pick(go, new, updates), ConditionallyTransformState(after, state.step + 1)
+        return pick(go, new, updates), ConditionallyTransformState(after, increment(state.step))
 
     tx = around(inner, init, update, ConditionallyTransformState, also=asked.takes)
     tx.frozen = None  # What it freezes is held at its steps alone.
@@ -254,7 +255,7 @@ def conditionally_mask(
         go = asked(state.step, params, extra)
         new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
         after = pick(go, after, state.inner_state)
-        return or_zeros(go, new), ConditionallyMaskState(state.step + 1, after)
+        return or_zeros(go, new), ConditionallyMaskState(increment(state.step), after)
 
     return around(inner, init, update, ConditionallyMaskState, also=asked.takes)
 

@@ -673,3 +673,24 @@ def test_moments_of_real_leaves_stay_real_in_a_complex_dtype(make):
             updates, state = tx.update(grads, state, params)
         ends.append((updates, state))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def with_counters(state, count):
+    """A state with another number of steps in its counters."""
+    return fr.tree_map(lambda x: torch.full_like(x, count) if x.dtype == torch.int32 and not x.ndim else x, state)
+
+
+@pytest.mark.parametrize("name", [
+    "adam", "adamw", "nadamw", "adamax", "adabelief", "adan", "amsgrad", "lamb", "radam", "ademamix", "sgd scheduled",
+])  # fmt: skip
+def test_counters_do_not_become_negative(name):
+    make = getattr(fr, name, None)
+    tx = fr.sgd(fr.linear_schedule(0.1, 0.01, 10)) if make is None else make(1e-2)
+    params, before = draw(), tx.init(draw())
+    for n in range(2):
+        _, before = tx.update(draw(n), before, params)
+    last = torch.iinfo(torch.int32).max
+    updates, after = tx.update(draw(2), with_counters(before, last), params)
+    expected, _ = tx.update(draw(2), with_counters(before, last - 1), params)
+    assert_equal(updates, expected, rtol=1e-6, atol=1e-12)
+    assert all([int(x) == last for x in fr.tree_leaves(after) if x.dtype == torch.int32 and not x.ndim])

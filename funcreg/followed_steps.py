@@ -101,22 +101,25 @@ class FollowedSteps(PenalizedParameters):
         return [m for m in leaves if m.name in self._touched]
 
     def _read_added(self, optimizer: Optimizer) -> None:
-        """Read the names of parameters that the optimizer got since the last step."""
-        if sum([len(group["params"]) for group in optimizer.param_groups]) != self._names.count:
+        """Read the names of parameters that the optimizer got, or that got another shape or dtype, since the last step.
+
+        What is kept from step to step, such as places in compiled kernels, is of those that were there before.
+        """
+        params = [w for group in optimizer.param_groups for w in group["params"]]
+        if not self._names.are_of(params):
             self._names.read(optimizer)
             self._check_added()
-            self._layouts = {}  # Of trees of strengths that may have gained leaves.
+            self._seen, self._layouts, self._ends = (), {}, (None, None, None)
 
     def _moved(self, optimizer: Optimizer) -> list[Moved]:
         groups = [group["params"] for group in optimizer.param_groups]
         params = [w for group in groups for w in group]
-        self._read_added(optimizer)
+        if [*map(id, params)] != self._names.ids:  # A closure may add some.
+            self._read_added(optimizer)
         still = [g is None and w not in self._had for w, g in zip(params, gradients_of(params), strict=True)]
         seen = [*map(id, params)], still, [*map(len, groups)]
         if seen == self._seen:
             return self._moving
-        if any([w not in self._names.names for w, stays in zip(params, still, strict=True) if not stays]):
-            self._names.read(optimizer)
         names, chosen = self._names.names, self._names.chosen
         places = [i for i, group in enumerate(groups) for _ in group]
         rows = zip(params, places, still, strict=True)

@@ -123,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own.
-        self._advance: Any = torch.compiler.disable(self._update)
+        self._advance: Any = torch.compiler.disable(self._attempt)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and refuse what stands in param groups, as `optimizer.strength = ...` has no effect."""
@@ -310,6 +310,17 @@ class Optimizer(torch.optim.Optimizer):
                 "misspelled, or does the factory lack the transform that it is for?"
             )
         return found
+
+    def _attempt(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:
+        """Take a step; of one that fails, the states that began in it are gone again."""
+        had = [*self.state]
+        try:
+            self._update(extra, closure, hint)
+        except BaseException:  # Also an interrupt, as of a first step that compiles.
+            for p in {*self.state}.difference(had):
+                del self.state[p]
+            self._parts.forget()
+            raise
 
     @torch.no_grad()
     def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:

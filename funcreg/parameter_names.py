@@ -45,6 +45,11 @@ class ParameterNames:
         # In the order of leaves, which is that of sorted keys.
         self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}
         self.count = len(params)
+        self.ids, self._forms = [*map(id, raw)], _forms([*raw])
+
+    def are_of(self, params: list[Tensor]) -> bool:
+        """Whether these are the parameters that were read last, of the shapes and dtypes that they had then."""
+        return self.ids == [*map(id, params)] and self._forms == _forms(params)
 
     def _tied(self) -> list[str]:
         """The other names of parameters that are in the module more than once, and the first of each."""
@@ -106,6 +111,10 @@ class ParameterNames:
         """The names of parameters that the module does not have any more."""
         known = None if self.module is None else set(self.module.parameters())
         return [] if known is None else [name for w, name in self.names.items() if w not in known]
+
+
+def _forms(params: list[Tensor]) -> list[Any]:
+    return [(w.dtype, w.device, w.shape) for w in params]
 
 
 def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:

@@ -781,6 +781,28 @@ def test_what_comes_to_be_wrong_is_named_and_changes_nothing(compile):
     trained(model, optimizer, 1)
 
 
+@every_way
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, ValueError])
+def test_a_first_step_that_fails_leaves_no_state(raised, compile):
+    fails = [True]
+
+    def update(updates, state, params):
+        if fails:
+            raise raised("in the middle")
+        return updates, state
+
+    def factory(lr):
+        return fr.chain(fr.adamw(lr), fr.Transform(lambda params: (), update))
+
+    (model, optimizer), (other, unbroken) = [made(compile, factory=factory, lr=1e-2) for _ in range(2)]
+    with pytest.raises(raised):
+        trained(model, optimizer, 1)
+    assert not optimizer.state
+    assert_equal([w.detach() for w in model.parameters()], [w.detach() for w in other.parameters()])
+    fails.clear()
+    assert_equal(trained(model, optimizer, 2), trained(other, unbroken, 2))
+
+
 def test_what_has_no_effect_in_a_group_is_said():
     for group in ({"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.9, 0.95)}, {"amsgrad": True}):
         with pytest.warns(UserWarning, match=f"param group 0 has {next(iter(group))}.*no effect"):

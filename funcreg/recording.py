@@ -129,6 +129,12 @@ def placeholder(like: Any, count: int = 0) -> Tensor:
     return _Placeholder(Value(((count,) if count else ()) + tuple(like.shape), like.dtype, like.device))
 
 
+def lack_numbers(leaves: Sequence[Any]) -> bool:
+    """Whether some tensors only describe others, as those of `FakeTensorMode`: a kernel would read invalid memory."""
+    others = [x for x in leaves if isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES and not x.is_meta]
+    return any([x.layout is torch.strided and x.untyped_storage().device.type == "meta" for x in others])
+
+
 def constant(arg: Any) -> tuple[Any, ...]:
     """A constant as a key: 1, 1.0 and True are not the same, nor are 0.0 and -0.0; NaN is the same as NaN."""
     return type(arg), repr(arg) if isinstance(arg, (float, complex)) else arg

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg.undocumented import dispatch_mode
+from funcreg.undocumented import dispatch_mode, never_traced
 
 _aten = torch.ops.aten
 
@@ -173,6 +173,7 @@ class _Recorder:
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
         self._empty: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
 
+    @never_traced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What stands for the result of an operation."""
         kind, kwargs = _kind_of(func), kwargs or {}

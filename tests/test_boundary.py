@@ -24,6 +24,7 @@ import pytest
 import torch
 from cases import DEVICE, assert_equal, cpu_only, normal
 from hypothesis import assume, given
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -33,7 +34,7 @@ from torch.testing import assert_close
 
 import funcreg as fr
 from funcreg import plan as plans
-from funcreg import undocumented
+from funcreg import recording, undocumented
 
 #: Links of a chain are fused here by themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
@@ -584,6 +585,16 @@ def test_a_mode_that_records_operations_sees_those_of_a_fused_step():
     others = fr.tree_map(lambda w: 3 * w.cos(), params)
     expected = both_of(others, square(-2.0), state)
     assert_close(graph(others, square(-2.0), state), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_function_inside_of_a_chain_leaves_the_recorder_to_python():
+    pull = torch.compile(lambda u, w: u + 0.1 * w.abs() * w, backend="eager")
+    tx = fr.chain(fr.stateless(lambda updates, params: fr.tree_map(pull, updates, params)), fr.sgd(0.1))
+    step = fr.fuse(tx, backend="eager")
+    params, state = step.init(square())
+    check(tx, step, params, square(2.0), state)
+    read = [recording._Recorder.__torch_dispatch__, recording._Recorder._argument, recording._Placeholder.__new__]
+    assert not any([_debug_get_cache_entry_list(f.__code__) for f in read])
 
 
 @cpu_only
@@ -1146,6 +1157,14 @@ TAKEN = {
     "no versions": no_versions,
     "no copy of many tensors": without("torch", "_foreach_copy_"),
 }
+
+
+@pytest.mark.parametrize("name", ["set_code_exec_strategy", "_FrameAction", "_FrameExecStrategy"])
+def test_without_what_keeps_the_compiler_from_a_function_it_is_as_it_was(name, monkeypatch):
+    without("torch._C._dynamo.eval_frame", name)(monkeypatch)
+    f = lambda x: x + 1
+    assert undocumented.never_traced(f) is f
+    assert f(1) == 2
 
 
 @pytest.mark.filterwarnings("ignore:this is computed leaf by leaf", "ignore:fuse runs")

@@ -39,7 +39,7 @@ from funcreg.transform import (
     is_scheduled,
 )
 from funcreg.tree import ABSENT, tree_leaves
-from funcreg.undocumented import copy_all, is_compiling, versions
+from funcreg.undocumented import copy_all, is_traced, versions
 
 #: Entries from which on a compiled step saves more than its first call costs.
 _WORTH_COMPILING = 1 << 20
@@ -281,7 +281,7 @@ class FollowedSteps(PenalizedParameters):
         return Sets(first, is_coupled(self._task.penalty))
 
     def _may_compile(self) -> bool:
-        if self._inner is not None or self._compile is False or is_compiling():
+        if self._inner is not None or self._compile is False or is_traced():
             return False
         if self._compile is None and self._compiled_rows is not None and self._task.rule.source is None:
             return False  # Without a metric, most of the time goes to gathering rows.

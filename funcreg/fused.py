@@ -28,7 +28,7 @@ from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.plan import Call, Plan
 from funcreg.ranges import flags
-from funcreg.recording import Record, placeholder, record
+from funcreg.recording import Record, lack_numbers, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
 from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
@@ -243,7 +243,7 @@ class FusedStep(_Planned):
             trees = (params, params, self._tx.init(params), _with_tensors(extra))[: 4 if extra else 3]
             columns, specs = zip(*map(structure, trees), strict=True)
             try:
-                inside = undocumented.is_transformed(lambda: columns[0])  # Where leaves have no memory.
+                inside = undocumented.is_transformed(lambda: columns[0]) or lack_numbers(columns[0])
                 plan = None if inside else self._plan(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
@@ -275,7 +275,7 @@ class FusedStep(_Planned):
         """The state as the step likes it beside parameters that stay where they are; what it moves is copied."""
         if is_spread(params):
             return self._on_shards.packed_state(params, state, _with_tensors(extra))
-        if _has_objects(extra):
+        if lack_numbers(tree_leaves((params, grads, state))) or _has_objects(extra):
             return state
         trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
         columns, specs = zip(*map(structure, trees), strict=True)
@@ -307,7 +307,8 @@ class FusedStep(_Planned):
 
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
-        if undocumented.is_compiling():  # What compiles a whole training step compiles this one too.
+        # What compiles a whole training step compiles this one too. Modes see no operations of kernels.
+        if undocumented.is_traced():
             return self._stored(params, state, self._plain(params, grads, state, extra))
         if undocumented.has_tangents() or undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
             if self._donate:
@@ -342,7 +343,7 @@ class FusedStep(_Planned):
             if is_spread(params):
                 return self._on_shards.call(params, grads, state, _with_tensors(extra))
             grads = filled(params, grads, self._tx.spares, ("params", "grads"))
-            if _has_objects(extra):
+            if lack_numbers(tree_leaves((params, grads, state))) or _has_objects(extra):
                 return self._stored(params, state, self._plain(params, grads, state, extra))
             trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
             check_params(params)
@@ -517,7 +518,7 @@ class _ValueAndGrad(_Planned):
         self._plain = plain
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
-        if undocumented.is_compiling() or undocumented.is_transformed(lambda: tree_leaves(params)) or is_spread(params):
+        if undocumented.is_traced() or undocumented.is_transformed(lambda: tree_leaves(params)) or is_spread(params):
             return self._plain(params)
         return self._pass(params)
 
@@ -529,7 +530,7 @@ class _ValueAndGrad(_Planned):
         if checked is None or call is None:
             check_params(params)
             leaves, spec = structure(params)
-            plan = self._plan((params,), (leaves,), (spec,))
+            plan = None if lack_numbers(leaves) else self._plan((params,), (leaves,), (spec,))
             if plan is None:
                 return self._plain(params)
             checked, call = self._check(plan, (params,), (leaves,), (spec,))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg.undocumented import dispatch_mode
+from funcreg.undocumented import dispatch_mode, never_traced
 
 _aten = torch.ops.aten
 
@@ -129,6 +129,12 @@ def placeholder(like: Any, count: int = 0) -> Tensor:
     return _Placeholder(Value(((count,) if count else ()) + tuple(like.shape), like.dtype, like.device))
 
 
+def lack_numbers(leaves: Sequence[Any]) -> bool:
+    """Whether some tensors only describe others, as those of `FakeTensorMode`: a kernel would read invalid memory."""
+    others = [x for x in leaves if isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES and not x.is_meta]
+    return any([x.layout is torch.strided and x.untyped_storage().device.type == "meta" for x in others])
+
+
 def constant(arg: Any) -> tuple[Any, ...]:
     """A constant as a key: 1, 1.0 and True are not the same, nor are 0.0 and -0.0; NaN is the same as NaN."""
     return type(arg), repr(arg) if isinstance(arg, (float, complex)) else arg
@@ -167,6 +173,7 @@ class _Recorder:
         self._inferred: dict[Any, Any] = {}  # From an operation and its arguments' shapes to those of what comes out.
         self._empty: dict[Any, Tensor] = {}  # From a shape and a dtype to a tensor of these without memory.
 
+    @never_traced
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What stands for the result of an operation."""
         kind, kwargs = _kind_of(func), kwargs or {}

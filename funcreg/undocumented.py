@@ -165,6 +165,22 @@ def read_once(call: Function) -> Function:
     return call
 
 
+def never_traced(function: Function) -> Function:
+    """Let `torch.compile` run a function as it is, with all that it calls, also where it traces what calls it.
+
+    What `torch.compiler.disable` wraps, without its import of the whole compiler and its cost at each call. Without it,
+    a function of the user's own that is compiled inside of a chain makes the compiler trace the recorder, and warn.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    except (ImportError, AttributeError, TypeError):
+        pass
+    return function
+
+
 def dynamo_asks() -> bool:
     """Whether `torch.compile` runs this call itself: up to torch 2.11 it asks whether what it calls is true.
 

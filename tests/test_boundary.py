@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import hypothesis.strategies as st
@@ -23,13 +24,17 @@ import pytest
 import torch
 from cases import DEVICE, assert_equal, cpu_only, normal
 from hypothesis import assume, given
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
 
 import funcreg as fr
 from funcreg import plan as plans
-from funcreg import undocumented
+from funcreg import recording, undocumented
 
 #: Links of a chain are fused here by themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
@@ -539,6 +544,57 @@ def test_functions_are_compiled_after_a_mode_of_another_thread_outlasted_a_recor
     torch.compile(lambda x: x + 1, backend=counter, fullgraph=True)(torch.ones(2, device=DEVICE))
     assert counter.frame_count == 1
     assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+
+
+def unseen(graph: Any, inputs: Any) -> Any:
+    """A backend whose kernels no mode sees, as those of Inductor."""
+
+    def kernel(*args: Any) -> Any:
+        assert not any([isinstance(x, FakeTensor) for x in args]), "a kernel reads memory that is not there"
+        with torch.utils._python_dispatch._disable_current_modes():
+            return graph(*args)
+
+    return kernel
+
+
+@both
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("entered", [False, True])
+def test_no_kernel_reads_fake_tensors(entered, warm, donate):
+    tx = fr.prox_adam(0.1, fr.l1, strength=0.1)
+    step, f = fr.fuse(tx, donate=donate, backend=unseen), fr.value_and_grad(fr.l1, backend=unseen)
+    params, state = step.init(square())
+    if warm:
+        params, state = step(params, square(2.0), state)
+    before, mode = copy.deepcopy((params, state)), FakeTensorMode(allow_non_fake_inputs=True)
+    fakes, grads = [fr.tree_map(mode.from_tensor, tree) for tree in (params, square(2.0))]
+    with mode if entered else nullcontext():
+        results = [step(fakes, grads, step.init(fakes)[1])[0], f(fakes)]
+        if entered and not donate:
+            results.append(step(params, square(2.0), state)[0])  # Numbers that the mode tells nobody.
+    assert all([isinstance(x, FakeTensor) for x in fr.tree_leaves(results)])
+    assert_equal((params, state), before)
+    check(tx, step, params, square(2.0), state)
+
+
+def test_a_mode_that_records_operations_sees_those_of_a_fused_step():
+    step, f = fr.fuse(fr.prox_adam(0.1, fr.l1, strength=0.1), backend=unseen), fr.value_and_grad(fr.l1, backend=unseen)
+    params, state = step.init(square())
+    both_of = lambda params, grads, state: (step(params, grads, state), f(params))
+    graph = make_fx(both_of)(params, square(), state)
+    others = fr.tree_map(lambda w: 3 * w.cos(), params)
+    expected = both_of(others, square(-2.0), state)
+    assert_close(graph(others, square(-2.0), state), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_function_inside_of_a_chain_leaves_the_recorder_to_python():
+    pull = torch.compile(lambda u, w: u + 0.1 * w.abs() * w, backend="eager")
+    tx = fr.chain(fr.stateless(lambda updates, params: fr.tree_map(pull, updates, params)), fr.sgd(0.1))
+    step = fr.fuse(tx, backend="eager")
+    params, state = step.init(square())
+    check(tx, step, params, square(2.0), state)
+    read = [recording._Recorder.__torch_dispatch__, recording._Recorder._argument, recording._Placeholder.__new__]
+    assert not any([_debug_get_cache_entry_list(f.__code__) for f in read])
 
 
 @cpu_only
@@ -1101,6 +1157,14 @@ TAKEN = {
     "no versions": no_versions,
     "no copy of many tensors": without("torch", "_foreach_copy_"),
 }
+
+
+@pytest.mark.parametrize("name", ["set_code_exec_strategy", "_FrameAction", "_FrameExecStrategy"])
+def test_without_what_keeps_the_compiler_from_a_function_it_is_as_it_was(name, monkeypatch):
+    without("torch._C._dynamo.eval_frame", name)(monkeypatch)
+    f = lambda x: x + 1
+    assert undocumented.never_traced(f) is f
+    assert f(1) == 2
 
 
 @pytest.mark.filterwarnings("ignore:this is computed leaf by leaf", "ignore:fuse runs")

@@ -308,7 +308,7 @@ class FusedStep(_Planned):
     def __call__(self, params: Params, grads: Updates, state: State, **extra: Any) -> tuple[Params, State]:
         """New parameters and state; with donation, in the tensors of the old ones."""
         # What compiles a whole training step compiles this one too. Modes see no operations of kernels.
-        if undocumented.is_traced():
+        if undocumented.is_compiling() or (undocumented.is_traced() and not is_spread(params)):
             return self._stored(params, state, self._plain(params, grads, state, extra))
         if undocumented.has_tangents() or undocumented.is_transformed(lambda: tree_leaves((params, grads, state))):
             if self._donate:

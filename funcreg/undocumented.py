@@ -177,7 +177,7 @@ def never_traced(function: Function) -> Function:
         skip = eval_frame._FrameAction.SKIP
         eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     except (ImportError, AttributeError, TypeError):
-        pass
+        return function
     return function
 
 

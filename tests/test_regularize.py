@@ -1227,15 +1227,28 @@ def test_steps_that_call_steps_are_followed_once_whatever_was_used_before(twice,
     assert_equal(w.detach(), torch.tensor([0.7, 0.0], dtype=torch.float64, device=DEVICE), atol=1e-6)
 
 
+def adagrad_takes_groups() -> bool:
+    """Whether Adagrad makes a state of groups that are added, which earlier versions of torch forget."""
+    w = weight(2)
+    optimizer = optim.Adagrad([weight(2, seed=1)])
+    optimizer.add_param_group({"params": [w]})
+    w.grad = torch.ones_like(w)
+    try:
+        optimizer.step()
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ["Adam", "Adadelta", "Adagrad"])
 def test_groups_that_are_added_are_noted_before_their_first_step(name):
+    if name == "Adagrad" and not adagrad_takes_groups():
+        pytest.skip("this torch makes no state of a group that is added to Adagrad")
     first, second = weight(4, 3), weight(4, 3, seed=1)
     optimizer = OPTIMIZERS[name].make([first])
     fr.regularize(optimizer, fr.nuclear, strength=0.1)
     stepped(optimizer, first)
     optimizer.add_param_group({"params": [second]})
-    if name == "Adagrad" and second not in optimizer.state:
-        pytest.skip("this torch makes no state of a group that is added to Adagrad")
     stepped(optimizer, first, second)
     alone = weight(4, 3, seed=1)
     fr.regularize(other := OPTIMIZERS[name].make([alone]), fr.nuclear, strength=0.1)

@@ -330,7 +330,7 @@ def test_injected_is_plain(made, dtype):
     for n in range(3):
         grads = small(n + 1, dtype)
         a, b = injected.update(grads, states[0], params), plain.update(grads, states[1], params)
-        # A tensor for a number may round once more: where a penalty lands, the points, of which updates are differences.
+        # A tensor for a number may round once more: of a penalty the points, of which updates are differences.
         reached = [fr.apply_updates(params, u) if made is FACTORIES["prox_adam"] else u for u in (a[0], b[0])]
         assert_equal(*reached, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).tiny)
         states, params = (a[1], b[1]), fr.apply_updates(params, b[0])

@@ -292,6 +292,7 @@ USES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
 @pytest.mark.slow
 @pytest.mark.parametrize("make", USES.values(), ids=USES)
 def test_transforms_take_it_eager_mapped_in_one_graph_and_fused(make):

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from funcreg.undocumented import compiled_from
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -84,8 +86,6 @@ def running(module: nn.Module) -> Iterator[list[str]]:
 
 #: Attributes of modules that hold no functions.
 _HOLDERS = ("_modules", "_parameters", "_buffers")
-#: What a compiled function is made of.
-_COMPILED = "_torchdynamo_orig_callable"
 
 
 def _parts(module: nn.Module) -> dict[int, str]:
@@ -169,7 +169,7 @@ class _Functions:
 
     def of(self, value: Any) -> Any:
         """A value of the copy, which is changed in place where it can be: itself if its functions use no parts."""
-        compiled = vars(value).get(_COMPILED) if isinstance(value, types.FunctionType) else None
+        compiled = compiled_from(value) if isinstance(value, types.FunctionType) else None
         if compiled is not None and self._uses(compiled, set()):
             return self.of(copy.deepcopy(compiled, self._memo))
         if isinstance(value, types.FunctionType):

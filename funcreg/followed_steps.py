@@ -12,22 +12,9 @@ from torch.optim import Optimizer
 
 from funcreg._typing import Params, Scalar
 from funcreg.coupled import is_coupled
-from funcreg.denominators import (
-    Entries,
-    buffered,
-    gain,
-    known_number,
-)
+from funcreg.denominators import Entries, buffered, gain, known_number
 from funcreg.frozen import gradients_of
-from funcreg.landing import (
-    CompiledLanding,
-    EndToEnd,
-    Sets,
-    Task,
-    acts_on_entries,
-    laid_out,
-    land_in_sets,
-)
+from funcreg.landing import CompiledLanding, EndToEnd, Sets, Task, acts_on_entries, laid_out, land_in_sets
 from funcreg.leafwise import widen
 from funcreg.masks import listed
 from funcreg.parameter_names import Moved, ParameterNames
@@ -35,9 +22,7 @@ from funcreg.penalized_parameters import PenalizedParameters
 from funcreg.regularizing import projects
 from funcreg.remarks import Remarks
 from funcreg.rounding import is_narrow
-from funcreg.transform import (
-    is_scheduled,
-)
+from funcreg.transform import is_scheduled
 from funcreg.tree import ABSENT, tree_leaves
 from funcreg.undocumented import copy_all, is_traced, versions
 

@@ -11,19 +11,9 @@ from torch.optim import Optimizer
 from funcreg.checks import shared_leaf
 from funcreg.construction import written
 from funcreg.coupled import landed_by, linked, named_leaves, split_leaf
-from funcreg.denominators import (
-    OF_ANY_SIZE,
-    RUNS_AWAY,
-    Entries,
-    buffered,
-    gain,
-    known_number,
-)
+from funcreg.denominators import OF_ANY_SIZE, RUNS_AWAY, Entries, buffered, gain, known_number
 from funcreg.frozen import gradients_of
-from funcreg.landing import (
-    CompiledRows,
-    Task,
-)
+from funcreg.landing import CompiledRows, Task
 from funcreg.masks import listed
 from funcreg.optimizer_hooks import OWN
 from funcreg.parameter_names import ParameterNames

@@ -171,14 +171,24 @@ def never_traced(function: Function) -> Function:
     What `torch.compiler.disable` wraps, without its import of the whole compiler and its cost at each call. Without it,
     a function of the user's own that is compiled inside of a chain makes the compiler trace the recorder, and warn.
     """
-    try:
-        from torch._C._dynamo import eval_frame
-
-        skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
-    except (ImportError, AttributeError, TypeError):
-        return function
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    names = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+    mark, strategy, action = [getattr(frames, name, None) for name in names]
+    if mark is not None and strategy is not None and action is not None:
+        mark(function.__code__, strategy(action.SKIP, action.SKIP))
     return function
+
+
+#: Where `torch.compile` keeps the function that it compiled.
+ORIGINAL = "_torchdynamo_orig_callable"
+
+
+def compiled_from(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that `torch.compile` made this one of; None of others.
+
+    Without it, a copy of a module has a copy of what `torch.compile` made, with equal results.
+    """
+    return vars(function).get(ORIGINAL)
 
 
 def dynamo_asks() -> bool:

@@ -129,6 +129,12 @@ def test_a_smaller_network_computes_with_its_own_weights_where_functions_are_rep
         torch.testing.assert_close(smaller(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_copies_of_compiled_functions_are_right_without_what_torch_does_not_document(monkeypatch):
+    monkeypatch.setattr("funcreg.undocumented.ORIGINAL", "another name")
+    test_a_smaller_network_computes_with_its_own_weights_where_functions_are_replaced(compiled)
+    test_thin_layers_are_those_of_the_copy(compiled)
+
+
 @pytest.mark.parametrize("replace", REPLACED)
 def test_thin_layers_are_those_of_the_copy(replace):
     net = network()

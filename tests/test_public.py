@@ -77,10 +77,10 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     [
-        *("_typing", "agreement", "atoms", "copies", "dissection", "equations", "frozen", "memory", "notation"),
+        *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
         *("notices", "spelling", "tree", "undocumented"),
     ],
-    ["attention", "cones", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
+    ["attention", "cones", "copies", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
     ["construction", "grouping", "sharding", "widths"],
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],

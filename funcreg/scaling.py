@@ -456,7 +456,7 @@ def _root(eps_in_sqrt: bool) -> Any:
     return lambda v, e: safe_sqrt(v + e) if eps_in_sqrt else safe_sqrt(v) + e
 
 
-def _mean_square(
+def _checked_rms(
     decay: Scalar, eps: Scalar, initial_scale: Scalar, nu_dtype: torch.dtype | None
 ) -> tuple[Scalar, Scalar, Scalar]:
     """The hyperparameters of RMSprop, checked."""
@@ -497,7 +497,7 @@ def scale_by_rms(
     References:
         Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
-    decay, eps, initial_scale = _mean_square(decay, eps, initial_scale, nu_dtype)
+    decay, eps, initial_scale = _checked_rms(decay, eps, initial_scale, nu_dtype)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     corrected = bias_correction
 
@@ -564,7 +564,7 @@ def scale_by_stddev(
     References:
         Graves, *Generating sequences with recurrent neural networks*, 2013.
     """
-    decay, eps, initial_scale = _mean_square(decay, eps, initial_scale, nu_dtype)
+    decay, eps, initial_scale = _checked_rms(decay, eps, initial_scale, nu_dtype)
     flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     corrected = bias_correction
 

@@ -101,7 +101,6 @@ from funcreg.decay import (
     add_proximal_weight_decay as add_proximal_weight_decay,
     add_weight_decay_to_anchor as add_weight_decay_to_anchor,
     add_weight_decay_to_ema as add_weight_decay_to_ema,
-    with_weight_decay as with_weight_decay,
 )
 from funcreg.deployment import (
     Pruned as Pruned,
@@ -214,6 +213,9 @@ from funcreg.path import (
 from funcreg.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
+from funcreg.placement import (
+    with_weight_decay as with_weight_decay,
 )
 from funcreg.plateau import (
     ReduceLROnPlateauState as ReduceLROnPlateauState,

@@ -15,9 +15,9 @@ from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_t
 from funcreg.composition import Term, apart, composes
 from funcreg.constraint import Constraint
 from funcreg.construction import written
-from funcreg.decay import CLIMBING, decay_of, every_part, parts_of
 from funcreg.masks import keep, listed
 from funcreg.penalty import Penalty, Sum
+from funcreg.placement import CLIMBING, decay_of, every_part, parts_of
 from funcreg.precision import with_master_weights, with_stochastic_rounding
 from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
 from funcreg.rounding import is_narrow

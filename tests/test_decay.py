@@ -14,7 +14,7 @@ from cases import DOWN, HEAD, assert_equal, draw, falling
 from torch.func import vmap
 
 import funcreg as fr
-from funcreg.decay import Kind
+from funcreg.placement import Kind
 
 KINDS = get_args(Kind)
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from funcreg._typing import Params
 from funcreg.atoms import UNKNOWN
+from funcreg.blame import refused
 from funcreg.coupled import sequence_groups
 from funcreg.families import Along, Family, Where
 from funcreg.flow import Flow, Fold
@@ -26,7 +27,7 @@ from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
 from funcreg.steadiness import unsteady
 from funcreg.tracing import record
-from funcreg.trying import Trial, refused
+from funcreg.trying import Trial
 from funcreg.widths import Heads, Rule, heads_before, packs_unequally
 from funcreg.wrapping import inner_module, without_wrappers
 

@@ -12,48 +12,36 @@ import contextlib
 import functools
 import itertools
 import math
-import re
 import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import Agreement, Failure, arguments, draws, outputs, rounding, unequal, unlike
+from funcreg.attempts import Attempts
 from funcreg.batches import Examples
+from funcreg.computing import Computed, Numbers, other_number
 from funcreg.copies import running
 from funcreg.families import Family, parts, within
 from funcreg.leafwise import widen
-from funcreg.masks import listed
+from funcreg.refusals import ONE_LEFT, SOME_GONE, Refusal, around, line, named, reason
 from funcreg.removal import with_buffers, without
 from funcreg.resizing import as_given, narrowed, widened
 from funcreg.settling import Problem, Settled, decide, lengths, settle
-from funcreg.stored import Stored, is_count, unknown_counts
+from funcreg.stored import Stored
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
 
-#: Functions in the order in which they were called, and the numbers that they were given.
-_Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
 #: A way to take groups out, and whether outputs are compared, or it only has to run.
 _Stage: TypeAlias = tuple[str, bool]
-#: What errors say of the last trial.
-_ONE_LEFT, _SOME_GONE = "with one of these channels left", "without some of these channels"
 #: Bytes up to which leaves are copied.
 _COPIED = 1 << 31
 #: How many other sizes inputs have at most.
 _SIZES = 4
-
-
-class Refusal(NamedTuple):
-    """What goes wrong without some groups."""
-
-    reason: str
-    path: str  # The module whose code is to blame.
-    of_one: bool  # Whether one group of each family was left.
 
 
 class Trial:
@@ -85,11 +73,13 @@ class Trial:
         self.module, self.families = module, families
         self._inputs, self._rules = arguments(inputs), rules
         self.counts, self._round_to = counts, round_to
-        self._inside_heads, self._multiplied = inside_heads, multiplied
+        self._inside_heads, self._sums = inside_heads, inside_heads or any(multiplied)
         self._leaves = with_buffers(module)
         self._shapes = {name: torch.empty_like(w, device="meta") for name, w in self._leaves.items()}
         self._numbers = {name for family in families for name in family}
-        self.least = [1] * len(families)  # How many groups of each stay, whatever is dead,
+        holders = [self.holder(i) for i in range(len(families))]
+        self._attempts = Attempts(families, counts, self._leaves, holders, multiplied if inside_heads else ())
+        self.least = self._attempts.least  # How many groups of each stay, whatever is dead,
         self.needs_two: dict[int, str] = {}  # and why two of some do.
         self.unsettled: set[tuple[type, str]] = set()  # Types of modules with numbers that outputs may have to tell.
         self.stage: _Stage = ("", False)  # What was tried last.
@@ -107,7 +97,7 @@ class Trial:
         return self._reference if isinstance(self._reference, str) else None
 
     @functools.cached_property
-    def _reference(self) -> tuple[list[Tensor], _Computed] | str:
+    def _reference(self) -> tuple[list[Tensor], Computed] | str:
         """What the network gives with leaves that are single numbers, and what it computes with, or why it does not.
 
         Shapes may go by what is in tensors: so of the whole network with such leaves.
@@ -117,10 +107,10 @@ class Trial:
             with running(self.module) as ran, self._written_down() as numbers:
                 found = self._outputs(network)
         except Exception as error:  # Such as of modules that cannot be copied.
-            return f"to be copied: {_line(error)}"
+            return f"to be copied: {line(error)}"
         if ran:
             raise ValueError(
-                f"a copy of {type(self.module).__name__} runs {_named(self.module, ran[-1])} of the module that it is "
+                f"a copy of {type(self.module).__name__} runs {named(self.module, ran[-1])} of the module that it is "
                 "a copy of, as a smaller one would, too: its code has it by a global name, or in an object that is not "
                 "copied. Let each module use what it holds itself"
             )
@@ -133,7 +123,7 @@ class Trial:
             chosen: The numbers of the families.
             stage: What is tried, all if it is None: of many families, which one is to blame is seen where all failed.
         """
-        ways, seen = dict(self._left(chosen)), dict[tuple[int, ...], str]()
+        ways, seen = dict(self._attempts.each(chosen)), dict[tuple[int, ...], str]()
         for way, left in ways.items():
             first = seen.setdefault(left, way)
             if stage is None and first == way and self._agrees(way, chosen, left):
@@ -142,7 +132,7 @@ class Trial:
                 if stage != (way, compared) if stage else first != way or (compared and self._comparable is None):
                     continue
                 self.stage, self._scale = (way, compared), None
-                self._how = _ONE_LEFT if first == "one" else _SOME_GONE
+                self._how = ONE_LEFT if first == "one" else SOME_GONE
                 found = self._difference(chosen, left) if compared else self._problem_with(chosen, left)
                 if found is not None:
                     return found
@@ -150,7 +140,9 @@ class Trial:
 
     def agrees(self, chosen: Sequence[int]) -> bool:
         """Whether all is well without some of the groups of these families, found with as few runs as may be."""
-        return all(self._agrees(way, chosen, left) for way, left in self._left(chosen))  # None after one that fails.
+        return all(
+            self._agrees(way, chosen, left) for way, left in self._attempts.each(chosen)
+        )  # None after one that fails.
 
     def _agrees(self, way: str, chosen: Sequence[int], left: tuple[int, ...]) -> bool:
         """Whether outputs are the same without some groups, of a network with no numbers that nobody knows.
@@ -161,7 +153,7 @@ class Trial:
         """
         key = frozenset(zip(chosen, left, strict=True))
         if key not in self._at_once:
-            self.stage, self._scale, self._how = (way, True), None, _ONE_LEFT if way == "one" else _SOME_GONE
+            self.stage, self._scale, self._how = (way, True), None, ONE_LEFT if way == "one" else SOME_GONE
             self._at_once[key] = self._agree_at_once(chosen, left)
         return self._at_once[key]
 
@@ -182,10 +174,10 @@ class Trial:
                 self._unknown.add(frozenset(chosen))
                 return False
             whole = narrowed(self.module, dead, {})[0]
-            if left == self._allowed(chosen, self._about_half(chosen)):
+            if left == self._attempts.half(chosen):
                 return self._alike_on_several(whole, smaller, inputs)
             # What a dimension of one entry is broadcast with shows in a batch of several.
-            some = inputs if self._how == _ONE_LEFT else self._examples.enough(inputs)
+            some = inputs if self._how == ONE_LEFT else self._examples.enough(inputs)
             return self._agreement(whole, smaller, some) is not None
         except Exception:  # `problem` tells what is refused, and what fails.
             return False
@@ -218,8 +210,8 @@ class Trial:
 
     def runs_alike(self, chosen: Sequence[int]) -> bool:
         """Whether the network runs without one group of each of these families."""
-        self.stage, self._scale, self._how = ("all but one", False), None, _SOME_GONE
-        return self._problem_with(chosen, self._allowed(chosen, [max(1, self.counts[i] - 1) for i in chosen])) is None
+        self.stage, self._scale, self._how = ("all but one", False), None, SOME_GONE
+        return self._problem_with(chosen, self._attempts.all_but_one(chosen)) is None
 
     def runs_with_two(self, chosen: Sequence[int], problem: Refusal, stage: _Stage) -> bool:
         """Whether all is well if two groups of each of these families stay, where it is not with one: then they do."""
@@ -234,52 +226,6 @@ class Trial:
             self.least[i] = 1
         return False
 
-    def _left(self, chosen: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Ways to take groups out, by their names, with how many of each family stay."""
-        yield "half", self._allowed(chosen, self._about_half(chosen))
-        yield "all but a few", self._allowed(chosen, [self._most(i) for i in chosen])
-        if self._inside_heads and any([self._multiplied[i] for i in chosen]):
-            # Less of queries and keys alone, which the same number of all would hide to be wrong.
-            half = [n - n // 2 if self._multiplied[i] else n for i in chosen for n in [self.counts[i]]]
-            yield "half of queries", self._allowed(chosen, half)
-        # As few as may be left, too: a dimension of one entry is another thing to squeeze and to broadcasting.
-        yield "one", self._allowed(chosen, [self.least[i] for i in chosen])
-
-    def _allowed(self, chosen: Sequence[int], left: Sequence[int]) -> tuple[int, ...]:
-        """How many groups of each family stay, more of the hidden units that a recurrent layer has projections of."""
-        found = {i: min(self.counts[i], max(n, self.least[i])) for i, n in zip(chosen, left, strict=True)}
-        for units, projections in self._projected:
-            if units in found:
-                found[units] = min(self.counts[units], max(found[units], 1 + found.get(*projections)))
-        return tuple(found.values())
-
-    @functools.cached_property
-    def _projected(self) -> list[tuple[int, tuple[int, int]]]:
-        """Families of hidden units, with that of their projections, and how many these are."""
-        several: list[tuple[int, tuple[int, int]]] = []
-        for name, w in self._leaves.items():
-            if name.rpartition(".")[2] == "weight_hr_l0":
-                dims = {parts(family[name])[0].dim: i for i, family in enumerate(self.families) if name in family}
-                several += [(dims[1], (dims.get(0, -1), len(w)))] if 1 in dims else []
-        return several
-
-    def _about_half(self, chosen: Sequence[int]) -> tuple[int, ...]:
-        """A half of the groups of each family, of some less, so that layers come to differ in width."""
-        # Those that are next to each other differ for every second i, and each second and each third of them, too.
-        counts = [(self.counts[i], (i + i // 2) % 2) for i in chosen]
-        return tuple([max(1, n - n // 2 - (less if n > 3 else 0)) for n, less in counts])
-
-    def _most(self, family: int) -> int:
-        """All groups of a family but one, or a few, so that families of one module differ: one number may count all."""
-        n, i = self.counts[family], self._places[family]
-        return n - 1 - i % (n - 1) if n > 2 else max(1, n - 1 + i % 2)
-
-    @functools.cached_property
-    def _places(self) -> list[int]:
-        """The place of each family among those with as many groups in its module."""
-        kinds = [(self.holder(i), n) for i, n in enumerate(self.counts)]
-        return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-
     def _tree(self, chosen: Sequence[int], left: Sequence[int]) -> dict[str, Tensor]:
         """All tensors, with so many groups of these families."""
         families = [self.families[i] for i in chosen]
@@ -292,7 +238,7 @@ class Trial:
         try:
             smaller, unknown = self._narrowed(tree)
         except Exception as error:  # Of a rule of the user's, too.
-            return self._refusal(f"resized refuses what is left: {_line(error)}", self._holder(chosen))
+            return self._refusal(f"resized refuses what is left: {line(error)}", self._holder(chosen))
         wrong = settle(smaller, unknown, lambda: self._wrong(smaller), self._settled[self.stage[0]])
         if wrong is None:
             self.unsettled.update([(type(smaller.get_submodule(each.path)), each.attribute) for each in unknown])
@@ -308,26 +254,15 @@ class Trial:
         return wrong or self._other_number(whole, numbers)
 
     @contextlib.contextmanager
-    def _written_down(self) -> Iterator[_Computed]:
+    def _written_down(self) -> Iterator[Computed]:
         """The numbers that a network computes with, if sums over channels are tried out; no mode is on else."""
-        with _Numbers() if self._inside_heads or any(self._multiplied) else contextlib.nullcontext(_Numbers()) as seen:
+        with Numbers() if self._sums else contextlib.nullcontext(Numbers()) as seen:
             yield seen.found
 
-    def _other_number(self, whole: _Computed, smaller: _Computed) -> str | None:
-        """The first of the numbers that a smaller network computes with which the whole one does not have.
-
-        Where the scale of scores comes from the number of features outputs may not tell it: a single key has all the
-        weight, whatever its score.
-        """
-        for (name, one), (other_name, other) in zip(whole, smaller, strict=False):
-            if (name, one) != (other_name, other):
-                self._scale = (
-                    f"without some of these channels it computes {other_name} by {_shown(other)}, which was {name} by "
-                    f"{_shown(one)}: the scale of scores seems to come from the number of features, as in "
-                    "q.size(-1) ** -0.5. Let the module store a scale of its own"
-                )
-                return self._scale
-        return None
+    def _other_number(self, whole: Computed, smaller: Computed) -> str | None:
+        found = other_number(whole, smaller)
+        self._scale = found or self._scale
+        return found
 
     @functools.cached_property
     def _usual(self) -> tuple[dict[str, Tensor], Any] | None:
@@ -371,7 +306,7 @@ class Trial:
         tree, inputs = self._comparable
         whole, smaller, unknown = self._both(chosen, left, tree)
         problem = self._compared(whole, smaller, inputs)
-        if left == self._allowed(chosen, self._about_half(chosen)):
+        if left == self._attempts.half(chosen):
             problem = self._compared_in_turn(problem, whole, smaller)
         wrong = settle(smaller, unknown, problem, self._settled[self.stage[0]])
         return None if wrong is None else self._said(smaller, wrong, unknown, chosen)
@@ -413,7 +348,7 @@ class Trial:
         if not (self.unsettled and chosen and self._comparable):
             return []
         tree, inputs = self._comparable
-        whole, smaller, unknown = self._both(chosen, self._allowed(chosen, self._about_half(chosen)), tree)
+        whole, smaller, unknown = self._both(chosen, self._attempts.half(chosen), tree)
         problem = self._compared_in_turn(self._compared(whole, smaller, inputs), whole, smaller)
         if settle(smaller, unknown, problem, self._settled["half"]) is not None:
             return []
@@ -453,11 +388,11 @@ class Trial:
             agreement = _quiet(Agreement, whole, inputs)
         return lambda: self._unequal(agreement, smaller, numbers)
 
-    def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: _Computed) -> Failure | str | None:
+    def _unequal(self, agreement: Agreement, smaller: nn.Module, whole: Computed) -> Failure | str | None:
         with warnings.catch_warnings(), self._written_down() as numbers:
             warnings.simplefilter("ignore")
             # With one channel left rounding may be a greater share of outputs; what broadcasts makes others of them.
-            wrong = agreement.problem(smaller, 1e-3 if self._how == _ONE_LEFT else 0.0)
+            wrong = agreement.problem(smaller, 1e-3 if self._how == ONE_LEFT else 0.0)
         return wrong if isinstance(wrong, Failure) else self._other_number(whole, numbers) or wrong
 
     def _outputs(self, network: nn.Module, inputs: Any = None, seed: int = 0) -> list[Tensor] | Failure:
@@ -466,61 +401,23 @@ class Trial:
             args, kwargs = self._inputs if inputs is None else inputs
             return outputs(network, args, kwargs, seed)
 
-    def _refusal(self, reason: str, path: str) -> Refusal:
-        return Refusal(reason, _around(self.module, path), self._how == _ONE_LEFT)
+    def _refusal(self, why: str, path: str) -> Refusal:
+        return Refusal(why, around(self.module, path), self._how == ONE_LEFT)
 
     def _said(
         self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], chosen: Sequence[int]
     ) -> Refusal:
         """What is wrong, the module whose code is to blame, what it holds, and the remedy."""
-        holder = _around(self.module, self._holder(chosen))
+        holder = around(self.module, self._holder(chosen))
         if self._scale is not None:  # All else that was tried fails, too, in another way.
-            return self._refusal(f"in {_named(self.module, holder)} {self._scale}", holder)
-        path = _around(self.module, wrong.path) if isinstance(wrong, Failure) else holder
-        return self._refusal(self._reason(smaller, wrong, unknown, path, len(chosen) == 1), path)
-
-    def _reason(
-        self, smaller: nn.Module, wrong: Failure | str, unknown: Sequence[Stored], path: str, apart: bool
-    ) -> str:
-        kind = type(self.module.get_submodule(path)).__name__
-        here = [each for each in unknown if each.path == path] or list(unknown)
-        if here:
-            holds = f"{_stores(smaller, here)}, and no other numbers there make it run"
-            holds += self._divided(smaller, here) if apart else ""
-        else:
-            numbers = unknown_counts(self.module, smaller, path)
-            such = f" ({listed([f'{name}={value}' for name, value in numbers.items()])})" if numbers else ""
-            holds = (
-                f"{_named(self.module, path)} may have a width or a count as a number of its own{such}, or in its code"
-            )
-        what = f"{self._how} the network fails {wrong}" if isinstance(wrong, Failure) else f"{wrong}"
-        if self._how == _ONE_LEFT:
-            what = what if isinstance(wrong, Failure) else f"{self._how} {wrong}"
-            return f"{what}. Let its forward name the dimensions that squeeze takes away, x.flatten(1) or x.squeeze(-1)"
-        return (
-            f"{what}; {holds}. Let its forward take widths from the shapes of tensors (x.flatten(1), x.shape, -1 in a "
-            f"view), or give rules={{{kind}: function}} to channel_groups and resized"
-        )
-
-    def _divided(self, smaller: nn.Module, several: Sequence[Stored]) -> str:
-        """That the code divides a number by a count, as a width that stays for the width of a head, if it does."""
-        is_one = lambda each: type(each.value) is int and is_count(each.attribute.rpartition(".")[2])
-        several = [each for each in several if each.others]
-        for each in several:  # So that it comes as far as it may.
-            each.assign(smaller, each.others[0])
-        for each in filter(is_one, several):
-            count = _Divisor(each.others[0])
-            each.assign(smaller, count)
-            self._outputs(smaller)
-            each.assign(smaller, each.others[0])
-            if count.divided:
-                what = f"{count.divided[0]} by {each.attribute}"
-                return f", for its code divides {what}, which gives another number where some are gone"
-        return ""
+            return self._refusal(f"in {named(self.module, holder)} {self._scale}", holder)
+        path = around(self.module, wrong.path) if isinstance(wrong, Failure) else holder
+        run = (lambda: self._outputs(smaller)) if len(chosen) == 1 else None
+        return self._refusal(reason(self.module, smaller, wrong, unknown, path, self._how, run), path)
 
     def holder(self, family: int) -> str:
         """The innermost module with a forward of its own that holds all leaves of a family."""
-        path = _around(self.module, self._holder([family]))
+        path = around(self.module, self._holder([family]))
         while path and isinstance(self.module.get_submodule(path), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             path = path.rpartition(".")[0]
         return path
@@ -532,58 +429,11 @@ class Trial:
         return ".".join([parts[0] for parts in alike])
 
 
-class _Divisor(int):
-    """A number that keeps what is divided by it."""
-
-    def __new__(cls, value: int) -> _Divisor:
-        made = super().__new__(cls, value)
-        made.divided = []
-        return made
-
-    divided: list[int]
-
-    def __rfloordiv__(self, other: int) -> int:
-        self.divided.append(other)
-        return other // int(self)
-
-
-class _Numbers(TorchFunctionMode):
-    """Writes down the numbers that tensors are computed with, and the functions that take them, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: _Computed = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "").strip("_")
-        given = [*args, *(kwargs or {}).values()]
-        counts = _ARITHMETIC.search(name) is not None
-        numbers = [float(x) for x in given if isinstance(x, float) or (counts and type(x) is int)]
-        if name == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
-            numbers.append((args[0] if args else (kwargs or {})["query"]).shape[-1] ** -0.5)
-        if numbers:
-            self.found.append((name, tuple(numbers)))
-        return func(*args, **(kwargs or {}))
-
-
-#: Functions that compute with whole numbers, where others take them for sizes and dimensions.
-_ARITHMETIC = re.compile("mul|div|pow|tensor|full")
-
-
 def _quiet(made: type[Agreement], *args: Any) -> Agreement:
     """What networks give without a warning: those were given when the network itself ran."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return made(*args)
-
-
-def _shown(numbers: Sequence[float]) -> str:
-    return ", ".join([f"{x:.4g}" for x in numbers])
-
-
-def _line(error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0]
-    return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
 
 
 def _number(w: Tensor, shape: Sequence[int]) -> Tensor:
@@ -610,181 +460,3 @@ def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
         return (0.5 + torch.rand(w.shape, generator=generator, device="cpu")).to(w.device, dtype)
     takes = w[0].numel() if isinstance(layer, CONVOLUTIONS) else max(w.shape[1:])
     return (torch.randn(w.shape, generator=generator, device="cpu") / max(1, takes) ** 0.5).to(w.device, dtype)
-
-
-def _named(module: nn.Module, path: str) -> str:
-    kind = type(module.get_submodule(path)).__name__
-    return f"{path!r}, a {kind}," if path else f"{kind}, the network itself,"
-
-
-def _stores(module: nn.Module, several: Sequence[Stored]) -> str:
-    """Which module stores which numbers."""
-    path = several[0].path
-    show = lambda x: f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"{x!r}"
-    return (
-        f"{_named(module, path)} stores {listed([f'{x.attribute}={show(x.value)}' for x in several if x.path == path])}"
-    )
-
-
-def _around(module: nn.Module, path: str) -> str:
-    """The innermost module around a place that is none of torch's own."""
-    while path and type(module.get_submodule(path)).__module__.startswith("torch.nn."):
-        path = path.rpartition(".")[0]
-    return path
-
-
-# Which families are to blame
-
-
-def refused(trial: Trial, joined: Sequence[int] = ()) -> tuple[dict[int, str], list[tuple[int, ...]]]:
-    """The families without which the network does not run, by their numbers, with the reason.
-
-    Those of numbered layers that are alike are tried together, and apart only where that fails.
-
-    Args:
-        trial: Whether it runs.
-        joined: Families that may become one with others.
-
-    Returns:
-        The reasons, and sets of families among those refused that go if as many groups of each do: no more is tried
-        once there are some.
-    """
-    kinds: dict[Any, list[int]] = {}
-    for i in range(len(trial.families)):
-        kinds.setdefault(_kind(trial, i), []).append(i)
-    search = _Search(trial, joined)
-    search.find(list(kinds.values()))
-    return search.reasons, search.together
-
-
-def _kind(trial: Trial, i: int) -> frozenset[str]:
-    """The leaves of a family but for the numbers of layers."""
-    return frozenset(map(_numbered, trial.families[i]))
-
-
-class _Search:
-    """Divides kinds of families until each of them runs, or is refused."""
-
-    def __init__(self, trial: Trial, joined: Sequence[int] = ()) -> None:
-        self._trial, self._stage, self._joined = trial, trial.stage, joined
-        self._known: dict[Any, Refusal | None] = {}
-        self.reasons: dict[int, str] = {}
-        self.together: list[tuple[int, ...]] = []
-        self._alike: dict[Any, bool] = {}  # Whether families run as one.
-
-    def find(self, kinds: list[list[int]]) -> None:
-        """Refuse families until the network runs without all others.
-
-        Which are to blame is looked for where all together failed alone, for that is one trial of many.
-        """
-        while kinds and (problem := self._trial.problem(_families(kinds))) is not None:
-            self._stage, before = self._trial.stage, (len(self.reasons), len(self._trial.needs_two))
-            kinds = self._running(kinds, problem)
-            if before == (len(self.reasons), len(self._trial.needs_two)):  # As where outputs are not always the same.
-                self.reasons.update(dict.fromkeys(_families(kinds), problem.reason))
-                return
-            self.together = list(self._as_one())
-            if self.together:
-                return
-
-    def _as_one(self) -> Iterator[tuple[int, ...]]:
-        """Families among those refused that run if as many groups of each go, as where a number counts all of them.
-
-        They are of one module, where a family of its own for queries and keys, for what mixes scores, and for values
-        has a group for each head. Of modules in numbered layers that are alike the first is tried.
-        """
-        several: dict[tuple[str, int], list[int]] = {}
-        for i in [i for i in self._joined if i in self.reasons]:
-            several.setdefault((self._trial.holder(i), self._trial.counts[i]), []).append(i)
-        for some in several.values():
-            kinds: dict[Any, list[int]] = {}
-            for i in some:
-                kinds.setdefault(_kind(self._trial, i), []).append(i)
-            for here in (some, *kinds.values()):
-                kind = tuple([_kind(self._trial, i) for i in here])
-                if len(here) > 1 and kind not in self._alike:
-                    self._alike[kind] = self._trial.runs_alike(here)
-                if self._alike.get(kind):
-                    yield tuple(here)
-                    break
-
-    def _problem(self, chosen: list[int]) -> Refusal | None:
-        """What goes wrong without some families, which is not tried a second time."""
-        key = self._stage, tuple(chosen), tuple([self._trial.least[i] for i in chosen])
-        if key not in self._known:
-            self._known[key] = self._trial.problem(chosen, self._stage)
-        return self._known[key]
-
-    def _running(self, kinds: list[list[int]], problem: Refusal | None = None) -> list[list[int]]:
-        """Those of some kinds of families without which the network runs; all others are refused.
-
-        Args:
-            kinds: Families by their kinds.
-            problem: What goes wrong without all of them, if that is known.
-        """
-        problem = problem or (self._problem(_families(kinds)) if kinds else None)
-        if problem is None:
-            return kinds
-        if len(kinds) == 1:
-            return self._apart(kinds[0], problem)
-        first, second = map(self._running, self._divided(kinds, problem))
-        if first and second and self._problem(_families(first + second)) is not None:
-            return [*first, *self._beside(first, second)]
-        return first + second
-
-    def _divided(self, kinds: list[list[int]], problem: Refusal) -> tuple[list[list[int]], list[list[int]]]:
-        """Some kinds in two parts, those that have leaves in layers like the one that failed in the second."""
-        families, inside = self._trial.families, f"{_numbered(problem.path)}." if problem.path else ""
-        blamed = [any([_numbered(name).startswith(inside) for name in families[kind[0]]]) for kind in kinds]
-        if all(blamed) or not any(blamed):
-            return kinds[: len(kinds) // 2], kinds[len(kinds) // 2 :]
-        first, second = (
-            [kind for kind, here in zip(kinds, blamed, strict=True) if here is one] for one in (False, True)
-        )
-        return first, second
-
-    def _apart(self, kind: list[int], problem: Refusal) -> list[list[int]]:
-        """What runs of one kind. Where the first and the last fail alike, all do."""
-        if self._trial.runs_with_two(kind, problem, self._stage):
-            return [kind]
-        if len(kind) == 1:
-            self.reasons[kind[0]] = problem.reason
-            return []
-        first, last = (self._problem([i]) for i in (kind[0], kind[-1]))
-        if first is not None and last is not None and (alike := _alike(first.reason, last.reason)) is not None:
-            self.reasons.update(dict.fromkeys(kind, alike))
-            return []
-        return self._running([kind[: len(kind) // 2], kind[len(kind) // 2 :]], problem)
-
-    def _beside(self, first: list[list[int]], second: list[list[int]]) -> Iterator[list[int]]:
-        """Those of some kinds that run, with which others do not run all together."""
-        taken = _families(first)
-        for kind in second:
-            problem = self._problem([*taken, *kind])
-            if problem is None:
-                taken += kind
-                yield kind
-            else:
-                self.reasons.update(dict.fromkeys(kind, problem.reason))
-
-
-def _families(kinds: list[list[int]]) -> list[int]:
-    return [i for kind in kinds for i in kind]
-
-
-#: The number of a layer in a name, or of entries in a shape.
-_NUMBER = re.compile(r"\d+")
-
-
-def _numbered(name: str) -> str:
-    """What names have in common but for numbers."""
-    return _NUMBER.sub("*", name)
-
-
-def _alike(one: str, other: str) -> str | None:
-    """Two texts as one, with stars for the numbers by which alone they differ; None if they differ otherwise."""
-    if _numbered(one) != _numbered(other):
-        return None
-    numbers = zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True)
-    stars = iter([a if a == b else "*" for a, b in numbers])
-    return _NUMBER.sub(lambda _: next(stars), one)

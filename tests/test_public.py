@@ -77,7 +77,7 @@ def test_penalties_look_like_functions():
 
 LAYERS = [
     [
-        *("_typing", "agreement", "atoms", "dissection", "equations", "frozen", "memory", "notation"),
+        *("_typing", "agreement", "atoms", "computing", "dissection", "equations", "frozen", "memory", "notation"),
         *("notices", "spelling", "tree", "undocumented"),
     ],
     ["attention", "cones", "copies", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
@@ -126,7 +126,7 @@ LAYERS = [
         "shards",
         "trees",
     ],
-    ["lifting"],
+    ["attempts", "lifting", "refusals"],
     [
         "coupled",
         "factories",
@@ -142,6 +142,7 @@ LAYERS = [
     ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "trying"],
+    ["blame"],
     [
         "averaging",
         "certificates",

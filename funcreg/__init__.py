@@ -84,8 +84,10 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.channels import (
+from funcreg.channel_tables import (
     ChannelGroups as ChannelGroups,
+)
+from funcreg.channels import (
     channel_groups as channel_groups,
 )
 from funcreg.coupled import (

@@ -97,13 +97,11 @@ class Flow:
         self.preferred: list[Tensor] = []  # Atoms by which entries go that could go by others as well.
         self.grouped: dict[str, list[Tensor]] = {}  # Channels that convolutions in groups give, by modules.
         self.recording = recording
-        self._rule_of = rule_of
-        self._packs_unequally = packs_unequally
+        self._rule_of, self._packs_unequally, self._frozen = rule_of, packs_unequally, frozen
         self._parts: dict[tuple[Ref, int], _Parts] = {}
         self._cuts: dict[tuple[Ref, int], _Cuts] = {}
         self.divided = _divided(recording)
         self.known: dict[Ref, Components] = {}
-        self.unseen = recording.unseen
         self.weights: set[Ref] = set()  # Parameters, buffers, and what is computed from them alone.
         self.starts: dict[str, list[tuple[int, int, int]]] = {}  # By leaf: dimension, first atom, number of atoms.
         self._fixed: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]  # Atoms of leaves that are not known to be 0.
@@ -133,13 +131,35 @@ class Flow:
         for operation in recording.operations:
             self._follow(operation)
         self.operation = None
-        for ref in recording.outputs:
+        self._close_ends()
+
+    def again(
+        self,
+        recording: Recording | None = None,
+        inside: Tensor | None = None,
+        narrow: Container[str] | None = None,
+        kept: Tensor | None = None,
+    ) -> Flow:
+        """The atoms of another recording, or of this one with other arguments."""
+        return Flow(
+            self.recording if recording is None else recording,
+            self._rule_of,
+            self._packs_unequally,
+            self.inside if inside is None else inside,
+            self._frozen,
+            self.narrow if narrow is None else narrow,
+            self.kept if kept is None else kept,
+        )
+
+    def _close_ends(self) -> None:
+        """Close what cannot go by all that the pass did: outputs, leaves without a use, and parts that are not all."""
+        for ref in self.recording.outputs:
             self.used.add(ref)
             self.atoms.close_all(self.of(ref), "they are an output of the network")
         unused = "the forward pass did not use them"
-        if not recording.unseen:
+        if not self.recording.unseen:
             unused += " in evaluation or training, and what they read may go: give inputs that use them, if any do"
-        for name, ref in recording.parameters.items():
+        for name, ref in self._parameters.items():
             if ref not in self.used:
                 for _, first, count in self.starts[name]:
                     self.atoms.close(torch.arange(first, first + count), unused)

@@ -142,7 +142,7 @@ LAYERS = [
     ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
     ["constraints", "counts"],
     ["groups", "projections", "regularizing", "spectral", "trying"],
-    ["blame"],
+    ["blame", "channel_families", "channel_tables"],
     [
         "averaging",
         "certificates",

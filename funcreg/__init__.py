@@ -279,28 +279,45 @@ from funcreg.regularizing import (
     proximal as proximal,
     soft_threshold as soft_threshold,
 )
-from funcreg.scaling import (
+from funcreg.adam_family import (
     AdamState as AdamState,
+    AdanState as AdanState,
     AmsgradState as AmsgradState,
+    BeliefState as BeliefState,
+    scale_by_adam as scale_by_adam,
+    scale_by_adamax as scale_by_adamax,
+    scale_by_adan as scale_by_adan,
+    scale_by_amsgrad as scale_by_amsgrad,
+    scale_by_belief as scale_by_belief,
+    scale_by_radam as scale_by_radam,
+    scale_by_yogi as scale_by_yogi,
+)
+from funcreg.scaling import (
     EmaState as EmaState,
     LionState as LionState,
-    RmsState as RmsState,
-    RssState as RssState,
-    StddevState as StddevState,
     TraceState as TraceState,
     ema as ema,
     scale as scale,
-    scale_by_adam as scale_by_adam,
-    scale_by_amsgrad as scale_by_amsgrad,
     scale_by_learning_rate as scale_by_learning_rate,
     scale_by_lion as scale_by_lion,
-    scale_by_rms as scale_by_rms,
-    scale_by_rss as scale_by_rss,
     scale_by_schedule as scale_by_schedule,
     scale_by_sign as scale_by_sign,
-    scale_by_stddev as scale_by_stddev,
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
+)
+from funcreg.preconditioners import (
+    AdadeltaState as AdadeltaState,
+    NovogradState as NovogradState,
+    RmsState as RmsState,
+    RssState as RssState,
+    SM3State as SM3State,
+    StddevState as StddevState,
+    scale_by_adadelta as scale_by_adadelta,
+    scale_by_novograd as scale_by_novograd,
+    scale_by_rms as scale_by_rms,
+    scale_by_rss as scale_by_rss,
+    scale_by_sm3 as scale_by_sm3,
+    scale_by_stddev as scale_by_stddev,
 )
 from funcreg.removal import (
     remove_dead as remove_dead,
@@ -443,21 +460,6 @@ from funcreg.wrappers import (
     skip_not_finite as skip_not_finite,
     with_extra_args as with_extra_args,
     with_extra_args_support as with_extra_args_support,
-)
-from funcreg.preconditioners import (
-    AdadeltaState as AdadeltaState,
-    AdanState as AdanState,
-    BeliefState as BeliefState,
-    NovogradState as NovogradState,
-    SM3State as SM3State,
-    scale_by_adadelta as scale_by_adadelta,
-    scale_by_adamax as scale_by_adamax,
-    scale_by_adan as scale_by_adan,
-    scale_by_belief as scale_by_belief,
-    scale_by_novograd as scale_by_novograd,
-    scale_by_radam as scale_by_radam,
-    scale_by_sm3 as scale_by_sm3,
-    scale_by_yogi as scale_by_yogi,
 )
 from funcreg.directions import (
     OptimisticGradientState as OptimisticGradientState,

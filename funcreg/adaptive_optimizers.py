@@ -8,23 +8,22 @@ from collections.abc import Callable
 import torch
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
+from funcreg.adam_family import (
+    scale_by_adam,
+    scale_by_adamax,
+    scale_by_adan,
+    scale_by_belief,
+    scale_by_radam,
+    scale_by_yogi,
+)
 from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient
 from funcreg.optimizers import adam
-from funcreg.preconditioners import (
-    scale_by_adadelta,
-    scale_by_adamax,
-    scale_by_adan,
-    scale_by_belief,
-    scale_by_novograd,
-    scale_by_radam,
-    scale_by_sm3,
-    scale_by_yogi,
-)
+from funcreg.preconditioners import scale_by_adadelta, scale_by_novograd, scale_by_sm3
 from funcreg.ranges import scalars
 from funcreg.regularizing import add_decayed_weights
-from funcreg.scaling import scale_by_adam, scale_by_learning_rate
+from funcreg.scaling import scale_by_learning_rate
 from funcreg.transform import Transform, positive
 
 nadam: Callable[..., Transform] = functools.partial(adam, nesterov=True)

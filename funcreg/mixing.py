@@ -9,30 +9,15 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.adam_family import AdamState
 from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, scalar_device, zeros
+from funcreg.moments import adam_metric, average, average_square, bias_correction, real_zeros, stored
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
-from funcreg.scaling import (
-    AdamState,
-    adam_metric,
-    average,
-    average_square,
-    bias_correction,
-    real_zeros,
-    scale_by_learning_rate,
-    stored,
-)
-from funcreg.transform import (
-    Transform,
-    at_step,
-    below_one,
-    counter,
-    dtypes,
-    finite_nonnegative,
-    public_state,
-)
+from funcreg.scaling import scale_by_learning_rate
+from funcreg.transform import Transform, at_step, below_one, counter, dtypes, finite_nonnegative, public_state
 
 # AdEMAMix
 

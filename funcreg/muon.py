@@ -14,10 +14,11 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.combine import chain, partition, with_link
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, euclidean, increment, zeros
+from funcreg.moments import average, corrected_mean, stored
 from funcreg.optimizers import adamw
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import add_decayed_weights
-from funcreg.scaling import average, corrected_mean, scale_by_learning_rate, stored
+from funcreg.scaling import scale_by_learning_rate
 from funcreg.transform import (
     Transform,
     below_one,

@@ -27,13 +27,7 @@ from funcreg.decay import (
 from funcreg.ranges import concrete
 from funcreg.regularizing import add_decayed_weights
 from funcreg.schedules import KnownSchedule
-from funcreg.transform import (
-    Transform,
-    check_selection,
-    check_transforms,
-    finite_nonnegative,
-    warn,
-)
+from funcreg.transform import Transform, check_selection, check_transforms, finite_nonnegative, warn
 
 #: The kinds of `with_weight_decay`.
 Kind: TypeAlias = Literal[

@@ -1,4 +1,4 @@
-"""Preconditioners beyond Adam's, with optax's names and numbers: what a gradient is divided by, from those before it.
+"""Preconditioners without a mean over their root, with optax's names and numbers: RMSprop, AdaGrad, SM3 and others.
 
 Each tells its metric, so that `proximal_step` solves the penalized problem in it. Moments of 16-bit parameters are kept
 in float32.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +23,13 @@ from funcreg.leafwise import (
     increment,
     reduce_leaves,
     safe_sqrt,
-    sign,
     squared,
     wide,
+    widen,
     zeros,
 )
-from funcreg.ranges import check_range, flags, scalars, single
-from funcreg.scaling import (
-    AdamState,
-    adam_metric,
-    average,
-    average_square,
-    bias_correction,
-    corrected_mean,
-    real_zeros,
-    stored,
-)
+from funcreg.moments import average, average_square, bias_correction, check_real, real_zeros, stored, stored_square
+from funcreg.ranges import flags, scalars, single
 from funcreg.transform import (
     Transform,
     at_step,
@@ -53,306 +44,198 @@ from funcreg.transform import (
 )
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map
 
-# Entry by entry
-
-
-@remembered
-def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> Transform:
-    r"""Divide the mean of updates by their greatest magnitude, which fades, :math:`\hat m / v`.
-
-    .. math:: v_t = \max(|u_t| + \epsilon, \beta_2 v_{t-1})
-
-    Args:
-        b1: Decay of the mean :math:`m`.
-        b2: Decay of the greatest magnitude :math:`v`.
-        eps: :math:`\epsilon`.
-
-    Example:
-        >>> tx, params = scale_by_adamax(), {"weight": torch.zeros(2)}
-        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
-        >>> updates
-        {'weight': tensor([ 1., -1.])}
-
-    References:
-        Kingma & Ba, *Adam: a method for stochastic optimization*, 2015.
-    """
-    below_one(b1=b1, b2=b2)
-    finite_nonnegative(eps=eps)
-    b1, b2, eps = scalars(b1=b1, b2=b2, eps=eps)
-
-    def init(params: Params) -> AdamState:
-        return AdamState(counter(params), zeros(params), real_zeros(params))
-
-    def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = increment(state.steps), average(state.mu, updates, b1)
-        greatest = lambda v, u, b, e: torch.maximum(u.abs() + e, b * v)
-        nu = compute(greatest, state.nu, updates, hyper=(b2, eps))
-        mean = corrected_mean(mu, updates, b1, steps, nesterov=False)
-        return compute(lambda u, m, v: m / v, updates, mean, nu), AdamState(steps, stored(mu, state.mu), nu)
-
-    return Transform(init, update, lambda state: state.nu, state=AdamState)
-
 
 @public_state
-class BeliefState(NamedTuple):
-    """The state of `scale_by_belief`.
+class RmsState(NamedTuple):
+    """The state of `scale_by_rms`.
 
     Example:
-        >>> scale_by_belief().init(torch.zeros(1))
-        BeliefState(steps=tensor(0, dtype=torch.int32), mu=tensor([0.]), nu=tensor([0.]))
+        >>> scale_by_rms().init(torch.zeros(1))
+        RmsState(steps=tensor(0, dtype=torch.int32), nu=tensor([0.]))
     """
 
     steps: Tensor  # Number of updates made, int32.
-    mu: Params  # Moving average of updates.
-    nu: Params  # Moving average of the squares of their distances to it.
+    nu: Params  # Moving average of the squares of updates.
+
+
+def _root(eps_in_sqrt: bool) -> Any:
+    return lambda v, e: safe_sqrt(v + e) if eps_in_sqrt else safe_sqrt(v) + e
+
+
+def _checked_rms(
+    decay: Scalar, eps: Scalar, initial_scale: Scalar, nu_dtype: torch.dtype | None
+) -> tuple[Scalar, Scalar, Scalar]:
+    """The hyperparameters of RMSprop, checked."""
+    below_one(decay=decay)
+    finite_nonnegative(eps=eps, initial_scale=initial_scale)
+    check_real(nu_dtype)
+    decay, eps, initial_scale = scalars(decay=decay, eps=eps, initial_scale=initial_scale)
+    single(initial_scale=initial_scale)
+    return decay, eps, initial_scale
 
 
 @remembered
-def scale_by_belief(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-16,
-    eps_root: Scalar = 1e-16,
-    *,
-    nesterov: bool = False,
-) -> Transform:
-    r"""Divide the mean of updates by how far they are from it, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
-
-    .. math:: v_t = \beta_2 v_{t-1} + (1 - \beta_2) (u_t - m_t)^2 + \bar\epsilon
-
-    Args:
-        b1: Decay of the mean :math:`m`.
-        b2: Decay of the mean square :math:`v` of distances.
-        eps: :math:`\epsilon`, added to the root.
-        eps_root: :math:`\bar\epsilon`, added to :math:`v` at every step.
-        nesterov: Whether the mean looks one step ahead.
-
-    Example:
-        >>> tx, params = scale_by_belief(), {"weight": torch.zeros(2)}
-        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
-        >>> updates
-        {'weight': tensor([ 1.1111, -1.1111])}
-
-    References:
-        Zhuang et al., *AdaBelief optimizer: adapting stepsizes by the belief in observed gradients*, 2020.
-    """
-    below_one(b1=b1, b2=b2)
-    finite_nonnegative(eps=eps, eps_root=eps_root)
-    b1, b2, eps, eps_root = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    flags(nesterov=nesterov)
-
-    def init(params: Params) -> BeliefState:
-        return BeliefState(counter(params), zeros(params), real_zeros(params))
-
-    def update(updates: Updates, state: BeliefState, params: Params) -> tuple[Updates, BeliefState]:
-        steps, mu = increment(state.steps), average(state.mu, updates, b1)
-        apart = lambda v, u, m, b, r: b * v + (1 - b) * squared(u - m) + r
-        nu = compute(apart, state.nu, updates, mu, hyper=(b2, eps_root))
-        new = BeliefState(steps, stored(mu, state.mu), nu)
-        mean = corrected_mean(mu, updates, b1, steps, nesterov)
-        return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
-
-    def metric(state: BeliefState) -> Params:
-        return adam_metric(state.nu, bias_correction(b2, state.steps), eps, 0.0)
-
-    return Transform(init, update, metric, state=BeliefState)
-
-
-@remembered
-def scale_by_yogi(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-3,
-    eps_root: Scalar = 0.0,
-    initial_accumulator_value: Scalar = 1e-6,
-) -> Transform:
-    r"""Adam with a mean square that moves by steps of one size, :math:`\hat m / (\sqrt{\hat v} + \epsilon)`.
-
-    .. math:: v_t = v_{t-1} - (1 - \beta_2) \operatorname{sign}(v_{t-1} - u_t^2) u_t^2
-
-    As in optax the mean begins at `initial_accumulator_value` too, and both are corrected as if they began at 0.
-
-    Args:
-        b1: Decay of the mean :math:`m`.
-        b2: Decay of the mean square :math:`v`.
-        eps: :math:`\epsilon`, added to the root.
-        eps_root: Added below the root.
-        initial_accumulator_value: First mean and first mean square.
-
-    Example:
-        >>> tx, params = scale_by_yogi(), {"weight": torch.zeros(2)}
-        >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
-        >>> updates
-        {'weight': tensor([ 0.9997, -0.9444])}
-
-    References:
-        Zaheer, Reddi, Sachan, Kale & Kumar, *Adaptive methods for nonconvex optimization*, 2018.
-    """
-    below_one(b1=b1, b2=b2)
-    finite_nonnegative(eps=eps, eps_root=eps_root, initial_accumulator_value=initial_accumulator_value)
-    b1, b2, eps, eps_root = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    (first,) = scalars(initial_accumulator_value=initial_accumulator_value)
-    single(initial_accumulator_value=first)
-
-    def init(params: Params) -> AdamState:
-        mu = tree_map(lambda m: (m + first).to(m.dtype), zeros(params))
-        return AdamState(counter(params), mu, real_zeros(params, first))
-
-    def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = increment(state.steps), average(state.mu, updates, b1)
-        towards = lambda v, u, b: v - (1 - b) * sign(v - squared(u)) * squared(u)
-        new = AdamState(steps, stored(mu, state.mu), compute(towards, state.nu, updates, hyper=(b2,)))
-        mean = corrected_mean(mu, updates, b1, steps, nesterov=False)
-        return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
-
-    def metric(state: AdamState) -> Params:
-        return adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
-
-    return Transform(init, update, metric, state=AdamState)
-
-
-@remembered
-def scale_by_radam(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+def scale_by_rms(
+    decay: Scalar = 0.9,
     eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    threshold: Scalar = 5.0,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
     *,
-    nesterov: bool = False,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
-    r"""Adam that divides by a mean square once it is to be trusted, :math:`r_t \hat m / (\sqrt{\hat v} + \epsilon)`.
-
-    .. math:: r_t^2 = \frac{(\rho_t - 4) (\rho_t - 2) \rho_\infty}{(\rho_\infty - 4) (\rho_\infty - 2) \rho_t}, \quad
-        \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \quad \rho_\infty = \frac{2}{1 - \beta_2} - 1
-
-    Up to the step at which :math:`\rho_t` reaches the threshold, the sixth by default, updates are :math:`\hat m`.
+    r"""Divide updates by the root of their mean square, :math:`u / \sqrt{v + \epsilon}`.
 
     Args:
-        b1: Decay of the mean :math:`m`.
-        b2: Decay of the mean square :math:`v`.
-        eps: :math:`\epsilon`, added to the root of the corrected mean square; `torch.optim.RAdam` adds it to that of
-            the mean square as it is.
-        eps_root: Added below the root.
-        threshold: The least :math:`\rho_t` with which it divides, at least 4, below which :math:`r_t` is not defined.
-        nesterov: Whether the mean looks one step ahead.
+        decay: Decay of the mean square :math:`v`.
+        eps: :math:`\epsilon`.
+        initial_scale: First mean square.
+        eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
+        bias_correction: Whether the mean square is corrected for its first value.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
-        >>> tx, params = scale_by_radam(), {"weight": torch.zeros(2)}
+        >>> tx, params = scale_by_rms(decay=0.75), {"weight": torch.zeros(2)}
         >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
         >>> updates
-        {'weight': tensor([ 4.0000, -0.1000])}
+        {'weight': tensor([ 2.0000, -2.0000])}
 
     References:
-        Liu et al., *On the variance of the adaptive learning rate and beyond*, 2020.
+        Tieleman & Hinton, *Lecture 6.5: rmsprop*, 2012.
     """
-    below_one(b1=b1, b2=b2)
-    finite_nonnegative(eps=eps, eps_root=eps_root)
-    check_range("threshold", threshold, 4.0, hint="Below 4 the factor of a step would be the root of a negative number")
-    b1, b2, eps, eps_root, threshold = scalars(b1=b1, b2=b2, eps=eps, eps_root=eps_root, threshold=threshold)
-    flags(nesterov=nesterov)
+    decay, eps, initial_scale = _checked_rms(decay, eps, initial_scale, nu_dtype)
+    flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    corrected = bias_correction
 
-    def init(params: Params) -> AdamState:
-        return AdamState(counter(params), zeros(params), real_zeros(params))
+    def init(params: Params) -> RmsState:
+        return RmsState(counter(params), real_zeros(params, initial_scale, nu_dtype))
 
-    def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
-        steps, mu = increment(state.steps), average(state.mu, updates, b1)
-        new = AdamState(steps, stored(mu, state.mu), stored(average_square(state.nu, updates, b2), state.nu))
-        mean = corrected_mean(mu, updates, b1, steps, nesterov)
-        return compute(lambda u, m, h: m / h, updates, mean, metric(new)), new
+    def update(updates: Updates, state: RmsState, params: Params) -> tuple[Updates, RmsState]:
+        steps = increment(state.steps)
+        new = RmsState(steps, stored_square(average_square(state.nu, updates, decay), state.nu, steps))
+        return compute(lambda u, h: u / h, updates, metric(new)), new
 
-    def metric(state: AdamState) -> Params:
-        trusted, rate = _rectification(b2, threshold, state.steps)
-        roots = adam_metric(state.nu, bias_correction(b2, state.steps), eps, eps_root)
-        return compute(lambda h, on, r: torch.where(on, h / r, 1.0), roots, hyper=(trusted, rate))
+    def metric(state: RmsState) -> Params:
+        root = _root(eps_in_sqrt)
+        missing = _missing(decay, state.steps, corrected)
+        return compute(lambda v, c, e: root(v / c, e), tree_map(widen, state.nu), hyper=(missing, eps))
 
-    return Transform(init, update, metric, state=AdamState)
+    return Transform(init, update, metric, state=RmsState)
 
 
-def _rectification(b2: Scalar, threshold: Scalar, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a mean square of so many steps is trusted, and the factor of a step that is divided by its root."""
-    most = 2 / (1 - b2) - 1
-    length = most - 2 * steps * (1 - bias_correction(b2, steps)) / bias_correction(b2, steps)
-    trusted = length >= threshold
-    square = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
-    # Where it is not trusted, 1 stands in for it, so that no derivative is NaN.
-    return trusted, torch.where(trusted, square, 1.0).sqrt()
+def _missing(decay: Scalar, steps: Tensor, corrected: bool) -> Scalar:
+    return bias_correction(decay, steps) if corrected else 1.0
 
 
 @public_state
-class AdanState(NamedTuple):
-    """The state of `scale_by_adan`.
+class StddevState(NamedTuple):
+    """The state of `scale_by_stddev`.
 
     Example:
-        >>> scale_by_adan().init(torch.zeros(1)).n
+        >>> scale_by_stddev().init(torch.zeros(1)).mu
         tensor([0.])
     """
 
     steps: Tensor  # Number of updates made, int32.
-    m: Params  # Moving average of updates.
-    v: Params  # Moving average of their changes from step to step.
-    n: Params  # Moving average of the squares of updates that look ahead by such a change.
-    g: Params  # The last updates.
+    mu: Params  # Moving average of updates.
+    nu: Params  # Moving average of their squares.
 
 
 @remembered
-def scale_by_adan(
-    b1: Scalar = 0.98,
-    b2: Scalar = 0.92,
-    b3: Scalar = 0.99,
+def scale_by_stddev(
+    decay: Scalar = 0.9,
     eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
+    initial_scale: Scalar = 0.0,
+    eps_in_sqrt: bool = True,
+    bias_correction: bool = False,
+    *,
+    nu_dtype: torch.dtype | None = None,
 ) -> Transform:
-    r"""Adam with a Nesterov momentum of changes, :math:`(\hat m + (1 - \beta_2) \hat v) / (\sqrt{\hat n} + \epsilon)`.
-
-    Here :math:`v` is the mean of changes :math:`\delta_t = u_t - u_{t-1}`, and :math:`n` the mean square of
-    :math:`u_t + (1 - \beta_2) \delta_t`; at the first step there is no change.
+    r"""Divide updates by their standard deviation, :math:`u / \sqrt{v - m^2 + \epsilon}`: centred RMSprop.
 
     Args:
-        b1: Decay of the mean :math:`m`.
-        b2: Decay of the mean :math:`v` of changes.
-        b3: Decay of the mean square :math:`n`.
-        eps: :math:`\epsilon`, added to the root.
-        eps_root: Added below the root.
+        decay: Decay of the mean :math:`m` and of the mean square :math:`v`.
+        eps: :math:`\epsilon`.
+        initial_scale: First mean square.
+        eps_in_sqrt: Whether :math:`\epsilon` stands below the root; `torch.optim.RMSprop` adds it to the root.
+        bias_correction: Whether both means are corrected for their first value.
+        nu_dtype: Dtype in which the mean square is kept, as in `scale_by_adam`.
 
     Example:
-        >>> tx, params = scale_by_adan(), {"weight": torch.zeros(2)}
+        >>> tx, params = scale_by_stddev(decay=0.5), {"weight": torch.zeros(2)}
         >>> updates, state = tx.update({"weight": torch.tensor([4.0, -0.1])}, tx.init(params), params)
         >>> updates
-        {'weight': tensor([ 1., -1.])}
+        {'weight': tensor([ 2.0000, -2.0000])}
 
     References:
-        Xie, Zhou, Li, Lin & Yan, *Adan: adaptive Nesterov momentum algorithm for faster optimizing deep models*, 2022.
+        Graves, *Generating sequences with recurrent neural networks*, 2013.
     """
-    below_one(b1=b1, b2=b2, b3=b3)
-    finite_nonnegative(eps=eps, eps_root=eps_root)
-    b1, b2, b3, eps, eps_root = scalars(b1=b1, b2=b2, b3=b3, eps=eps, eps_root=eps_root)
+    decay, eps, initial_scale = _checked_rms(decay, eps, initial_scale, nu_dtype)
+    flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    corrected = bias_correction
 
-    def init(params: Params) -> AdanState:
-        return AdanState(counter(params), zeros(params), zeros(params), real_zeros(params), zeros(params))
+    def init(params: Params) -> StddevState:
+        return StddevState(counter(params), zeros(params), real_zeros(params, initial_scale, nu_dtype))
 
-    def update(updates: Updates, state: AdanState, params: Params) -> tuple[Updates, AdanState]:
+    def update(updates: Updates, state: StddevState, params: Params) -> tuple[Updates, StddevState]:
         steps = increment(state.steps)
-        changes = compute_wide(
-            lambda u, last, n: torch.where(n == 0, torch.zeros_like(u), u - last),
-            updates,
-            state.g,
-            hyper=(state.steps,),
-        )
-        ahead = compute_wide(lambda u, d, b: u + (1 - b) * d, updates, changes, hyper=(b2,))
-        m, v = average(state.m, updates, b1), average(state.v, changes, b2)
-        n = stored(average_square(state.n, ahead, b3), state.n)
-        # Cloned, because a state never shares memory with the updates that a user holds.
-        last = compute(lambda kept, u: u.clone(), state.g, updates)
-        new = AdanState(steps, stored(m, state.m), stored(v, state.v), n, last)
-        missing = bias_correction(b1, steps), bias_correction(b2, steps)
-        direction = lambda u, m, v, h, b, c, d: (m / c + (1 - b) * (v / d)) / h
-        return compute(direction, updates, m, v, metric(new), hyper=(b2, *missing)), new
+        mu, nu = average(state.mu, updates, decay), average_square(state.nu, updates, decay)
+        new = StddevState(steps, stored(mu, state.mu), stored_square(nu, state.nu, steps))
+        return compute(lambda u, h: u / h, updates, metric(new)), new
 
-    def metric(state: AdanState) -> Params:
-        return adam_metric(state.n, bias_correction(b3, state.steps), eps, eps_root)
+    def metric(state: StddevState) -> Params:
+        root = _root(eps_in_sqrt)
+        missing = _missing(decay, state.steps, corrected)
+        nu = tree_map(widen, state.nu)
+        return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), nu, state.mu, hyper=(missing, eps))
 
-    return Transform(init, update, metric, state=AdanState)
+    return Transform(init, update, metric, state=StddevState)
+
+
+@public_state
+class RssState(NamedTuple):
+    """The state of `scale_by_rss`.
+
+    Example:
+        >>> scale_by_rss(0.1).init(torch.zeros(1))
+        RssState(sum_of_squares=tensor([0.1000]))
+    """
+
+    sum_of_squares: Params  # Of all updates so far.
+
+
+@remembered
+def scale_by_rss(initial_accumulator_value: Scalar = 0.1, eps: Scalar = 1e-7) -> Transform:
+    r"""Divide updates by the root of the sum of all squares so far, :math:`u / \sqrt{\sum_s u_s^2 + \epsilon}`.
+
+    Args:
+        initial_accumulator_value: First sum.
+        eps: :math:`\epsilon`, below the root.
+
+    Example:
+        >>> tx, params = scale_by_rss(initial_accumulator_value=0.0), {"weight": torch.zeros(2)}
+        >>> updates, state = tx.update({"weight": torch.tensor([4.0, 0.0])}, tx.init(params), params)
+        >>> updates
+        {'weight': tensor([1., 0.])}
+
+    References:
+        Duchi, Hazan & Singer, *Adaptive subgradient methods for online learning and stochastic optimization*, 2011.
+    """
+    finite_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    initial_accumulator_value, eps = scalars(initial_accumulator_value=initial_accumulator_value, eps=eps)
+    single(initial_accumulator_value=initial_accumulator_value)
+
+    def init(params: Params) -> RssState:
+        return RssState(real_zeros(params, initial_accumulator_value))
+
+    def update(updates: Updates, state: RssState, params: Params) -> tuple[Updates, RssState]:
+        new = RssState(compute(lambda v, u: v + squared(u), state.sum_of_squares, updates))
+        return compute(lambda u, h: u / torch.where(h == 0, 1.0, h), updates, metric(new)), new
+
+    def metric(state: RssState) -> Params:
+        return compute(lambda v, e: safe_sqrt(v + e), state.sum_of_squares, hyper=(eps,))
+
+    return Transform(init, update, metric, state=RssState)
 
 
 @public_state
@@ -549,7 +432,7 @@ def scale_by_sm3(b1: Scalar = 0.9, b2: Scalar = 1.0, eps: Scalar = 1e-8, *, keep
     def update(updates: Updates, state: SM3State, params: Params) -> tuple[Updates, SM3State]:
         add = lambda u, b, f, *along: f * squared(u) + b * functools.reduce(torch.minimum, _tensors(along))
         sums = compute_wide(add, updates, hyper=(b2, whole, *_laid_out(updates, state.mu)))
-        divide = lambda u, a, e: torch.where(a > 0, u / _root(a, e), 0.0)
+        divide = lambda u, a, e: torch.where(a > 0, u / _root_of(a, e), 0.0)
         nu = stored(average(state.nu, compute_wide(divide, updates, sums, hyper=(eps,)), b1), state.nu)
         rows = zip(tree_leaves(sums), leaves_like(updates, state.mu), strict=True)
         mu = flatten(updates)[1]([_greatest(a, kept) for a, kept in rows])
@@ -559,7 +442,7 @@ def scale_by_sm3(b1: Scalar = 0.9, b2: Scalar = 1.0, eps: Scalar = 1e-8, *, keep
     def follow(factors: Params, sums: Params) -> Params:
         if not keep_metric:
             return ()
-        return compute(lambda p, a, b, e: b * p + (1 - b) / _root(a, e), factors, sums, hyper=(b1, eps))
+        return compute(lambda p, a, b, e: b * p + (1 - b) / _root_of(a, e), factors, sums, hyper=(b1, eps))
 
     def metric(state: SM3State) -> Params:
         return compute(lambda p: 1 / p, state.factors)
@@ -567,7 +450,7 @@ def scale_by_sm3(b1: Scalar = 0.9, b2: Scalar = 1.0, eps: Scalar = 1e-8, *, keep
     return Transform(init, update, metric if keep_metric else None, state=SM3State)
 
 
-def _root(sums: Tensor, eps: Scalar) -> Tensor:
+def _root_of(sums: Tensor, eps: Scalar) -> Tensor:
     """The root of a sum of squares, or 1 where there is none, so that no quotient and no derivative is NaN."""
     inside = sums + eps
     return torch.where(inside == 0, 1.0, inside).sqrt()

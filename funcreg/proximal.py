@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
+from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
@@ -22,7 +23,7 @@ from funcreg.masks import keep, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
-from funcreg.scaling import scale_by_adam, trace
+from funcreg.scaling import trace
 from funcreg.transform import (
     Choice,
     Transform,

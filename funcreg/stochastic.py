@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
@@ -23,7 +24,6 @@ from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
 from funcreg.ranges import scalars, single
 from funcreg.regularizing import check_penalty, check_strength
-from funcreg.scaling import scale_by_adam
 from funcreg.transform import (
     Transform,
     at_step,

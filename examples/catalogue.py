@@ -326,8 +326,8 @@ def catalogue() -> str:
 
 
 SECTIONS = {
-    "Regularize": ["regularizing", "noise"],
-    "Scale": ["scaling", "preconditioners", "directions", "plateau"],
+    "Regularize": ["regularizing", "decay", "placement", "noise"],
+    "Scale": ["scaling", "adam_family", "preconditioners", "directions", "plateau"],
     "Clip and clean": ["clipping", "per_example"],
     "Combine": ["transform", "combine"],
     "Wrap and measure": ["wrappers", "hyperparams", "averaging", "monitoring"],
@@ -344,7 +344,7 @@ SECTIONS = {
     "Minima, paths, choices of a strength": ["minimize", "path"],
     "Speed": ["fused"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
-    "Groups that span leaves": ["families", "channels", "coupled", "removal"],
+    "Groups that span leaves": ["families", "channels", "channel_tables", "coupled", "removal"],
     "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],

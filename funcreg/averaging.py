@@ -20,6 +20,7 @@ from funcreg.schedules import warmup_constant_schedule
 from funcreg.transform import (
     Choice,
     Transform,
+    around,
     at_step,
     check_transforms,
     counter,
@@ -31,7 +32,7 @@ from funcreg.transform import (
     warn,
 )
 from funcreg.tree import tree_leaves, tree_map
-from funcreg.wrappers import Named, around, check_period
+from funcreg.wrappers import Named, check_period
 
 # Fast and slow weights
 

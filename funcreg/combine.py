@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from funcreg.transform import (
     EmptyState,
     Stage,
     Transform,
+    around,
     check_selection,
     check_transforms,
     counter,
@@ -71,23 +72,12 @@ def chain(*transforms: Transform) -> Transform:
             new.append(after)
         return updates, tuple(new)
 
-    late = next((tx for tx in transforms[1:] if tx.examples), None)
-    if late is not None:
-        raise ValueError(
-            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like "
-            "the parameters. Put it first."
-        )
-    metrics = [(i, tx.metric) for i, tx in enumerate(transforms) if tx.metric is not None]
-    metric = None
-    if len(metrics) == 1:
-        place, inner = metrics[0]
-        metric = lambda state: inner(state[place])
     spares = any(tx.spares is not None for tx in transforms)
     covers = [tx.covers for tx in transforms if tx.covers is not None]
     joined = Transform(
         init,
         update,
-        metric,
+        _metric(transforms),
         descends=any(tx.descends for tx in transforms),
         spares=_spared_by(transforms) if spares else None,
         stages=[stage for tx in transforms for stage in tx.stages],
@@ -101,19 +91,16 @@ def chain(*transforms: Transform) -> Transform:
 
 def with_link(tx: Transform) -> Transform:
     """A transform that shows what it is made of, as a chain does, with the state of that."""
-    return Transform(
-        tx._init,
-        tx._update,
-        tx.metric,
-        tx.frozen,
-        tx._state,
-        descends=tx.descends,
-        spares=tx.spares,
-        stages=tx.stages,
-        covers=tx.covers,
-        forwards_to=tx.forwards_to,
-        links=[tx],
-    )
+    return around(tx, tx._init, tx._update, tx._state, metric=tx.metric, forwards_to=tx.forwards_to, links=[tx])
+
+
+def _metric(links: Sequence[Transform]) -> Callable[[State], Params] | None:
+    """The metric of a chain, if one link alone has one."""
+    metrics = [(place, tx.metric) for place, tx in enumerate(links) if tx.metric is not None]
+    if len(metrics) != 1:
+        return None
+    ((place, inner),) = metrics
+    return lambda state: inner(state[place])
 
 
 def _spared_by(transforms: Sequence[Transform]) -> Choice:
@@ -226,18 +213,7 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
 
     outer = inner.metric
     metric = None if outer is None else lambda state: outer(tuple(state[name] for name in names))
-    return Transform(
-        init,
-        update,
-        metric,
-        inner.frozen,
-        descends=inner.descends,
-        spares=inner.spares,
-        stages=inner.stages,
-        covers=inner.covers,
-        forwards_to=[inner],
-        examples=inner.examples,
-    )
+    return around(inner, init, update, metric=metric, examples=inner.examples)
 
 
 # Some leaves
@@ -334,16 +310,14 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         return chosen_within
 
     covers = inner.covers
-    return Transform(
+    return around(
+        inner,
         init,
         update,
+        MaskedState,
         frozen=None if inner.frozen is None else within(inner.frozen),
-        state=MaskedState,
-        descends=inner.descends,
         spares=spares,
-        stages=inner.stages,
         covers=covers if covers is None or mask is True else within(covers),
-        forwards_to=[inner],
     )
 
 
@@ -399,19 +373,8 @@ def hold(inner: Transform, frozen: list[Choice]) -> Transform:
         new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
         return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
 
-    return Transform(
-        init,
-        update,
-        inner.metric,
-        held,
-        descends=inner.descends,
-        spares=inner.spares,
-        stages=inner.stages,
-        covers=inner.covers,
-        forwards_to=[inner],
-        links=inner.links,
-        examples=inner.examples,
-    )
+    metric, links = inner.metric, inner.links
+    return around(inner, init, update, metric=metric, frozen=held, links=links, examples=inner.examples)
 
 
 @remembered
@@ -461,32 +424,12 @@ def partition(
         >>> tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)[0]
         {'body': tensor([0.1000]), 'head': tensor([1.])}
     """
-    if not isinstance(transforms, Mapping):
-        raise TypeError(
-            f"partition got transforms as a {type(transforms).__name__}; expected a dict from label to transform, such "
-            "as {'slow': sgd(0.01), 'fast': sgd(0.1)}"
-        )
-    if not transforms:
-        raise ValueError("partition got no transforms; expected a dict from label to transform")
-    if None in transforms:
-        raise TypeError("partition has the label None, which stands for no leaf in a tree; expected a string, say")
-    for label, tx in transforms.items():
-        if not isinstance(tx, Transform):
-            check_transforms(f"partition, labelled {label!r},", [tx])
+    _check_labelled(transforms)
     flags(mask_compatible_extra_args=mask_compatible_extra_args)
     transforms = dict(transforms)
 
     def labels(params: Params) -> list[Any]:
-        found, params = chosen_by(param_labels, params, "param_labels")
-        values = broadcast(found, params, "param_labels")
-        for i, value in enumerate(values):
-            if not isinstance(value, Hashable) or value not in transforms:
-                known = ", ".join(map(repr, transforms))
-                raise ValueError(
-                    f"leaf '{tree_paths(params)[i]}' has the label {value!r}; expected one of {known}, "
-                    "for which there is a transform"
-                )
-        return values
+        return _labels(param_labels, params, transforms)
 
     def members(label: Hashable) -> Transform:
         return masked(
@@ -499,13 +442,8 @@ def partition(
 
     def init(params: Params) -> PartitionState:
         found = labels(params)
-        unused = [label for label in parts if label not in found]
-        # A function may know labels that this tree has no use for.
-        if found and unused and not callable(param_labels) and not hidden(params):
-            warn(
-                f"no leaf has the label {' or '.join(map(repr, unused))}, whose transform does nothing; leaves have "
-                f"{', '.join(dict.fromkeys(map(repr, found)))}. Is a label misspelled?"
-            )
+        if not callable(param_labels):  # A function may know labels that this tree has no use for.
+            _warn_of_unused(parts, found, params)
         return PartitionState({label: tx.begin(params).inner_state for label, tx in parts.items()})
 
     def update(updates: Updates, state: PartitionState, params: Params, **extra: Any) -> tuple[Updates, PartitionState]:
@@ -540,6 +478,44 @@ def partition(
         covers=everywhere if stepping else either(*covers) if covers else None,
         forwards_to=list(parts.values()),
     )
+
+
+def _check_labelled(transforms: Any) -> None:
+    """Raise an error for what is no dict from label to transform."""
+    if not isinstance(transforms, Mapping):
+        raise TypeError(
+            f"partition got transforms as a {type(transforms).__name__}; expected a dict from label to transform, such "
+            "as {'slow': sgd(0.01), 'fast': sgd(0.1)}"
+        )
+    if not transforms:
+        raise ValueError("partition got no transforms; expected a dict from label to transform")
+    if None in transforms:
+        raise TypeError("partition has the label None, which stands for no leaf in a tree; expected a string, say")
+    for label, tx in transforms.items():
+        if not isinstance(tx, Transform):
+            check_transforms(f"partition, labelled {label!r},", [tx])
+
+
+def _labels(param_labels: Any, params: Params, transforms: Mapping[Hashable, Transform]) -> list[Any]:
+    """The label of each leaf."""
+    found, params = chosen_by(param_labels, params, "param_labels")
+    values = broadcast(found, params, "param_labels")
+    for i, value in enumerate(values):
+        if not isinstance(value, Hashable) or value not in transforms:
+            raise ValueError(
+                f"leaf '{tree_paths(params)[i]}' has the label {value!r}; expected one of "
+                f"{', '.join(map(repr, transforms))}, for which there is a transform"
+            )
+    return values
+
+
+def _warn_of_unused(labels: Iterable[Hashable], found: Sequence[Hashable], params: Params) -> None:
+    unused = [label for label in labels if label not in found]
+    if found and unused and not hidden(params):
+        warn(
+            f"no leaf has the label {' or '.join(map(repr, unused))}, whose transform does nothing; leaves have "
+            f"{', '.join(dict.fromkeys(map(repr, found)))}. Is a label misspelled?"
+        )
 
 
 # Only when all is finite
@@ -612,17 +588,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         count = state.total_notfinite + (~finite).to(torch.int32)
         return new, ApplyIfFiniteState(errors, finite, count, after)
 
-    return Transform(
-        init,
-        update,
-        frozen=inner.frozen,
-        state=ApplyIfFiniteState,
-        descends=inner.descends,
-        spares=inner.spares,
-        stages=inner.stages,
-        covers=inner.covers,
-        forwards_to=[inner],
-    )
+    return around(inner, init, update, ApplyIfFiniteState)
 
 
 def pick(chosen: Tensor, new: Any, old: Any) -> Any:

@@ -13,7 +13,7 @@ from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.construction import Call, Remembering, remembered
 from funcreg.leafwise import increment, scalar_device
 from funcreg.ranges import number
-from funcreg.transform import Transform, at_step, check_no_torchs, counter, dtypes, public_state
+from funcreg.transform import Transform, around, at_step, check_no_torchs, counter, dtypes, public_state
 from funcreg.tree import leaves_like, tree_leaves, tree_map
 from funcreg.undocumented import is_compiling
 
@@ -254,16 +254,5 @@ def _injected(call: _Call, dtype: torch.dtype | None) -> Transform:
         measure = call.make(state.hyperparams).metric
         return None if measure is None else measure(state.inner_state)
 
-    return Transform(
-        init,
-        update,
-        None if model.metric is None else metric,
-        model.frozen,
-        InjectHyperparamsState,
-        descends=model.descends,
-        spares=model.spares,
-        stages=model.stages,
-        covers=model.covers,
-        forwards_to=[model],
-        examples=model.examples,
-    )
+    measure = None if model.metric is None else metric
+    return around(model, init, update, InjectHyperparamsState, metric=measure, examples=model.examples)

@@ -17,7 +17,7 @@ from funcreg.construction import remembered
 from funcreg.leafwise import compute_wide, increment, widen
 from funcreg.masks import keep, merge
 from funcreg.rounding import check_key, first_key, is_narrow, rounded, words
-from funcreg.transform import Stage, Transform, check_transforms, counter, public_state
+from funcreg.transform import Stage, Transform, around, check_transforms, counter, public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
 
@@ -26,22 +26,12 @@ def _narrow(params: Params) -> list[bool]:
     return [is_narrow(w.dtype) for w in tree_leaves(params)]
 
 
-def _around(inner: Transform, init: Any, update: Any, state: type) -> Transform:
+def _rounding(inner: Transform, init: Any, update: Any, state: type) -> Transform:
     """A transform that tells of itself what the one inside does; what comes after it would change where it landed."""
     metric = inner.metric
-    stages: list[Stage] = [*inner.stages, "rounds"]
-    return Transform(
-        init,
-        update,
-        None if metric is None else lambda state: metric(state.inner_state),
-        inner.frozen,
-        state,
-        descends=inner.descends,
-        spares=inner.spares,
-        stages=[*stages, "lands"] if "steps" in inner.stages or "flips" in inner.stages else stages,
-        covers=inner.covers,
-        forwards_to=[inner],
-    )
+    stages: list[Stage] = ["rounds", "lands"] if {"steps", "flips"}.intersection(inner.stages) else ["rounds"]
+    read = None if metric is None else lambda state: metric(state.inner_state)
+    return around(inner, init, update, state, metric=read, stages=stages)
 
 
 @public_state
@@ -103,7 +93,7 @@ def with_master_weights(inner: Transform) -> Transform:
         master = compute_wide(lambda w, d: w + d, here, moves)
         return merge(new, moves, narrow), MasterWeightsState(master, after)
 
-    return _around(inner, init, update, MasterWeightsState)
+    return _rounding(inner, init, update, MasterWeightsState)
 
 
 @public_state
@@ -167,7 +157,7 @@ def with_stochastic_rounding(inner: Transform, key: int | Tensor | torch.Generat
         moves = [compute_wide(_rounded_move(w.dtype), w, u, bits) if is_narrow(w.dtype) else u for w, u, bits in rows]
         return rebuild(moves), StochasticRoundingState(steps, state.key, after)
 
-    return _around(inner, init, update, StochasticRoundingState)
+    return _rounding(inner, init, update, StochasticRoundingState)
 
 
 def _rounded_move(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -14,6 +14,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.checks import check_alike, check_params, filled
 from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
+from funcreg.histories import watch_history
 from funcreg.leafwise import increment, scalar_device, without_autocast
 from funcreg.masks import check_mask, hidden, listed, mask_leaves
 from funcreg.notices import warn_user
@@ -192,7 +193,7 @@ class Transform(Remembering):
         if self._state is not None and not isinstance(state, self._state):
             came = type(state).__name__
             raise ValueError(f"state is {came}; expected {self._state.__name__}. Was it made by this transform's init?")
-        _watch_history(params, state)
+        watch_history(params, state)
         made = self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
         if not isinstance(made, tuple) or len(made) != 2:
             raise TypeError(f"update of {self!r} returned a {type(made).__name__}; expected a pair, (updates, state)")
@@ -206,6 +207,40 @@ def _fits(updates: Updates, state: State) -> bool:
     except (TypeError, ValueError, AttributeError):
         return False
     return bool(tree_leaves(updates))
+
+
+def around(
+    inner: Transform,
+    init: Callable[[Params], State],
+    update: Callable[..., tuple[Updates, State]],
+    state: type | None = None,
+    *,
+    metric: Callable[[State], Params] | None = None,
+    stages: Sequence[Stage] = (),
+    also: Sequence[Transform] = (),
+    **other: Any,
+) -> Transform:
+    """A transform that has of another one what that tells of itself, and hands its extra arguments on.
+
+    Args:
+        inner: The transform inside.
+        init: As of `Transform`.
+        update: As of `Transform`.
+        state: As of `Transform`.
+        metric: As of `Transform`.
+        stages: Stages besides those of the inner transform.
+        also: Others that take extra arguments.
+        other: What it tells otherwise, by the names that `Transform` has for it.
+    """
+    told: dict[str, Any] = {
+        "frozen": inner.frozen,
+        "descends": inner.descends,
+        "spares": inner.spares,
+        "covers": inner.covers,
+        "stages": [*inner.stages, *stages],
+        "forwards_to": [inner, *also],
+    }
+    return Transform(init, update, metric, state=state, **(told | other))
 
 
 def either(*choices: Choice) -> Choice:
@@ -250,53 +285,6 @@ def _watch_steps(tx: Transform, params: Params) -> None:
     for said in (raw_leaves(tx, params), rounded_away(tx, params)):
         if said is not None:
             warn(said)
-
-
-# Autograd history that grows from step to step
-
-
-#: So many updates, one after another in one graph of autograd, are a loop that nobody means to differentiate.
-LONG = 100
-_UPDATES = "funcreg updates"
-
-
-def _watch_history(params: Params, state: State) -> None:
-    """Warn, at one update of a loop, if each update became a part of the autograd graph of the next.
-
-    Parameters that require a gradient make it so, and memory grows without end. Unrolled differentiation means it, but
-    not for so many steps: so the number of updates is written to the graph, at the node that brought each of them its
-    parameters or its state.
-    """
-    if is_compiling() or not torch.is_grad_enabled() or is_transformed():
-        return
-    leaves = tree_leaves(params)
-    if not any([leaf.requires_grad for leaf in leaves]):
-        return
-    depths = [_count(tree) for tree in (leaves, tree_leaves(state))]
-    if LONG in depths:
-        warn(
-            f"{LONG} updates lie in one autograd history, which keeps the tensors of all of them: parameters require "
-            "a gradient, and updates are made while autograd records. Call update and apply_updates under "
-            "torch.no_grad(), or detach the parameters, unless you differentiate through all these steps."
-        )
-
-
-def _count(leaves: list[Any]) -> int:
-    """How many updates lie in the history of what an update got, by one of its leaves; 0 if that is known already."""
-    node = next((leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None), None)
-    if node is None or _UPDATES in _notes(node):
-        return 0  # No history, or counted by the chain around this transform.
-    near, before = [node], 0
-    for _ in range(5):  # A few operations, such as conversions, lie between what one update got and the next.
-        near = [earlier for each in near for earlier, _ in each.next_functions if earlier is not None][:32]
-        before = max([before, *(_notes(each).get(_UPDATES, 0) for each in near)])
-    _notes(node)[_UPDATES] = before + 1
-    return before + 1
-
-
-def _notes(node: Any) -> dict[str, Any]:
-    """What is written to a node of autograd: a dict, which torch's types take for a method."""
-    return node.metadata
 
 
 def _accepted(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ same eager, under vmap and in one graph. What is not chosen has no effect, also 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,8 @@ from funcreg.leafwise import (
 from funcreg.ranges import check_range, flags, number
 from funcreg.transform import (
     Choice,
-    Stage,
     Transform,
+    around,
     at_step,
     check_transforms,
     counter,
@@ -63,41 +63,6 @@ class Named(Transform):
     def accepts(self, name: str) -> bool:
         """Whether it takes an extra argument of this name."""
         return self._accepts(name)
-
-
-def around(
-    inner: Transform,
-    init: Callable[[Params], State],
-    update: Callable[..., tuple[Updates, State]],
-    state: type | None = None,
-    *,
-    metric: Callable[[State], Params] | None = None,
-    stages: Sequence[Stage] = (),
-    also: Sequence[Transform] = (),
-) -> Transform:
-    """A transform that has of another one what that tells of itself, and hands its extra arguments on.
-
-    Args:
-        inner: The transform inside.
-        init: As of `Transform`.
-        update: As of `Transform`.
-        state: As of `Transform`.
-        metric: As of `Transform`.
-        stages: Stages besides those of the inner transform.
-        also: Others that take extra arguments.
-    """
-    return Transform(
-        init,
-        update,
-        metric,
-        inner.frozen,
-        state,
-        descends=inner.descends,
-        spares=inner.spares,
-        stages=[*inner.stages, *stages],
-        covers=inner.covers,
-        forwards_to=[inner, *also],
-    )
 
 
 def or_zeros(chosen: Tensor, updates: Updates) -> Updates:
@@ -571,16 +536,8 @@ def flatten(inner: Transform) -> Transform:
             return choose
         return lambda params: choose(_vector(params)) * len(tree_leaves(params))
 
-    return Transform(
-        init,
-        update,
-        frozen=spread(inner.frozen),
-        descends=inner.descends,
-        spares=spread(inner.spares),
-        stages=inner.stages,
-        covers=spread(inner.covers),
-        forwards_to=[inner],
-    )
+    frozen, spares, covers = map(spread, (inner.frozen, inner.spares, inner.covers))
+    return around(inner, init, update, frozen=frozen, spares=spares, covers=covers)
 
 
 def _vector(tree: Params) -> Any:
@@ -627,16 +584,7 @@ def with_extra_args(tx: Transform) -> Transform:
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         return tx.update(updates, state, params, **tx.accepted(extra))
 
-    return Transform(
-        tx.begin,
-        update,
-        tx.metric,
-        tx.frozen,
-        descends=tx.descends,
-        spares=tx.spares,
-        stages=tx.stages,
-        covers=tx.covers,
-    )
+    return around(tx, tx.begin, update, metric=tx.metric, forwards_to=None)
 
 
 #: optax's name of it.

@@ -81,7 +81,7 @@ LAYERS = [
         *("notices", "spelling", "tree", "undocumented"),
     ],
     ["attention", "cones", "copies", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
-    ["construction", "grouping", "sharding", "widths"],
+    ["construction", "grouping", "histories", "sharding", "widths"],
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
     ["arguments", "leafwise", "masks"],

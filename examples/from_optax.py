@@ -28,7 +28,7 @@ OTHERWISE = {
     "noisy_sgd": "the noise of `add_noise`",
     **dict.fromkeys(("differentially_private_aggregate", "dpsgd"), "the noise of `add_noise`"),
     "apply_updates": "trees or shapes that do not match are an error that names the leaf",
-    "adaptive_grad_clip": "`axis=None` is for weights with their outputs last, as in optax; `axis=...` for those of torch",
+    "adaptive_grad_clip": "`axis=None` is for outputs last, as in optax; `axis=...` for weights of torch",
     "muon": "default dimensions as in optax, inputs first; `MuonDimensionNumbers` says otherwise",
     "inject_hyperparams": "numbers are kept in float64; also what the factory itself takes no schedule for, as `b1`",
     "MultiSteps": "is a transform itself, in chains and `fuse`; the mean has the dtype of the parameters or float32",

@@ -152,6 +152,14 @@ class Optimizer(torch.optim.Optimizer):
             if len({*names}) < len(names):
                 twice = {name for name in names if names.count(name) > 1}
                 raise ValueError(f"param group {index} has several parameters called {listed(sorted(twice))}")
+            last = {w: i for i, w in enumerate(group["params"])}
+            again = next((i for i, w in enumerate(group["params"]) if last[w] != i), None)
+            if again is not None:
+                which, there = f"'{names[again]}'" if names else f"{again}", last[group["params"][again]]
+                raise ValueError(
+                    f"parameter {which} of param group {index} is there again, at place {there}; expected each once, "
+                    "as model.parameters() has tied weights"
+                )
             lazy = next((i for i, w in enumerate(group["params"]) if is_lazy(w)), None)
             if lazy is not None:
                 which = f"'{names[lazy]}'" if names else f"{lazy} of param group {index}"

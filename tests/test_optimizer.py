@@ -801,12 +801,17 @@ WRONG = {
         lambda: fr.Optimizer([("w", P[0]), ("w", nn.Parameter(torch.ones(1)))], fr.sgd, lr=0.1), ValueError,
         "several parameters called w",
     ),
+    "one parameter twice": (
+        lambda: fr.Optimizer([P[0], P[0]], fr.sgd, lr=0.1), ValueError,
+        "parameter 0 of param group 0 is there again, at place 1",
+    ),
     "a reserved name": (
         lambda: fr.Optimizer(P, lambda params: fr.sgd(0.1), params=1.0), TypeError, "params"
     ),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")  # By torch.
 @pytest.mark.parametrize(("make", "error", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_named(make, error, message):
     with pytest.raises(error, match=message):

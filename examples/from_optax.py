@@ -28,7 +28,7 @@ OTHERWISE = {
     "noisy_sgd": "the noise of `add_noise`",
     **dict.fromkeys(("differentially_private_aggregate", "dpsgd"), "the noise of `add_noise`"),
     "apply_updates": "trees or shapes that do not match are an error that names the leaf",
-    "adaptive_grad_clip": "`axis=None` is the rule of optax, for weights with their outputs last; torch has them first",
+    "adaptive_grad_clip": "`axis=None` is for outputs last, as in optax; `axis=...` for weights of torch",
     "muon": "default dimensions as in optax, inputs first; `MuonDimensionNumbers` says otherwise",
     "inject_hyperparams": "numbers are kept in float64; also what the factory itself takes no schedule for, as `b1`",
     "MultiSteps": "is a transform itself, in chains and `fuse`; the mean has the dtype of the parameters or float32",
@@ -129,7 +129,7 @@ INSTEAD: list[tuple[str, str]] = [
         "safe_norm safe_root_mean_squares unitwise_norm",
         "`fr.global_norm(params)`, `fr.tree_norm(params)`: the gradient at zero is 0",
     ),
-    ("unitwise_clip", "`fr.adaptive_grad_clip(0.01)`"),
+    ("unitwise_clip", "`fr.adaptive_grad_clip(0.01, axis=...)`"),
     (
         "bias_correction update_moment update_moment_per_elem_norm update_infinity_moment tree_bias_correction "
         "tree_update_moment tree_update_moment_per_elem_norm tree_update_infinity_moment",

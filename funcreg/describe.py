@@ -72,7 +72,8 @@ def describe(tx: Transform, params: Params | nn.Module | None = None) -> Descrip
     a penalty that a preconditioner divides, zeros that are averaged, updates that go uphill, also those of leaves that
     a mask leaves to their raw gradients; leaves that `set_to_zero` does not hold, and those that a learning rate of 0
     never moves; NaN that becomes zero after a moment has kept it; clipping, noise and moments of each of those that
-    `MultiSteps` gathers, and steps of sixteen-bit leaves that are rounded away.
+    `MultiSteps` gathers, and steps of sixteen-bit leaves that are rounded away; for a module also defaults that are
+    meant for weights with their inputs first.
 
     Args:
         tx: Any transform: an optimizer, a chain, a wrapper, or one of your own, which is shown by its name.
@@ -100,7 +101,8 @@ def describe(tx: Transform, params: Params | nn.Module | None = None) -> Descrip
     faults: list[str] = []
     entries = list(_walk(Entry(tx, 0, "", whole, ()), whole, faults))
     rows = [_row(entry, whole) for entry in entries]
-    return Description(rows, faults + mistakes(_in_order(entries), len(entries) > 1, whole))
+    laid_out = [] if not isinstance(params, nn.Module) else list(_otherwise_laid_out(entries, params))
+    return Description(rows, faults + mistakes(_in_order(entries), len(entries) > 1, whole) + laid_out)
 
 
 # Link by link
@@ -267,3 +269,29 @@ def _note(entry: Entry, whole: Params) -> str:
     some = sum(w.numel() for name, w in zip(names, leaves, strict=True) if name in acts_on)
     others = listed(name for name in names if name not in acts_on)
     return f"{len(chosen)} of {len(names)} leaves, {some} of {numbers} numbers: {listed(chosen)}; not {others}"
+
+
+# The layout of weights
+
+
+def _otherwise_laid_out(entries: list[Entry], module: nn.Module) -> Iterator[str]:
+    """Defaults of optax, for weights with their inputs first, on layers of torch, which have their outputs first."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    weights = {id(layer.weight) for layer in layers}
+    first = {name for name, w in module.named_parameters() if id(w) in weights}
+    for entry in entries:
+        own = [(name, w) for name, w in entry.leaves() if name in first]
+        if own and entry.name == "adaptive_grad_clip" and entry.argument("axis") is None:
+            yield (
+                f"{entry.tx!r} takes the last dimension for that of units, as optax does; of "
+                f"{listed(name for name, _ in own)} it is the first. Write adaptive_grad_clip(..., axis=...), with "
+                "three dots for the axis."
+            )
+        lengths = [name for name, w in own if w.ndim == 2 and w.shape[0] != w.shape[1]]
+        given = entry.argument("muon_weight_dimension_numbers"), entry.argument("consistent_rms")
+        if lengths and entry.name == "muon" and given == (None, None):
+            yield (
+                f"{entry.tx!r} takes the first dimension for that of inputs, as optax does; of {listed(lengths)} it is "
+                "that of outputs, so that the steps of these have another length. Give "
+                "muon_weight_dimension_numbers, with MuonDimensionNumbers(1, 0) for each matrix."
+            )

@@ -26,7 +26,7 @@ from funcreg.group_values import GroupValues
 from funcreg.masks import listed
 from funcreg.mistakes import climbs
 from funcreg.notices import warn_user
-from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
+from funcreg.optimizer_state import Part, Parts, by_name, filled, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
@@ -152,6 +152,14 @@ class Optimizer(torch.optim.Optimizer):
             if len({*names}) < len(names):
                 twice = {name for name in names if names.count(name) > 1}
                 raise ValueError(f"param group {index} has several parameters called {listed(sorted(twice))}")
+            last = {w: i for i, w in enumerate(group["params"])}
+            again = next((i for i, w in enumerate(group["params"]) if last[w] != i), None)
+            if again is not None:
+                which, there = f"'{names[again]}'" if names else f"{again}", last[group["params"][again]]
+                raise ValueError(
+                    f"parameter {which} of param group {index} is there again, at place {there}; expected each once, "
+                    "as model.parameters() has tied weights"
+                )
             lazy = next((i for i, w in enumerate(group["params"]) if is_lazy(w)), None)
             if lazy is not None:
                 which = f"'{names[lazy]}'" if names else f"{lazy} of param group {index}"
@@ -423,12 +431,19 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned: values of groups, and states in the dtypes in which they were saved.
 
+        Parameters that have names here and there are found by these, whatever their order in a group.
+
         Raises:
             ValueError: It is of other groups, another chain or other parameters; nothing is changed then.
+
+        Warns:
+            UserWarning: Parameters have other names there, and go by their place.
         """
         before = self.state, self.param_groups
         # Torch converts states to the dtype of their parameters, and so loses counters and moments of bfloat16 ones.
-        last = self.register_load_state_dict_pre_hook(lambda _, saved: hidden_from_torch(saved))
+        last = self.register_load_state_dict_pre_hook(
+            lambda _, saved: hidden_from_torch(by_name(saved, self.param_groups))
+        )
         try:
             super().load_state_dict(state_dict)
             for group in self.param_groups:

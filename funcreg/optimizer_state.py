@@ -17,8 +17,10 @@ from torch import Tensor
 from funcreg._typing import Params, State
 from funcreg.construction import written
 from funcreg.masks import listed
+from funcreg.notices import warn_user
 from funcreg.transform import Transform
 from funcreg.tree import ABSENT, dotted, leaf_paths, structure
+from funcreg.wrapping import plain_names
 
 #: What `param_groups` and `state` of an optimizer are.
 Groups = Sequence[dict[str, Any]]
@@ -249,6 +251,53 @@ def hidden_from_torch(saved: dict[str, Any]) -> dict[str, Any]:
     hide = lambda x: _Hidden(x) if isinstance(x, Tensor) else x
     entries = lambda v: {name: hide(x) for name, x in v.items()} if isinstance(v, dict) else v
     return {**saved, "state": {k: entries(v) for k, v in saved["state"].items()}}
+
+
+def by_name(saved: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """A saved optimizer in the order, and with the names, of the parameters of these groups.
+
+    Torch goes by place, and takes the names that were saved for those of the parameters: moments of one would be read
+    as those of another, and masks would choose others.
+    """
+    given = saved["param_groups"]
+    if [len(group["params"]) for group in given] != [len(group["params"]) for group in groups]:
+        return saved  # Torch says what is wrong.
+    theirs, own = list(map(_plain, given)), list(map(_plain, groups))
+    arranged = []
+    for index, (group, here) in enumerate(zip(given, groups, strict=True)):
+        order = list(range(len(own[index])))
+        if theirs[index] and own[index] and sorted(theirs[index]) == sorted(own[index]):
+            order = [theirs[index].index(name) for name in own[index]]
+        elif theirs[index] and own[index]:
+            _check_places(index, theirs, own)
+        kept = {"param_names": here["param_names"]} if own[index] else {}
+        arranged.append({**group, "params": [group["params"][i] for i in order] or group["params"], **kept})
+    return {**saved, "param_groups": arranged}
+
+
+def _plain(group: dict[str, Any]) -> list[str]:
+    """The names of the parameters of a group, without wrappers; none if they have none, or not each its own."""
+    names = group["params"] if all([isinstance(p, str) for p in group["params"]]) else group.get("param_names") or ()
+    plain = plain_names(tuple(names))
+    return list(plain) if len(set(plain)) == len(plain) == len(group["params"]) else []
+
+
+def _check_places(index: int, theirs: list[list[str]], own: list[list[str]]) -> None:
+    """Raise an error if a parameter of a group has another place in what was saved; warn if it has another name."""
+    places = {name: (i, names.index(name)) for i, names in enumerate(theirs) for name in names}
+    for j, name in enumerate(own[index]):
+        i, there = places.get(name, (index, j))
+        if (i, there) != (index, j):
+            raise ValueError(
+                f"parameter '{name}' is number {j} of param group {index}; in the state that is loaded it is number "
+                f"{there} of param group {i}, among other parameters. Is it of another model, or were its groups made "
+                "in another way?"
+            )
+    j = next(j for j, name in enumerate(own[index]) if theirs[index][j] != name)
+    warn_user(
+        f"the state that is loaded calls number {j} of param group {index} '{theirs[index][j]}', which is "
+        f"'{own[index][j]}' here: parameters with other names are read by their place.",
+    )
 
 
 def show_to_torch(state: Entries) -> None:

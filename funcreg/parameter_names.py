@@ -139,6 +139,11 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
                     f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
                     f"were replaced, as by to() or a wrapper?{several if some else ''}"
                 )
+            if w in found:
+                raise ValueError(
+                    f"parameter {j} of param group {i} is there again, after '{found[w]}': a step moves it twice, and "
+                    "would penalize it once. Give the optimizer each once, as model.parameters() has tied weights."
+                )
             name = known[w] if module is not None else given[j] if given else None
             if name is not None and module is None and often[name] > 1:
                 name = f"groups.{i}.{name}" if given.count(name) == 1 else None

@@ -454,6 +454,28 @@ def test_steps_that_sixteen_bits_lose_are_warned_of():
     assert "would go uphill" in said
 
 
+def test_defaults_for_weights_with_inputs_first_are_warned_of_on_layers_of_torch():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2))
+    tree = dict(net.named_parameters())
+    (said,) = described(fr.chain(fr.adaptive_grad_clip(0.01), fr.sgd(0.1)), net).warnings
+    assert re.search(
+        "takes the last dimension for that of units.*of 0.weight, 2.weight, 3.weight it is the first", said
+    )
+    (said,) = described(fr.muon(0.1), net).warnings
+    assert re.search("takes the first dimension for that of inputs.*of 3.weight it is that of outputs", said)
+    outputs_first = lambda params: {
+        name: fr.MuonDimensionNumbers(1, 0) if w.ndim == 2 else None for name, w in params.items()
+    }
+    for tx, params in [
+        (fr.chain(fr.adaptive_grad_clip(0.01, axis=...), fr.sgd(0.1)), net),
+        (fr.muon(0.1, muon_weight_dimension_numbers=outputs_first), net),
+        (fr.muon(0.1, consistent_rms=0.2), net),  # Of the longer side.
+        (fr.muon(0.1), tree),  # May be used in any way.
+        (fr.muon(0.1), nn.Linear(3, 3)),
+    ]:
+        assert described(tx, params).warnings == []
+
+
 def test_the_leaves_of_each_pattern_are_counted():
     layers = fr.per_leaf({"head.*": 0.1 * fr.l1, "*filters": fr.group_lasso})
     note = described(fr.prox_adam(0.1, layers), draw()).rows[0].note

@@ -600,6 +600,61 @@ def test_counters_that_were_saved_as_other_numbers_are_those_of_the_chain(writte
     assert_equal(loaded.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+def in_order(model, order, prefix="", factory=LASSO):
+    """An optimizer whose parameters come in an order of their own."""
+    own = dict(model.named_parameters())
+    return fr.Optimizer([(prefix + n, own[n]) for n in order], factory, lr=1e-2, strength=1e-3, compile=False)
+
+
+def square():
+    """A network in which a parameter that is taken for another has its shape."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+
+@pytest.mark.parametrize("flatten", [None, False, True], ids=["plain", "distributed", "flat"])
+def test_states_find_their_parameters_by_name(flatten):
+    options = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=bool(flatten))
+    first = lambda lr, strength: fr.prox_adam(lr, fr.l1, strength=strength, mask=fr.select("0.*"))
+    names, other = ["0.weight", "0.bias", "2.weight", "2.bias"], ["2.weight", "2.bias", "0.weight", "0.bias"]
+    model = square()
+    optimizer = in_order(model, names, "module.", first)
+    trained(model, optimizer, 3)
+    fresh = copy.deepcopy(model)
+    again = in_order(fresh, other, factory=first)
+    if flatten is None:
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+        set_optimizer_state_dict(fresh, again, saved, options=options)
+    assert again.param_groups[0]["param_names"] == other  # By which the mask chooses.
+    assert_equal(trained(fresh, again, 3, 3), trained(model, optimizer, 3, 3))
+
+
+def test_states_of_parameters_with_other_names_go_by_place_or_are_refused():
+    model = square()
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = in_order(model, names, "net.")
+    trained(model, optimizer, 3)
+    fresh = copy.deepcopy(model)
+    again = in_order(fresh, names)
+    with pytest.warns(UserWarning, match="calls number 0 of param group 0 'net.0.weight', which is '0.weight' here"):
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.param_groups[0]["param_names"] == names
+    assert_equal(trained(fresh, again, 3, 3), trained(model, optimizer, 3, 3))
+    own = list(model.named_parameters())
+    parts = lambda *groups: fr.Optimizer([{"params": group} for group in groups], fr.sgd, lr=1e-2, compile=False)
+    for into, saved, said in [
+        (parts(own[:2], own[2:]), parts(own[2:], own[:2]), "'0.weight' is number 0 .* it is number 0 of param group 1"),
+        (parts(own[1:]), parts(own[:-1]), "'0.bias' is number 0 .* it is number 1 of param group 0"),
+        (parts(own[:2], own[2:]), parts(own[:3], own[3:]), "doesn't match the size"),
+    ]:
+        groups = [group["param_names"] for group in into.param_groups]
+        with pytest.raises(ValueError, match=said):
+            into.load_state_dict(saved.state_dict())
+        assert [group["param_names"] for group in into.param_groups] == groups
+
+
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing():
     model, optimizer = made()
     trained(model, optimizer, 2)
@@ -746,12 +801,17 @@ WRONG = {
         lambda: fr.Optimizer([("w", P[0]), ("w", nn.Parameter(torch.ones(1)))], fr.sgd, lr=0.1), ValueError,
         "several parameters called w",
     ),
+    "one parameter twice": (
+        lambda: fr.Optimizer([P[0], P[0]], fr.sgd, lr=0.1), ValueError,
+        "parameter 0 of param group 0 is there again, at place 1",
+    ),
     "a reserved name": (
         lambda: fr.Optimizer(P, lambda params: fr.sgd(0.1), params=1.0), TypeError, "params"
     ),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")  # By torch.
 @pytest.mark.parametrize(("make", "error", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_named(make, error, message):
     with pytest.raises(error, match=message):

@@ -1449,6 +1449,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"'groups\.0\.params\.0' is not initialized; run the module once",
     ),
+    "one parameter twice": (
+        lambda: fr.regularize(optim.SGD([nn.Parameter(torch.ones(1))] * 2, 0.1), fr.l1),
+        ValueError,
+        r"parameter 1 of param group 0 is there again, after 'groups\.0\.params\.0': a step moves it twice",
+    ),
     "complex parameters under Adam": (
         lambda: fr.regularize(optim.Adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))]), fr.l1),
         ValueError,
@@ -1457,6 +1462,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")  # By torch.
 @pytest.mark.parametrize(("call", "kind", "match"), WRONG.values(), ids=WRONG)
 def test_wrong_input_is_told_before_the_first_step(call, kind, match):
     with pytest.raises(kind, match=match):

@@ -116,6 +116,18 @@ def test_the_compiled_step_is_the_plain_one_up_to_rounding():
     assert_equal(*results, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_that_a_scheduler_changes_is_followed_as_by_regularize(nesterov):
+    factory = lambda lr, momentum: fr.prox_sgd(lr, fr.l1, strength=1e-2, momentum=momentum, nesterov=nesterov)
+    (model, plain), other = made(factory=factory, lr=1e-2, momentum=0.9), network()
+    sgd = SGD(other.parameters(), lr=1e-2, momentum=0.9, nesterov=nesterov)
+    fr.regularize(sgd, fr.l1, strength=1e-2)
+    rows = [(each, o, lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 4)) for each, o in ((model, plain), (other, sgd))]
+    found = [trained(each, o, steps=12, scheduler=scheduler) for each, o, scheduler in rows]
+    assert plain.param_groups[0]["momentum"] == sgd.param_groups[0]["momentum"] < 0.9
+    assert_equal(*found, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lands", ["a penalty of groups", "a constraint"])
 def test_momentum_and_sums_over_rows_compile_where_a_leaf_is_left_out(lands):

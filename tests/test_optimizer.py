@@ -815,6 +815,35 @@ def test_a_first_step_that_fails_leaves_no_state(raised, compile):
     assert_equal(trained(model, optimizer, 2), trained(other, unbroken, 2))
 
 
+def test_a_step_that_is_interrupted_leaves_what_has_no_gradient_where_it_is():
+    """What torch would not move keeps its numbers, also where the step was in the middle of writing."""
+    interrupts: list[bool] = []
+
+    def backend(graph, inputs):
+        writes = any("copy_" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            found = graph(*args)
+            if interrupts and writes:
+                raise KeyboardInterrupt
+            return found
+
+        return run
+
+    model, optimizer = made(backend, factory=lambda lr: fr.adamw(lr, weight_decay=0.1), lr=1e-2)
+    trained(model, optimizer, 2)
+    moments = lambda p: {name: x.clone() for name, x in optimizer.state[p].items() if x.ndim}
+    still, moving = model[0].weight, model[2].weight
+    kept, moved, before = moments(still), moments(moving), still.detach().clone()
+    backward(model, 2)
+    still.grad = None
+    interrupts.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert all(not torch.equal(x, moved[name]) for name, x in moments(moving).items())
+    assert_equal((still.detach(), moments(still)), (before, kept))
+
+
 def test_what_has_no_effect_in_a_group_is_said():
     for group in ({"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.9, 0.95)}, {"amsgrad": True}):
         with pytest.warns(UserWarning, match=f"param group 0 has {next(iter(group))}.*no effect"):

@@ -263,6 +263,7 @@ from funcreg.projections import (
 from funcreg.proximal import (
     FistaState as FistaState,
     ProximalState as ProximalState,
+    WeighedTraceState as WeighedTraceState,
     fista as fista,
     prox_adam as prox_adam,
     prox_sgd as prox_sgd,

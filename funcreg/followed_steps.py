@@ -92,9 +92,13 @@ class FollowedSteps(PenalizedParameters):
         """
         params = [w for group in optimizer.param_groups for w in group["params"]]
         if not self._names.are_of(params):
-            self._names.read(optimizer)
-            self._check_added()
             self._seen, self._layouts, self._ends = (), {}, (None, None, None)
+            try:
+                self._names.read(optimizer)
+                self._check_added()
+            except BaseException:
+                self._names.forget()  # So that the next step raises this error again, and does not go on with a part.
+                raise
 
     def _moved(self, optimizer: Optimizer) -> list[Moved]:
         groups = [group["params"] for group in optimizer.param_groups]

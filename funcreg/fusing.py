@@ -27,7 +27,8 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
     Args:
         tx: The transform; its updates are added to the parameters.
         donate: Whether the step may write the new parameters and state into the tensors it was given. It then
-            allocates nothing that lasts, and returns the same tensors; nobody else may be using them.
+            allocates nothing that lasts, and returns the same tensors; nobody else may be using them. Interrupted in
+            the middle (Ctrl-C), it may have written a part of them, as any step of `torch.optim`: go on from a copy.
         backend: Backend of `torch.compile`; `"eager"` and `"aot_eager"` need no compiler.
 
     Raises:

@@ -47,9 +47,11 @@ class Optimizer(torch.optim.Optimizer):
 
     A chain acts on the parameters of its group as on one tree, so a global norm is that of a group. A parameter
     without a gradient counts as a gradient of zero there, and neither it nor its state moves; it has no state before
-    its first gradient. Nor does one move that is frozen, `requires_grad=False`, beside others, also where a gradient
-    was left in it, by which torch would move it on. Parameters that get theirs at a later step than others of the group
-    start counters of their own and are a tree of their own, as if they were added by `add_param_group` then.
+    its first gradient. Counters are those of the tree, also while a parameter has no gradient: after some first steps
+    without one it has the bias correction of the others in Adam, where torch counts the steps of each. Nor does one
+    move that is frozen, `requires_grad=False`, beside others, also where a gradient was left in it, by which torch
+    would move it on. Parameters that get theirs at a later step than others of the group start counters of their own
+    and are a tree of their own, as if they were added by `add_param_group` then.
 
     Args:
         params: Parameters, `model.named_parameters()` or a dict of them, or a list of dicts: groups with values of
@@ -354,9 +356,11 @@ class Optimizer(torch.optim.Optimizer):
         before = [x.clone() for x in kept]
         if asks:
             grads, extra = self._searched(parts, grads, extra, closure)
-        self._take(step, params, grads, states, extra, hint)
-        for x, old in zip(kept, before, strict=True):
-            x.copy_(old)
+        try:
+            self._take(step, params, grads, states, extra, hint)
+        finally:  # Also after an interrupt in the middle of it.
+            for x, old in zip(kept, before, strict=True):
+                x.copy_(old)
         if not self._parts.packed and isinstance(step, FusedStep):
             for part, state in zip(parts, step.packed_state(params, grads, states, **extra), strict=True):
                 for p, entries in part.entries(tree_leaves(state)).items():

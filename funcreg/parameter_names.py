@@ -47,6 +47,10 @@ class ParameterNames:
         self.count = len(params)
         self.ids, self._forms = [*map(id, raw)], _forms([*raw])
 
+    def forget(self) -> None:
+        """Take those that were read last for others than the optimizer has, so that they are read anew."""
+        self.ids = []
+
     def are_of(self, params: list[Tensor]) -> bool:
         """Whether these are the parameters that were read last, of the shapes and dtypes that they had then."""
         return self.ids == [*map(id, params)] and self._forms == _forms(params)

@@ -18,12 +18,12 @@ from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
-from funcreg.leafwise import compute, compute_wide, increment, product, total
+from funcreg.leafwise import compute, compute_wide, increment, product, scalar_device, total
 from funcreg.masks import keep, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
-from funcreg.scaling import trace
+from funcreg.scaling import TraceState, trace
 from funcreg.transform import (
     Choice,
     Transform,
@@ -52,6 +52,38 @@ class ProximalState(NamedTuple):
 
     steps: Tensor  # Number of updates made, int32.
     direction: State  # Of the momentum or the preconditioner.
+
+
+@public_state
+class WeighedTraceState(NamedTuple):
+    """The state of the momentum of `prox_sgd` where it is a tensor, and so may change.
+
+    Example:
+        >>> prox_sgd(0.1, l1, momentum=torch.tensor(0.5)).init(torch.zeros(1)).direction
+        WeighedTraceState(trace=tensor([0.]), weights=tensor(2., dtype=torch.float64))
+    """
+
+    trace: Params  # Decayed sum of updates.
+    weights: Tensor  # The sum of their weights in it, in the long run 1 / (1 - momentum).
+
+
+def _weighed_trace(decay: Tensor, nesterov: bool) -> Transform:
+    """`trace` of a decay that may change from step to step, and the sum of the weights of updates in it."""
+    plain = trace(decay, nesterov)
+
+    def init(params: Params) -> WeighedTraceState:
+        # From the long run, as with a number: a sum that began at 0 would begin with weaker penalties.
+        weights = 1 / (1 - decay.to(scalar_device(params), torch.float64, copy=True))
+        return WeighedTraceState(plain.init(params).trace, weights)
+
+    def update(updates: Updates, state: WeighedTraceState, params: Params) -> tuple[Updates, WeighedTraceState]:
+        direction, after = plain.update(updates, TraceState(state.trace), params)
+        now = decay.to(state.weights)
+        stays = 1 / (1 - now)  # Without rounding where the momentum is what it was.
+        weights = torch.where(state.weights == stays, stays, 1 + now * state.weights)
+        return direction, WeighedTraceState(after.trace, weights)
+
+    return Transform(init, update, state=WeighedTraceState)
 
 
 def left_out(mask: Mask | None) -> Choice | None:
@@ -83,7 +115,7 @@ def land(
 
 def descend(
     direction: Transform,
-    gain: Callable[[], Scalar],
+    gain: Callable[[Any], Scalar],
     learning_rate: Hyper | Schedule,
     penalty: Penalty,
     hyper: tuple[Hyper, ...],
@@ -117,7 +149,7 @@ def descend(
             metric = compute(lambda h, r, m: h.clamp(min=r / m), free, hyper=(rate, most))
             along = compute_wide(lambda d, h, c: d * (h / c), along, free, metric)
         reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
-        step = product(params, rate, force, gain())
+        step = product(params, rate, force, gain(inner))
         count = inner_steps
         if count is None and metric is not None and not penalty.in_metric(params, *values, mask=mask, **options):
             count = 1
@@ -152,6 +184,8 @@ def prox_sgd(
         hyper: Its hyperparameters.
         strength: :math:`\lambda`: number of at least 0, tensor, schedule, or a tree of them like the parameters.
         momentum: :math:`\beta` of the buffer :math:`m_t = g_t + \beta m_{t-1}`, at least 0 and below 1; None for none.
+            Where it is a tensor it may be changed in place, as schedulers do in `Optimizer`: then the sum of the
+            weights of gradients in :math:`m`, which the state keeps, stands for :math:`1 / (1 - \beta)`.
         nesterov: Whether the step follows :math:`g_t + \beta m_t`.
         mask: Leaves on which the penalty acts; the others take plain steps.
         options: Static options of the penalty, such as `dim`.
@@ -173,12 +207,15 @@ def prox_sgd(
     flags(nesterov=nesterov)
     without_momentum(momentum, nesterov=nesterov)
     if momentum is None:
-        direction, decay = identity(), 0.0
+        direction, gain = identity(), lambda state: 1.0
     else:
         below_one(momentum=momentum)
         (decay,) = scalars(momentum=momentum)
-        direction = trace(decay, nesterov)
-    gain = lambda: 1 / (1 - decay)  # At each step: a tensor may be changed in place.
+        if isinstance(decay, Tensor):
+            direction = _weighed_trace(decay, nesterov)
+            gain = lambda state: 1 + decay * state.weights if nesterov else state.weights
+        else:
+            direction, gain = trace(decay, nesterov), lambda state: 1 / (1 - decay)
     return descend(direction, gain, learning_rate, penalty, hyper, strength, mask, options)
 
 
@@ -322,7 +359,7 @@ def proximal_step(
     check_inner_steps(inner_steps)
     return descend(
         preconditioner,
-        lambda: 1.0,
+        lambda state: 1.0,
         learning_rate,
         penalty,
         hyper,

@@ -248,7 +248,13 @@ class Regularization(FollowedSteps):
 
     def __repr__(self) -> str:
         on = f"{self._said} on {len(self._touched)} of {self._names.count} parameters"
-        return f"{on} (a copy, which no optimizer follows)" if self._is_copy else on
+        if self._is_copy:
+            return f"{on} (a copy, which no optimizer follows)"
+        optimizer = self._followed()
+        held = [] if optimizer is None else [w for group in optimizer.param_groups for w in group["params"]]
+        if optimizer is None or self._names.are_of(held):
+            return on
+        return f"{on} (the optimizer got others since: it holds {len(held)}, which its next step reads)"
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has: the penalty and its parameters, without the optimizer, on which it has no hook.
@@ -265,6 +271,11 @@ class Regularization(FollowedSteps):
         empty = {name: type(vars(self)[name])() for name in _OF_STEPS}
         return {**vars(self), **kept, **empty, "_is_copy": True}
 
+    def _followed(self) -> Optimizer | None:
+        """The optimizer, until this is removed."""
+        optimizer = self._optimizer()
+        return optimizer if optimizer is not None and self in vars(optimizer).get(OWN, []) else None
+
     def remove(self) -> None:
         """Take the penalty off: steps from now on are those of the optimizer alone."""
         for hook in self._hooks:
@@ -277,6 +288,8 @@ class Regularization(FollowedSteps):
 
     def penalty_value(self) -> Tensor:
         r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
+        if (optimizer := self._followed()) is not None:
+            self._read_added(optimizer)
         with torch.no_grad():
             leaves = {name: w.detach() for name, w in self._names.penalized().items()}
             return self._task.value(self._names.tree(leaves), self.steps)

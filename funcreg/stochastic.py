@@ -354,4 +354,4 @@ def adamprox(
     """
     adam = scale_by_adam(b1, b2, eps)
     plain = Transform(adam.init, adam.update)  # Tells no metric: the decay is that of AdamW.
-    return descend(plain, lambda: 1.0, learning_rate, half_l2, (), weight_decay, mask, {})
+    return descend(plain, lambda state: 1.0, learning_rate, half_l2, (), weight_decay, mask, {})

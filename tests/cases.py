@@ -546,6 +546,10 @@ TRANSFORMS: dict[str, TransformCase] = {
         lambda h=1.0: fr.prox_sgd(0.1, fr.l1, strength=h, momentum=0.5),
         lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
     ),
+    "prox_sgd with a momentum that may change": TransformCase(
+        lambda h=1.0: fr.prox_sgd(0.1, fr.l1, strength=h, momentum=torch.tensor(0.5, device=DEVICE)),
+        lambda s, h: _soft(s.w - 0.1 * _trace(s.gs, 0.5), 0.2 * h) - s.w,
+    ),
     "prox_sgd on schedules": TransformCase(
         lambda h=1.0: fr.prox_sgd(lambda count: h * falling(count), fr.group_lasso, strength=falling),
         lambda s, h: _group(s.w - h * s.g / s.n, h / s.n**2) - s.w,

@@ -116,6 +116,18 @@ def test_the_compiled_step_is_the_plain_one_up_to_rounding():
     assert_equal(*results, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_that_a_scheduler_changes_is_followed_as_by_regularize(nesterov):
+    factory = lambda lr, momentum: fr.prox_sgd(lr, fr.l1, strength=1e-2, momentum=momentum, nesterov=nesterov)
+    (model, plain), other = made(factory=factory, lr=1e-2, momentum=0.9), network()
+    sgd = SGD(other.parameters(), lr=1e-2, momentum=0.9, nesterov=nesterov)
+    fr.regularize(sgd, fr.l1, strength=1e-2)
+    rows = [(each, o, lr_scheduler.CyclicLR(o, 1e-3, 1e-2, 4)) for each, o in ((model, plain), (other, sgd))]
+    found = [trained(each, o, steps=12, scheduler=scheduler) for each, o, scheduler in rows]
+    assert plain.param_groups[0]["momentum"] == sgd.param_groups[0]["momentum"] < 0.9
+    assert_equal(*found, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lands", ["a penalty of groups", "a constraint"])
 def test_momentum_and_sums_over_rows_compile_where_a_leaf_is_left_out(lands):
@@ -861,6 +873,35 @@ def test_a_first_step_that_fails_leaves_no_state(raised, compile):
     assert_equal([w.detach() for w in model.parameters()], [w.detach() for w in other.parameters()])
     fails.clear()
     assert_equal(trained(model, optimizer, 2), trained(other, unbroken, 2))
+
+
+def test_a_step_that_is_interrupted_leaves_what_has_no_gradient_where_it_is():
+    """What torch would not move keeps its numbers, also where the step was in the middle of writing."""
+    interrupts: list[bool] = []
+
+    def backend(graph, inputs):
+        writes = any("copy_" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*args):
+            found = graph(*args)
+            if interrupts and writes:
+                raise KeyboardInterrupt
+            return found
+
+        return run
+
+    model, optimizer = made(backend, factory=lambda lr: fr.adamw(lr, weight_decay=0.1), lr=1e-2)
+    trained(model, optimizer, 2)
+    moments = lambda p: {name: x.clone() for name, x in optimizer.state[p].items() if x.ndim}
+    still, moving = model[0].weight, model[2].weight
+    kept, moved, before = moments(still), moments(moving), still.detach().clone()
+    backward(model, 2)
+    still.grad = None
+    interrupts.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert all(not torch.equal(x, moved[name]) for name, x in moments(moving).items())
+    assert_equal((still.detach(), moments(still)), (before, kept))
 
 
 def test_what_has_no_effect_in_a_group_is_said():

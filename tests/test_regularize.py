@@ -1256,6 +1256,35 @@ def test_groups_that_are_added_are_noted_before_their_first_step(name):
     assert_equal(second.detach(), alone.detach(), atol=1e-12)
 
 
+def test_what_a_penalty_cannot_take_is_refused_at_every_step_until_it_is_gone():
+    first, second = weight(4, 3), torch.nn.Parameter(torch.ones(2, dtype=torch.complex128, device=DEVICE))
+    optimizer = optim.Adam([first], lr=0.1)
+    fr.regularize(optimizer, fr.l1, strength=0.1)
+    optimizer.add_param_group({"params": [second]})
+    before = first.detach().clone()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"'groups.1.params.0' is complex"):
+            stepped(optimizer, first, second)
+        assert_equal(first.detach(), before, atol=0)
+    del optimizer.param_groups[1]
+    stepped(optimizer, first)
+    assert not torch.equal(first, before)
+
+
+def test_a_handle_says_and_values_what_the_optimizer_has_now():
+    first, second = weight(4, 3), weight(2)
+    optimizer = optim.SGD([first], lr=0.1)
+    handle = fr.regularize(optimizer, fr.l1, strength=0.5)
+    assert repr(handle).endswith("on 1 of 1 parameters")
+    optimizer.add_param_group({"params": [second]})
+    assert "on 1 of 1 parameters (the optimizer got others since: it holds 2" in repr(handle)
+    assert_equal(handle.penalty_value(), 0.5 * (first.detach().abs().sum() + second.detach().abs().sum()))
+    assert repr(handle).endswith("on 2 of 2 parameters")
+    handle.remove()
+    optimizer.add_param_group({"params": [weight(3)]})
+    assert repr(handle).endswith("on 2 of 2 parameters")
+
+
 @pytest.mark.parametrize("name", ["Adadelta", "Adafactor", "AdamW"])
 def test_a_parameter_that_takes_the_place_of_another_is_noted_before_its_first_step(name):
     first, second, alone = weight(4, 3), weight(4, 3, seed=1), weight(4, 3, seed=1)

@@ -613,7 +613,7 @@ STATES = """
     fr.NovogradState fr.OptimisticGradientState fr.PartitionState fr.ProximalState fr.ReduceLROnPlateauState
     fr.RmsState fr.RpropState fr.RssState fr.SAMState fr.SM3State fr.ScaleByBacktrackingLinesearchState
     fr.ScaleByZoomLinesearchState fr.ScheduleFreeState fr.ScheduleState fr.SimplifiedAdemamixState fr.SnapshotState
-    fr.StddevState fr.StochasticRoundingState fr.TraceState fr.ZeroNansState fr.ZoomLinesearchInfo
+    fr.StddevState fr.StochasticRoundingState fr.TraceState fr.WeighedTraceState fr.ZeroNansState fr.ZoomLinesearchInfo
 """
 
 

@@ -103,8 +103,8 @@ def greatest_curvature(hessian: Tensor, metric: Tensor) -> Tensor:
 
 
 def noise(objective: Tensor) -> Tensor:
-    """By how much an objective may grow through rounding."""
-    return 16 * torch.finfo(objective.dtype).eps * objective.abs()
+    """By how much an objective may grow through rounding; an infinite one not at all."""
+    return 16 * torch.finfo(objective.dtype).eps * torch.where(objective.isfinite(), objective.abs(), 0.0)
 
 
 # How a descent goes on, on a model or on the loss itself
@@ -155,8 +155,8 @@ def chosen(s: Place, error: Tensor, objectives: Tensor, errors: Tensor) -> tuple
     It is the one with the least error of those that more than halve it and go uphill no more than a step may, or else
     the lowest.
     """
-    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
     closer = (errors < error / 2) & (objectives <= s.recent.amax() + noise(objectives))
+    objectives = torch.where(objectives.isnan(), torch.inf, objectives)
     order = torch.where(closer.any(), torch.where(closer, errors, torch.inf), objectives)
     best = order.argmin()[None]
     return best, closer.any(), closer.any() | (objectives.index_select(0, best)[0] < s.recent[-1])

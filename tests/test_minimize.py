@@ -796,6 +796,22 @@ def test_where_a_loss_curves_downwards_models_have_minima_too():
     assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()
 
 
+#: What a loss is where a logarithm has no value: NaN, or infinite where its author says so.
+BEYOND = {
+    "nan": lambda w: (w - w.log()).sum(),
+    "inf": lambda w: torch.where((w > 0).all(), (w - torch.where(w > 0, w, 1.0).log()).sum(), torch.inf),
+}
+
+
+@pytest.mark.parametrize(("beyond", "count"), [("nan", 30), ("inf", 1)])
+def test_no_step_leads_to_where_the_loss_is_not_finite(beyond, count):
+    # Far from the minimum that of a model lies below zero, where gradients are finite, and small.
+    start = torch.tensor([0.001, 5.0, 100.0], dtype=torch.float64, device=DEVICE).repeat(count)
+    found = fr.minimize(BEYOND[beyond], start, fr.l1, strength=0.25)
+    assert found.converged
+    torch.testing.assert_close(found.params, torch.full_like(start, 0.8), rtol=0, atol=1e-7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [[3.0], [1.0, 3.0], [1.0, 2.0, 4.0]], ids=str)
 def test_losses_that_are_nearly_straight_between_samples_are_minimized(samples):

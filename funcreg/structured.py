@@ -16,7 +16,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
-from funcreg.grouped import sum_groups
+from funcreg.grouped import in_its_unit, sum_groups
 from funcreg.groups import from_members, members
 from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
 from funcreg.lifting import penalty
@@ -154,6 +154,13 @@ def _steps_proximal(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tupl
     return from_members(_fused_rows(rows, members(h, dims), jumps, pulls), w, dims)
 
 
+def _steps_metric(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
+    if not w.numel():
+        return w.clone()
+    weight, top = in_its_unit(h, dims)
+    return _steps_proximal(w, weight, jump / top, pull / top, dims)
+
+
 def _steps_residual(w: Tensor, g: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
     if not w.numel():
         return g.clone()
@@ -172,11 +179,11 @@ def _fused_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> 
 
 
 def _fused_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _fused_metric(w, torch.ones_like(w), step, alpha, rho, dim=dim)
+    return _steps_proximal(w, torch.ones_like(w), step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
 
 
 def _fused_metric(w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_proximal(w, h, step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
+    return _steps_metric(w, h, step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
 
 
 def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -232,7 +239,7 @@ def _variation_proximal(w: Tensor, step: Scalar, *, dim: int = -1) -> Tensor:
 
 
 def _variation_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_proximal(w, h, step, 0.0, _line(w, dim))
+    return _steps_metric(w, h, step, 0.0, _line(w, dim))
 
 
 def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1) -> Tensor:

@@ -804,6 +804,10 @@ IN_METRICS_OF_GROUPS = {
     "group_mcp": (fr.group_mcp, (0.7, 2.0)),
     "group_scad": (fr.group_scad, (0.7, 5.0)),
     "group_l0": (fr.group_l0, ()),
+    "l1_linf": (fr.l1_linf, ()),
+    "exclusive_lasso": (fr.exclusive_lasso, ()),
+    "total_variation": (fr.total_variation, ()),
+    "fused_lasso": (fr.fused_lasso, (0.7, 0.4)),
 }
 
 

@@ -571,14 +571,22 @@ class _Forest:
         """The norm of each slice."""
         return euclidean(w, self.inside).reshape(-1)
 
-    def norms(self, sizes: Tensor, height: int) -> Tensor:
-        """The norm of each group of a height, and last that of slices in none."""
-        labels = self.labels[height]
-        # In units of the longest slice, so that no square leaves the range of float32.
-        unit = sizes.detach().amax() if sizes.numel() else sizes.sum()
-        unit = torch.where((unit > 0) & (unit < math.inf), unit, torch.ones_like(unit))
-        empty = torch.zeros_like(unit).expand(len(self.factors[height]))
-        return safe_sqrt(empty.index_add(0, labels, (sizes / unit).square())) * unit
+    def norms(self, sizes: Tensor, height: int, zeros: Tensor | None = None) -> Tensor:
+        """The norm of each group of a height, and last that of slices in none.
+
+        Args:
+            sizes: The norm of each slice, which has no derivatives at zero.
+            height: Which groups.
+            zeros: The square of each slice where that is zero, whose second derivative is that of the group.
+        """
+        labels, none = self.labels[height], torch.zeros_like(sizes.sum()).expand(len(self.factors[height]))
+        # In units of the longest slice of each group, so that no square leaves the range of float32.
+        unit = none.detach().scatter_reduce(0, labels, sizes.detach(), "amax")
+        unit = torch.where(unit < math.inf, unit, torch.ones_like(unit)).clamp(min=torch.finfo(unit.dtype).tiny)
+        squares = (sizes / unit[labels]).square()
+        if zeros is not None:
+            squares = squares + zeros / unit[labels] / unit[labels]
+        return safe_sqrt(none.index_add(0, labels, squares)) * unit
 
     def along(self, factor: Tensor, w: Tensor) -> Tensor:
         """One factor for each slice, shaped to multiply the leaf."""
@@ -597,13 +605,17 @@ class _Forest:
         return w * self.along(kept, w) + 0.0
 
     def slope(self, w: Tensor) -> Tensor:
-        """The gradient, the subgradient of least norm at a group of zeros."""
+        """The gradient, the subgradient of least norm at a group of zeros, where it has no slope."""
         sizes = self.sizes(w)
+        # In units of slices, those of zeros in the least of others, so that no inverse leaves the range of float32.
+        known = torch.where((sizes > 0) & (sizes < math.inf), sizes.detach(), math.inf)
+        least = known.amin() if known.numel() else known.sum()
+        units = torch.where(known < math.inf, known, torch.where(least < math.inf, least, torch.ones_like(least)))
         total = torch.zeros_like(sizes)
         for height, (labels, factors) in enumerate(zip(self.labels, self.factors, strict=True)):
             norms = self.norms(sizes, height)
-            total = total + (factors / torch.where(norms == 0, 1.0, norms))[labels]
-        return w * self.along(total, w)
+            total = total + factors[labels] * (units / torch.where(norms == 0, math.inf, norms)[labels])
+        return w / self.along(units, w) * self.along(total, w)
 
 
 def _tree_gradient(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
@@ -667,7 +679,8 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     """
     forest = _Forest(w, groups, axis, weights)
     sizes = forest.sizes(w)
-    terms = [factors * forest.norms(sizes, height) for height, factors in enumerate(forest.factors)]
+    zeros = sum_groups(squared(torch.where(forest.along(sizes, w) == 0, w, torch.zeros_like(w))), forest.inside)
+    terms = [factors * forest.norms(sizes, height, zeros.reshape(-1)) for height, factors in enumerate(forest.factors)]
     return torch.cat(terms) if terms else 0 * sizes
 
 

@@ -333,16 +333,32 @@ def geman(w: Tensor, gamma: Scalar) -> Tensor:
     return w.abs() / (w.abs() + gamma)
 
 
-def mumford_shah_slope(size: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
-    return torch.where(alpha * size.square() >= kappa, 0 * sign(size), 2 * alpha * size)
+# Squares near zero, and so no rules on magnitudes, whose slope would be 0 at zero.
 
 
-def mumford_shah_landing(size: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+def _mumford_shah_gradient(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
+    return torch.where(alpha * squared(w) >= kappa, 0 * sign(w), 2 * alpha * w)
+
+
+def _mumford_shah_proximal(w: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+    size = w.abs()
     room = 1 + 2 * alpha * (torch.zeros_like(size) + step)
-    return torch.where(alpha * size.square() <= kappa * room, size / room, size)
+    return torch.where(alpha * size.square() <= kappa * room, w / room, w) + 0.0  # +0.0 also from -0.0.
 
 
-@of_magnitudes(mumford_shah_slope, mumford_shah_landing, bounds={"alpha": _AT_LEAST_0, "kappa": _AT_LEAST_0})
+def _mumford_shah_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+    return g + strength * _mumford_shah_gradient(w, alpha, kappa)
+
+
+@penalty(
+    gradient=_mumford_shah_gradient,
+    proximal=_mumford_shah_proximal,
+    residual=_mumford_shah_residual,
+    structure=Structure(keeps=("signs",)),
+    separable=True,
+    bounds={"alpha": _AT_LEAST_0, "kappa": _AT_LEAST_0},
+    convex=False,
+)
 def relaxed_mumford_shah(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
     r"""Sum of capped squares, :math:`\sum_i \min(\alpha w_i^2, \kappa)`: the relaxed functional of Mumford and Shah.
 
@@ -581,8 +597,11 @@ def huber(w: Tensor, delta: Scalar) -> Tensor:
         Huber, *Robust estimation of a location parameter*, 1964.
     """
     size = w.abs()
-    capped = size.clamp(max=delta)
-    return capped * (size - capped / 2)
+    inside = size <= delta
+    line = _slope_of_line(size, inside, delta)
+    # Not by the magnitude, whose second derivative at zero is none.
+    square = squared(torch.where(inside, w, torch.zeros_like(w))) / 2
+    return torch.where(inside, square, line * (size - line / 2))
 
 
 # Anchored at given weights

@@ -827,7 +827,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         slopes = [torch.zeros_like(w) for w in leaves]
         theta, dims = features(leaves[places[0]])
         norms = euclidean(theta, (theta.ndim - 1,))
-        found = from_members(theta / torch.where(norms == 0, 1.0, norms), leaves[places[0]], dims)
+        found = from_members(theta / torch.where(norms == 0, math.inf, norms), leaves[places[0]], dims)
         slopes[places[0]] = found.to(leaves[places[0]].dtype)
         slopes[places[1]] = (alpha * sign(widen(leaves[places[1]]))).to(leaves[places[1]].dtype)
         return rebuild(slopes)

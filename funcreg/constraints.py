@@ -190,7 +190,9 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 
 def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
     norms, directions = polar(w, dims)
-    return torch.where(norms > radius, radius * directions, w) + 0.0
+    long = norms > radius
+    # Where nothing is too long the radius may be infinite, and both branches of a `where` are differentiated.
+    return torch.where(long, torch.where(long, radius, torch.ones_like(norms)) * directions, w) + 0.0
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:

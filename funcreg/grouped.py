@@ -62,13 +62,20 @@ def in_units(w: Tensor, h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tenso
     above 0 the unit is 1. Units have no derivatives: what is computed with them does not depend on which they are.
     """
 
-    def unit(size: Tensor) -> Tensor:
-        greatest = size.amax(dims, keepdim=True) if dims else size
-        return torch.where((greatest > 0) & (greatest < math.inf), greatest, torch.ones_like(greatest))
+    size, (relative, top) = _unit(w.detach().abs(), dims), in_its_unit(h, dims)
+    return w / size, relative, size, top
 
-    size, top = unit(w.detach().abs()), unit(h.detach())
+
+def in_its_unit(h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A metric of each group in units of its greatest number, and that number, which divides steps and strengths."""
+    top = _unit(h.detach(), dims)
     # A metric of 0 would divide by 0 without a step.
-    return w / size, (h / top).clamp(min=torch.finfo(h.dtype).tiny), size, top
+    return (h / top).clamp(min=torch.finfo(h.dtype).tiny), top
+
+
+def _unit(size: Tensor, dims: tuple[int, ...]) -> Tensor:
+    greatest = size.amax(dims, keepdim=True) if dims else size
+    return torch.where((greatest > 0) & (greatest < math.inf), greatest, torch.ones_like(greatest))
 
 
 def root_of_mean(unit: Tensor, rates: Tensor, offset: Tensor, dims: tuple[int, ...]) -> Tensor:

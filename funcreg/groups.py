@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.grouped import in_units, sum_groups
+from funcreg.grouped import in_its_unit, in_units, sum_groups
 from funcreg.leafwise import euclidean, running_sum, sign, squared
 from funcreg.lifting import penalty
 from funcreg.penalties import (
@@ -435,16 +435,25 @@ def _greatest_gradient(w: Tensor, *, dim: Dim, weights: Weights = None) -> Tenso
 
 
 def _greatest_proximal(w: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
-    return _greatest_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+    dims = group_dims(w, dim)
+    return _lowered(w, torch.ones_like(w.abs()), step * group_sizes(w, dims, weights), dims)
 
 
 def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     if not w.numel():
         return w.clone()
+    weight, top = in_its_unit(h, dims)
+    return _lowered(w, weight, step * group_sizes(w, dims, weights) / top, dims)
+
+
+def _lowered(w: Tensor, weight: Tensor, volume: Any, dims: tuple[int, ...]) -> Tensor:
+    """The greatest magnitudes of each group at one level, where what is cut off sums to a volume."""
+    if not w.numel():
+        return w.clone()
     rows = members(w, dims)
-    volume = per_group(step * group_sizes(w, dims, weights), w, dims)
-    return from_members(_cut(rows, water_level(rows.abs(), members(h, dims), volume).relu()), w, dims)
+    level = water_level(rows.abs(), members(weight, dims), per_group(volume, w, dims))
+    return from_members(_cut(rows, level.relu()), w, dims)
 
 
 def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
@@ -532,34 +541,56 @@ def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
 # Competition inside groups
 
 
+def _alone(w: Tensor, dims: tuple[int, ...]) -> bool:
+    """Whether entries have no others in their groups, so that the square is that of `l2`, smooth at zero."""
+    return math.prod([w.shape[d] for d in dims]) == 1
+
+
 def _exclusive_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return 2 * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims) * sign(w)
+    sums = w if _alone(w, dims) else sum_groups(w.abs(), dims) * sign(w)
+    return 2 * group_sizes(w, dims, weights) * sums
 
 
 def _exclusive_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    return _exclusive_metric(w, torch.ones_like(w.abs()), step, dim=dim, weights=weights)
+    dims = group_dims(w, dim)
+    return _few_left(w, torch.ones_like(w.abs()), 2 * step * group_sizes(w, dims, weights), dims)
 
 
 def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     if not w.numel():
         return w.clone()
-    rows, give = members(w, dims), 1 / members(h, dims)
-    size, force = rows.abs(), per_group(2 * step * group_sizes(w, dims, weights), w, dims)
-    # With f = force, the sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+. That of some entries alone is
+    weight, top = in_its_unit(h, dims)
+    return _few_left(w, weight, 2 * step * group_sizes(w, dims, weights) / top, dims)
+
+
+def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> Tensor:
+    """Where entries of each group land that compete with a force in a metric."""
+    if not w.numel():
+        return w.clone()
+    if _alone(w, dims):
+        return w / (1 + force / weight) + 0.0  # +0.0 also from -0.0.
+    rows, give = members(w, dims), 1 / members(weight, dims)
+    size, force = rows.abs(), torch.zeros_like(give[..., :1]) + per_group(force, w, dims)
+    # In units of a force above 1, so that no product with it leaves the range of float32.
+    unit = torch.where(force.detach() > 1, force.detach(), 1.0)
+    own, others = 1 / unit, torch.where(unit == math.inf, 1.0, force / unit)
+    # The sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+ with the force f. That of some entries alone is
     # never greater, and equal for those that stay: the greatest s belongs to them.
     order = (size / give).argsort(dim=-1, descending=True)
     sums, gives = running_sum(size.gather(-1, order)), running_sum(give.gather(-1, order))
-    last = (sums / (1 + force * gives)).argmax(-1, keepdim=True)
+    last = (sums / (own + others * gives)).argmax(-1, keepdim=True)
     total, given = sums.gather(-1, last), gives.gather(-1, last)
     # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.
-    left = (size + force * (size * given - total * give)).relu() / (1 + force * given)
+    left = (own * size + others * (size * given - total * give)).relu() / (own + others * given)
     return from_members(sign(rows) * left + 0.0, w, dims)
 
 
 def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
+    if _alone(w, dims):
+        return g + strength * _exclusive_gradient(w, dim=dim, weights=weights)
     force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
     return torch.where(w == 0, shrunk(g, force), g + force * sign(w))
 
@@ -598,4 +629,5 @@ def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Te
         Kowalski, *Sparse regression using mixed norms*, 2009.
     """
     dims = group_dims(w, dim)
-    return group_sizes(w, dims, weights) * sum_groups(w.abs(), dims).square()
+    squares = squared(w) if _alone(w, dims) else sum_groups(w.abs(), dims).square()
+    return group_sizes(w, dims, weights) * squares

@@ -270,9 +270,9 @@ def shrink_groups(w: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor
 
 
 def group_directions(w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Each group divided by its norm, zero for a group of zeros."""
+    """Each group divided by its norm, zero for a group of zeros, where it has no slope either, as by autograd."""
     norms = group_norms(w, dims)
-    return w / torch.where(norms == 0, torch.ones_like(norms), norms)
+    return w / torch.where(norms == 0, math.inf, norms)
 
 
 def shrink_groups_in_metric(w: Tensor, h: Tensor, threshold: Scalar, dims: tuple[int, ...]) -> Tensor:

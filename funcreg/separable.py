@@ -182,21 +182,32 @@ def l_two_thirds(w: Tensor) -> Tensor:
 # Penalties that level off
 
 
+def _nearer_than_zero(point: Tensor, worth: Tensor, pull: Tensor) -> Tensor:
+    r"""Whether a stationary point lies lower than zero, where both are minima.
+
+    Args:
+        point: :math:`z` of at least 0.
+        worth: :math:`\text{step} \cdot \phi(z) / z`.
+        pull: :math:`\text{step} \cdot \phi'(z)`, by which the point is off.
+    """
+    return ~(worth >= point / 2 + pull)  # Divided by the point, so that an infinite one is kept.
+
+
 def log_sum_slope(size: Tensor, epsilon: Scalar) -> Tensor:
     return 1 / (epsilon + size)
 
 
 def log_sum_landing(size: Tensor, step: Scalar, epsilon: Scalar) -> Tensor:
-    step = torch.zeros_like(size) + step
-    reach = (size + epsilon).square()
-    real = ~(reach <= 4 * step)  # Up to here there is no stationary point but zero.
-    force = torch.where(real, step, torch.zeros_like(step))
-    root = torch.where(real, reach - 4 * force, torch.ones_like(force)).sqrt()
-    point = (size - 2 * force / (size + epsilon + root)).relu()
-    # Past a step of epsilon^2 zero and the stationary point are both minima; the objectives decide, divided by the
-    # point, so that an infinite one is kept.
-    behind = force * torch.log1p(point / epsilon) / point >= point / 2 + force / (epsilon + point)
-    return torch.where(real & ~behind, point, torch.zeros_like(point))
+    step, reach = torch.zeros_like(size) + step, size + epsilon
+    real = ~(step / reach / reach >= 1 / 4)  # Up to here there is no stationary point but zero.
+    step = torch.where(real, step, torch.zeros_like(step))
+    # In units of the reach, whose square may leave the range of float32.
+    root = (1 - 4 * (step / reach / reach)).sqrt()
+    point = (size - 2 * step / reach / (1 + root)).relu()
+    # Past a step of epsilon^2 zero and the stationary point are both minima.
+    worth = step / point * torch.log1p(point / epsilon)
+    alive = real & _nearer_than_zero(point, worth, step / (epsilon + point))
+    return torch.where(alive, point, torch.zeros_like(point))
 
 
 @of_magnitudes(log_sum_slope, log_sum_landing, bounds={"epsilon": _ABOVE_0})
@@ -219,17 +230,6 @@ def log_sum(w: Tensor, epsilon: Scalar) -> Tensor:
         Prater-Bennette, Shen & Tripp, *The proximity operator of the log-sum penalty*, 2022.
     """
     return torch.log1p(w.abs() / epsilon)
-
-
-def _nearer_than_zero(point: Tensor, worth: Tensor, pull: Tensor) -> Tensor:
-    r"""Whether a stationary point lies lower than zero, where both are minima.
-
-    Args:
-        point: :math:`z` of at least 0.
-        worth: :math:`\text{step} \cdot \phi(z) / z`.
-        pull: :math:`\text{step} \cdot \phi'(z)`, by which the point is off.
-    """
-    return ~(worth >= point / 2 + pull)  # Divided by the point, so that an infinite one is kept.
 
 
 def _lambert(x: Tensor) -> Tensor:
@@ -256,9 +256,9 @@ def etp_slope(size: Tensor, gamma: Scalar) -> Tensor:
 def etp_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     step = torch.zeros_like(size) + step
     force, decay = step * gamma * etp_scale(size, gamma), torch.exp(-gamma * size)
-    real = ~(gamma * force * decay > 1 / math.e) & ~(step == math.inf)  # Beyond, zero is the only minimum.
+    real = ~(gamma * (force * decay) > 1 / math.e) & ~(step == math.inf)  # Beyond, zero is the only minimum.
     force = torch.where(real, force, torch.zeros_like(force))
-    root = size + _lambert(gamma * force * decay) / gamma
+    root = size + _lambert(gamma * (force * decay)) / gamma
     # The equation of the root once more: exact without a step.
     point = (size - force * torch.exp(-gamma * root)).relu()
     worth = force / gamma * -torch.expm1(-gamma * point) / point
@@ -291,15 +291,15 @@ def etp(w: Tensor, gamma: Scalar) -> Tensor:
 
 
 def geman_slope(size: Tensor, gamma: Scalar) -> Tensor:
-    return gamma / (size + gamma).square()
+    return 1 / (1 + size / gamma) / (size + gamma)
 
 
 def geman_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     step, reach = torch.zeros_like(size) + step, size + gamma
-    in_units = lambda step: step / reach / reach * (gamma / reach)
-    real = ~(in_units(step) > 4 / 27)  # Beyond, zero is the only minimum.
+    part = 1 / (1 + size / gamma)  # Of gamma in the reach, also where both are infinite.
+    real = ~(step / reach / reach * part > 4 / 27)  # Beyond, zero is the only minimum.
     step = torch.where(real, step, torch.zeros_like(step))
-    force = in_units(step)
+    force = step / reach / reach * part
     # The greatest root of s^3 - s^2 + force, in units of the reach: from a start that is exact at both ends.
     share = (2 + safe_sqrt((1 - 6.75 * force).relu())) / 3
     for _ in range(4):
@@ -307,9 +307,8 @@ def geman_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
         below = 2 * rise.square() - off * bend
         share = share - 2 * off * rise / torch.where(below == 0, torch.ones_like(below), below)
     # The equation of the root once more: exact without a step.
-    point = (size - step * gamma / (share * reach).square()).relu()
-    pull = step * gamma / (point + gamma).square()
-    alive = real & _nearer_than_zero(point, step / (point + gamma), pull)
+    point = (size - step / reach * part / share.square()).relu()
+    alive = real & _nearer_than_zero(point, step / (point + gamma), step * geman_slope(point, gamma))
     return torch.where(alive, point, torch.zeros_like(point))
 
 
@@ -334,16 +333,32 @@ def geman(w: Tensor, gamma: Scalar) -> Tensor:
     return w.abs() / (w.abs() + gamma)
 
 
-def mumford_shah_slope(size: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
-    return torch.where(alpha * size.square() >= kappa, 0 * sign(size), 2 * alpha * size)
+# Squares near zero, and so no rules on magnitudes, whose slope would be 0 at zero.
 
 
-def mumford_shah_landing(size: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+def _mumford_shah_gradient(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
+    return torch.where(alpha * squared(w) >= kappa, 0 * sign(w), 2 * alpha * w)
+
+
+def _mumford_shah_proximal(w: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+    size = w.abs()
     room = 1 + 2 * alpha * (torch.zeros_like(size) + step)
-    return torch.where(alpha * size.square() <= kappa * room, size / room, size)
+    return torch.where(alpha * size.square() <= kappa * room, w / room, w) + 0.0  # +0.0 also from -0.0.
 
 
-@of_magnitudes(mumford_shah_slope, mumford_shah_landing, bounds={"alpha": _AT_LEAST_0, "kappa": _AT_LEAST_0})
+def _mumford_shah_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
+    return g + strength * _mumford_shah_gradient(w, alpha, kappa)
+
+
+@penalty(
+    gradient=_mumford_shah_gradient,
+    proximal=_mumford_shah_proximal,
+    residual=_mumford_shah_residual,
+    structure=Structure(keeps=("signs",)),
+    separable=True,
+    bounds={"alpha": _AT_LEAST_0, "kappa": _AT_LEAST_0},
+    convex=False,
+)
 def relaxed_mumford_shah(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
     r"""Sum of capped squares, :math:`\sum_i \min(\alpha w_i^2, \kappa)`: the relaxed functional of Mumford and Shah.
 
@@ -534,12 +549,21 @@ def capped_l1(w: Tensor, threshold: Scalar) -> Tensor:
 
 
 def _huber_gradient(w: Tensor, delta: Scalar) -> Tensor:
-    return torch.where(w.abs() <= delta, w, delta * sign(w))
+    size = w.abs()
+    inside = size <= delta
+    return torch.where(inside, w, _slope_of_line(size, inside, delta) * sign(w))
 
 
 def _huber_proximal(w: Tensor, step: Scalar, delta: Scalar) -> Tensor:
-    square, line = w / (1 + step), w - step * delta * sign(w)
-    return torch.where(w.abs() <= (1 + step) * delta, square, line) + 0.0  # +0.0 also from -0.0.
+    size = w.abs()
+    inside = size <= (1 + step) * delta
+    square, line = w / (1 + step), w - step * (_slope_of_line(size, inside, delta) * sign(w))
+    return torch.where(inside, square, line) + 0.0  # +0.0 also from -0.0.
+
+
+def _slope_of_line(size: Tensor, inside: Tensor, delta: Scalar) -> Tensor:
+    """The width where it counts; an infinite one would make derivatives of the branch that is not taken NaN."""
+    return torch.where(inside, torch.ones_like(size), delta)
 
 
 def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Tensor:
@@ -573,8 +597,11 @@ def huber(w: Tensor, delta: Scalar) -> Tensor:
         Huber, *Robust estimation of a location parameter*, 1964.
     """
     size = w.abs()
-    capped = size.clamp(max=delta)
-    return capped * (size - capped / 2)
+    inside = size <= delta
+    line = _slope_of_line(size, inside, delta)
+    # Not by the magnitude, whose second derivative at zero is none.
+    square = squared(torch.where(inside, w, torch.zeros_like(w))) / 2
+    return torch.where(inside, square, line * (size - line / 2))
 
 
 # Anchored at given weights

@@ -16,7 +16,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
-from funcreg.grouped import sum_groups
+from funcreg.grouped import in_its_unit, sum_groups
 from funcreg.groups import from_members, members
 from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
 from funcreg.lifting import penalty
@@ -154,6 +154,13 @@ def _steps_proximal(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tupl
     return from_members(_fused_rows(rows, members(h, dims), jumps, pulls), w, dims)
 
 
+def _steps_metric(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
+    if not w.numel():
+        return w.clone()
+    weight, top = in_its_unit(h, dims)
+    return _steps_proximal(w, weight, jump / top, pull / top, dims)
+
+
 def _steps_residual(w: Tensor, g: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
     if not w.numel():
         return g.clone()
@@ -172,11 +179,11 @@ def _fused_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> 
 
 
 def _fused_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _fused_metric(w, torch.ones_like(w), step, alpha, rho, dim=dim)
+    return _steps_proximal(w, torch.ones_like(w), step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
 
 
 def _fused_metric(w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_proximal(w, h, step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
+    return _steps_metric(w, h, step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
 
 
 def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -232,7 +239,7 @@ def _variation_proximal(w: Tensor, step: Scalar, *, dim: int = -1) -> Tensor:
 
 
 def _variation_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_proximal(w, h, step, 0.0, _line(w, dim))
+    return _steps_metric(w, h, step, 0.0, _line(w, dim))
 
 
 def _variation_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: int = -1) -> Tensor:
@@ -564,14 +571,22 @@ class _Forest:
         """The norm of each slice."""
         return euclidean(w, self.inside).reshape(-1)
 
-    def norms(self, sizes: Tensor, height: int) -> Tensor:
-        """The norm of each group of a height, and last that of slices in none."""
-        labels = self.labels[height]
-        # In units of the longest slice, so that no square leaves the range of float32.
-        unit = sizes.detach().amax() if sizes.numel() else sizes.sum()
-        unit = torch.where((unit > 0) & (unit < math.inf), unit, torch.ones_like(unit))
-        empty = torch.zeros_like(unit).expand(len(self.factors[height]))
-        return safe_sqrt(empty.index_add(0, labels, (sizes / unit).square())) * unit
+    def norms(self, sizes: Tensor, height: int, zeros: Tensor | None = None) -> Tensor:
+        """The norm of each group of a height, and last that of slices in none.
+
+        Args:
+            sizes: The norm of each slice, which has no derivatives at zero.
+            height: Which groups.
+            zeros: The square of each slice where that is zero, whose second derivative is that of the group.
+        """
+        labels, none = self.labels[height], torch.zeros_like(sizes.sum()).expand(len(self.factors[height]))
+        # In units of the longest slice of each group, so that no square leaves the range of float32.
+        unit = none.detach().scatter_reduce(0, labels, sizes.detach(), "amax")
+        unit = torch.where(unit < math.inf, unit, torch.ones_like(unit)).clamp(min=torch.finfo(unit.dtype).tiny)
+        squares = (sizes / unit[labels]).square()
+        if zeros is not None:
+            squares = squares + zeros / unit[labels] / unit[labels]
+        return safe_sqrt(none.index_add(0, labels, squares)) * unit
 
     def along(self, factor: Tensor, w: Tensor) -> Tensor:
         """One factor for each slice, shaped to multiply the leaf."""
@@ -590,13 +605,17 @@ class _Forest:
         return w * self.along(kept, w) + 0.0
 
     def slope(self, w: Tensor) -> Tensor:
-        """The gradient, the subgradient of least norm at a group of zeros."""
+        """The gradient, the subgradient of least norm at a group of zeros, where it has no slope."""
         sizes = self.sizes(w)
+        # In units of slices, those of zeros in the least of others, so that no inverse leaves the range of float32.
+        known = torch.where((sizes > 0) & (sizes < math.inf), sizes.detach(), math.inf)
+        least = known.amin() if known.numel() else known.sum()
+        units = torch.where(known < math.inf, known, torch.where(least < math.inf, least, torch.ones_like(least)))
         total = torch.zeros_like(sizes)
         for height, (labels, factors) in enumerate(zip(self.labels, self.factors, strict=True)):
             norms = self.norms(sizes, height)
-            total = total + (factors / torch.where(norms == 0, 1.0, norms))[labels]
-        return w * self.along(total, w)
+            total = total + factors[labels] * (units / torch.where(norms == 0, math.inf, norms)[labels])
+        return w / self.along(units, w) * self.along(total, w)
 
 
 def _tree_gradient(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None) -> Tensor:
@@ -660,7 +679,8 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     """
     forest = _Forest(w, groups, axis, weights)
     sizes = forest.sizes(w)
-    terms = [factors * forest.norms(sizes, height) for height, factors in enumerate(forest.factors)]
+    zeros = sum_groups(squared(torch.where(forest.along(sizes, w) == 0, w, torch.zeros_like(w))), forest.inside)
+    terms = [factors * forest.norms(sizes, height, zeros.reshape(-1)) for height, factors in enumerate(forest.factors)]
     return torch.cat(terms) if terms else 0 * sizes
 
 
@@ -807,7 +827,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         slopes = [torch.zeros_like(w) for w in leaves]
         theta, dims = features(leaves[places[0]])
         norms = euclidean(theta, (theta.ndim - 1,))
-        found = from_members(theta / torch.where(norms == 0, 1.0, norms), leaves[places[0]], dims)
+        found = from_members(theta / torch.where(norms == 0, math.inf, norms), leaves[places[0]], dims)
         slopes[places[0]] = found.to(leaves[places[0]].dtype)
         slopes[places[1]] = (alpha * sign(widen(leaves[places[1]]))).to(leaves[places[1]].dtype)
         return rebuild(slopes)

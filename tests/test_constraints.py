@@ -131,6 +131,17 @@ def test_infinities_have_a_projection(case):
         assert case.value(z) == 0
 
 
+@pytest.mark.parametrize(
+    "ball", [fr.linf_ball, fr.l1_ball, fr.l2_ball, fr.max_norm, fr.spectral_ball, fr.nuclear_ball], ids=str
+)
+def test_a_ball_of_infinite_radius_changes_nothing_and_derivatives_neither(ball):
+    x, weights = draw_fours(), draw_fours(1)
+    for radius in (math.inf, torch.tensor(math.inf)):
+        assert_equal(ball.project(x, radius), x)
+        through = grad(lambda p, r=radius: (flat(ball.project(p, r)) * flat(weights)).sum())
+        assert_equal(through(x), weights, rtol=1e-12)
+
+
 @every_constraint
 def test_zero_has_a_projection_and_a_derivative(case):
     zeros = fr.tree_map(torch.zeros_like, draw_fours())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from functools import partial
 
 import pytest
 import torch
@@ -376,6 +377,22 @@ def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
     )
     assert_equal(fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[2:], w[2:])
     assert not fr.tree_lasso.prox(w, math.inf, groups=((0, 1),))[:2].any()
+
+
+@pytest.mark.parametrize("size", [1e-41, 1e-25, 1e-12, 1e12, 1e25])
+def test_trees_of_groups_beside_each_other_are_right_at_every_magnitude(size):
+    nested = partial(fr.tree_lasso, groups=((0, (1, (2,))), (3,)))
+    prox = partial(fr.tree_lasso.prox, step=0.3, groups=((0, (1, (2,))), (3,)))
+    slope = partial(fr.tree_lasso.grad, groups=((0, (1, (2,))), (3,)))
+    w = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, -1.0], [2.0, 1.0]])
+    digits = 1e-5 if size > torch.finfo(torch.float32).tiny else 1e-3
+    for scale in ([1.0, 1.0, 1.0, size], [size, 1.0, 0.0, 1.0], [size] * 4):
+        x = w * torch.tensor(scale)[:, None]
+        # By autograd, what is far less than its neighbours may be less than any number on the way.
+        for f, least in ((nested, 0.0), (prox, 0.0), (slope, 0.0), (grad(nested), 1e-20)):
+            exact = f(x.double()).float()
+            torch.testing.assert_close(f(x), exact, rtol=digits, atol=least)
+            torch.testing.assert_close(vmap(f)(x[None])[0], exact, rtol=digits, atol=least)
 
 
 @pytest.mark.parametrize(

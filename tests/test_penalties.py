@@ -223,6 +223,37 @@ def test_the_derivative_in_a_step_of_zero_has_its_closed_forms():
     assert size(fr.linf)(torch.tensor(0.5)) == -1
 
 
+def with_zeros(case):
+    """Leaves with zeros, and ways to move one: beside others in its row, alone in its row, and in a row of zeros."""
+    matrix = torch.tensor([[0.0, 1.3], [0.0, 0.0], [0.4, -2.0]], dtype=torch.float64)
+    ways = torch.eye(6, dtype=torch.float64).reshape(6, 3, 2)
+    yield matrix, [ways[0], ways[2]]
+    if case.least_ndim < 2:
+        yield matrix[:, 0].clone(), [ways[0, :, 0], ways[2, :, 0]]
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, *GRADIENT_ALONE])
+def test_the_derivative_of_the_gradient_is_that_of_autograd_also_at_zeros(name):
+    case = {**PENALTIES, **GRADIENT_ALONE}[name]
+    for w, ways in with_zeros(case):
+        for way in ways:
+            _, own = jvp(case.grad, (w,), (way,))
+            _, twice = jvp(grad(case.value), (w,), (way,))
+            torch.testing.assert_close(own, twice, rtol=1e-9, atol=1e-9)
+
+
+@every_penalty
+def test_derivatives_at_zeros_are_those_of_differences_that_agree_from_both_sides(case):
+    d = 1e-6
+    for w, ways in with_zeros(case):
+        way = ways[0]
+        for f in (case.grad, lambda w: case.prox(w, 0.5)):
+            before, here, after = f(w - d * way), f(w), f(w + d * way)
+            smooth = ((after + before - 2 * here).abs() < 1e-4 * d) & ((after - before).abs() < 1e3 * d)
+            _, slope = jvp(f, (w,), (way,))
+            torch.testing.assert_close(slope[smooth], ((after - before) / (2 * d))[smooth], rtol=1e-4, atol=1e-4)
+
+
 def scales_with_parameters(case):
     twice = fr.tree_map(lambda w: 2 * w, draw())
     return bool((case.value(twice) - 2 * case.value(draw())).abs() < 1e-12)
@@ -804,6 +835,10 @@ IN_METRICS_OF_GROUPS = {
     "group_mcp": (fr.group_mcp, (0.7, 2.0)),
     "group_scad": (fr.group_scad, (0.7, 5.0)),
     "group_l0": (fr.group_l0, ()),
+    "l1_linf": (fr.l1_linf, ()),
+    "exclusive_lasso": (fr.exclusive_lasso, ()),
+    "total_variation": (fr.total_variation, ()),
+    "fused_lasso": (fr.fused_lasso, (0.7, 0.4)),
 }
 
 

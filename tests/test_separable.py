@@ -296,11 +296,23 @@ def test_limits_are_the_penalties_they_lead_to():
         (fr.huber, (math.inf,), fr.half_l2),
         (fr.anchored_l2, (0.0,), fr.l2),
         (fr.ewc, (0.0, 1.0), fr.half_l2),
+        (fr.relaxed_mumford_shah, (1.0, math.inf), fr.l2),
+        (fr.log_sum, (math.inf,), 0.0 * fr.l1),
+        (fr.geman, (math.inf,), 0.0 * fr.l1),
+        (1e200 * fr.log_sum.given(1e200), (), fr.l1),
+        (1e200 * fr.geman.given(1e200), (), fr.l1),
+        (fr.geman, (1e-200,), fr.l0),
+        (fr.etp, (1e300,), fr.l0),
+        (fr.group_mcp, (1.0, math.inf), fr.group_lasso),
+        (fr.group_scad, (1.0, math.inf), fr.group_lasso),
     ):
         torch.testing.assert_close(limit(params, *hyper), plain(params), rtol=1e-14, atol=0)
-        assert_equal(limit.grad(params, *hyper), plain.grad(params), rtol=1e-14)
+        assert_equal(limit.grad(params, *hyper), plain.grad(params), rtol=1e-14, atol=1e-150)
         for step in (0.1, 1.0, 30.0):
             assert_equal(limit.prox(params, step, *hyper), plain.prox(params, step), rtol=1e-14, atol=1e-15)
+        slopes = lambda p, *hyper: grad(lambda w, s: (flat(p.prox(w, s, *hyper)) * flat(draw(1))).sum(), argnums=(0, 1))
+        at = params, torch.tensor(0.8, dtype=torch.float64)
+        assert_equal(slopes(limit, *hyper)(*at), slopes(plain)(*at), rtol=1e-12, atol=1e-14)
 
 
 def test_an_anchor_is_a_tree_like_the_parameters():

@@ -13,12 +13,13 @@ from funcreg.composition import Term
 from funcreg.coupled import Matrices
 from funcreg.denominators import Rule
 from funcreg.fused import FusedStep
-from funcreg.leafwise import compute, compute_wide, product, scalar_device
+from funcreg.inputs import at
+from funcreg.leafwise import check_has_numbers, compute, compute_wide, product, scalar_device
 from funcreg.memory import Pieces
 from funcreg.penalty import Penalty
 from funcreg.proximal import land
 from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
-from funcreg.tree import ABSENT, Absent, tree_leaves
+from funcreg.tree import ABSENT, Absent, leaf_paths, tree_leaves
 
 #: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.
 _SMALL = 1 << 14
@@ -103,11 +104,25 @@ class Task(NamedTuple):
         """
         values = self.at(0)
         check_fit(params, None, *values)
+        self._check_has_numbers(params, values)
         try:
             likes = {k: w if isinstance(w, Absent) else torch.empty_like(w, device="meta") for k, w in params.items()}
             return self._touched(likes, values)
         except (NotImplementedError, RuntimeError):  # Something has to see numbers.
             return self._touched(params, values)
+
+    def _check_has_numbers(self, params: Params, values: Sequence[Hyper]) -> None:
+        """Raise an error for tensors on the meta device, on which the try below, of shapes, would say nothing."""
+        own = [x for part in self.term().parts() for x in (*part.factors, *part.hyper)]
+        named = [("strength", values[0]), *[("a hyperparameter", x) for x in (*values[1:], *own)]]
+        found = [
+            (at(name, path), x)
+            for name, tree in named
+            for path, x in zip(leaf_paths(tree), tree_leaves(tree), strict=True)
+        ]
+        for leaf in tree_leaves(params)[:1]:
+            for name, x in found:
+                check_has_numbers(x, leaf, name)
 
     def _touched(self, params: Params, values: Sequence[Hyper]) -> set[str]:
         h = None

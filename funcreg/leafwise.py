@@ -109,6 +109,8 @@ def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[
         else:
             spread = broadcast(value, tree, "a hyperparameter")
             for i, x in zip(range(len(spread)), spread, strict=True):
+                if isinstance(x, Tensor) and x.is_meta:
+                    check_has_numbers(x, leaves[i], place=f"at leaf '{tree_paths(tree)[i]}': ")
                 if isinstance(x, Tensor) and x.ndim and not fits(x, leaves[i].shape):
                     raise ValueError(
                         f"at leaf '{tree_paths(tree)[i]}': a hyperparameter has shape {tuple(x.shape)}; expected one "
@@ -155,7 +157,19 @@ def spread_like(tree: Any, params: Any) -> Any:
 
 def beside(value: Any, leaf: Tensor) -> Any:
     """A value where the leaf is: trees may span devices, a counter lies on one."""
-    return value.to(leaf.device) if isinstance(value, Tensor) and value.device != leaf.device else value
+    if not isinstance(value, Tensor) or value.device == leaf.device:
+        return value
+    check_has_numbers(value, leaf)
+    return value.to(leaf.device)
+
+
+def check_has_numbers(value: Any, leaf: Tensor, name: str = "a strength or hyperparameter", place: str = "") -> None:
+    """Raise a ValueError for a tensor on the meta device beside a leaf that has numbers."""
+    if isinstance(value, Tensor) and value.is_meta and not leaf.is_meta:
+        raise ValueError(
+            f"{place}got {name} on meta, a device without numbers; expected a tensor on {leaf.device}, where the leaf "
+            "is. Was it made under torch.device('meta')?"
+        )
 
 
 def times(c: Scalar, x: Tensor) -> Tensor:

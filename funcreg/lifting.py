@@ -11,7 +11,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params
 from funcreg.checks import fits
 from funcreg.composition import Structure
-from funcreg.leafwise import compute, compute_leaves, reduce_leaves, times, total
+from funcreg.leafwise import beside, compute, compute_leaves, reduce_leaves, times, total
 from funcreg.penalty import Penalty, is_single
 from funcreg.ranges import flags
 from funcreg.tree import flatten
@@ -103,7 +103,7 @@ def penalty(
         def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             if is_single(weights):
                 plain = tree_value(params, *hyper, **options)
-                return times(weights, plain).to(plain.dtype)
+                return times(beside(weights, plain), plain).to(plain.dtype)
             rule = lambda w, c, *row: _weighted_terms(w, c, value(w, *row, **options))
             return total(reduce_leaves(rule, params, hyper=(weights, *hyper)))
 

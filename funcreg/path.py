@@ -17,7 +17,7 @@ from funcreg.certificates import lambda_max, least_strength, null_model, sparsit
 from funcreg.composition import Term
 from funcreg.constraint import Constraint
 from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
-from funcreg.leafwise import wide
+from funcreg.leafwise import check_has_numbers, wide
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
@@ -218,6 +218,7 @@ def _strengths(
         if values.ndim != 1 or not len(values):
             raise ValueError(f"strengths have shape {tuple(values.shape)}; expected a list of numbers")
         check_range("strengths", values, 0.0)
+        check_has_numbers(values, like, "strengths")
         values = values.to(like.device)
         falling = values.argsort(descending=True, stable=True)
         return values.index_select(0, falling), falling.argsort()

@@ -17,6 +17,7 @@ from funcreg.checks import check_alike, check_params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.descent import approach, check_inner_steps
 from funcreg.leafwise import (
+    beside,
     compute,
     compute_wide,
     product,
@@ -383,7 +384,7 @@ class Penalty(TakesHyper):
         if self._weighted is not None:
             return self._weighted(chosen, own, *values, **options)
         value = self._value(chosen, *values, **options)
-        return times(own, value).to(value.dtype)
+        return times(beside(own, value), value).to(value.dtype)
 
     @without_autocast
     def weighted_grad(

@@ -85,6 +85,48 @@ def test_transforms_do_too(case):
         assert devices(state) <= {"meta"}
 
 
+def _fused(tx, params):
+    step = fr.fuse(tx, backend="eager")
+    params, state = step.init(params)
+    return step(params, params, state)
+
+
+def _regularized(params, strength, penalty=fr.l1):
+    w = torch.nn.Parameter(params["w"].clone())
+    try:
+        return fr.regularize(torch.optim.SGD({"w": w}.items(), lr=0.1), penalty, strength=strength)
+    finally:
+        assert torch.equal(w, params["w"])
+
+
+def _squares(params):
+    return (params["w"] - 2).square().sum()
+
+
+WITHOUT_NUMBERS = {
+    "the value": lambda params, x: (x * fr.l1)(params),
+    "the value of a sum": lambda params, x: (fr.l1 + x * fr.half_l2)(params),
+    "a hyperparameter": lambda params, x: fr.elastic(params, x, 0.5),
+    "the gradient": lambda params, x: fr.elastic.grad(params, x, 0.5),
+    "the step of a proximal operator": lambda params, x: fr.l1.prox(params, {"w": x}),
+    "a transform": lambda params, x: (tx := fr.prox_sgd(0.1, fr.l1, strength=x)).update(
+        params, tx.init(params), params
+    ),
+    "a fused step": lambda params, x: _fused(fr.prox_sgd(0.1, fr.l1, strength=x), params),
+    "regularize": _regularized,
+    "regularize, a tree": lambda params, x: _regularized(params, {"w": x}),
+    "regularize, inside of a penalty": lambda params, x: _regularized(params, 1.0, x * fr.l1),
+    "minimize": lambda params, x: fr.minimize(_squares, params, fr.l1, strength=x),
+    "a path": lambda params, x: fr.regularization_path(_squares, params, fr.l1, strengths=x.reshape(1)),
+}
+
+
+@pytest.mark.parametrize("use", WITHOUT_NUMBERS.values(), ids=WITHOUT_NUMBERS)
+def test_a_strength_without_numbers_is_refused_beside_leaves_that_have_some(use):
+    with pytest.raises(ValueError, match=r"got .* on meta, a device without numbers; expected a tensor on cpu"):
+        use({"w": torch.ones(3, device="cpu")}, torch.tensor(0.5, device="meta"))
+
+
 # The suite itself
 
 

@@ -312,8 +312,13 @@ def _extra_names(update: Callable[..., Any]) -> tuple[list[str], bool]:
 
 
 def public_state(state: type[T]) -> type[T]:
-    """Let states of a type go through `torch.save` and `torch.load` with its defaults, which refuse unknown types."""
-    torch.serialization.add_safe_globals([state])
+    """Let states of a type go through `torch.save` and `torch.load` with its defaults, which refuse unknown types.
+
+    They are saved by their public name, whatever module defines them; files may know them by that module, too.
+    """
+    by_module = f"{state.__module__}.{state.__qualname__}"
+    state.__module__ = "funcreg"
+    torch.serialization.add_safe_globals([state, (state, by_module)])
     return state
 
 

@@ -593,6 +593,25 @@ def test_a_state_goes_through_a_file_with_the_defaults_of_torch(case, tmp_path):
         assert_equal(again, state)
 
 
+@pytest.mark.parametrize(
+    ("module", "make"),
+    [
+        ("funcreg.adam_family", fr.scale_by_adam),
+        ("funcreg.scaling", lambda: fr.trace(0.9)),
+        ("funcreg.proximal", lambda: fr.prox_sgd(0.1, fr.l1)),
+    ],
+)
+def test_a_state_is_read_from_a_file_that_knows_its_type_by_a_module(module, make, tmp_path, monkeypatch):
+    state = make().init({"w": torch.ones(3, device=DEVICE)})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(state), "__module__", module)
+        torch.save(state, tmp_path / "state.pt")
+    assert module.encode() in (tmp_path / "state.pt").read_bytes()
+    loaded = torch.load(tmp_path / "state.pt")
+    assert type(loaded) is type(state)
+    assert_equal(loaded, state)
+
+
 def test_a_transform_of_a_users_own_prints_its_functions():
     def climb(updates, state, params):
         return updates, state
@@ -619,7 +638,7 @@ STATES = """
 
 def types_within(state):
     inside = state.values() if isinstance(state, dict) else state if isinstance(state, (tuple, list)) else ()
-    own = {type(state)} if type(state).__module__.startswith("funcreg.") and type(state) is not type(ABSENT) else set()
+    own = {type(state)} if type(state).__module__.startswith("funcreg") and type(state) is not type(ABSENT) else set()
     return own.union(*map(types_within, inside))
 
 
@@ -628,6 +647,7 @@ def test_the_types_of_all_states_are_known_and_documented():
     found = set().union(*(types_within(case.make().init(draw())) for case in TRANSFORMS.values()))
     assert sorted(f"fr.{state.__name__}" for state in found) == STATES.split()
     for state in found:
+        assert (state.__module__, getattr(fr, state.__name__)) == ("funcreg", state)  # As files know it.
         example = doctest.DocTestParser().get_doctest(
             inspect.getdoc(state), {"torch": torch, **vars(fr)}, state.__name__, None, 0
         )

@@ -20,6 +20,7 @@ from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.checks import check_alike
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, total
+from funcreg.moments import stored
 from funcreg.plateau import as_value
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.transform import Transform, finite_nonnegative, positive, public_state
@@ -235,13 +236,9 @@ def scale_by_backtracking_linesearch(
         kept = f.at(step)[2] if store_grad else ()
         info = BacktrackingLinesearchInfo(trials, error)
         after = ScaleByBacktrackingLinesearchState(step, found, kept, info)
-        return compute(lambda u, s: s * u, updates, hyper=(step,)), _stored(after, state)
+        return compute(lambda u, s: s * u, updates, hyper=(step,)), stored(after, state)
 
     return Transform(init, update, state=ScaleByBacktrackingLinesearchState, stages=["scales"])
-
-
-def _stored(after: State, before: State) -> State:
-    return tree_map(lambda x, kept: x.to(kept.dtype), after, before)
 
 
 # Zoom
@@ -282,6 +279,26 @@ class _Point(NamedTuple):
     step: Tensor
     value: Tensor
     slope: Tensor
+
+
+class _Wolfe(NamedTuple):
+    """The conditions of Wolfe, the first of which slopes decide where rounding hides a decrease."""
+
+    slope_rtol: Scalar
+    curv_rtol: Scalar
+    approx_dec_rtol: Scalar | None
+
+    def decrease_error(self, there: _Point, start: _Point) -> Tensor:
+        """By how much a point lacks in decrease."""
+        error = there.value - start.value - self.slope_rtol * there.step * start.slope
+        if self.approx_dec_rtol is not None:
+            close = there.value - start.value - self.approx_dec_rtol * start.value.abs()
+            error = torch.minimum(torch.maximum(there.slope - (2 * self.slope_rtol - 1) * start.slope, close), error)
+        return _violation(error)
+
+    def curvature_error(self, there: _Point, start: _Point) -> Tensor:
+        """By how much the slope at a point is too steep."""
+        return _violation(there.slope.abs() - self.curv_rtol * start.slope.abs())
 
 
 class _Search(NamedTuple):
@@ -369,23 +386,12 @@ def scale_by_zoom_linesearch(
     )
     if initial_guess_strategy not in ("one", "keep"):
         raise ValueError(f"initial_guess_strategy is {initial_guess_strategy!r}; expected 'one' or 'keep'")
+    wolfe = _Wolfe(slope_rtol, curv_rtol, approx_dec_rtol)
 
     def init(params: Params) -> ScaleByZoomLinesearchState:
         number = lambda x: _number(params, x)
         info = ZoomLinesearchInfo(number(0.0).to(torch.int32), number(math.inf), number(math.inf))
         return ScaleByZoomLinesearchState(number(1.0), number(math.inf), tree_map(torch.zeros_like, params), info)
-
-    def decrease(there: _Point, start: _Point) -> Tensor:
-        """By how much a point lacks in decrease."""
-        error = there.value - start.value - slope_rtol * there.step * start.slope
-        if approx_dec_rtol is not None:
-            close = there.value - start.value - approx_dec_rtol * start.value.abs()
-            error = torch.minimum(torch.maximum(there.slope - (2 * slope_rtol - 1) * start.slope, close), error)
-        return _violation(error)
-
-    def curvature(there: _Point, start: _Point) -> Tensor:
-        """By how much the slope at a point is too steep."""
-        return _violation(there.slope.abs() - curv_rtol * start.slope.abs())
 
     def trial(f: Objective, s: _Search, start: _Point, guess: Tensor) -> _Search:
         longer = torch.where(s.trials == 0, guess, increase_factor * s.here.step)
@@ -394,27 +400,14 @@ def scale_by_zoom_linesearch(
         step = torch.where(s.bracketed, _between(s.low, s.high, s.third), longer)
         value, slope, grad = f.at(step)
         there = _Point(step, value, slope)
-        lacking, steep = decrease(there, start), curvature(there, start)
+        lacking, steep = wolfe.decrease_error(there, start), wolfe.curvature_error(there, start)
         good = torch.maximum(lacking, steep) <= tol
         narrow = s.bracketed & ((s.high.step - s.low.step).abs() <= stepsize_precision)
 
         safer = (lacking <= tol) & (~s.bracketed | (value < s.safe.value))
         safe, safe_grad = _select(safer, (there, grad), (s.safe, s.safe_grad))
-        # Where the objective is above its best so far, or rises again, a good step lies before.
-        beyond = (lacking > 0) | torch.where(
-            s.bracketed, value >= s.low.value, (value >= s.here.value) & (s.trials > 0)
-        )
-        rising = ~beyond & torch.where(s.bracketed, slope * (s.high.step - s.low.step) >= 0, slope >= 0)
-        found = s.bracketed | beyond | rising | good
-        before = _select(s.bracketed, s.low, s.here)
-        low = _select(torch.where(s.bracketed, ~beyond, rising), there, before)
-        high = _select(
-            s.bracketed,
-            _select(beyond, there, _select(rising, s.low, s.high)),
-            _select(rising, s.here, there),
-        )
-        third = _select(s.bracketed, _select(beyond | rising, s.high, s.low), low)
-
+        between, low, high, third = _bracket(s, there, lacking)
+        found = between | good
         trials = s.trials + 1
         stuck = (trials >= max_linesearch_steps) | (narrow & (safe.step > 0))
         done = good | (~s.bracketed & at_limit & ~found)
@@ -441,7 +434,7 @@ def scale_by_zoom_linesearch(
         guess = torch.ones_like(one) if initial_guess_strategy == "one" else one
         start = _Point(torch.zeros_like(one), f.value, f.slope)
         no, unknown = torch.zeros_like(one, dtype=torch.bool), torch.full_like(one, math.inf)
-        slope = tree_map(lambda kept, g: g.to(kept.dtype), state.grad, f.grad)
+        slope = stored(f.grad, state.grad)
         s = _Search(
             torch.zeros_like(state.info[0]), no, no, start, slope, start, start, start, start, slope, unknown, unknown
         )
@@ -455,6 +448,22 @@ def scale_by_zoom_linesearch(
         return scaled, tree_map(lambda x, kept: x.to(kept.dtype).clone(), after, state)
 
     return Transform(init, update, state=ScaleByZoomLinesearchState, stages=["scales"])
+
+
+def _bracket(s: _Search, there: _Point, lacking: Tensor) -> tuple[Tensor, _Point, _Point, _Point]:
+    """Whether a good step is known to lie in a bracket once a point is known, its ends, and another point."""
+    # Where the objective is above its best so far, or rises again, a good step lies before.
+    before = (there.value >= s.here.value) & (s.trials > 0)
+    beyond = (lacking > 0) | torch.where(s.bracketed, there.value >= s.low.value, before)
+    rising = ~beyond & torch.where(s.bracketed, there.slope * (s.high.step - s.low.step) >= 0, there.slope >= 0)
+    low = _select(torch.where(s.bracketed, ~beyond, rising), there, _select(s.bracketed, s.low, s.here))
+    high = _select(
+        s.bracketed,
+        _select(beyond, there, _select(rising, s.low, s.high)),
+        _select(rising, s.here, there),
+    )
+    third = _select(s.bracketed, _select(beyond | rising, s.high, s.low), low)
+    return s.bracketed | beyond | rising, low, high, third
 
 
 def _between(low: _Point, high: _Point, third: _Point) -> Tensor:

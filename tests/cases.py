@@ -46,6 +46,29 @@ def uniform(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
 
 
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers of a seed."""
+    return normal(torch.Generator().manual_seed(seed), *shape)
+
+
+def tensors(shapes: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Normal numbers of these shapes, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: normal(generator, *shape).to(dtype) for name, shape in shapes.items()}
+
+
+def number(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64, device=DEVICE)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=DEVICE)
+
+
+def stacked(trees: list[Any]) -> Any:
+    return fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
 def known(number: Any) -> Tensor:
     """Numbers in a tensor of the CPU, where they are checked: elsewhere reading them would wait for a device."""
     return torch.tensor(number, device="cpu")
@@ -59,6 +82,16 @@ def draw(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) 
 def draw_fours(seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> dict[str, Any]:
     """A tree like that of `draw`, without zeros, whose leaves have last dimensions of four."""
     return _tree(normal, ((3, 4), (4,), (2, 2, 1, 4), (4,)), seed, dtype, scale)
+
+
+def nearby(z: Any, seed: int, size: float) -> Any:
+    """A tree that is moved by one like that of `draw`."""
+    return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
+
+
+def squares(params: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of a linear model."""
+    return (x @ params["w"] + params.get("b", 0.0) - y).square().mean() / 2
 
 
 def _with_zeros(generator: torch.Generator, *shape: int) -> Tensor:

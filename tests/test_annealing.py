@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_equal, draw
+from test_schedules import COUNTS, double, values
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.testing import assert_close
@@ -26,17 +27,8 @@ CASES = {
     ),
     "relative to a number": lambda v: fr.relative_schedule(v, 0.1),
 }
-COUNTS = [*range(41), 100, 10**6]
 
 every_schedule = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-
-
-def double(value):
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-def values(schedule, counts=COUNTS):
-    return torch.stack([double(schedule(count)) for count in counts])
 
 
 @every_schedule

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE, assert_equal, normal
+from cases import DEVICE, assert_equal, drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import all_or_nothing, halve
@@ -19,10 +19,6 @@ from torch import nn
 
 import funcreg as fr
 from funcreg.removal import without
-
-
-def drawn(*shape, seed=1):
-    return normal(torch.Generator().manual_seed(seed), *shape).double()
 
 
 def images(*shape):

@@ -10,18 +10,12 @@ import re
 
 import pytest
 import torch
-from cases import DEVICE, assert_equal, flat, normal
+from cases import DEVICE, assert_equal, flat, tensors
 from networks import all_or_nothing
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
 import funcreg as fr
-
-
-def tensors(shapes, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: normal(generator, *shape).to(dtype) for name, shape in shapes.items()}
-
 
 # Shapes of leaves and families of groups over them.
 FAMILIES = {

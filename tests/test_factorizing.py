@@ -8,15 +8,10 @@ import pickle
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, drawn
 from torch import nn
 
 import funcreg as fr
-
-
-def draw(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 class Transposed(nn.Module):
@@ -35,7 +30,7 @@ def low(module, rank=2, dim=0):
     """A layer whose weight, as a matrix with a dimension in its rows, has a rank, and singular values not too small."""
     w = module.weight
     moved = w.data.movedim(dim, 0)
-    m = draw(len(moved), rank) @ draw(rank, moved[0].numel(), seed=2)
+    m = drawn(len(moved), rank) @ drawn(rank, moved[0].numel(), seed=2)
     w.data = m.reshape(moved.shape).movedim(0, dim).contiguous()
     return module.double().to(DEVICE)
 
@@ -75,7 +70,7 @@ def count(module):
 @every_layer
 def test_outputs_are_equal_and_the_layer_is_smaller(make, shape, says):
     torch.manual_seed(0)
-    layer, x = make(), draw(*shape)
+    layer, x = make(), drawn(*shape)
     before = copy.deepcopy(layer.state_dict())
     thin = fr.factorized(layer)
     torch.testing.assert_close(thin(x), layer(x), rtol=1e-12, atol=1e-11)
@@ -86,7 +81,7 @@ def test_outputs_are_equal_and_the_layer_is_smaller(make, shape, says):
     assert all(torch.equal(w, before[name]) for name, w in layer.state_dict().items())
     # A rank that is low up to a tolerance.
     with torch.no_grad():
-        layer.weight += 1e-6 * draw(*layer.weight.shape, seed=3)
+        layer.weight += 1e-6 * drawn(*layer.weight.shape, seed=3)
     with pytest.warns(UserWarning, match=r"found no layer .* at tolerance=0.0: '' has rank \d+ of \d+, "):
         assert type(fr.factorized(layer, 0.0)) is type(layer)
     torch.testing.assert_close(fr.factorized(layer, 1e-3)(x), layer(x), rtol=1e-3, atol=1e-3)
@@ -107,7 +102,7 @@ def test_the_weight_changes_by_at_most_the_tolerance():
 
 def test_training_with_the_nuclear_norm_gives_layers_that_become_thin():
     torch.manual_seed(0)
-    x = draw(64, 10).float()
+    x = drawn(64, 10).float()
     y = x @ torch.outer(torch.arange(10.0), torch.ones(8)).to(DEVICE)
     net = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 8)).to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
@@ -225,7 +220,7 @@ def test_attention_and_encoder_layers_still_run():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 4, 12, batch_first=True).double().to(DEVICE).eval()
     low(layer.linear1), low(layer.linear2), low(layer.self_attn.out_proj)
-    thin, x = fr.factorized(layer), draw(2, 5, 12)
+    thin, x = fr.factorized(layer), drawn(2, 5, 12)
     assert type(thin.self_attn.out_proj) is type(layer.self_attn.out_proj)
     assert count(thin.linear1) < count(layer.linear1)
     torch.testing.assert_close(thin(x), layer(x), rtol=1e-11, atol=1e-11)
@@ -236,7 +231,7 @@ def test_attention_and_encoder_layers_still_run():
 @every_layer
 def test_a_thin_network_trains_and_is_saved(make, shape, says):
     torch.manual_seed(0)
-    net, x = nn.Sequential(make()), draw(*shape)
+    net, x = nn.Sequential(make()), drawn(*shape)
     thin = fr.factorized(net)
     thin(x).square().mean().backward()
     assert all(w.grad is not None and w.grad.isfinite().all() for w in thin.parameters())

@@ -7,17 +7,12 @@ import pickle
 
 import pytest
 import torch
-from cases import DEVICE, assert_equal, normal
+from cases import DEVICE, assert_equal, normal, tensors
 from networks import all_or_nothing
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import funcreg as fr
-
-
-def tensors(shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: normal(generator, *shape).to(torch.float64) for name, shape in shapes.items()}
 
 
 def chosen(entries):

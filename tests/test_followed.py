@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE
-from test_channels import CONV, Net, among, between, drawn, entries, images, network, outputs, without_half
+from cases import DEVICE, drawn
+from test_channels import CONV, Net, among, between, entries, images, network, outputs, without_half
 from torch import nn
 
 import funcreg as fr

@@ -6,20 +6,12 @@ import warnings
 
 import pytest
 import torch
-from cases import DEVICE, normal
+from cases import DEVICE, normal, number, squares, zeros
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 import funcreg as fr
 from funcreg import graphs
-
-
-def number(x: float) -> Tensor:
-    return torch.tensor(x, dtype=torch.float64, device=DEVICE)
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=DEVICE)
 
 
 def begin(size: int = 8) -> dict[str, Tensor]:
@@ -30,10 +22,6 @@ def made(rows: int = 60, columns: int = 8, seed: int = 0) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     x = normal(generator, rows, columns)
     return x, x[:, 0] - 2 * x[:, 1] + 0.1 * normal(generator, rows)
-
-
-def squares(params, x, y):
-    return (x @ params["w"] + params["b"] - y).square().mean() / 2
 
 
 def logistic(params, x, y):

@@ -9,17 +9,13 @@ import textwrap
 
 import pytest
 import torch
-from cases import assert_equal, normal
+from cases import assert_equal, drawn, normal
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcreg as fr
 from funcreg.dissection import Equations
 
 variation = fr.isotropic_total_variation
-
-
-def random(*shape, seed=0):
-    return normal(torch.Generator().manual_seed(seed), *shape)
 
 
 def differences(z):
@@ -57,7 +53,7 @@ def dual(x, step, steps=20000):
     ("shape", "step"), [((4, 5), 0.2), pytest.param((6, 3), 0.7, marks=pytest.mark.slow), ((2, 9), 2.0), ((7, 7), 0.4)]
 )
 def test_the_nearest_image_is_that_of_another_method(shape, step):
-    x = random(*shape)
+    x = drawn(*shape)
     z = variation.prox(x, step)
     other, multipliers = dual(x, step)
     torch.testing.assert_close(z, other, rtol=0, atol=1e-6)
@@ -71,7 +67,7 @@ def test_the_nearest_image_is_that_of_another_method(shape, step):
 
 
 def test_images_have_their_known_solutions():
-    x = random(4, 6)
+    x = drawn(4, 6)
     line = x[:1]
     assert_equal(variation.prox(line, 0.5), fr.total_variation.prox(line, 0.5), rtol=1e-9, atol=1e-11)
     assert_equal(variation.prox(x, 0.5, dim=1), fr.total_variation.prox(x, 0.5), rtol=1e-9, atol=1e-11)
@@ -88,12 +84,12 @@ def test_images_have_their_known_solutions():
 def test_regions_are_exactly_equal():
     x = torch.zeros(8, 8, dtype=torch.float64)
     x[2:6, 2:6] = 1.0
-    z = variation.prox(x + 0.05 * random(8, 8), 0.3)
+    z = variation.prox(x + 0.05 * drawn(8, 8), 0.3)
     assert len(z.unique()) < 30
 
 
 def test_turned_and_stacked_images_go_with_their_own():
-    x = random(3, 5, 4)
+    x = drawn(3, 5, 4)
     z = variation.prox(x, 0.4)
     assert_equal(z[1], variation.prox(x[1], 0.4), rtol=1e-10, atol=1e-12)
     assert_equal(variation.prox(x.movedim(0, 2), 0.4, dim=(0, 1)), z.movedim(0, 2), rtol=1e-10, atol=1e-12)
@@ -102,11 +98,11 @@ def test_turned_and_stacked_images_go_with_their_own():
     assert_equal(variation.prox(x, steps), own, rtol=1e-10, atol=1e-12)
     volume = variation.prox(x, 0.4, dim=(0, 1, 2))
     objective = lambda z: 0.5 * (z - x).square().sum() + 0.4 * variation(z, dim=(0, 1, 2))
-    assert all(objective(volume) <= objective(volume + size * random(3, 5, 4, seed=7)) for size in (1e-4, 1e-2, 1.0))
+    assert all(objective(volume) <= objective(volume + size * drawn(3, 5, 4, seed=7)) for size in (1e-4, 1e-2, 1.0))
 
 
 def test_derivatives_are_those_of_differences():
-    x, tangent = random(4, 4), random(4, 4, seed=1)
+    x, tangent = drawn(4, 4), drawn(4, 4, seed=1)
     point = lambda x, step: variation.prox(x, step)
     step = torch.tensor(0.3, dtype=torch.float64)
     near = 1e-6
@@ -130,9 +126,9 @@ def solved(shape, step, count=2):
     near = torch.stack([place - 0.5 for place in places]).square().sum(0) < 0.1
     z = near.double() + 0.4 * (5 * places[0]).sin() * (places[-1] > 0.5)
     dims = range(-count, 0)
-    v, p = torch.stack([along(z, d) for d in dims]), random(count, *shape)
+    v, p = torch.stack([along(z, d) for d in dims]), drawn(count, *shape)
     norm = v.square().sum(0).sqrt()
-    p = torch.where(norm > 0, v / norm, p / p.square().sum(0).sqrt() * random(*shape, seed=1).sigmoid())
+    p = torch.where(norm > 0, v / norm, p / p.square().sum(0).sqrt() * drawn(*shape, seed=1).sigmoid())
     x = z.clone()
     for held, d in zip(p, dims, strict=True):
         held = step * held.narrow(d, 0, z.shape[d] - 1)
@@ -172,9 +168,9 @@ def test_large_images_go_with_their_own_in_maps_and_low_precision():
 
 def test_derivatives_of_large_images_are_those_of_differences():
     x, tangent, cotangent = (
-        solved((33, 32), 0.1)[1] + 0.05 * random(33, 32),
-        random(33, 32, seed=1),
-        random(33, 32, seed=2),
+        solved((33, 32), 0.1)[1] + 0.05 * drawn(33, 32),
+        drawn(33, 32, seed=1),
+        drawn(33, 32, seed=2),
     )
     point, near = lambda x: variation.prox(x, 0.1), 1e-6
     moved = jvp(point, (x,), (tangent,))[1]
@@ -206,21 +202,21 @@ def test_steps_and_solutions_of_large_images_are_theirs():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_near_is_lower_where_a_metric_spans_thirty_orders_of_magnitude(seed):
-    x, h = random(9, 13, seed=seed), (15 * random(9, 13, seed=seed + 10)).exp()
+    x, h = drawn(9, 13, seed=seed), (15 * drawn(9, 13, seed=seed + 10)).exp()
     z = variation.prox(x, 0.3, metric=h)
     objective = lambda w: (h * (w - x).square()).sum() / 2 + 0.3 * variation(w)
-    others = [x, torch.full_like(x, float((h * x).sum() / h.sum())), *[z + s * random(9, 13) for s in (1e-8, 1e-3)]]
+    others = [x, torch.full_like(x, float((h * x).sum() / h.sum())), *[z + s * drawn(9, 13) for s in (1e-8, 1e-3)]]
     assert objective(z) <= min(map(objective, others)) * (1 + 1e-9)
 
 
 def test_no_strength_is_the_least_that_makes_images_zero():
-    assert fr.lambda_max(random(4, 4), variation) == math.inf
+    assert fr.lambda_max(drawn(4, 4), variation) == math.inf
 
 
 @pytest.mark.parametrize("shape", [(1,), (50,), (1, 9), (16, 5), (9, 21), (5, 6, 7), (9, 1, 12)])
 def test_equations_of_neighbours_are_solved_as_those_of_a_matrix(shape):
     count, size = len(shape), math.prod(shape)
-    h, q, f = random(2, *shape).exp(), random(count, count, 2, *shape, seed=1), random(2, *shape, seed=2)
+    h, q, f = drawn(2, *shape).exp(), drawn(count, count, 2, *shape, seed=1), drawn(2, *shape, seed=2)
     bend = torch.einsum("ab...,cb...->ac...", q, q)
     slopes = [
         along(torch.eye(size, dtype=f.dtype, device=f.device).reshape(size, *shape), d) for d in range(1, count + 1)
@@ -237,13 +233,13 @@ def test_equations_of_neighbours_are_solved_as_those_of_a_matrix(shape):
 def test_a_noisy_photograph_becomes_smooth():
     rows = torch.linspace(0, 1, 20, dtype=torch.float64)
     clean = (rows[:, None] + rows[None] > 1).double()
-    noisy = clean + 0.2 * random(20, 20)
+    noisy = clean + 0.2 * drawn(20, 20)
     z = variation.prox(noisy, 0.2)
     assert (z - clean).square().mean() < 0.2 * (noisy - clean).square().mean()
 
 
 def test_an_optimizer_finds_equal_regions():
-    x = random(5, 5)
+    x = drawn(5, 5)
     tx, params = fr.prox_sgd(0.5, variation, strength=0.3), {"w": torch.zeros(5, 5, dtype=torch.float64)}
     state = tx.init(params)
     for _ in range(28):
@@ -254,7 +250,7 @@ def test_an_optimizer_finds_equal_regions():
 
 @pytest.mark.slow
 def test_it_is_traced_in_one_graph():
-    x = random(3, 3)
+    x = drawn(3, 3)
     compiled = torch.compile(lambda x: (variation(x), variation.prox(x, 0.3)), fullgraph=True, backend="eager")
     assert_equal(compiled(x), (variation(x), variation.prox(x, 0.3)), rtol=1e-10, atol=1e-12)
 

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE
-from test_channels import Net, drawn, entries, linears, network, outputs, vectors, without_half
+from cases import DEVICE, drawn
+from test_channels import Net, entries, linears, network, outputs, vectors, without_half
 from test_trying import GPT, words
 from torch import nn
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
-from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours, flat, normal
+from cases import CONSTRAINTS, DEVICE, PENALTIES, assert_equal, draw, draw_fours, flat, normal, number, squares, zeros
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, MultiTaskLasso
 from torch import Tensor
@@ -32,17 +32,9 @@ from funcreg.undocumented import forward_depth
 LASSO = {"l1_ratio": 1.0} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
 
 
-def number(x: float) -> Tensor:
-    return torch.tensor(x, dtype=torch.float64, device=DEVICE)
-
-
 def standard(load) -> tuple[Tensor, Tensor]:
     x, y = load(return_X_y=True)
     return torch.tensor((x - x.mean(0)) / (x.std(0) + 1e-9), device=DEVICE), torch.tensor(y, device=DEVICE)
-
-
-def squares(params, x, y):
-    return (x @ params["w"] + params.get("b", 0.0) - y).square().mean() / 2
 
 
 def logistic(params, x, y):
@@ -51,10 +43,6 @@ def logistic(params, x, y):
 
 def softmax(params, x, y):
     return cross_entropy(x @ params["w"].T + params["b"], y)
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=DEVICE)
 
 
 # scikit-learn

@@ -22,7 +22,9 @@ from cases import (
     draw_fours,
     flat,
     known,
+    nearby,
     normal,
+    stacked,
     uniform,
 )
 from hypothesis import given
@@ -61,18 +63,10 @@ def objective(case, x, z, step, metric=None):
     return 0.5 * (h * (flat(z) - flat(x)).abs().square()).sum() + step * case.value(z)
 
 
-def nearby(z, seed, size):
-    return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
-
-
 @functools.cache
 def drawn(first, count, scale=1.0):
     """Trees of some seeds, stacked: laws over many trees are mapped over them."""
     return stacked([draw(seed, scale=scale) for seed in range(first, first + count)])
-
-
-def stacked(trees):
-    return fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 def around(z, sizes):

@@ -6,36 +6,31 @@ import math
 
 import pytest
 import torch
-from cases import assert_equal, normal, uniform
+from cases import assert_equal, drawn, uniform
 from scipy.optimize import linear_sum_assignment, minimize
 from torch.func import grad, jvp, vmap
 
 import funcreg as fr
 from funcreg.structured import falling_fit
 
-
-def random(*shape, seed=0):
-    return normal(torch.Generator().manual_seed(seed), *shape)
-
-
 # Sections of boxes
 
 
 def test_a_section_without_an_upper_bound_is_the_simplex_and_without_any_a_plane():
-    x, h = random(5, 7), uniform(torch.Generator().manual_seed(1), 5, 7) + 0.1
+    x, h = drawn(5, 7), uniform(torch.Generator().manual_seed(1), 5, 7) + 0.1
     for metric in (None, h):
         found = fr.box_section.project(x, 0.0, math.inf, 1.0, 1.5, dim=-1, metric=metric)
         assert_equal(found, fr.simplex.project(x, 1.5, dim=-1, metric=metric), rtol=1e-12, atol=1e-14)
-        normals = random(7, seed=2)
+        normals = drawn(7, seed=2)
         found = fr.box_section.project(x, -math.inf, math.inf, normals, 0.3, dim=-1, metric=metric)
         assert_equal(found, fr.hyperplane.project(x, normals, 0.3, dim=-1, metric=metric), rtol=1e-11, atol=1e-13)
 
 
 def test_sections_meet_the_conditions_of_optimality():
     for seed in range(20):
-        x, a = 3 * random(6, seed=seed), random(6, seed=seed + 50)
+        x, a = 3 * drawn(6, seed=seed), drawn(6, seed=seed + 50)
         a[seed % 6] = 0.0
-        low, high = -random(6, seed=seed + 90).abs(), random(6, seed=seed + 130).abs()
+        low, high = -drawn(6, seed=seed + 90).abs(), drawn(6, seed=seed + 130).abs()
         offset = float((a * (low + 0.3 * (high - low))).sum())
         z = fr.box_section.project(x, low, high, a, offset)
         torch.testing.assert_close((a * z).sum(), torch.tensor(offset, dtype=torch.float64), rtol=1e-12, atol=1e-13)
@@ -50,7 +45,7 @@ def test_sections_meet_the_conditions_of_optimality():
 
 
 def test_an_empty_section_is_nan_and_crossed_bounds_are_refused():
-    x = random(4)
+    x = drawn(4)
     assert fr.box_section.project(x, 0.0, 0.1, 1.0, 2.0).isnan().all()
     assert fr.box_section.project(x, 0.0, 0.1, 1.0, 0.4).tolist() == pytest.approx([0.1] * 4)
     assert not fr.box_section.project(x, -0.0, 0.1, 1.0, 0.0).any()
@@ -62,7 +57,7 @@ def test_an_empty_section_is_nan_and_crossed_bounds_are_refused():
 
 
 def test_an_affine_set_of_one_equation_is_a_plane_and_rows_may_depend_on_each_other():
-    x, a = random(3, 5), random(5, seed=1)
+    x, a = drawn(3, 5), drawn(5, seed=1)
     plane = fr.hyperplane.project(x, a, 0.7, dim=-1)
     for matrix, offset in ((a[None], 0.7), (torch.stack([a, 2 * a]), torch.tensor([0.7, 1.4], dtype=torch.float64))):
         assert_equal(fr.affine_set.project(x, matrix=matrix, offset=offset, dim=-1), plane, rtol=1e-11, atol=1e-13)
@@ -73,11 +68,11 @@ def test_an_affine_set_of_one_equation_is_a_plane_and_rows_may_depend_on_each_ot
 
 @pytest.mark.parametrize(("size", "count"), [(3, 2), (6, 9), (10, 25)])
 def test_polyhedra_are_those_of_another_solver(size, count):
-    matrix, offset = random(count, size), uniform(torch.Generator().manual_seed(1), count)
-    equation = random(1, size, seed=2)
+    matrix, offset = drawn(count, size), uniform(torch.Generator().manual_seed(1), count)
+    equation = drawn(1, size, seed=2)
     for equations in (None, (equation, 0.0)):
         for seed in range(3):
-            x = 3 * random(size, seed=seed + 7)
+            x = 3 * drawn(size, seed=seed + 7)
             z = fr.polyhedron.project(x, matrix=matrix, offset=offset, equations=equations)
             assert fr.polyhedron(z, matrix=matrix, offset=offset, equations=equations) == 0
             conditions = [{"type": "ineq", "fun": lambda v: (offset - matrix @ torch.tensor(v)).cpu().numpy()}]
@@ -96,15 +91,15 @@ def test_polyhedra_are_those_of_another_solver(size, count):
 
 
 def test_polyhedra_of_more_conditions_than_entries_are_met_in_batches():
-    matrix, offset = random(30, 8), uniform(torch.Generator().manual_seed(1), 30)
-    z = fr.polyhedron.project(3 * random(20, 8, seed=3), matrix=matrix, offset=offset, dim=-1)
+    matrix, offset = drawn(30, 8), uniform(torch.Generator().manual_seed(1), 30)
+    z = fr.polyhedron.project(3 * drawn(20, 8, seed=3), matrix=matrix, offset=offset, dim=-1)
     assert (z @ matrix.T - offset).max() < 1e-12
-    one = vmap(lambda w: fr.polyhedron.project(w, matrix=matrix, offset=offset))(3 * random(20, 8, seed=3))
+    one = vmap(lambda w: fr.polyhedron.project(w, matrix=matrix, offset=offset))(3 * drawn(20, 8, seed=3))
     assert_equal(one, z, rtol=1e-12, atol=1e-14)
 
 
 def test_falling_sequences_are_a_polyhedron():
-    x = random(6)
+    x = drawn(6)
     falls = torch.eye(6, dtype=torch.float64)[1:] - torch.eye(6, dtype=torch.float64)[:-1]
     z = fr.polyhedron.project(x, matrix=falls)
     assert_equal(z, falling_fit(x[None])[0], rtol=1e-11, atol=1e-13)
@@ -129,7 +124,7 @@ def test_systems_that_do_not_fit_are_refused_with_the_leaf():
 
 def test_sections_of_boxes_far_from_a_point_have_their_sums():
     for scale in (1e3, 1e8, 1e12):
-        z = fr.box_section.project((scale * random(9)).float(), -1.0, 1.0, 1.0, 0.5)
+        z = fr.box_section.project((scale * drawn(9)).float(), -1.0, 1.0, 1.0, 0.5)
         assert float(z.double().sum()) == pytest.approx(0.5, abs=1e-6)
         assert float(z.abs().max()) <= 1
 
@@ -154,7 +149,7 @@ def conditions_of(z, x):
 def test_plans_have_their_sums_and_no_exchange_brings_them_nearer(scale):
     rows, columns = [0.2, 0.5, 0.3], [0.1, 0.2, 0.3, 0.4]
     for seed in range(5):
-        x = scale * random(3, 4, seed=seed)
+        x = scale * drawn(3, 4, seed=seed)
         z = fr.transport.project(x, 2.0, rows=rows, columns=columns)
         whole = 2 * torch.tensor(rows, dtype=torch.float64), 2 * torch.tensor(columns, dtype=torch.float64)
         torch.testing.assert_close(z.sum(1), whole[0], rtol=1e-13, atol=1e-14)
@@ -168,14 +163,14 @@ def test_plans_have_their_sums_and_no_exchange_brings_them_nearer(scale):
 
 @pytest.mark.parametrize(("rows", "columns", "scale"), [(12, 9, 1.0), (30, 40, 5.0), (40, 40, 0.1)])
 def test_plans_of_many_rows_have_their_sums(rows, columns, scale):
-    z = fr.transport.project(scale * random(rows, columns), 1.0)
+    z = fr.transport.project(scale * drawn(rows, columns), 1.0)
     torch.testing.assert_close(z.sum(1), torch.full((rows,), 1 / rows, dtype=torch.float64), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(z.sum(0), torch.full((columns,), 1 / columns, dtype=torch.float64), rtol=1e-12, atol=0)
     assert fr.transport(z, 1.0) == 0
 
 
 def test_far_from_the_polytope_of_birkhoff_the_nearest_point_is_the_best_assignment():
-    x = random(7, 7)
+    x = drawn(7, 7)
     best = linear_sum_assignment(x.cpu().numpy(), maximize=True)
     for scale in (1e3, 1e6, 1e9):
         z = fr.birkhoff.project(scale * x)
@@ -185,25 +180,25 @@ def test_far_from_the_polytope_of_birkhoff_the_nearest_point_is_the_best_assignm
 
 def test_a_plan_that_is_not_found_is_nan_and_no_other_point():
     for seed in range(20):
-        broken = random(3, 3, seed=seed).index_fill(1, torch.tensor([seed % 3]), float("nan"))
+        broken = drawn(3, 3, seed=seed).index_fill(1, torch.tensor([seed % 3]), float("nan"))
         assert fr.birkhoff.project(broken).isnan().all()
-        assert fr.transport.project(torch.where(torch.eye(3) > 0, random(3, 3), broken)).isnan().all()
-    far = torch.stack([1e20 * random(6, 6), random(6, 6)])
+        assert fr.transport.project(torch.where(torch.eye(3) > 0, drawn(3, 3), broken)).isnan().all()
+    far = torch.stack([1e20 * drawn(6, 6), drawn(6, 6)])
     for found in (torch.func.vmap(fr.birkhoff.project)(far), torch.stack([fr.birkhoff.project(x) for x in far])):
         assert found[0].isnan().all()
         torch.testing.assert_close(found[1], fr.birkhoff.project(far[1]), rtol=0, atol=1e-12)
 
 
 def test_rows_without_a_share_carry_nothing():
-    z = fr.transport.project(random(3, 4), 2.0, rows=[1.0, 0.0, 1.0], columns=[1.0, 2.0, 3.0, 0.0])
+    z = fr.transport.project(drawn(3, 4), 2.0, rows=[1.0, 0.0, 1.0], columns=[1.0, 2.0, 3.0, 0.0])
     assert not z[1].any()
     assert not z[:, 3].any()
     assert z.sum().item() == pytest.approx(2.0)
-    assert not fr.transport.project(random(3, 4), 0.0).any()
+    assert not fr.transport.project(drawn(3, 4), 0.0).any()
 
 
 def test_plans_have_derivatives_batches_and_dtypes():
-    x, d = random(4, 4), random(4, 4, seed=1)
+    x, d = drawn(4, 4), drawn(4, 4, seed=1)
     project = lambda w: fr.birkhoff.project(w)
     _, along = jvp(project, (x,), (d,))
     torch.testing.assert_close(along, (project(x + 1e-6 * d) - project(x - 1e-6 * d)) / 2e-6, rtol=1e-6, atol=1e-8)
@@ -214,7 +209,7 @@ def test_plans_have_derivatives_batches_and_dtypes():
         z = project(x.to(dtype))
         assert z.dtype == dtype
         assert fr.birkhoff(z) == 0
-    wide = project(random(2, 6))
+    wide = project(drawn(2, 6))
     torch.testing.assert_close(wide.sum(1), torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(wide.sum(0), torch.full((6,), 1 / 3, dtype=torch.float64))
 
@@ -233,7 +228,7 @@ def test_shares_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_small_polytopes_compile_into_one_graph():
-    w = random(2, 2)
+    w = drawn(2, 2)
     both = lambda w: (
         fr.birkhoff.project(w),
         fr.polyhedron.project(w, matrix=[[1.0, 1.0]], offset=0.1, dim=-1),
@@ -250,14 +245,14 @@ def test_members_of_a_chain_stay_in_a_polytope():
         (fr.birkhoff, (), {}),
         (fr.polyhedron, (), {"matrix": [[1.0] * 9], "offset": 1.0}),
     ):
-        tx, params = fr.chain(fr.sgd(0.1), fr.project(constraint, *hyper, **options)), {"w": random(3, 3)}
+        tx, params = fr.chain(fr.sgd(0.1), fr.project(constraint, *hyper, **options)), {"w": drawn(3, 3)}
         step = fr.fuse(tx, backend="eager")
         fused, fused_state = step.init(params)
         state = tx.init(params)
         for n in range(3):
-            updates, state = tx.update({"w": random(3, 3, seed=n)}, state, params)
+            updates, state = tx.update({"w": drawn(3, 3, seed=n)}, state, params)
             params = fr.apply_updates(params, updates)
-            fused, fused_state = step(fused, {"w": random(3, 3, seed=n)}, fused_state)
+            fused, fused_state = step(fused, {"w": drawn(3, 3, seed=n)}, fused_state)
         assert constraint(params, *hyper, **options) == 0
         assert_equal(fused, params, rtol=1e-11, atol=1e-13)
 
@@ -273,7 +268,7 @@ def test_members_of_a_chain_stay_in_a_polytope():
 )
 def test_projections_of_many_steps_are_traced_in_one_graph(project):
     """Of small leaves: each step is a part of the graph, so that the table leaves these rows out."""
-    w = random(2, 2)
+    w = drawn(2, 2)
     compiled = torch.compile(
         lambda w: (project(w), grad(lambda w: project(w).square().sum())(w)), backend="eager", fullgraph=True
     )

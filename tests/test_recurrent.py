@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from cases import DEVICE
-from test_channels import Net, drawn, entries, network, outputs, without_half
+from cases import DEVICE, drawn
+from test_channels import Net, entries, network, outputs, without_half
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 

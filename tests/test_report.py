@@ -6,16 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import normal
+from cases import drawn
 from torch import nn
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import funcreg as fr
-
-
-def drawn(*shape, seed=0):
-    return normal(torch.Generator("cpu").manual_seed(seed), *shape)
 
 
 def sparse():

@@ -11,16 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE
+from cases import DEVICE, drawn
 from networks import halve, kept, smaller
 from torch import nn
 
 import funcreg as fr
-
-
-def draw(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE)
 
 
 def result(output):
@@ -202,7 +197,7 @@ def built(make, families):
 
 def inputs(shape):
     return (
-        draw(5, *shape)
+        drawn(5, *shape)
         if shape
         else torch.randint(0, 9, (5, 4), generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE)
     )
@@ -253,7 +248,7 @@ def without_units(layer, gates):
 
 @pytest.mark.parametrize(("make", "gates"), RECURRENT.values(), ids=RECURRENT)
 def test_hidden_units_of_recurrent_layers_may_go(make, gates):
-    layer, x = built(make, []), draw(5, 4, 3) if "Cell" not in type(make()).__name__ else draw(5, 3)
+    layer, x = built(make, []), drawn(5, 4, 3) if "Cell" not in type(make()).__name__ else drawn(5, 3)
     made = fr.resized(layer, without_units(layer, gates))
     assert made.hidden_size == 3
     found, expected = result(made(x)), result(layer(x))
@@ -304,9 +299,9 @@ ATTENTION = {
 MASKS = {
     "no mask": dict,
     "a mask of bools": lambda: {"attn_mask": torch.ones(3, 4, dtype=torch.bool, device=DEVICE).triu(1)},
-    "a mask of numbers": lambda: {"attn_mask": draw(3, 4)},
+    "a mask of numbers": lambda: {"attn_mask": drawn(3, 4)},
     "padding": lambda: {"key_padding_mask": torch.arange(4, device=DEVICE).expand(2, -1) > 2},
-    "both": lambda: {"attn_mask": draw(3, 4), "key_padding_mask": draw(2, 4)},
+    "both": lambda: {"attn_mask": drawn(3, 4), "key_padding_mask": drawn(2, 4)},
 }
 
 
@@ -319,7 +314,11 @@ def test_attention_without_dead_heads_gives_what_it_gave(options, given, mask, b
     made = smaller(net, [family])
     assert made.attention.num_heads == 4
     assert isinstance(made.attention, nn.MultiheadAttention)
-    query, key, value = draw(2, 3, 16), draw(2, 4, options.get("kdim", 16)), draw(2, 4, options.get("vdim", 16), seed=2)
+    query, key, value = (
+        drawn(2, 3, 16),
+        drawn(2, 4, options.get("kdim", 16)),
+        drawn(2, 4, options.get("vdim", 16), seed=2),
+    )
     given = {**mask(), **given}
     if not batched:
         query, key, value = query[0], key[0], value[0]
@@ -371,7 +370,7 @@ def test_encoders_and_decoders_lose_heads_and_hidden_units(norm_first):
         warnings.filterwarnings("ignore", "enable_nested_tensor is True")
         net = built(lambda: nn.Transformer(8, 4, 2, 2, **options), families)
     made = smaller(net, families)
-    given = {"src": draw(2, 5, 8), "tgt": draw(2, 4, 8)}
+    given = {"src": drawn(2, 5, 8), "tgt": drawn(2, 4, 8)}
     padding = torch.arange(5, device=DEVICE).expand(2, -1) > torch.tensor([[3], [4]], device=DEVICE)
     for more in ({}, {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}):
         with torch.no_grad():  # The fused path of encoders is for inference.
@@ -394,7 +393,7 @@ def test_what_an_encoder_pads_is_zero_where_that_of_torch_makes_it_so(norm):
     net = built(encoder, families)
     made = pickle.loads(pickle.dumps(smaller(net, families)))
     assert made.layers[0].self_attn.num_heads == 2
-    x, bools = draw(2, 4, 8), torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]], device=DEVICE) > 0
+    x, bools = drawn(2, 4, 8), torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]], device=DEVICE) > 0
     numbers = torch.zeros(2, 4, dtype=x.dtype, device=DEVICE).masked_fill(bools, -torch.inf)
     for grads in (False, True):
         with torch.set_grad_enabled(grads):
@@ -430,7 +429,7 @@ BY_HAND = {"qkv.weight": fr.Along(0, 4, 3), "qkv.bias": fr.Along(0, 4, 3), "out.
 
 
 def test_a_count_of_heads_that_nobody_knows_is_an_error_unless_outputs_show_it():
-    net, x = built(Heads, [BY_HAND]), draw(2, 3, 16)
+    net, x = built(Heads, [BY_HAND]), drawn(2, 3, 16)
     with pytest.raises(ValueError, match=r"'', a Heads, stores heads=4, which its forward may use for a width.*rules="):
         smaller(net, [BY_HAND])
     by_sight = smaller(net, [BY_HAND], x)
@@ -478,7 +477,7 @@ class Config:
 
 
 def test_a_stored_width_that_nobody_knows_is_an_error_unless_outputs_show_it():
-    net, x = built(Stored, [UNITS]), draw(5, 3)
+    net, x = built(Stored, [UNITS]), drawn(5, 3)
     with pytest.raises(ValueError, match=r"a Stored, stores width=8, .*Give example_inputs, .*rules=\{type:"):
         smaller(net, [UNITS])
     made = smaller(net, [UNITS], x)
@@ -500,7 +499,7 @@ def test_a_number_that_scales_and_is_no_width_stays_as_outputs_show():
         def forward(self, x):
             return self.second(self.first(x).relu() * self.width**-0.5)
 
-    net, x = built(Scaled, [UNITS]), draw(5, 3)
+    net, x = built(Scaled, [UNITS]), drawn(5, 3)
     made = smaller(net, [UNITS], x)
     assert made.width == 8
     torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
@@ -509,7 +508,7 @@ def test_a_number_that_scales_and_is_no_width_stays_as_outputs_show():
 def test_a_width_in_a_configuration_is_changed_in_a_copy_of_it():
     config = Config()
     net = nn.Sequential(*[built(lambda: Stored(config), [UNITS]) for _ in range(2)])[:1]
-    families, x = [{f"0.{name}": dim for name, dim in UNITS.items()}], draw(5, 3)
+    families, x = [{f"0.{name}": dim for name, dim in UNITS.items()}], drawn(5, 3)
     with pytest.raises(ValueError, match=r"'0', a Stored, stores width=8, .*there are 1 more"):
         smaller(net, families)
     made = smaller(net, families, x)
@@ -529,7 +528,7 @@ def test_what_example_inputs_show_to_be_broken_is_an_error_that_says_where():
         def forward(self, x):
             return self.layers["part"](x.reshape(-1, 3))
 
-    net, x = built(Wrong, [UNITS]), draw(5, 3)
+    net, x = built(Wrong, [UNITS]), drawn(5, 3)
     with pytest.raises(ValueError, match=r"is not the module: output 0 of it differs .* by \d.*a Wrong, stores"):
         smaller(net, [UNITS], x)
     net = built(Fixed, [])
@@ -563,7 +562,7 @@ def test_layers_without_parameters_that_divide_channels_are_numbers_too(bare, si
     net = built(lambda: Alone(nn.Conv1d(3, 8, 1, bias=False), bare(), nn.Conv1d(8, 2, 1)), [channels])
     with pytest.raises(ValueError, match=message):
         smaller(net, [channels])
-    made, x = smaller(net, [channels], draw(2, 3, 5)), draw(2, 3, 5)
+    made, x = smaller(net, [channels], drawn(2, 3, 5)), drawn(2, 3, 5)
     torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
 
 
@@ -593,7 +592,7 @@ def test_an_unflattening_is_a_number_too():
     net = built(lambda: Alone(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 2, 1)), [channels])
     with pytest.raises(ValueError, match=r"'1', a Unflatten, stores unflattened_size=\(8, 2, 2\)"):
         smaller(net, [channels])
-    made, x = smaller(net, [channels], draw(2, 3)), draw(2, 3)
+    made, x = smaller(net, [channels], drawn(2, 3)), drawn(2, 3)
     assert made[1].unflattened_size == (4, 2, 2)
     torch.testing.assert_close(made(x), net(x), rtol=1e-12, atol=1e-12)
 
@@ -615,7 +614,7 @@ def test_tensors_beside_the_parameters_are_numbers_too():
     def rule(layer, before):
         layer.factor = before.factor[: layer.first.out_features]
 
-    made = smaller(net, [UNITS], draw(5, 3), rules={Masked: rule})
+    made = smaller(net, [UNITS], drawn(5, 3), rules={Masked: rule})
     assert made.factor.shape == (4,)
 
 
@@ -772,7 +771,7 @@ def test_normalizations_of_rows_and_bilinear_layers_follow_their_parameters():
 def test_a_narrow_attention_is_exported_and_compiled():
     families = [attention_heads("self_attn", 2), {"linear1.weight": 0, "linear1.bias": 0, "linear2.weight": 1}]
     net = built(lambda: nn.TransformerEncoderLayer(8, 4, 12, batch_first=True), families)
-    made, x = smaller(net, families), draw(2, 5, 8)
+    made, x = smaller(net, families), drawn(2, 5, 8)
     expected = net(x)
     exported = torch.export.export(made, (x,)).module()
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
@@ -797,5 +796,5 @@ def test_a_network_that_draws_other_numbers_where_it_is_narrower_is_not_compared
     with pytest.raises(
         ValueError, match=r"depend on random numbers: output 0 .* no example_inputs, and rules, for '', a"
     ):
-        smaller(net, [family], draw(6, 5))
+        smaller(net, [family], drawn(6, 5))
     assert smaller(net, [family], rules={_Drawing: lambda new, _: setattr(new, "wide", new.a.out_features)}).wide == 4

@@ -8,14 +8,10 @@ import pickle
 
 import pytest
 import torch
-from cases import DEVICE, normal
+from cases import DEVICE, normal, squares
 from torch.func import vmap
 
 import funcreg as fr
-
-
-def squares(params, x, y):
-    return (x @ params["w"] + params["b"] - y).square().mean() / 2
 
 
 @functools.cache

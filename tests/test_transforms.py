@@ -12,18 +12,7 @@ import warnings
 import cases
 import pytest
 import torch
-from cases import (
-    DEVICE,
-    HEAD,
-    TRANSFORMS,
-    Layer,
-    Seen,
-    assert_equal,
-    cpu_only,
-    draw,
-    flat,
-    joint,
-)
+from cases import DEVICE, HEAD, TRANSFORMS, Layer, Seen, assert_equal, cpu_only, draw, flat, joint, stacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
@@ -50,10 +39,6 @@ def run(tx, steps=3, seed=0, dtype=torch.float64, params=None):
         updates, state = tx.update(grads, state, params)
         params = fr.apply_updates(params, fr.tree_map(lambda u: 0.1 * u, updates))
     return updates, state, params
-
-
-def stacked(trees):
-    return fr.tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 @every_transform_with_an_equation

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE, GRADIENT_ALONE, PENALTIES, Layer, PenaltyCase, _all, _columns, _rows, assert_equal, draw, flat
+from cases import (
+    DEVICE,
+    GRADIENT_ALONE,
+    PENALTIES,
+    Layer,
+    PenaltyCase,
+    _all,
+    _columns,
+    _rows,
+    assert_equal,
+    draw,
+    flat,
+    nearby,
+)
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import Lasso
 from torch import Tensor
@@ -94,10 +107,6 @@ def around(z: Any, sizes: tuple[float, ...]) -> Any:
     """A dozen trees at each of some distances from one, stacked."""
     moves = fr.tree_map(lambda *d: torch.stack(d), *[draw(seed) for seed in range(12)])
     return fr.tree_map(lambda a, d: torch.cat([a + size * d for size in sizes]), z, moves)
-
-
-def nearby(z: Any, seed: int, size: float) -> Any:
-    return fr.tree_map(lambda a, d: a + size * d, z, draw(seed))
 
 
 # Every row

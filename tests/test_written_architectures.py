@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICE
+from cases import DEVICE, drawn
 from networks import all_or_nothing
-from test_channels import CONV, Net, drawn, entries, linears, network, outputs, without_half
+from test_channels import CONV, Net, entries, linears, network, outputs, without_half
 from torch import nn
 
 import funcreg as fr

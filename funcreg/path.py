@@ -104,7 +104,8 @@ def regularization_path(
         ratio: The least strength as a share of the greatest, above 0 and below 1.
         args: What else the loss takes: trees of tensors.
         mask: Leaves on which the penalty acts.
-        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, and less where gradients are small.
+        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, in units of the gradient
+            at zero where that is far from 1.
         max_steps: Steps for each strength after which to give up.
         compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty, such as `dim`.
@@ -137,7 +138,7 @@ def regularization_path(
     free = _free(problem, params)
     start = _null(objective, params, free)
     falling, order = _strengths(strengths, count, ratio, problem, args, params, start, free)
-    problem = _told_from_zeros(problem, args, params, start, free)
+    problem = _in_units(problem, args, params, start, free)
     problem = replace(problem, quadratic=_is_quadratic(objective, start))
     found: list[Solution] = []
     done = 0
@@ -268,21 +269,30 @@ def _is_chance(problem: Problem, args: tuple[Any, ...], params: Params, free: li
     leaves, rebuild = flatten(params)
     point = rebuild([torch.where(x, w.detach(), 0) for w, x in zip(leaves, free, strict=True)])
     before = _greatest_of(grad(lambda params: problem.loss(params, *args))(point))
-    return _greatest_of(slopes) <= torch.finfo(leaves[0].dtype).eps ** 0.75 * before  # Three quarters of the digits.
+    return _greatest_of(slopes) <= _digits(params) * before
 
 
-def _told_from_zeros(
-    problem: Problem, args: tuple[Any, ...], params: Params, start: Params, free: list[Tensor]
-) -> Problem:
-    """A problem whose tolerance, unless given, falls with the gradient at zero, as of data in small units.
+def _in_units(problem: Problem, args: tuple[Any, ...], params: Params, start: Params, free: list[Tensor]) -> Problem:
+    """A problem whose tolerance, unless given, follows the gradient at zero where that is far from 1.
 
-    It does so in steps of 100, so that what was compiled for some data serves for others.
+    Of data in small units zeros would be called solutions; of data in great ones nothing would, for rounding. It
+    follows in steps of 100, so that what was compiled for some data serves for others.
     """
-    slopes = _slopes(problem, args, start, free)
-    size = _greatest_of(slopes)
-    if problem.tol is not None or not 0 < size < 0.01 or _is_chance(problem, args, params, free, slopes):
+    if problem.tol is not None:
         return problem
-    return replace(problem, tol=problem.tolerance(start) * 100.0 ** math.ceil(math.log(size, 100)))
+    slopes, usual = _slopes(problem, args, start, free), problem.tolerance(start)
+    size = _greatest_of(slopes)
+    reached = _digits(start) * size
+    if 0 < size < 0.01 and not _is_chance(problem, args, params, free, slopes):
+        return replace(problem, tol=usual * 100.0 ** math.ceil(math.log(size, 100)))
+    if usual < reached < math.inf:
+        return replace(problem, tol=usual * 100.0 ** math.ceil(math.log(reached / usual, 100)))
+    return problem
+
+
+def _digits(params: Params) -> float:
+    """The share of a gradient that is surely more than rounding: what is below three quarters of its digits."""
+    return torch.finfo(tree_leaves(params)[0].dtype).eps ** 0.75
 
 
 def _is_convex(problem: Problem) -> bool:
@@ -442,7 +452,8 @@ def cross_validate(
         count: Number of strengths.
         ratio: The least strength as a share of the greatest.
         mask: Leaves on which the penalty acts.
-        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, and less where gradients are small.
+        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, in units of the gradient
+            at zero where that is far from 1.
         max_steps: Steps for each strength after which to give up.
         compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty.
@@ -468,7 +479,7 @@ def cross_validate(
     free = _free(problem, params)
     start = _null(objective, params, free)
     falling, _ = _strengths(strengths, count, ratio, problem, data, params, start, free)
-    problem = _told_from_zeros(problem, data, params, start, free)
+    problem = _in_units(problem, data, params, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged, near = torch.empty_like(scores, dtype=torch.bool), start
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.

@@ -202,21 +202,22 @@ def test_targets_of_one_class_have_a_path_whose_loss_is_nearly_zero():
     assert (path.params["b"] > 10).all()
 
 
-def test_paths_of_targets_in_small_units_are_those_in_units():
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_paths_of_targets_in_any_unit_are_those_in_units(unit):
     x, y = standard(load_diabetes)
     x, y = x[:30, :3], y[:30] / y[:30].std()
     path = lambda unit, **how: fr.regularization_path(squares, begin(3), fr.l1, args=(x, unit * y), **how, **WEIGHTS)
     one = path(1.0, count=3)
-    for found in (path(1e-9, count=3), path(1e-9, strengths=1e-9 * one.strengths)):
+    for found in (path(unit, count=3), path(unit, strengths=unit * one.strengths)):
         assert found.converged.all()
         assert (found.residuals <= 1e-8 * found.strengths[0]).all()
-        torch.testing.assert_close(found.strengths / 1e-9, one.strengths, rtol=1e-8, atol=0)
-        torch.testing.assert_close(found.params["w"] / 1e-9, one.params["w"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.strengths / unit, one.strengths, rtol=1e-8, atol=0)
+        torch.testing.assert_close(found.params["w"] / unit, one.params["w"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", [1e-3, 1e-6, 1e-9])
-def test_choices_of_targets_in_small_units_are_those_in_units(unit):
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1e-3, 1e3, 1e6, 1e9])
+def test_choices_of_targets_in_any_unit_are_those_in_units(unit):
     x, y = standard(load_diabetes)
     x, y = x[:60, :6], y[:60] / y[:60].std()
     choose = lambda unit: fr.cross_validate(squares, begin(6), fr.l1, data=(x, unit * y), count=6, **WEIGHTS)

@@ -106,7 +106,8 @@ def minimize(
             `params`.
         mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
         tol: Greatest residual of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
-            1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1.
+            1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1; of data in small
+            units, whose gradients are not far above these numbers, give less.
         max_steps: Number of steps, on the loss and on its models, after which to give up, at least 0; `converged` is
             then False.
         compile: Whether to compile steps, for calls to come with other numbers in tensors of the same shapes; or a

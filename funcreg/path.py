@@ -104,7 +104,8 @@ def regularization_path(
         ratio: The least strength as a share of the greatest, above 0 and below 1.
         args: What else the loss takes: trees of tensors.
         mask: Leaves on which the penalty acts.
-        tol: Greatest `kkt_residual` of a solution.
+        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, in units of the gradient
+            at zero where that is far from 1.
         max_steps: Steps for each strength after which to give up.
         compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty, such as `dim`.
@@ -136,7 +137,8 @@ def regularization_path(
     _check_strengths("regularization_path", problem, objective, params, strengths)
     free = _free(problem, params)
     start = _null(objective, params, free)
-    falling, order = _strengths(strengths, count, ratio, problem, args, start, free)
+    falling, order = _strengths(strengths, count, ratio, problem, args, params, start, free)
+    problem = _in_units(problem, args, params, start, free)
     problem = replace(problem, quadratic=_is_quadratic(objective, start))
     found: list[Solution] = []
     done = 0
@@ -208,6 +210,7 @@ def _strengths(
     ratio: float,
     problem: Problem,
     args: tuple[Any, ...],
+    params: Params,
     start: Params,
     free: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -225,8 +228,7 @@ def _strengths(
     if type(number(count)) is not int or count < 1:
         raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
-    leaves, rebuild = flatten(grad(lambda point: problem.loss(point, *args))(start))
-    slopes = rebuild([torch.where(x, 0, g) for g, x in zip(leaves, free, strict=True)])
+    slopes = _slopes(problem, args, start, free)
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)
     if not _is_convex(problem) and any([bool(g.any()) for g in tree_leaves(slopes)]):
         most = _NoDerivative.apply(_greatest(problem, args, start, free, slopes).detach(), most)
@@ -238,10 +240,11 @@ def _strengths(
             f"the gradient of the loss at zero points nowhere that {problem.penalty!r} lets parameters go, so that "
             "zero is the solution for every strength and no path can begin. Is it one-sided, and the sign another one?"
         )
-    if known == 0:
+    if known == 0 or _is_chance(problem, args, params, free, slopes):
         raise ValueError(
-            "the gradient of the loss at zero is 0, so that zero is the solution for every strength and no path can "
-            "begin. Are the targets constant, or do they not come in?"
+            "the gradient of the loss at zero is 0 up to rounding, so that zero is the solution for every strength and "
+            "no path can begin. Are the targets constant, or do they not come in? Does what carries no penalty tell "
+            "them already?"
         )
     if math.isinf(known):
         raise ValueError(
@@ -250,6 +253,47 @@ def _strengths(
         )
     shares = torch.arange(count, dtype=torch.float64, device=most.device) / max(count - 1, 1)
     return (most * ratio**shares).to(like.dtype), torch.arange(count, device=most.device)
+
+
+def _slopes(problem: Problem, args: tuple[Any, ...], point: Params, free: list[Tensor]) -> Params:
+    """The gradient of the loss in what carries a penalty, zeros elsewhere."""
+    leaves, rebuild = flatten(grad(lambda params: problem.loss(params, *args))(point))
+    return rebuild([torch.where(x, 0, g) for g, x in zip(leaves, free, strict=True)])
+
+
+def _greatest_of(slopes: Params) -> float:
+    return max([float(g.detach().abs().amax()) for g in tree_leaves(slopes) if g.numel()], default=0.0)
+
+
+def _is_chance(problem: Problem, args: tuple[Any, ...], params: Params, free: list[Tensor], slopes: Params) -> bool:
+    """Whether slopes are what rounding has left of those before the fit of what carries no penalty."""
+    leaves, rebuild = flatten(params)
+    point = rebuild([torch.where(x, w.detach(), 0) for w, x in zip(leaves, free, strict=True)])
+    before = _greatest_of(grad(lambda params: problem.loss(params, *args))(point))
+    return _greatest_of(slopes) <= _digits(params) * before
+
+
+def _in_units(problem: Problem, args: tuple[Any, ...], params: Params, start: Params, free: list[Tensor]) -> Problem:
+    """A problem whose tolerance, unless given, follows the gradient at zero where that is far from 1.
+
+    Of data in small units zeros would be called solutions; of data in great ones nothing would, for rounding. It
+    follows in steps of 100, so that what was compiled for some data serves for others.
+    """
+    if problem.tol is not None:
+        return problem
+    slopes, usual = _slopes(problem, args, start, free), problem.tolerance(start)
+    size = _greatest_of(slopes)
+    reached = _digits(start) * size
+    if 0 < size < 0.01 and not _is_chance(problem, args, params, free, slopes):
+        return replace(problem, tol=usual * 100.0 ** math.ceil(math.log(size, 100)))
+    if usual < reached < math.inf:
+        return replace(problem, tol=usual * 100.0 ** math.ceil(math.log(reached / usual, 100)))
+    return problem
+
+
+def _digits(params: Params) -> float:
+    """The share of a gradient that is surely more than rounding: what is below three quarters of its digits."""
+    return torch.finfo(tree_leaves(params)[0].dtype).eps ** 0.75
 
 
 def _is_convex(problem: Problem) -> bool:
@@ -409,7 +453,8 @@ def cross_validate(
         count: Number of strengths.
         ratio: The least strength as a share of the greatest.
         mask: Leaves on which the penalty acts.
-        tol: Greatest `kkt_residual` of a solution.
+        tol: Greatest `kkt_residual` of a solution; by default that of `minimize`, in units of the gradient
+            at zero where that is far from 1.
         max_steps: Steps for each strength after which to give up.
         compile: Whether to compile steps, for calls to come; or a backend of `torch.compile`: see `minimize`.
         options: Static options of the penalty.
@@ -434,7 +479,8 @@ def cross_validate(
     _check_strengths("cross_validate", problem, objective, params, strengths)
     free = _free(problem, params)
     start = _null(objective, params, free)
-    falling, _ = _strengths(strengths, count, ratio, problem, data, start, free)
+    falling, _ = _strengths(strengths, count, ratio, problem, data, params, start, free)
+    problem = _in_units(problem, data, params, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged, near = torch.empty_like(scores, dtype=torch.bool), start
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.

@@ -187,7 +187,9 @@ def scale_by_stddev(
         root = _root(eps_in_sqrt)
         missing = _missing(decay, state.steps, corrected)
         nu = tree_map(widen, state.nu)
-        return compute(lambda v, m, c, e: root(v / c - squared(m / c), e), nu, state.mu, hyper=(missing, eps))
+        # Where updates hardly change, rounding leaves less than 0.
+        spread = lambda v, m: (v - squared(m)).clamp(min=0.0)
+        return compute(lambda v, m, c, e: root(spread(v / c, m / c), e), nu, state.mu, hyper=(missing, eps))
 
     return Transform(init, update, metric, state=StddevState)
 

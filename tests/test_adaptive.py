@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_equal, cpu_only, draw, flat, normal
+from cases import DEVICE, assert_equal, cpu_only, draw, flat, normal
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
@@ -299,3 +299,14 @@ def test_orthogonal_steps_have_equal_sizes_in_all_layouts_of_torch():
         sizes = torch.linalg.svdvals(matrix) / max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
         assert (sizes > 0.6).all(), name
         assert (sizes < 1.3).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_updates_that_stay_the_same_have_no_spread_and_no_nan(dtype, eps_in_sqrt):
+    u = torch.linspace(3.1, 3.3, 50, dtype=dtype, device="cpu").to(DEVICE)
+    tx = fr.scale_by_stddev(0.99, 4.0, eps_in_sqrt=eps_in_sqrt, bias_correction=True)
+    state = tx.init(u)
+    for _ in range(20):  # The mean square is that of the mean, and rounding takes some below it.
+        scaled, state = tx.update(u, state, u)
+    assert_close(scaled, u / (2 if eps_in_sqrt else 4), rtol=1e-2, atol=0)

@@ -182,12 +182,49 @@ def test_constant_targets_have_no_path():
         fr.regularization_path(squares, {"w": zeros(4)}, fr.l1, args=(x, zeros(4)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_targets_that_are_told_without_a_penalty_have_no_path(dtype):
+    x, start = standard(load_breast_cancer)[0][:50, :5].to(dtype), fr.tree_cast(begin(5), dtype)
+    beside = lambda p, x, z, y: (x @ p["w"] + z @ p["free"] + p["b"] - y).square().mean() / 2
+    z = x[:, :2] * 0.3 + 1 / 3
+    for loss, point, args in [
+        (logistic, start, (x, torch.ones_like(x[:, 0]))),
+        (beside, {**start, "free": torch.zeros_like(x[0, :2])}, (x, z, z @ z.new_tensor([0.7, -2.0]) + 0.1)),
+    ]:
+        with pytest.raises(ValueError, match=r"is 0 up to rounding, .* Does what carries no penalty tell them"):
+            fr.regularization_path(loss, point, fr.l1, args=args, **WEIGHTS)
+
+
 def test_targets_of_one_class_have_a_path_whose_loss_is_nearly_zero():
     x, y = standard(load_breast_cancer)
-    path = fr.regularization_path(
-        logistic, begin(5), fr.l1, args=(x[:50, :5], torch.ones_like(y[:50])), count=3, **WEIGHTS
-    )
+    args, strengths = (x[:50, :5], torch.ones_like(y[:50])), [0.1, 0.01, 0.001]
+    path = fr.regularization_path(logistic, begin(5), fr.l1, args=args, strengths=strengths, **WEIGHTS)
     assert (path.params["b"] > 10).all()
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_paths_of_targets_in_any_unit_are_those_in_units(unit):
+    x, y = standard(load_diabetes)
+    x, y = x[:30, :3], y[:30] / y[:30].std()
+    path = lambda unit, **how: fr.regularization_path(squares, begin(3), fr.l1, args=(x, unit * y), **how, **WEIGHTS)
+    one = path(1.0, count=3)
+    for found in (path(unit, count=3), path(unit, strengths=unit * one.strengths)):
+        assert found.converged.all()
+        assert (found.residuals <= 1e-8 * found.strengths[0]).all()
+        torch.testing.assert_close(found.strengths / unit, one.strengths, rtol=1e-8, atol=0)
+        torch.testing.assert_close(found.params["w"] / unit, one.params["w"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", [1e-9, 1e-6, 1e-3, 1e3, 1e6, 1e9])
+def test_choices_of_targets_in_any_unit_are_those_in_units(unit):
+    x, y = standard(load_diabetes)
+    x, y = x[:60, :6], y[:60] / y[:60].std()
+    choose = lambda unit: fr.cross_validate(squares, begin(6), fr.l1, data=(x, unit * y), count=6, **WEIGHTS)
+    found, one = choose(unit), choose(1.0)
+    assert found.converged.all()
+    torch.testing.assert_close(found.best / unit, one.best, rtol=1e-8, atol=0)
+    torch.testing.assert_close(found.params["w"] / unit, one.params["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_folds_are_numbers_of_any_kind_or_masks():

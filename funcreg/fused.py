@@ -390,10 +390,10 @@ class FusedStep(_Planned):
 
     def _leaf_by_leaf(self, params: Params, grads: Updates, state: State, extra: Any) -> tuple[Params, State]:
         """A step of a chain that cannot be recorded. All is read before anything is written."""
-        if self._compiled is None:
-            with undocumented.imports_may_warn():
-                self._compiled = torch.compile(self._plain, backend=self._compiler.backend)
         try:
+            if self._compiled is None:
+                with undocumented.imports_may_warn():
+                    self._compiled = torch.compile(self._plain, backend=self._compiler.backend)
             new = self._compiled(params, grads, state, extra)
         except Exception as error:
             new = self._plain(params, grads, state, extra)  # The compiler wraps what tracing raises.

@@ -124,8 +124,9 @@ class Optimizer(torch.optim.Optimizer):
         self._said_unread = False  # Whether it was said that a chain has nothing of a value.
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
-        # What compiles a training loop leaves the step out, which compiles its own.
-        self._advance: Any = torch.compiler.disable(self._attempt)
+        # What compiles a training loop leaves the step out, which compiles its own. The function, not its method, which
+        # would hold this optimizer, and so its parameters, until the garbage collector runs.
+        self._advance: Any = torch.compiler.disable(type(self)._attempt)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and refuse what stands in param groups, as `optimizer.strength = ...` has no effect."""
@@ -299,7 +300,7 @@ class Optimizer(torch.optim.Optimizer):
                 extra = {"value": loss.detach() if isinstance(loss, Tensor) else loss, **extra}
         returned_none = closure is not None and loss is None
         hint = " The closure returned None; lacks it `return loss`?" if returned_none else ""
-        self._advance(extra, closure, hint)
+        self._advance(self, extra, closure, hint)
         return loss
 
     def _wants(self, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,13 +42,18 @@ class Remarks:
     """
 
     def __init__(self, on: object, names: ParameterNames) -> None:
-        self._on, self._names = on, names
+        # It holds these remarks, and would be held, with all parameters, until the garbage collector runs.
+        self._ref, self._names = weakref.ref(on), names
         self.said = set[str]()
         self.waits = False  # Whether all entries were zero while a momentum buffer was filled.
         self._pace: list[Any] = []
         self._idle = 0  # In how many steps, up to now, the optimizer has moved nothing.
         self._rows: dict[str, Tensor] = {}  # Which of embeddings were not zero before the first step,
         self._begun = set[str]()  # and which other leaves.
+
+    @property
+    def _on(self) -> object:
+        return self._ref()
 
     # Of a new penalty
 

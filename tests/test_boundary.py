@@ -176,6 +176,23 @@ def test_a_kernel_of_a_chain_that_cannot_be_recorded_raises_and_the_update_comes
 
 
 @both
+def test_a_chain_that_cannot_be_recorded_steps_where_torch_cannot_compile_either(donate, monkeypatch):
+    def fails(*args, **kwargs):
+        raise FileNotFoundError("no directory for a cache, which torch makes when it imports its compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    tx = fr.stateless(lambda u, p: fr.tree_map(lambda x: x + 0 * torch.rand_like(x), u))
+    step = fr.fuse(tx, donate=donate)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        params, state = step.init(square())
+        before = copy.deepcopy(params)
+        after, _ = step(params, square(), state)
+    assert "fuse runs this chain without a compiler: no directory for a cache" in str(said[-1].message)
+    close(after, fr.tree_map(lambda w, g: w + g, before, square()))
+
+
+@both
 def test_a_compilation_that_fails_has_changed_nothing(donate):
     def backend(graph, inputs):
         def kernel(*args):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import math
 import pickle
 import re
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -902,6 +904,46 @@ def test_a_step_that_is_interrupted_leaves_what_has_no_gradient_where_it_is():
         optimizer.step()
     assert all(not torch.equal(x, moved[name]) for name, x in moments(moving).items())
     assert_equal((still.detach(), moments(still)), (before, kept))
+
+
+# Parameters that are gone at once
+
+
+def regularized(make, *penalty, **options):
+    def optimizer_of(model):
+        optimizer = make(model.parameters())
+        return optimizer, fr.regularize(optimizer, *penalty, strength=1e-3, module=model, mask=fr.matrices, **options)
+
+    return optimizer_of
+
+
+HOLDERS: dict[str, Any] = {
+    "of torch": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    "plain": lambda model: fr.Optimizer(model.named_parameters(), LASSO, lr=1e-2, strength=1e-3, compile=False),
+    "fused": lambda model: fr.Optimizer(model.named_parameters(), LASSO, lr=1e-2, strength=1e-3, compile="eager"),
+    "regularize SGD": regularized(functools.partial(SGD, lr=0.1, momentum=0.9), fr.l1),
+    "regularize Adam": regularized(AdamW, fr.group_lasso),
+    "inner steps": regularized(AdamW, fr.nuclear, inner_steps=2),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_parameters_are_released_with_their_optimizer(holder):
+    """Without the garbage collector, which may not run while a device runs out of memory."""
+
+    def use():
+        model = network()
+        held = HOLDERS[holder](model)
+        trained(model, held[0] if isinstance(held, tuple) else held, 2)
+        return [weakref.ref(p) for p in model.parameters()]
+
+    use()  # What is made once for all.
+    gc.collect()
+    gc.disable()
+    try:
+        assert not any(reference() is not None for reference in use())
+    finally:
+        gc.enable()
 
 
 def test_what_has_no_effect_in_a_group_is_said():

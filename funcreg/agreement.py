@@ -88,8 +88,9 @@ def rounding(
 
     What is computed in float32 does not get more exact by a float64 number that multiplies it.
     """
-    own = [*module.named_parameters(), *module.named_buffers()]
-    given = [x.new_empty(0) if exchange is None else exchange(name, x.new_empty(0)) for name, x in own]
+    leaves = (*module.named_parameters(), *module.named_buffers())
+    own = [(name, torch.empty(0, dtype=x.dtype, device=x.device)) for name, x in leaves]
+    given = [x if exchange is None else exchange(name, x) for name, x in own]
     several = [x for x in (*given, *_tensors(inputs)) if x.is_floating_point() and x.element_size() > 1]
     return max([torch.finfo(x.dtype).eps for x in several], default=0.0) ** 0.5
 

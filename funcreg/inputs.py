@@ -15,6 +15,9 @@ from funcreg.masks import listed
 from funcreg.tree import dotted, leaf_paths, map_with_path, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_batched, is_transformed
 
+#: What torch raises of matrices that are singular or not positive definite.
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]  # It is documented, but not listed.
+
 # Arrays
 
 
@@ -186,6 +189,8 @@ def explained(loss: Callable[..., Any]) -> Callable[..., Any]:
     def call(params: Params, *args: Any) -> Any:
         try:
             return loss(params, *args)
+        except LinAlgError as error:
+            raise outside(error) from error
         except (RuntimeError, TypeError, AttributeError) as error:
             followed = _held_and_followed(error, loss)
             if followed:
@@ -197,6 +202,17 @@ def explained(loss: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(f"the loss failed: {first_line(error)}. {cause}") from error
 
     return call
+
+
+def outside(error: RuntimeError) -> RuntimeError:
+    """What is said of a loss, or its gradient, that fails where a matrix is singular or not positive definite."""
+    said = str(error)
+    if said.startswith("the loss failed"):
+        return error
+    return LinAlgError(
+        f"the loss failed: {first_line(error)}. Has it no value at params? Expected params at which it is finite and "
+        "smooth: logdet(w) and cholesky(w) are not at matrices of zeros."
+    )
 
 
 def _held_and_followed(error: Exception, loss: Any) -> str:

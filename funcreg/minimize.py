@@ -14,7 +14,7 @@ from funcreg.checks import check_params
 from funcreg.coupled import check_groups_are_whole
 from funcreg.graphs import Graphs, Same, key_of, like
 from funcreg.implicit import Solve
-from funcreg.inputs import as_tensors, check_call, check_names, explained
+from funcreg.inputs import LinAlgError, as_tensors, check_call, check_names, explained, outside
 from funcreg.leafwise import wide
 from funcreg.masks import mask_leaves
 from funcreg.notices import warn_user
@@ -232,6 +232,8 @@ class Problem:
             )
         try:
             x, residual, steps, converged, *_ = Solve.apply(flat, *tensors)
+        except LinAlgError as error:
+            raise outside(error) from error
         except RuntimeError as error:
             if "unsupported for Sparse" not in str(error):
                 raise

@@ -352,7 +352,12 @@ class Optimizer(torch.optim.Optimizer):
         step = Eager(beside([self._chains[part.group] for part in parts])) if asks else self._step_of(parts)
         params = [part.tree(part.params) for part in parts]
         grads = [part.tree(list(map(filled, part.params, grads))) for part, grads in found]
-        states = [restored(part.spec, part.leaves(self.state)) for part in parts]
+        try:
+            states = [restored(part.spec, part.leaves(self.state)) for part in parts]
+        except KeyError:  # A state was emptied, as by `optimizer.state[parameter] = {}`, and begins anew.
+            self._parts.forget()
+            self._update(extra, closure, hint)
+            return
         kept = [x for part, grads in found for x in part.kept(self.state, grads)]
         before = [x.clone() for x in kept]
         if asks:

@@ -35,12 +35,13 @@ class ParameterNames:
         try:
             bools = [True] * len(params) if self.mask is None else mask_leaves(self._own(self.mask), params)
         except ValueError as error:
+            said = str(error).rstrip(".")
             if self.module is None and not any("param_names" in group for group in optimizer.param_groups):
-                raise ValueError(f"{error}. Parameters have no names without module=, the module of them.") from error
+                raise ValueError(f"{said}. Parameters have no names without module=, the module of them.") from error
             if tied := self._tied():
-                raise ValueError(f"{error}. Tied parameters go by their first name: {listed(tied)}.") from error
+                raise ValueError(f"{said}. Tied parameters go by their first name: {listed(tied)}.") from error
             if lacking := self._lacking():
-                raise ValueError(f"{error}. The module has {lacking}.") from error
+                raise ValueError(f"{said}. The module has {lacking}.") from error
             raise
         # In the order of leaves, which is that of sorted keys.
         self.chosen = {name for name, chosen in zip(sorted(params), bools, strict=True) if chosen}

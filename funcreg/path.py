@@ -16,7 +16,7 @@ from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
 from funcreg.constraint import Constraint
-from funcreg.inputs import as_data, as_tensors, check_call, check_names, explained
+from funcreg.inputs import LinAlgError, as_data, as_tensors, check_call, check_names, explained, first_line
 from funcreg.leafwise import check_has_numbers, wide
 from funcreg.minimize import Problem, Solution
 from funcreg.notices import warn_user
@@ -95,7 +95,8 @@ def regularization_path(
 
     Args:
         loss: `loss(params, *args)`, a scalar with a first and second derivative.
-        params: Parameters like those wanted; those without a penalty are where their fit begins.
+        params: Parameters like those wanted; those without a penalty are where their fit begins. Where the loss has no
+            value at zeros, as that of a precision matrix, `strengths` are solved from here on.
         penalty: A penalty :math:`g`. The strengths multiply it, also `elastic.given(1.0, 0.5)`.
         hyper: Its hyperparameters.
         strengths: Numbers of at least 0, solved in falling order and given back in their own; by default `count` of
@@ -136,7 +137,7 @@ def regularization_path(
     objective = lambda point: problem.loss(point, *args)
     _check_strengths("regularization_path", problem, objective, params, strengths)
     free = _free(problem, params)
-    start = _null(objective, params, free)
+    start = _start(objective, params, free, strengths)
     falling, order = _strengths(strengths, count, ratio, problem, args, params, start, free)
     problem = _in_units(problem, args, params, start, free)
     problem = replace(problem, quadratic=_is_quadratic(objective, start))
@@ -191,6 +192,28 @@ def _free(problem: Problem, params: Params) -> list[Tensor]:
     return [x if separable else torch.full_like(x, bool(x.all())) for x in stays]
 
 
+def _start(objective: Callable[[Params], Tensor], params: Params, free: list[Tensor], strengths: Any) -> Params:
+    """Where a path begins: at zeros, and what carries no penalty at the minimum; or at `params`.
+
+    A loss may have no value at zeros, as that of a precision matrix. Then no strength is known to make all zero, and
+    those that are given are solved from `params` on.
+    """
+    cause = "The gradient there is NaN or infinite"
+    try:
+        start = _null(objective, params, free)
+        if all([bool(x.isfinite().all()) for x in (objective(start), *tree_leaves(grad(objective)(start)))]):
+            return start
+    except LinAlgError as error:
+        cause = first_line(error.__cause__ or error)
+    if strengths is None:
+        raise ValueError(
+            "the loss or its gradient is not finite at zero, from where strengths are found, so that no path can "
+            f"begin: {cause}. Is there NaN in args? Else, as of log(w) or logdet(w), give strengths=, and params at "
+            "which the loss is finite."
+        )
+    return tree_map(lambda w: w.detach(), params)
+
+
 def _null(objective: Callable[[Params], Tensor], params: Params, free: list[Tensor]) -> Params:
     """Zeros, and what carries no penalty at the minimum."""
     leaves, rebuild = flatten(params)
@@ -233,8 +256,6 @@ def _strengths(
     if not _is_convex(problem) and any([bool(g.any()) for g in tree_leaves(slopes)]):
         most = _NoDerivative.apply(_greatest(problem, args, start, free, slopes).detach(), most)
     known = float(most.detach())
-    if math.isnan(known):
-        raise ValueError("the gradient of the loss at zero is NaN, so that no path can begin. Is there NaN in args?")
     if known == 0 and any([bool(g.any()) for g in tree_leaves(slopes)]):
         raise ValueError(
             f"the gradient of the loss at zero points nowhere that {problem.penalty!r} lets parameters go, so that "
@@ -269,7 +290,10 @@ def _is_chance(problem: Problem, args: tuple[Any, ...], params: Params, free: li
     """Whether slopes are what rounding has left of those before the fit of what carries no penalty."""
     leaves, rebuild = flatten(params)
     point = rebuild([torch.where(x, w.detach(), 0) for w, x in zip(leaves, free, strict=True)])
-    before = _greatest_of(grad(lambda params: problem.loss(params, *args))(point))
+    try:
+        before = _greatest_of(grad(lambda params: problem.loss(params, *args))(point))
+    except LinAlgError:  # The loss has no value there.
+        return False
     return _greatest_of(slopes) <= _digits(params) * before
 
 
@@ -383,7 +407,10 @@ def _is_quadratic(objective: Callable[[Params], Tensor], start: Params) -> bool:
     # In no direction that a loss may be blind to, as softmax is to what is the same for all classes.
     ways = [torch.arange(1, w.numel() + 1, device=w.device).to(w.dtype).cos().reshape(w.shape) for w in leaves]
     places = [rebuild([w + k * way for w, way in zip(leaves, ways, strict=True)]) for k in (0.0, 1.0, 2.0)]
-    slopes = [grad(objective)(place) for place in places]
+    try:
+        slopes = [grad(objective)(place) for place in places]
+    except LinAlgError:  # It has no value there.
+        return False
     first, second, third = (torch.cat([g.reshape(-1).double() for g in tree_leaves(each)]) for each in slopes)
     noise = 1e3 * torch.finfo(leaves[0].dtype).eps
     return bool(((third - second) - (second - first)).abs().amax() <= noise * torch.stack([first, third]).abs().amax())
@@ -478,7 +505,7 @@ def cross_validate(
     objective = lambda point: problem.loss(point, *data)
     _check_strengths("cross_validate", problem, objective, params, strengths)
     free = _free(problem, params)
-    start = _null(objective, params, free)
+    start = _start(objective, params, free, strengths)
     falling, _ = _strengths(strengths, count, ratio, problem, data, params, start, free)
     problem = _in_units(problem, data, params, start, free)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)

@@ -6,6 +6,7 @@ not, Newton steps on the fixed point of the proximal step solve their equations 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
 from funcreg.graphs import Graphs, with_more
-from funcreg.inputs import RANDOM
+from funcreg.inputs import RANDOM, LinAlgError
 from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.quadratic import (
@@ -193,6 +194,12 @@ def _step(flat: Flat, tensors: Any, s: _State) -> _State:
     return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 
+def _shortened(s: _State) -> _State:
+    """The state after a step to where the loss fails, as `logdet` does at zeros: that of one that no member takes."""
+    rate = torch.where(s.done, s.rate, 2 * s.rate)
+    return s._replace(rate=rate, steps=torch.where(s.done, s.steps, s.steps + 1), done=s.done | is_lost(rate))
+
+
 def _newton(flat: Flat, tensors: Any, s: _State) -> _State:
     """A Newton step on the fixed point of the proximal step."""
 
@@ -306,15 +313,19 @@ def descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     then = 0 if eager else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
-            before = s.residual
-            s, steps, size = _jumped(flat, tensors, s, hessians, flat.max_steps - n, n > 0)
+            before, steps, size = s.residual, 0, 0
+            with contextlib.suppress(LinAlgError):  # The loss has no value there; shorter steps may lead on.
+                s, steps, size = _jumped(flat, tensors, s, hessians, flat.max_steps - n, n > 0)
             n = n + steps
             helped = bool((s.residual < before / 2).any())
             wait = _EVERY if helped else 2 * wait
             then = n if helped and eager else n + max(wait, size // 8)
             if then == n:
                 continue
-        s, n = _State(*proximal(tensors, s)), n + 1
+        try:
+            s, n = _State(*proximal(tensors, s)), n + 1
+        except LinAlgError:
+            s, n = _shortened(s), n + 1
     return s.x, s.residual, s.steps, s.residual <= flat.tol, s.rate, s.metric
 
 

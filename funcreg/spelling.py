@@ -18,6 +18,12 @@ _ELSEWHERE = {
     **dict.fromkeys(["tv", "smoothness"], "total_variation, or isotropic_total_variation of images"),
     **dict.fromkeys(["maxnormconstraint", "unitmaxnorm"], "max_norm"),
     **dict.fromkeys(["nonneg", "positive"], "nonnegative"),
+    **dict.fromkeys(["unitnorm", "normalizecolumns", "oblique"], "l2_sphere, with radius 1 and dim= of each vector"),
+    **dict.fromkeys(["clamp", "weightclip", "weightclipping", "clipweights"], "box"),
+    **dict.fromkeys(["lassonet"], "hierarchical"),
+    **dict.fromkeys(["groupsparsity", "grouplassopenalty"], "group_lasso"),
+    **dict.fromkeys(["orthogonalregularization", "softorthogonality"], "orthogonality, or stiefel, the constraint"),
+    **dict.fromkeys(["softupdate", "polyakupdate", "targetupdate", "emaupdate"], "incremental_update"),
     **dict.fromkeys(["weightdecay"], "half_l2, the penalty, or add_decayed_weights, the transform"),
     **dict.fromkeys(
         ["softthresholding", "softshrink", "proxl1", "proximall1"], "l1.prox, or soft_threshold in a chain"

@@ -69,7 +69,8 @@ def record(module: nn.Module, example_inputs: Any, training: bool = False) -> Re
     """
     args, kwargs = arguments(example_inputs)
     parameters = {name: _ref(w) for name, w in module.named_parameters()}
-    buffers = {name: _ref(x) for name, x in module.named_buffers()}
+    # Others, such as the sparse matrix of a graph, have no entries of channels.
+    buffers = {name: _ref(x) for name, x in module.named_buffers() if x.layout == torch.strided}
     modes = {layer: layer.training for layer in module.modules()}
     recorder = _Recorder()
     run = lambda: module(*args, **kwargs)

@@ -270,7 +270,7 @@ class Trial:
 
         Its own may hide what is wrong: a last layer that begins at zero, a scale of 1e-5, sixteen bits.
         """
-        if sum([w.nbytes for w in self._leaves.values()]) > _COPIED:
+        if sum([w.nbytes for w in self._leaves.values() if w.layout == torch.strided]) > _COPIED:
             return None
         drawn = {name: _drawn(self.module, name, w) for name, w in sorted(self._leaves.items())}
         return {name: widen(w) if w.is_floating_point() else w for name, w in drawn.items()}, widened(self._inputs)

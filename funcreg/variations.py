@@ -31,7 +31,7 @@ def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> I
         lengths: Sizes that inputs are to have, too.
     """
     leaves = [*module.parameters(), *module.buffers()]
-    bytes_read = sum([x.nbytes for x in leaves])
+    bytes_read = sum([x.nbytes for x in leaves if _is_dense(x)])
     large, runs = (
         bytes_read > _COPIED,
         max(_LEAST, min(_MOST, _READ // max(1, bytes_read), _LEAVES // max(1, len(leaves)))),
@@ -59,6 +59,11 @@ def _agreements(module: nn.Module, ways: Sequence[tuple[Exchange | None, Any]]) 
             yield agreement
 
 
+def _is_dense(x: Any) -> bool:
+    """Whether this is a tensor that can be cut: a sparse one, such as the matrix of a graph, stays as it is."""
+    return isinstance(x, Tensor) and x.layout == torch.strided
+
+
 def _widened(inputs: Any) -> Any:
     return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
@@ -78,7 +83,7 @@ def other_sizes(inputs: Any) -> Iterator[Any]:
     no larger.
     """
     given = arguments(inputs)
-    several = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    several = list(filter(_is_dense, tree_leaves(given)))
     for some in sizes_in(several):
         news = [(only, n, new) for only, n in some for new in (2 * n, (n + 1) // 2) if new != n]
         for only, n, new in sorted(news, key=lambda each: (each[1] > 1, each[2] < each[1])):
@@ -94,7 +99,7 @@ def inputs_like(inputs: Any, lengths: Sequence[int] = ()) -> Iterator[Any]:
     if any([isinstance(x, Tensor) and x.is_floating_point() for x in tree_leaves(inputs)]):
         yield tree_map(lambda x: 100 * x if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     yield tree_map(_drawn, inputs)
-    changes = list(_sizes([x for x in tree_leaves(inputs) if isinstance(x, Tensor)], lengths))
+    changes = list(_sizes(list(filter(_is_dense, tree_leaves(inputs))), lengths))
     for anew in (_drawn, lambda x: x):
         for change in changes:
             yield tree_map(lambda x, anew=anew, change=change: anew(change(x)), inputs)
@@ -135,7 +140,7 @@ def _sizes(several: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[Callab
 
 def with_size(x: Any, only: int | None, n: int, new: int) -> Any:
     """A tensor whose entries come again, or some of which are left out, along dimensions of a size."""
-    if isinstance(x, Tensor):
+    if _is_dense(x):
         for dim in [dim for dim, size in enumerate(x.shape) if size == n and only in (None, dim)]:
             x = torch.cat([x] * -(-new // n), dim).narrow(dim, 0, new)
     return x
@@ -143,7 +148,7 @@ def with_size(x: Any, only: int | None, n: int, new: int) -> Any:
 
 def _drawn(x: Any) -> Any:
     """Entries that are drawn from those of a tensor, so that an index is none that is larger."""
-    if not isinstance(x, Tensor) or not x.numel():
+    if not _is_dense(x) or not x.numel():
         return x
     places = torch.randint(x.numel(), x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return x.reshape(-1)[places]

@@ -44,7 +44,7 @@ def halve(module: nn.Module, families: Families, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     known = tensors(module)
     for name, x in known.items():
-        if x.is_floating_point() and "inv_freq" not in name:
+        if x.is_floating_point() and x.layout == torch.strided and "inv_freq" not in name:
             size = (4 / (x.numel() / len(x))) ** 0.5 if x.ndim > 1 else 0.2
             drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * size
             positive = "running" in name or (x.ndim == 1 and name.endswith("weight"))

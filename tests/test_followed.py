@@ -174,6 +174,23 @@ def sparse(run):
     )
 
 
+class Adjacency(nn.Module):
+    """Graph convolutions with a sparse matrix, from a buffer or among the inputs."""
+
+    def __init__(self, matrix=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x, matrix=None):
+        matrix = self.matrix if matrix is None else matrix
+        return self.last(matrix @ F.relu(self.first(matrix @ x)))
+
+
+def circle():
+    return torch.eye(7, dtype=torch.float64, device=DEVICE).roll(1, 0).to_sparse()
+
+
 def turned(net, y):
     places = F.affine_grid(torch.eye(2, 3).to(y).roll(1, 1).expand(len(y), -1, -1), y.shape, align_corners=False)
     return F.grid_sample(y, places, align_corners=False)
@@ -268,6 +285,8 @@ OPERATIONS = {
     "an embedding bag, max": (lambda: Bag("max"), lambda: (numbers(0, 3, 8, 2, 5), numbers(0, 2, 2)), 0.4),
     "torch.sparse.mm": (lambda: sparse(torch.sparse.mm), nodes, 0.3),
     "a product with a sparse matrix": (lambda: sparse(lambda a, y: a @ y), nodes, 0.3),
+    "a sparse matrix in a buffer": (lambda: Adjacency(circle()), nodes, 0.3),
+    "a sparse matrix among the inputs": (Adjacency, lambda: (*nodes(), circle()), 0.3),
     "a sum of products": (lambda: Matrix(lambda u, v: (u * v).sum(-1)), pairs, 0.4),
     "a sum of squares of differences": (lambda: Matrix(lambda u, v: (u - v).square().sum(-1).sqrt()), pairs, 0.4),
     "an inner product": (lambda: Matrix(lambda u, v: u @ v.T), pairs, 0.4),

@@ -415,6 +415,31 @@ def test_one_that_is_looked_up_in_state_has_not_begun():
     assert optimizer.state[model[0].weight]["steps"] == 1
 
 
+@every_way
+@pytest.mark.parametrize("which", [slice(0, 1), slice(None)], ids=["one", "all"])
+def test_states_that_are_emptied_begin_anew_as_those_of_torch(compile, which):
+    model, optimizer = made(compile, factory=fr.adam, lr=1e-2)
+    other = network()
+    theirs = torch.optim.Adam(other.parameters(), lr=1e-2)
+    for net, opt in ((model, optimizer), (other, theirs)):
+        trained(net, opt, 3)
+        for p in [*net.parameters()][which]:
+            opt.state[p] = {}
+        trained(net, opt, 3, 3)
+    assert_equal([*model.parameters()], [*other.parameters()], rtol=0, atol=1e-9)
+
+
+def test_an_entry_that_is_taken_out_of_a_state_is_named_and_nothing_is_changed():
+    model, optimizer = made()
+    trained(model, optimizer, 2)
+    del optimizer.state[model[0].weight]["direction.mu"]
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, 2)
+    with pytest.raises(ValueError, match=r"the state of parameter '0\.weight' has .*; expected .*direction\.mu"):
+        optimizer.step()
+    assert_equal([*model.parameters()], before, rtol=0, atol=0)
+
+
 # The habits of loops
 
 

@@ -7,9 +7,11 @@ import pytest
 import scipy.sparse
 import torch
 from cases import DEVICE, normal
+from sklearn.covariance import graphical_lasso
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
+from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import cross_entropy, huber_loss, mse_loss, softplus
 
@@ -544,3 +546,46 @@ def test_choices_among_thousands_of_entries_are_those_of_scikit_learn():
     scores = model.fit(x.cpu().numpy(), y.cpu().numpy()).mse_path_.T
     torch.testing.assert_close(2 * found.scores.cpu(), torch.as_tensor(scores), rtol=0, atol=1e-7)
     assert float(found.best) == pytest.approx(model.alpha_)
+
+
+# Losses without a value at zeros
+
+
+def gaussian(params, covariance):
+    return (covariance * params["p"]).sum() - 2 * torch.linalg.cholesky(params["p"]).diagonal().log().sum()
+
+
+def covariances() -> tuple[dict[str, Tensor], Tensor]:
+    """A precision matrix to begin with, and a covariance: the graphical lasso."""
+    x, _ = standard(load_diabetes)
+    return {"p": torch.eye(5, dtype=torch.float64, device=DEVICE)}, (x[:, :5].T @ x[:, :5] / len(x))
+
+
+def test_strengths_of_a_loss_without_a_value_at_zeros_are_solved_from_params_on():
+    begin, covariance = covariances()
+    path = fr.regularization_path(gaussian, begin, fr.l1, strengths=[0.02, 0.1], args=(covariance,))
+    assert path.converged.all()
+    for strength, p in zip(path.strengths, path.params["p"], strict=True):
+        slopes = grad(gaussian)({"p": p}, covariance)
+        assert fr.kkt_residual({"p": p}, slopes, fr.l1, strength=strength) < 1e-7
+        assert torch.linalg.eigvalsh(p).min() > 0
+
+
+def test_the_graphical_lasso_of_scikit_learn_whose_diagonal_carries_no_penalty():
+    begin, covariance = covariances()
+    off_diagonal = (1 - begin["p"]) * fr.l1
+    path = fr.regularization_path(gaussian, begin, off_diagonal, args=(covariance,), count=3, ratio=0.1)
+    assert path.converged.all()
+    expected = [graphical_lasso(covariance.cpu().numpy(), float(s), enet_tol=1e-8)[1] for s in path.strengths]
+    torch.testing.assert_close(path.params["p"].cpu(), torch.tensor(np.array(expected)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "of", [gaussian, lambda p, c: (c * p["p"]).sum() - torch.logdet(p["p"])], ids=["forward", "backward"]
+)
+def test_a_loss_without_a_value_where_a_solver_begins_is_told(of):
+    begin, covariance = covariances()
+    with pytest.raises(ValueError, match=r"not finite at zero.*strengths="):
+        fr.regularization_path(of, begin, fr.l1, args=(covariance,))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"the loss failed: .*no value at params"):
+        fr.minimize(of, fr.tree_zeros_like(begin), fr.l1, args=(covariance,))

@@ -441,6 +441,8 @@ def test_a_name_of_the_module_that_the_optimizer_was_not_given_is_told(frozen):
     said += " and which are frozen" if frozen else r"\."
     with pytest.raises(ValueError, match=said):
         fr.regularize(optimizer, fr.l1, module=net, mask=fr.select("0.weight"))
+    with pytest.raises(ValueError, match=r"write mask=False\. The module has 0\.weight"):
+        fr.regularize(optim.SGD([net[1].bias], 0.1), fr.l1, module=net, mask=fr.matrices)
     with pytest.raises(ValueError, match=r"is not in module, .* a part of a module the whole, and a mask such as sel"):
         fr.regularize(optim.SGD(net.parameters(), 0.1), fr.l1, module=net[0])
 

@@ -333,7 +333,7 @@ def group_l_half(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tenso
 
 def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     group_dims(w, dim)  # Which raises an error for dimensions that the leaf does not have.
-    return 0 * w
+    return 0 * sign(w)  # NaN goes through the sign, and infinity is no NaN.
 
 
 def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -352,7 +352,8 @@ def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weig
 
 
 def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    return torch.where(group_norms(w, group_dims(w, dim)) == 0, torch.zeros_like(g), g)
+    slopes = g + _group_l0_gradient(w, dim=dim)
+    return torch.where(group_norms(w, group_dims(w, dim)) == 0, torch.zeros_like(g), slopes)
 
 
 @penalty(

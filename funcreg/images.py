@@ -15,7 +15,7 @@ from funcreg.cones import back, backs, by_parts, dot, nearest, slope, slopes, tu
 from funcreg.leafwise import euclidean
 from funcreg.lifting import penalty
 from funcreg.penalties import group_dims
-from funcreg.singular_values import whole
+from funcreg.singular_values import forward_once, whole
 
 Dims: TypeAlias = int | tuple[int, ...] | None
 
@@ -147,6 +147,7 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        forward_once()
         return _turn(grad_inputs[0], *ctx.saved_tensors, ctx.ndim)
 
 

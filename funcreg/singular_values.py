@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.leafwise import squared, without_autocast
-from funcreg.undocumented import read_once
+from funcreg.undocumented import forward_depth, read_once
 
 #: From singular values and hyperparameters to as many numbers, or to one.
 Rule = Callable[..., Tensor]
@@ -52,6 +52,15 @@ def whole(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
+def forward_once() -> None:
+    """Raise an error inside of a forward derivative of a forward derivative, of which torch makes 0 here."""
+    if forward_depth() > 1:
+        raise NotImplementedError(
+            "what is computed with matrices has no forward derivative of a forward derivative, as jvp of jvp or "
+            "jacfwd(jacfwd(f)) take; expected one of them in reverse: torch.func.hessian(f), or jacfwd(jacrev(f))"
+        )
+
+
 class _Product(torch.autograd.Function):
     """The product of two matrices, whose derivatives `torch.autocast` leaves alone wherever they are taken."""
 
@@ -74,6 +83,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        forward_once()
         (da, db), (a, b) = grad_inputs, ctx.saved_tensors
         parts = [matmul(x, y) for x, y in ((da, b), (a, db)) if x is not None and y is not None]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
@@ -205,6 +215,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        forward_once()
         (_, d, _, _, _, _, *tangents), (_, parts, hyper) = grad_inputs, _kept(ctx)
         finite, u, s, vh = parts
         moved = matmul(u * _push_hyper(ctx.rule, s, hyper, tangents), vh)
@@ -239,6 +250,7 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        forward_once()
         (_, _, d, _, _, _, _, *tangents), (w, parts, hyper) = grad_inputs, _kept(ctx)
         moved = _push_hyper(ctx.rule, parts[2], hyper, tangents)
         if d is None:
@@ -269,6 +281,7 @@ class _Values(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        forward_once()
         (d, *_), (_, (_, u, s, vh), _) = grad_inputs, _kept(ctx)
         along = matmul(matmul(u.mH, d), vh.mH).diagonal(dim1=-2, dim2=-1)
         return (along.real if along.is_complex() else along).to(s.dtype)

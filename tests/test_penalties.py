@@ -440,6 +440,7 @@ def test_nan_goes_through(case):
     assert case.value(params).isnan()
     assert case.grad(params)["head"].weight[1, 1].isnan()
     assert case.prox(params, 0.5)["head"].weight[1, 1].isnan()
+    assert case.penalty.residual(params, draw(1), *case.hyper, **case.options)["head"].weight[1, 1].isnan()
     if case.metric:
         ones = fr.tree_map(torch.ones_like, params)
         assert case.prox(params, 0.5, metric=ones)["head"].weight[1, 1].isnan()

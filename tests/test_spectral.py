@@ -54,6 +54,25 @@ def test_derivatives_are_those_of_small_differences(f, shape):
     torch.testing.assert_close(vmap(jacrev(f))(batch)[0], jacobian, rtol=1e-11, atol=1e-12)
 
 
+FORWARD_TWICE = {
+    **{name: lambda w, f=f: f(w).square().sum() for name, f in SPECTRAL.items()},
+    "value": fr.nuclear,
+    "orthogonality": fr.orthogonality,
+    "images": lambda w: fr.isotropic_total_variation.prox(w, 0.1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("f", FORWARD_TWICE.values(), ids=FORWARD_TWICE)
+def test_forward_derivatives_of_each_other_are_refused_and_others_right(f):
+    w, u, v = (random(3, 2, seed=seed) for seed in range(3))
+    along = lambda w: jvp(f, (w,), (u,))[1]
+    change = (along(w + 1e-5 * v) - along(w - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close((grad(along)(w) * v).sum(), change, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((jvp(grad(f), (w,), (v,))[1] * u).sum(), change, rtol=1e-5, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="expected one of them in reverse"):
+        jvp(along, (w,), (v,))
+
+
 @every_map
 def test_pull_backs_are_differentiated_in_what_they_pull_and_after_the_call_that_made_them(f):
     w, d = random(3, 4), random(3, 4, seed=1)

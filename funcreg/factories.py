@@ -12,6 +12,7 @@ from funcreg.construction import written
 from funcreg.hyperparams import Injected
 from funcreg.masks import listed
 from funcreg.transform import Transform
+from funcreg.wording import type_of
 
 #: Options of torch's optimizers, and what stands for them here.
 _HABITS = {
@@ -35,7 +36,7 @@ def hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
     """The parameters of a factory, by what they are called in groups; or an error for those it does not take."""
     if not callable(factory) or isinstance(factory, Transform):
         is_shown = isinstance(factory, (Transform, str, int, float, type(None)))
-        came = written(factory) if is_shown else f"a {type(factory).__name__}"
+        came = written(factory) if is_shown else type_of(factory)
         raise TypeError(
             f"factory is {came}; expected a function from the values of a group to a Transform, fr.adamw itself or "
             "lambda lr: fr.adamw(lr), whose values follow by name, as in Optimizer(params, fr.adamw, lr=1e-3)"

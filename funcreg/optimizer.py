@@ -31,6 +31,7 @@ from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import restored, tree_leaves, tree_map
+from funcreg.wording import type_of
 
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
@@ -226,7 +227,7 @@ class Optimizer(torch.optim.Optimizer):
         except (TypeError, ValueError) as error:
             raise type(error)(f"param group {index}: {error}") from error
         if not isinstance(made, Transform):
-            came = "None; lacks it a return?" if made is None else f"a {type(made).__name__}."
+            came = "None; lacks it a return?" if made is None else f"{type_of(made)}."
             raise TypeError(f"the factory returned {came} Expected a Transform, as in lambda lr: fr.adamw(lr)")
         if made.examples:
             raise TypeError(
@@ -279,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: A chain needs an extra argument that did not come, or none takes one that came.
         """
         if closure is not None and not callable(closure):
-            raise TypeError(f"closure is a {type(closure).__name__}; expected a function. A loss goes as value=loss")
+            raise TypeError(f"closure is {type_of(closure)}; expected a function. A loss goes as value=loss")
         extra = self._wanted_of(extra)
         loss = None
         if closure is not None:

@@ -30,6 +30,7 @@ from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty, check_strength, projects
 from funcreg.remarks import has_numbers
 from funcreg.transform import Transform, check_selection, flags, positive
+from funcreg.wording import type_of
 
 #: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
 _LOOKS, _AGAIN = (1, 10, 30, 100), 1000
@@ -177,7 +178,7 @@ def _described(optimizer: Any) -> str:
     if isinstance(optimizer, (Transform, str)):
         return repr(optimizer)
     library = type(optimizer).__module__.partition(".")[0]
-    return f"a {type(optimizer).__name__}" + (f" of {library}" if library not in ("builtins", "torch") else "")
+    return type_of(optimizer) + (f" of {library}" if library not in ("builtins", "torch") else "")
 
 
 class Regularization(FollowedSteps):

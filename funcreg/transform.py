@@ -21,6 +21,7 @@ from funcreg.ranges import check_range, flags, number, scalars
 from funcreg.schedules import KnownSchedule
 from funcreg.tree import broadcast, dotted, flatten, map_with_path, tree_leaves, tree_paths
 from funcreg.undocumented import dynamo_asks, is_compiling, is_transformed
+from funcreg.wording import type_of
 
 T = TypeVar("T")
 #: From parameters to one bool a leaf.
@@ -195,7 +196,7 @@ class Transform(Remembering):
         _watch_history(params, state)
         made = self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
         if not isinstance(made, tuple) or len(made) != 2:
-            raise TypeError(f"update of {self!r} returned a {type(made).__name__}; expected a pair, (updates, state)")
+            raise TypeError(f"update of {self!r} returned {type_of(made)}; expected a pair, (updates, state)")
         return made
 
 
@@ -581,7 +582,7 @@ def check_no_torchs(name: str, make: Any) -> None:
 
 
 def _described(tx: Any, what: str) -> str:
-    came = f"a {type(tx).__name__}; expected a Transform."
+    came = f"{type_of(tx)}; expected a Transform."
     if isinstance(tx, (list, tuple)):
         if what == "chain" and len(tx) == 2 and isinstance(tx[0], str):
             return f"{came} Transforms with names go to named_chain."

@@ -14,6 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
+from funcreg.wording import type_of
+
 Path = tuple[Any, ...]
 
 
@@ -312,7 +314,7 @@ def kind_of(node: Any) -> str:
     if node is None or isinstance(node, (bool, int, float, str, bytes)):
         return f"{node!r}"
     kind = type(node)
-    return f"a {kind.__module__}.{kind.__name__}" if kind.__module__ == "numpy" else f"a {kind.__name__}"
+    return f"a numpy.{kind.__name__}" if kind.__module__ == "numpy" else type_of(node)
 
 
 def dotted(path: Path) -> str:

@@ -35,6 +35,7 @@ from funcreg.settling import Problem, Settled, decide, lengths, settle
 from funcreg.stored import Stored, is_count, unknown_counts
 from funcreg.variations import other_runs, other_sizes
 from funcreg.widths import CONVOLUTIONS, Rule
+from funcreg.wording import with_article
 
 #: Functions in the order in which they were called, and the numbers that they were given.
 _Computed: TypeAlias = list[tuple[str, tuple[float, ...]]]
@@ -614,7 +615,7 @@ def _drawn(module: nn.Module, name: str, w: Tensor) -> Tensor:
 
 def _named(module: nn.Module, path: str) -> str:
     kind = type(module.get_submodule(path)).__name__
-    return f"{path!r}, a {kind}," if path else f"{kind}, the network itself,"
+    return f"{path!r}, {with_article(kind)}," if path else f"{kind}, the network itself,"
 
 
 def _stores(module: nn.Module, several: Sequence[Stored]) -> str:

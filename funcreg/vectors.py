@@ -21,6 +21,7 @@ from funcreg.penalty import Penalty, Sum
 from funcreg.tree import flatten, leaf_paths, tree_leaves
 from funcreg.undocumented import has_tangents, is_batched
 
+from funcreg.wording import type_of
 
 @dataclass(frozen=True)
 class Flat:
@@ -164,7 +165,7 @@ def flat_problem(
         def read(x: Tensor, tensors: Any) -> Tensor:
             value = loss(cast(unpacked(x)), *filled(tensors)[3])
             if not isinstance(value, Tensor) or value.ndim:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type_of(value)
                 raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
             return value.to(dtype)
 

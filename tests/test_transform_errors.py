@@ -338,7 +338,7 @@ CALLS = {
     ),
     "a function that makes a transform": (lambda: fr.chain(fr.scale_by_adam), "of chain is a function.* Is it called"),
     "a function of updates": (lambda: fr.chain(lambda u, p: u), "through stateless"),
-    "an optimizer of torch": (lambda: fr.chain(Wrong.optimizer), "of chain is a SGD; .*An optimizer of torch"),
+    "an optimizer of torch": (lambda: fr.chain(Wrong.optimizer), "of chain is an SGD; .*An optimizer of torch"),
     "pairs in a chain": (lambda: fr.chain(("a", fr.identity())), "go to named_chain"),
     "transforms without names": (
         lambda: fr.named_chain(fr.identity()),

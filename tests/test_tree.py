@@ -129,7 +129,7 @@ _W = torch.ones(2)
         (list(_NET.named_parameters()), r"params '0.0' is '0.weight'; .*dict\(module.named_parameters\(\)\)"),
         (_NET.state_dict(), r"params '1.num_batches_tracked' is .*is it a buffer.*dict\(module.named_parameters\(\)\)"),
         (Weights(_W), r"params is a Weights; .*make a dict of it, vars\(...\)"),
-        (Output(a=_W), r"params is a Output; .*make a dict of it, dict\(...\)"),
+        (Output(a=_W), r"params is an Output; .*make a dict of it, dict\(...\)"),
         (types.MappingProxyType({"a": _W}), r"params is a mappingproxy; .*make a dict of it, dict\(...\)"),
         (UserDict(a=_W), r"params is a UserDict; .*make a dict of it, dict\(...\)"),
         ({"a": _W}.values(), "params is a dict_values; .*make a list or a dict of it"),

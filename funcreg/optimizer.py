@@ -24,7 +24,7 @@ from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.masks import listed
-from funcreg.mistakes import climbs
+from funcreg.mistakes import uphill
 from funcreg.notices import warn_user
 from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
@@ -191,8 +191,8 @@ class Optimizer(torch.optim.Optimizer):
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
         readable = self._called(index, values.readable())
         made = values.made(lambda tree: self._called(index, tree))
-        if climbs(readable):
-            self._say_climbs(index, readable)
+        if climbs := uphill(readable, f"param group {index}: the factory makes"):
+            self._say_climbs(climbs)
         elif unread := values.unread(made):
             self._say_unread(index, readable, unread)
         self._values[index:] = [values, *self._values[index + 1 :]]
@@ -201,14 +201,11 @@ class Optimizer(torch.optim.Optimizer):
         self._steps.clear()
         self._wanted.clear()
 
-    def _say_climbs(self, index: int, made: Transform) -> None:
+    def _say_climbs(self, message: str) -> None:
         """Warn, once, that steps go uphill."""
         if not self._said_climbs:
             self._said_climbs = True
-            warn_user(
-                f"param group {index}: {made!r} has no learning rate that turns the sign, so that steps of this "
-                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
-            )
+            warn_user(message)
 
     def _say_unread(self, index: int, made: Transform, names: list[str]) -> None:
         """Warn, once, of values that do not reach the chain."""

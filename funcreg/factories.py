@@ -70,6 +70,8 @@ def hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
             names.setdefault(name, name)
             continue
         reason = _HABITS.get(name, "Add it to the parameters of the factory, if a transform is to see it.")
+        if name == names.get("lr"):
+            reason = "Its learning_rate is called lr here, as in torch."
         raise TypeError(f"the factory does not take {name}; it takes {listed(names) or 'nothing'}. {reason}")
     if reserved := [name for name in names if name in ("params", "param_names")]:
         raise TypeError(f"a parameter of the factory is called {reserved[0]}, as the parameters of a group are")

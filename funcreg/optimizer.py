@@ -26,7 +26,7 @@ from funcreg.group_values import GroupValues
 from funcreg.masks import listed
 from funcreg.mistakes import uphill
 from funcreg.notices import warn_user
-from funcreg.optimizer_state import Part, Parts, filled, hidden_from_torch, show_to_torch
+from funcreg.optimizer_state import Part, Parts, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
@@ -338,7 +338,7 @@ class Optimizer(torch.optim.Optimizer):
         asks = (closure is not None or "value_fn" in extra) and any([searches(tx) for tx in self._chains])
         step = Eager(beside([self._chains[part.group] for part in parts])) if asks else self._step_of(parts)
         params = [part.tree(part.params) for part in parts]
-        grads = [part.tree(list(map(filled, part.params, grads))) for part, grads in found]
+        grads = [part.gradients(grads) for part, grads in found]
         states = [restored(part.spec, part.leaves(self.state)) for part in parts]
         kept = [x for part, grads in found for x in part.kept(self.state, grads)]
         before = [x.clone() for x in kept]

@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -15,7 +15,7 @@ from funcreg.checks import check_alike, check_params, filled
 from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
 from funcreg.leafwise import increment, scalar_device, without_autocast
-from funcreg.masks import check_mask, hidden, listed, mask_leaves
+from funcreg.masks import check_mask, hidden, kept_by, listed
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number, scalars
 from funcreg.schedules import KnownSchedule
@@ -456,10 +456,9 @@ def _value(leaf: Any, steps: Tensor | int | None) -> Any:
 
 def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
     """Raise an error, before the first update, for a mask or a tree of hyperparameters that does not fit."""
-    if mask is not None:
-        mask_leaves(mask, params)
+    chosen = kept_by(mask, params)
     for value in hyper:
-        broadcast(value, params, "a hyperparameter")
+        broadcast(value, chosen, "a hyperparameter")
 
 
 def scheduled(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from funcreg.wording import type_of, with_article
+
 #: What a network computes with in place of a parameter or buffer, by its name.
 Exchange: TypeAlias = Callable[[str, Tensor], Tensor]
 
@@ -52,7 +54,7 @@ class Failure(NamedTuple):
     error: str
 
     def __str__(self) -> str:
-        where = f"'{self.path}', a {self.kind}" if self.path else "its own forward"
+        where = f"'{self.path}', {with_article(self.kind)}" if self.path else "its own forward"
         return f"in {where}: {self.error}"
 
 
@@ -147,7 +149,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(inputs)
     if not isinstance(inputs, (tuple, list)):
         raise TypeError(
-            f"example_inputs is a {type(inputs).__name__}; expected a tuple of the arguments of the module, or a dict "
+            f"example_inputs is {type_of(inputs)}; expected a tuple of the arguments of the module, or a dict "
             "of its keyword arguments"
         )
     if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):

@@ -18,6 +18,7 @@ from funcreg.leafwise import compute, compute_wide, global_norm, reduce_leaves, 
 from funcreg.ranges import check_numbers, concrete, flags, ordered
 from funcreg.transform import dtypes
 from funcreg.tree import dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
+from funcreg.wording import type_of
 
 
 def _combined(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:
@@ -357,7 +358,7 @@ def tree_cast(tree: Params, dtype: torch.dtype | None) -> Params:
     def cast(path: Any, x: Any) -> Any:
         if not isinstance(x, Tensor):
             name = f"'{dotted(path)}'" if path else "the tree"
-            raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor. torch.as_tensor(...) makes one of it.")
+            raise TypeError(f"{name} is {type_of(x)}; expected a tensor. torch.as_tensor(...) makes one of it.")
         return x.to(pair) if x.is_complex() else x.to(dtype) if x.is_floating_point() else x
 
     return map_with_path(cast, tree)

@@ -32,6 +32,7 @@ from funcreg.transform import (
     warn,
 )
 from funcreg.tree import tree_leaves, tree_map
+from funcreg.wording import type_of
 from funcreg.wrappers import Named, check_period
 
 # Fast and slow weights
@@ -306,7 +307,7 @@ def schedule_free_eval_params(state: ScheduleFreeState, params: Params) -> Param
     """
     if not isinstance(state, ScheduleFreeState):
         raise ValueError(
-            f"state is a {type(state).__name__}; expected the ScheduleFreeState of schedule_free. In the state of a "
+            f"state is {type_of(state)}; expected the ScheduleFreeState of schedule_free. In the state of a "
             "chain it stands at the place of that link, as in state[1]."
         )
     if state.b1.ndim:

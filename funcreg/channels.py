@@ -26,6 +26,7 @@ from funcreg.steadiness import unsteady
 from funcreg.tracing import record
 from funcreg.trying import Trial
 from funcreg.widths import Heads, Rule, heads_before, packs_unequally
+from funcreg.wording import type_of
 from funcreg.wrapping import inner_module, without_wrappers
 
 
@@ -117,7 +118,7 @@ def channel_groups(
         Fang, Ma, Song, Mi & Wang, *DepGraph: towards any structural pruning*, 2023.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential, or any torch.nn.Module")
+        raise TypeError(f"module is {type_of(module)}; expected torch.nn.Sequential, or any torch.nn.Module")
     if isinstance(example_inputs, str):  # The name of the part, where the inputs stand now.
         example_inputs, prefix = None, example_inputs
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 from funcreg.masks import listed
 from funcreg.ranges import flags
 from funcreg.tree import restored, structure, tree_paths, tree_types
+from funcreg.wording import type_of
 
 #: The format of the dict. A change that older readers cannot read gets another number.
 VERSION = 1
@@ -80,8 +81,7 @@ def from_state_dict(template: Any, flat: Mapping[str, Any], strict: bool = True)
     """
     if not isinstance(flat, Mapping):
         raise TypeError(
-            f"flat is a {type(flat).__name__}; expected a dict of tensors that to_state_dict made, as torch.load "
-            "returns it"
+            f"flat is {type_of(flat)}; expected a dict of tensors that to_state_dict made, as torch.load returns it"
         )
     flags(strict=strict)
     leaves, spec = structure(template)
@@ -125,7 +125,7 @@ def _tensor(name: str, leaf: Any) -> Tensor:
         return torch.tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None, device="cpu")
     if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
         return leaf
-    came = f"a tensor of layout {leaf.layout}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+    came = f"a tensor of layout {leaf.layout}" if isinstance(leaf, Tensor) else type_of(leaf)
     raise TypeError(
         f"'{name}' is {came}; expected a dense tensor or a number. The parameters of a module are "
         "dict(module.named_parameters()); what is no tensor is saved beside the dict."
@@ -192,7 +192,7 @@ def _check_names(known: list[str], flat: Mapping[str, Any], strict: bool) -> Non
 
 def _check_fits(name: str, leaf: Tensor, found: Any, strict: bool) -> None:
     if not isinstance(found, Tensor):
-        raise TypeError(f"'{name}' is a {type(found).__name__}; expected a tensor")
+        raise TypeError(f"'{name}' is {type_of(found)}; expected a tensor")
     if found.is_meta or found.layout is not leaf.layout:
         came = "on the meta device, without numbers" if found.is_meta else f"of layout {found.layout}"
         raise ValueError(f"'{name}' is {came}; expected a tensor like that of the template, {leaf.layout}")

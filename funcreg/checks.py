@@ -77,13 +77,18 @@ def _leaf_hint(leaf: Any) -> str:
     return _REMEDY
 
 
-def _check_numbers(name: str, leaf: Tensor, cause: str, remedy: str) -> None:
-    """Raise a TypeError if a tensor has no arithmetic: integers, eight-bit floats, sparse layouts."""
+def check_dense(name: str, leaf: Tensor) -> None:
+    """Raise a TypeError for a tensor of another layout."""
     if leaf.layout is not torch.strided:
         raise TypeError(
             f"{name} has the layout {leaf.layout}; expected a dense tensor. Call to_dense() on it; an embedding gives "
             "dense gradients with sparse=False."
         )
+
+
+def _check_numbers(name: str, leaf: Tensor, cause: str, remedy: str) -> None:
+    """Raise a TypeError if a tensor has no arithmetic: integers, eight-bit floats, sparse layouts."""
+    check_dense(name, leaf)
     if leaf.dtype in _NUMBERS:
         return
     if leaf.is_floating_point() or leaf.is_complex():

@@ -32,6 +32,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
+from funcreg.wording import type_of
 
 
 @remembered
@@ -191,8 +192,8 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
     """
     for i, pair in enumerate(transforms):
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            came = "Transform" if isinstance(pair, Transform) else type(pair).__name__
-            raise TypeError(f"argument {i} of named_chain is a {came}; expected a pair of a name and a Transform")
+            came = "a Transform" if isinstance(pair, Transform) else type_of(pair)
+            raise TypeError(f"argument {i} of named_chain is {came}; expected a pair of a name and a Transform")
     names = [name for name, _ in transforms]
     for name in names:
         if names.count(name) > 1:
@@ -484,7 +485,7 @@ def _check_labelled(transforms: Any) -> None:
     """Raise an error for what is no dict from label to transform."""
     if not isinstance(transforms, Mapping):
         raise TypeError(
-            f"partition got transforms as a {type(transforms).__name__}; expected a dict from label to transform, such "
+            f"partition got transforms as {type_of(transforms)}; expected a dict from label to transform, such "
             "as {'slow': sgd(0.01), 'fast': sgd(0.1)}"
         )
     if not transforms:

@@ -13,7 +13,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.construction import written
 from funcreg.leafwise import compute, compute_wide, product, total
-from funcreg.masks import Selection, keep, mask_leaves
+from funcreg.masks import Selection, kept_by, mask_leaves
 from funcreg.ranges import concrete, flags
 from funcreg.tree import broadcast, flatten, tree_leaves, tree_map
 
@@ -86,24 +86,24 @@ class Term(NamedTuple):
     def value(self, params: Params) -> Tensor:
         if not self.factors:
             return self.penalty(params, *self.hyper, mask=self.mask, **dict(self.options))
-        weights = product(params, *self.factors)
+        weights = product(self.chosen(params), *self.factors)
         return self.penalty.weighted_value(params, weights, *self.hyper, mask=self.mask, **dict(self.options))
 
     def grad(self, params: Params) -> Params:
         if not self.factors:
             return self.penalty.grad(params, *self.hyper, mask=self.mask, **dict(self.options))
-        weights = product(params, *self.factors)
+        weights = product(self.chosen(params), *self.factors)
         return self.penalty.weighted_grad(params, weights, *self.hyper, mask=self.mask, **dict(self.options))
 
     def prox(self, params: Params, step: Hyper, metric: Params | None) -> Params:
-        step = product(params, step, *self.factors)
+        step = product(self.chosen(params), step, *self.factors)
         return self.penalty.prox(params, step, *self.hyper, metric=metric, mask=self.mask, **dict(self.options))
 
     def in_metric(self, params: Params) -> bool:
         return self.penalty.in_metric(params, *self.hyper, mask=self.mask, **dict(self.options))
 
     def residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
-        strength = product(params, strength, *self.factors)
+        strength = product(self.chosen(params), strength, *self.factors)
         return self.penalty.residual(
             params, grads, *self.hyper, strength=strength, mask=self.mask, **dict(self.options)
         )
@@ -114,8 +114,8 @@ class Term(NamedTuple):
 
     def check(self, params: Params) -> None:
         """Raise an error, which says where, if the factors are no weights of the terms of the penalty."""
-        chosen = params if self.mask is None else keep(params, self.places(params))
-        self.penalty.weigh(chosen, product(params, *self.factors), *self.hyper, **dict(self.options))
+        chosen = self.chosen(params)
+        self.penalty.weigh(chosen, product(chosen, *self.factors), *self.hyper, **dict(self.options))
 
     def parts(self) -> list[Term]:
         """The terms of this term, none of them itself a sum."""
@@ -129,8 +129,16 @@ class Term(NamedTuple):
 
     def curvature(self, params: Params) -> Hyper:
         """The second derivative, 0 at leaves that the mask leaves out."""
-        bend = product(params, self.penalty.structure.curvature(*self.hyper, **dict(self.options)), *self.factors)
-        return bend if self.mask is None else product(params, bend, flatten(params)[1](map(float, self.places(params))))
+        own, chosen = self.penalty.structure.curvature(*self.hyper, **dict(self.options)), self.chosen(params)
+        bend = product(chosen, own, *self.factors)
+        if self.mask is None:
+            return bend
+        found = iter(broadcast(bend, chosen, "a hyperparameter"))
+        return flatten(params)[1]([next(found) if acts else 0.0 for acts in self.places(params)])
+
+    def chosen(self, params: Params) -> Params:
+        """The leaves on which this term acts."""
+        return kept_by(self.mask, params)
 
     def places(self, params: Params) -> list[bool]:
         """On which leaves this term acts."""

@@ -29,10 +29,10 @@ class Elastic(NamedTuple):
     rho: Scalar  # Share of the l1 term.
 
 
-def _samples(n_samples: int) -> None:
-    """Raise an error unless this is a number of samples."""
-    if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Integral):
-        raise TypeError(f"n_samples is {n_samples!r}; expected a whole number, len(x)")
+def _samples(n_samples: float) -> None:
+    """Raise an error unless this may be a number of samples, or the sum of their weights."""
+    if isinstance(n_samples, bool) or not isinstance(n_samples, numbers.Real):
+        raise TypeError(f"n_samples is {n_samples!r}; expected a number, len(x), or sum(sample_weight)")
     positive(n_samples=n_samples)
 
 
@@ -87,14 +87,14 @@ def elastic_from_sklearn(alpha: Scalar, l1_ratio: Scalar = 1.0) -> Elastic:
     return Elastic(alpha, l1_ratio)
 
 
-def elastic_from_sklearn_ridge(alpha: Scalar, n_samples: int) -> Elastic:
+def elastic_from_sklearn_ridge(alpha: Scalar, n_samples: float) -> Elastic:
     r"""From `sklearn.linear_model.Ridge`, whose :math:`\|y - X w\|^2 + \alpha \|w\|^2` is not divided by the samples.
 
     The loss that goes with the result is :math:`\frac{1}{2 n} \|y - X w\|^2`.
 
     Args:
         alpha: Strength.
-        n_samples: Number of samples :math:`n`.
+        n_samples: Number of samples :math:`n`; with `sample_weight` the sum of the weights.
 
     Example:
         >>> elastic_from_sklearn_ridge(alpha=2.0, n_samples=100)
@@ -106,14 +106,14 @@ def elastic_from_sklearn_ridge(alpha: Scalar, n_samples: int) -> Elastic:
     return Elastic(alpha / n_samples, 0.0)
 
 
-def elastic_from_sklearn_logistic(C: Scalar, n_samples: int, l1_ratio: Scalar = 0.0) -> Elastic:
+def elastic_from_sklearn_logistic(C: Scalar, n_samples: float, l1_ratio: Scalar = 0.0) -> Elastic:
     r"""From `sklearn.linear_model.LogisticRegression`, whose :math:`C` multiplies the sum of the losses.
 
     The loss that goes with the result is the mean cross entropy; the intercept carries no penalty.
 
     Args:
         C: Inverse strength, above 0.
-        n_samples: Number of samples :math:`n`.
+        n_samples: Number of samples :math:`n`; with `sample_weight` the sum of the weights.
         l1_ratio: Share of the :math:`\ell_1` term, from 0 to 1.
 
     Example:

@@ -36,6 +36,7 @@ from funcreg.removal import count_alive
 from funcreg.sharding import like, whole
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
+from funcreg.wording import type_of
 
 #: For each family its number, and what a rule of rows takes: leaves, and what is like them, as matrices, and options.
 Matrices: TypeAlias = Iterable[tuple[int, list[Tensor], dict[str, Any]]]
@@ -382,7 +383,7 @@ def _shared(hyper: Sequence[Hyper]) -> None:
     for value in hyper:
         if not isinstance(value, (int, float, Tensor)):
             raise ValueError(
-                f"a step, strength or hyperparameter is a {type(value).__name__}; expected a number or a tensor, "
+                f"a step, strength or hyperparameter is {type_of(value)}; expected a number or a tensor, "
                 "because the leaves of a group share it. Strengths for families or groups are weights=."
             )
 
@@ -414,10 +415,10 @@ _PIXELWISE = {
 def sequence_groups(module: nn.Module, prefix: str, layers: Sequence[str] | None) -> list[Family]:
     """The channels of a network of layers in sequence, one family for each layer but the last; see `channel_groups`."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected torch.nn.Sequential")
+        raise TypeError(f"module is {type_of(module)}; expected torch.nn.Sequential")
     if type(module).forward is not nn.Sequential.forward:
         raise ValueError(
-            f"channel_groups got a {type(module).__name__}; expected torch.nn.Sequential, because without example "
+            f"channel_groups got {type_of(module)}; expected torch.nn.Sequential, because without example "
             "inputs channels are followed through layers in sequence, not through a forward of its own. Give it the "
             "inputs, as in channel_groups(net, (x,)), or the parts that are sequences, as in "
             'channel_groups(net.features, prefix="features").'
@@ -442,7 +443,7 @@ def sequence_groups(module: nn.Module, prefix: str, layers: Sequence[str] | None
         return width // channels
 
     for name, layer in layers_in_sequence(module, prefix):
-        said = f"'{name}', a {type(layer).__name__}"
+        said = f"'{name}', {type_of(layer)}"
         if parameters := list(layer.parameters()):
             if id(layer) in seen:
                 raise refuse(said, "it is used twice")

@@ -225,18 +225,21 @@ def inner_optimizers(optimizer: Optimizer) -> list[str]:
 
     A class whose step is torch's own takes its steps itself, whatever else it holds.
     """
-    kind = type(optimizer)
-    known = next((base for base in kind.__mro__ if base in RULES or base in REFUSED), None)
-    if known is not None and inspect.unwrap(kind.step) is inspect.unwrap(known.step):
+    if steps_as_torch(type(optimizer)):
         return []
     params = lambda each: {id(w) for group in each.param_groups for w in group["params"]}
+    return [name for name, each in held_optimizers(optimizer) if params(each) & params(optimizer)]
+
+
+def held_optimizers(holder: Any) -> list[tuple[str, Optimizer]]:
+    """The optimizers that a wrapper holds, and in which attributes."""
     found = []
-    for name, held in vars(optimizer).items():
+    for name, held in vars(holder).items() if hasattr(holder, "__dict__") else ():
         several = isinstance(held, (list, tuple, dict))
         places = held.items() if isinstance(held, dict) else enumerate(held if several else [held])
         for place, each in places:
-            if isinstance(each, Optimizer) and each is not optimizer and params(each) & params(optimizer):
-                found.append(f"{name}[{place!r}]" if several else name)
+            if isinstance(each, Optimizer) and each is not holder:
+                found.append((f"{name}[{place!r}]" if several else name, each))
     return found
 
 

@@ -21,6 +21,7 @@ from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole, check_whole_module
 from funcreg.tree import flatten, tree_paths
+from funcreg.wording import type_of
 
 # Sparse layouts
 
@@ -262,7 +263,7 @@ def from_prune(module: nn.Module) -> Pruned:
     places = list(_parameters(_check_module("from_prune", module)))
     if not any([_is_pruned(layer, own) for _, layer, own, _ in places]):
         raise ValueError(
-            f"from_prune got a {type(module).__name__} of which nothing is pruned: no parameter has a buffer *_mask "
+            f"from_prune got {type_of(module)} of which nothing is pruned: no parameter has a buffer *_mask "
             f"beside it. The parameters are {listed(path for path, *_ in places)}. Was prune.remove called? Then they "
             "have their zeros already."
         )
@@ -284,7 +285,7 @@ def from_prune(module: nn.Module) -> Pruned:
 
 def _check_module(what: str, module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     check_whole_module(what, module)
     return module
 

@@ -18,6 +18,7 @@ from funcreg.ranges import number
 from funcreg.transform import Choice, Transform, check_no_torchs, everywhere
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
+from funcreg.wording import type_of
 
 
 @remembered
@@ -197,7 +198,7 @@ def stack(members: Iterable[Any]) -> Any:
         torch.Size([4, 2, 3])
     """
     if isinstance(members, (nn.Module, Tensor, dict, str)):
-        raise TypeError(f"stack got a {type(members).__name__}; expected a list of members. replicate repeats one.")
+        raise TypeError(f"stack got {type_of(members)}; expected a list of members. replicate repeats one.")
     trees = [_opened(member) for member in members]
     if not trees:
         raise ValueError("stack got no members; expected at least one")
@@ -212,7 +213,7 @@ def _check_column(name: str, column: list[Any]) -> None:
     first = column[0]
     for k, leaf in enumerate(column):
         if not isinstance(leaf, Tensor):
-            raise ValueError(f"member {k} has a {type(leaf).__name__} at '{name}'; expected a tensor")
+            raise ValueError(f"member {k} has {type_of(leaf)} at '{name}'; expected a tensor")
         if isinstance(leaf, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             raise ValueError(f"'{name}' of member {k} has no shape yet; call its module once before it is stacked")
         if leaf.shape != first.shape or leaf.dtype != first.dtype or leaf.device != first.device:
@@ -287,7 +288,7 @@ def init_ensemble(make: Callable[[], Any], seeds: int | Iterable[int]) -> Any:
     """
     if isinstance(make, nn.Module) or not callable(make):
         hint = " replicate stacks copies of one." if isinstance(make, nn.Module) else ""
-        raise TypeError(f"make is a {type(make).__name__}; expected a function that makes a module or a tree.{hint}")
+        raise TypeError(f"make is {type_of(make)}; expected a function that makes a module or a tree.{hint}")
     return stack([seeded(make, seed) for seed in whole_seeds(seeds)])
 
 

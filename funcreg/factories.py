@@ -12,6 +12,7 @@ from funcreg.construction import written
 from funcreg.hyperparams import Injected
 from funcreg.masks import listed
 from funcreg.transform import Transform
+from funcreg.wording import type_of
 
 #: Options of torch's optimizers, and what stands for them here.
 _HABITS = {
@@ -35,7 +36,7 @@ def hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
     """The parameters of a factory, by what they are called in groups; or an error for those it does not take."""
     if not callable(factory) or isinstance(factory, Transform):
         is_shown = isinstance(factory, (Transform, str, int, float, type(None)))
-        came = written(factory) if is_shown else f"a {type(factory).__name__}"
+        came = written(factory) if is_shown else type_of(factory)
         raise TypeError(
             f"factory is {came}; expected a function from the values of a group to a Transform, fr.adamw itself or "
             "lambda lr: fr.adamw(lr), whose values follow by name, as in Optimizer(params, fr.adamw, lr=1e-3)"
@@ -69,6 +70,8 @@ def hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
             names.setdefault(name, name)
             continue
         reason = _HABITS.get(name, "Add it to the parameters of the factory, if a transform is to see it.")
+        if name == names.get("lr"):
+            reason = "Its learning_rate is called lr here, as in torch."
         raise TypeError(f"the factory does not take {name}; it takes {listed(names) or 'nothing'}. {reason}")
     if reserved := [name for name in names if name in ("params", "param_names")]:
         raise TypeError(f"a parameter of the factory is called {reserved[0]}, as the parameters of a group are")

@@ -16,6 +16,7 @@ from funcreg.notices import warn_user
 from funcreg.ranges import check_range
 from funcreg.sharding import check_whole_module
 from funcreg.widths import CONVOLUTIONS, TRANSPOSED, is_conv1d
+from funcreg.wording import type_of
 
 
 class Factors(nn.Sequential):
@@ -86,7 +87,7 @@ def factorized(
         Jaderberg, Vedaldi & Zisserman, *Speeding up convolutional neural networks with low rank expansions*, 2014.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     check_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_whole_module("factorized", module)
     check_functions(module)
@@ -141,7 +142,7 @@ def _refused(module: nn.Module) -> dict[str, str]:
     for name, layer in module.named_modules():
         w = layer._parameters.get("weight")
         if type(layer) not in (nn.Linear, nn.Embedding, *CONVOLUTIONS) and not is_conv1d(layer):
-            reasons[name] = f"it is a {type(layer).__name__}; is it parametrized?"
+            reasons[name] = f"it is {type_of(layer)}; is it parametrized?"
         elif w is None:
             reasons[name] = "its weight is no parameter; is it parametrized or pruned?"
         elif shared[id(w)] > 1:

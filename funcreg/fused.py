@@ -33,6 +33,7 @@ from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
 from funcreg.transform import Transform, check_selection, is_scheduled, nonnegative
 from funcreg.tree import leaves_like, reader, restored, structure, tree_leaves, tree_map, tree_paths
+from funcreg.wording import type_of
 
 #: Structures of trees for which a step keeps a plan.
 _PLANS = 32
@@ -208,7 +209,7 @@ class FusedStep(_Planned):
         self, tx: Transform, donate: bool, backend: str | Callable[..., Any] = "inductor", loose: bool = False
     ) -> None:
         if not isinstance(tx, Transform):
-            raise TypeError(f"fuse got a {type(tx).__name__}; expected a Transform, as in fuse(adamw(1e-3))")
+            raise TypeError(f"fuse got {type_of(tx)}; expected a Transform, as in fuse(adamw(1e-3))")
         if tx.examples:
             raise TypeError(
                 f"fuse got {tx!r}, which takes gradients of single examples; a fused step takes gradients like the "
@@ -573,7 +574,7 @@ def _has_objects(extra: dict[str, Any]) -> bool:
     objects = [x for x in tree_leaves(extra) if not isinstance(x, (Tensor, int, float, complex, str, type(None)))]
     if objects:
         say_once(
-            f"fuse runs this chain without a compiler: an extra argument is a {type(objects[0]).__name__}, which may "
+            f"fuse runs this chain without a compiler: an extra argument is {type_of(objects[0])}, which may "
             "change from step to step. What is a tensor or a number is compiled."
         )
     return bool(objects)

@@ -7,7 +7,7 @@ from typing import Any
 
 from funcreg.construction import remembered
 from funcreg.fused import FusedStep
-from funcreg.mistakes import climbs
+from funcreg.mistakes import uphill
 from funcreg.notices import warn_user
 from funcreg.transform import Transform
 
@@ -42,9 +42,6 @@ def fuse(tx: Transform, donate: bool = False, *, backend: str | Callable[..., An
         {'weight': tensor([0.7000, 0.0000])}
     """
     made = FusedStep(tx, donate, backend)
-    if climbs(tx):
-        warn_user(
-            f"fuse got {tx!r}, in which nothing turns the sign of the gradient, so that steps go uphill. End it with "
-            "scale_by_learning_rate(lr)."
-        )
+    if climbs := uphill(tx, "fuse got"):
+        warn_user(climbs)
     return made

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg.construction import written
 from funcreg.ranges import check_range, number
+from funcreg.wording import type_of
 
 Config = dict[str, Any]
 #: What is written into the rows beside the hyperparameters.
@@ -50,7 +51,7 @@ def configurations(grid: Any, draws: int | None, seed: int) -> list[Config]:
         return [dict(zip(axes, row, strict=True)) for row in itertools.product(*axes.values())]
     if isinstance(grid, (str, Tensor)) or not isinstance(grid, Iterable):
         raise TypeError(
-            f"grid is a {type(grid).__name__}; expected a dict from the names of hyperparameters to their values, or a "
+            f"grid is {type_of(grid)}; expected a dict from the names of hyperparameters to their values, or a "
             "list of dicts with one value each"
         )
     if draws is not None:

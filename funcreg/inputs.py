@@ -14,6 +14,7 @@ from funcreg._typing import Params
 from funcreg.masks import listed
 from funcreg.tree import dotted, leaf_paths, map_with_path, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_batched, is_transformed
+from funcreg.wording import type_of
 
 #: What torch raises of matrices that are singular or not positive definite.
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]  # It is documented, but not listed.
@@ -77,7 +78,7 @@ def _tensor(x: Any, name: str, params: Params) -> Any:
         if not array.shape:
             return x  # A text or a date, which a loss may take for an option.
         raise TypeError(
-            f"{name} is a {type(x).__name__} of {array.dtype}; expected numbers. Encode texts, dates and categories, "
+            f"{name} is {type_of(x)} of {array.dtype}; expected numbers. Encode texts, dates and categories, "
             "and fill in what is missing, first."
         )
     # Torch warns of arrays that it may not write into, and refuses those that are stored backwards.
@@ -85,7 +86,7 @@ def _tensor(x: Any, name: str, params: Params) -> Any:
     try:
         return _beside(torch.as_tensor(array if borrowed else array.astype(array.dtype.newbyteorder("="))), params)
     except TypeError as error:
-        raise TypeError(f"{name} is a {type(x).__name__} of {array.dtype}, which torch does not have") from error
+        raise TypeError(f"{name} is {type_of(x)} of {array.dtype}, which torch does not have") from error
 
 
 def _beside(x: Tensor, params: Params) -> Tensor:
@@ -115,9 +116,7 @@ def as_data(data: Any, params: Params, name: str = "data") -> tuple[Any, ...]:
     if isinstance(data, torch.utils.data.TensorDataset):
         data = data.tensors
     if not isinstance(data, (tuple, list)) or not data:
-        raise TypeError(
-            f"{name} is a {type(data).__name__}; expected a tuple of tensors, (inputs, *targets).{_hint(data)}"
-        )
+        raise TypeError(f"{name} is {type_of(data)}; expected a tuple of tensors, (inputs, *targets).{_hint(data)}")
     parts = [_of_numbers(x, at(name, (k,)), params) for k, x in enumerate(data)]
     tensors = as_tensors(tuple(parts), name, params)
     sparse = [place for place, x in zip(tree_paths(tensors), tree_leaves(tensors), strict=True) if _is_sparse(x)]
@@ -171,7 +170,7 @@ def _of_numbers(x: Any, name: str, params: Params) -> Any:
 def _brief(x: Any) -> str:
     if isinstance(x, Tensor):
         return "a tensor without dimensions"
-    return repr(x) if isinstance(x, (int, float, str, bool)) else f"a {type(x).__name__}"
+    return repr(x) if isinstance(x, (int, float, str, bool)) else type_of(x)
 
 
 # What does not fit together

@@ -16,6 +16,7 @@ from funcreg.notices import warn_user
 from funcreg.ranges import flags
 from funcreg.tree import ABSENT, Absent, broadcast, flatten, kind_of, level, tree_leaves, tree_paths
 from funcreg.undocumented import dynamo_asks, is_compiling
+from funcreg.wording import type_of
 
 
 def check_mask(mask: Mask | None) -> None:
@@ -36,7 +37,7 @@ def check_mask(mask: Mask | None) -> None:
         )
     if isinstance(mask, torch.nn.Module):
         raise TypeError(
-            f"mask is a module, a {type(mask).__name__}; expected a tree of bools or a function. The parameters of a "
+            f"mask is a module, {type_of(mask)}; expected a tree of bools or a function. The parameters of a "
             'layer are chosen by its name, as in select("encoder.*").'
         )
 

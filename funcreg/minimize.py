@@ -28,6 +28,7 @@ from funcreg.transform import check_fit, check_selection, public_state
 from funcreg.tree import structure, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import flat_problem
+from funcreg.wording import type_of
 
 #: What others call what is called otherwise here.
 _ELSEWHERE = {
@@ -182,7 +183,7 @@ class Problem:
                     "loss that reads torch.view_as_complex(w); their l1 is group_lasso with dim=-1."
                 )
         if not isinstance(args, tuple):
-            raise TypeError(f"args is a {type(args).__name__}; expected a tuple of what the loss takes after params")
+            raise TypeError(f"args is {type_of(args)}; expected a tuple of what the loss takes after params")
         if not (isinstance(self.compile, (bool, str)) or callable(self.compile)):
             raise TypeError(f"compile is {self.compile!r}; expected True, False or a backend of torch.compile")
 

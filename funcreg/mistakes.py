@@ -269,6 +269,16 @@ def climbs(tx: Transform) -> bool:
     return "steps" not in tx.stages and not made(tx, set_to_zero) and _climb(every_part(tx))
 
 
+def uphill(tx: Transform, got: str) -> str | None:
+    """What is wrong with a chain that leads uphill, behind words that say where it came from; None if it does not."""
+    if not climbs(tx):
+        return None
+    return (
+        f"{got} {tx!r}, in which nothing turns the sign of the gradient, so that steps go uphill. End it with "
+        "scale_by_learning_rate(lr)."
+    )
+
+
 def _uphill(links: list[Entry], several: bool) -> Iterator[str]:
     downhill = [entry for entry in links if not entry.is_climbing]
     if several and downhill and _climb([entry.tx for entry in downhill]):

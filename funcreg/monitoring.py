@@ -15,6 +15,7 @@ from funcreg.leafwise import scalar_device, wide
 from funcreg.scaling import ema
 from funcreg.transform import Transform, public_state
 from funcreg.tree import leaves_like, tree_leaves, tree_map
+from funcreg.wording import type_of
 from funcreg.wrappers import Named, named_by
 
 
@@ -185,8 +186,7 @@ def monitor(measures: Mapping[str, Any]) -> Transform:
     """
     if not isinstance(measures, Mapping):
         raise TypeError(
-            f"measures is a {type(measures).__name__}; expected a dict from name to measure, such as "
-            "{'norm': global_norm}"
+            f"measures is {type_of(measures)}; expected a dict from name to measure, such as {{'norm': global_norm}}"
         )
     if not measures:
         raise ValueError("monitor got no measures; expected a dict from name to measure")

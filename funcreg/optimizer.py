@@ -24,13 +24,14 @@ from funcreg.frozen import frozen_beside_others
 from funcreg.fused import FusedStep
 from funcreg.group_values import GroupValues
 from funcreg.masks import listed
-from funcreg.mistakes import climbs
+from funcreg.mistakes import uphill
 from funcreg.notices import warn_user
-from funcreg.optimizer_state import Part, Parts, by_name, filled, hidden_from_torch, show_to_torch
+from funcreg.optimizer_state import Part, Parts, by_name, hidden_from_torch, show_to_torch
 from funcreg.optimizer_steps import PLAIN, Eager, beside, objective, searches
 from funcreg.shards import is_spread
 from funcreg.transform import FOR_ANY, Transform
 from funcreg.tree import restored, tree_leaves, tree_map
+from funcreg.wording import type_of
 
 #: Entries of a param group that torch and trainers keep there for themselves.
 _OTHERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale")
@@ -201,8 +202,8 @@ class Optimizer(torch.optim.Optimizer):
         values = GroupValues(given, self._names.get("lr"), self.param_groups[index]["params"])
         readable = self._called(index, values.readable())
         made = values.made(lambda tree: self._called(index, tree))
-        if climbs(readable):
-            self._say_climbs(index, readable)
+        if climbs := uphill(readable, f"param group {index}: the factory makes"):
+            self._say_climbs(climbs)
         elif unread := values.unread(made):
             self._say_unread(index, readable, unread)
         self._values[index:] = [values, *self._values[index + 1 :]]
@@ -211,14 +212,11 @@ class Optimizer(torch.optim.Optimizer):
         self._steps.clear()
         self._wanted.clear()
 
-    def _say_climbs(self, index: int, made: Transform) -> None:
+    def _say_climbs(self, message: str) -> None:
         """Warn, once, that steps go uphill."""
         if not self._said_climbs:
             self._said_climbs = True
-            warn_user(
-                f"param group {index}: {made!r} has no learning rate that turns the sign, so that steps of this "
-                "optimizer go uphill. End it with scale_by_learning_rate(lr)."
-            )
+            warn_user(message)
 
     def _say_unread(self, index: int, made: Transform, names: list[str]) -> None:
         """Warn, once, of values that do not reach the chain."""
@@ -237,7 +235,7 @@ class Optimizer(torch.optim.Optimizer):
         except (TypeError, ValueError) as error:
             raise type(error)(f"param group {index}: {error}") from error
         if not isinstance(made, Transform):
-            came = "None; lacks it a return?" if made is None else f"a {type(made).__name__}."
+            came = "None; lacks it a return?" if made is None else f"{type_of(made)}."
             raise TypeError(f"the factory returned {came} Expected a Transform, as in lambda lr: fr.adamw(lr)")
         if made.examples:
             raise TypeError(
@@ -290,7 +288,7 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: A chain needs an extra argument that did not come, or none takes one that came.
         """
         if closure is not None and not callable(closure):
-            raise TypeError(f"closure is a {type(closure).__name__}; expected a function. A loss goes as value=loss")
+            raise TypeError(f"closure is {type_of(closure)}; expected a function. A loss goes as value=loss")
         extra = self._wanted_of(extra)
         loss = None
         if closure is not None:
@@ -351,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
         asks = (closure is not None or "value_fn" in extra) and any([searches(tx) for tx in self._chains])
         step = Eager(beside([self._chains[part.group] for part in parts])) if asks else self._step_of(parts)
         params = [part.tree(part.params) for part in parts]
-        grads = [part.tree(list(map(filled, part.params, grads))) for part, grads in found]
+        grads = [part.gradients(grads) for part, grads in found]
         try:
             states = [restored(part.spec, part.leaves(self.state)) for part in parts]
         except KeyError:  # A state was emptied, as by `optimizer.state[parameter] = {}`, and begins anew.

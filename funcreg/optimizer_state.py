@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, State
+from funcreg.checks import check_dense
 from funcreg.construction import written
 from funcreg.masks import listed
 from funcreg.notices import warn_user
@@ -48,6 +49,17 @@ class Part:
     def tree(self, leaves: Sequence[Tensor]) -> Params:
         """Leaves, one for each parameter, as a tree that the chain knows."""
         return {**dict(zip(self.names, leaves, strict=True)), **self.rest}
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> Params:
+        """Gradients, one for each parameter, as such a tree, with zeros where there is none.
+
+        Raises:
+            TypeError: One is sparse.
+        """
+        for name, gradient in zip(self.names, grads, strict=True):
+            if gradient is not None and gradient.layout is not torch.strided:
+                check_dense(f"the gradient of '{name}', in param group {self.group},", gradient)
+        return self.tree(list(map(filled, self.params, grads)))
 
     def entries(self, leaves: Sequence[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
         """The leaves of a state by parameter and name; what belongs to none alone, such as a counter, is with each."""

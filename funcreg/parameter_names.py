@@ -13,6 +13,7 @@ from funcreg._typing import Mask, Params
 from funcreg.masks import listed, mask_leaves
 from funcreg.selection import plain_names
 from funcreg.tree import ABSENT
+from funcreg.wording import type_of
 
 
 class ParameterNames:
@@ -140,8 +141,8 @@ def _names(optimizer: Optimizer, module: nn.Module | None) -> dict[Tensor, str]:
                     "part of a module the whole, and a mask such as select('encoder.*')."
                 )
                 raise ValueError(
-                    f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, a "
-                    f"{type(module).__name__}. Was the optimizer made for another module, or before its parameters "
+                    f"parameter {j} of param group {i}, of shape {tuple(w.shape)}, is not in module, "
+                    f"{type_of(module)}. Was the optimizer made for another module, or before its parameters "
                     f"were replaced, as by to() or a wrapper?{several if some else ''}"
                 )
             if w in found:

@@ -28,6 +28,7 @@ from funcreg.masks import kept_by, on_mask
 from funcreg.ranges import check_sign, flags
 from funcreg.tree import dotted, map_with_path, tree_leaves, tree_map
 from funcreg.undocumented import dynamo_asks, is_compiling
+from funcreg.wording import type_of
 
 P = TypeVar("P", bound="Penalty")
 
@@ -531,7 +532,7 @@ def is_single(weights: Hyper) -> bool:
 
 
 def _one_number(penalty: Penalty, weights: Hyper) -> TypeError:
-    came = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+    came = f"a tensor of shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type_of(weights)
     return TypeError(
         f"the strength of {penalty.__name__} is {came}; expected a number or a tensor without dimensions, because this "
         "penalty is not known to be a sum over leaves. The leaves on which it acts are given(mask=...); groups that "

@@ -20,6 +20,7 @@ from funcreg.selection import named_by, plain_names, rule
 from funcreg.transform import Transform
 from funcreg.tree import broadcast, flatten, tree_leaves, tree_paths
 from funcreg.undocumented import is_compiling
+from funcreg.wording import type_of
 
 #: A glob or a regular expression over dotted names, or a mask.
 Pattern = str | re.Pattern[str] | Mask
@@ -54,7 +55,7 @@ def per_leaf(parts: Mapping[Pattern, Penalty] | Sequence[tuple[Pattern, Penalty]
     pairs = list(parts.items()) if isinstance(parts, Mapping) else parts
     if not isinstance(pairs, (list, tuple)) or not all([isinstance(p, tuple) and len(p) == 2 for p in pairs]):
         raise TypeError(
-            f"per_leaf got a {type(parts).__name__}; expected a dict from patterns to penalties, such as "
+            f"per_leaf got {type_of(parts)}; expected a dict from patterns to penalties, such as "
             '{"conv*": 1e-4 * l1}, or pairs of them'
         )
     if not pairs:

@@ -19,7 +19,7 @@ from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
 from funcreg.leafwise import compute, compute_wide, increment, product, scalar_device, total
-from funcreg.masks import keep, mask_leaves, merge
+from funcreg.masks import keep, kept_by, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
@@ -133,7 +133,8 @@ def descend(
     check_selection(mask)
 
     def init(params: Params) -> ProximalState:
-        check_fit(params, mask, learning_rate, strength, weight_decay, *hyper)
+        check_fit(params, None, learning_rate, weight_decay)
+        check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
         return ProximalState(counter(params), direction.init(params))
 
@@ -149,7 +150,7 @@ def descend(
             metric = compute(lambda h, r, m: h.clamp(min=r / m), free, hyper=(rate, most))
             along = compute_wide(lambda d, h, c: d * (h / c), along, free, metric)
         reached = compute_wide(lambda w, d, r, c: w - r * (d + c * w), params, along, hyper=(rate, decay))
-        step = product(params, rate, force, gain(inner))
+        step = product(kept_by(mask, params), rate, force, gain(inner))
         count = inner_steps
         if count is None and metric is not None and not penalty.in_metric(params, *values, mask=mask, **options):
             count = 1
@@ -435,7 +436,8 @@ def fista(
     check_selection(mask)
 
     def init(params: Params) -> FistaState:
-        check_fit(params, mask, learning_rate, strength, *hyper)
+        check_fit(params, None, learning_rate)
+        check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
         steps = counter(params)
         return FistaState(steps, torch.ones_like(steps, dtype=torch.float64), tree_map(torch.clone, params))
@@ -443,7 +445,8 @@ def fista(
     def update(updates: Updates, state: FistaState, params: Params) -> tuple[Updates, FistaState]:
         rate, force, *values = (at_step(value, state.steps) for value in (learning_rate, strength, *hyper))
         reached = compute_wide(lambda y, g, r: y - r * g, params, updates, hyper=(rate,))
-        x = penalty.prox(reached, product(params, rate, force), *values, mask=mask, **options)
+        step = product(kept_by(mask, params), rate, force)
+        x = penalty.prox(reached, step, *values, mask=mask, **options)
         uphill = total(overlaps(params, x, state.solution)) > 0 if restart else None
         further, momentum = accelerate(state.momentum, uphill)
         # From y to the next y, in one subtraction: where x and its predecessor are zero, y becomes exactly zero.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcreg.undocumented import is_traced, is_transformed
+from funcreg.wording import type_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _INFINITY = math.inf
@@ -164,7 +165,7 @@ def _described(value: Any) -> str:
     elif hasattr(value, "__array__"):
         came, hint = "an array", ". Make a tensor of it with torch.as_tensor"
     else:
-        came = f"a {type(value).__name__}"
+        came = type_of(value)
     return f"{came}; {expected}{hint}"
 
 
@@ -200,7 +201,7 @@ def scalars(**hyper: Any) -> tuple[Any, ...]:
         if callable(value) and not isinstance(value, type):
             raise TypeError(f"{name} is the function {value!r}; expected a number or a tensor. It follows no schedule.")
         if isinstance(value, (dict, list, tuple)):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a tensor, one for all leaves")
+            raise TypeError(f"{name} is {type_of(value)}; expected a number or a tensor, one for all leaves")
     return tuple(number(value) for value in hyper.values())
 
 
@@ -211,7 +212,7 @@ def single(**hyper: Any) -> None:
     """
     for name, value in hyper.items():
         if isinstance(value, (dict, list, tuple)):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected one number or tensor for all leaves")
+            raise TypeError(f"{name} is {type_of(value)}; expected one number or tensor for all leaves")
         if isinstance(value, Tensor) and value.ndim:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; expected one number for all entries")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from funcreg.undocumented import dispatch_mode, never_traced
+from funcreg.wording import type_of
 
 _aten = torch.ops.aten
 
@@ -125,7 +126,7 @@ class _Placeholder(Tensor):
 def placeholder(like: Any, count: int = 0) -> Tensor:
     """A new input of a record, like a tensor or a value; with a count, a stack of as many."""
     if isinstance(like, Tensor) and (type(like) not in _PLAIN_TYPES or like.layout is not torch.strided):
-        raise CannotRecordError(f"a leaf is a {type(like).__name__} of layout {like.layout}")
+        raise CannotRecordError(f"a leaf is {type_of(like)} of layout {like.layout}")
     return _Placeholder(Value(((count,) if count else ()) + tuple(like.shape), like.dtype, like.device))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from funcreg.agreement import Failure
 from funcreg.masks import listed
 from funcreg.stored import Stored, is_count, unknown_counts
+from funcreg.wording import with_article
 
 #: What errors say of the last trial.
 ONE_LEFT, SOME_GONE = "with one of these channels left", "without some of these channels"
@@ -100,7 +101,7 @@ def line(error: Exception) -> str:
 
 def named(module: nn.Module, path: str) -> str:
     kind = type(module.get_submodule(path)).__name__
-    return f"{path!r}, a {kind}," if path else f"{kind}, the network itself,"
+    return f"{path!r}, {with_article(kind)}," if path else f"{kind}, the network itself,"
 
 
 def _stores(module: nn.Module, several: Sequence[Stored]) -> str:

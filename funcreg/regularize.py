@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.construction import Call, written
-from funcreg.denominators import Entries, Rule, inner_optimizers, rule_of, steps_as_torch, unwrapped
+from funcreg.denominators import Entries, Rule, held_optimizers, inner_optimizers, rule_of, steps_as_torch, unwrapped
 from funcreg.descent import check_inner_steps
 from funcreg.followed_steps import FollowedSteps
 from funcreg.landing import Task
@@ -30,6 +30,7 @@ from funcreg.penalty import Penalty
 from funcreg.regularizing import check_penalty, check_strength, projects
 from funcreg.remarks import has_numbers
 from funcreg.transform import Transform, check_selection, flags, positive
+from funcreg.wording import type_of
 
 #: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
 _LOOKS, _AGAIN = (1, 10, 30, 100), 1000
@@ -118,10 +119,11 @@ def regularize(
         Yun, Lozano & Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer is {_described(optimizer)}; expected one of torch, such as torch.optim.AdamW(...), as in "
-            "regularize(optimizer, l1, strength=1e-4, module=model)"
-        )
+        held = [] if isinstance(optimizer, type) else [name for name, _ in held_optimizers(optimizer)]
+        such = "such as torch.optim.AdamW(...), as in regularize(optimizer, l1, strength=1e-4, module=model)"
+        if held:
+            such = f"the one that it holds, as in {_calls(held, penalty)}"
+        raise TypeError(f"optimizer is {_described(optimizer)}; expected one of torch, {such}")
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module is {_described(module)}; expected the torch.nn.Module that the optimizer trains")
     values, static = check_penalty(penalty, hyper, options)
@@ -149,11 +151,15 @@ def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
     """Raise an error for a wrapper, whose hooks are not called where the optimizer inside it takes a step."""
     inside = inner_optimizers(optimizer)
     if inside:
-        calls = listed([f"regularize(optimizer.{name}, {written(penalty)}, ...)" for name in inside])
         raise ValueError(
             f"{type(optimizer).__name__} holds {listed(inside)}, which takes its steps: a hook on the outer one may "
-            f"never be called, as in SAM, and does not see the state. Expected the optimizer inside, {calls}."
+            "never be called, as in SAM, and does not see the state. Expected the optimizer inside, "
+            f"{_calls(inside, penalty)}."
         )
+
+
+def _calls(inside: list[str], penalty: Penalty) -> str:
+    return listed([f"regularize(optimizer.{name}, {written(penalty)}, ...)" for name in inside])
 
 
 def _say_unread(optimizer: Optimizer) -> None:
@@ -177,7 +183,7 @@ def _described(optimizer: Any) -> str:
     if isinstance(optimizer, (Transform, str)):
         return repr(optimizer)
     library = type(optimizer).__module__.partition(".")[0]
-    return f"a {type(optimizer).__name__}" + (f" of {library}" if library not in ("builtins", "torch") else "")
+    return type_of(optimizer) + (f" of {library}" if library not in ("builtins", "torch") else "")
 
 
 class Regularization(FollowedSteps):

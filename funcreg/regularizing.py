@@ -24,6 +24,7 @@ from funcreg.transform import (
     nonnegative,
     scheduled,
 )
+from funcreg.wording import type_of
 
 
 def where_masked(mask: Mask | None, tx: Transform) -> Transform:
@@ -40,7 +41,7 @@ def check_penalty(
     """
     if not isinstance(penalty, Penalty):
         shown = isinstance(penalty, (dict, list, tuple, Tensor, torch.nn.Module, torch.optim.Optimizer))
-        what = f"a {type(penalty).__name__}" if shown else repr(penalty)
+        what = type_of(penalty) if shown else repr(penalty)
         hint = ". Is it a value? Give the penalty itself, l1 and not l1(params)" if isinstance(penalty, Tensor) else ""
         raise TypeError(f"penalty is {what}; expected a Penalty such as l1, or one made with @penalty{hint}")
     return penalty.bind(*hyper, **options)

@@ -20,6 +20,7 @@ from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.sharding import whole
 from funcreg.tree import flatten, tree_paths
+from funcreg.wording import type_of
 from funcreg.wrapping import matched, without_wrappers
 
 
@@ -41,7 +42,7 @@ def with_buffers(module: nn.Module) -> dict[str, Tensor]:
         ['0.weight', '1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     parameters = {name: w.detach() for name, w in module.named_parameters()}
     return {**parameters, **{name: nn.Buffer(x.detach()) for name, x in module.named_buffers()}}
 

@@ -37,6 +37,7 @@ from funcreg.widths import (
     gives,
     tensors,
 )
+from funcreg.wording import type_of, with_article
 from funcreg.wrapping import inner_module, matched
 
 
@@ -118,7 +119,7 @@ def resized(
         5
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module is a {type(module).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     check_whole_module("resized", module)
     module = inner_module(module)
     check_copied(module, rules)
@@ -164,9 +165,7 @@ def narrowed(
 def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
     """The tensors that are given, by their names, or an error if the module has not such ones."""
     if tree_paths(params) == [""]:
-        raise TypeError(
-            f"params is a {type(params).__name__}; expected a tree of parameters and buffers by their names"
-        )
+        raise TypeError(f"params is {type_of(params)}; expected a tree of parameters and buffers by their names")
     known = tensors(module)
     names = matched(tuple(tree_paths(params)), tuple(known))  # Of another wrapper, or of none.
     given = dict(zip(names, tree_leaves(params), strict=True))
@@ -177,7 +176,7 @@ def as_given(module: nn.Module, params: Params) -> dict[str, Tensor]:
         if name not in known:
             raise ValueError(f"resized got '{name}', which the module has not; it has {listed(known)}")
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"resized got a {type(leaf).__name__} for '{name}'; expected a tensor")
+            raise TypeError(f"resized got {type_of(leaf)} for '{name}'; expected a tensor")
         old, other = known[name], first.setdefault(id(known[name]), name)
         if leaf.ndim != old.ndim:
             raise ValueError(f"resized got {leaf.ndim} dimensions for '{name}'; the module has {old.ndim}")
@@ -326,8 +325,8 @@ def _untold(smaller: nn.Module, several: list[Stored]) -> str:
     more = f"; there are {len(several) - 1} more like it" if len(several) > 1 else ""
     changed = f"changed to {other}" if other else "changed"
     return (
-        f"resized leaves {one.attribute}={shown(now)} of '{one.path}', a {kind}, though it could be a width that "
-        f"{changed}: outputs are the same with either{more}. Give example_inputs on which it matters, or "
+        f"resized leaves {one.attribute}={shown(now)} of '{one.path}', {with_article(kind)}, though it could be a "
+        f"width that {changed}: outputs are the same with either{more}. Give example_inputs on which it matters, or "
         f"rules={{{kind}: function}}, where a function that does nothing leaves it as it is"
     )
 
@@ -338,7 +337,7 @@ def _said(smaller: nn.Module, unknown: list[Stored]) -> str:
     value = f"a tensor of shape {tuple(each.value.shape)}" if isinstance(each.value, Tensor) else f"{each.value!r}"
     more = f"; there are {len(unknown) - 1} more like it" if len(unknown) > 1 else ""
     return (
-        f"'{each.path}', a {type(layer).__name__}, stores {each.attribute}={value}, which its forward may use for a "
+        f"'{each.path}', {type_of(layer)}, stores {each.attribute}={value}, which its forward may use for a "
         f"width that changed, and resized knows no rule for it{more}"
     )
 

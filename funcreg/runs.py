@@ -18,7 +18,7 @@ from funcreg.grids import Config, Split, grouped
 from funcreg.leafwise import apply_updates
 from funcreg.lowering import say_once
 from funcreg.masks import listed
-from funcreg.mistakes import climbs
+from funcreg.mistakes import uphill
 from funcreg.notices import warn_user
 from funcreg.rounding import signed
 from funcreg.trained import Model, Splits, Uses
@@ -164,11 +164,8 @@ class Run:
                 raise TypeError(f"{name} returned {tx!r} with {self.configs[row]}; expected a Transform.{hint}")
             takes += [name for name in FOR_ANY if name not in takes and tx.accepts(name)]
             if not place:
-                if climbs(tx):
-                    warn_user(
-                        f"the factory makes {tx!r}, which has no learning rate that turns the sign, so that members go "
-                        "uphill. End it with scale_by_learning_rate(lr)."
-                    )
+                if climbs := uphill(tx, "the factory makes"):
+                    warn_user(climbs)
                 else:
                     self._tell_unread(tx, config, uses.found)
                 tx.init(tree_map(lambda w: w[0], self.model.start[0]))  # Its masks see one member here.

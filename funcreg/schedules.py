@@ -19,6 +19,7 @@ from funcreg.construction import Remembering, remembered
 from funcreg.notices import warn_user
 from funcreg.ranges import check_choice, check_range, flags, scalars
 from funcreg.undocumented import is_batched
+from funcreg.wording import type_of
 
 #: A step later than that of any training, which int32 counts.
 _LATE = 2**31 - 1
@@ -220,8 +221,8 @@ def exponential_decay(
 def _scales(boundaries_and_scales: Mapping[int, float] | None) -> dict[int, float]:
     """The factors at boundaries, checked."""
     if not isinstance(boundaries_and_scales, (Mapping, type(None))):
-        came = type(boundaries_and_scales).__name__
-        raise TypeError(f"boundaries_and_scales is a {came}; expected a dict from step to factor, such as {{100: 0.1}}")
+        came = type_of(boundaries_and_scales)
+        raise TypeError(f"boundaries_and_scales is {came}; expected a dict from step to factor, such as {{100: 0.1}}")
     scales = dict(boundaries_and_scales or {})
     for boundary, scale in scales.items():
         check_steps(**{"a boundary of boundaries_and_scales": boundary})

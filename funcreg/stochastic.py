@@ -19,6 +19,7 @@ from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
 from funcreg.leafwise import compute, compute_wide, increment, product, safe_sqrt, squared, wide, zeros
+from funcreg.masks import kept_by
 from funcreg.penalties import half_l2
 from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
@@ -89,10 +90,11 @@ def _average(
         root = steps.to(torch.float64).sqrt()
         weight = state.weight + rate * root
         gradients = compute(lambda v, g, s: v + s * g, state.gradients, updates, hyper=(rate * root,))
-        force = product(params, weight, force)
+        force = product(kept_by(mask, params), weight, force)
         if metric is None:
             squares, h, scale = (), None, root
-            force = product(params, force, 1 / root)  # One number for all entries, which every penalty understands.
+            # One number for all entries, which every penalty understands.
+            force = product(kept_by(mask, params), force, 1 / root)
         else:
             squares = compute(lambda v, g, s: v + s * squared(g), state.squares, updates, hyper=(rate * root,))
             scale = h = metric(squares)
@@ -311,7 +313,7 @@ def ftrl(
             hyper=(held,),
         )
         reached = compute_wide(lambda z, h: -z / h, linear, h)
-        force = product(params, steps.to(torch.float64), force)
+        force = product(kept_by(mask, params), steps.to(torch.float64), force)
         landed = land(params, reached, force, h, penalty, values, inner_steps, mask, options)
         # In the dtype of the parameters, or w + (0 - w) would not be 0.
         moves = compute(lambda w, z: z - w, params, landed)

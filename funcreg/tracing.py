@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcreg.agreement import arguments, drawing
 from funcreg.undocumented import dispatch_mode
+from funcreg.wording import type_of
 
 
 class Ref(NamedTuple):
@@ -153,7 +154,7 @@ def _failure(module: nn.Module, recorder: _Recorder, error: Exception, args: Any
     except (TypeError, ValueError):  # Of no function written in Python.
         wanted = "Is it called with these arguments elsewhere?"
     inside = recorder.running[-1] if recorder.running else ""
-    where = f" in '{inside}', a {type(module.get_submodule(inside)).__name__}" if inside else ""
+    where = f" in '{inside}', {type_of(module.get_submodule(inside))}" if inside else ""
     return (
         f"{type(module).__name__} failed{where} on example_inputs, which are ({', '.join(given)}): "
         f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}. {wanted}; expected a tuple of positional "

@@ -23,6 +23,7 @@ from funcreg.notices import warn_user
 from funcreg.ranges import number
 from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, raised_in
+from funcreg.wording import type_of
 
 
 class Uses(TorchFunctionMode):
@@ -486,7 +487,7 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
 
 def _shapes(args: tuple[Any, ...]) -> str:
     """What a loss is called with, for an error text."""
-    kinds = [f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in args]
+    kinds = [f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else type_of(x) for x in args]
     return " and ".join(kinds)
 
 

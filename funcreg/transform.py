@@ -16,12 +16,13 @@ from funcreg.coarse import rounded_away
 from funcreg.construction import Remembering, remembered
 from funcreg.histories import watch_history
 from funcreg.leafwise import increment, scalar_device, without_autocast
-from funcreg.masks import check_mask, hidden, listed, mask_leaves
+from funcreg.masks import check_mask, hidden, kept_by, listed
 from funcreg.notices import warn_user
 from funcreg.ranges import check_range, flags, number, scalars
 from funcreg.schedules import KnownSchedule
 from funcreg.tree import broadcast, dotted, flatten, map_with_path, tree_leaves, tree_paths
 from funcreg.undocumented import dynamo_asks, is_compiling, is_transformed
+from funcreg.wording import type_of
 
 T = TypeVar("T")
 #: From parameters to one bool a leaf.
@@ -196,7 +197,7 @@ class Transform(Remembering):
         watch_history(params, state)
         made = self._update(updates, state, params, **(_accepted(self._update, extra) if extra else extra))
         if not isinstance(made, tuple) or len(made) != 2:
-            raise TypeError(f"update of {self!r} returned a {type(made).__name__}; expected a pair, (updates, state)")
+            raise TypeError(f"update of {self!r} returned {type_of(made)}; expected a pair, (updates, state)")
         return made
 
 
@@ -448,10 +449,9 @@ def _value(leaf: Any, steps: Tensor | int | None) -> Any:
 
 def check_fit(params: Params, mask: Mask | None, *hyper: Hyper) -> None:
     """Raise an error, before the first update, for a mask or a tree of hyperparameters that does not fit."""
-    if mask is not None:
-        mask_leaves(mask, params)
+    chosen = kept_by(mask, params)
     for value in hyper:
-        broadcast(value, params, "a hyperparameter")
+        broadcast(value, chosen, "a hyperparameter")
 
 
 def scheduled(
@@ -574,7 +574,7 @@ def check_no_torchs(name: str, make: Any) -> None:
 
 
 def _described(tx: Any, what: str) -> str:
-    came = f"a {type(tx).__name__}; expected a Transform."
+    came = f"{type_of(tx)}; expected a Transform."
     if isinstance(tx, (list, tuple)):
         if what == "chain" and len(tx) == 2 and isinstance(tx[0], str):
             return f"{came} Transforms with names go to named_chain."

@@ -14,6 +14,8 @@ import optree
 import torch
 from torch import Tensor
 
+from funcreg.wording import type_of
+
 Path = tuple[Any, ...]
 
 
@@ -288,7 +290,8 @@ def _difference(opened: _Opened, against: _Opened | None, node: Any, other: Any,
         parts = [f"lacks '{key}'" for key in missing] + [f"has '{key}', unknown to {first}" for key in unknown]
         if not unknown and second == "a hyperparameter":
             cause = (
-                f"It needs a number for each leaf, also for one that a mask leaves out, as in {{{missing[0]!r}: 0.0}}."
+                f"It needs a number for each leaf that no mask leaves out, as in {{{missing[0]!r}: 0.0}}, or is one "
+                "number for all."
             )
         parts = parts[:6] + [f"{len(parts) - 6} more"] * (len(parts) > 6)
         if any(["*" in key for key in unknown]):
@@ -312,7 +315,7 @@ def kind_of(node: Any) -> str:
     if node is None or isinstance(node, (bool, int, float, str, bytes)):
         return f"{node!r}"
     kind = type(node)
-    return f"a {kind.__module__}.{kind.__name__}" if kind.__module__ == "numpy" else f"a {kind.__name__}"
+    return f"a numpy.{kind.__name__}" if kind.__module__ == "numpy" else type_of(node)
 
 
 def dotted(path: Path) -> str:
@@ -363,7 +366,10 @@ def _find_types(node: Any, path: Path, found: list[str]) -> None:
 
 
 def broadcast(prefix: Any, tree: Any, name: str = "a prefix") -> list[Any]:
-    """The value of a prefix tree at each leaf of `tree`: a leaf of the prefix stands for all leaves below it."""
+    """The value of a prefix tree at each leaf of `tree`: a leaf of the prefix stands for all leaves below it.
+
+    A dict of the prefix may lack keys below which `tree` has no leaves, as where a mask leaves them out.
+    """
     opened = _open(prefix)
     if opened is None:  # The common case: one value for all.
         return [prefix] * len(tree_leaves(tree))
@@ -380,6 +386,9 @@ def _spread(prefix: Any, node: Any, values: list[Any], path: Path, names: tuple[
         values.extend([prefix] * len(tree_leaves(node)))
         return
     against = _open(node)
+    if against is not None and isinstance(prefix, dict) and isinstance(node, dict):
+        rows = [row for row in zip(*against[:2], strict=True) if row[0] in prefix or tree_leaves(row[1])]
+        against = [key for key, _ in rows], [child for _, child in rows], against[2]
     if against is None or not _same_keys(opened[0], against[0]):
         there = against or ([], [], lambda children: None)
         raise ValueError(_difference(there, opened if against else None, node, prefix, path, names))

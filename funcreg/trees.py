@@ -17,6 +17,7 @@ from funcreg.masks import listed
 from funcreg.ranges import check_numbers, check_range, number, single
 from funcreg.transform import Transform
 from funcreg.tree import ABSENT, Absent, Path, dotted, level, tree_leaves, tree_map, tree_paths
+from funcreg.wording import type_of
 
 #: From the dotted path and the value of a node to whether it is meant.
 Filter = Callable[[str, Any], bool]
@@ -235,9 +236,7 @@ def tree_map_params(
         AdamState(steps='tensor(0, dtype=torch.int32)', mu={'w': (2,)}, nu={'w': (2,)})
     """
     if not callable(f):
-        raise TypeError(
-            f"f is a {type(f).__name__}; expected a function of a leaf, as in tree_map_params(tx, f, state)"
-        )
+        raise TypeError(f"f is {type_of(f)}; expected a function of a leaf, as in tree_map_params(tx, f, state)")
     marked = _marked(initable)
     keep = (lambda leaf: leaf) if transform_non_params is None else transform_non_params
 
@@ -252,7 +251,7 @@ def tree_map_params(
         if inside is None or opened[0] != inside[0] or type(mark) is not type(node):
             where = f"'{dotted(path)}' of the state" if path else "the state"
             raise ValueError(
-                f"{where} is a {type(node).__name__} of {listed(_keys(inside))}; expected a {type(mark).__name__} of "
+                f"{where} is {type_of(node)} of {listed(_keys(inside))}; expected {type_of(mark)} of "
                 f"{listed(_keys(opened))}, as {written(initable)} makes it. Is it the state of another transform?"
             )
         rows = zip(opened[0], opened[1], inside[1], strict=True)

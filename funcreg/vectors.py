@@ -17,9 +17,11 @@ from funcreg.construction import held_tensors, made_with
 from funcreg.graphs import Graphs
 from funcreg.inputs import at
 from funcreg.leafwise import product, wide
+from funcreg.masks import kept_by
 from funcreg.penalty import Penalty, Sum
 from funcreg.tree import flatten, leaf_paths, tree_leaves
 from funcreg.undocumented import has_tangents, is_batched
+from funcreg.wording import type_of
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,15 @@ def flat_problem(
         def read(x: Tensor, tensors: Any) -> Tensor:
             value = loss(cast(unpacked(x)), *filled(tensors)[3])
             if not isinstance(value, Tensor) or value.ndim:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type_of(value)
                 raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
             return value.to(dtype)
 
         def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
             at, force, values, static = with_values(tensors)
             point, h = unpacked(x), unpacked(metric, 1.0) if in_metric else None
-            return vector(at.prox(point, product(point, step, force), *values, metric=h, mask=mask, **static))
+            whole = product(kept_by(mask, point), step, force)
+            return vector(at.prox(point, whole, *values, metric=h, mask=mask, **static))
 
         def value(x: Tensor, tensors: Any) -> Tensor:
             at, force, values, static = with_values(tensors)

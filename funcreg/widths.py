@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcreg.attention import NarrowAttention, NarrowEncoder
+from funcreg.wording import type_of
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -103,7 +104,7 @@ def _of(place: Place, wanted: str = "weight") -> Tensor:
     w = place.layer._parameters.get(wanted)
     if w is None:
         raise ValueError(
-            f"'{place.name}', a {type(place.layer).__name__}, has no parameter {wanted} of its own; is it "
+            f"'{place.name}', {type_of(place.layer)}, has no parameter {wanted} of its own; is it "
             "parametrized or pruned? Call torch.nn.utils.parametrize.remove_parametrizations or prune.remove first."
         )
     return w
@@ -234,7 +235,7 @@ def _recurrent(place: Place) -> None:
         if tuple(x.shape) != expected[name]:
             raise ValueError(
                 f"'{place.name}.{name}' has shape {tuple(x.shape)}; expected {expected[name]}, because the layers and "
-                f"directions of a {type(layer).__name__} have one width. A hidden unit has a row in each gate, "
+                f"directions of {type_of(layer)} have one width. A hidden unit has a row in each gate, "
                 f"Along(0, packed={_GATES.get(kind, 1)}), and what reads it"
             )
     if not cell:
@@ -269,7 +270,7 @@ def _multihead(place: Place) -> None:
     found = [*[len(w) for w in maps], out.weight.shape[1], *biases]
     if any(x != width for x in found) or width % size:
         raise ValueError(
-            f"'{place.name}', a {type(layer).__name__}, has queries, keys, values, an output and biases of widths "
+            f"'{place.name}', {type_of(layer)}, has queries, keys, values, an output and biases of widths "
             f"{', '.join(f'{x:g}' for x in found)}; expected whole heads of {size} in all of them. Its "
             f"heads are Along(0, size={size}, packed=3) in in_proj_weight and in_proj_bias, and Along(1, size={size}) "
             "in out_proj.weight"
@@ -279,7 +280,7 @@ def _multihead(place: Place) -> None:
         if type(layer) not in (nn.MultiheadAttention, NarrowAttention):
             word = "fewer" if width < max(layer.embed_dim, len(out.weight)) else "more"
             raise ValueError(
-                f"'{place.name}' is a {type(layer).__name__}, whose {width} features of heads are {word} than its "
+                f"'{place.name}' is {type_of(layer)}, whose {width} features of heads are {word} than its "
                 f"{layer.embed_dim} inputs and {len(out.weight)} outputs, which the code of "
                 "torch.nn.MultiheadAttention does not take; resized knows how to go on with that class alone, and not "
                 "with one of your own"
@@ -460,7 +461,7 @@ def _of_attention(place: Place) -> Iterable[str]:
     uneven = has is not None and _packs(layer) and not shared and has.queries * had.keys != had.queries * has.keys
     if has is None or not has.queries or uneven:
         raise ValueError(
-            f"the projections of '{place.name}', a {type(layer).__name__}, do not hold whole heads of {had.size} "
+            f"the projections of '{place.name}', {type_of(layer)}, do not hold whole heads of {had.size} "
             "features, as many of keys as of values, and as many of queries for each of these; they had "
             f"{had.queries} heads of queries and {had.keys} of keys. Does the family of its heads name all of its "
             f"projections, with size={had.size}? Features of all heads go with inside_heads=True"
@@ -484,7 +485,7 @@ def _narrower(place: Place, had: Heads) -> Heads:
     size, rest = divmod(q, had.queries)
     if rest or k != size * had.keys or v % had.keys:
         raise ValueError(
-            f"the projections of '{place.name}', a {type(place.layer).__name__}, are of widths {q}, {k} and {v}; with "
+            f"the projections of '{place.name}', {type_of(place.layer)}, are of widths {q}, {k} and {v}; with "
             f"inside_heads=True expected {had.queries} heads of queries and {had.keys} of keys, as before, and as many "
             "features in each of them. Were whole heads taken out?"
         )
@@ -502,8 +503,8 @@ def check_heads(module: nn.Module, smaller: nn.Module, inside_heads: bool, known
         whole = None if had is None else _went_whole(before, layer, had.size)
         if whole is inside_heads:
             raise ValueError(
-                f"{'whole heads' if whole else 'features of all heads'} were taken out of '{name}', a "
-                f"{type(layer).__name__}, and resized got inside_heads={inside_heads}; expected the opposite, as "
+                f"{'whole heads' if whole else 'features of all heads'} were taken out of '{name}', "
+                f"{type_of(layer)}, and resized got inside_heads={inside_heads}; expected the opposite, as "
                 "channel_groups was told, or a rule for this type if the rows of a head do not follow each other"
             )
 

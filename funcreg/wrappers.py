@@ -45,6 +45,7 @@ from funcreg.transform import (
 )
 from funcreg.tree import tree_leaves, tree_map
 from funcreg.undocumented import is_compiling
+from funcreg.wording import type_of
 
 #: optax's older name of `partition`.
 multi_transform = partition
@@ -420,7 +421,7 @@ class MultiSteps(Transform):
 def _check_k(name: str, value: Any) -> None:
     """Raise an error for a number of steps below 1, or what is none; a function of the step is asked at 0."""
     if isinstance(value, (dict, list, tuple)):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a number, one for all leaves, or a schedule")
+        raise TypeError(f"{name} is {type_of(value)}; expected a number, one for all leaves, or a schedule")
     plain = number(value)
     if isinstance(plain, float) and not plain.is_integer():
         raise TypeError(f"{name} is {value!r}; expected a whole number of at least 1")

@@ -974,7 +974,7 @@ def test_it_is_called_as_the_module_is():
     assert all(groups == [{"a.weight": 0, "a.bias": 0, "b.weight": 1}] for groups in every)
     single = network(lambda: nn.Sequential(*linears(5, 6, 3)))
     assert fr.channel_groups(single, x) == fr.channel_groups(single, (x,))
-    with pytest.raises(TypeError, match=r"example_inputs is a int; expected a tuple of the arguments"):
+    with pytest.raises(TypeError, match=r"example_inputs is an int; expected a tuple of the arguments"):
         fr.channel_groups(single, 3)
     with pytest.raises(TypeError, match=r"module is a dict; expected torch\.nn\.Sequential, or any torch\.nn\.Module"):
         fr.channel_groups({}, (x,))  # pyright: ignore[reportArgumentType]

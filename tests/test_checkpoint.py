@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
         ({**flat, "1.mu.head": other}, r"has 1\.mu\.head, unknown to the template"),
         ({**flat, "1.mu.layer.bias": other}, r"'1\.mu\.layer\.bias' has shape \(2, 2\); expected \(3,\)"),
         ({**flat, "1.steps": torch.tensor(1.0)}, r"'1\.steps' is a tensor of torch\.float32; expected torch\.int32"),
-        ({**flat, "1.steps": 1}, r"'1\.steps' is a int; expected a tensor"),
+        ({**flat, "1.steps": 1}, r"'1\.steps' is an int; expected a tensor"),
         (
             fr.to_state_dict(trained(fr.sgd(0.1, 0.9))[1]),
             "lacks 1.steps.*, unknown to the template. Is it the state of",

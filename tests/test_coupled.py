@@ -565,7 +565,7 @@ class Own(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Own(), r"got a Own; expected torch.nn.Sequential.*prefix="),
+        (Own(), r"got an Own; expected torch.nn.Sequential.*prefix="),
         (nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 1)]), "got a ModuleList; expected torch.nn.Sequential"),
         (nn.Linear(2, 3), "got a Linear; expected torch.nn.Sequential"),
         (

@@ -41,7 +41,7 @@ def test_every_transform_is_described_by_its_documentation(case):
 def test_an_optimizer_of_chains_is_refused_with_what_to_describe():
     optimizer = fr.Optimizer(torch.nn.Linear(2, 1).named_parameters(), fr.adamw, lr=1e-3)
     with pytest.raises(
-        TypeError, match=r"argument 0 of describe is a Optimizer; .* give describe what the factory makes"
+        TypeError, match=r"argument 0 of describe is an Optimizer; .* give describe what the factory makes"
     ):
         fr.describe(optimizer)
 

@@ -1071,12 +1071,24 @@ def test_a_factory_may_be_a_public_optimizer_or_partial():
     assert fr.Optimizer(network().parameters(), lambda lr=0.25: fr.sgd(lr)).param_groups[0]["lr"] == 0.25
 
 
-def test_sparse_gradients_are_named():
-    table = nn.Embedding(4, 2, sparse=True)
-    optimizer = fr.Optimizer(table.named_parameters(), fr.sgd, lr=0.1, compile=False)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match=re.escape("weight' has the layout torch.sparse_coo")):
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_sparse_gradients_are_named(compile):
+    model = nn.ModuleDict({"table": nn.Embedding(4, 2, sparse=True), "head": nn.Linear(2, 1)})
+    groups = [{"params": list(model["head"].named_parameters())}, {"params": list(model["table"].named_parameters())}]
+    optimizer = fr.Optimizer(groups, fr.sgd, lr=0.1, compile=compile)
+    model["head"](model["table"](torch.tensor([1]))).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        TypeError, match=r"^the gradient of 'weight', in param group 1, has the layout torch\.sparse_coo"
+    ):
         optimizer.step()
+    assert_equal(dict(model.state_dict()), dict(before))
+    assert not optimizer.state
+
+
+def test_a_learning_rate_goes_by_the_name_that_it_has_in_torch():
+    with pytest.raises(TypeError, match=r"does not take learning_rate; it takes lr, .* is called lr here, as in torch"):
+        fr.Optimizer(nn.Linear(2, 1).parameters(), fr.adam, learning_rate=0.1)
 
 
 # Parameters that are replaced

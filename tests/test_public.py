@@ -76,6 +76,7 @@ def test_penalties_look_like_functions():
 
 
 LAYERS = [
+    ["wording"],
     [
         *("_typing", "agreement", "atoms", "computing", "dissection", "equations", "frozen", "memory", "notation"),
         *("notices", "spelling", "tree", "undocumented"),
@@ -193,6 +194,12 @@ def test_imports_point_down_and_only_tree_imports_optree():
             assert ("optree" in modules[module]) == (module == "tree")
             outside = {name.split(".")[0] for name in modules[module]} - {"funcreg", "torch", "optree"}
             assert outside <= set(sys.stdlib_module_names), module
+
+
+def test_names_of_types_have_their_article():
+    """By `type_of`, which knows an AveragedModel from a Linear."""
+    written = {p.stem for p in (ROOT / "funcreg").glob("*.py") if re.search(r"\ban? \{type\(", p.read_text())}
+    assert written == set()
 
 
 def test_only_one_module_asks_torch_whether_something_is_compiled():

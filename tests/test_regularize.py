@@ -7,6 +7,7 @@ import functools
 import io
 import pickle
 import re
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -1402,7 +1403,17 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an optimizer of another library": (
         lambda: fr.regularize(type("Adam", (), {"__module__": "torchopt.optim"})(), fr.l1),
         TypeError,
-        "optimizer is a Adam of torchopt; expected one of torch",
+        "optimizer is an Adam of torchopt; expected one of torch",
+    ),
+    "a wrapper that is no optimizer": (
+        lambda: fr.regularize(types.SimpleNamespace(base=optim.SGD([weight(2)], 0.1), k=5), fr.l1),
+        TypeError,
+        r"is a SimpleNamespace.*; expected one of torch, the one that it holds, as in regularize\(optimizer.base, l1, ",
+    ),
+    "averages in place of the module": (
+        of(fr.l1, module=optim.swa_utils.AveragedModel(nn.Linear(3, 2))),
+        ValueError,
+        "is not in module, an AveragedModel. Was the optimizer made for another module",
     ),
     "an optimizer with a chain": (
         lambda: fr.regularize(fr.Optimizer([weight(2)], fr.adam, lr=0.1), fr.l1),

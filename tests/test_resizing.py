@@ -590,7 +590,7 @@ def test_rules_are_functions_for_types_that_the_module_has():
 def test_an_unflattening_is_a_number_too():
     channels = {"0.weight": fr.Along(0, 4), "0.bias": fr.Along(0, 4), "2.weight": kept(1)}
     net = built(lambda: Alone(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 2, 1)), [channels])
-    with pytest.raises(ValueError, match=r"'1', a Unflatten, stores unflattened_size=\(8, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"'1', an Unflatten, stores unflattened_size=\(8, 2, 2\)"):
         smaller(net, [channels])
     made, x = smaller(net, [channels], drawn(2, 3)), drawn(2, 3)
     assert made[1].unflattened_size == (4, 2, 2)

@@ -654,7 +654,10 @@ MISWRITTEN = {
         r"factory is adamw\(0\.001\); expected a function .* fr\.adamw itself .*\(params, fr\.adamw, lr=1e-3\)",
     ),
     "arguments of Optimizer swapped": (lambda: fr.Optimizer(fr.adamw, NET.parameters()), "factory is a generator; exp"),
-    "an optimizer for a factory": (lambda: fr.Optimizer(NET.parameters(), OPTIMIZER), "factory is a SGD; expected a f"),
+    "an optimizer for a factory": (
+        lambda: fr.Optimizer(NET.parameters(), OPTIMIZER),
+        "factory is an SGD; expected a f",
+    ),
 }
 
 

@@ -458,7 +458,7 @@ def test_a_hyperparameter_that_the_factory_leaves_out_is_told():
 
 def test_a_chain_that_leads_uphill_is_told():
     make = lambda lr: fr.chain(fr.scale_by_adam(), fr.scale(lr))
-    with pytest.warns(UserWarning, match=r"makes chain\(.*\), which has no learning rate .* members go uphill"):
+    with pytest.warns(UserWarning, match=r"makes chain\(.*\), in which nothing turns the sign .* go uphill"):
         fr.sweep(plain, F.cross_entropy, make, {"lr": [0.1, 0.2]}, data(), epochs=1)
 
 

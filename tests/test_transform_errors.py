@@ -338,7 +338,7 @@ CALLS = {
     ),
     "a function that makes a transform": (lambda: fr.chain(fr.scale_by_adam), "of chain is a function.* Is it called"),
     "a function of updates": (lambda: fr.chain(lambda u, p: u), "through stateless"),
-    "an optimizer of torch": (lambda: fr.chain(Wrong.optimizer), "of chain is a SGD; .*An optimizer of torch"),
+    "an optimizer of torch": (lambda: fr.chain(Wrong.optimizer), "of chain is an SGD; .*An optimizer of torch"),
     "pairs in a chain": (lambda: fr.chain(("a", fr.identity())), "go to named_chain"),
     "transforms without names": (
         lambda: fr.named_chain(fr.identity()),
@@ -374,7 +374,7 @@ CALLS = {
     "an axis by name": (lambda: fr.adaptive_grad_clip(0.1, axis="rows"), "axis is 'rows'; expected a dimension"),
     "a transform for a function": (lambda: fr.stateless(fr.identity()), r"stateless got identity\(\); expected a func"),
     "no function": (lambda: fr.Transform(None, None), "init of a Transform is None; expected a function"),
-    "numbers of samples": (lambda: fr.elastic_from_sklearn_ridge(1.0, 0.5), "n_samples is 0.5; expected a whole"),
+    "numbers of samples": (lambda: fr.elastic_from_sklearn_ridge(1.0, "9"), r"n_samples is '9'; .*len\(x\), or sum"),
     "a list of factors": (lambda: fr.piecewise_constant_schedule(1.0, [1]), "boundaries_and_scales is a list; ex"),
     "a number among schedules": (lambda: fr.join_schedules([0.1, 0.2], [3]), "schedule 0 of join_schedules is 0.1;"),
     "a schedule alone": (lambda: fr.join_schedules(fr.constant_schedule(1.0), []), "expected a list of schedules"),

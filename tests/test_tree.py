@@ -13,7 +13,7 @@ import numpy
 import optree
 import pytest
 import torch
-from cases import Layer, draw, flat
+from cases import Layer, assert_equal, draw, flat
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -129,7 +129,7 @@ _W = torch.ones(2)
         (list(_NET.named_parameters()), r"params '0.0' is '0.weight'; .*dict\(module.named_parameters\(\)\)"),
         (_NET.state_dict(), r"params '1.num_batches_tracked' is .*is it a buffer.*dict\(module.named_parameters\(\)\)"),
         (Weights(_W), r"params is a Weights; .*make a dict of it, vars\(...\)"),
-        (Output(a=_W), r"params is a Output; .*make a dict of it, dict\(...\)"),
+        (Output(a=_W), r"params is an Output; .*make a dict of it, dict\(...\)"),
         (types.MappingProxyType({"a": _W}), r"params is a mappingproxy; .*make a dict of it, dict\(...\)"),
         (UserDict(a=_W), r"params is a UserDict; .*make a dict of it, dict\(...\)"),
         ({"a": _W}.values(), "params is a dict_values; .*make a list or a dict of it"),
@@ -583,14 +583,53 @@ def test_calls_that_cannot_be_meant_say_what_was_expected(make, message):
         make()
 
 
-def test_a_strength_of_the_leaves_that_a_mask_chooses_is_told_of_the_others():
-    tx, params = (
-        fr.add_penalty(fr.l1, strength={"w": 0.1}, mask=fr.select("w")),
-        {"w": torch.ones(1), "b": torch.ones(1)},
-    )
-    with pytest.raises(ValueError, match=r"it lacks 'b'. It needs a number for each leaf, also .* in \{'b': 0\.0\}"):
-        tx.init(params)
-    assert fr.add_penalty(fr.l1, strength={"w": 0.1, "b": 0.0}, mask=fr.select("w")).init(params) is not None
+def _stepped(tx, params):
+    return tx.update(params, tx.init(params), params)[0]
+
+
+def _regularized(params, strength, mask):
+    named = [(name, torch.nn.Parameter(w.clone())) for name, w in params.items()]
+    optimizer = torch.optim.SGD(named, lr=0.1)
+    fr.regularize(optimizer, fr.l1, strength=strength, mask=mask)
+    for _, w in named:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    return {name: w.detach() for name, w in named}
+
+
+def _distance(params):
+    return (params["w"] - 2).square().sum() + (params["b"] - 3).square().sum()
+
+
+LEFT_OUT = {
+    "value": lambda p, s, mask: (s * fr.l1)(p, mask=mask),
+    "gradient": lambda p, s, mask: fr.elastic.grad(p, s, 0.5, mask=mask),
+    "proximal operator": lambda p, s, mask: fr.l1.prox(p, s, mask=mask),
+    "given": lambda p, s, mask: fr.l1.given(strength=s, mask=mask).prox(p, 0.5),
+    "a sum": lambda p, s, mask: (fr.half_l2 + fr.l1.given(strength=s, mask=mask)).prox(p, 0.5),
+    "curvature": lambda p, s, mask: (fr.l1 + fr.half_l2.given(strength=s, mask=mask)).prox(p, 0.5),
+    "add_penalty": lambda p, s, mask: _stepped(fr.add_penalty(fr.l1, strength=s, mask=mask), p),
+    "proximal": lambda p, s, mask: _stepped(fr.proximal(fr.l1, s, mask=mask), p),
+    "masked": lambda p, s, mask: _stepped(fr.masked(fr.add_decayed_weights(s), mask), p),
+    "prox_sgd": lambda p, s, mask: _stepped(fr.prox_sgd(0.1, fr.l1, strength=s, mask=mask), p),
+    "prox_adam": lambda p, s, mask: _stepped(fr.prox_adam(0.1, fr.l1, strength=s, mask=mask), p),
+    "fista": lambda p, s, mask: _stepped(fr.fista(0.1, fr.l1, strength=s, mask=mask), p),
+    "rmda": lambda p, s, mask: _stepped(fr.rmda(0.1, fr.l1, strength=s, mask=mask), p),
+    "ftrl": lambda p, s, mask: _stepped(fr.ftrl(0.1, fr.l1, strength=s, mask=mask), p),
+    "regularize": _regularized,
+    "minimize": lambda p, s, mask: fr.minimize(_distance, p, fr.l1, strength=s, mask=mask).params,
+    "kkt_residual": lambda p, s, mask: fr.kkt_residual(p, p, fr.l1, strength=s, mask=mask),
+}
+
+
+@pytest.mark.parametrize("use", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_strength_may_lack_the_leaves_that_a_mask_leaves_out(use):
+    params, mask = {"w": torch.ones(2), "b": torch.ones(1)}, fr.select("w")
+    assert_equal(use(params, {"w": 0.3}, mask), use(params, {"w": 0.3, "b": 0.0}, mask))
+    with pytest.raises(ValueError, match=r"it lacks 'w'.* each leaf that no mask leaves out, as in \{'w': 0\.0\}"):
+        use(params, {"b": 0.3}, mask)
+    with pytest.raises(ValueError, match="it has 'c', unknown to the parameters"):
+        use(params, {"w": 0.3, "c": 0.0}, mask)
 
 
 def test_wrong_dimensions_are_said_with_the_leaf():

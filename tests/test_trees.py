@@ -220,7 +220,7 @@ def test_members_of_an_ensemble_are_unstacked_without_a_look_at_counters():
 def test_wrong_states_and_trees_are_refused_with_the_place():
     tx, params = fr.adam(0.1), {"w": torch.zeros(2)}
     with pytest.raises(
-        ValueError, match=r"'0' of the state is a TraceState of 'trace'; expected a AdamState of 'steps'"
+        ValueError, match=r"'0' of the state is a TraceState of 'trace'; expected an AdamState of 'steps'"
     ):
         fr.tree_map_params(tx, lambda m: m, fr.sgd(0.1, 0.9).init(params))
     with pytest.raises(ValueError, match=r"has 'v' at '0.mu'; expected 'w'"):

@@ -140,8 +140,8 @@ LAYERS = [
         "wrappers",
     ],
     ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
-    ["constraints", "counts"],
-    ["groups", "projections", "regularizing", "spectral", "trying"],
+    ["constraints"],
+    ["counts", "groups", "projections", "regularizing", "spectral", "trying"],
     [
         "averaging",
         "certificates",

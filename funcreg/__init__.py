@@ -73,6 +73,7 @@ from funcreg.constraints import (
 from funcreg.counts import (
     group_top_k as group_top_k,
     n_m_sparsity as n_m_sparsity,
+    sparse_simplex as sparse_simplex,
     top_k as top_k,
 )
 from funcreg.conventions import (

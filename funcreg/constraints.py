@@ -392,7 +392,7 @@ def _simplex_metric(w: Tensor, h: Tensor, total: Scalar = 1.0, *, dim: Dim = Non
     return ungrouped(simplex_excess(grouped(w, dims), of_groups(total, w, dims), grouped(h, dims)), w, dims)
 
 
-def _simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+def simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
     if not w.numel():
         return g.clone()
@@ -406,7 +406,7 @@ def _simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *,
     return ungrouped(torch.where(fixed == 0, torch.zeros_like(left), left), w, dims)
 
 
-@constraint(metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=_simplex_normal)
+@constraint(metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=simplex_normal)
 def simplex(w: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Shares of a whole, :math:`w_i \ge 0` and :math:`\sum_{i \in g} w_i = t`.
 

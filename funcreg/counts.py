@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
 from funcreg.constraint import constraint
+from funcreg.constraints import simplex_excess, simplex_normal
 from funcreg.construction import written
 from funcreg.grouped import grouped, of_groups, polar, ungrouped
 from funcreg.penalties import Dim, group_dims
@@ -80,6 +81,54 @@ def top_k(w: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
     x = grouped(w, dims)
     return ungrouped(_keep_largest(x, x.abs(), of_groups(k, w, dims)), w, dims)
+
+
+def _sparse_simplex_normal(
+    w: Tensor, g: Tensor, slack: Scalar, k: Scalar, total: Scalar = 1.0, *, dim: Dim = None
+) -> Tensor:
+    dims = group_dims(w, dim)
+    x = grouped(w, dims)
+    taken = (x == 0) & ((x != 0).sum(-1, keepdim=True) >= of_groups(k, w, dims))
+    # Where all counts are taken nothing pulls a zero in.
+    held = torch.where(ungrouped(taken, w, dims), torch.full_like(g, math.inf), g)
+    return simplex_normal(w, held, slack, total, dim=dim)
+
+
+def _check_sparse_k(k: Hyper, total: Hyper) -> None:
+    check_count("k of sparse_simplex", k)
+
+
+@constraint(
+    bounds={"k": (1.0, math.inf), "total": _AT_LEAST_0},
+    check=_check_sparse_k,
+    residual=_sparse_simplex_normal,
+    real=True,
+    convex=False,
+)
+def sparse_simplex(w: Tensor, k: Scalar, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
+    r"""Shares of a whole among few, :math:`w_i \ge 0`, :math:`\sum_{i \in g} w_i = t` and :math:`\|w_g\|_0 \le k`.
+
+    A portfolio of at most :math:`k` assets. The projection is that of `simplex` on the :math:`k` greatest entries, of
+    equal ones on those that come first. The set is not convex.
+
+    Args:
+        k: How many entries of a group may be non-zero, a whole number of at least 1, or a tree of such. A tensor is
+            allowed, also a batched one.
+        total: :math:`t`, the sum, at least 0.
+        dim: Dimensions that lie inside a group; by default each leaf is one group. See `l2_ball`.
+
+    Example:
+        >>> sparse_simplex.project({"shares": torch.tensor([0.5, 0.9, 0.4])}, 2)
+        {'shares': tensor([0.3000, 0.7000, 0.0000])}
+
+    References:
+        Kyrillidis, Becker, Cevher & Koch, *Sparse projections onto the simplex*, 2013.
+    """
+    dims = group_dims(w, dim)
+    x = grouped(w, dims)
+    ranks = x.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    few = torch.where((ranks < of_groups(k, w, dims)) | x.isnan(), x, torch.full_like(x, -math.inf))
+    return ungrouped(simplex_excess(few, of_groups(total, w, dims)), w, dims)
 
 
 def _keep_longest(w: Tensor, sizes: Tensor, k: Scalar) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.checks import check_params
@@ -20,7 +22,7 @@ from funcreg.masks import mask_leaves
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal_newton import first_state, forward_backward
-from funcreg.ranges import check_range, number
+from funcreg.ranges import check_range, concrete, number
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
@@ -107,8 +109,8 @@ def minimize(
             `params`.
         mask: Leaves on which the penalty acts; the others, such as an intercept, are minimized over freely.
         tol: Greatest residual of a solution, at least 0, in units of the gradient. By default 1e-8 in float64,
-            1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1; of data in small
-            units, whose gradients are not far above these numbers, give less.
+            1e-5 in float32 and 1e-2 in 16 bits, which are in reach where gradients are not far from 1. Of data in small
+            units, whose gradients are not far above these numbers, multiply the loss and the strength, or give less.
         max_steps: Number of steps, on the loss and on its models, after which to give up, at least 0; `converged` is
             then False.
         compile: Whether to compile steps, for calls to come with other numbers in tensors of the same shapes; or a
@@ -146,7 +148,10 @@ def minimize(
     problem = Problem(explained(loss), penalty, hyper, mask, tol, max_steps, options, compile)
     problem.check(params, strength, args)
     check_call(loss, args)
-    return problem.solve(params, strength, as_tensors(args, "args", params))
+    args = as_tensors(args, "args", params)
+    found = problem.solve(params, strength, args)
+    problem.say_where_zeros_pass(found, params, args)
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,6 +249,21 @@ class Problem:
                 "or a dense matrix, x.to_dense()"
             ) from error
         return Solution(flat.tree(x), residual, steps, converged)
+
+    def say_where_zeros_pass(self, found: Solution, params: Params, args: tuple[Any, ...]) -> None:
+        """Warn where no step was taken because the gradient, and not only what the penalty leaves of it, is small."""
+        steps, residual = concrete(found.steps), concrete(found.residual)
+        if self.tol is not None or steps is None or residual is None or int(steps) or not float(residual):
+            return
+        slopes = tree_leaves(grad(lambda point: self.loss(point, *args))(params))
+        size = max([float(g.detach().abs().amax()) for g in slopes if g.numel()])
+        # Without a penalty a residual is the gradient, and a start may be the minimum.
+        if float(residual) < (1 - 1e-6) * size <= self.tolerance(params):
+            warn_user(
+                f"the gradient of the loss at params is at most {size:.1g}, below tol={self.tolerance(params):.0e}, so "
+                "that params pass for the solution, whatever the strength. Are the data in small units? Multiply the "
+                f"loss and the strength by {10 ** -math.floor(math.log10(size)):.0e}, or give a smaller tol.",
+            )
 
     @torch.inference_mode(False)
     def landing(self, params: Params, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:

@@ -998,6 +998,16 @@ CONSTRAINTS.update(
             nonconvex="a union of planes",
             batch=lambda k: [k, k - 1, 0.0],
         ),
+        "sparse_simplex": ConstraintCase(
+            fr.sparse_simplex,
+            lambda w: _beyond((w != 0).sum().double(), 2.0) + (w.sum() - 1.5).abs() if w.numel() else w.sum(),
+            lambda w: torch.zeros_like(w).reshape(-1).index_fill(0, w.new_zeros(1).long(), 1.5).reshape(w.shape),
+            hyper=(2.0, 1.5),
+            complex=False,
+            metric=False,
+            nonconvex="a union of simplices",
+            batch=lambda h: [h, 2.0, 1.0],
+        ),
     }
 )
 

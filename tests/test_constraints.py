@@ -487,6 +487,23 @@ def test_projected_descent_finds_the_minimum_over_the_set():
     torch.testing.assert_close(w, fr.simplex.project(target, metric=curvature), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_a_sparse_simplex_is_the_nearest_of_all_choices_of_entries(k):
+    x = normal(torch.Generator().manual_seed(k), 5, 6)
+    found = fr.sparse_simplex.project(x, k, 1.3, dim=-1)
+    assert ((found != 0).sum(1) <= k).all()
+    torch.testing.assert_close(found.sum(1), torch.full_like(x[:, 0], 1.3), rtol=1e-12, atol=0)
+    for row, z in zip(x, found, strict=True):
+        near = lambda chosen, row=row: fr.simplex.project(row[list(chosen)], 1.3)
+        least = min(
+            (row.index_copy(0, row.new_tensor(c).long(), near(c) - row[list(c)]).square().sum())
+            for c in itertools.combinations(range(6), k)
+        )
+        torch.testing.assert_close((row - z).square().sum(), least, rtol=1e-12, atol=0)
+    members = fr.sparse_simplex.project(x, torch.tensor([[1.0]] * 2 + [[2.0]] * 3, device=DEVICE), 1.3, dim=-1)
+    assert [int((z != 0).sum()) <= n for z, n in zip(members, (1, 1, 2, 2, 2), strict=True)] == [True] * 5
+
+
 def test_of_equal_magnitudes_the_first_are_kept():
     w = torch.tensor([1.0, -2.0, 2.0, 2.0, -2.0, 0.0])
     assert fr.top_k.project(w, 2).tolist() == [0, -2, 2, 0, 0, 0]

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -923,3 +924,20 @@ def test_a_slope_that_is_infinite_on_the_boundary(entropy):
     found = fr.minimize(lambda w: costs @ w + entropy(w), torch.full_like(costs, 0.2), fr.simplex)
     assert found.converged
     torch.testing.assert_close(found.params, torch.softmax(-costs, 0), rtol=0, atol=1e-8)
+
+
+def test_zeros_that_pass_for_the_solution_of_data_in_small_units_are_told():
+    x, y = standard(load_diabetes)
+    x, y = x[:30, :3], y[:30] / y[:30].std()
+    loss = lambda w, x, y, scale=1.0: scale * (x @ w - y).square().mean() / 2
+    solve = lambda unit, start, strength, scale=1.0: fr.minimize(
+        loss, start, fr.l1, strength=scale * unit * strength, args=(x, unit * y, scale)
+    )
+    with pytest.warns(UserWarning, match=r"is at most .*e-10, below tol=1e-08, .* Multiply the loss .* by 1e\+10"):
+        assert not solve(1e-9, zeros(3), 0.01).params.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = solve(1.0, zeros(3), 0.01).params
+        torch.testing.assert_close(solve(1e-9, zeros(3), 0.01, 1e10).params / 1e-9, one, rtol=1e-6, atol=1e-7)
+        for strength in (0.01, 0.0):  # A minimum that was known before.
+            assert solve(1.0, solve(1.0, zeros(3), strength).params, strength).steps == 0

@@ -55,6 +55,7 @@ WITHOUT = {
     "rank_envelope": "no numbers of pyproximal are stored; it is l0_envelope of singular values",
     "relaxed_mumford_shah": "no numbers of pyproximal are stored; the minimum is searched on a grid",
     "schatten": "no peer has it",
+    "sparse_simplex": "no numbers of jaxopt are stored; compared with all choices of entries in test_constraints",
     "spectral": "no peer has it",
     "spectral_ball": "no peer has it",
     "spectral_mcp": "no peer has it",

@@ -412,7 +412,7 @@ def test_prox_adam_solves_the_penalized_problem_of(case, strong):
     slopes = lambda params: fr.tree_map(lambda c, w, t: c * (w - t), curvature, params, goal)
     tx = fr.prox_adam(0.6, case.penalty, *case.hyper, **strong, b1=0.3, b2=0.8, eps=1.0, **case.options)
     params, state = goal, tx.init(goal)
-    for n in range(120):
+    for n in range(160):
         updates, state = tx.update(slopes(params), state, params)
         params = fr.apply_updates(params, updates)
         if n >= 20 and flat(updates).abs().max() <= 1e-11:  # It stays there.

@@ -141,8 +141,8 @@ LAYERS = [
         "wrappers",
     ],
     ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
-    ["constraints", "counts"],
-    ["groups", "projections", "regularizing", "spectral", "trying"],
+    ["constraints"],
+    ["counts", "groups", "projections", "regularizing", "spectral", "trying"],
     ["blame", "channel_families", "channel_tables"],
     [
         "averaging",

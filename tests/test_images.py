@@ -144,7 +144,7 @@ def solved(shape, step, count=2):
         ((2, 13, 30), 0.2, 2),
         ((1500,), 0.3, 1),
         ((5, 6, 9), 0.1, 3),
-        pytest.param((128, 256), 0.1, 2, marks=pytest.mark.slow),
+        pytest.param((64, 128), 0.1, 2, marks=pytest.mark.slow),
     ],
 )
 def test_images_of_any_size_have_the_solution_that_their_multipliers_certify(shape, step, count):

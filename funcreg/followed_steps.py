@@ -113,7 +113,8 @@ class FollowedSteps(PenalizedParameters):
         places = [i for i, group in enumerate(groups) for _ in group]
         rows = zip(params, places, still, strict=True)
         moved = [Moved(names[w], w, i) for w, i, stays in rows if not stays]
-        self._seen, self._moving, self._counted = seen, [m for m in moved if m.name in chosen], []
+        # Until all is found out, nothing is: an interrupt in between must not leave a part.
+        self._seen, self._moving, self._counted = (), [m for m in moved if m.name in chosen], []
         self._ever.update([m.name for m in self._moving])
         stays = {*names.values()}.difference([m.name for m in self._moving])
         held = stays.intersection(set().union(*self._linked))
@@ -122,6 +123,7 @@ class FollowedSteps(PenalizedParameters):
         self._held = {m for m in self._leaves if m.name in held}
         self._entries = sum([m.w.numel() for m in self._leaves])
         self._absent = {name: ABSENT for name in names.values() if name in stays - held}
+        self._seen = seen
         if any(still):
             self._remarks.of_replaced()
             self._remarks.of_frozen(optimizer, params)
@@ -135,11 +137,11 @@ class FollowedSteps(PenalizedParameters):
         before, self._written_to = self._written_to, versions([x for x in counted if isinstance(x, Tensor)])
         apart = len({x - y for x, y in zip(self._written_to, before, strict=False)}) > 1
         if apart or len(counted) != len(self._counted) or not all(map(operator.is_, counted, self._counted)):
-            self._counted = counted
+            self._counted = []  # Until there are classes of these.
             stay = [rule.counts and m in self._held for m in leaves]
             keys = list(zip([m.group for m in leaves], _numbers(counted), stay, strict=True))
             numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-            self._classes = [numbers[key] for key in keys]
+            self._classes, self._counted = [numbers[key] for key in keys], counted
         firsts = [self._classes.index(i) for i in range(max(self._classes) + 1)]
         factors = self._gains(groups, {m.group for m in leaves}, {m.group for m in moved}) if rule.buffers else {}
         columns = []

@@ -22,7 +22,7 @@ from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.ranges import number
 from funcreg.tree import tree_leaves, tree_map
-from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, raised_in
+from funcreg.undocumented import CALLS_COMPILED, DRAWS_AGAIN, dispatch_mode, raised_in
 from funcreg.wording import type_of
 
 
@@ -277,7 +277,9 @@ class Model:
         self._draws |= draws.calls > 0
         self._used |= uses.found
         self.not_compiled = list(dict.fromkeys([*self.not_compiled, *draws.not_compiled()]))
-        if not self._warned and (draws.by_generators or not all(map(torch.equal, _generators(device), before))):
+        again = lambda: self.value(arguments(), hyper)
+        drawn = not all(map(torch.equal, _generators(device), before))
+        if not self._warned and (draws.by_generators or (drawn and _draws_here(again, zero))):
             self._warned = True
             warn_user(
                 "the model draws random numbers in a way that does not follow the seeds of members, as recurrent "
@@ -339,6 +341,24 @@ class Model:
         return {
             name: found.get(self._names.get(name, name), value) for name, value in self._evaluating.state_dict().items()
         }
+
+
+def _draws_here(call: Callable[[], Any], key: Tensor) -> bool:
+    """Whether it was a call that has drawn from torch's generators, and not another thread.
+
+    Operations of other libraries do not say whether they draw.
+    """
+    found = []
+
+    class Watching(dispatch_mode()):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ("aten", "prims"):
+                found.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Draws(key, key), Watching():
+        call()
+    return bool(found)
 
 
 def _generators(device: torch.device) -> list[Tensor]:

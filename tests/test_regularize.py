@@ -24,7 +24,7 @@ from torch.optim import lr_scheduler
 from torch.testing import assert_close
 
 import funcreg as fr
-from funcreg import denominators
+from funcreg import denominators, followed_steps
 from funcreg.coupled import landed_by
 from funcreg.landing import CompiledRows
 
@@ -1257,6 +1257,30 @@ def test_groups_that_are_added_are_noted_before_their_first_step(name):
     fr.regularize(other := OPTIMIZERS[name].make([alone]), fr.nuclear, strength=0.1)
     stepped(other, alone, seed=2)
     assert_equal(second.detach(), alone.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["_numbers", "copy_all", "Moved"])
+def test_a_hook_that_is_interrupted_follows_the_next_steps(place, monkeypatch):
+    """As one that is made anew then: what was found out in part is found out again."""
+    first, second = weight(4, 3), weight(2, seed=1)
+    optimizer = optim.Adam([first, second], lr=0.1)
+    handle = fr.regularize(optimizer, fr.group_lasso, strength=0.1)
+
+    def interrupts(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(followed_steps, place, interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            stepped(optimizer, first, second)
+    others = [w.detach().clone().requires_grad_() for w in (first, second)]
+    other = optim.Adam(others, lr=0.1)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fr.regularize(other, fr.group_lasso, strength=0.1).load_state_dict(handle.state_dict())
+    for seed in range(2):
+        stepped(optimizer, first, second, seed=seed)
+        stepped(other, *others, seed=seed)
+    assert_equal([first.detach(), second.detach()], [w.detach() for w in others])
 
 
 def test_what_a_penalty_cannot_take_is_refused_at_every_step_until_it_is_gone():

@@ -6,6 +6,8 @@ import copy
 import inspect
 import math
 import sys
+import threading
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -493,6 +495,20 @@ def test_what_does_not_follow_seeds_is_told():
     with pytest.warns(UserWarning, match="without a compiler, with equal results: there randn would draw other"):
         found = train(compile="eager")
     assert_close(found.params, train().params, rtol=0, atol=0)
+
+
+def test_what_other_threads_draw_is_not_taken_for_what_the_model_draws():
+    def loss(outputs, y):
+        other = threading.Thread(target=lambda: torch.rand(3))
+        other.start()
+        other.join()
+        return F.cross_entropy(outputs, y)
+
+    train = lambda loss: fr.sweep(plain, loss, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1).params
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = train(loss)
+    assert_close(found, train(F.cross_entropy), rtol=0, atol=0)
 
 
 class Last(nn.Module):

@@ -79,13 +79,12 @@ class Remarks:
 
     def of_counts(self, task: Task, acted_on: dict[str, Tensor]) -> None:
         """Warn of a constraint of counts that no leaf is large enough for."""
+        counts = [part for part in task.term().parts() if part.penalty.__name__ in _COUNTS]
         leaves = {name: w.detach() for name, w in acted_on.items()}
-        if task.is_scheduled or is_compiling() or not all(map(_is_readable, leaves.values())):
+        if task.is_scheduled or not counts or is_compiling() or not all(map(_is_readable, leaves.values())):
             return
         full = {name: torch.ones_like(w) for name, w in leaves.items()}
-        for part in task.term().parts():
-            if part.penalty.__name__ not in _COUNTS:
-                continue
+        for part in counts:
             kept = part.prox(self._names.tree(full), 1.0, None)
             if all([bool((kept[name] != 0).all()) for name in full]):
                 warn_user(

@@ -81,7 +81,12 @@ class Remarks:
         """Warn of a constraint of counts that no leaf is large enough for."""
         counts = [part for part in task.term().parts() if part.penalty.__name__ in _COUNTS]
         leaves = {name: w.detach() for name, w in acted_on.items()}
-        if task.is_scheduled or not counts or is_compiling() or not all(map(_is_readable, leaves.values())):
+        if (
+            task.is_scheduled
+            or not (counts and leaves)
+            or is_compiling()
+            or not all(map(_is_readable, leaves.values()))
+        ):
             return
         full = {name: torch.ones_like(w) for name, w in leaves.items()}
         for part in counts:

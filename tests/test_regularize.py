@@ -1580,6 +1580,7 @@ def test_a_count_that_keeps_everything_is_told(constraint, hyper, enough, option
             warnings.simplefilter("error")
             fr.regularize(make(), constraint, *enough, mask=fr.matrices, **options)
             fr.regularize(make(), constraint, lambda n: hyper[0], *hyper[1:], mask=fr.matrices, **options)
+            fr.regularize(make(), constraint, *hyper, mask=False, **options)
 
 
 def test_an_optimizer_that_evaluates_at_other_parameters_is_said():

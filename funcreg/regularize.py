@@ -217,6 +217,7 @@ class Regularization(FollowedSteps):
         vars(optimizer)[OWN].add(self)
         see_to_copies(optimizer)
         self._remarks.of_what_cannot_die(optimizer, task.penalty.__name__, self._linked)
+        self._remarks.of_counts(self._task, self._acted_on())
         self._remarks.of_decay(optimizer, self._task, self._touched)
         self._remarks.of_evaluation(optimizer)
         if names.module is not None and not projects(task.penalty):

@@ -29,6 +29,8 @@ from funcreg.undocumented import is_compiling
 
 #: Penalties whose gradient is a decay to zero.
 _RIDGES = ("l2", "half_l2")
+#: Constraints of counts, which are of one leaf, or of runs of its entries.
+_COUNTS = ("top_k", "group_top_k", "n_m_sparsity")
 #: Steps without any gradient after which it is said: more than a critic takes between two of its generator.
 _IDLE = 20
 
@@ -80,6 +82,26 @@ class Remarks:
                 "As long as it is, no group can become zero. Leave these layers out of the groups, as by "
                 "channel_groups(..., layers=...)."
             )
+
+    def of_counts(self, task: Task, acted_on: dict[str, Tensor]) -> None:
+        """Warn of a constraint of counts that no leaf is large enough for."""
+        counts = [part for part in task.term().parts() if part.penalty.__name__ in _COUNTS]
+        leaves = {name: w.detach() for name, w in acted_on.items()}
+        if (
+            task.is_scheduled
+            or not (counts and leaves)
+            or is_compiling()
+            or not all(map(_is_readable, leaves.values()))
+        ):
+            return
+        full = {name: torch.ones_like(w) for name, w in leaves.items()}
+        for part in counts:
+            kept = part.prox(self._names.tree(full), 1.0, None)
+            if all([bool((kept[name] != 0).all()) for name in full]):
+                warn_user(
+                    f"{self._on!r} has no effect: {part.title()} keeps all entries of {listed(map(repr, full))}. It "
+                    "counts those of a leaf, or of a group of its entries, and not of the network."
+                )
 
     def of_decay(self, optimizer: Optimizer, task: Task, touched: set[str]) -> None:
         """Warn of a ridge on parameters that the optimizer lets decay already, as AdamW does by default."""

@@ -552,7 +552,8 @@ def test_choices_among_thousands_of_entries_are_those_of_scikit_learn():
 
 
 def gaussian(params, covariance):
-    return (covariance * params["p"]).sum() - 2 * torch.linalg.cholesky(params["p"]).diagonal().log().sum()
+    p = (params["p"] + params["p"].mT) / 2  # A Cholesky factor reads one triangle alone.
+    return (covariance * p).sum() - 2 * torch.linalg.cholesky(p).diagonal().log().sum()
 
 
 def covariances() -> tuple[dict[str, Tensor], Tensor]:

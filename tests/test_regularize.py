@@ -1634,6 +1634,25 @@ class Averaging(Descent):
         """Put their average into the parameters."""
 
 
+@pytest.mark.parametrize(("constraint", "hyper", "enough", "options"), [
+    (fr.top_k, (15,), (14,), {}),
+    (fr.top_k, (5,), (4,), {"dim": 1}),
+    (fr.group_top_k, (3,), (2,), {}),
+    (fr.top_k.given(15), (), None, {}),
+    (fr.n_m_sparsity, (5, 5), (4, 5), {}),
+])  # fmt: skip
+def test_a_count_that_keeps_everything_is_told(constraint, hyper, enough, options):
+    make = lambda: optim.SGD(nn.Linear(5, 3).named_parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"has no effect: .* keeps all entries of 'weight'"):
+        fr.regularize(make(), constraint, *hyper, mask=fr.matrices, **options)
+    if enough is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fr.regularize(make(), constraint, *enough, mask=fr.matrices, **options)
+            fr.regularize(make(), constraint, lambda n: hyper[0], *hyper[1:], mask=fr.matrices, **options)
+            fr.regularize(make(), constraint, *hyper, mask=False, **options)
+
+
 def test_an_optimizer_that_evaluates_at_other_parameters_is_said():
     with pytest.warns(UserWarning, match=r"Averaging has train\(\) and eval\(\).*linf_ball.* need not hold after eval"):
         fr.regularize(Averaging([weight(3)], 0.1), fr.linf_ball, 0.1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure
 from funcreg.constraint import constraint
-from funcreg.grouped import grouped, of_groups, polar, root_of_mean, sum_groups, ungrouped
+from funcreg.grouped import finite, grouped, of_groups, polar, root_of_mean, sum_groups, ungrouped
 from funcreg.leafwise import running_sum, sign, squared
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.ranges import concrete
@@ -190,9 +190,7 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 
 def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
     norms, directions = polar(w, dims)
-    long = norms > radius
-    # Where nothing is too long the radius may be infinite, and both branches of a `where` are differentiated.
-    return torch.where(long, torch.where(long, radius, torch.ones_like(norms)) * directions, w) + 0.0
+    return torch.where(norms > radius, finite(radius, norms) * directions, w) + 0.0
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:

@@ -55,6 +55,17 @@ def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(largest == math.inf, largest, norms * unit), directions
 
 
+def finite(number: Scalar, w: Tensor) -> Scalar:
+    """A hyperparameter that may be infinite as a number beside a leaf, for a branch that is not taken then.
+
+    Both branches of a `where` have derivatives, and those of a product with infinity are NaN.
+    """
+    most = torch.finfo(w.dtype).max
+    if not isinstance(number, Tensor):
+        return min(number, most)
+    return number.clamp(max=min(most, torch.finfo(number.dtype).max)) if number.is_floating_point() else number
+
+
 def in_units(w: Tensor, h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entries and metric of each group in units of the greatest of each, then both units.
 

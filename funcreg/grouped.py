@@ -84,6 +84,11 @@ def in_its_unit(h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return (h / top).clamp(min=torch.finfo(h.dtype).tiny), top
 
 
+def relative(h: Tensor) -> Tensor:
+    """A metric of which a multiple does the same, as for projections, in its own unit along the last dimension."""
+    return in_its_unit(h, (h.ndim - 1,))[0] if h.numel() else h
+
+
 def _unit(size: Tensor, dims: tuple[int, ...]) -> Tensor:
     greatest = size.amax(dims, keepdim=True) if dims else size
     return torch.where((greatest > 0) & (greatest < math.inf), greatest, torch.ones_like(greatest))

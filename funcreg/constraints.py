@@ -14,7 +14,17 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure
 from funcreg.constraint import constraint
-from funcreg.grouped import grouped, of_groups, polar, root_of_mean, sum_groups, ungrouped
+from funcreg.grouped import (
+    finite,
+    grouped,
+    in_its_unit,
+    of_groups,
+    polar,
+    relative,
+    root_of_mean,
+    sum_groups,
+    ungrouped,
+)
 from funcreg.leafwise import running_sum, sign, squared
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.ranges import concrete
@@ -190,9 +200,7 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 
 def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
     norms, directions = polar(w, dims)
-    long = norms > radius
-    # Where nothing is too long the radius may be infinite, and both branches of a `where` are differentiated.
-    return torch.where(long, torch.where(long, radius, torch.ones_like(norms)) * directions, w) + 0.0
+    return torch.where(norms > radius, finite(radius, norms) * directions, w) + 0.0
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
@@ -364,6 +372,7 @@ def simplex_excess(x: Tensor, total: Scalar, h: Tensor | None = None) -> Tensor:
     if not x.shape[-1]:
         return x.clone()
     if h is not None:  # In a metric the threshold of an entry is its own: no offset is common to all.
+        h = relative(h)
         pulls, order = (h * x).sort(-1, descending=True)
         inverse = (1 / h).gather(-1, order)
         sums, weights = running_sum(pulls * inverse) - total, running_sum(inverse)
@@ -484,7 +493,7 @@ def _along(
     In a metric a step along the normal is one along the normal over the metric.
     """
     normals = torch.zeros_like(w) + normal
-    steps = normals if h is None else normals / h
+    steps = normals if h is None or not h.numel() else normals / in_its_unit(h, dims)[0]
     products, squares = w * normals, steps * normals
     if dims:
         products, squares = (x.sum(dims, keepdim=True) for x in (products, squares))

@@ -55,6 +55,17 @@ def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.where(largest == math.inf, largest, norms * unit), directions
 
 
+def finite(number: Scalar, w: Tensor) -> Scalar:
+    """A hyperparameter that may be infinite as a number beside a leaf, for a branch that is not taken then.
+
+    Both branches of a `where` have derivatives, and those of a product with infinity are NaN.
+    """
+    most = torch.finfo(w.dtype).max
+    if not isinstance(number, Tensor):
+        return min(number, most)
+    return number.clamp(max=min(most, torch.finfo(number.dtype).max)) if number.is_floating_point() else number
+
+
 def in_units(w: Tensor, h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Entries and metric of each group in units of the greatest of each, then both units.
 
@@ -71,6 +82,11 @@ def in_its_unit(h: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     top = _unit(h.detach(), dims)
     # A metric of 0 would divide by 0 without a step.
     return (h / top).clamp(min=torch.finfo(h.dtype).tiny), top
+
+
+def relative(h: Tensor) -> Tensor:
+    """A metric of which a multiple does the same, as for projections, in its own unit along the last dimension."""
+    return in_its_unit(h, (h.ndim - 1,))[0] if h.numel() else h
 
 
 def _unit(size: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from funcreg._typing import Hyper, Scalar
 from funcreg.constraint import constraint
 from funcreg.constraints import bounds_like, check_bounds, clamp, simplex_excess
 from funcreg.equations import solved
-from funcreg.grouped import grouped, ungrouped
+from funcreg.grouped import grouped, relative, ungrouped
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers, concrete
 from funcreg.singular_values import as_matrix
@@ -98,7 +98,7 @@ def _sectioned(
         return w.clone()
     dims = group_dims(w, dim)
     x = grouped(w, dims)
-    weights = torch.ones_like(x) if h is None else grouped(h, dims)
+    weights = torch.ones_like(x) if h is None else relative(grouped(h, dims))
     low, high, normals = (_beside(value, w, dims) for value in (lower, upper, normal))
     return ungrouped(_section(x, weights, low, high, normals, _one_a_group(offset, w, dims)), w, dims)
 
@@ -198,7 +198,7 @@ def _affine(w: Tensor, h: Tensor | None, matrix: Any, offset: Any, dim: Dim) -> 
     dims = group_dims(w, dim)
     x = grouped(w, dims)
     rows, offsets = _system(w, matrix, offset, x.shape[-1], "matrix")
-    root = torch.ones_like(x[..., :1]) if h is None else grouped(h, dims).sqrt()
+    root = torch.ones_like(x[..., :1]) if h is None else relative(grouped(h, dims)).sqrt()
     z = _held(x * root, *_of_length_1(rows / root.unsqueeze(-2), offsets), torch.ones_like(offsets, dtype=torch.bool))
     return ungrouped(z / root, w, dims)
 
@@ -340,7 +340,7 @@ def _within(w: Tensor, h: Tensor | None, matrix: Any, offset: Any, equations: An
     rows, bounds, equal = _conditions(w, x.shape[-1], matrix, offset, equations)
     if h is None:
         return ungrouped(_nearest(x, rows, bounds, equal), w, dims)
-    root = grouped(h, dims).sqrt()
+    root = relative(grouped(h, dims)).sqrt()
     return ungrouped(_nearest(x * root, rows / root.unsqueeze(-2), bounds, equal) / root, w, dims)
 
 

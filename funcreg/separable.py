@@ -21,6 +21,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
+from funcreg.grouped import finite
 from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, sign, squared, total
 from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
@@ -549,21 +550,19 @@ def capped_l1(w: Tensor, threshold: Scalar) -> Tensor:
 
 
 def _huber_gradient(w: Tensor, delta: Scalar) -> Tensor:
-    size = w.abs()
-    inside = size <= delta
-    return torch.where(inside, w, _slope_of_line(size, inside, delta) * sign(w))
+    if w.is_complex():
+        return torch.where(w.abs() <= delta, w, finite(delta, w) * sign(w))
+    return _between(w, delta)
+
+
+def _between(w: Tensor, delta: Scalar) -> Tensor:
+    most: Any = delta  # The types of clamp know no such union.
+    return w.clamp(-most, most)
 
 
 def _huber_proximal(w: Tensor, step: Scalar, delta: Scalar) -> Tensor:
-    size = w.abs()
-    inside = size <= (1 + step) * delta
-    square, line = w / (1 + step), w - step * (_slope_of_line(size, inside, delta) * sign(w))
-    return torch.where(inside, square, line) + 0.0  # +0.0 also from -0.0.
-
-
-def _slope_of_line(size: Tensor, inside: Tensor, delta: Scalar) -> Tensor:
-    """The width where it counts; an infinite one would make derivatives of the branch that is not taken NaN."""
-    return torch.where(inside, torch.ones_like(size), delta)
+    square, line = w / (1 + step), w - step * (finite(delta, w) * sign(w))
+    return torch.where(w.abs() <= (1 + step) * delta, square, line) + 0.0  # +0.0 also from -0.0.
 
 
 def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Tensor:
@@ -596,12 +595,10 @@ def huber(w: Tensor, delta: Scalar) -> Tensor:
     References:
         Huber, *Robust estimation of a location parameter*, 1964.
     """
-    size = w.abs()
-    inside = size <= delta
-    line = _slope_of_line(size, inside, delta)
-    # Not by the magnitude, whose second derivative at zero is none.
-    square = squared(torch.where(inside, w, torch.zeros_like(w))) / 2
-    return torch.where(inside, square, line * (size - line / 2))
+    # Of numbers with their signs: the second derivative of magnitudes is 0 at zero.
+    size = w.abs() if w.is_complex() else w
+    capped = size.clamp(max=delta) if w.is_complex() else _between(w, delta)
+    return capped * (size - capped / 2)
 
 
 # Anchored at given weights

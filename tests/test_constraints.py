@@ -131,6 +131,27 @@ def test_infinities_have_a_projection(case):
         assert case.value(z) == 0
 
 
+#: From a unit of the parameters to the hyperparameters in it.
+IN_UNITS = {
+    fr.simplex: lambda unit: (1.5 * unit,),
+    fr.l1_ball: lambda unit: (0.7 * unit,),
+    fr.l2_ball: lambda unit: (0.7 * unit,),
+    fr.hyperplane: lambda unit: (1.0, 0.6 * unit),
+    fr.halfspace: lambda unit: (1.0, -0.6 * unit),
+    fr.box_section: lambda unit: (-0.3 * unit, 0.7 * unit, 2.0, 0.6 * unit),
+}
+
+
+@pytest.mark.parametrize(("constraint", "hyper"), IN_UNITS.items(), ids=[str(c) for c in IN_UNITS])
+def test_units_of_parameters_and_of_metrics_change_nothing_in_float32(constraint, hyper):
+    x, h = draw_fours(dtype=torch.float32), fr.tree_map(lambda w: 10 ** (w / 2), draw_fours(5, dtype=torch.float32))
+    expected = constraint.project(x, *hyper(1.0), metric=h)
+    for unit, scale in ((1e25, 1e19), (1e25, 1e-19), (1e-25, 1e19), (1e-25, 1e-19)):
+        far, metric = fr.tree_map(lambda w, c=unit: w * c, x), fr.tree_map(lambda w, c=scale: w * c, h)
+        found = constraint.project(far, *hyper(unit), metric=metric)
+        assert_equal(fr.tree_map(lambda z, c=unit: z / c, found), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "ball", [fr.linf_ball, fr.l1_ball, fr.l2_ball, fr.max_norm, fr.spectral_ball, fr.nuclear_ball], ids=str
 )

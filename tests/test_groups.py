@@ -392,7 +392,7 @@ def test_trees_land_at_the_minimum_and_are_the_groups_they_hold():
 def test_groups_that_are_no_trees_are_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         fr.tree_lasso({"w": torch.zeros(4)}, groups=groups)
-    with pytest.raises(ValueError, match="3 entries for 1 groups"):
+    with pytest.raises(ValueError, match=r"^weights has 3 entries; expected 1, one for"):
         fr.tree_lasso(torch.zeros(4), groups=((0, 1),), weights=torch.ones(3))
 
 

@@ -17,7 +17,7 @@ from funcreg.construction import written
 from funcreg.leafwise import compute, compute_wide, global_norm, reduce_leaves, squared, total, without_autocast
 from funcreg.ranges import check_numbers, concrete, flags, ordered
 from funcreg.transform import dtypes
-from funcreg.tree import dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
+from funcreg.tree import at_leaf, dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
 
 
@@ -216,9 +216,7 @@ def _ordered_leaves(tree: Params) -> list[Tensor]:
     leaves = tree_leaves(tree)
     for i, x in enumerate(leaves):
         if x.is_complex():
-            raise ValueError(
-                f"at leaf '{tree_paths(tree)[i]}': it is complex; expected real numbers, which have an order"
-            )
+            raise ValueError(f"{at_leaf(tree_paths(tree)[i])}it is complex; expected real numbers, which have an order")
     return leaves
 
 

@@ -178,12 +178,15 @@ def adaptive_grad_clip(
         if axis is not None:
             dims = (axis,) if isinstance(axis, int) else axis
             if any([not -w.ndim <= d < w.ndim for d in dims]):
-                raise ValueError(f"axis={axis} got a leaf of shape {tuple(w.shape)}; leave it out with masked")
+                raise ValueError(
+                    f"axis={axis} names a dimension that this leaf of shape {tuple(w.shape)} does not have; leave it "
+                    "out, as by masked(adaptive_grad_clip(...), matrices)"
+                )
             return tuple([d % w.ndim for d in dims])
         if sum(n != 1 for n in w.shape) <= 1:
             return tuple(range(w.ndim))
         if w.ndim > 5:
-            raise ValueError(f"a leaf has shape {tuple(w.shape)}; expected at most five dimensions. Pass axis=.")
+            raise ValueError(f"it has shape {tuple(w.shape)}; expected at most five dimensions. Say which by axis=.")
         return (0,) if w.ndim <= 3 else tuple(range(w.ndim - 1))
 
     def bound(u: Tensor, w: Tensor, share: Scalar, least: Scalar) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
-from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
+from funcreg.masks import Selection, chosen_by, hidden, keep, listed, mask_leaves, merge
 from funcreg.ranges import flags
 from funcreg.transform import (
     Choice,
@@ -63,9 +63,10 @@ def chain(*transforms: Transform) -> Transform:
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
         if type(state) is not tuple or len(state) != len(transforms):
-            came = len(state) if type(state) is tuple else type(state).__name__
+            came = f"of {len(state)} entries" if type(state) is tuple else f"that is {type_of(state)}"
             raise ValueError(
-                f"chain of {len(transforms)} transforms got a state of {came}; was it made by this chain's init?"
+                f"chain of {len(transforms)} transforms got a state {came}; expected one entry for each. Was it made "
+                "by this chain's init?"
             )
         new = []
         for tx, old in zip(transforms, state, strict=True):
@@ -205,9 +206,10 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, dict[str, State]]:
         if not isinstance(state, dict) or sorted(state) != sorted(names):
-            came = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            came = f"of {listed(map(str, state))}" if isinstance(state, dict) else f"that is {type_of(state)}"
             raise ValueError(
-                f"named_chain of {', '.join(names)} got a state of {came}; was it made by this chain's init?"
+                f"named_chain of {', '.join(names)} got a state {came}; expected a dict with these names. Was it made "
+                "by this chain's init?"
             )
         updates, new = inner.update(updates, tuple(state[name] for name in names), params, **inner.accepted(extra))
         return updates, dict(zip(names, new, strict=True))

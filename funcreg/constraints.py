@@ -28,7 +28,7 @@ from funcreg.grouped import (
 from funcreg.leafwise import running_sum, sign, squared
 from funcreg.penalties import Dim, group_dims, shrunk
 from funcreg.ranges import concrete
-from funcreg.tree import tree_leaves, tree_paths
+from funcreg.tree import at_leaf, tree_leaves, tree_paths
 
 _AT_LEAST_0 = (0.0, math.inf)
 
@@ -131,8 +131,9 @@ def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", 
             a, b = (float(torch.as_tensor(x).broadcast_to(crossed.shape)[crossed][0]) for x in (a, b))
         if not a <= b:
             low, high = names
-            at = f"at leaf '{path}': " if path else ""
-            raise ValueError(f"{at}{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?")
+            raise ValueError(
+                f"{at_leaf(path)}{low} is {a} and {high} is {b}; expected {low} <= {high}. Are they swapped?"
+            )
 
 
 def bounds_like(w: Tensor, lower: Scalar, upper: Scalar) -> tuple[Tensor, Tensor]:

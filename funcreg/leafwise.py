@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Params, Scalar, Updates
 from funcreg.checks import alike, check_alike, check_params, fits
 from funcreg.sharding import OVER, any_sharded, apply, like, reduce, whole
-from funcreg.tree import broadcast, flatten, leaves_like, level, tree_leaves, tree_map, tree_paths
+from funcreg.tree import at_leaf, broadcast, flatten, leaves_like, level, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,7 +88,7 @@ def _compute(
         try:
             made = apply(f, row) if sharded and any_sharded(row) else f(*row)
         except ValueError as error:
-            raise ValueError(f"at leaf '{tree_paths(tree)[len(results)]}': {error}") from error
+            raise ValueError(f"{at_leaf(tree_paths(tree)[len(results)])}{error}") from error
         results.append(laid_out_as(row[0], made) if isinstance(made, Tensor) else made)
     return results
 
@@ -110,10 +110,10 @@ def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[
             spread = broadcast(value, tree, "a hyperparameter")
             for i, x in zip(range(len(spread)), spread, strict=True):
                 if isinstance(x, Tensor) and x.is_meta:
-                    check_has_numbers(x, leaves[i], place=f"at leaf '{tree_paths(tree)[i]}': ")
+                    check_has_numbers(x, leaves[i], place=at_leaf(tree_paths(tree)[i]))
                 if isinstance(x, Tensor) and x.ndim and not fits(x, leaves[i].shape):
                     raise ValueError(
-                        f"at leaf '{tree_paths(tree)[i]}': a hyperparameter has shape {tuple(x.shape)}; expected one "
+                        f"{at_leaf(tree_paths(tree)[i])}a hyperparameter has shape {tuple(x.shape)}; expected one "
                         f"that broadcasts to {tuple(leaves[i].shape)}, the shape of the leaf"
                     )
             columns.append([beside(x, leaf) for x, leaf in zip(spread, leaves, strict=True)])

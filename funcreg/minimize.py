@@ -174,7 +174,7 @@ class Problem:
         check_strength(self.penalty, strength)
         check_selection(self.mask)
         check_params(params)
-        check_whole("minimize", tree_paths(params), tree_leaves(params))
+        check_whole("a solver", tree_paths(params), tree_leaves(params))
         check_fit(params, self.mask, strength, *self.hyper)
         check_groups_are_whole(self.penalty, self.mask, params)
         self._check_tolerance(params)

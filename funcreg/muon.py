@@ -30,7 +30,7 @@ from funcreg.transform import (
     positive,
     public_state,
 )
-from funcreg.tree import Path, dotted, flatten, leaf_paths, tree_map, tree_paths
+from funcreg.tree import Path, at_leaf, dotted, flatten, leaf_paths, tree_map, tree_paths
 
 #: Coefficients of the polynomial a x + b x^3 + c x^5 of singular values, one triple for all steps, or one for each.
 Coefficients: TypeAlias = tuple[float, float, float] | Sequence[Sequence[float]]
@@ -277,7 +277,7 @@ def _by_layout(
         try:
             layout = _layout(leaf, found)
         except ValueError as error:
-            raise ValueError(f"at leaf '{path}': {error}") from error
+            raise ValueError(f"{at_leaf(path)}{error}") from error
         made.append(compute(lambda *row, layout=layout: f(layout, *row), leaf, hyper=hyper))
     return rebuild(made)
 

@@ -11,6 +11,7 @@ import torch
 #: trainers call them.
 _BETWEEN = ("funcreg", "torch", "contextlib", "functools")
 _BETWEEN += ("lightning", "lightning_fabric", "pytorch_lightning", "accelerate", "transformers", "skorch")
+_BETWEEN += ("sklearn", "joblib")  # Searches that fit estimators, of skorch for one.
 
 
 def warn_user(message: str) -> None:

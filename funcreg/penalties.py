@@ -256,7 +256,10 @@ def group_sizes(w: Tensor, dims: tuple[int, ...], weights: Weights) -> Any:
     if isinstance(weights, Tensor):
         groups = [1 if d in dims else n for d, n in enumerate(w.shape)]
         if weights.numel() != math.prod(groups):
-            raise ValueError(f"weights has {weights.numel()} entries for the {math.prod(groups)} groups of a leaf")
+            raise ValueError(
+                f"weights has {weights.numel()} entries; expected {math.prod(groups)}, one for each group of this "
+                "leaf. Leaves with other numbers of groups go to other penalties, by mask= or per_leaf."
+            )
         return weights.reshape(groups)
     if weights == "sqrt_size":
         return math.sqrt(math.prod([w.shape[d] for d in dims]))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from funcreg.locality import Cuts, Result, Summed, completing, local_result, summed_result
+from funcreg.tree import at_leaf
 from funcreg.undocumented import is_batched, is_compiling, is_transformed, without_levels
 
 
@@ -482,7 +483,7 @@ def reduce(
             made, found, spread = _compute(f, row, entrywise)
             results[i] = OVER[op](made)
         except ValueError as error:
-            raise ValueError(f"at leaf '{name(i)}': {error}") from error
+            raise ValueError(f"{at_leaf(name(i))}{error}") from error
         if found is not None and spread is not None and any_cut(found):
             waiting.setdefault((spread.mesh, spread.cutting(), results[i].dtype, results[i].device), []).append(i)
     for (mesh, over, _, _), places in waiting.items():

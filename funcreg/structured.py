@@ -548,7 +548,7 @@ class _Forest:
         levels = _levels(groups, size)
         count = sum(len(level) for level in levels)
         if isinstance(weights, Tensor) and weights.numel() != count:
-            raise ValueError(f"weights has {weights.numel()} entries for {count} groups")
+            raise ValueError(f"weights has {weights.numel()} entries; expected {count}, one for each group")
         if weights is not None and not isinstance(weights, Tensor) and weights != "sqrt_size":
             raise ValueError(f"weights is {weights!r}; expected None, 'sqrt_size' or a tensor with one entry a group")
         width = math.prod([w.shape[d] for d in self.inside])

@@ -94,7 +94,7 @@ class Sweep:
         k = self._index(row)
         count = len(self.rows[k].get("folds", ()))
         if not count and fold is not None and fold != 0:
-            raise ValueError(f"fold is {fold!r}, and there are no folds")
+            raise ValueError(f"fold is {fold!r}; expected None, because the sweep had no folds, as folds=3 makes them")
         if count and fold is None:
             raise ValueError(
                 f"the sweep had {count} folds, and its members have parameters for each; give fold=, from 0 to "

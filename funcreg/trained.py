@@ -418,7 +418,9 @@ def make_splits(
     other, valid, validation = data, [], number(validation)
     if folds is not None:
         if validation is not None:
-            raise ValueError("validation and folds came together; folds hold their own validation rows out")
+            raise ValueError(
+                "validation and folds came together; expected one: folds hold validation rows of their own out"
+            )
         train, valid = _folds(shuffled, folds)
     elif validation is None or isinstance(validation, (int, float)):
         share = 0.2 if validation is None else float(validation)

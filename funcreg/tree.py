@@ -323,6 +323,11 @@ def dotted(path: Path) -> str:
     return ".".join([str(key) for key in path])
 
 
+def at_leaf(path: str) -> str:
+    """Where an error comes from, to be said before it; nothing for a tree that is one tensor."""
+    return f"at leaf '{path}': " if path else ""
+
+
 def map_with_path(f: Callable[[Path, Any], Any], tree: Any, path: Path = ()) -> Any:
     """Build a tree of `f(path, leaf)`."""
     if isinstance(tree, Tensor) or (opened := _open(tree)) is None:

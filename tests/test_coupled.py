@@ -288,7 +288,7 @@ def test_weights_are_for_groups_and_families():
     assert_equal(z["a"][2], params["a"][2])
     with pytest.raises(ValueError, match=r"weights has 1 entries; expected 2, one for each family"):
         p(params, weights=[None])
-    with pytest.raises(ValueError, match=r"weights has 3 entries for the 4 groups"):
+    with pytest.raises(ValueError, match="weights has 3 entries; expected 4, one for each group"):
         p(params, weights=c)
 
 

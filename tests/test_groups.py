@@ -409,7 +409,7 @@ def test_trees_of_groups_beside_each_other_are_right_at_every_magnitude(size):
 def test_groups_that_are_no_trees_are_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         fr.tree_lasso({"w": torch.zeros(4)}, groups=groups)
-    with pytest.raises(ValueError, match="3 entries for 1 groups"):
+    with pytest.raises(ValueError, match=r"^weights has 3 entries; expected 1, one for"):
         fr.tree_lasso(torch.zeros(4), groups=((0, 1),), weights=torch.ones(3))
 
 

@@ -5,6 +5,7 @@ Run by `pytest -m integration` where the libraries of the extra `integrations` a
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import re
@@ -459,6 +460,17 @@ class TestTransformers:
         expected = by_hand(make, epochs=30, size=160, clip=1.0, scheduler=constant)
         assert_same(fit.model.net, expected, rtol=1e-3, atol=1e-5)
         assert_some_zeros(expected)
+
+    @every_way
+    def test_in_the_order_of_rows_it_is_the_loop_by_hand_bit_for_bit(self, make, tmp_path):
+        import transformers
+
+        if "train_sampling_strategy" not in inspect.signature(transformers.TrainingArguments).parameters:
+            pytest.skip("this version of transformers draws the order of rows")
+        options = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
+        fit = transformers_trainer(make, tmp_path, **options)
+        fit.train()
+        assert_same(fit.model.net, by_hand(make, clip=1.0, scheduler=constant))
 
     def test_a_callback_regularizes_the_optimizer_that_trainer_makes(self, tmp_path):
         import transformers

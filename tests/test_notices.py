@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.utils.parallel import Parallel, delayed
 from torch import nn
 
 import funcreg as fr
@@ -178,6 +179,14 @@ WARNED = {
     "no low rank": (lambda: fr.factorized(nn.Linear(8, 8)), "found no layer"),
     "nothing dead": (lambda: fr.remove_dead({"w": torch.ones(3, 1)}, {"w": 0}), "found no dead group"),
 }
+
+
+def through_a_search():
+    """The way from a search of scikit-learn to an estimator."""
+    Parallel(n_jobs=1)([delayed(fr.to_sparse)({"w": torch.ones(8, 8, device="cpu")})])
+
+
+WARNED["through a search of scikit-learn"] = (through_a_search, "found no matrix")
 
 
 def half_frozen():

@@ -1137,7 +1137,7 @@ def test_members_are_asked_for_by_row_and_fold():
             result.hyper(row)
     with pytest.raises(TypeError, match="row is 'best'"):
         result.member("best")
-    with pytest.raises(ValueError, match="there are no folds"):
+    with pytest.raises(ValueError, match="the sweep had no folds"):
         result.member(0, fold=1)
     result = train(folds=2)
     with pytest.raises(ValueError, match=r"had 2 folds.*give fold=, from 0 to 1.*validation=0"):

@@ -686,7 +686,7 @@ def test_the_state_of_another_transform_is_refused(tx, other):
 
 def test_group_options_that_do_not_fit_are_said_with_the_leaf():
     params = {"w": torch.ones(4, 5)}
-    with pytest.raises(ValueError, match="at leaf 'w': weights has 3 entries for the 4 groups"):
+    with pytest.raises(ValueError, match="at leaf 'w': weights has 3 entries; expected 4, one for each group"):
         fr.group_lasso(params, weights=torch.ones(3))
     with pytest.raises(ValueError, match=r"at leaf 'w': .*twice"):
         fr.group_lasso(params, dim=(1, -1))

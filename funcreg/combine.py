@@ -56,6 +56,7 @@ def chain(*transforms: Transform) -> Transform:
         {'weight': tensor([-0.1000,  0.0500])}
     """
     check_transforms("chain", transforms)
+    _check_examples_come_first(transforms)
     _check_order(transforms)
 
     def init(params: Params) -> tuple[State, ...]:
@@ -119,6 +120,16 @@ def _spared_by(transforms: Sequence[Transform]) -> Choice:
         return found
 
     return spared
+
+
+def _check_examples_come_first(transforms: Sequence[Transform]) -> None:
+    """Raise an error for a link that takes gradients of single examples, and gets what another one made."""
+    late = next((tx for tx in transforms[1:] if tx.examples), None)
+    if late is not None:
+        raise ValueError(
+            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like "
+            "the parameters. Put it first."
+        )
 
 
 def _check_order(transforms: Sequence[Transform]) -> None:

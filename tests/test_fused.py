@@ -166,7 +166,7 @@ def test_donation_refuses_what_it_cannot_do_and_changes_nothing():
 def test_a_state_of_another_chain_is_refused():
     step = fr.fuse(fr.chain(fr.trace(0.9), fr.scale(-0.1)), backend="eager")
     params, state = step.init({"w": torch.ones(2)})
-    with pytest.raises(Exception, match="was it made by this chain's init"):
+    with pytest.raises(Exception, match="Was it made by this chain's init"):
         step(params, {"w": torch.ones(2)}, (*state, ()))
     with pytest.raises(TypeError, match=r"fuse got a function; expected a Transform"):
         fr.fuse(fr.sgd)  # pyright: ignore[reportArgumentType]

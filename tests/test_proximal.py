@@ -244,7 +244,7 @@ def test_strengths_convert_from_scikit_learn():
     strength = fr.elastic_from_sklearn_ridge(3.0, n_samples=len(x))
     assert fr.kkt_residual(ridge, grad(loss)(ridge), fr.elastic, *strength) < 1e-12
     rows = torch.linspace(0.1, 1.0, len(x), dtype=torch.float64, device="cpu")
-    fitted = Ridge(alpha=3.0, fit_intercept=False).fit(x, y, sample_weight=rows.numpy())
+    fitted = Ridge(alpha=3.0, fit_intercept=False).fit(x, y, sample_weight=rows.cpu().numpy())
     slopes = torch.tensor(x).T @ (rows * torch.tensor(x @ fitted.coef_ - y)) / rows.sum()
     strength = fr.elastic_from_sklearn_ridge(3.0, n_samples=rows.sum().item())
     assert fr.kkt_residual({"w": torch.tensor(fitted.coef_)}, {"w": slopes}, fr.elastic, *strength) < 1e-12

@@ -9,8 +9,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import drawn
 from networks import halve, smaller
-from test_resizing import Alone, built, draw
+from test_resizing import Alone, built
 from torch import nn
 
 import funcreg as fr
@@ -67,22 +68,22 @@ NUMBERS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_number_that_is_no_width_stays_where_the_inputs_given_do_not_tell(forward, given, other, dtype):
     net = built(lambda: Numbered(forward), [UNITS]).to(dtype)
-    made = smaller(net, [UNITS], draw(*given).to(dtype))
+    made = smaller(net, [UNITS], drawn(*given).to(dtype))
     assert (made.number, made.a.out_features) == (8, 4)
-    x = 50 * draw(*other, seed=3).to(dtype)
+    x = 50 * drawn(*other, seed=3).to(dtype)
     torch.testing.assert_close(made(x), net(x))
 
 
 @pytest.mark.parametrize("words", [1, 3, 10])
 @pytest.mark.parametrize("scale", [1.0, 1e-9])
 def test_a_count_of_heads_changes_and_how_far_it_looks_stays_whatever_the_inputs_tell(words, scale):
-    net, x = built(lambda: Local(scale), [HEADS]), draw(2, words, 16)
+    net, x = built(lambda: Local(scale), [HEADS]), drawn(2, words, 16)
     net.scale.data.fill_(scale)
     made = smaller(net, [HEADS], x)
     assert (made.num_heads, made.near) == (2, 16)
     made.scale.data.fill_(1.0)
     net.scale.data.fill_(1.0)
-    torch.testing.assert_close(made(draw(2, 40, 16)), net(draw(2, 40, 16)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made(drawn(2, 40, 16)), net(drawn(2, 40, 16)), rtol=1e-10, atol=1e-10)
     groups = fr.channel_groups(net, (x,))
     assert groups.counts == [4]
     assert groups.notes == ["Give resized example_inputs too, to tell what becomes of Local.near, Local.num_heads"]
@@ -90,7 +91,7 @@ def test_a_count_of_heads_changes_and_how_far_it_looks_stays_whatever_the_inputs
 
 def test_what_nothing_tells_stays_and_a_warning_names_it():
     run = lambda net, x, n: net.b(net.a(x.clamp(max=1e9)).relu()) if x.shape[0] != 999 else x[:, :n]
-    net, x = built(lambda: Numbered(run), [UNITS]), draw(6, 5)
+    net, x = built(lambda: Numbered(run), [UNITS]), drawn(6, 5)
     groups = fr.channel_groups(net, (x,))
     said = "Outputs do not tell whether Numbered.number changes, on these inputs or on others like them"
     assert groups.notes[1:] == [said]
@@ -112,7 +113,7 @@ def test_what_has_the_name_of_a_width_follows_it_though_nothing_reads_it_here():
                 return sum([self.b(y) for y in self.a(x).split(self.hidden_dim // self.parts)])
             return self.b(self.a(x).relu())
 
-    net, x = built(Chunked, [UNITS]), draw(6, 5)
+    net, x = built(Chunked, [UNITS]), drawn(6, 5)
     made = smaller(net, [UNITS], x)
     assert (made.hidden_dim, made.parts) == (4, 1)
 
@@ -155,17 +156,17 @@ def test_modules_go_on_to_share_a_configuration_that_stays():
     net = nn.Sequential(*[built(lambda: Sharing(config), [UNITS]), nn.Linear(3, 5), Sharing(config)]).double()
     units = {f"{i}.{name}": dim for i in (0, 2) for name, dim in UNITS.items()}
     halve(net, families := [units])
-    made = smaller(net, families, draw(2, 3, 5))
+    made = smaller(net, families, drawn(2, 3, 5))
     assert made[0].config is made[2].config
     assert (made[0].config.words, config.words) == (8, 8)
-    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made(drawn(2, 20, 5)), net(drawn(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 
 def test_a_configuration_may_have_both():
     net = built(lambda: Reading(Config()), [UNITS])
-    made = smaller(net, [UNITS], draw(2, 3, 5))
+    made = smaller(net, [UNITS], drawn(2, 3, 5))
     assert (made.config.words, made.config.width, made.config.depth, net.config.width) == (8, 4, 8, 8)
-    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made(drawn(2, 20, 5)), net(drawn(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 
 def test_inputs_like_others_have_no_larger_numbers_and_stay_small():
@@ -200,7 +201,7 @@ def test_a_number_that_only_a_base_class_reads_is_not_to_blame():
         def forward(self, x):
             return Base.forward(self, x)
 
-    x = draw(6, 5)
+    x = drawn(6, 5)
     assert smaller(built(Plain, [UNITS]), [UNITS]).wide == 8
     for kind in (Base, Around, Named):
         net = built(kind, [UNITS])
@@ -230,10 +231,10 @@ def test_numbers_of_one_name_in_layers_of_one_type_are_told_apart(count):
     layers = lambda: Alone(*[Either(i % 2 == 0) for i in range(count)])
     families = [{f"{i}.{name}": dim for name, dim in UNITS.items()} for i in range(count)]
     net = built(layers, families)
-    made = smaller(net, families, draw(2, 3, 5))
+    made = smaller(net, families, drawn(2, 3, 5))
     assert [layer.number == layer.a.out_features for layer in made] == [i % 2 == 0 for i in range(count)]
     assert [layer.number for layer in made][1::2] == [8] * (count // 2)
-    torch.testing.assert_close(made(draw(2, 20, 5)), net(draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made(drawn(2, 20, 5)), net(drawn(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 
 class Several(nn.Module):
@@ -252,9 +253,9 @@ class Several(nn.Module):
 
 def test_many_numbers_at_once():
     net = built(Several, [UNITS])
-    made = smaller(net, [UNITS], draw(2, 3, 5))
+    made = smaller(net, [UNITS], drawn(2, 3, 5))
     assert (made.one, made.two, made.three, made.four, made.five, made.six) == (8, 4, 8, 4, 8, 8)
-    torch.testing.assert_close(made(50 * draw(2, 20, 5)), net(50 * draw(2, 20, 5)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(made(50 * drawn(2, 20, 5)), net(50 * drawn(2, 20, 5)), rtol=1e-10, atol=1e-10)
 
 
 def test_a_count_that_is_right_with_either_value_is_no_matter():
@@ -267,7 +268,7 @@ def test_a_count_that_is_right_with_either_value_is_no_matter():
             return self.b(self.a(x).relu()) + x[:, None, :3].expand(-1, self.groups, -1).mean(1)
 
     net = built(Broadcasting, [UNITS])
-    assert smaller(net, [UNITS], draw(6, 5)).groups == 2
+    assert smaller(net, [UNITS], drawn(6, 5)).groups == 2
 
 
 def test_inputs_of_other_sizes_are_larger_where_an_index_out_of_range_is_an_error():
@@ -411,7 +412,7 @@ class _Around(nn.Module):
 
 def test_a_number_that_is_a_label_is_no_matter():
     families = [{f"layer.{name}": dim for name, dim in UNITS.items()}]
-    net, x = built(_Around, families), draw(6, 5)
+    net, x = built(_Around, families), drawn(6, 5)
     assert smaller(net, families, x).layer.wide == 8
     assert not [note for note in fr.channel_groups(net, (x,)).notes if "do not tell" in note]
 
@@ -430,11 +431,11 @@ def test_numbers_that_are_read_are_seen_in_copies_and_configurations_too():
     unknown += [Stored("3", "config.words", 3, (2,)), Stored("4", "config.words", 8, (4,))]
     cannot_be_seen = {4, 5}  # Of the class itself, and of one that is built in.
     reads = {
-        (0,): lambda: net[0](draw(2, 3, 5).float()),
-        (1,): lambda: net[1](draw(2, 3, 5).float()),
-        (0, 1): lambda: copy.deepcopy(net[0])(draw(2, 3, 5).float()),  # Which of them it is a copy of is unknown.
-        (2,): lambda: net[2](draw(2, 3, 5).float()),
-        (): lambda: net[5](draw(2, 3, 5).float()),  # Of the same class, and none of those.
+        (0,): lambda: net[0](drawn(2, 3, 5).float()),
+        (1,): lambda: net[1](drawn(2, 3, 5).float()),
+        (0, 1): lambda: copy.deepcopy(net[0])(drawn(2, 3, 5).float()),  # Which of them it is a copy of is unknown.
+        (2,): lambda: net[2](drawn(2, 3, 5).float()),
+        (): lambda: net[5](drawn(2, 3, 5).float()),  # Of the same class, and none of those.
         frozenset(): lambda: setattr(net[0], "number", 8),
     }
     for read, run in reads.items():
@@ -468,7 +469,7 @@ class _Two(nn.Module):
 @pytest.mark.parametrize("name", [*IDLE, *IN_USE])
 def test_what_is_no_width_is_warned_of_only_if_it_is_in_use(name):
     kind = type("Kind", (_Two,), {"forward": IDLE.get(name) or IN_USE[name]})
-    net, x = built(kind, [UNITS]), draw(6, 5)
+    net, x = built(kind, [UNITS]), drawn(6, 5)
     notes = [note for note in fr.channel_groups(net, (x,)).notes if "do not tell whether Kind.number" in note]
     assert len(notes) == (name in IN_USE)
     with warnings.catch_warnings(record=True) as caught:

@@ -115,7 +115,9 @@ def check_bounds(lower: Hyper, upper: Hyper, names: tuple[str, str] = ("lower", 
     if len(lows) != len(highs) and 1 not in (len(lows), len(highs)):
         return
     count = max(len(lows), len(highs))
-    paths = max(tree_paths(lower), tree_paths(upper), key=lambda paths: (len(paths), paths != [""]))
+    own, other = tree_paths(lower), tree_paths(upper)
+    # No max with a key, which torch.compile of torch 2.9 does not know.
+    paths = other if len(other) > len(own) or (len(other) == len(own) and own == [""]) else own
     pairs = zip(paths, lows * (count // len(lows) or 1), highs * (count // len(highs) or 1), strict=False)
     for path, low, high in pairs:
         a, b = concrete(low), concrete(high)

@@ -160,14 +160,18 @@ def of_penalty(name: str, case: Any, params: Any) -> Iterator[SpreadCheck]:
     yield f"{name}: residual", residual
 
 
+def of_rows(world: int, rows: dict[str, Any], params: Any) -> Iterator[Check]:
+    checks = [check for name, case in rows.items() for check in of_penalty(name, case, params)]
+    # That `backward` gives what `grad` does is asked of two processes.
+    yield from by_turns(world, [(name, check) for name, check in checks if world == 2 or "backward" not in name], 2)
+
+
 def penalties(world: int) -> Iterator[Check]:
-    rows = (PENALTIES | GRADIENT_ALONE).items()
-    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw())], 2)
+    yield from of_rows(world, PENALTIES | GRADIENT_ALONE, draw())
 
 
 def constraints(world: int) -> Iterator[Check]:
-    rows = CONSTRAINTS.items()
-    yield from by_turns(world, [check for name, case in rows for check in of_penalty(name, case, draw_fours())], 2)
+    yield from of_rows(world, CONSTRAINTS, draw_fours())
 
 
 # Transforms

@@ -6,6 +6,7 @@ The meta device stands for a GPU. Like one it takes scalars of the CPU and refus
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,15 @@ HERE_ALONE = {
 }
 
 
+@functools.cache
 def calls():
     """All calls of tests that run on every device, with their place."""
-    for path in sorted(TESTS.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())) if path.name not in HERE_ALONE else ():
-            if isinstance(node, ast.Call):
-                yield f"{path.name}:{node.lineno}", node
+    return [
+        (f"{path.name}:{node.lineno}", node)
+        for path in sorted(TESTS.glob("*.py"))
+        for node in (ast.walk(ast.parse(path.read_text())) if path.name not in HERE_ALONE else ())
+        if isinstance(node, ast.Call)
+    ]
 
 
 def test_numbers_of_a_generator_are_drawn_on_the_cpu_and_moved():

@@ -47,7 +47,8 @@ def chain(*transforms: Transform) -> Transform:
 
     Raises:
         TypeError: An argument is not a transform.
-        ValueError: `update` got the state of another chain.
+        ValueError: A transform takes gradients of single examples and is not the first; or `update` got the state of
+            another chain.
 
     Example:
         >>> tx = chain(clip(1.0), scale(-0.1))

@@ -161,9 +161,7 @@ def of_penalty(name: str, case: Any, params: Any) -> Iterator[SpreadCheck]:
 
 
 def of_rows(world: int, rows: dict[str, Any], params: Any) -> Iterator[Check]:
-    checks = [check for name, case in rows.items() for check in of_penalty(name, case, params)]
-    # That `backward` gives what `grad` does is asked of two processes.
-    yield from by_turns(world, [(name, check) for name, check in checks if world == 2 or "backward" not in name], 2)
+    yield from by_turns(world, [check for name, case in rows.items() for check in of_penalty(name, case, params)], 2)
 
 
 def penalties(world: int) -> Iterator[Check]:

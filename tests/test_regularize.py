@@ -1803,10 +1803,13 @@ def test_a_compiled_step_of_groups_is_the_same(name, several):
         optimizer = OPTIMIZERS[name].make([{"params": rows[0]}, {"params": rows[1], "lr": 0.02}])
         units = fr.coupled(fr.group_lasso, families)
         handle = fr.regularize(optimizer, units, strength=0.3, weights="sqrt_size", compile=compile)
-        for seed, names in enumerate(("abde", "abcde", "abc", "bcd", "d", "abcde")):
+        turns = ("abde", "abcde", "abc", "bcd", "d", "abcde")
+        if name == "Adam" and not several:  # Each set of gradients is a kernel that takes seconds to compile.
+            turns = ("abde", "bcd", "abde")
+        for seed, names in enumerate(turns):
             for w in params.values():
                 w.grad = None
-            optimizer.param_groups[1]["lr"] = 0.0 if seed == 3 else 0.02
+            optimizer.param_groups[1]["lr"] = 0.0 if names == "bcd" else 0.02
             stepped(optimizer, *[params[each] for each in (*names, *more)], seed=seed)
         assert bool(handle._layouts) == (compile and not several)
         assert copy.deepcopy(handle).penalty_value() == handle.penalty_value()

@@ -1,7 +1,7 @@
 """Penalties of whole groups of entries: nonconvex ones of the norm, greatest magnitudes, and competition inside groups.
 
 A group is what the option `dim` reduces, as in `group_lasso`. Everything here is done along the last dimension of
-`members(w, dims)`, which holds the entries of a group.
+`grouped(w, dims)`, which holds the entries of a group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.grouped import in_its_unit, in_units, sum_groups
+from funcreg.grouped import grouped, in_its_unit, in_units, of_groups, sum_groups, ungrouped
 from funcreg.leafwise import euclidean, running_sum, sign, squared
 from funcreg.lifting import penalty
 from funcreg.penalties import (
@@ -44,29 +44,6 @@ from funcreg.separable import (
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
-
-
-# Groups as rows
-
-
-def members(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The entries of each group along one last dimension, after the dimensions that count groups."""
-    kept = [d for d in range(x.ndim) if d not in dims]
-    size = math.prod([x.shape[d] for d in dims])
-    return x.permute([*kept, *dims]).reshape([*[x.shape[d] for d in kept], size])
-
-
-def from_members(rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """What `members` took from a tensor of the shape of `w`, put back in its place."""
-    order = [*[d for d in range(w.ndim) if d not in dims], *dims]
-    return rows.reshape([w.shape[d] for d in order]).permute([order.index(d) for d in range(w.ndim)])
-
-
-def per_group(x: Any, w: Tensor, dims: tuple[int, ...]) -> Any:
-    """A number for each group, shaped to broadcast against `members`."""
-    if not isinstance(x, Tensor) or not x.ndim:
-        return x
-    return members(x.expand([1 if d in dims else n for d, n in enumerate(w.shape)]), dims)
 
 
 # Nonconvex penalties of the norm
@@ -452,9 +429,9 @@ def _lowered(w: Tensor, weight: Tensor, volume: Any, dims: tuple[int, ...]) -> T
     """The greatest magnitudes of each group at one level, where what is cut off sums to a volume."""
     if not w.numel():
         return w.clone()
-    rows = members(w, dims)
-    level = water_level(rows.abs(), members(weight, dims), per_group(volume, w, dims))
-    return from_members(_cut(rows, level.relu()), w, dims)
+    rows = grouped(w, dims)
+    level = water_level(rows.abs(), grouped(weight, dims), of_groups(volume, w, dims))
+    return ungrouped(_cut(rows, level.relu()), w, dims)
 
 
 def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
@@ -463,12 +440,12 @@ def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weig
         return g.clone()
     at_zero = _greatest_proximal(g, strength, dim=dim, weights=weights)
     # The strength is poured over the greatest entries, most where they are pushed up most.
-    ties = members(_ties(w, dims), dims)
-    push = -(members(g, dims) * members(sign(w), dims).conj()).real
+    ties = grouped(_ties(w, dims), dims)
+    push = -(grouped(g, dims) * grouped(sign(w), dims).conj()).real
     push = torch.where(ties == 0, torch.full_like(push, torch.finfo(push.dtype).min / 4), push)
-    volume = per_group(strength * group_sizes(w, dims, weights), w, dims)
+    volume = of_groups(strength * group_sizes(w, dims, weights), w, dims)
     poured = ties * (push - water_level(push, ties, volume)).relu()
-    return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * from_members(poured, w, dims))
+    return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * ungrouped(poured, w, dims))
 
 
 @penalty(
@@ -572,8 +549,8 @@ def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> T
         return w.clone()
     if _alone(w, dims):
         return w / (1 + force / weight) + 0.0  # +0.0 also from -0.0.
-    rows, give = members(w, dims), 1 / members(weight, dims)
-    size, force = rows.abs(), torch.zeros_like(give[..., :1]) + per_group(force, w, dims)
+    rows, give = grouped(w, dims), 1 / grouped(weight, dims)
+    size, force = rows.abs(), torch.zeros_like(give[..., :1]) + of_groups(force, w, dims)
     # In units of a force above 1, so that no product with it leaves the range of float32.
     unit = torch.where(force.detach() > 1, force.detach(), 1.0)
     own, others = 1 / unit, torch.where(unit == math.inf, 1.0, force / unit)
@@ -585,7 +562,7 @@ def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> T
     total, given = sums.gather(-1, last), gives.gather(-1, last)
     # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.
     left = (own * size + others * (size * given - total * give)).relu() / (own + others * given)
-    return from_members(sign(rows) * left + 0.0, w, dims)
+    return ungrouped(sign(rows) * left + 0.0, w, dims)
 
 
 def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 from funcreg._typing import Params, Scalar
 from funcreg.composition import Structure
 from funcreg.construction import remembered
-from funcreg.grouped import in_its_unit, sum_groups
-from funcreg.groups import from_members, members
+from funcreg.grouped import grouped, in_its_unit, per_entry, sum_groups, ungrouped
 from funcreg.leafwise import bare, euclidean, gathered, running_sum, safe_sqrt, sign, spread_like, squared, widen
 from funcreg.lifting import penalty
 from funcreg.penalties import Dim, Weights, group_dims
@@ -116,7 +115,7 @@ def _differences(rows: Tensor) -> Tensor:
 
 def _jumps(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The sum of differences of neighbours along one dimension, which is kept."""
-    return _differences(members(w, dims)).abs().sum(-1, keepdim=True).movedim(-1, dims[0])
+    return _differences(grouped(w, dims)).abs().sum(-1, keepdim=True).movedim(-1, dims[0])
 
 
 def _line(w: Tensor, dim: int) -> tuple[int, ...]:
@@ -131,27 +130,22 @@ def _line_dims(w: Tensor, *, dim: int = -1) -> tuple[int, ...]:
     return _line(w, dim)
 
 
-def _like(x: Any, rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A number or tensor that broadcasts to the leaf, for each entry of its rows."""
-    return members(x.to(rows.dtype).expand(w.shape), dims) if isinstance(x, Tensor) else torch.full_like(rows, x)
-
-
 def _steps_gradient(w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The shortest subgradient of the sum of differences: the same for all of a run of equal neighbours."""
     if not w.numel():
         return w.clone()
-    rows = members(w, dims)
+    rows = grouped(w, dims)
     rises, edge = sign(_differences(rows)), torch.zeros_like(rows[..., :1])
     total = torch.cat([edge, rises], -1) - torch.cat([rises, edge], -1)
-    return from_members(block_means(total, torch.ones_like(rows), rises == 0), w, dims)
+    return ungrouped(block_means(total, torch.ones_like(rows), rises == 0), w, dims)
 
 
 def _steps_proximal(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
     if not w.numel():
         return w.clone()
-    rows = members(w, dims)
-    jumps, pulls = _like(jump, rows, w, dims)[..., 1:], _like(pull, rows, w, dims)
-    return from_members(_fused_rows(rows, members(h, dims), jumps, pulls), w, dims)
+    rows = grouped(w, dims)
+    jumps, pulls = per_entry(jump, rows, w, dims)[..., 1:], per_entry(pull, rows, w, dims)
+    return ungrouped(_fused_rows(rows, grouped(h, dims), jumps, pulls), w, dims)
 
 
 def _steps_metric(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
@@ -164,14 +158,14 @@ def _steps_metric(w: Tensor, h: Tensor, jump: Scalar, pull: Scalar, dims: tuple[
 def _steps_residual(w: Tensor, g: Tensor, jump: Scalar, pull: Scalar, dims: tuple[int, ...]) -> Tensor:
     if not w.numel():
         return g.clone()
-    rows = members(w, dims)
-    jumps, pulls = _like(jump, rows, w, dims)[..., 1:], _like(pull, rows, w, dims)
+    rows = grouped(w, dims)
+    jumps, pulls = per_entry(jump, rows, w, dims)[..., 1:], per_entry(pull, rows, w, dims)
     rises, edge = sign(_differences(rows)), torch.zeros_like(rows[..., :1])
     bound = jumps * rises
-    known = members(g, dims) + pulls * sign(rows) + torch.cat([edge, bound], -1) - torch.cat([bound, edge], -1)
+    known = grouped(g, dims) + pulls * sign(rows) + torch.cat([edge, bound], -1) - torch.cat([bound, edge], -1)
     # What equal neighbours and zeros leave free is the proximal operator of themselves.
     jumps, pulls = torch.where(rises == 0, jumps, 0.0), torch.where(rows == 0, pulls, 0.0)
-    return from_members(_fused_rows(known, torch.ones_like(rows), jumps, pulls), w, dims)
+    return ungrouped(_fused_rows(known, torch.ones_like(rows), jumps, pulls), w, dims)
 
 
 def _fused_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -326,7 +320,7 @@ def _from_right(x: Tensor) -> Tensor:
 
 def _ordered(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Magnitudes of each group from greatest to least, and the way back."""
-    size, order = members(w, dims).abs().sort(dim=-1, descending=True)
+    size, order = grouped(w, dims).abs().sort(dim=-1, descending=True)
     return size, order.argsort(dim=-1)
 
 
@@ -339,7 +333,7 @@ def _charges(w: Tensor, costs: Tensor, dims: tuple[int, ...]) -> Tensor:
         return torch.zeros_like(w.abs())
     size, back = _ordered(w, dims)
     shared = block_means(costs, torch.ones_like(size), size[..., 1:] == size[..., :-1])
-    return from_members(shared.gather(-1, back), w, dims)
+    return ungrouped(shared.gather(-1, back), w, dims)
 
 
 def _sorted_proximal(w: Tensor, costs: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -348,12 +342,12 @@ def _sorted_proximal(w: Tensor, costs: Tensor, dims: tuple[int, ...]) -> Tensor:
     size, back = _ordered(w, dims)
     landed = falling_fit(size - costs).relu().gather(-1, back)
     landed = torch.where(size.isnan().any(-1, keepdim=True), torch.nan, landed)
-    return sign(w) * from_members(landed, w, dims) + 0.0
+    return sign(w) * ungrouped(landed, w, dims) + 0.0
 
 
 def _slope_costs(w: Tensor, weights: Scalar, dims: tuple[int, ...]) -> Tensor:
     """What each magnitude pays, from greatest to least, or an error if a lesser one pays more."""
-    costs = _like(weights, members(w.abs(), dims), w, dims)
+    costs = per_entry(weights, grouped(w.abs(), dims), w, dims)
     if costs.device.type == "cpu" and bare(costs) and (costs[..., 1:] > costs[..., :-1]).any():
         raise ValueError(
             "the weights of slope rise; expected numbers from greatest to least in the order of the entries of a "
@@ -415,9 +409,9 @@ def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
 
 def _oscar_costs(w: Tensor, dims: tuple[int, ...], alpha: Any, beta: Any) -> Tensor:
     """What each magnitude pays, from greatest to least."""
-    rows = members(w.abs(), dims)
+    rows = grouped(w.abs(), dims)
     later = torch.arange(rows.shape[-1] - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-    return _like(alpha, rows, w, dims) + _like(beta, rows, w, dims) * later
+    return per_entry(alpha, rows, w, dims) + per_entry(beta, rows, w, dims) * later
 
 
 def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
@@ -428,7 +422,7 @@ def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) 
 def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
     costs = _oscar_costs(w, dims, alpha, beta)
-    return _sorted_proximal(w, _like(step, costs, w, dims) * costs, dims)
+    return _sorted_proximal(w, per_entry(step, costs, w, dims) * costs, dims)
 
 
 @penalty(
@@ -811,7 +805,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
     def features(w: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """A row for each feature, and the dimensions that it holds."""
         dims = tuple(d for d in range(w.ndim) if d != axis % w.ndim)
-        return members(widen(w), dims), dims
+        return grouped(widen(w), dims), dims
 
     def value(params: Params, ratio: Scalar, alpha: Scalar = 0.0) -> Tensor:
         leaves, places, _ = pair(params)
@@ -827,7 +821,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         slopes = [torch.zeros_like(w) for w in leaves]
         theta, dims = features(leaves[places[0]])
         norms = euclidean(theta, (theta.ndim - 1,))
-        found = from_members(theta / torch.where(norms == 0, math.inf, norms), leaves[places[0]], dims)
+        found = ungrouped(theta / torch.where(norms == 0, math.inf, norms), leaves[places[0]], dims)
         slopes[places[0]] = found.to(leaves[places[0]].dtype)
         slopes[places[1]] = (alpha * sign(widen(leaves[places[1]]))).to(leaves[places[1]].dtype)
         return rebuild(slopes)
@@ -852,7 +846,7 @@ def hierarchical(skip: str, hidden: str, axis: int = -1) -> Penalty:
         within = sign(inner) * torch.minimum(size.relu(), bound)
         results = list(leaves)
         for i, rows, dims in ((places[0], kept, outer_dims), (places[1], within, inner_dims)):
-            results[i] = (from_members(rows, leaves[i], dims) + 0.0).to(leaves[i].dtype)
+            results[i] = (ungrouped(rows, leaves[i], dims) + 0.0).to(leaves[i].dtype)
         return rebuild(results)
 
     value.__name__ = "hierarchical"

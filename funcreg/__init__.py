@@ -369,13 +369,19 @@ from funcreg.separable import (
     relaxed_mumford_shah as relaxed_mumford_shah,
     scad as scad,
 )
-from funcreg.structured import (
+from funcreg.neighbours import (
     fused_lasso as fused_lasso,
-    hierarchical as hierarchical,
+    total_variation as total_variation,
+)
+from funcreg.orders import (
     oscar as oscar,
     slope as slope,
-    total_variation as total_variation,
+)
+from funcreg.nested_groups import (
     tree_lasso as tree_lasso,
+)
+from funcreg.lassonet import (
+    hierarchical as hierarchical,
 )
 from funcreg.stochastic import (
     DualAveragingState as DualAveragingState,

@@ -131,6 +131,7 @@ LAYERS = [
     [
         "coupled",
         "factories",
+        "lassonet",
         "linesearch",
         "optimizer_steps",
         "parameter_names",
@@ -140,9 +141,9 @@ LAYERS = [
         "trained",
         "wrappers",
     ],
-    ["constraint", "gradient_alone", "lbfgs", "monitoring", "resizing", "separable"],
+    ["constraint", "gradient_alone", "lbfgs", "monitoring", "neighbours", "nested_groups", "resizing", "separable"],
     ["constraints"],
-    ["counts", "groups", "projections", "regularizing", "spectral", "trying"],
+    ["counts", "groups", "orders", "projections", "regularizing", "spectral", "trying"],
     ["blame", "channel_families", "channel_tables"],
     [
         "averaging",
@@ -158,7 +159,6 @@ LAYERS = [
         "polytopes",
         "proximal",
         "report",
-        "structured",
     ],
     ["landing", "placement", "quadratic", "vectors"],
     ["mistakes"],

@@ -145,11 +145,13 @@ from funcreg.grids import (
     log_uniform as log_uniform,
 )
 from funcreg.groups import (
-    exclusive_lasso as exclusive_lasso,
     group_l0 as group_l0,
     group_l_half as group_l_half,
     group_mcp as group_mcp,
     group_scad as group_scad,
+)
+from funcreg.mixed_norms import (
+    exclusive_lasso as exclusive_lasso,
     l1_linf as l1_linf,
     linf as linf,
 )

@@ -319,7 +319,7 @@ def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights
     return shrink_groups_in_metric(w, h, step * group_sizes(w, dims, weights), dims)
 
 
-def _groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
+def dims_of_groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
     return group_dims(w, dim)
 
 
@@ -335,7 +335,7 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
     metric=_group_metric,
     residual=_group_residual,
     separable=False,
-    structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=_groups),
+    structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=dims_of_groups),
 )
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum of the norms of groups, :math:`\sum_g c_g \|w_g\|_2`, which zeroes whole groups.
@@ -403,7 +403,7 @@ def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
     residual=_sparse_group_residual,
     separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
-    structure=Structure(parts=_sparse_group_parts, keeps=("signs",), groups=_groups),
+    structure=Structure(parts=_sparse_group_parts, keeps=("signs",), groups=dims_of_groups),
 )
 def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Zero groups, and zeros inside groups, :math:`\alpha (\rho \|w\|_1 + (1 - \rho) \sum_g c_g \|w_g\|_2)`.

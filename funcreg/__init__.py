@@ -356,20 +356,26 @@ from funcreg.schedules import (
 from funcreg.separable import (
     anchored_l1 as anchored_l1,
     anchored_l2 as anchored_l2,
-    capped_l1 as capped_l1,
-    etp as etp,
     ewc as ewc,
-    geman as geman,
     huber as huber,
+    relaxed_mumford_shah as relaxed_mumford_shah,
+)
+from funcreg.magnitudes import (
     l0 as l0,
-    l0_envelope as l0_envelope,
     l_half as l_half,
     l_two_thirds as l_two_thirds,
+)
+from funcreg.concave import (
+    capped_l1 as capped_l1,
+    etp as etp,
+    geman as geman,
+    l0_envelope as l0_envelope,
     log_sum as log_sum,
     mcp as mcp,
-    nonnegative_form as nonnegative_form,
-    relaxed_mumford_shah as relaxed_mumford_shah,
     scad as scad,
+)
+from funcreg.nonnegative_forms import (
+    nonnegative_form as nonnegative_form,
 )
 from funcreg.neighbours import (
     fused_lasso as fused_lasso,

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
+from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
 from funcreg.grouped import in_units, sum_groups
 from funcreg.leafwise import euclidean, sign, squared
 from funcreg.lifting import penalty
+from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
 from funcreg.penalties import (
     Dim,
     Weights,
@@ -28,17 +30,6 @@ from funcreg.penalties import (
     group_norms,
     group_sizes,
     shrink_groups,
-)
-from funcreg.separable import (
-    l0_landing,
-    l_half_landing,
-    l_half_slope,
-    mcp_landing,
-    mcp_slope,
-    mcp_value,
-    scad_landing,
-    scad_slope,
-    scad_value,
 )
 
 _AT_LEAST_0 = (0.0, math.inf)

@@ -244,9 +244,11 @@ from funcreg.penalty import (
 )
 from funcreg.polytopes import (
     affine_set as affine_set,
-    birkhoff as birkhoff,
     box_section as box_section,
     polyhedron as polyhedron,
+)
+from funcreg.transport_plans import (
+    birkhoff as birkhoff,
     transport as transport,
 )
 from funcreg.projections import (

@@ -44,6 +44,15 @@ def concrete(value: Any) -> Tensor | float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def known_true(x: Tensor) -> bool:
+    """Whether all entries are true, and can be read: not while a function is traced or batched, or on a GPU.
+
+    On the meta device nothing is left to be found.
+    """
+    known = concrete(x)
+    return x.is_meta or (isinstance(known, Tensor) and bool(known.all()))
+
+
 def _read(value: Tensor) -> Tensor:
     token = is_checking.set(True)
     try:

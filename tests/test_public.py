@@ -172,7 +172,7 @@ LAYERS = [
         "proximal",
         "report",
     ],
-    ["landing", "placement", "quadratic", "vectors"],
+    ["landing", "placement", "quadratic", "transport_plans", "vectors"],
     ["mistakes"],
     ["fusing", "proximal_newton", "remarks", "runs"],
     ["implicit", "penalized_parameters"],

@@ -86,8 +86,8 @@ LAYERS = [
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
     ["arguments", "leafwise", "masks"],
-    ["batches", "graphs", "rounding", "rows", "singular_values", "uses", "variations"],
-    ["coarse", "settling", "steadiness"],
+    ["batches", "graphs", "products", "rounding", "rows", "singular_values", "uses", "variations"],
+    ["coarse", "recurrent", "settling", "steadiness"],
     [
         "annealing",
         "checkpoint",

@@ -12,11 +12,11 @@ from funcreg._typing import Params, Scalar, Schedule, State, Updates
 from funcreg.combine import chain, hold, pick
 from funcreg.construction import remembered
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
+from funcreg.phases import warmup_constant_schedule
 from funcreg.preconditioners import scale_by_rms
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.schedules import warmup_constant_schedule
 from funcreg.transform import (
     Choice,
     Transform,

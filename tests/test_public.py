@@ -85,7 +85,7 @@ LAYERS = [
     ["construction", "grouping", "histories", "sharding", "widths"],
     ["flow", "stored"],
     ["checks", "grids", "lowering", "schedules", "shapes"],
-    ["arguments", "leafwise", "masks"],
+    ["arguments", "leafwise", "masks", "phases"],
     ["batches", "graphs", "products", "rounding", "rows", "singular_values", "uses", "variations"],
     ["coarse", "recurrent", "settling", "steadiness"],
     [

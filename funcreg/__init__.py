@@ -43,12 +43,14 @@ from funcreg.combine import (
     MaskedState as MaskedState,
     PartitionState as PartitionState,
     apply_if_finite as apply_if_finite,
-    chain as chain,
     freeze as freeze,
     masked as masked,
-    named_chain as named_chain,
     partition as partition,
     set_to_zero as set_to_zero,
+)
+from funcreg.chains import (
+    chain as chain,
+    named_chain as named_chain,
 )
 from funcreg.composition import (
     Structure as Structure,

@@ -16,7 +16,7 @@ from funcreg.adam_family import (
     scale_by_radam,
     scale_by_yogi,
 )
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient
 from funcreg.optimizers import adam

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, hold, pick
+from funcreg.chains import chain
+from funcreg.combine import hold, pick
 from funcreg.construction import remembered
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
 from funcreg.phases import warmup_constant_schedule

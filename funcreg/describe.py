@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from funcreg._typing import Params
-from funcreg.combine import freeze, masked, named_chain, partition
+from funcreg.chains import named_chain
+from funcreg.combine import freeze, masked, partition
 from funcreg.ensemble import ensemble
 from funcreg.hyperparams import Injected
 from funcreg.masks import chosen_by, keep, listed, mask_leaves

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.chains import chain
 from funcreg.clipping import clip_by_block_rms
-from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_param_block_rms
 from funcreg.leafwise import compute_wide, increment, safe_sqrt, squared, wide

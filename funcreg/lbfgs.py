@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Schedule, Updates
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.leafwise import (
     compute,

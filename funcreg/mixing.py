@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.adam_family import AdamState
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, scalar_device, zeros
 from funcreg.moments import adam_metric, average, average_square, bias_correction, real_zeros, stored

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
-from funcreg.combine import chain, partition, with_link
+from funcreg.chains import chain, with_link
+from funcreg.combine import partition
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, euclidean, increment, zeros
 from funcreg.moments import average, corrected_mean, stored

@@ -13,7 +13,7 @@ import torch
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.adam_family import scale_by_adam, scale_by_amsgrad
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.preconditioners import scale_by_rms, scale_by_rss, scale_by_stddev
 from funcreg.ranges import flags

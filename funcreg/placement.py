@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.combine import chain, named_chain
+from funcreg.chains import chain, named_chain
 from funcreg.construction import remembered, transforms_in
 from funcreg.decay import (
     add_cautious_weight_decay,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
-from funcreg.combine import chain, masked
+from funcreg.chains import chain
+from funcreg.combine import masked
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient, scale_by_rprop
 from funcreg.leafwise import compute

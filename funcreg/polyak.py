@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.leafwise import compute, reduce_leaves, squared, total
 from funcreg.optimizers import sgd

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import as_seen, chain, freeze, partition, pick
+from funcreg.chains import chain
+from funcreg.combine import as_seen, freeze, partition, pick
 from funcreg.construction import Call, remembered
 from funcreg.leafwise import (
     beside,

@@ -127,7 +127,7 @@ LAYERS = [
         "shards",
         "trees",
     ],
-    ["adam_family", "attempts", "lifting", "refusals", "scaling"],
+    ["adam_family", "attempts", "chains", "lifting", "refusals", "scaling"],
     [
         "coupled",
         "factories",

@@ -8,17 +8,9 @@ from typing import Any
 from funcreg._typing import Params, State, Updates
 from funcreg.combine import hold
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_transforms
 from funcreg.masks import listed
-from funcreg.transform import (
-    Choice,
-    Stage,
-    Transform,
-    around,
-    check_transforms,
-    either,
-    everywhere,
-    warn,
-)
+from funcreg.transform import Choice, Stage, Transform, around, either, everywhere, warn
 from funcreg.undocumented import is_compiling
 from funcreg.wording import type_of
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_selection, check_transforms, positive
 from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
 from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
 from funcreg.ranges import flags
@@ -19,19 +20,15 @@ from funcreg.transform import (
     EmptyState,
     Transform,
     around,
-    check_selection,
-    check_transforms,
     counter,
     either,
     everywhere,
     memoryless,
-    positive,
     public_state,
     warn,
 )
 from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
-
 
 # Some leaves
 

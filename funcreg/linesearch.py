@@ -19,11 +19,12 @@ from torch.func import grad_and_value
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.checks import check_alike
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite_nonnegative, positive
 from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, total
 from funcreg.moments import stored
 from funcreg.plateau import as_value
 from funcreg.ranges import check_range, flags, scalars
-from funcreg.transform import Transform, finite_nonnegative, positive, public_state
+from funcreg.transform import Transform, public_state
 from funcreg.tree import tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_batched, is_traced, without_levels
 

@@ -12,12 +12,13 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.adam_family import AdamState
 from funcreg.chains import chain
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite_nonnegative
 from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, scalar_device, zeros
 from funcreg.moments import adam_metric, average, average_square, bias_correction, real_zeros, stored
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.transform import Transform, at_step, below_one, counter, dtypes, finite_nonnegative, public_state
+from funcreg.transform import Transform, at_step, counter, public_state
 
 # AdEMAMix
 

@@ -17,6 +17,7 @@ from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Update
 from funcreg.chains import chain
 from funcreg.combine import as_seen, freeze, partition, pick
 from funcreg.construction import Call, remembered
+from funcreg.factory_checks import check_transforms, dtypes
 from funcreg.leafwise import (
     beside,
     compute,
@@ -36,9 +37,7 @@ from funcreg.transform import (
     Transform,
     around,
     at_step,
-    check_transforms,
     counter,
-    dtypes,
     everywhere,
     init_empty_state,
     public_state,

@@ -108,6 +108,7 @@ LAYERS = [
         "summaries",
         "transform",
     ],
+    ["factory_checks"],
     [
         "arithmetic",
         "clipping",

@@ -212,10 +212,12 @@ from funcreg.optimizers import (
     sgd as sgd,
 )
 from funcreg.path import (
-    CrossValidation as CrossValidation,
     Path as Path,
-    cross_validate as cross_validate,
     regularization_path as regularization_path,
+)
+from funcreg.cross_validation import (
+    CrossValidation as CrossValidation,
+    cross_validate as cross_validate,
 )
 from funcreg.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,

@@ -179,7 +179,8 @@ LAYERS = [
     ["implicit", "penalized_parameters"],
     ["followed_steps"],
     ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["path", "sweep"],
+    ["strengths"],
+    ["cross_validation", "path", "sweep"],
 ]
 
 

@@ -38,6 +38,10 @@ from funcreg.clipping import (
     normalize_by_update_norm as normalize_by_update_norm,
     zero_nans as zero_nans,
 )
+from funcreg.chains import (
+    chain as chain,
+    named_chain as named_chain,
+)
 from funcreg.combine import (
     ApplyIfFiniteState as ApplyIfFiniteState,
     MaskedState as MaskedState,
@@ -47,10 +51,6 @@ from funcreg.combine import (
     masked as masked,
     partition as partition,
     set_to_zero as set_to_zero,
-)
-from funcreg.chains import (
-    chain as chain,
-    named_chain as named_chain,
 )
 from funcreg.composition import (
     Structure as Structure,

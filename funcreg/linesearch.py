@@ -142,6 +142,36 @@ class ScaleByBacktrackingLinesearchState(NamedTuple):
     info: BacktrackingLinesearchInfo
 
 
+class _Backtracking(NamedTuple):
+    """Ever smaller steps, up to one that lowers the objective enough."""
+
+    most_trials: int
+    slope_rtol: Scalar
+    decrease_factor: Scalar
+    atol: Scalar
+    rtol: Scalar
+
+    def along(self, f: Objective, step: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The step that is found, the value there, by how much it lacks in decrease, and the number of trials.
+
+        Args:
+            f: The objective.
+            step: The first trial.
+            count: A counter, which is as that of trials.
+        """
+        found, error, trials = f.value, torch.full_like(step, math.inf), torch.zeros_like(count)
+        over = torch.zeros_like(step, dtype=torch.bool)
+        for n in range(self.most_trials + 1):
+            shorter = step if n == 0 else self.decrease_factor * step
+            there = f.value_at(shorter)
+            left = _violation(there - (1 + self.rtol) * f.value - shorter * self.slope_rtol * f.slope)
+            step, found, error, trials = _select(over, (step, found, error, trials), (shorter, there, left, trials + 1))
+            over = error <= self.atol
+            if _is_over(over):
+                break
+        return step, found, error, trials
+
+
 @remembered
 def scale_by_backtracking_linesearch(
     max_backtracking_steps: int,
@@ -201,6 +231,7 @@ def scale_by_backtracking_linesearch(
         rtol=rtol,
     )
     flags(store_grad=store_grad)
+    search = _Backtracking(max_backtracking_steps, slope_rtol, decrease_factor, atol, rtol)
 
     def init(params: Params) -> ScaleByBacktrackingLinesearchState:
         number = lambda x: _number(params, x)
@@ -222,17 +253,8 @@ def scale_by_backtracking_linesearch(
             return updates, state
         name, one = "scale_by_backtracking_linesearch", state.learning_rate
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
-        step = torch.minimum(increase_factor * one, max_learning_rate + torch.zeros_like(one))
-        found, error, trials = f.value, torch.full_like(one, math.inf), torch.zeros_like(state.info[0])
-        over = torch.zeros_like(one, dtype=torch.bool)
-        for n in range(max_backtracking_steps + 1):
-            shorter = step if n == 0 else decrease_factor * step
-            there = f.value_at(shorter)
-            left = _violation(there - (1 + rtol) * f.value - shorter * slope_rtol * f.slope)
-            step, found, error, trials = _select(over, (step, found, error, trials), (shorter, there, left, trials + 1))
-            over = error <= atol
-            if _is_over(over):
-                break
+        longest = torch.minimum(increase_factor * one, max_learning_rate + torch.zeros_like(one))
+        step, found, error, trials = search.along(f, longest, state.info.num_linesearch_steps)
         step = torch.where(error.isinf(), 0.0, step)
         kept = f.at(step)[2] if store_grad else ()
         info = BacktrackingLinesearchInfo(trials, error)
@@ -319,6 +341,61 @@ class _Search(NamedTuple):
     curvature_error: Tensor
 
 
+class _Zoom(NamedTuple):
+    """Steps that grow until a good one is bracketed, and then brackets that shrink around it."""
+
+    wolfe: _Wolfe
+    most_trials: int
+    longest: Scalar
+    increase_factor: Scalar
+    tol: Scalar
+    precision: Scalar
+
+    def along(self, f: Objective, start: _Point, guess: Tensor, slope: Updates, count: Tensor) -> _Search:
+        """The search once it is over.
+
+        Args:
+            f: The objective.
+            start: Where the line begins.
+            guess: The first trial.
+            slope: The gradient at the start.
+            count: A counter, which is as that of trials.
+        """
+        no, unknown = torch.zeros_like(guess, dtype=torch.bool), torch.full_like(guess, math.inf)
+        none = torch.zeros_like(count)
+        s = _Search(none, no, no, start, slope, start, start, start, start, slope, unknown, unknown)
+        for _ in range(self.most_trials):
+            s = self.trial(f, s, start, guess)
+            if _is_over(s.over):
+                break
+        return s
+
+    def trial(self, f: Objective, s: _Search, start: _Point, guess: Tensor) -> _Search:
+        """The search after one more trial, or as it was if it is over."""
+        longer = torch.where(s.trials == 0, guess, self.increase_factor * s.here.step)
+        limit = self.longest + torch.zeros_like(longer)
+        at_limit, longer = longer >= limit, torch.minimum(longer, limit)
+        step = torch.where(s.bracketed, _between(s.low, s.high, s.third), longer)
+        value, slope, grad = f.at(step)
+        there = _Point(step, value, slope)
+        lacking, steep = self.wolfe.decrease_error(there, start), self.wolfe.curvature_error(there, start)
+        good = torch.maximum(lacking, steep) <= self.tol
+        narrow = s.bracketed & ((s.high.step - s.low.step).abs() <= self.precision)
+
+        safer = (lacking <= self.tol) & (~s.bracketed | (value < s.safe.value))
+        safe, safe_grad = _select(safer, (there, grad), (s.safe, s.safe_grad))
+        between, low, high, third = _bracket(s, there, lacking)
+        found = between | good
+        trials = s.trials + 1
+        stuck = (trials >= self.most_trials) | (narrow & (safe.step > 0))
+        done = good | (~s.bracketed & at_limit & ~found)
+        failed = stuck & ~done
+        retreats = failed & ((safe.step > 0) | lacking.isinf())
+        here, grad = _select(retreats, (safe, safe_grad), (there, grad))
+        new = _Search(trials, found, done | failed, here, grad, low, high, third, safe, safe_grad, lacking, steep)
+        return _select(s.over, s, new)
+
+
 @remembered
 def scale_by_zoom_linesearch(
     max_linesearch_steps: int,
@@ -388,35 +465,12 @@ def scale_by_zoom_linesearch(
     if initial_guess_strategy not in ("one", "keep"):
         raise ValueError(f"initial_guess_strategy is {initial_guess_strategy!r}; expected 'one' or 'keep'")
     wolfe = _Wolfe(slope_rtol, curv_rtol, approx_dec_rtol)
+    search = _Zoom(wolfe, max_linesearch_steps, most, increase_factor, tol, stepsize_precision)
 
     def init(params: Params) -> ScaleByZoomLinesearchState:
         number = lambda x: _number(params, x)
         info = ZoomLinesearchInfo(number(0.0).to(torch.int32), number(math.inf), number(math.inf))
         return ScaleByZoomLinesearchState(number(1.0), number(math.inf), tree_map(torch.zeros_like, params), info)
-
-    def trial(f: Objective, s: _Search, start: _Point, guess: Tensor) -> _Search:
-        longer = torch.where(s.trials == 0, guess, increase_factor * s.here.step)
-        limit = most + torch.zeros_like(longer)
-        at_limit, longer = longer >= limit, torch.minimum(longer, limit)
-        step = torch.where(s.bracketed, _between(s.low, s.high, s.third), longer)
-        value, slope, grad = f.at(step)
-        there = _Point(step, value, slope)
-        lacking, steep = wolfe.decrease_error(there, start), wolfe.curvature_error(there, start)
-        good = torch.maximum(lacking, steep) <= tol
-        narrow = s.bracketed & ((s.high.step - s.low.step).abs() <= stepsize_precision)
-
-        safer = (lacking <= tol) & (~s.bracketed | (value < s.safe.value))
-        safe, safe_grad = _select(safer, (there, grad), (s.safe, s.safe_grad))
-        between, low, high, third = _bracket(s, there, lacking)
-        found = between | good
-        trials = s.trials + 1
-        stuck = (trials >= max_linesearch_steps) | (narrow & (safe.step > 0))
-        done = good | (~s.bracketed & at_limit & ~found)
-        failed = stuck & ~done
-        retreats = failed & ((safe.step > 0) | lacking.isinf())
-        here, grad = _select(retreats, (safe, safe_grad), (there, grad))
-        new = _Search(trials, found, done | failed, here, grad, low, high, third, safe, safe_grad, lacking, steep)
-        return _select(s.over, s, new)
 
     def update(
         updates: Updates,
@@ -434,15 +488,7 @@ def scale_by_zoom_linesearch(
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
         guess = torch.ones_like(one) if initial_guess_strategy == "one" else one
         start = _Point(torch.zeros_like(one), f.value, f.slope)
-        no, unknown = torch.zeros_like(one, dtype=torch.bool), torch.full_like(one, math.inf)
-        slope = stored(f.grad, state.grad)
-        s = _Search(
-            torch.zeros_like(state.info[0]), no, no, start, slope, start, start, start, start, slope, unknown, unknown
-        )
-        for _ in range(max_linesearch_steps):
-            s = trial(f, s, start, guess)
-            if _is_over(s.over):
-                break
+        s = search.along(f, start, guess, stored(f.grad, state.grad), state.info.num_linesearch_steps)
         info = ZoomLinesearchInfo(s.trials, s.decrease_error, s.curvature_error)
         after = ScaleByZoomLinesearchState(s.here.step, s.here.value, s.grad, info)
         scaled = compute(lambda u, c: c * u, updates, hyper=(s.here.step,))

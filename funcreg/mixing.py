@@ -269,6 +269,12 @@ def fourth_root(steps: Any) -> Scalar:
     return (steps.to(torch.float64) if isinstance(steps, Tensor) else torch.tensor(steps, dtype=torch.float64)) ** 0.25
 
 
+def _bounded(x: Tensor, most: Tensor) -> Tensor:
+    if x.is_complex():
+        return x * (most / torch.maximum(x.abs(), most)).nan_to_num(0.0)
+    return torch.minimum(torch.maximum(x, -most), most)
+
+
 @remembered
 def scale_by_adopt(
     b1: Scalar = 0.9,
@@ -318,12 +324,7 @@ def scale_by_adopt(
 
     def ratio(u: Tensor, v: Tensor, least: Scalar, most: Scalar) -> Tensor:
         x = u / torch.maximum(safe_sqrt(v), least + torch.zeros_like(v))
-        if not use_clipping:
-            return x
-        if u.is_complex():
-            return x * (most / torch.maximum(x.abs(), most + torch.zeros_like(v))).nan_to_num(0.0)
-        most = most + torch.zeros_like(v)
-        return torch.minimum(torch.maximum(x, -most), most)
+        return _bounded(x, most + torch.zeros_like(v)) if use_clipping else x
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
         begun = (state.steps > 0).to(torch.float64)

@@ -128,7 +128,7 @@ LAYERS = [
         "shards",
         "trees",
     ],
-    ["adam_family", "attempts", "chains", "lifting", "refusals", "scaling"],
+    ["adam_family", "attempts", "chains", "lifting", "refusals", "scaling", "searches"],
     [
         "coupled",
         "factories",

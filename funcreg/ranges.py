@@ -53,6 +53,12 @@ def known_true(x: Tensor) -> bool:
     return x.is_meta or (isinstance(known, Tensor) and bool(known.all()))
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether numbers may be read from a tensor here and now, also from another device, for which it then waits."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) in _PLAIN and x.device.type != "meta" and not capturing
+
+
 def _read(value: Tensor) -> Tensor:
     token = is_checking.set(True)
     try:

@@ -396,7 +396,7 @@ from funcreg.orders import (
 from funcreg.nested_groups import (
     tree_lasso as tree_lasso,
 )
-from funcreg.lassonet import (
+from funcreg.skip_layers import (
     hierarchical as hierarchical,
 )
 from funcreg.stochastic import (

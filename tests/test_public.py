@@ -132,7 +132,6 @@ LAYERS = [
     [
         "coupled",
         "factories",
-        "lassonet",
         "linesearch",
         "nonnegative_forms",
         "optimizer_steps",
@@ -140,6 +139,7 @@ LAYERS = [
         "penalties",
         "per_leaf",
         "preconditioners",
+        "skip_layers",
         "trained",
         "wrappers",
     ],

@@ -296,11 +296,16 @@ class Regularization(FollowedSteps):
             see_to_copies(optimizer)
 
     def penalty_value(self) -> Tensor:
-        r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
+        r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs.
+
+        Of those on which it acts: a frozen parameter, beside others that are not, counts in groups that span leaves
+        alone.
+        """
         if (optimizer := self._followed()) is not None:
             self._read_added(optimizer)
+        frozen = self._names.frozen().difference(*self._linked)
         with torch.no_grad():
-            leaves = {name: w.detach() for name, w in self._names.penalized().items()}
+            leaves = {name: w.detach() for name, w in self._names.penalized().items() if name not in frozen}
             return self._task.value(self._names.tree(leaves), self.steps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
 from funcreg.grouped import in_units, sum_groups
-from funcreg.leafwise import euclidean, sign, squared
+from funcreg.leafwise import euclidean, sign, squared, step_times
 from funcreg.lifting import penalty
 from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
 from funcreg.penalties import (
@@ -83,7 +83,7 @@ def _best(
     best, least = torch.zeros_like(w), sum_groups(h * squared(x), dims) / 2
     for z in [w, *points]:
         away = torch.where(z == w, torch.zeros_like(w), z - w)  # Infinity is at no distance from itself.
-        worth = step / size / top * (value(group_norms(z, dims)) / size)
+        worth = step_times(step / size / top, value(group_norms(z, dims)) / size)
         found = sum_groups(h * squared(away / size), dims) / 2 + worth
         best, least = torch.where(found < least, z, best), torch.where(found < least, found, least)
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
@@ -123,7 +123,7 @@ def _group_mcp_metric(
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
         return _rescale(w, w.abs(), mcp_landing(w.abs(), step / h, alpha, gamma))
-    bent = _turn(w, h, step * alpha, step / gamma, dims)
+    bent = _turn(w, h, step_times(step, alpha), step / gamma, dims)
     return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
 
 
@@ -178,8 +178,8 @@ def _group_scad_metric(
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
         return _rescale(w, w.abs(), scad_landing(w.abs(), step / h, alpha, a))
-    straight = _turn(w, h, step * alpha, 0.0, dims)
-    bent = _turn(w, h, step * alpha * a / (a - 1), step / (a - 1), dims)
+    straight = _turn(w, h, step_times(step, alpha), 0.0, dims)
+    bent = _turn(w, h, step_times(step, alpha) * a / (a - 1), step / (a - 1), dims)
     return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)
 
 
@@ -235,7 +235,8 @@ def _group_l_half_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None
 def _group_l_half_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    step = torch.zeros_like(norms) + step * group_sizes(w, dims, weights)  # Powers of tensors, as where it is one.
+    # Powers of tensors, as where it is one.
+    step = torch.zeros_like(norms) + step_times(step, group_sizes(w, dims, weights))
     return _rescale(w, norms, l_half_landing(norms, step))
 
 
@@ -295,7 +296,7 @@ def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) ->
 def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, l0_landing(norms, step * group_sizes(w, dims, weights)))
+    return _rescale(w, norms, l0_landing(norms, step_times(step, group_sizes(w, dims, weights))))
 
 
 def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -303,7 +304,10 @@ def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weig
     if not w.numel():
         return w.clone()
     x, h, size, top = in_units(w, h, dims)
-    lost, cost = sum_groups(h * squared(x), dims) / 2, step / size / top / size * group_sizes(w, dims, weights)
+    lost, cost = (
+        sum_groups(h * squared(x), dims) / 2,
+        step_times(step / size / top / size, group_sizes(w, dims, weights)),
+    )
     return torch.where(lost <= cost, torch.zeros_like(w), w) + 0.0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import grouped, in_its_unit, of_groups, sum_groups, ungrouped
-from funcreg.leafwise import running_sum, sign, squared
+from funcreg.leafwise import running_sum, sign, squared, step_times
 from funcreg.lifting import penalty
 from funcreg.penalties import (
     Dim,
@@ -72,7 +72,7 @@ def _greatest_gradient(w: Tensor, *, dim: Dim, weights: Weights = None) -> Tenso
 
 def _greatest_proximal(w: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return _lowered(w, torch.ones_like(w.abs()), step * group_sizes(w, dims, weights), dims)
+    return _lowered(w, torch.ones_like(w.abs()), step_times(step, group_sizes(w, dims, weights)), dims)
 
 
 def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
@@ -80,7 +80,7 @@ def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: W
     if not w.numel():
         return w.clone()
     weight, top = in_its_unit(h, dims)
-    return _lowered(w, weight, step * group_sizes(w, dims, weights) / top, dims)
+    return _lowered(w, weight, step_times(step, group_sizes(w, dims, weights)) / top, dims)
 
 
 def _lowered(w: Tensor, weight: Tensor, volume: Any, dims: tuple[int, ...]) -> Tensor:
@@ -190,7 +190,7 @@ def _exclusive_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -
 
 def _exclusive_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return _few_left(w, torch.ones_like(w.abs()), 2 * step * group_sizes(w, dims, weights), dims)
+    return _few_left(w, torch.ones_like(w.abs()), step_times(2 * step, group_sizes(w, dims, weights)), dims)
 
 
 def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -198,7 +198,7 @@ def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., wei
     if not w.numel():
         return w.clone()
     weight, top = in_its_unit(h, dims)
-    return _few_left(w, weight, 2 * step * group_sizes(w, dims, weights) / top, dims)
+    return _few_left(w, weight, step_times(2 * step, group_sizes(w, dims, weights)) / top, dims)
 
 
 def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> Tensor:

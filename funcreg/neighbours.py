@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import grouped, in_its_unit, per_entry, sum_groups, ungrouped
-from funcreg.leafwise import running_sum, sign
+from funcreg.leafwise import running_sum, sign, step_times
 from funcreg.lifting import penalty
 from funcreg.penalties import group_dims
 
@@ -159,20 +159,24 @@ def _steps_residual(w: Tensor, g: Tensor, jump: Scalar, pull: Scalar, dims: tupl
     return ungrouped(_fused_rows(known, torch.ones_like(rows), jumps, pulls), w, dims)
 
 
+def _forces(step: Scalar, alpha: Scalar, rho: Scalar) -> tuple[Scalar, Scalar]:
+    return step_times(step, alpha, 1 - rho), step_times(step, alpha, rho)
+
+
 def _fused_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
     return alpha * (rho * sign(w) + (1 - rho) * _steps_gradient(w, _line(w, dim)))
 
 
 def _fused_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_proximal(w, torch.ones_like(w), step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
+    return _steps_proximal(w, torch.ones_like(w), *_forces(step, alpha, rho), _line(w, dim))
 
 
 def _fused_metric(w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_metric(w, h, step * alpha * (1 - rho), step * alpha * rho, _line(w, dim))
+    return _steps_metric(w, h, *_forces(step, alpha, rho), _line(w, dim))
 
 
 def _fused_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return _steps_residual(w, g, strength * alpha * (1 - rho), strength * alpha * rho, _line(w, dim))
+    return _steps_residual(w, g, *_forces(strength, alpha, rho), _line(w, dim))
 
 
 @penalty(

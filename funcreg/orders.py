@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import grouped, per_entry, ungrouped
-from funcreg.leafwise import bare, running_sum, sign
+from funcreg.leafwise import bare, running_sum, sign, step_times
 from funcreg.lifting import penalty
 from funcreg.neighbours import block_means
 from funcreg.penalties import Dim, group_dims
@@ -89,6 +89,8 @@ def _sorted_proximal(w: Tensor, costs: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not w.numel():
         return w.clone()
     size, back = _ordered(w, dims)
+    # What shares a cost above the sum of magnitudes is zero, so that no difference of infinities need appear.
+    costs = torch.minimum(costs, 2 * size.detach().sum(-1, keepdim=True))
     landed = falling_fit(size - costs).relu().gather(-1, back)
     landed = torch.where(size.isnan().any(-1, keepdim=True), torch.nan, landed)
     return sign(w) * ungrouped(landed, w, dims) + 0.0
@@ -112,7 +114,7 @@ def _slope_gradient(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
 
 def _slope_proximal(w: Tensor, step: Scalar, weights: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return _sorted_proximal(w, _slope_costs(w, step * weights, dims), dims)
+    return _sorted_proximal(w, _slope_costs(w, step_times(step, weights), dims), dims)
 
 
 def _slope_dims(w: Tensor, *, dim: Dim = None) -> tuple[int, ...]:
@@ -171,7 +173,7 @@ def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) 
 def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
     costs = _oscar_costs(w, dims, alpha, beta)
-    return _sorted_proximal(w, per_entry(step, costs, w, dims) * costs, dims)
+    return _sorted_proximal(w, step_times(per_entry(step, costs, w, dims), costs), dims)
 
 
 @penalty(

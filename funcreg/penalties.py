@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.grouped import in_units, root_of_mean
-from funcreg.leafwise import bare, euclidean, sign, squared
+from funcreg.leafwise import bare, euclidean, sign, squared, step_times
 from funcreg.lifting import penalty
 from funcreg.ranges import check_sign
 from funcreg.tree import tree_map
@@ -166,7 +166,9 @@ def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
-    return shrunk(w, step * alpha * rho) / (1 + step * alpha * (1 - rho))
+    return (
+        shrunk(w, step_times(step, alpha, rho)) / (1 + step_times(step, alpha, 1 - rho)) + 0.0
+    )  # +0.0 also from -0.0.
 
 
 def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -311,12 +313,12 @@ def _group_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Te
 
 def _group_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return shrink_groups(w, step * group_sizes(w, dims, weights), dims)
+    return shrink_groups(w, step_times(step, group_sizes(w, dims, weights)), dims)
 
 
 def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return shrink_groups_in_metric(w, h, step * group_sizes(w, dims, weights), dims)
+    return shrink_groups_in_metric(w, h, step_times(step, group_sizes(w, dims, weights)), dims)
 
 
 def dims_of_groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
@@ -375,13 +377,19 @@ def _sparse_group_proximal(
     w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
     # In this order: the other one is not the proximal operator of the sum.
-    return _group_proximal(shrunk(w, step * alpha * rho), step * alpha * (1 - rho), dim=dim, weights=weights)
+    strength = step_times(step, alpha)
+    return _group_proximal(
+        shrunk(w, step_times(strength, rho)), step_times(strength, 1 - rho), dim=dim, weights=weights
+    )
 
 
 def _sparse_group_metric(
     w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
-    return _group_metric(shrunk(w, step * alpha * rho / h), h, step * alpha * (1 - rho), dim=dim, weights=weights)
+    strength = step_times(step, alpha)
+    return _group_metric(
+        shrunk(w, step_times(strength, rho) / h), h, step_times(strength, 1 - rho), dim=dim, weights=weights
+    )
 
 
 def _sparse_group_residual(

@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import finite
-from funcreg.leafwise import sign, squared
+from funcreg.leafwise import sign, squared, step_times
 from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
 
@@ -83,7 +83,7 @@ def _between(w: Tensor, delta: Scalar) -> Tensor:
 
 
 def _huber_proximal(w: Tensor, step: Scalar, delta: Scalar) -> Tensor:
-    square, line = w / (1 + step), w - step * (finite(delta, w) * sign(w))
+    square, line = w / (1 + step), w - step_times(step, finite(delta, w)) * sign(w)
     return torch.where(w.abs() <= (1 + step) * delta, square, line) + 0.0  # +0.0 also from -0.0.
 
 
@@ -216,7 +216,7 @@ def _ewc_gradient(w: Tensor, anchor: Scalar, fisher: Scalar) -> Tensor:
 
 
 def _ewc_proximal(w: Tensor, step: Scalar, anchor: Scalar, fisher: Scalar) -> Tensor:
-    return _towards(w, anchor, step * fisher)
+    return _towards(w, anchor, step_times(step, fisher))
 
 
 def _ewc_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar, fisher: Scalar) -> Tensor:

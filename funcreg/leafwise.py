@@ -52,6 +52,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _SIXTEEN_BITS else dtype
 
 
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products and differences of entries of any size are found."""
+    return x.dtype if x.device.type == "mps" else torch.float64
+
+
 def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
     """Map arithmetic over tensors: `f` sees float32 at least, results have the dtype of the leaves of `tree`.
 

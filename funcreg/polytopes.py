@@ -17,6 +17,7 @@ from funcreg.constraint import constraint
 from funcreg.constraints import bounds_like, check_bounds, clamp
 from funcreg.equations import solved
 from funcreg.grouped import grouped, relative, ungrouped
+from funcreg.leafwise import exact_dtype
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_numbers, known_true
 
@@ -26,11 +27,6 @@ _AT_LEAST_0 = (0.0, math.inf)
 def _beside(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A hyperparameter for each entry of a leaf, beside its groups."""
     return grouped(torch.as_tensor(x, dtype=w.dtype, device=w.device).broadcast_to(w.shape), dims)
-
-
-def exact_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which small sums are found as differences of large entries."""
-    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def _one_a_group(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -32,7 +32,8 @@ def _mumford_shah_gradient(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
 def _mumford_shah_proximal(w: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
     size = w.abs()
     room = 1 + 2 * alpha * (torch.zeros_like(size) + step)
-    return torch.where(alpha * size.square() <= kappa * room, w / room, w) + 0.0  # +0.0 also from -0.0.
+    # Divided by the size, whose square may leave the range of float32.
+    return torch.where(alpha * size <= kappa * room / size, w / room, w) + 0.0  # +0.0 also from -0.0.
 
 
 def _mumford_shah_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:

@@ -16,7 +16,7 @@ from funcreg._typing import Scalar
 from funcreg.constraint import constraint
 from funcreg.constraints import simplex_excess
 from funcreg.equations import solved
-from funcreg.polytopes import exact_dtype
+from funcreg.leafwise import exact_dtype
 from funcreg.ranges import concrete, known_true
 from funcreg.singular_values import as_matrix
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
 from funcreg.construction import written
+from funcreg.factory_checks import dtypes
 from funcreg.leafwise import compute, compute_wide, global_norm, reduce_leaves, squared, total, without_autocast
 from funcreg.ranges import check_numbers, concrete, flags, ordered
-from funcreg.transform import dtypes
 from funcreg.tree import at_leaf, dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
 

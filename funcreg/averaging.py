@@ -9,28 +9,17 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, hold, pick
+from funcreg.chains import chain
+from funcreg.combine import hold, pick
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_transforms, dtypes, finite_nonnegative, share
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
+from funcreg.phases import warmup_constant_schedule
 from funcreg.preconditioners import scale_by_rms
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.schedules import warmup_constant_schedule
-from funcreg.transform import (
-    Choice,
-    Transform,
-    around,
-    at_step,
-    check_transforms,
-    counter,
-    dtypes,
-    everywhere,
-    finite_nonnegative,
-    public_state,
-    share,
-    warn,
-)
+from funcreg.transform import Choice, Transform, around, at_step, counter, everywhere, public_state, warn
 from funcreg.tree import tree_leaves, tree_map
 from funcreg.wording import type_of
 from funcreg.wrappers import Named, check_period

@@ -12,18 +12,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite, finite_nonnegative, nonnegative, positive
 from funcreg.leafwise import compute, euclidean, global_norm, reduce_leaves
 from funcreg.ranges import concrete, ordered, scalars, single
-from funcreg.transform import (
-    Stage,
-    Transform,
-    finite,
-    finite_nonnegative,
-    memoryless,
-    nonnegative,
-    positive,
-    public_state,
-)
+from funcreg.transform import Stage, Transform, memoryless, public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
 

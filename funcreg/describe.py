@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from funcreg._typing import Params
-from funcreg.combine import freeze, masked, named_chain, partition
+from funcreg.chains import named_chain
+from funcreg.combine import freeze, masked, partition
 from funcreg.ensemble import ensemble
+from funcreg.factory_checks import check_transforms
 from funcreg.hyperparams import Injected
 from funcreg.masks import chosen_by, keep, listed, mask_leaves
 from funcreg.mistakes import Entry, made, mistakes, penalized
@@ -19,7 +21,7 @@ from funcreg.monitoring import monitor
 from funcreg.notation import plain
 from funcreg.per_leaf import PerLeaf
 from funcreg.report import readable
-from funcreg.transform import Transform, check_transforms
+from funcreg.transform import Transform
 from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 
 

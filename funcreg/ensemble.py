@@ -13,9 +13,10 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
+from funcreg.factory_checks import check_no_torchs
 from funcreg.masks import Selection, check_mask, mask_leaves
 from funcreg.ranges import number
-from funcreg.transform import Choice, Transform, check_no_torchs, everywhere
+from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
 from funcreg.wording import type_of

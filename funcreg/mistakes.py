@@ -10,8 +10,9 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
+from funcreg.chains import changes, named_chain
 from funcreg.clipping import zero_nans
-from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
+from funcreg.combine import apply_if_finite, masked, set_to_zero
 from funcreg.composition import Term, apart, composes
 from funcreg.constraint import Constraint
 from funcreg.construction import written

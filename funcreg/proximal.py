@@ -18,26 +18,14 @@ from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
+from funcreg.factory_checks import below_one, check_selection, finite_nonnegative, positive, without_momentum
 from funcreg.leafwise import compute, compute_wide, increment, product, scalar_device, total
 from funcreg.masks import keep, kept_by, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.scaling import TraceState, trace
-from funcreg.transform import (
-    Choice,
-    Transform,
-    at_step,
-    below_one,
-    check_fit,
-    check_selection,
-    counter,
-    finite_nonnegative,
-    identity,
-    positive,
-    public_state,
-    without_momentum,
-)
+from funcreg.transform import Choice, Transform, at_step, check_fit, counter, identity, public_state
 from funcreg.tree import tree_leaves, tree_map
 
 

@@ -11,19 +11,12 @@ from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
 from funcreg.constraint import Constraint
 from funcreg.construction import remembered, written
+from funcreg.factory_checks import check_selection, finite_nonnegative, nonnegative
 from funcreg.leafwise import compute, compute_wide
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import ordered
-from funcreg.transform import (
-    Stage,
-    Transform,
-    check_selection,
-    finite_nonnegative,
-    memoryless,
-    nonnegative,
-    scheduled,
-)
+from funcreg.transform import Stage, Transform, memoryless, scheduled
 from funcreg.wording import type_of
 
 

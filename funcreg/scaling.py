@@ -9,23 +9,11 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite, finite_nonnegative, positive, share
 from funcreg.leafwise import compute, compute_wide, euclidean, increment, sign, zeros
 from funcreg.moments import average, bias_correction, stored
 from funcreg.ranges import check_choice, concrete, flags, scalars
-from funcreg.transform import (
-    Stage,
-    Transform,
-    below_one,
-    counter,
-    dtypes,
-    finite,
-    finite_nonnegative,
-    memoryless,
-    positive,
-    public_state,
-    scheduled,
-    share,
-)
+from funcreg.transform import Stage, Transform, counter, memoryless, public_state, scheduled
 from funcreg.tree import tree_leaves, tree_map
 
 

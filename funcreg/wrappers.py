@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import as_seen, chain, freeze, partition, pick
+from funcreg.chains import chain
+from funcreg.combine import as_seen, freeze, partition, pick
 from funcreg.construction import Call, remembered
+from funcreg.factory_checks import check_transforms, dtypes
 from funcreg.leafwise import (
     beside,
     compute,
@@ -35,9 +37,7 @@ from funcreg.transform import (
     Transform,
     around,
     at_step,
-    check_transforms,
     counter,
-    dtypes,
     everywhere,
     init_empty_state,
     public_state,

@@ -525,6 +525,17 @@ def test_a_sparse_simplex_is_the_nearest_of_all_choices_of_entries(k):
     assert [int((z != 0).sum()) <= n for z, n in zip(members, (1, 1, 2, 2, 2), strict=True)] == [True] * 5
 
 
+def test_counts_in_a_metric_know_magnitudes_of_any_size():
+    w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for size, metric in itertools.product((1e-37, 1e-20, 1e20, 1e37), (1e-30, 1.0, 1e30)):
+        x, h = size * w, torch.full_like(w, metric)
+        assert_equal(fr.top_k.prox(x, 1.0, 1, metric=h), x * (w == 4))
+        assert_equal(fr.n_m_sparsity.prox(x, 1.0, 1, 4, metric=h), x * (w == 4))
+        assert_equal(fr.group_top_k.prox(x.T, 1.0, 1, metric=h.T), x.T * (w.T == 4))
+    h = torch.tensor([[1e30, 1e29, 1e28, 1e27]])
+    assert_equal(fr.top_k.prox(1e30 * w, 1.0, 1, metric=h), 1e30 * w * (w == 1))
+
+
 def test_of_equal_magnitudes_the_first_are_kept():
     w = torch.tensor([1.0, -2.0, 2.0, 2.0, -2.0, 0.0])
     assert fr.top_k.project(w, 2).tolist() == [0, -2, 2, 0, 0, 0]

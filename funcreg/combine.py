@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
+from funcreg.holding import check_decided, hold, of_chosen, zeroed
+from funcreg.leafwise import beside, compute, is_finite, reduce_leaves, scalar_device, total, widen
 from funcreg.masks import Selection, chosen_by, hidden, keep, listed, mask_leaves, merge
 from funcreg.ranges import flags
 from funcreg.transform import (
@@ -593,7 +594,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         if loss_scale is not None:
             positive(loss_scale=loss_scale)
             updates = compute(lambda u, s: u / s, tree_map(widen, updates), hyper=(loss_scale,))
-        wrong = total(reduce_leaves(lambda u: ~u.isfinite(), updates)).to(state.last_finite.device)
+        wrong = total(reduce_leaves(lambda u: ~is_finite(u), updates)).to(state.last_finite.device)
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
         go = finite | (errors > max_consecutive_errors)

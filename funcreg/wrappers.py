@@ -23,6 +23,7 @@ from funcreg.leafwise import (
     gathered,
     increment,
     reduce_leaves,
+    is_finite,
     scalar_device,
     spread_like,
     squared,
@@ -257,7 +258,7 @@ def skip_not_finite(updates: Updates, gradient_step: Any, params: Params) -> tup
         >>> skip_not_finite({"w": torch.tensor([float("nan"), 1.0])}, 0, None)
         (tensor(True), {'should_skip': tensor(True), 'num_not_finite': tensor(1)})
     """
-    bad = total(reduce_leaves(lambda u: ~u.isfinite(), updates))
+    bad = total(reduce_leaves(lambda u: ~is_finite(u), updates))
     return bad > 0, {"should_skip": bad > 0, "num_not_finite": bad}
 
 

@@ -309,6 +309,10 @@ MISTAKEN = {
         lambda: fr.chain(fr.scale_by_learning_rate(0.1), fr.scale_by_adam()),
         [r"scale_by_learning_rate\(0.1\) stands before scale_by_adam.* is divided out"],
     ),
+    "a part that climbs along a schedule": (
+        lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.scale_by_schedule(SCHEDULE)}, {"head": "a", "body": "b"}),
+        [r"partition.*: body.* would go uphill"],
+    ),
     "decay that takes no mask": (
         lambda: fr.schedule_free_adamw(0.1, weight_decay=0.1),
         [r"decays .*head.bias.* left alone where the decay is a link with mask=matrices"],
@@ -405,6 +409,12 @@ def test_what_is_right_is_not_warned_of(make):
     assert described(make(), draw()).warnings == []
 
 
+    lambda: fr.partition(
+        {"a": fr.sgd(0.1), "b": fr.scale_by_schedule(lambda count: -falling(count))}, {"head": "a", "body": "b"}
+    ),
+    lambda: fr.partition(
+        {"a": fr.sgd(0.1), "b": fr.scale_by_schedule(fr.linear_schedule(-0.1, 0.0, 9))}, {"head": "a", "body": "b"}
+    ),
 #: What a row of the table is made of, where it is an optimizer: names, not what is built upon them.
 OPTIMIZERS = {name: case for name, case in TRANSFORMS.items() if "steps" in case.make().stages}
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, hold, pick
+from funcreg.combine import chain, pick
 from funcreg.construction import remembered
+from funcreg.holding import hold
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
 from funcreg.preconditioners import scale_by_rms
 from funcreg.ranges import check_range, flags, scalars, single
@@ -467,7 +468,7 @@ def sam(
     check_transforms("sam", [optimizer, adv_optimizer])
     check_period("sync_period", sync_period)
     flags(reset_state=reset_state, opaque_mode=opaque_mode)
-    climber = hold(adv_optimizer, [] if optimizer.frozen is None else [optimizer.frozen])
+    climber = hold(adv_optimizer, [optimizer])
 
     def init(params: Params) -> SAMState:
         cache = () if opaque_mode else tree_map(torch.clone, params)

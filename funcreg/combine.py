@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from funcreg.transform import (
     public_state,
     warn,
 )
-from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
+from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
 from funcreg.wording import type_of
 
@@ -60,9 +59,11 @@ def chain(*transforms: Transform) -> Transform:
     check_transforms("chain", transforms)
     _check_examples_come_first(transforms)
     _check_order(transforms)
+    links = [tx if tx.unheld is None else tx.unheld for tx in transforms]  # `hold` sees to what they freeze.
 
     def init(params: Params) -> tuple[State, ...]:
-        return tuple(tx.begin(params) for tx in transforms)
+        check_decided(links, params)
+        return tuple(tx.begin(params) for tx in links)
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
         if type(state) is not tuple or len(state) != len(transforms):
@@ -72,7 +73,7 @@ def chain(*transforms: Transform) -> Transform:
                 "by this chain's init?"
             )
         new = []
-        for tx, old in zip(transforms, state, strict=True):
+        for tx, old in zip(links, state, strict=True):
             updates, after = tx.update(updates, old, params, **tx.accepted(extra))
             new.append(after)
         return updates, tuple(new)
@@ -91,7 +92,7 @@ def chain(*transforms: Transform) -> Transform:
         links=transforms,
         examples=any(tx.examples for tx in transforms),
     )
-    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+    return hold(joined, transforms)
 
 
 def with_link(tx: Transform) -> Transform:
@@ -213,6 +214,14 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
         if names.count(name) > 1:
             raise ValueError(f"named_chain got two transforms named {name!r}; expected names that differ")
     inner = chain(*(tx for _, tx in transforms))
+    tx = _with_names(names, inner)
+    if inner.unheld is not None:
+        tx.unheld = _with_names(names, inner.unheld)
+    return tx
+
+
+def _with_names(names: Sequence[str], inner: Transform) -> Transform:
+    """A chain whose state is a dict."""
 
     def init(params: Params) -> dict[str, State]:
         return dict(zip(names, inner.begin(params), strict=True))
@@ -245,32 +254,6 @@ class MaskedState(NamedTuple):
     """
 
     inner_state: State
-
-
-def as_seen(
-    extra: dict[str, Any], params: Params, narrow: Callable[[Any], Any], whole: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """Extra arguments for a transform that sees parameters in another form: their gradient, and the objective of these.
-
-    Args:
-        extra: Extra arguments of `update`.
-        params: Parameters, and trees like them.
-        narrow: From those to what the transform sees.
-        whole: From that to parameters.
-    """
-    seen, grad, objective = dict(extra), extra.get("grad"), extra.get("value_fn")
-    if grad is not None and tree_paths(grad) == tree_paths(params):
-        seen["grad"] = narrow(grad)
-    if callable(objective):
-        # Its arguments are those of the objective, which a line search asks for.
-        call = functools.wraps(objective, updated=())
-        seen["value_fn"] = call(lambda point, *args, **others: objective(whole(point), *args, **others))
-    return seen
-
-
-def _of_chosen(extra: dict[str, Any], params: Params, bools: list[bool]) -> dict[str, Any]:
-    """Extra arguments for a transform of some leaves; for the objective the others are where they are."""
-    return as_seen(extra, params, lambda tree: keep(tree, bools), lambda chosen: merge(params, chosen, bools))
 
 
 @remembered
@@ -308,7 +291,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         if mask_compatible_extra_args:
             names = tree_paths(params)
             extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
-        extra = _of_chosen(extra, params, bools)
+        extra = of_chosen(extra, params, bools)
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **inner.accepted(extra))
         return merge(updates, new, bools), MaskedState(after)
 
@@ -357,40 +340,16 @@ def freeze(mask: Mask) -> Transform:
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         held = mask_leaves(mask, params)
-        return _zeroed(updates, held), state
+        return zeroed(updates, held), state
 
     def init(params: Params) -> EmptyState:
         mask_leaves(mask, params)  # A mask that does not fit is said here.
         return EmptyState()
 
     held = lambda params: mask_leaves(mask, params)
-    return Transform(init, update, frozen=held, covers=held)
-
-
-def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
-    leaves, rebuild = flatten(updates)
-    return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
-
-
-def hold(inner: Transform, frozen: list[Choice]) -> Transform:
-    """A transform that sees no frozen leaf, and returns zeros for it."""
-    if not frozen:
-        return inner
-
-    held = either(*frozen)
-
-    def init(params: Params) -> State:
-        return inner.begin(keep(params, [not h for h in held(params)]))
-
-    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
-        bools = held(params)
-        free = [not h for h in bools]
-        extra = _of_chosen(inner.accepted(extra), params, free)
-        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
-        return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
-
-    metric, links = inner.metric, inner.links
-    return around(inner, init, update, metric=metric, frozen=held, links=links, examples=inner.examples)
+    tx = Transform(init, update, frozen=held, covers=held)
+    tx.unheld = memoryless(lambda updates, params: updates)
+    return tx
 
 
 @remembered

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import as_seen, chain, freeze, partition, pick
+from funcreg.combine import chain, freeze, partition, pick
 from funcreg.construction import Call, remembered
+from funcreg.holding import as_seen
 from funcreg.leafwise import (
     beside,
     compute,
     compute_wide,
     gathered,
     increment,
-    reduce_leaves,
     is_finite,
+    reduce_leaves,
     scalar_device,
     spread_like,
     squared,

@@ -108,6 +108,7 @@ LAYERS = [
         "summaries",
         "transform",
     ],
+    ["holding"],
     [
         "arithmetic",
         "clipping",

@@ -293,6 +293,7 @@ def test_state_goes_through_a_file(case, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:centralize makes every update")  # Of matrices of one column.
 @every_transform
 def test_trees_without_leaves_or_entries_are_taken(case):
     entries = {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}
@@ -551,6 +552,7 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
     assert grad(trained)(torch.tensor(0.9, dtype=torch.float64)).isfinite()
 
 
+@pytest.mark.filterwarnings("ignore:centralize makes every update")  # Of matrices of one column.
 @every_transform
 def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case):
     for shape in ((), (3,)):

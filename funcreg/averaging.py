@@ -10,9 +10,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
 from funcreg.chains import chain
-from funcreg.combine import hold, pick
+from funcreg.combine import pick
 from funcreg.construction import remembered
 from funcreg.factory_checks import check_transforms, dtypes, finite_nonnegative, share
+from funcreg.holding import hold
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
 from funcreg.phases import warmup_constant_schedule
 from funcreg.preconditioners import scale_by_rms
@@ -456,7 +457,7 @@ def sam(
     check_transforms("sam", [optimizer, adv_optimizer])
     check_period("sync_period", sync_period)
     flags(reset_state=reset_state, opaque_mode=opaque_mode)
-    climber = hold(adv_optimizer, [] if optimizer.frozen is None else [optimizer.frozen])
+    climber = hold(adv_optimizer, [optimizer])
 
     def init(params: Params) -> SAMState:
         cache = () if opaque_mode else tree_map(torch.clone, params)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from funcreg._typing import Params, State, Updates
-from funcreg.combine import hold
 from funcreg.construction import remembered
 from funcreg.factory_checks import check_transforms
+from funcreg.holding import check_decided, hold
 from funcreg.masks import listed
 from funcreg.transform import Choice, Stage, Transform, around, either, everywhere, warn
 from funcreg.undocumented import is_compiling
@@ -39,9 +39,11 @@ def chain(*transforms: Transform) -> Transform:
     check_transforms("chain", transforms)
     _check_examples_come_first(transforms)
     _check_order(transforms)
+    links = [tx if tx.unheld is None else tx.unheld for tx in transforms]  # `hold` sees to what they freeze.
 
     def init(params: Params) -> tuple[State, ...]:
-        return tuple(tx.begin(params) for tx in transforms)
+        check_decided(links, params)
+        return tuple(tx.begin(params) for tx in links)
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
         if type(state) is not tuple or len(state) != len(transforms):
@@ -51,7 +53,7 @@ def chain(*transforms: Transform) -> Transform:
                 "by this chain's init?"
             )
         new = []
-        for tx, old in zip(transforms, state, strict=True):
+        for tx, old in zip(links, state, strict=True):
             updates, after = tx.update(updates, old, params, **tx.accepted(extra))
             new.append(after)
         return updates, tuple(new)
@@ -70,7 +72,7 @@ def chain(*transforms: Transform) -> Transform:
         links=transforms,
         examples=any(tx.examples for tx in transforms),
     )
-    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
+    return hold(joined, transforms)
 
 
 def with_link(tx: Transform) -> Transform:
@@ -192,6 +194,14 @@ def named_chain(*transforms: tuple[str, Transform]) -> Transform:
         if names.count(name) > 1:
             raise ValueError(f"named_chain got two transforms named {name!r}; expected names that differ")
     inner = chain(*(tx for _, tx in transforms))
+    tx = _with_names(names, inner)
+    if inner.unheld is not None:
+        tx.unheld = _with_names(names, inner.unheld)
+    return tx
+
+
+def _with_names(names: Sequence[str], inner: Transform) -> Transform:
+    """A chain whose state is a dict."""
 
     def init(params: Params) -> dict[str, State]:
         return dict(zip(names, inner.begin(params), strict=True))

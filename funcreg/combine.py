@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
 from funcreg.factory_checks import check_selection, check_transforms, positive
-from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
+from funcreg.holding import of_chosen, zeroed
+from funcreg.leafwise import beside, compute, is_finite, reduce_leaves, scalar_device, total, widen
 from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
 from funcreg.ranges import flags
 from funcreg.transform import (
@@ -27,7 +27,7 @@ from funcreg.transform import (
     public_state,
     warn,
 )
-from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
+from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
 
 # Some leaves
@@ -43,32 +43,6 @@ class MaskedState(NamedTuple):
     """
 
     inner_state: State
-
-
-def as_seen(
-    extra: dict[str, Any], params: Params, narrow: Callable[[Any], Any], whole: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """Extra arguments for a transform that sees parameters in another form: their gradient, and the objective of these.
-
-    Args:
-        extra: Extra arguments of `update`.
-        params: Parameters, and trees like them.
-        narrow: From those to what the transform sees.
-        whole: From that to parameters.
-    """
-    seen, grad, objective = dict(extra), extra.get("grad"), extra.get("value_fn")
-    if grad is not None and tree_paths(grad) == tree_paths(params):
-        seen["grad"] = narrow(grad)
-    if callable(objective):
-        # Its arguments are those of the objective, which a line search asks for.
-        call = functools.wraps(objective, updated=())
-        seen["value_fn"] = call(lambda point, *args, **others: objective(whole(point), *args, **others))
-    return seen
-
-
-def _of_chosen(extra: dict[str, Any], params: Params, bools: list[bool]) -> dict[str, Any]:
-    """Extra arguments for a transform of some leaves; for the objective the others are where they are."""
-    return as_seen(extra, params, lambda tree: keep(tree, bools), lambda chosen: merge(params, chosen, bools))
 
 
 @remembered
@@ -106,7 +80,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         if mask_compatible_extra_args:
             names = tree_paths(params)
             extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
-        extra = _of_chosen(extra, params, bools)
+        extra = of_chosen(extra, params, bools)
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **inner.accepted(extra))
         return merge(updates, new, bools), MaskedState(after)
 
@@ -155,40 +129,16 @@ def freeze(mask: Mask) -> Transform:
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         held = mask_leaves(mask, params)
-        return _zeroed(updates, held), state
+        return zeroed(updates, held), state
 
     def init(params: Params) -> EmptyState:
         mask_leaves(mask, params)  # A mask that does not fit is said here.
         return EmptyState()
 
     held = lambda params: mask_leaves(mask, params)
-    return Transform(init, update, frozen=held, covers=held)
-
-
-def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
-    leaves, rebuild = flatten(updates)
-    return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
-
-
-def hold(inner: Transform, frozen: list[Choice]) -> Transform:
-    """A transform that sees no frozen leaf, and returns zeros for it."""
-    if not frozen:
-        return inner
-
-    held = either(*frozen)
-
-    def init(params: Params) -> State:
-        return inner.begin(keep(params, [not h for h in held(params)]))
-
-    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
-        bools = held(params)
-        free = [not h for h in bools]
-        extra = _of_chosen(inner.accepted(extra), params, free)
-        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
-        return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
-
-    metric, links = inner.metric, inner.links
-    return around(inner, init, update, metric=metric, frozen=held, links=links, examples=inner.examples)
+    tx = Transform(init, update, frozen=held, covers=held)
+    tx.unheld = memoryless(lambda updates, params: updates)
+    return tx
 
 
 @remembered
@@ -392,7 +342,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         if loss_scale is not None:
             positive(loss_scale=loss_scale)
             updates = compute(lambda u, s: u / s, tree_map(widen, updates), hyper=(loss_scale,))
-        wrong = total(reduce_leaves(lambda u: ~u.isfinite(), updates)).to(state.last_finite.device)
+        wrong = total(reduce_leaves(lambda u: ~is_finite(u), updates)).to(state.last_finite.device)
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
         go = finite | (errors > max_consecutive_errors)

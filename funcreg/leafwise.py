@@ -259,6 +259,11 @@ def squared(w: Tensor) -> Tensor:
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
+def is_finite(w: Tensor) -> Tensor:
+    """Entry by entry, whether it is neither infinite nor NaN; torch's own writes in place where entries are complex."""
+    return w.real.isfinite() & w.imag.isfinite() if w.is_complex() else w.isfinite()
+
+
 def bare(w: Tensor) -> bool:
     """Whether operations on a tensor are nothing but arithmetic: neither traced, batched, nor differentiated."""
     if is_traced() or type(w) not in _BARE or (w.requires_grad and torch.is_grad_enabled()):

@@ -128,6 +128,8 @@ class Transform(Remembering):
             )
 
     kind = "transform"
+    #: The same for trees from which the leaves that it freezes are left out already; None if that is itself.
+    unheld: Transform | None = None
 
     @property
     def forwards_to(self) -> tuple[Transform, ...]:

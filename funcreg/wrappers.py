@@ -15,15 +15,17 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
 from funcreg.chains import chain
-from funcreg.combine import as_seen, freeze, partition, pick
+from funcreg.combine import freeze, partition, pick
 from funcreg.construction import Call, remembered
 from funcreg.factory_checks import check_transforms, dtypes
+from funcreg.holding import as_seen
 from funcreg.leafwise import (
     beside,
     compute,
     compute_wide,
     gathered,
     increment,
+    is_finite,
     reduce_leaves,
     scalar_device,
     spread_like,
@@ -257,7 +259,7 @@ def skip_not_finite(updates: Updates, gradient_step: Any, params: Params) -> tup
         >>> skip_not_finite({"w": torch.tensor([float("nan"), 1.0])}, 0, None)
         (tensor(True), {'should_skip': tensor(True), 'num_not_finite': tensor(1)})
     """
-    bad = total(reduce_leaves(lambda u: ~u.isfinite(), updates))
+    bad = total(reduce_leaves(lambda u: ~is_finite(u), updates))
     return bad > 0, {"should_skip": bad > 0, "num_not_finite": bad}
 
 

@@ -108,7 +108,7 @@ LAYERS = [
         "summaries",
         "transform",
     ],
-    ["factory_checks"],
+    ["factory_checks", "holding"],
     [
         "arithmetic",
         "clipping",

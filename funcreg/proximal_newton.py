@@ -49,6 +49,8 @@ DENSE = 512
 SMALL = 64
 #: Entries of a model for each that is not zero.
 _GROWTH = 3
+#: Most times by which a step is shorter than one that was not taken.
+_SHORTER = 10
 #: Most steps on a model.
 _INNER = 200
 #: Steps without a better residual or objective after which rounding is held to be all that moves.
@@ -191,6 +193,8 @@ def _step(flat: Flat, tensors: Any, s: _State) -> _State:
     slope, value = grad_and_value(flat.read)(z, tensors)
     objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
     taken, rate, length = judged(s, s.metric, z, slope, objective)
+    # What curves most where a step was far too long, as an exponential function does, says little of where it began.
+    rate = torch.where(taken, rate, torch.minimum(rate, _SHORTER * s.rate))
     return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 

@@ -803,6 +803,17 @@ def test_counts_of_any_size_are_fitted_from_zeros(unit):
     torch.testing.assert_close(found.params, expected.params, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [44.0, 100.0])
+def test_where_no_digit_of_a_model_would_be_right_its_minimum_is_not_looked_for(size):
+    x, _ = made(60, 4)
+    y, mask = (0.5 * x[:, 0]).exp().round(), fr.select("w")
+    solve = lambda b: fr.minimize(poisson, {"w": zeros(4), "b": b}, fr.l1, strength=0.1, args=(x, y), mask=mask)
+    found = solve(number(size))  # Where the loss is 1e19, or 1e43.
+    assert found.converged
+    assert found.steps < 300  # With models to all digits, thousands.
+    torch.testing.assert_close(found.params, solve(zeros()).params, rtol=0, atol=1e-7)
+
+
 #: What a loss is where a logarithm has no value: NaN, or infinite where its author says so.
 BEYOND = {
     "nan": lambda w: (w - w.log()).sum(),

@@ -142,9 +142,24 @@ def _transported(w: Tensor, total: Scalar | None, rows: Any, columns: Any) -> Te
         return w.clone()
     m = as_matrix(w)
     m = m.to(exact_dtype(m))
-    whole = torch.as_tensor(m.shape[0] if total is None else total, dtype=m.dtype, device=m.device)
-    found = _plan(m, whole * _shares(rows, m, 0), whole * _shares(columns, m, 1))
+    r, c = _shares(rows, m, 0), _shares(columns, m, 1)
+    if total is None:
+        found = _plan(m, m.shape[0] * r, m.shape[0] * c)
+    else:
+        whole, little = torch.as_tensor(total, dtype=m.dtype, device=m.device), _small_total(m)
+        some = torch.where(whole == 0, little, whole)
+        found = _plan(m, some * r, some * c)
+        # A plan of nothing has the derivative of a small one, which is a multiple of its sum.
+        slopes = found.detach() / little
+        slopes = torch.where(slopes.isnan() & ~m.isnan().any(), 0.0, slopes)  # As nothing is a plan in any case.
+        found = torch.where(whole == 0, whole * slopes, found)
     return found.to(w.dtype).reshape(w.shape)
+
+
+def _small_total(m: Tensor) -> Tensor:
+    """A sum beside which entries lie far apart, so far as such a plan is found."""
+    spread = (m.amax() - m.amin()).detach()
+    return torch.where(spread > 0, spread * (1e-6 if concrete(m) is not None else 1e-2), torch.ones_like(spread))
 
 
 def _turned(w: Tensor, g: Tensor, total: Scalar | None, rows: Any, columns: Any) -> Tensor:

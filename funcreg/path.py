@@ -15,7 +15,6 @@ from torch.func import grad, vmap
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.certificates import lambda_max, least_strength, null_model, sparsity
 from funcreg.composition import Term
-from funcreg.constraint import Constraint
 from funcreg.inputs import LinAlgError, as_data, as_tensors, check_call, check_names, explained, first_line
 from funcreg.leafwise import check_has_numbers, wide
 from funcreg.minimize import Problem, Solution
@@ -23,6 +22,7 @@ from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal_newton import SMALL
 from funcreg.ranges import check_range, number
+from funcreg.regularizing import projects
 from funcreg.summaries import choice_line, choice_text, path_line, path_text
 from funcreg.transform import public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
@@ -158,7 +158,7 @@ def _check_strengths(
     call: str, problem: Problem, objective: Callable[[Params], Tensor], params: Params, strengths: Any
 ) -> None:
     """Raise an error where there is no choice of strengths: for constraints, without penalized leaves, under `vmap`."""
-    if isinstance(problem.penalty, Constraint):
+    if projects(problem.penalty):
         raise ValueError(f"{problem.penalty!r} is the same for all strengths; minimize finds the one solution")
     if not any(_penalized(problem, params)):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -487,6 +487,12 @@ class Sum(Penalty):
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.Signature([inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
+
+    @property
+    def project(self) -> NoReturn:
+        raise AttributeError(
+            f"{self!r} has no attribute 'project'; prox(params, 1.0) is the nearest point, if its terms are constraints"
+        )
 
     def _value(self, params: Params) -> Tensor:
         return sum_value(self._addends, params)

@@ -14,13 +14,13 @@ from torch.func import grad, vmap
 from funcreg._typing import Params
 from funcreg.certificates import lambda_max, least_strength, null_model
 from funcreg.composition import Term
-from funcreg.constraint import Constraint
 from funcreg.inputs import LinAlgError, first_line
 from funcreg.leafwise import check_has_numbers, wide
 from funcreg.minimize import Problem, Solution
 from funcreg.penalty import Sum
 from funcreg.proximal_newton import SMALL
 from funcreg.ranges import check_range, number
+from funcreg.regularizing import projects
 from funcreg.tree import flatten, tree_leaves, tree_map
 from funcreg.undocumented import is_batched, without_levels
 
@@ -43,7 +43,7 @@ def check_strengths(
     call: str, problem: Problem, objective: Callable[[Params], Tensor], params: Params, strengths: Any
 ) -> None:
     """Raise an error where there is no choice of strengths: for constraints, without penalized leaves, under `vmap`."""
-    if isinstance(problem.penalty, Constraint):
+    if projects(problem.penalty):
         raise ValueError(f"{problem.penalty!r} is the same for all strengths; minimize finds the one solution")
     if not any(_penalized(problem, params)):
         raise ValueError(

@@ -447,6 +447,27 @@ def test_autocast_changes_nothing(case):
         assert_equal(everything(), expected)
 
 
+@pytest.mark.parametrize("given", [fr.l1_ball.given(1.0), fr.l1_ball.given(1.0) + fr.nonnegative], ids=repr)
+def test_constraints_with_their_numbers_are_constraints_wherever_one_is_expected(given, recwarn):
+    params = torch.tensor([2.0, -1.0, 0.5])
+    tx = fr.project(given)
+    moved = params + tx.update(params, tx.init(params), params)[0]
+    assert_equal(moved, given.prox(2 * params, 1.0))
+    assert given(moved) == 0
+    fr.chain(fr.MultiSteps(fr.sgd(0.1), 2), fr.proximal(given, 0.0))
+    assert not recwarn.list
+    said = str(fr.describe(fr.chain(fr.adam(0.1), fr.project(given)), params))
+    assert "goes to the nearest point of the set" in said
+    with pytest.raises(ValueError, match="is the same for all strengths"):
+        fr.regularization_path(lambda w: (w - 1).square().sum(), params, given, count=3)
+    with pytest.raises(TypeError, match="Use project"):
+        fr.add_penalty(given)
+    with pytest.raises(AttributeError, match=r"prox\(params, 1.0\) is the nearest point"):
+        given.project(params)
+    with pytest.raises(TypeError, match=r"constraint is 0.5 \* l1; expected one such as simplex"):
+        fr.project(0.5 * fr.l1)
+
+
 @every_constraint
 def test_constraints_pickle_and_copy(case):
     params, given = draw_fours(), case.penalty.given(*case.hyper, **case.options)

@@ -89,7 +89,21 @@ class ParameterNames:
         if not isinstance(tree, dict):
             return tree
         given = {name: x for name, x in self.renamed(tree).items() if name not in self._later()}
+        self._check_are_parameters(given)
         return {**dict.fromkeys(set(self.names.values()) - self.chosen, 0.0), **given}
+
+    def _check_are_parameters(self, tree: dict[str, Any]) -> None:
+        """Raise an error for what a `state_dict` has beside parameters: other names of tied ones, and buffers."""
+        if self.module is None or not set(tree) - set(self.names.values()):
+            return
+        buffers = plain_names(tuple([name for name, _ in self.module.named_buffers(remove_duplicate=False)]))
+        tied = [each for each in self._tied() if each.split()[0] in tree]
+        others = tied + [f"{name} is a buffer" for name in buffers if name in tree]
+        if others:
+            raise ValueError(
+                f"a hyperparameter names what is no parameter of its own: {listed(others)}. Of a state_dict take "
+                "{name: saved[name] for name, _ in model.named_parameters()}; tied parameters go by their first name."
+            )
 
     def _later(self) -> set[str]:
         """The names in the module of parameters that the optimizer may get later."""

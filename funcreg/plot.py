@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Mask, Params
 from funcreg.families import Groups, grouped_matrices
 from funcreg.masks import kept_by, mask_leaves
-from funcreg.report import readable
+from funcreg.report import readable, say_same_memory
 from funcreg.tree import tree_leaves, tree_map, tree_paths
 
 # One hue from dark to light for what has an order, one other for what stands out: also apart in gray, and for eyes that
@@ -69,8 +69,7 @@ def _numbers(x: Any) -> list[float]:
 # Weights
 
 
-def _entries(name: str, params: Params, mask: Mask | None) -> Tensor:
-    params = readable(name, params)
+def _entries(params: Params, mask: Mask | None) -> Tensor:
     leaves = tree_leaves(kept_by(mask, params))
     parts = [w.abs() if w.is_complex() else w for w in leaves]
     return torch.cat([w.to("cpu", torch.float64).flatten() for w in parts])
@@ -94,7 +93,9 @@ def histograms(before: Params, after: Params, mask: Mask | None = None, *, bins:
     """
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins is {bins!r}; expected a number of at least 1")
-    first, second = (_entries("histograms", tree, mask) for tree in (before, after))
+    before, after = (readable("histograms", tree) for tree in (before, after))
+    say_same_memory("histograms", before, after)
+    first, second = (_entries(tree, mask) for tree in (before, after))
     both = torch.cat([first, second])
     both = both[both.isfinite()]
     limit = float(both.abs().amax()) if both.numel() and both.any() else 1.0

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.checks import check_params
+from funcreg.checks import check_params, shared_leaf
 from funcreg.composition import Term
 from funcreg.construction import written
 from funcreg.deployment import computed_parameters
 from funcreg.leafwise import global_norm
 from funcreg.masks import keep, listed, mask_bools
+from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
 from funcreg.per_leaf import PerLeaf
 from funcreg.ranges import flags
@@ -234,7 +235,7 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
     :math:`\|w' - w\|_2 / \|w\|_2`. A leaf may have lost rows or columns in between (`remove_dead`); then it has none.
 
     Args:
-        before: Tree of tensors, or a module.
+        before: Tree of tensors, or a module. Of a module that an optimizer trains it is a copy, made before.
         after: The same later: leaves of the same names.
         rank: Whether effective ranks are computed.
 
@@ -250,6 +251,7 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
     """
     flags(rank=rank)
     before, after = (readable("compare", computed_parameters(tree)) for tree in (before, after))
+    say_same_memory("compare", before, after)
     first, second = (dict(zip(tree_paths(tree), tree_leaves(tree), strict=True)) for tree in (before, after))
     for some, others, here, there in ((first, second, "before", "after"), (second, first, "after", "before")):
         for name in some:
@@ -266,6 +268,17 @@ def compare(before: Params | nn.Module, after: Params | nn.Module, *, rank: bool
         )
     totals = (_summed([old for old, _ in pairs]), _summed([new for _, new in pairs]))
     return Report(_as_written(rows, before), _joined(*totals, change), _COMPARED)
+
+
+def say_same_memory(name: str, before: Params, after: Params) -> None:
+    """Warn of weights before and after a training that lie in the same memory, as `detach()` gives them."""
+    pairs = [(a, b) for a, b in zip(tree_leaves(before), tree_leaves(after), strict=False) if a.ndim and a.numel()]
+    if pairs and all([shared_leaf(a, b) is not None for a, b in pairs]):
+        warn_user(
+            f"{name} got weights of before and after that lie in the same memory: both are what they are now, for an "
+            "optimizer writes into the parameters of a module. Keep a copy before training, as by "
+            "copy.deepcopy(model) or w.detach().clone()."
+        )
 
 
 def _joined(old: Row, new: Row, change: float | None) -> Row:

@@ -32,7 +32,7 @@ _MOST = 40
 class Sweep:
     """What came of a sweep: rows, parameters and the course of the losses.
 
-    Printed, it is a table, best row first.
+    Printed, it is a table, best row first, with the index of each row, which `member` and `hyper` take.
 
     Args:
         rows: One dict for each configuration and seed, in the order of the grid: the hyperparameters, `seed`, `loss`
@@ -114,7 +114,7 @@ class Sweep:
         if len({row["seed"] for row in self.rows}) == 1:
             columns.remove("seed")
         shown = self.ranking if len(self.rows) <= _MOST else self.ranking[: _MOST - 5]
-        lines = table([columns, *([_cell(self.rows[k][name]) for name in columns] for k in shown)])
+        lines = table([["row", *columns], *([str(k), *(_cell(self.rows[k][name]) for name in columns)] for k in shown)])
         rest = len(self.rows) - len(shown)
         return lines + (f"\n... {rest} more, in .rows" if rest else "")
 

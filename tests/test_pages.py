@@ -57,6 +57,7 @@ def test_blocks_run_from_top_to_bottom(page, tmp_path):
         assert float(loss) < 0.1  # The network lives,
         assert 80 <= int(zeros) <= 90  # most of its weights do not,
         assert int(right) >= 95  # and it learned what it was to learn.
+        assert int(re.search(r"Conv2d\(1, (\d+),", said).group(1)) < 14  # Channels of the smaller network.
 
 
 @pytest.mark.parametrize("page", [path for path in PAGES.values() if blocks(path)], ids=lambda path: path.name)

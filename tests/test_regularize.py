@@ -2106,6 +2106,20 @@ def test_a_tree_of_hyperparameters_needs_no_values_that_the_mask_leaves_out():
         fr.regularize(torch.optim.SGD(net.parameters(), lr=0.1), fr.l1, strength={"0.weight": 0.5}, **options)
 
 
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: torch.compile(net, backend="eager")])
+def test_an_anchor_from_a_file_says_which_of_its_names_are_no_parameters(wrap):
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    saved, net = copy.deepcopy(net.state_dict()), wrap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"2\.weight is 0\.weight, 1\.running_mean is a buffer, .*saved\[name\]"):
+        fr.regularize(optimizer, fr.anchored_l2, saved, module=net)
+    with pytest.raises(ValueError, match=r"of its own: 2\.weight is 0\.weight\. Of a state_dict"):
+        fr.regularize(optimizer, fr.l1, strength={"2.weight": 0.1}, module=net, mask=fr.select("0.weight"))
+    kept = {name: saved[name.removeprefix("_orig_mod.")] for name, _ in net.named_parameters()}
+    fr.regularize(optimizer, fr.anchored_l2, kept, module=net)
+
+
 def test_an_anchor_that_moves_along_with_the_parameters_is_refused():
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).double()
     copied = copy.deepcopy(net.state_dict())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import matplotlib
 import pytest
 import torch
 from cases import drawn
@@ -12,6 +14,9 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import funcreg as fr
+from funcreg import plot
+
+matplotlib.use("agg")
 
 
 def sparse():
@@ -210,9 +215,22 @@ def test_leaves_may_have_lost_rows():
 
 def test_modules_compare_and_nothing_changes_nothing():
     module = net()
-    made = fr.compare(module, dict(module.named_parameters()))
+    made = fr.compare(copy.deepcopy(module), dict(module.named_parameters()))
     assert all(row["change"] == 0 for row in [*made.rows, made.total])
     assert "->" not in str(made)
+
+
+@pytest.mark.parametrize("compared", [fr.compare, plot.histograms], ids=["compare", "histograms"])
+@pytest.mark.parametrize("kept", [nn.Module.state_dict, lambda module: dict(module.named_parameters())])
+def test_weights_that_an_optimizer_wrote_into_are_no_weights_of_before(compared, kept):
+    module = net()
+    before = {name: w.detach() for name, w in kept(module).items()}
+    torch.optim.SGD(module.parameters(), lr=0.1).step(lambda: module(torch.ones(1, 6)).sum().backward())
+    with pytest.warns(UserWarning, match="before and after that lie in the same memory") as caught:
+        compared(before, module)
+    assert [each.filename for each in caught] == [__file__]
+    before["0.weight"] = before["0.weight"].clone()
+    compared(before, module)  # What is frozen may lie where it lay.
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -775,9 +775,11 @@ def test_a_member_is_frozen_by_its_rate():
 def test_the_table_has_the_best_row_first():
     result = fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=2, seeds=2, score=accuracy)
     header, *rows = str(result).splitlines()
-    assert header.split() == ["lr", "strength", "seed", "loss", "score", "train_loss", "epoch", "epochs", "status"]
+    named = ["row", "lr", "strength", "seed", "loss", "score", "train_loss", "epoch", "epochs", "status"]
+    assert header.split() == named
     assert len(rows) == len(result) == 8
-    assert float(rows[0].split()[4]) == pytest.approx(max(row["score"] for row in result.rows), rel=1e-3)
+    assert [int(line.split()[0]) for line in rows] == result.ranking  # As `member` takes them.
+    assert float(rows[0].split()[5]) == pytest.approx(max(row["score"] for row in result.rows), rel=1e-3)
     assert isinstance(result, fr.Sweep)
 
 

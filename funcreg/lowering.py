@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,10 @@ _said: set[str] = set()
 
 
 def say_once(message: str) -> None:
-    """Warn, unless this was said before."""
-    if message not in _said:
-        _said.add(message)
+    """Warn, unless this was said before, if only of another file."""
+    known = re.sub(r"'[^']*[/\\][^']*'", "", message)
+    if known not in _said:
+        _said.add(known)
         warn_user(message)
 
 

@@ -311,25 +311,27 @@ def descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     lost = s.residual.isnan() | ~s.slope.isfinite().all(-1)
     if bool(lost.any()):
         warn_user(_why_lost(flat, tensors, lost))
-    hessians = _Hessians(flat, tensors, hessian if is_small(s.x) else None)
-    n, wait, eager, share = 0, _EVERY, _is_eager(flat, s.x), torch.zeros_like(s.residual)
+    hessians, eager = _Hessians(flat, tensors, hessian if is_small(s.x) else None), _is_eager(flat, s.x)
     # A Hessian costs as much as so many steps as it has rows, or somewhat less.
-    then = 0 if eager else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
-    while n < flat.max_steps and not bool(s.done.all()):
-        if n >= then:
-            before, steps, size = s.residual, 0, 0
+    first = 0 if eager else max(_EVERY, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
+    # Each member tries a model when it is due: one that helps others may be of no use to it, and takes many steps.
+    plan = _Plan(torch.full_like(s.steps, first), torch.full_like(s.steps, _EVERY), torch.zeros_like(s.residual))
+    has_moved = False
+    while bool((going := ~s.done & (s.steps < flat.max_steps)).any()):
+        due = going & (s.steps >= plan.then)
+        if bool(due.any()):
+            before, size = s, 0
             with contextlib.suppress(LinAlgError):  # The loss has no value there; shorter steps may lead on.
-                s, steps, size = _jumped(flat, tensors, s, hessians, share, flat.max_steps - n, n > 0)
-            n, share = n + steps, _forcing(before, s.residual)
-            helped = bool((s.residual < before / 2).any())
-            wait = _EVERY if helped else 2 * wait
-            then = n if helped and eager else n + max(wait, size // 8)
-            if then == n:
-                continue
-        try:
-            s, n = _State(*proximal(tensors, s)), n + 1
-        except LinAlgError:
-            s, n = _shortened(s), n + 1
+                after, size = _jumped(flat, tensors, _alone(s, due), hessians, plan.share, has_moved)
+                s, has_moved = _joined(s, due, after), True
+            plan = plan.after(due, before.residual, s, eager, size)
+        others = going & ~due
+        if bool(others.any()):
+            try:
+                after = _State(*proximal(tensors, _alone(s, others)))
+            except LinAlgError:
+                after = _shortened(_alone(s, others))
+            s, has_moved = _joined(s, others, after), True
     return s.x, s.residual, s.steps, s.residual <= flat.tol, s.rate, s.metric
 
 
@@ -347,30 +349,50 @@ def _why_lost(flat: Flat, tensors: Any, lost: Tensor) -> str:
     return f"the loss or its gradient is not finite at params{for_some}, so that no step is taken. {cause}"
 
 
-def _forcing(before: Tensor, after: Tensor) -> Tensor:
-    """How near the minimum of the next model is near enough, as a share of the residual, by what the last one told.
+class _Plan(NamedTuple):
+    """For each member, when it tries a model next, and how near the minimum of that is near enough."""
 
-    A model that only halved the residual is not worth a minimum to all digits, and far from the solution, where
-    gradients are huge, none has them. Of what failed nothing is known, nor of the first.
-    """
-    ratio = after / before
-    return torch.where(ratio < 0.5, ratio.square(), 0.0)
+    then: Tensor  # Number of steps,
+    wait: Tensor  # and how many there are after one that was of no help.
+    #: As a share of the residual. A model that only halved that is not worth a minimum to all digits, and far from the
+    #: solution, where gradients are huge, none has them. Of what failed nothing is known, nor of the first.
+    share: Tensor
+
+    def after(self, due: Tensor, before: Tensor, s: _State, eager: bool, size: int) -> _Plan:
+        """What comes after models of some members, from the residuals before and the size of their Hessians."""
+        ratio = s.residual / before
+        helped = ratio < 0.5
+        wait = torch.where(helped, _EVERY, 2 * self.wait)
+        then = s.steps + torch.where(helped & eager, 0, wait.clamp(min=size // 8))
+        share = torch.where(helped, ratio.square(), 0.0)
+        return _Plan(*[torch.where(due, new, old) for new, old in zip((then, wait, share), self, strict=True)])
+
+
+def _alone(s: _State, which: Tensor) -> _State:
+    """The state in which only some members go on."""
+    return s._replace(done=~which)
+
+
+def _joined(s: _State, which: Tensor, after: _State) -> _State:
+    """The state after steps of some members."""
+    return after._replace(done=torch.where(which, after.done, s.done))
 
 
 def _jumped(
-    flat: Flat, tensors: Any, s: _State, hessians: _Hessians, share: Tensor, budget: int, moved: bool
-) -> tuple[_State, int, int]:
-    """The state after a step to the minimum of a model, how many steps that took, and the size of its Hessian."""
+    flat: Flat, tensors: Any, s: _State, hessians: _Hessians, share: Tensor, has_moved: bool
+) -> tuple[_State, int]:
+    """The state after a step to the minimum of a model, and the size of its Hessian."""
     inside = None
     if not is_small(s.x):
         inside = _working_set(flat, tensors, s)
         if not 1 <= inside.shape[-1] <= DENSE:
             tried = flat.over_members(lambda tensors, s: _newton(flat, tensors, _State(*s)), "newton")
-            return _State(*tried(tensors, s)), 0, 0
+            return _State(*tried(tensors, s)), 0
     x, slope = (entries(v, inside) for v in (s.x, s.slope))
-    curvature = convex(hessians.at(x, inside, moved), lambda: entries(_moves(flat, tensors, s) > 0, inside))
+    curvature = convex(hessians.at(x, inside, has_moved), lambda: entries(_moves(flat, tensors, s) > 0, inside))
     enough = torch.where(share > 0, share * s.residual, 0.0).clamp(min=flat.tol / 4)
-    quadratic, descent, steps = _model_minimum(flat, tensors, s.done, (x, slope, curvature, enough), inside, budget)
+    left = int((flat.max_steps - s.steps).masked_fill(s.done, flat.max_steps).amin())
+    quadratic, descent = _model_minimum(flat, tensors, s.done, (x, slope, curvature, enough), inside, left)
     goal = descent.x if inside is None else s.x.scatter(-1, inside, descent.x)
     whole, part_way = (
         flat.over_members(
@@ -393,7 +415,7 @@ def _jumped(
             rate=torch.where(s.done, s.rate, rate),
             metric=torch.where(s.done.unsqueeze(-1), s.metric, quadratic.metric),
         )
-    return after, max(steps, 1), x.shape[-1]
+    return after, x.shape[-1]
 
 
 def _moves(flat: Flat, tensors: Any, s: _State) -> Tensor:
@@ -477,7 +499,7 @@ def _model_minimum(
     there: tuple[Tensor, ...],
     inside: Tensor | None,
     budget: int,
-) -> tuple[Quadratic, Descent, int]:
+) -> tuple[Quadratic, Descent]:
     """Models of the loss at entries in some places, from the slope and the Hessian there, and descents to minima.
 
     `there` are entries, slopes, Hessians, and errors that are small enough.
@@ -514,7 +536,7 @@ def _model_minimum(
         if helped or steps % every == 0:
             before, descent = descent.error, Descent(*jumped(tensors, quadratic, descent, *places))
             helped = bool((descent.error < before / 2).any())
-    return Quadratic(*quadratic), descent, steps
+    return Quadratic(*quadratic), descent
 
 
 # Linear equations of a fixed point

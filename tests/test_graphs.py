@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -271,6 +272,22 @@ def test_a_loss_without_graphs_says_so_once_and_is_minimized(loss, said):
     assert len(texts) == 1
     assert "runs without compiled steps, with equal results" in texts[0]
     assert said in texts[0]
+
+
+def test_a_compiler_that_may_write_no_file_is_told_once():
+    counted = itertools.count()
+
+    def backend(graph, inputs):
+        raise PermissionError(1, "Operation not permitted", f"/cache/{next(counted)}")
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = fr.minimize(squares, begin(), fr.l1, strength=0.1, args=made(), compile=backend)
+    assert found.converged
+    assert next(counted) > 1
+    assert [str(each.message) for each in said if "Operation not permitted" in str(each.message)] == [
+        "minimize runs without compiled steps, with equal results: [Errno 1] Operation not permitted: '/cache/0'"
+    ]
 
 
 def test_a_backend_that_is_none_is_named():

@@ -180,6 +180,22 @@ def test_members_are_those_of_a_loop():
             assert torch.equal(found.params["w"][i, k] == 0, alone.params["w"] == 0)
 
 
+@pytest.mark.slow
+def test_members_take_no_more_steps_than_alone():
+    """Models that help one of them are tried by that one alone, and the others take steps."""
+    generator = torch.Generator().manual_seed(0)
+    x = normal(generator, 60, 5)
+    y = 2 * x[:, 0] + normal(generator, 60)
+    smooth = lambda w, h: (h * (softplus((x @ w - y) / h) + softplus((y - x @ w) / h))).mean()
+    solve = lambda h: fr.minimize(smooth, zeros(5), fr.l1, strength=0.05, args=(h,))
+    widths = torch.tensor([0.3, 0.003], dtype=torch.float64, device=DEVICE)
+    found, alone = vmap(solve)(widths), [solve(h) for h in widths]
+    assert found.converged.all()
+    for k, one in enumerate(alone):
+        torch.testing.assert_close(found.params[k], one.params, rtol=0, atol=1e-6)
+        assert found.steps[k] <= 1.5 * one.steps
+
+
 def test_nothing_given_is_changed_and_dtypes_stay():
     params = {"w": torch.ones(3, device=DEVICE), "v": torch.ones(2, dtype=torch.float64, device=DEVICE)}
     before = fr.tree_map(torch.clone, params)
@@ -843,6 +859,7 @@ def test_losses_that_are_nearly_straight_between_samples_are_minimized(samples):
     solve = lambda width: fr.minimize(loss, zeros(), fr.l1, strength=0.5, args=(y, width))
     found = vmap(solve)(widths)
     assert found.converged.all(), found
+    assert found.steps.max() < 600  # As many as alone.
     slope = lambda w, width: torch.tanh((w - y) / (2 * width)).sum() + 0.5
     assert torch.stack([slope(w, h) for w, h in zip(found.params, widths, strict=True)]).abs().max() < 1e-7
 

@@ -114,10 +114,14 @@ def freeze(mask: Mask) -> Transform:
     r"""Hold leaves where they are: their updates become 0.
 
     In a chain, at any place, a frozen leaf is as good as not there: no transform of the chain moves it, keeps state
-    for it or counts it in a norm.
+    for it or counts it in a norm. A mask that is a function is asked once, about all leaves.
 
     Args:
         mask: Tree of bools like the parameters, a prefix of one, or a function. True means hold.
+
+    Raises:
+        ValueError: The mask does not fit; or it goes by the places of leaves, and stands in a wrapper in a chain, where
+            it would be asked again about those that are left.
 
     Example:
         >>> tx = chain(freeze({"body": True, "head": False}), add_decayed_weights(0.1))

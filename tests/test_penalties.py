@@ -925,7 +925,12 @@ _WITHOUT_STRENGTH = {
     "fused_lasso": [(fr.fused_lasso, hyper, {}) for hyper in ((0.3, 0.0), (0.3, 1.0), (0.0, 0.5))],
     "group_mcp": [(fr.group_mcp, (0.0, 3.0), {}), (fr.group_mcp, (1.0, 3.0), {"weights": _SOME})],
     "group_scad": [(fr.group_scad, (0.0, 3.0), {}), (fr.group_scad, (1.0, 3.0), {"weights": _SOME})],
-    "oscar": [(fr.oscar, (0.0, 0.5), {}), (fr.oscar, (0.5, 0.0), {}), (fr.oscar, (0.0, 0.0), {})],
+    "oscar": [
+        (fr.oscar, (0.0, 0.5), {}),
+        (fr.oscar, (0.5, 0.0), {}),
+        (fr.oscar, (0.0, 0.0), {}),
+        (fr.oscar, (0.0, math.inf), {}),
+    ],
     "slope": [(fr.slope, (0.0,), {}), (fr.slope, (torch.tensor([1.0, 0.0, 0.0]).double(),), {"dim": -1})],
     "ewc": [(fr.ewc, (0.5, 0.0), {}), (fr.ewc, (0.5, _SOME), {})],
     "others": [(fr.huber, (0.0,), {}), (fr.relaxed_mumford_shah, (0.0, 1.0), {}), (fr.mcp, (0.0, 3.0), {})],
@@ -946,6 +951,7 @@ def test_no_strength_is_no_pull_however_long_the_step(rows):
         metrics = (None, h) if penalty.in_metric(w, *hyper, **options) else (None,)
         for taken, metric in itertools.product((hyper, tensors), metrics):
             far = penalty.prox(w, 1e10, *taken, metric=metric, **options)
+            assert far.isfinite().all()
             for step in (math.inf, torch.tensor(math.inf)):
                 assert_equal(penalty.prox(w, step, *taken, metric=metric, **options), far, rtol=0, atol=1e-6)
 

@@ -301,6 +301,21 @@ def readable(w: Tensor) -> bool:
     return type(w) in _BARE and w.device.type == "cpu" and not is_batched(w)
 
 
+def with_own_step(w: Tensor, step: Scalar, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf and the step of each entry in a metric, in float64 where that is seen to leave the range of float32.
+
+    What jumps from zero does so where the square of an entry is as large as its step. Rules of convex penalties have
+    nothing to lose there.
+    """
+    own = step / h
+    if own.dtype != torch.float32 or not own.numel() or not readable(own):
+        return w, own
+    limits, (least, most) = torch.finfo(own.dtype), own.detach().aminmax()
+    if most.item() > limits.max or (least.item() < limits.tiny and bool(((own < limits.tiny) & (step != 0)).any())):
+        return w.to(torch.complex128 if w.is_complex() else torch.float64), step / h.to(torch.float64)
+    return w, own
+
+
 def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     r"""Euclidean norm over some dimensions, which are kept, or over all; derivatives at zero are 0, of any order.
 

@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, grad_and_value, hessian, jvp, vmap
 
 import funcreg as fr
+from funcreg.leafwise import step_times
 
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
 CONVEX = {name: case for name, case in PENALTIES.items() if not case.nonconvex}
@@ -915,6 +916,18 @@ def test_penalties_say_whether_they_are_convex_and_only_those_have_a_dual_prox(c
         for p in (given, 0.5 * given, given + fr.l1):
             with pytest.raises(ValueError, match="is not known to be convex; expected a convex penalty such as l1"):
                 p.prox_dual(draw(), 0.5)
+
+
+@pytest.mark.parametrize("other", [0.0, 0.5, 2, math.inf, *[
+    torch.full(shape, 0.5, dtype=dtype)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for shape in ((), (2,))
+]], ids=str)  # fmt: skip
+def test_steps_times_strengths_have_the_dtype_that_torch_gives_their_product(other):
+    for dtype, shape in itertools.product((torch.float64, torch.float32, torch.bfloat16, torch.int64), ((), (2,))):
+        x = torch.full(shape, 2, dtype=dtype)
+        for found in (step_times(x, other), step_times(other, x)):
+            assert_equal(found, x * other)
 
 
 #: Penalties with strengths of 0 among theirs: of all of them, or of some entries or groups.

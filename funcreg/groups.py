@@ -18,7 +18,7 @@ from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
 from funcreg.grouped import in_units, sum_groups
-from funcreg.leafwise import euclidean, sign, squared, step_times
+from funcreg.leafwise import euclidean, sign, squared, step_times, with_own_step
 from funcreg.lifting import penalty
 from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
 from funcreg.penalties import (
@@ -122,7 +122,8 @@ def _group_mcp_metric(
     dims = group_dims(w, dim)
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
-        return _rescale(w, w.abs(), mcp_landing(w.abs(), step / h, alpha, gamma))
+        w, own = with_own_step(w, step, h)
+        return _rescale(w, w.abs(), mcp_landing(w.abs(), own, alpha, gamma))
     bent = _turn(w, h, step_times(step, alpha), step / gamma, dims)
     return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
 
@@ -177,7 +178,8 @@ def _group_scad_metric(
     dims = group_dims(w, dim)
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
-        return _rescale(w, w.abs(), scad_landing(w.abs(), step / h, alpha, a))
+        w, own = with_own_step(w, step, h)
+        return _rescale(w, w.abs(), scad_landing(w.abs(), own, alpha, a))
     straight = _turn(w, h, step_times(step, alpha), 0.0, dims)
     bent = _turn(w, h, step_times(step, alpha) * a / (a - 1), step / (a - 1), dims)
     return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)

@@ -190,22 +190,38 @@ def step_times(step: Scalar, *strengths: Scalar) -> Scalar:
 
 
 def _times(a: Scalar, b: Scalar) -> Scalar:
-    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
-        return 0.0 if (a, b) in ((0, math.inf), (math.inf, 0)) else a * b
-    if not isinstance(b, Tensor):
-        a, b = b, a
-    if not isinstance(a, Tensor) and 0 < a < math.inf:
-        return a * b
-    return _finite_beside(a, b) * _finite_beside(b, a)
-
-
-def _finite_beside(a: Scalar, b: Scalar) -> Scalar:
-    """A number, as a finite one where another one is 0."""
     if not isinstance(a, Tensor):
-        return torch.where(b == 0, min(a, _MOST), a) if isinstance(b, Tensor) and a == math.inf else a
-    if isinstance(b, Tensor):
-        return torch.where(b == 0, a.clamp(max=_MOST), a)
-    return a.clamp(max=_MOST) if b == 0 else a
+        return _number_times(a, b)
+    if not isinstance(b, Tensor):
+        return _number_times(b, a)
+    if bool(a.ndim) == bool(b.ndim):
+        return _finite_beside(a, b) * _finite_beside(b, a)
+    # As torch has it, the dtype is that of what has dimensions, also where the other one is spread out beside it.
+    one, many = (a, b) if b.ndim else (b, a)
+    if not many.is_floating_point():
+        return _finite_beside(one, many) * _finite_beside(many, one)
+    one = one.to(wide(many.dtype))
+    return (_finite_beside(one, many) * _finite_beside(many, one)).to(many.dtype)
+
+
+def _number_times(c: float, x: Scalar) -> Scalar:
+    if not isinstance(x, Tensor):
+        return 0.0 if (c, x) in ((0, math.inf), (math.inf, 0)) else c * x
+    if c == 0:
+        return c * _finite(x)
+    if c != math.inf:
+        return c * x
+    spread = torch.where(x == 0, _MOST, c)
+    return (spread.to(x.dtype) if x.is_floating_point() else spread) * x
+
+
+def _finite_beside(a: Tensor, b: Tensor) -> Tensor:
+    """A number, as a finite one where another one is 0."""
+    return torch.where(b == 0, _finite(a), a)
+
+
+def _finite(a: Tensor) -> Tensor:
+    return a.clamp(max=_MOST) if a.is_floating_point() else a
 
 
 #: A number whose product with 0 is 0, in any dtype.
@@ -304,6 +320,21 @@ def readable(w: Tensor) -> bool:
         return False
     w = without_levels(w)
     return type(w) in _BARE and w.device.type == "cpu" and not is_batched(w)
+
+
+def with_own_step(w: Tensor, step: Scalar, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf and the step of each entry in a metric, in float64 where that is seen to leave the range of float32.
+
+    What jumps from zero does so where the square of an entry is as large as its step. Rules of convex penalties have
+    nothing to lose there.
+    """
+    own = step / h
+    if own.dtype != torch.float32 or not own.numel() or not readable(own):
+        return w, own
+    limits, (least, most) = torch.finfo(own.dtype), own.detach().aminmax()
+    if most.item() > limits.max or (least.item() < limits.tiny and bool(((own < limits.tiny) & (step != 0)).any())):
+        return w.to(torch.complex128 if w.is_complex() else torch.float64), step / h.to(torch.float64)
+    return w, own
 
 
 def euclidean(w: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:

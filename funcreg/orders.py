@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import grouped, per_entry, ungrouped
-from funcreg.leafwise import bare, running_sum, sign, step_times
+from funcreg.leafwise import bare, running_sum, sign, step_times, times
 from funcreg.lifting import penalty
 from funcreg.neighbours import block_means
 from funcreg.penalties import Dim, group_dims
@@ -162,7 +162,7 @@ def _oscar_costs(w: Tensor, dims: tuple[int, ...], alpha: Any, beta: Any) -> Ten
     """What each magnitude pays, from greatest to least."""
     rows = grouped(w.abs(), dims)
     later = torch.arange(rows.shape[-1] - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-    return per_entry(alpha, rows, w, dims) + per_entry(beta, rows, w, dims) * later
+    return per_entry(alpha, rows, w, dims) + times(per_entry(beta, rows, w, dims), later)
 
 
 def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
@@ -172,8 +172,7 @@ def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) 
 
 def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    costs = _oscar_costs(w, dims, alpha, beta)
-    return _sorted_proximal(w, step_times(per_entry(step, costs, w, dims), costs), dims)
+    return _sorted_proximal(w, _oscar_costs(w, dims, step_times(step, alpha), step_times(step, beta)), dims)
 
 
 @penalty(

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import assert_equal, normal, uniform
+from cases import assert_equal, cpu_only, normal, uniform
 from torch.func import grad, vmap
 
 import funcreg as fr
@@ -544,6 +544,16 @@ def test_roots_of_norms_land_at_the_global_minimum_for_every_step(step):
         )
         least = cost(fr.group_l_half, (), w, z[None], step)
         assert (cost(fr.group_l_half, (), w, points, step) >= least - 1e-13).all()
+
+
+@cpu_only
+def test_groups_of_one_entry_are_entries_in_a_metric_of_any_size():
+    x = 1.1 * torch.logspace(-37, 37, 149, dtype=torch.float64).float()
+    for step, metric in itertools.product((3e-30, 0.7, 2e30), (1e-30, 1e-12, 1e12, 1e30)):
+        h = torch.full_like(x, metric)
+        for group, single, hyper in ((fr.group_mcp, fr.mcp, (0.7, 2.0)), (fr.group_scad, fr.scad, (0.7, 3.0))):
+            found = group.prox(x, step, *hyper, dim=(), metric=h)
+            assert_equal(found, single.prox(x, step, *hyper, metric=h), rtol=1e-6)
 
 
 def test_roots_of_norms_take_weights_and_are_separable_on_groups_of_one():

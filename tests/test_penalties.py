@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, grad_and_value, hessian, jvp, vmap
 
 import funcreg as fr
+from funcreg.leafwise import step_times
 
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
 CONVEX = {name: case for name, case in PENALTIES.items() if not case.nonconvex}
@@ -917,6 +918,18 @@ def test_penalties_say_whether_they_are_convex_and_only_those_have_a_dual_prox(c
                 p.prox_dual(draw(), 0.5)
 
 
+@pytest.mark.parametrize("other", [0.0, 0.5, 2, math.inf, *[
+    torch.full(shape, 0.5, dtype=dtype)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    for shape in ((), (2,))
+]], ids=str)  # fmt: skip
+def test_steps_times_strengths_have_the_dtype_that_torch_gives_their_product(other):
+    for dtype, shape in itertools.product((torch.float64, torch.float32, torch.bfloat16, torch.int64), ((), (2,))):
+        x = torch.full(shape, 2, dtype=dtype)
+        for found in (step_times(x, other), step_times(other, x)):
+            assert_equal(found, x * other)
+
+
 #: Penalties with strengths of 0 among theirs: of all of them, or of some entries or groups.
 _SOME = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
 _WITHOUT_STRENGTH = {
@@ -925,7 +938,12 @@ _WITHOUT_STRENGTH = {
     "fused_lasso": [(fr.fused_lasso, hyper, {}) for hyper in ((0.3, 0.0), (0.3, 1.0), (0.0, 0.5))],
     "group_mcp": [(fr.group_mcp, (0.0, 3.0), {}), (fr.group_mcp, (1.0, 3.0), {"weights": _SOME})],
     "group_scad": [(fr.group_scad, (0.0, 3.0), {}), (fr.group_scad, (1.0, 3.0), {"weights": _SOME})],
-    "oscar": [(fr.oscar, (0.0, 0.5), {}), (fr.oscar, (0.5, 0.0), {}), (fr.oscar, (0.0, 0.0), {})],
+    "oscar": [
+        (fr.oscar, (0.0, 0.5), {}),
+        (fr.oscar, (0.5, 0.0), {}),
+        (fr.oscar, (0.0, 0.0), {}),
+        (fr.oscar, (0.0, math.inf), {}),
+    ],
     "slope": [(fr.slope, (0.0,), {}), (fr.slope, (torch.tensor([1.0, 0.0, 0.0]).double(),), {"dim": -1})],
     "ewc": [(fr.ewc, (0.5, 0.0), {}), (fr.ewc, (0.5, _SOME), {})],
     "others": [(fr.huber, (0.0,), {}), (fr.relaxed_mumford_shah, (0.0, 1.0), {}), (fr.mcp, (0.0, 3.0), {})],
@@ -946,6 +964,7 @@ def test_no_strength_is_no_pull_however_long_the_step(rows):
         metrics = (None, h) if penalty.in_metric(w, *hyper, **options) else (None,)
         for taken, metric in itertools.product((hyper, tensors), metrics):
             far = penalty.prox(w, 1e10, *taken, metric=metric, **options)
+            assert far.isfinite().all()
             for step in (math.inf, torch.tensor(math.inf)):
                 assert_equal(penalty.prox(w, step, *taken, metric=metric, **options), far, rtol=0, atol=1e-6)
 

@@ -185,8 +185,11 @@ class Optimizer(torch.optim.Optimizer):
         """The hyperparameters of a group by the factory's names."""
         group = self.param_groups[index]
         given = {name: group[key] for key, name in self._names.items() if key in group}
-        if isinstance(given.get(self._names.get("lr", "")), int):
-            given[self._names["lr"]] = float(group["lr"])  # It will not stay a whole number.
+        rate = given.get(self._names.get("lr", ""))
+        if isinstance(rate, int):
+            given[self._names["lr"]] = float(rate)  # It will not stay a whole number.
+        elif isinstance(rate, Tensor) and rate.ndim and rate.numel() == 1:
+            given[self._names["lr"]] = rate.reshape(())  # Torch takes any shape, also beside a leaf without dimensions.
         return given
 
     def _make_chain(self, index: int) -> None:

@@ -296,6 +296,23 @@ def test_rates_may_be_tensors_that_change_in_place(compile):
     assert_equal(trained(model, optimizer, 1), before)
 
 
+@every_way
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1)])
+def test_a_rate_in_a_tensor_may_have_any_shape_of_one_number_as_in_torch(compile, shape):
+    scalar, found = nn.Parameter(torch.tensor(1.0)), []
+    for lr in (0.5, torch.full(shape, 0.5)):
+        w, v = nn.Parameter(scalar.detach().clone()), nn.Parameter(torch.ones(3))
+        optimizer = fr.Optimizer([w, v], lambda lr: fr.sgd(lr, 0.9), lr=lr, compile=compile)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(3):
+            w.grad, v.grad = torch.ones_like(w), torch.ones_like(v)
+            optimizer.step()
+            scheduler.step()
+        found.append([w.detach(), v.detach()])
+    assert_equal(*found, rtol=1e-6)
+    assert optimizer.param_groups[0]["lr"].shape == shape
+
+
 STRENGTHS = {"0.weight": 0.1, "0.bias": 0.0, "2.weight": 0.2, "2.bias": 0.0}
 
 

@@ -866,6 +866,18 @@ WRONG = {
     "indices": ({"folds": [([0, 1], [99])]}, ValueError, "from 0 to 59"),
     "score": ({"validation": 0, "score": accuracy}, ValueError, "score came without validation"),
     "seeds": ({"model": plain(), "seeds": 2}, ValueError, "a function that makes them"),
+    "a width": ({"model": lambda width: nn.Linear(6, width)}, TypeError, r"\(width\); expected.*call sweep once for"),
+    "rows that meet all": (
+        {"loss": F.mse_loss, "data": (data()[0], data()[1].float()), "model": lambda: nn.Linear(6, 1)},
+        ValueError,
+        r"was given \(48, 1\), torch.float32 and \(48,\), torch.float32.*nn.Flatten",
+    ),
+    "rows that meet all, of a module": (
+        {"loss": nn.PoissonNLLLoss(), "data": (data()[0], data()[1].float()), "model": lambda: nn.Linear(6, 1)},
+        ValueError,
+        "compared with the targets of all rows",
+    ),
+    "name of a score": ({"score": "accuracy"}, TypeError, "'accuracy'; expected a function of outputs and targets"),
     "model": ({"model": [1.0]}, TypeError, "model '0' is 1.0"),
     "nothing": ({"model": plain().requires_grad_(False)}, ValueError, "nothing to train"),
     "epochs": ({"epochs": 0}, ValueError, "epochs is 0"),

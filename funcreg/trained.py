@@ -523,8 +523,8 @@ def _check_needs_nothing(source: Callable[..., Any]) -> None:
     except TypeError as error:
         raise TypeError(
             f"model is {getattr(source, '__name__', 'a function')}{signature}; expected a module, or a function "
-            f"without arguments that makes one: {error}. Widths and depths make parameters of other shapes, which have no "
-            "stack: call sweep once for each, as with lambda: make(width)."
+            f"without arguments that makes one: {error}. Widths and depths make parameters of other shapes, "
+            "which have no stack: call sweep once for each, as with lambda: make(width)."
         ) from error
 
 

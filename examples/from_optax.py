@@ -193,14 +193,27 @@ def parameters(name: str) -> dict[str, Any]:
 
 def differences(name: str) -> list[str]:
     """What is other about the parameters of a name that both have, as the code says it."""
+    if name in REFERENCE["fields"] and hasattr(getattr(fr, name), "_fields"):
+        return fields(name, name)
     if name not in REFERENCE["signatures"]:
         return []
     ours, theirs = parameters(name), {p[0]: p[2] for p in REFERENCE["signatures"][name]}
+    defaults = [f"`{p}={ours[p]}` by default" for p in ours if p in theirs and ours[p] != theirs[p]]
+    return [*beside(list(ours), list(theirs)), *defaults]
+
+
+def fields(own: str, name: str) -> list[str]:
+    """What is other about the fields of a state of optax, but for its counter, which is called `steps` here."""
+    ours = list(getattr(fr, own)._fields)
+    counter = "steps" if "steps" in ours else "count"
+    return beside(ours, [counter if f == "count" else f for f in REFERENCE["fields"][name].split()])
+
+
+def beside(ours: list[str], theirs: list[str]) -> list[str]:
     left, more = [p for p in theirs if p not in ours], [p for p in ours if p not in theirs]
     if len(left) == len(more) == 1:
         return [f"`{more[0]}` for `{left[0]}`"]
-    said = [f"no `{p}`" for p in left] + [f"also `{p}`" for p in more]
-    return said + [f"`{p}={ours[p]}` by default" for p in ours if p in theirs and ours[p] != theirs[p]]
+    return [f"no `{p}`" for p in left] + [f"also `{p}`" for p in more]
 
 
 def words(name: str) -> str:
@@ -232,8 +245,15 @@ def other() -> str:
     return table(["name", "what is other"], [[ticks(names), said] for said, names in rows.items()])
 
 
+def instead(names: str, said: str) -> str:
+    """What stands in the place of some names; of a state also what is other about its fields."""
+    own = said.strip("`").removeprefix("fr.")
+    known = names in REFERENCE["fields"] and hasattr(getattr(fr, own, None), "_fields")
+    return "; ".join([said, *(fields(own, names) if known else [])])
+
+
 def without() -> str:
-    return table(["optax", "here"], [[ticks(names.split()), said] for names, said in INSTEAD])
+    return table(["optax", "here"], [[ticks(names.split()), instead(names, said)] for names, said in INSTEAD])
 
 
 TABLES = {"same": same, "other": other, "without": without}

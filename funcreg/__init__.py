@@ -38,15 +38,17 @@ from funcreg.clipping import (
     normalize_by_update_norm as normalize_by_update_norm,
     zero_nans as zero_nans,
 )
+from funcreg.chains import (
+    chain as chain,
+    named_chain as named_chain,
+)
 from funcreg.combine import (
     ApplyIfFiniteState as ApplyIfFiniteState,
     MaskedState as MaskedState,
     PartitionState as PartitionState,
     apply_if_finite as apply_if_finite,
-    chain as chain,
     freeze as freeze,
     masked as masked,
-    named_chain as named_chain,
     partition as partition,
     set_to_zero as set_to_zero,
 )
@@ -145,11 +147,13 @@ from funcreg.grids import (
     log_uniform as log_uniform,
 )
 from funcreg.groups import (
-    exclusive_lasso as exclusive_lasso,
     group_l0 as group_l0,
     group_l_half as group_l_half,
     group_mcp as group_mcp,
     group_scad as group_scad,
+)
+from funcreg.mixed_norms import (
+    exclusive_lasso as exclusive_lasso,
     l1_linf as l1_linf,
     linf as linf,
 )
@@ -208,10 +212,12 @@ from funcreg.optimizers import (
     sgd as sgd,
 )
 from funcreg.path import (
-    CrossValidation as CrossValidation,
     Path as Path,
-    cross_validate as cross_validate,
     regularization_path as regularization_path,
+)
+from funcreg.cross_validation import (
+    CrossValidation as CrossValidation,
+    cross_validate as cross_validate,
 )
 from funcreg.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
@@ -242,9 +248,11 @@ from funcreg.penalty import (
 )
 from funcreg.polytopes import (
     affine_set as affine_set,
-    birkhoff as birkhoff,
     box_section as box_section,
     polyhedron as polyhedron,
+)
+from funcreg.transport_plans import (
+    birkhoff as birkhoff,
     transport as transport,
 )
 from funcreg.projections import (
@@ -338,14 +346,16 @@ from funcreg.resizing import (
 from funcreg.schedules import (
     constant_schedule as constant_schedule,
     cosine_decay_schedule as cosine_decay_schedule,
-    cosine_onecycle_schedule as cosine_onecycle_schedule,
     exponential_decay as exponential_decay,
-    join_schedules as join_schedules,
-    linear_onecycle_schedule as linear_onecycle_schedule,
     linear_schedule as linear_schedule,
     piecewise_constant_schedule as piecewise_constant_schedule,
     piecewise_interpolate_schedule as piecewise_interpolate_schedule,
     polynomial_schedule as polynomial_schedule,
+)
+from funcreg.phases import (
+    cosine_onecycle_schedule as cosine_onecycle_schedule,
+    join_schedules as join_schedules,
+    linear_onecycle_schedule as linear_onecycle_schedule,
     sgdr_schedule as sgdr_schedule,
     warmup_constant_schedule as warmup_constant_schedule,
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
@@ -354,28 +364,40 @@ from funcreg.schedules import (
 from funcreg.separable import (
     anchored_l1 as anchored_l1,
     anchored_l2 as anchored_l2,
-    capped_l1 as capped_l1,
-    etp as etp,
     ewc as ewc,
-    geman as geman,
     huber as huber,
+    relaxed_mumford_shah as relaxed_mumford_shah,
+)
+from funcreg.magnitudes import (
     l0 as l0,
-    l0_envelope as l0_envelope,
     l_half as l_half,
     l_two_thirds as l_two_thirds,
+)
+from funcreg.concave import (
+    capped_l1 as capped_l1,
+    etp as etp,
+    geman as geman,
+    l0_envelope as l0_envelope,
     log_sum as log_sum,
     mcp as mcp,
-    nonnegative_form as nonnegative_form,
-    relaxed_mumford_shah as relaxed_mumford_shah,
     scad as scad,
 )
-from funcreg.structured import (
+from funcreg.nonnegative_forms import (
+    nonnegative_form as nonnegative_form,
+)
+from funcreg.neighbours import (
     fused_lasso as fused_lasso,
-    hierarchical as hierarchical,
+    total_variation as total_variation,
+)
+from funcreg.orders import (
     oscar as oscar,
     slope as slope,
-    total_variation as total_variation,
+)
+from funcreg.nested_groups import (
     tree_lasso as tree_lasso,
+)
+from funcreg.skip_layers import (
+    hierarchical as hierarchical,
 )
 from funcreg.stochastic import (
     DualAveragingState as DualAveragingState,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite_nonnegative
 from funcreg.leafwise import compute, compute_wide, increment, sign, squared, zeros
 from funcreg.moments import (
     adam_metric,
@@ -25,7 +26,7 @@ from funcreg.moments import (
     stored_square,
 )
 from funcreg.ranges import check_range, flags, scalars, single
-from funcreg.transform import Transform, below_one, counter, dtypes, finite_nonnegative, public_state
+from funcreg.transform import Transform, counter, public_state
 from funcreg.tree import tree_map
 
 

@@ -16,15 +16,16 @@ from funcreg.adam_family import (
     scale_by_radam,
     scale_by_yogi,
 )
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient
+from funcreg.factory_checks import positive
 from funcreg.optimizers import adam
 from funcreg.preconditioners import scale_by_adadelta, scale_by_novograd, scale_by_sm3
 from funcreg.ranges import scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.transform import Transform, positive
+from funcreg.transform import Transform
 
 nadam: Callable[..., Transform] = functools.partial(adam, nesterov=True)
 nadam.__doc__ = r"""NAdam: `adam` whose mean looks one step ahead.

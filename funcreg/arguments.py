@@ -19,6 +19,7 @@ from funcreg.ranges import check_range, concrete
 from funcreg.tree import dotted, map_with_path, tree_leaves
 
 AT_LEAST_0 = (0.0, math.inf)
+ABOVE_0 = (sys.float_info.min, math.inf)
 #: In the place of an argument that did not come.
 LACKING: Any = inspect.Parameter.empty
 

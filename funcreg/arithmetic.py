@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar
+from funcreg.checks import check_tensors
 from funcreg.construction import written
+from funcreg.factory_checks import dtypes
 from funcreg.leafwise import compute, compute_wide, global_norm, reduce_leaves, squared, total, without_autocast
 from funcreg.ranges import check_numbers, concrete, flags, ordered
-from funcreg.transform import dtypes
-from funcreg.tree import at_leaf, dotted, leaves_like, map_with_path, tree_leaves, tree_map, tree_paths
-from funcreg.wording import type_of
+from funcreg.tree import at_leaf, leaves_like, tree_leaves, tree_map, tree_paths
 
 
 def _combined(f: Callable[..., Tensor], tree: Params, *rest: Params) -> Params:
     """Arithmetic of several trees, whose results have the dtype that holds those of all."""
+    check_tensors(tree, *rest)
     columns = [tree_leaves(tree), *[leaves_like(tree, other) for other in rest]]
     kinds = [functools.reduce(torch.promote_types, [x.dtype for x in row]) for row in zip(*columns, strict=True)]
     results = iter(kinds)
@@ -98,6 +99,7 @@ def tree_scale(scalar: Hyper, tree: Params) -> Params:
         {'w': tensor([1.5000])}
     """
     check_numbers("scalar", scalar)
+    check_tensors(tree)
     return compute(lambda x, c: c * x, tree, hyper=(scalar,))
 
 
@@ -113,6 +115,7 @@ def tree_add_scale(tree: Params, scalar: Hyper, other: Params) -> Params:
         >>> tree_add_scale({"w": torch.tensor([1.0])}, -0.5, {"w": torch.tensor([4.0])})
         {'w': tensor([-1.])}
     """
+    check_tensors(tree)
     return compute(lambda x, y, c: x + c * y, tree, other, hyper=(scalar,))
 
 
@@ -129,8 +132,8 @@ def tree_where(condition: Hyper, tree: Params, other: Params) -> Params:
         >>> tree_where(torch.tensor([True, False]), x, y)
         {'w': tensor([1., 4.])}
     """
-
     check_numbers("condition", condition)
+    check_tensors(tree)
 
     def chosen(x: Tensor, y: Tensor, condition: Any) -> Tensor:
         if isinstance(condition, bool):
@@ -158,6 +161,7 @@ def tree_clip(tree: Params, min_value: Hyper | None = None, max_value: Hyper | N
     for name, bound in (("min_value", min_value), ("max_value", max_value)):
         if bound is not None:
             check_numbers(name, bound)
+    check_tensors(tree)
     if min_value is not None and max_value is not None:
         compute(_check_bounds, tree, hyper=(min_value, max_value))
     if min_value is not None:
@@ -189,6 +193,7 @@ def tree_sum(tree: Params) -> Tensor:
         >>> tree_sum({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(4.0)})
         tensor(7.)
     """
+    check_tensors(tree)
     return total(reduce_leaves(lambda x: x, tree))
 
 
@@ -213,6 +218,7 @@ def tree_min(tree: Params) -> Tensor:
 
 
 def _ordered_leaves(tree: Params) -> list[Tensor]:
+    check_tensors(tree)
     leaves = tree_leaves(tree)
     for i, x in enumerate(leaves):
         if x.is_complex():
@@ -231,6 +237,7 @@ def tree_size(tree: Params) -> int:
         >>> tree_size({"w": torch.zeros(2, 3), "b": torch.tensor(4.0)})
         7
     """
+    check_tensors(tree)
     return sum(x.numel() for x in tree_leaves(tree))
 
 
@@ -255,6 +262,7 @@ def tree_norm(
         (tensor(5.), tensor(7.), tensor(4.), tensor(25.))
     """
     flags(squared=squared)
+    check_tensors(tree)
     if ord is None or ord == 2:
         return _sum_of_squares(tree) if squared else global_norm(tree)
     if ord == 1:
@@ -285,6 +293,7 @@ def tree_vdot(tree: Params, other: Params) -> Tensor:
         >>> tree_vdot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -1.0])})
         tensor(1.)
     """
+    check_tensors(tree)
     return total(reduce_leaves(lambda x, y: x.conj() * y if x.is_complex() else x * y, tree, other))
 
 
@@ -301,6 +310,7 @@ def tree_zeros_like(tree: Params, dtype: torch.dtype | None = None) -> Params:
         >>> tree_zeros_like({"w": torch.ones(2)}, torch.bfloat16)
         {'w': tensor([0., 0.], dtype=torch.bfloat16)}
     """
+    check_tensors(tree)
     return tree_map(lambda x: torch.zeros_like(x, dtype=dtype), tree)
 
 
@@ -314,6 +324,7 @@ def tree_ones_like(tree: Params, dtype: torch.dtype | None = None) -> Params:
         >>> tree_ones_like({"w": torch.zeros(2)})
         {'w': tensor([1., 1.])}
     """
+    check_tensors(tree)
     return tree_map(lambda x: torch.ones_like(x, dtype=dtype), tree)
 
 
@@ -329,6 +340,7 @@ def tree_full_like(tree: Params, fill_value: Scalar, dtype: torch.dtype | None =
         {'w': tensor([0.5000, 0.5000])}
     """
     check_numbers("fill_value", fill_value)
+    check_tensors(tree)
     return tree_map(lambda x: torch.zeros_like(x, dtype=dtype) + _as(fill_value, dtype or x.dtype, x.device), tree)
 
 
@@ -353,13 +365,8 @@ def tree_cast(tree: Params, dtype: torch.dtype | None) -> Params:
     dtypes(dtype=dtype)
     pair = dtype if dtype.is_complex else torch.complex128 if dtype == torch.float64 else torch.complex64
 
-    def cast(path: Any, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            name = f"'{dotted(path)}'" if path else "the tree"
-            raise TypeError(f"{name} is {type_of(x)}; expected a tensor. torch.as_tensor(...) makes one of it.")
-        return x.to(pair) if x.is_complex() else x.to(dtype) if x.is_floating_point() else x
-
-    return map_with_path(cast, tree)
+    check_tensors(tree)
+    return tree_map(lambda x: x.to(pair) if x.is_complex() else x.to(dtype) if x.is_floating_point() else x, tree)
 
 
 def tree_cast_like(tree: Params, other: Params) -> Params:
@@ -372,4 +379,5 @@ def tree_cast_like(tree: Params, other: Params) -> Params:
         >>> tree_cast_like({"w": torch.ones(2)}, {"w": torch.zeros(5, dtype=torch.float64)})
         {'w': tensor([1., 1.], dtype=torch.float64)}
     """
+    check_tensors(tree, other)
     return tree_map(lambda x, y: x.to(y.dtype), tree, other)

@@ -9,28 +9,18 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain, hold, pick
+from funcreg.chains import chain
+from funcreg.combine import pick
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_transforms, dtypes, finite_nonnegative, share
+from funcreg.holding import hold
 from funcreg.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
+from funcreg.phases import warmup_constant_schedule
 from funcreg.preconditioners import scale_by_rms
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.schedules import warmup_constant_schedule
-from funcreg.transform import (
-    Choice,
-    Transform,
-    around,
-    at_step,
-    check_transforms,
-    counter,
-    dtypes,
-    everywhere,
-    finite_nonnegative,
-    public_state,
-    share,
-    warn,
-)
+from funcreg.transform import Choice, Transform, around, at_step, counter, everywhere, public_state, warn
 from funcreg.tree import tree_leaves, tree_map
 from funcreg.wording import type_of
 from funcreg.wrappers import Named, check_period
@@ -467,7 +457,7 @@ def sam(
     check_transforms("sam", [optimizer, adv_optimizer])
     check_period("sync_period", sync_period)
     flags(reset_state=reset_state, opaque_mode=opaque_mode)
-    climber = hold(adv_optimizer, [] if optimizer.frozen is None else [optimizer.frozen])
+    climber = hold(adv_optimizer, [optimizer])
 
     def init(params: Params) -> SAMState:
         cache = () if opaque_mode else tree_map(torch.clone, params)

@@ -15,12 +15,12 @@ from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.checks import check_params
 from funcreg.composition import Term, split
 from funcreg.deployment import computed_parameters
+from funcreg.factory_checks import nonnegative
 from funcreg.leafwise import compute, reduce_leaves, total
 from funcreg.masks import keep, kept_by, mask_leaves
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import concrete
 from funcreg.regularizing import check_penalty
-from funcreg.transform import nonnegative
 from funcreg.tree import flatten, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import has_tangents, is_transformed
 

@@ -87,6 +87,15 @@ def _leaf_hint(leaf: Any) -> str:
     return _REMEDY
 
 
+def check_tensors(*trees: Any) -> None:
+    """Raise a TypeError for the first leaf of some trees that is no tensor, of whatever dtype."""
+    for tree in trees:
+        for i, leaf in enumerate(tree_leaves(tree)):
+            if not isinstance(leaf, Tensor):
+                name = leaf_name("tree", tree_paths(tree)[i])
+                raise TypeError(f"{name} is {kind_of(leaf)}; expected a tensor. {_leaf_hint(leaf)}")
+
+
 def check_dense(name: str, leaf: Tensor) -> None:
     """Raise a TypeError for a tensor of another layout."""
     if leaf.layout is not torch.strided:

@@ -12,19 +12,12 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite, finite_nonnegative, nonnegative, positive
 from funcreg.leafwise import compute, euclidean, global_norm, reduce_leaves
+from funcreg.masks import listed
 from funcreg.ranges import concrete, ordered, scalars, single
-from funcreg.transform import (
-    Stage,
-    Transform,
-    finite,
-    finite_nonnegative,
-    memoryless,
-    nonnegative,
-    positive,
-    public_state,
-)
-from funcreg.tree import flatten, tree_leaves, tree_map
+from funcreg.transform import EmptyState, Stage, Transform, memoryless, public_state, warn
+from funcreg.tree import flatten, tree_leaves, tree_map, tree_paths
 
 
 @remembered
@@ -234,6 +227,8 @@ def zero_nans() -> Transform:
 def centralize() -> Transform:
     r"""Subtract from the update of each row, or filter, its mean; vectors stay as they are.
 
+    A row of one entry is its own mean, so that its updates are 0: a warning names such leaves.
+
     Example:
         >>> params = {"weight": torch.zeros(2, 2)}
         >>> centralize().update({"weight": torch.tensor([[1.0, 3.0], [5.0, 6.0]])}, EmptyState(), params)
@@ -247,4 +242,14 @@ def centralize() -> Transform:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return memoryless(lambda updates, params: compute(center, updates))
+    def init(params: Params) -> EmptyState:
+        rows = zip(tree_paths(params), tree_leaves(params), strict=True)
+        still = [name for name, w in rows if w.ndim > 1 and w.numel() == len(w) > 0]
+        if still:
+            warn(
+                f"centralize makes every update of {listed(still)} zero: each row has one entry, which is its mean. "
+                "Leave it out, as by masked(centralize(), mask)."
+            )
+        return EmptyState()
+
+    return Transform(init, lambda updates, state, params: (compute(center, updates), state))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcreg._typing import Params
 from funcreg.construction import transforms_in
 from funcreg.masks import listed
-from funcreg.ranges import number
+from funcreg.ranges import is_readable, number
 from funcreg.rounding import digits, is_narrow
 from funcreg.schedules import KnownSchedule
 from funcreg.tree import tree_leaves, tree_paths
@@ -42,7 +41,7 @@ def rounded_away(tx: Any, params: Params) -> str | None:
     leaves = tree_leaves(params)
     frozen = [False] * len(leaves) if tx.frozen is None else tx.frozen(params)
     rows = zip(tree_paths(params), leaves, frozen, strict=True)
-    narrow = [(name, w.detach()) for name, w, held in rows if is_narrow(w.dtype) and _is_readable(w) and not held]
+    narrow = [(name, w.detach()) for name, w, held in rows if is_narrow(w.dtype) and is_readable(w) and not held]
     rate = _size(tx) if narrow else None
     if not rate or rate >= 1:
         return None
@@ -58,12 +57,6 @@ def rounded_away(tx: Any, params: Params) -> str | None:
         "cannot follow: in sixteen bits the next number is more than twice as far away, and what is added, decay and "
         "penalties too, is rounded away. with_master_weights or with_stochastic_rounding around the optimizer keeps it."
     )
-
-
-def _is_readable(w: Tensor) -> bool:
-    """Whether numbers may be read here and now."""
-    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(w) in (Tensor, torch.nn.Parameter) and w.device.type != "meta" and not capturing
 
 
 def _size(tx: Any) -> float | None:
@@ -119,6 +112,6 @@ def _greatest(value: Any) -> float:
     """The greatest number that a hyperparameter is at any step; infinite if that is not known, as of a tensor."""
     if isinstance(value, KnownSchedule):
         found = [value(steps) for steps in (0, *value.turns)]
-        return max([x.item() if isinstance(x, Tensor) and _is_readable(x) else _greatest(x) for x in found], key=abs)
+        return max([x.item() if isinstance(x, Tensor) and is_readable(x) else _greatest(x) for x in found], key=abs)
     value = number(value)
     return float(value) if isinstance(value, (int, float)) else math.inf

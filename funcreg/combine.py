@@ -1,9 +1,8 @@
-"""Transforms made of transforms: one after another, on some leaves, by label, or only when all is finite."""
+"""Transforms made of transforms: on some leaves, by label, or only when all is finite."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,225 +10,25 @@ from torch import Tensor
 
 from funcreg._typing import Mask, Params, Scalar, State, Updates
 from funcreg.construction import remembered
-from funcreg.leafwise import beside, compute, reduce_leaves, scalar_device, total, widen
-from funcreg.masks import Selection, chosen_by, hidden, keep, listed, mask_leaves, merge
+from funcreg.factory_checks import check_selection, check_transforms, positive
+from funcreg.holding import of_chosen, zeroed
+from funcreg.leafwise import beside, compute, is_finite, reduce_leaves, scalar_device, total, widen
+from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
 from funcreg.ranges import flags
 from funcreg.transform import (
     Choice,
     EmptyState,
-    Stage,
     Transform,
     around,
-    check_selection,
-    check_transforms,
     counter,
     either,
     everywhere,
     memoryless,
-    positive,
     public_state,
     warn,
 )
-from funcreg.tree import broadcast, flatten, tree_leaves, tree_map, tree_paths
-from funcreg.undocumented import is_compiling
+from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
-
-
-@remembered
-def chain(*transforms: Transform) -> Transform:
-    r"""Apply transforms one after another; each gets the updates of the one before.
-
-    The state is a tuple with one state for each transform. What `freeze` holds is left out of the whole chain,
-    wherever in it `freeze` stands.
-
-    Args:
-        transforms: Transforms in their order.
-
-    Raises:
-        TypeError: An argument is not a transform.
-        ValueError: A transform takes gradients of single examples and is not the first; or `update` got the state of
-            another chain.
-
-    Example:
-        >>> tx = chain(clip(1.0), scale(-0.1))
-        >>> params = {"weight": torch.zeros(2)}
-        >>> tx.update({"weight": torch.tensor([3.0, -0.5])}, tx.init(params), params)[0]
-        {'weight': tensor([-0.1000,  0.0500])}
-    """
-    check_transforms("chain", transforms)
-    _check_examples_come_first(transforms)
-    _check_order(transforms)
-
-    def init(params: Params) -> tuple[State, ...]:
-        return tuple(tx.begin(params) for tx in transforms)
-
-    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, tuple[State, ...]]:
-        if type(state) is not tuple or len(state) != len(transforms):
-            came = f"of {len(state)} entries" if type(state) is tuple else f"that is {type_of(state)}"
-            raise ValueError(
-                f"chain of {len(transforms)} transforms got a state {came}; expected one entry for each. Was it made "
-                "by this chain's init?"
-            )
-        new = []
-        for tx, old in zip(transforms, state, strict=True):
-            updates, after = tx.update(updates, old, params, **tx.accepted(extra))
-            new.append(after)
-        return updates, tuple(new)
-
-    spares = any(tx.spares is not None for tx in transforms)
-    covers = [tx.covers for tx in transforms if tx.covers is not None]
-    joined = Transform(
-        init,
-        update,
-        _metric(transforms),
-        descends=any(tx.descends for tx in transforms),
-        spares=_spared_by(transforms) if spares else None,
-        stages=[stage for tx in transforms for stage in tx.stages],
-        covers=everywhere if everywhere in covers else either(*covers) if covers else None,
-        forwards_to=transforms,
-        links=transforms,
-        examples=any(tx.examples for tx in transforms),
-    )
-    return hold(joined, [tx.frozen for tx in transforms if tx.frozen is not None])
-
-
-def with_link(tx: Transform) -> Transform:
-    """A transform that shows what it is made of, as a chain does, with the state of that."""
-    return around(tx, tx._init, tx._update, tx._state, metric=tx.metric, forwards_to=tx.forwards_to, links=[tx])
-
-
-def _metric(links: Sequence[Transform]) -> Callable[[State], Params] | None:
-    """The metric of a chain, if one link alone has one."""
-    metrics = [(place, tx.metric) for place, tx in enumerate(links) if tx.metric is not None]
-    if len(metrics) != 1:
-        return None
-    ((place, inner),) = metrics
-    return lambda state: inner(state[place])
-
-
-def _spared_by(transforms: Sequence[Transform]) -> Choice:
-    """The leaves that a link spares, without those that another one, masked, steps along: it does need gradients."""
-    spares = either(*[tx.spares for tx in transforms if tx.spares is not None])
-    masked_steps = [tx for tx in transforms if tx.covers is not None and tx.covers is not everywhere]
-
-    def spared(params: Params) -> list[bool]:
-        found = spares(params)
-        for tx in masked_steps:
-            covered = tx.covers(params) if tx.covers is not None else []
-            own = tx.spares(params) if tx.spares is not None else [False] * len(covered)
-            found = [f and (s or not c) for f, c, s in zip(found, covered, own, strict=True)]
-        return found
-
-    return spared
-
-
-def _check_examples_come_first(transforms: Sequence[Transform]) -> None:
-    """Raise an error for a link that takes gradients of single examples, and gets what another one made."""
-    late = next((tx for tx in transforms[1:] if tx.examples), None)
-    if late is not None:
-        raise ValueError(
-            f"{late!r} takes gradients of single examples, and stands after {transforms[0]!r}, whose updates are like "
-            "the parameters. Put it first."
-        )
-
-
-def _check_order(transforms: Sequence[Transform]) -> None:
-    """Warn of links that take what another one made for what it is not: a step for a gradient, zeros for steps."""
-    if is_compiling():
-        return
-    for i, tx in enumerate(transforms):
-        before = transforms[:i]
-        flipped = max([j for j, each in enumerate(before) if "flips" in each.stages], default=-1)
-        takes_gradients = "adds" in tx.stages or "steps" in tx.stages
-        stepped = next((each for each in before[flipped + 1 :] if _meet("steps", each, tx)), None)
-        landed = next((each for each in before if _meet("lands", each, tx)), None)
-        waiting = next((each for each in before if _meet("waits", each, tx)), None)
-        rounded = next((each for each in before if _meet("rounds", each, tx) and changes(tx)), None)
-        early = next((each for each in before if "steps" in tx.stages and _meet("follows", each, tx)), None)
-        if stepped is not None and takes_gradients:
-            adds = "adds" in tx.stages and "steps" not in tx.stages
-            goes = "adds a gradient to it, and goes uphill" if adds else "turns its sign once more, and goes uphill"
-            warn(
-                f"in this chain, {tx!r} stands after {stepped!r}, which makes a step downhill of its updates: it takes "
-                f"that step for a gradient, {goes}. Put it before the learning rate, as adamw does, "
-                + ("or take proximal for what comes after the step." if adds else "or take one of them out.")
-            )
-        elif waiting is not None and "shrinks" in tx.stages:
-            warn(
-                f"in this chain, {tx!r} stands after {waiting!r}, whose steps come at some calls alone: it acts at "
-                "every call, between these steps too. Put it inside, after the step, to count once a step."
-            )
-        elif rounded is not None:
-            warn(
-                f"in this chain, {tx!r} stands after {rounded!r}, which ends at numbers of sixteen bits: what it "
-                "changes is rounded away, or undone by the copies at the next step. Put it inside."
-            )
-        elif landed is not None and (takes_gradients or "scales" in tx.stages):
-            warn(
-                f"in this chain, {tx!r} stands after {landed!r}, which ends where parameters are to be, at exact zeros "
-                "or in a set: what changes its updates loses that. Put it before."
-            )
-        if early is not None:
-            warn(
-                f"in this chain, {tx!r} stands after {early!r}, which adds to a step downhill: its sign is turned, and "
-                "it goes uphill. Put it after the learning rate."
-            )
-
-
-def changes(tx: Transform) -> bool:
-    """Whether a transform may change what it is given, and not only hold leaves where they are."""
-    passes = isinstance(tx.rate, (int, float)) and tx.rate == 1.0 and "flips" not in tx.stages
-    return tx.frozen is None and not passes
-
-
-def _meet(stage: Stage, first: Transform, second: Transform) -> bool:
-    """Whether one transform has a stage, and another may act on leaves where it does: masks of both may differ."""
-    apart = first.covers is not everywhere and second.covers not in (None, everywhere)
-    return stage in first.stages and not (apart and first.covers is not None)
-
-
-@remembered
-def named_chain(*transforms: tuple[str, Transform]) -> Transform:
-    r"""Apply transforms one after another, with a state that is a dict by their names.
-
-    Args:
-        transforms: Pairs of a name and a transform, in their order.
-
-    Raises:
-        ValueError: Two transforms have one name, or `update` got the state of another chain.
-
-    Example:
-        >>> tx = named_chain(("momentum", trace(0.9)), ("step", scale(-0.1)))
-        >>> tx.init({"weight": torch.zeros(1)})
-        {'momentum': TraceState(trace={'weight': tensor([0.])}), 'step': EmptyState()}
-    """
-    for i, pair in enumerate(transforms):
-        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            came = "a Transform" if isinstance(pair, Transform) else type_of(pair)
-            raise TypeError(f"argument {i} of named_chain is {came}; expected a pair of a name and a Transform")
-    names = [name for name, _ in transforms]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"named_chain got two transforms named {name!r}; expected names that differ")
-    inner = chain(*(tx for _, tx in transforms))
-
-    def init(params: Params) -> dict[str, State]:
-        return dict(zip(names, inner.begin(params), strict=True))
-
-    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, dict[str, State]]:
-        if not isinstance(state, dict) or sorted(state) != sorted(names):
-            came = f"of {listed(map(str, state))}" if isinstance(state, dict) else f"that is {type_of(state)}"
-            raise ValueError(
-                f"named_chain of {', '.join(names)} got a state {came}; expected a dict with these names. Was it made "
-                "by this chain's init?"
-            )
-        updates, new = inner.update(updates, tuple(state[name] for name in names), params, **inner.accepted(extra))
-        return updates, dict(zip(names, new, strict=True))
-
-    outer = inner.metric
-    metric = None if outer is None else lambda state: outer(tuple(state[name] for name in names))
-    return around(inner, init, update, metric=metric, examples=inner.examples)
-
 
 # Some leaves
 
@@ -244,32 +43,6 @@ class MaskedState(NamedTuple):
     """
 
     inner_state: State
-
-
-def as_seen(
-    extra: dict[str, Any], params: Params, narrow: Callable[[Any], Any], whole: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """Extra arguments for a transform that sees parameters in another form: their gradient, and the objective of these.
-
-    Args:
-        extra: Extra arguments of `update`.
-        params: Parameters, and trees like them.
-        narrow: From those to what the transform sees.
-        whole: From that to parameters.
-    """
-    seen, grad, objective = dict(extra), extra.get("grad"), extra.get("value_fn")
-    if grad is not None and tree_paths(grad) == tree_paths(params):
-        seen["grad"] = narrow(grad)
-    if callable(objective):
-        # Its arguments are those of the objective, which a line search asks for.
-        call = functools.wraps(objective, updated=())
-        seen["value_fn"] = call(lambda point, *args, **others: objective(whole(point), *args, **others))
-    return seen
-
-
-def _of_chosen(extra: dict[str, Any], params: Params, bools: list[bool]) -> dict[str, Any]:
-    """Extra arguments for a transform of some leaves; for the objective the others are where they are."""
-    return as_seen(extra, params, lambda tree: keep(tree, bools), lambda chosen: merge(params, chosen, bools))
 
 
 @remembered
@@ -307,7 +80,7 @@ def masked(inner: Transform, mask: Mask, *, mask_compatible_extra_args: bool = F
         if mask_compatible_extra_args:
             names = tree_paths(params)
             extra = {key: keep(tree, bools) if tree_paths(tree) == names else tree for key, tree in extra.items()}
-        extra = _of_chosen(extra, params, bools)
+        extra = of_chosen(extra, params, bools)
         new, after = inner.update(keep(updates, bools), state.inner_state, keep(params, bools), **inner.accepted(extra))
         return merge(updates, new, bools), MaskedState(after)
 
@@ -356,40 +129,16 @@ def freeze(mask: Mask) -> Transform:
 
     def update(updates: Updates, state: State, params: Params) -> tuple[Updates, State]:
         held = mask_leaves(mask, params)
-        return _zeroed(updates, held), state
+        return zeroed(updates, held), state
 
     def init(params: Params) -> EmptyState:
         mask_leaves(mask, params)  # A mask that does not fit is said here.
         return EmptyState()
 
     held = lambda params: mask_leaves(mask, params)
-    return Transform(init, update, frozen=held, covers=held)
-
-
-def _zeroed(updates: Updates, held: Sequence[bool]) -> Updates:
-    leaves, rebuild = flatten(updates)
-    return rebuild([torch.zeros_like(u) if h else u for u, h in zip(leaves, held, strict=True)])
-
-
-def hold(inner: Transform, frozen: list[Choice]) -> Transform:
-    """A transform that sees no frozen leaf, and returns zeros for it."""
-    if not frozen:
-        return inner
-
-    held = either(*frozen)
-
-    def init(params: Params) -> State:
-        return inner.begin(keep(params, [not h for h in held(params)]))
-
-    def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
-        bools = held(params)
-        free = [not h for h in bools]
-        extra = _of_chosen(inner.accepted(extra), params, free)
-        new, after = inner.update(keep(updates, free), state, keep(params, free), **extra)
-        return merge(_zeroed(params if inner.examples else updates, bools), new, free), after
-
-    metric, links = inner.metric, inner.links
-    return around(inner, init, update, metric=metric, frozen=held, links=links, examples=inner.examples)
+    tx = Transform(init, update, frozen=held, covers=held)
+    tx.unheld = memoryless(lambda updates, params: updates)
+    return tx
 
 
 @remembered
@@ -593,7 +342,7 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         if loss_scale is not None:
             positive(loss_scale=loss_scale)
             updates = compute(lambda u, s: u / s, tree_map(widen, updates), hyper=(loss_scale,))
-        wrong = total(reduce_leaves(lambda u: ~u.isfinite(), updates)).to(state.last_finite.device)
+        wrong = total(reduce_leaves(lambda u: ~is_finite(u), updates)).to(state.last_finite.device)
         finite = wrong == 0
         errors = torch.where(finite, torch.zeros_like(state.notfinite_count), state.notfinite_count + 1)
         go = finite | (errors > max_consecutive_errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Mask, Params
+from funcreg._typing import Hyper, Mask, Params, Scalar
 from funcreg.construction import written
 from funcreg.leafwise import compute, compute_wide, product, total
 from funcreg.masks import Selection, kept_by, mask_leaves
@@ -237,16 +238,41 @@ def varies(value: Hyper) -> bool:
 def _stiffened(params: Params, step: Hyper, metric: Params | None, curvature: Hyper) -> tuple[Hyper, Params | None]:
     r"""Step and metric for what is left after a term of this curvature: the metric grows by step times curvature.
 
-    One number for a whole leaf divides the step instead, which every penalty understands.
+    One number for a whole leaf divides the step instead, which every penalty understands. A large step, which may
+    be infinite, divides the metric and is 1 then: it is the same.
     """
     if metric is None and not varies(step) and not varies(curvature):
         rows = [broadcast(x, params, "a hyperparameter") for x in (step, curvature)]
-        steps = [s / (1 + s * q) for s, q in zip(*rows, strict=True)]
+        steps = [_softened(s, q) for s, q in zip(*rows, strict=True)]
         single = not _is_tree(step, rows[0]) and not _is_tree(curvature, rows[1])
         return (steps[0] if single and steps else flatten(params)[1](steps)), None
     if metric is None:
         metric = tree_map(lambda w: torch.ones_like(w.real), params)
-    return step, compute_wide(lambda h, s, q: h + s * q, metric, hyper=(step, curvature))
+    stiffer = lambda h, s, q: h / _unit(s) + _in_units(s) * q
+    return tree_map(_in_units, step), compute_wide(stiffer, metric, hyper=(step, curvature))
+
+
+def _softened(step: Scalar, curvature: Scalar) -> Scalar:
+    softness = 1 / _unit(step) + _in_units(step) * curvature
+    if not isinstance(softness, Tensor) and softness == 0:  # Of an infinite step without curvature.
+        return math.inf
+    return _in_units(step) / softness
+
+
+#: Steps above this are units of what they multiply: infinite ones, and those whose products may be.
+_LARGE = 2.0**60
+
+
+def _unit(step: Scalar) -> Scalar:
+    if isinstance(step, Tensor):
+        return torch.where(step > _LARGE, step, torch.ones_like(step))
+    return step if step > _LARGE else 1.0
+
+
+def _in_units(step: Scalar) -> Scalar:
+    if isinstance(step, Tensor):
+        return torch.where(step > _LARGE, torch.ones_like(step), step)
+    return 1.0 if step > _LARGE else step
 
 
 def _is_tree(value: Hyper, spread: list[Any]) -> bool:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.factory_checks import finite_nonnegative, positive, share
 from funcreg.ranges import scalars
-from funcreg.transform import finite_nonnegative, positive, share
 
 
 class Elastic(NamedTuple):

@@ -13,6 +13,7 @@ from funcreg.constraint import constraint
 from funcreg.constraints import simplex_excess, simplex_normal
 from funcreg.construction import written
 from funcreg.grouped import grouped, of_groups, polar, ungrouped
+from funcreg.leafwise import exact_dtype
 from funcreg.penalties import Dim, group_dims
 from funcreg.ranges import check_range, concrete
 from funcreg.tree import tree_leaves
@@ -26,10 +27,15 @@ def _keep_largest(w: Tensor, sizes: Tensor, count: Scalar) -> Tensor:
     return torch.where((ranks < count) | w.isnan(), w, torch.zeros_like(w)) + 0.0
 
 
+def _root(h: Tensor) -> Tensor:
+    """What multiplies entries in a metric, where no product with them leaves the range of numbers."""
+    return h.to(exact_dtype(h)).sqrt()
+
+
 def _top_k_metric(w: Tensor, h: Tensor, k: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
     x = grouped(w, dims)
-    return ungrouped(_keep_largest(x, grouped(h, dims).sqrt() * x.abs(), of_groups(k, w, dims)), w, dims)
+    return ungrouped(_keep_largest(x, _root(grouped(h, dims)) * x.abs(), of_groups(k, w, dims)), w, dims)
 
 
 def _count_normal(x: Tensor, g: Tensor, count: Scalar) -> Tensor:
@@ -139,7 +145,7 @@ def _keep_longest(w: Tensor, sizes: Tensor, k: Scalar) -> Tensor:
 
 
 def _group_top_k_metric(w: Tensor, h: Tensor, k: Scalar, *, dim: Dim = ...) -> Tensor:
-    return _keep_longest(w, polar(h.sqrt() * w, group_dims(w, dim))[0], k)
+    return _keep_longest(w, polar(_root(h) * w, group_dims(w, dim))[0], k)
 
 
 def _group_top_k_normal(w: Tensor, g: Tensor, slack: Scalar, k: Scalar, *, dim: Dim = ...) -> Tensor:
@@ -197,7 +203,7 @@ def _runs(w: Tensor, m: Any, dim: int) -> Tensor:
 
 def _n_m_metric(w: Tensor, h: Tensor, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:
     x = _runs(w, m, dim)
-    return _keep_largest(x, _runs(h, m, dim).sqrt() * x.abs(), n).flatten(-2).movedim(-1, dim)
+    return _keep_largest(x, _root(_runs(h, m, dim)) * x.abs(), n).flatten(-2).movedim(-1, dim)
 
 
 def _n_m_normal(w: Tensor, g: Tensor, slack: Scalar, n: Scalar = 2, m: int = 4, *, dim: int = -1) -> Tensor:

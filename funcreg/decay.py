@@ -16,24 +16,13 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered, written
+from funcreg.factory_checks import below_one, check_selection, finite, finite_nonnegative, positive
 from funcreg.leafwise import compute, compute_wide, increment, product, sign
 from funcreg.penalties import half_l2
 from funcreg.ranges import concrete, number, scalars
 from funcreg.regularizing import where_masked
 from funcreg.schedules import KnownSchedule
-from funcreg.transform import (
-    Transform,
-    at_step,
-    below_one,
-    check_fit,
-    check_selection,
-    counter,
-    finite,
-    finite_nonnegative,
-    positive,
-    public_state,
-    scheduled,
-)
+from funcreg.transform import Transform, at_step, check_fit, counter, public_state, scheduled
 from funcreg.tree import tree_leaves, tree_map
 
 # Toward zero

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from funcreg._typing import Params
-from funcreg.combine import freeze, masked, named_chain, partition
+from funcreg.chains import named_chain
+from funcreg.combine import freeze, masked, partition
 from funcreg.ensemble import ensemble
+from funcreg.factory_checks import check_transforms
 from funcreg.hyperparams import Injected
 from funcreg.masks import chosen_by, keep, listed, mask_leaves
 from funcreg.mistakes import Entry, made, mistakes, penalized
@@ -19,7 +21,7 @@ from funcreg.monitoring import monitor
 from funcreg.notation import plain
 from funcreg.per_leaf import PerLeaf
 from funcreg.report import readable
-from funcreg.transform import Transform, check_transforms
+from funcreg.transform import Transform
 from funcreg.tree import broadcast, tree_leaves, tree_map, tree_paths
 
 
@@ -111,13 +113,13 @@ def describe(tx: Transform, params: Params | nn.Module | None = None) -> Descrip
 def _walk(entry: Entry, whole: Params | None, faults: list[str]) -> Iterator[Entry]:
     tx, params = entry.tx, entry.params
     children = _children(tx)
-    bools = None if params is None else _chosen(entry, faults)
-    seen = None if params is None or bools is None else keep(params, bools)
-    acts_on = None if seen is None else frozenset(tree_paths(seen))
-    held = entry.held
-    if tx.links and acts_on is not None:
-        held |= frozenset(tree_paths(params)) - acts_on
     itself = _steps_itself(tx, children)
+    seen, held, acts_on = params, entry.held, None
+    if params is not None:
+        chosen, frozen, acts = _chosen(entry, faults)
+        acts_on = frozenset(_names(params, acts))
+        if children:  # Which are asked about frozen leaves too: one of them freezes those.
+            seen, held = keep(params, chosen), held | frozenset(_names(params, frozen))
     yield replace(entry, is_leaf=not children or itself, acts_on=acts_on)
     labels = _labels(tx, seen, faults) if made(tx, partition) else None
     parts = len(children) > 1 and not _joins(tx)
@@ -126,7 +128,7 @@ def _walk(entry: Entry, whole: Params | None, faults: list[str]) -> Iterator[Ent
         if labels is not None and seen is not None:
             under = keep(seen, [str(label) == place for label in labels])
         elif tx.links or itself:
-            under = params  # Of which no link but the one that freezes them sees those held.
+            under = params
         elif made(tx, ensemble) and seen is not None:
             under = tree_map(lambda w: w[0], seen)
         own = place or str(i + 1)
@@ -204,26 +206,38 @@ def _labels(tx: Transform, params: Params | None, faults: list[str]) -> list[Any
         return [None] * len(tree_leaves(params))
 
 
-def _chosen(entry: Entry, faults: list[str]) -> list[bool]:
-    """On which of its parameters a transform acts; a mask that fits none of them is a mistake."""
+def _names(params: Params, bools: list[bool]) -> list[str]:
+    return [name for name, chosen in zip(tree_paths(params), bools, strict=True) if chosen]
+
+
+def _chosen(entry: Entry, faults: list[str]) -> tuple[list[bool], list[bool], list[bool]]:
+    """For each parameter whether a mask lets it through, whether it is frozen, and whether the transform acts on it.
+
+    A mask that fits none of them is a mistake.
+    """
     tx, params = entry.tx, entry.params
-    every = [True] * len(tree_leaves(params))
+    free = [name not in entry.held for name in tree_paths(params)]
+    none = [False] * len(free)
     try:
-        if made(tx, freeze) and tx.frozen is not None:
-            return tx.frozen(params)
+        frozen = none if tx.frozen is None else tx.frozen(params)
+        if made(tx, freeze):
+            return frozen, frozen, frozen
         # The mask of an optimizer is that of one of its links, which has it too.
         children = _children(tx)
         own = made(tx, masked) or not children or _steps_itself(tx, children)
         mask = entry.argument("mask") if own else None
-        bools = every if mask is None else mask_leaves(mask, params)
-        held = every if tx.frozen is None or made(tx, masked) else [not h for h in tx.frozen(params)]
+        chosen = free
+        if mask is not None:  # Which sees no frozen leaf.
+            inside = iter(mask_leaves(mask, keep(params, free)))
+            chosen = [f and next(inside) for f in free]
         if own:  # Masks of its terms, and patterns, may fit none of these either.
-            penalized(replace(entry, acts_on=frozenset(tree_paths(keep(params, bools)))))
+            penalized(replace(entry, acts_on=frozenset(_names(params, chosen))))
     except (TypeError, ValueError) as error:
         faults.append(f"{tx!r}: {error}")
-        return [False] * len(every)
-    free = [name not in entry.held for name in tree_paths(params)]
-    return [all(each) for each in zip(bools, held, free, strict=True)]
+        return none, [True] * len(free), none
+    if made(tx, masked):
+        return [c or z for c, z in zip(chosen, frozen, strict=True)], frozen, chosen
+    return [True] * len(free), frozen, [c and not z for c, z in zip(chosen, frozen, strict=True)]
 
 
 def _row(entry: Entry, whole: Params | None) -> Row:

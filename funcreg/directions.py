@@ -14,9 +14,10 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite_nonnegative, positive
 from funcreg.leafwise import compute, euclidean, increment, sign, zeros
 from funcreg.ranges import check_range, concrete, scalars, single
-from funcreg.transform import Transform, counter, finite_nonnegative, memoryless, positive, public_state
+from funcreg.transform import Transform, counter, memoryless, public_state
 from funcreg.tree import tree_map
 
 

@@ -13,9 +13,10 @@ from torch.func import vmap
 
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
+from funcreg.factory_checks import check_no_torchs
 from funcreg.masks import Selection, check_mask, mask_leaves
 from funcreg.ranges import number
-from funcreg.transform import Choice, Transform, check_no_torchs, everywhere
+from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
 from funcreg.wording import type_of
@@ -55,9 +56,18 @@ def ensemble(make: Callable[..., Transform], *hyper: Hyper) -> Transform:
                     f"stacked parameters, of shape ({members}, ...). stack([...]) stacks trees or modules, and "
                     f"replicate(params, {members}) copies of one."
                 )
-        # Members that draw random numbers draw their own.
-        state = vmap(lambda params, *h: make(*h).init(params), randomness="different")(params, *hyper)
-        return tree_map(torch.clone, state)  # What all members begin with alike comes back as one entry, expanded.
+        # vmap knows fewer trees than this library: None is no leaf here, and types that optree was told of are nodes.
+        leaves, rebuild = flatten(params)
+        rebuilt: list[Callable[[Iterable[Any]], State]] = []
+
+        def one(leaves: list[Tensor], *h: Hyper) -> list[Tensor]:
+            found, join = flatten(make(*h).init(rebuild(leaves)))
+            rebuilt.append(join)
+            return found
+
+        # Members that draw random numbers draw their own. What all begin with alike comes back as one entry, expanded.
+        found = vmap(one, randomness="different")(leaves, *hyper)
+        return rebuilt[0](map(torch.clone, found))
 
     def update(updates: Updates, state: State, params: Params, **extra: Any) -> tuple[Updates, State]:
         for name, value in zip(tree_paths(extra), tree_leaves(extra), strict=True):

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
+from funcreg.chains import chain
 from funcreg.clipping import clip_by_block_rms
-from funcreg.combine import chain
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_param_block_rms
+from funcreg.factory_checks import dtypes, finite_nonnegative
 from funcreg.leafwise import compute_wide, increment, safe_sqrt, squared, wide
 from funcreg.moments import stored
 from funcreg.ranges import check_range, flags, scalars, single
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate
 from funcreg.sharding import any_sharded, apply
-from funcreg.transform import Transform, counter, dtypes, finite_nonnegative, public_state
+from funcreg.transform import Transform, counter, public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
 #: The second longest and the longest dimension of a leaf that is factored, None for any other.

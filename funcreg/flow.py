@@ -122,12 +122,7 @@ class Flow:
         self._uses = _uses(recording)
         self._alike: dict[Ref, set[int]] = {}  # Dimensions along which all entries of whole numbers are the same.
         self._shapes: dict[tuple[Any, ...], set[Ref]] = {}  # Tensors with atoms by their storage.
-        for name, ref in recording.parameters.items():
-            self._enter(name, ref, frozen.get(name, 0.0))
-        for name, ref in recording.buffers.items():
-            if ref.dtype.is_floating_point or ref.dtype.is_complex:
-                self._enter(name, ref, UNKNOWN)
-            self.weights.add(ref)
+        self._enter_leaves()
         for operation in recording.operations:
             self._follow(operation)
         self.operation = None
@@ -171,6 +166,15 @@ class Flow:
             self._check_parts(parts)
         for (ref, dim), cuts in self._cuts.items():
             self._check_cuts(cuts, ref.shape[dim])
+
+    def _enter_leaves(self) -> None:
+        """Give atoms to parameters and buffers."""
+        for name, ref in self._parameters.items():
+            self._enter(name, ref, self._frozen.get(name, 0.0))
+        for name, ref in self.recording.buffers.items():
+            if ref.dtype.is_floating_point or ref.dtype.is_complex:
+                self._enter(name, ref, UNKNOWN)
+            self.weights.add(ref)
 
     def _enter(self, name: str, ref: Ref, dead: float) -> None:
         self.weights.add(ref)

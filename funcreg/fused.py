@@ -19,6 +19,7 @@ from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.checks import check_params, check_written, filled
 from funcreg.construction import Remembering, remembered
+from funcreg.factory_checks import check_selection, nonnegative
 from funcreg.freshness import Freshness
 from funcreg.frozen import frozen_beside_others
 from funcreg.leafwise import apply_updates, without_autocast
@@ -31,7 +32,7 @@ from funcreg.ranges import flags
 from funcreg.recording import Record, lack_numbers, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
-from funcreg.transform import Transform, check_selection, fits, is_scheduled, nonnegative
+from funcreg.transform import Transform, fits, is_scheduled
 from funcreg.tree import leaves_like, reader, restored, structure, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
 

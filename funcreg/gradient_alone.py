@@ -161,9 +161,10 @@ def _furthest_from_one(s: Tensor) -> Tensor:
 
 
 def _srip_slope(s: Tensor) -> Tensor:
-    off = s.square() - 1
-    top = (off.abs() == off.abs().amax(-1, keepdim=True)).to(s.dtype)
-    return 2 * s * off.sign() * top / top.sum(-1, keepdim=True)
+    # In the order of the value; the square of a great one may leave the range of float32, and the others not.
+    off = torch.where(s > 2, s + 1, (s.square() - 1).abs())
+    top = (off == off.amax(-1, keepdim=True)).to(s.dtype)
+    return 2 * s * (s - 1).sign() * top / top.sum(-1, keepdim=True)
 
 
 _furthest = of_values(_furthest_from_one, _srip_slope)

@@ -36,6 +36,11 @@ def of_groups(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Scalar:
     return grouped(x.broadcast_to(w.shape), dims)[..., :1] if isinstance(x, Tensor) and x.ndim else x
 
 
+def per_entry(x: Scalar, rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A number, or a tensor that broadcasts against a leaf, for each entry of the groups of that leaf."""
+    return grouped(x.to(rows.dtype).expand(w.shape), dims) if isinstance(x, Tensor) else torch.full_like(rows, x)
+
+
 def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The norm of each group and its direction, zero for a group of zeros; computed in units of the largest entry.
 

@@ -1,7 +1,7 @@
-"""Penalties of whole groups of entries: nonconvex ones of the norm, greatest magnitudes, and competition inside groups.
+"""Nonconvex penalties of the norms of groups.
 
-A group is what the option `dim` reduces, as in `group_lasso`. Everything here is done along the last dimension of
-`members(w, dims)`, which holds the entries of a group.
+A group is what the option `dim` reduces, as in `group_lasso`. Rules are those of magnitudes, on norms; in a metric a
+group turns, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,67 +16,24 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.grouped import in_its_unit, in_units, sum_groups
-from funcreg.leafwise import euclidean, running_sum, sign, squared
+from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
+from funcreg.grouped import in_units, sum_groups
+from funcreg.leafwise import euclidean, sign, squared, step_times
 from funcreg.lifting import penalty
+from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
 from funcreg.penalties import (
     Dim,
     Weights,
+    dims_of_groups,
     group_dims,
     group_directions,
     group_norms,
     group_sizes,
     shrink_groups,
-    shrunk,
-)
-from funcreg.separable import (
-    l0_landing,
-    l_half_landing,
-    l_half_slope,
-    mcp_landing,
-    mcp_slope,
-    mcp_value,
-    scad_landing,
-    scad_slope,
-    scad_value,
 )
 
 _AT_LEAST_0 = (0.0, math.inf)
 _ABOVE_0 = (sys.float_info.min, math.inf)
-
-
-# Groups as rows
-
-
-def members(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The entries of each group along one last dimension, after the dimensions that count groups."""
-    kept = [d for d in range(x.ndim) if d not in dims]
-    size = math.prod([x.shape[d] for d in dims])
-    return x.permute([*kept, *dims]).reshape([*[x.shape[d] for d in kept], size])
-
-
-def from_members(rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """What `members` took from a tensor of the shape of `w`, put back in its place."""
-    order = [*[d for d in range(w.ndim) if d not in dims], *dims]
-    return rows.reshape([w.shape[d] for d in order]).permute([order.index(d) for d in range(w.ndim)])
-
-
-def per_group(x: Any, w: Tensor, dims: tuple[int, ...]) -> Any:
-    """A number for each group, shaped to broadcast against `members`."""
-    if not isinstance(x, Tensor) or not x.ndim:
-        return x
-    return members(x.expand([1 if d in dims else n for d, n in enumerate(w.shape)]), dims)
-
-
-# Nonconvex penalties of the norm
-
-
-def _dims(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
-    return group_dims(w, dim)
-
-
-def _dims_of_leaf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> tuple[int, ...]:
-    return group_dims(w, dim)
 
 
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
@@ -127,7 +83,7 @@ def _best(
     best, least = torch.zeros_like(w), sum_groups(h * squared(x), dims) / 2
     for z in [w, *points]:
         away = torch.where(z == w, torch.zeros_like(w), z - w)  # Infinity is at no distance from itself.
-        worth = step / size / top * (value(group_norms(z, dims)) / size)
+        worth = step_times(step / size / top, value(group_norms(z, dims)) / size)
         found = sum_groups(h * squared(away / size), dims) / 2 + worth
         best, least = torch.where(found < least, z, best), torch.where(found < least, found, least)
     return torch.where(least.isnan(), least.to(w.dtype), best) + 0.0
@@ -167,14 +123,14 @@ def _group_mcp_metric(
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
         return _rescale(w, w.abs(), mcp_landing(w.abs(), step / h, alpha, gamma))
-    bent = _turn(w, h, step * alpha, step / gamma, dims)
+    bent = _turn(w, h, step_times(step, alpha), step / gamma, dims)
     return _best(w, h, step, lambda norms: mcp_value(norms, alpha, gamma), [bent], dims)
 
 
 @penalty(
     **_of_norms(mcp_slope, mcp_landing),
     metric=_group_mcp_metric,
-    structure=Structure(keeps=("signs", "directions"), groups=_dims),
+    structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
     bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
     convex=False,
@@ -222,15 +178,15 @@ def _group_scad_metric(
     alpha = alpha * group_sizes(w, dims, weights)
     if not dims:
         return _rescale(w, w.abs(), scad_landing(w.abs(), step / h, alpha, a))
-    straight = _turn(w, h, step * alpha, 0.0, dims)
-    bent = _turn(w, h, step * alpha * a / (a - 1), step / (a - 1), dims)
+    straight = _turn(w, h, step_times(step, alpha), 0.0, dims)
+    bent = _turn(w, h, step_times(step, alpha) * a / (a - 1), step / (a - 1), dims)
     return _best(w, h, step, lambda norms: scad_value(norms, alpha, a), [straight, bent], dims)
 
 
 @penalty(
     **_of_norms(scad_slope, scad_landing),
     metric=_group_scad_metric,
-    structure=Structure(keeps=("signs", "directions"), groups=_dims),
+    structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
     bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
     convex=False,
@@ -279,7 +235,8 @@ def _group_l_half_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None
 def _group_l_half_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    step = torch.zeros_like(norms) + step * group_sizes(w, dims, weights)  # Powers of tensors, as where it is one.
+    # Powers of tensors, as where it is one.
+    step = torch.zeros_like(norms) + step_times(step, group_sizes(w, dims, weights))
     return _rescale(w, norms, l_half_landing(norms, step))
 
 
@@ -297,7 +254,7 @@ def _group_l_half_residual(
     gradient=_group_l_half_gradient,
     proximal=_group_l_half_proximal,
     residual=_group_l_half_residual,
-    structure=Structure(keeps=("signs", "directions"), groups=_dims),
+    structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
     convex=False,
 )
@@ -339,7 +296,7 @@ def _group_l0_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) ->
 def _group_l0_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     norms = group_norms(w, dims)
-    return _rescale(w, norms, l0_landing(norms, step * group_sizes(w, dims, weights)))
+    return _rescale(w, norms, l0_landing(norms, step_times(step, group_sizes(w, dims, weights))))
 
 
 def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -347,7 +304,10 @@ def _group_l0_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weig
     if not w.numel():
         return w.clone()
     x, h, size, top = in_units(w, h, dims)
-    lost, cost = sum_groups(h * squared(x), dims) / 2, step / size / top / size * group_sizes(w, dims, weights)
+    lost, cost = (
+        sum_groups(h * squared(x), dims) / 2,
+        step_times(step / size / top / size, group_sizes(w, dims, weights)),
+    )
     return torch.where(lost <= cost, torch.zeros_like(w), w) + 0.0
 
 
@@ -361,7 +321,7 @@ def _group_l0_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ...
     proximal=_group_l0_proximal,
     metric=_group_l0_metric,
     residual=_group_l0_residual,
-    structure=Structure(keeps=("signs", "directions"), groups=_dims),
+    structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
     has_gradient=False,
     convex=False,
@@ -393,242 +353,3 @@ def group_l0(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     norms = group_norms(w, dims)
     # Through the norms, so that NaN goes through and derivatives are zeros.
     return group_sizes(w, dims, weights) * torch.where(norms.isnan(), norms, (norms != 0).to(norms.dtype))
-
-
-# Greatest magnitudes
-
-
-def water_level(x: Tensor, weight: Tensor, volume: Any) -> Tensor:
-    r"""The level :math:`c` of :math:`\sum_i h_i \max(x_i - c, 0) = v` along the last dimension, which is kept.
-
-    The sum is convex and falls in :math:`c`. That of the largest entries alone is never greater, and equal for the
-    right number of them, so that the level is the greatest of the levels of all numbers of entries.
-
-    References:
-        Held, Wolfe & Crowder, *Validation of subgradient optimization*, 1974.
-    """
-    sorted_, order = x.sort(dim=-1, descending=True)
-    sizes = weight.expand(x.shape).gather(-1, order)
-    return ((running_sum(sizes * sorted_) - volume) / running_sum(sizes)).amax(-1, keepdim=True)
-
-
-def _cut(w: Tensor, level: Tensor) -> Tensor:
-    """Magnitudes cut at a level, signs and phases kept."""
-    # At the level itself the entry goes with it, so that the derivative in a step of 0 is that of what is cut.
-    return torch.where(w.abs() < level, w, sign(w) * level) + 0.0
-
-
-def _greatest(w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The greatest magnitude of each group, reduced dimensions kept; 0 of a group without entries."""
-    return w.abs().amax(dims, keepdim=True) if w.numel() and dims else sum_groups(w.abs(), dims)
-
-
-def _ties(w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """1 where an entry is a greatest one of its group, 0 elsewhere, NaN through a group with NaN."""
-    top = _greatest(w, dims)
-    return torch.where(top.isnan(), top, (w.abs() == top).to(top.dtype))
-
-
-def _greatest_gradient(w: Tensor, *, dim: Dim, weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    ties = _ties(w, dims)
-    return sign(w) * (group_sizes(w, dims, weights) * ties / sum_groups(ties, dims))
-
-
-def _greatest_proximal(w: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    return _lowered(w, torch.ones_like(w.abs()), step * group_sizes(w, dims, weights), dims)
-
-
-def _greatest_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    if not w.numel():
-        return w.clone()
-    weight, top = in_its_unit(h, dims)
-    return _lowered(w, weight, step * group_sizes(w, dims, weights) / top, dims)
-
-
-def _lowered(w: Tensor, weight: Tensor, volume: Any, dims: tuple[int, ...]) -> Tensor:
-    """The greatest magnitudes of each group at one level, where what is cut off sums to a volume."""
-    if not w.numel():
-        return w.clone()
-    rows = members(w, dims)
-    level = water_level(rows.abs(), members(weight, dims), per_group(volume, w, dims))
-    return from_members(_cut(rows, level.relu()), w, dims)
-
-
-def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    if not w.numel():
-        return g.clone()
-    at_zero = _greatest_proximal(g, strength, dim=dim, weights=weights)
-    # The strength is poured over the greatest entries, most where they are pushed up most.
-    ties = members(_ties(w, dims), dims)
-    push = -(members(g, dims) * members(sign(w), dims).conj()).real
-    push = torch.where(ties == 0, torch.full_like(push, torch.finfo(push.dtype).min / 4), push)
-    volume = per_group(strength * group_sizes(w, dims, weights), w, dims)
-    poured = ties * (push - water_level(push, ties, volume)).relu()
-    return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * from_members(poured, w, dims))
-
-
-@penalty(
-    gradient=partial(_greatest_gradient, dim=None),
-    proximal=partial(_greatest_proximal, dim=None),
-    metric=partial(_greatest_metric, dim=None),
-    residual=partial(_greatest_residual, dim=None),
-    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims_of_leaf),
-    separable=False,
-)
-def linf(w: Tensor, *, dim: Dim = None, weights: Weights = None) -> Tensor:
-    r"""Greatest magnitude of each leaf, :math:`\max_i |w_i|`, summed over leaves.
-
-    The proximal operator cuts all magnitudes at one level, where what is cut off sums to the step: what it takes
-    away is the projection on the :math:`\ell_1` ball. It makes entries equal, and all zero when their magnitudes
-    sum to no more than the step. The gradient is shared evenly among equal greatest entries.
-
-    Args:
-        dim: Dimensions that lie inside a group; see `group_lasso`. By default each leaf is one group.
-        weights: Factors of the groups; see `group_lasso`.
-
-    Raises:
-        ValueError: A leaf has no such dimension.
-
-    Example:
-        >>> params = {"weight": torch.tensor([3.0, -2.5, 1.0])}
-        >>> linf(params), linf.prox(params, 1.5)
-        (tensor(3.), {'weight': tensor([ 2., -2.,  1.])})
-
-    References:
-        Parikh & Boyd, *Proximal algorithms*, 2014, section 6.5.
-    """
-    dims = group_dims(w, dim)
-    return group_sizes(w, dims, weights) * _greatest(w, dims)
-
-
-@penalty(
-    gradient=partial(_greatest_gradient, dim=...),
-    proximal=partial(_greatest_proximal, dim=...),
-    metric=partial(_greatest_metric, dim=...),
-    residual=partial(_greatest_residual, dim=...),
-    structure=Structure(needs=("order", "directions"), keeps=("signs",), groups=_dims),
-    separable=False,
-)
-def l1_linf(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    r"""Sum over groups of the greatest magnitude, :math:`\sum_g c_g \max_{i \in g} |w_i|`, which zeroes whole groups.
-
-    A group costs no more for all of its entries than for the greatest one, so that groups that stay are used in
-    full. `linf` is the same with one group for each leaf.
-
-    Args:
-        dim: Dimensions that lie inside a group; see `group_lasso`.
-        weights: Factors :math:`c_g`; see `group_lasso`.
-
-    Raises:
-        ValueError: A leaf has no such dimension.
-
-    Example:
-        >>> params = {"weight": torch.tensor([[3.0, -2.5], [0.5, 0.25]])}
-        >>> l1_linf(params), l1_linf.prox(params, 1.0)
-        (tensor(3.5000), {'weight': tensor([[ 2.2500, -2.2500],
-                [ 0.0000,  0.0000]])})
-
-    References:
-        Quattoni, Carreras, Collins & Darrell, *An efficient projection for l1,inf regularization*, 2009.
-    """
-    dims = group_dims(w, dim)
-    return group_sizes(w, dims, weights) * _greatest(w, dims)
-
-
-# Competition inside groups
-
-
-def _alone(w: Tensor, dims: tuple[int, ...]) -> bool:
-    """Whether entries have no others in their groups, so that the square is that of `l2`, smooth at zero."""
-    return math.prod([w.shape[d] for d in dims]) == 1
-
-
-def _exclusive_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    sums = w if _alone(w, dims) else sum_groups(w.abs(), dims) * sign(w)
-    return 2 * group_sizes(w, dims, weights) * sums
-
-
-def _exclusive_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    return _few_left(w, torch.ones_like(w.abs()), 2 * step * group_sizes(w, dims, weights), dims)
-
-
-def _exclusive_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    if not w.numel():
-        return w.clone()
-    weight, top = in_its_unit(h, dims)
-    return _few_left(w, weight, 2 * step * group_sizes(w, dims, weights) / top, dims)
-
-
-def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> Tensor:
-    """Where entries of each group land that compete with a force in a metric."""
-    if not w.numel():
-        return w.clone()
-    if _alone(w, dims):
-        return w / (1 + force / weight) + 0.0  # +0.0 also from -0.0.
-    rows, give = members(w, dims), 1 / members(weight, dims)
-    size, force = rows.abs(), torch.zeros_like(give[..., :1]) + per_group(force, w, dims)
-    # In units of a force above 1, so that no product with it leaves the range of float32.
-    unit = torch.where(force.detach() > 1, force.detach(), 1.0)
-    own, others = 1 / unit, torch.where(unit == math.inf, 1.0, force / unit)
-    # The sum s of what stays solves s = sum_i (|w_i| - f s / h_i)_+ with the force f. That of some entries alone is
-    # never greater, and equal for those that stay: the greatest s belongs to them.
-    order = (size / give).argsort(dim=-1, descending=True)
-    sums, gives = running_sum(size.gather(-1, order)), running_sum(give.gather(-1, order))
-    last = (sums / (own + others * gives)).argmax(-1, keepdim=True)
-    total, given = sums.gather(-1, last), gives.gather(-1, last)
-    # |w_i| - f s / h_i in this order is not lost in rounding under a great force, where the greatest entry stays.
-    left = (own * size + others * (size * given - total * give)).relu() / (own + others * given)
-    return from_members(sign(rows) * left + 0.0, w, dims)
-
-
-def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    dims = group_dims(w, dim)
-    if _alone(w, dims):
-        return g + strength * _exclusive_gradient(w, dim=dim, weights=weights)
-    force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
-    return torch.where(w == 0, shrunk(g, force), g + force * sign(w))
-
-
-@penalty(
-    gradient=_exclusive_gradient,
-    proximal=_exclusive_proximal,
-    metric=_exclusive_metric,
-    residual=_exclusive_residual,
-    structure=Structure(groups=_dims),
-    separable=False,
-)
-def exclusive_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    r"""Sum over groups of the squared sum of magnitudes, :math:`\sum_g c_g \|w_g\|_1^2`. No factor one half.
-
-    Entries of a group compete: few of each group stay, but no group vanishes, for near zero the square is flat.
-    With groups of one entry it is `l2`.
-
-    Args:
-        dim: Dimensions that lie inside a group; see `group_lasso`.
-        weights: Factors :math:`c_g`; see `group_lasso`.
-
-    Raises:
-        ValueError: A leaf has no such dimension.
-
-    Example:
-        >>> params = {"weight": torch.tensor([[3.0, -1.0], [0.3, 0.0]])}
-        >>> exclusive_lasso(params)
-        tensor(16.0900)
-        >>> exclusive_lasso.prox(params, 0.25)
-        {'weight': tensor([[2.0000, 0.0000],
-                [0.2000, 0.0000]])}
-
-    References:
-        Zhou, Jin & Hoi, *Exclusive lasso for multi-task feature selection*, 2010.
-        Kowalski, *Sparse regression using mixed norms*, 2009.
-    """
-    dims = group_dims(w, dim)
-    squares = squared(w) if _alone(w, dims) else sum_groups(w.abs(), dims).square()
-    return group_sizes(w, dims, weights) * squares

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, State, Updates
 from funcreg.construction import Call, Remembering, remembered
+from funcreg.factory_checks import check_no_torchs, dtypes
 from funcreg.leafwise import increment, scalar_device
 from funcreg.ranges import number
-from funcreg.transform import Transform, around, at_step, check_no_torchs, counter, dtypes, public_state
+from funcreg.transform import Transform, around, at_step, counter, public_state
 from funcreg.tree import leaves_like, tree_leaves, tree_map
 from funcreg.undocumented import is_compiling
 

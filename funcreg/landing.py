@@ -12,13 +12,14 @@ from funcreg._typing import Hyper, Params, Scalar, Schedule
 from funcreg.composition import Term
 from funcreg.coupled import Matrices
 from funcreg.denominators import Rule
+from funcreg.factory_checks import nonnegative
 from funcreg.fused import FusedStep
 from funcreg.inputs import at
 from funcreg.leafwise import check_has_numbers, compute, compute_wide, product, scalar_device
 from funcreg.memory import Pieces
 from funcreg.penalty import Penalty
 from funcreg.proximal import land
-from funcreg.transform import Transform, at_step, check_fit, is_scheduled, nonnegative
+from funcreg.transform import Transform, at_step, check_fit, is_scheduled
 from funcreg.tree import ABSENT, Absent, leaf_paths, tree_leaves
 
 #: Entries up to which leaves are laid end to end, where that takes fewer operations and as much time for each.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Schedule, Updates
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_transforms
 from funcreg.leafwise import (
     compute,
     compute_wide,
@@ -24,7 +25,7 @@ from funcreg.leafwise import (
 from funcreg.linesearch import scale_by_zoom_linesearch
 from funcreg.ranges import flags
 from funcreg.scaling import scale, scale_by_learning_rate
-from funcreg.transform import Transform, check_transforms, counter, identity, public_state
+from funcreg.transform import Transform, counter, identity, public_state
 from funcreg.tree import tree_leaves, tree_map
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -51,6 +50,11 @@ def widen(x: Tensor) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and moments of a tensor: float32 for 16-bit numbers, which saturate; else its own."""
     return torch.float32 if dtype in _SIXTEEN_BITS else dtype
+
+
+def exact_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products and differences of entries of any size are found."""
+    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def compute(f: Callable[..., Tensor], tree: Any, *rest: Any, hyper: Sequence[Hyper] = ()) -> Any:
@@ -180,12 +184,40 @@ def times(c: Scalar, x: Tensor) -> Tensor:
     return torch.where(x == 0, finite, c) * x
 
 
+def step_times(step: Scalar, *strengths: Scalar) -> Scalar:
+    """A step times strengths, all of at least 0: 0 where one of them is, also beside an infinite one."""
+    return functools.reduce(_times, strengths, step)
+
+
+def _times(a: Scalar, b: Scalar) -> Scalar:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return 0.0 if (a, b) in ((0, math.inf), (math.inf, 0)) else a * b
+    if not isinstance(b, Tensor):
+        a, b = b, a
+    if not isinstance(a, Tensor) and 0 < a < math.inf:
+        return a * b
+    return _finite_beside(a, b) * _finite_beside(b, a)
+
+
+def _finite_beside(a: Scalar, b: Scalar) -> Scalar:
+    """A number, as a finite one where another one is 0."""
+    if not isinstance(a, Tensor):
+        return torch.where(b == 0, min(a, _MOST), a) if isinstance(b, Tensor) and a == math.inf else a
+    if isinstance(b, Tensor):
+        return torch.where(b == 0, a.clamp(max=_MOST), a)
+    return a.clamp(max=_MOST) if b == 0 else a
+
+
+#: A number whose product with 0 is 0, in any dtype.
+_MOST = 2.0**15
+
+
 def product(params: Params, *factors: Hyper) -> Hyper:
-    """The product of hyperparameters: a scalar, or a tree like the parameters if a factor is a tree."""
+    """The product of steps and strengths: a scalar, or a tree like the parameters if a factor is a tree."""
     if all(level(factor) is None for factor in factors):
-        return functools.reduce(operator.mul, factors)
+        return step_times(*factors)
     rows = zip(*(broadcast(factor, params, "a hyperparameter") for factor in factors), strict=True)
-    return flatten(params)[1]([functools.reduce(operator.mul, row) for row in rows])
+    return flatten(params)[1]([step_times(*row) for row in rows])
 
 
 def scalar_device(params: Params) -> torch.device:
@@ -225,6 +257,11 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 def squared(w: Tensor) -> Tensor:
     """Entry by entry, the squared magnitude, real also for complex entries."""
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
+
+
+def is_finite(w: Tensor) -> Tensor:
+    """Entry by entry, whether it is neither infinite nor NaN; torch's own writes in place where entries are complex."""
+    return w.real.isfinite() & w.imag.isfinite() if w.is_complex() else w.isfinite()
 
 
 def bare(w: Tensor) -> bool:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from funcreg._typing import Hyper, Params
+from funcreg._typing import Hyper, Params, Scalar
 from funcreg.checks import fits
 from funcreg.composition import Structure
-from funcreg.leafwise import beside, compute, compute_leaves, reduce_leaves, times, total
+from funcreg.leafwise import beside, compute, compute_leaves, readable, reduce_leaves, times, total
 from funcreg.penalty import Penalty, is_single
 from funcreg.ranges import flags
 from funcreg.tree import flatten
@@ -144,7 +145,8 @@ def penalty(
         def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
             if metric is not None:
                 return metric(w, h, step, *hyper, **options)
-            return landing(w, step / h, *hyper, **options)
+            w, own = (w, step / h) if convex is True else _with_own_step(w, step, h)
+            return landing(w, own, *hyper, **options)
 
         def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
             if metric is not None or separable is not None:
@@ -187,3 +189,18 @@ def _weighted_terms(w: Tensor, c: Any, terms: Tensor) -> Tensor:
             f"dimensions of a leaf of shape {tuple(w.shape)}, with 1 for those inside a group"
         )
     return times(c, terms).to(terms.dtype)
+
+
+def _with_own_step(w: Tensor, step: Scalar, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf and the step of each entry in a metric, in float64 where that is seen to leave the range of float32.
+
+    What jumps from zero does so where the square of an entry is as large as its step. Rules of convex penalties have
+    nothing to lose there.
+    """
+    own = step / h
+    if own.dtype != torch.float32 or not own.numel() or not readable(own):
+        return w, own
+    limits, (least, most) = torch.finfo(own.dtype), own.detach().aminmax()
+    if most.item() > limits.max or (least.item() < limits.tiny and bool(((own < limits.tiny) & (step != 0)).any())):
+        return w.to(torch.complex128 if w.is_complex() else torch.float64), step / h.to(torch.float64)
+    return w, own

@@ -1,13 +1,10 @@
 """Line searches: step sizes that lower an objective enough, with optax's names and numbers.
 
-Each tries so many steps at most, and evaluates the objective at each. Plain code stops at the first that will do, and
-reads one truth value a trial for that. In an ensemble, in compiled code and wherever nothing can be read, all trials
-are made, and those after the last are left out.
+Each tries so many steps at most, and evaluates the objective at each.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,92 +14,18 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from funcreg._typing import Params, Scalar, State, Updates
-from funcreg.checks import check_alike
 from funcreg.construction import remembered
-from funcreg.leafwise import compute, compute_wide, reduce_leaves, safe_sqrt, scalar_device, total
+from funcreg.factory_checks import finite_nonnegative, positive
+from funcreg.leafwise import compute, scalar_device
 from funcreg.moments import stored
-from funcreg.plateau import as_value
 from funcreg.ranges import check_range, flags, scalars
-from funcreg.transform import Transform, finite_nonnegative, positive, public_state
+from funcreg.searches import Backtracking, Objective, Point, Wolfe, Zoom, choose, is_over
+from funcreg.transform import Transform, public_state
 from funcreg.tree import tree_leaves, tree_map, tree_paths
-from funcreg.undocumented import is_batched, is_traced, without_levels
-
-
-class Objective:
-    """The objective along a line, with what an update got of it."""
-
-    def __init__(self, name: str, params: Params, updates: Updates, like: Tensor, **given: Any) -> None:
-        value, grad, value_fn, extra = (given[key] for key in ("value", "grad", "value_fn", "extra"))
-        if grad is None or not callable(value_fn):
-            raise TypeError(
-                f"{name} needs the objective; expected update(updates, state, params, value=loss, grad=grads, "
-                "value_fn=f), where f makes the loss from parameters"
-            )
-        check_alike(params, grad, ("params", "grad"))
-        self.value = as_value(name, value, like)
-        self.slope = _along(grad, updates, like)
-        self.grad = compute_wide(lambda g: g.clone(), grad)
-        self._params, self._updates, self._like = params, updates, like
-        self._f = _with_extra(name, value_fn, extra)
-
-    def at(self, step: Tensor) -> tuple[Tensor, Tensor, Updates]:
-        """Value, slope along the line, and gradient, a step from the parameters."""
-        point = compute(lambda w, u, s: w + s * u, self._params, self._updates, hyper=(step,))
-        grad, value = grad_and_value(self._f)(point)
-        return as_value("a line search", value, self._like), _along(grad, self._updates, self._like), grad
-
-    def value_at(self, step: Tensor) -> Tensor:
-        """The value a step from the parameters."""
-        point = compute(lambda w, u, s: w + s * u, self._params, self._updates, hyper=(step,))
-        return as_value("a line search", self._f(point), self._like)
-
-
-def _with_extra(name: str, value_fn: Callable[..., Any], extra: dict[str, Any]) -> Callable[[Params], Any]:
-    """An objective of the parameters alone, other arguments given."""
-    if not extra:
-        return value_fn
-    parameters = inspect.signature(value_fn).parameters
-    if not any([p.kind is p.VAR_KEYWORD for p in parameters.values()]):
-        for key in extra:
-            if key not in parameters:
-                raise TypeError(f"{name} got the extra argument {key!r}, which value_fn does not take")
-    return lambda params: value_fn(params, **extra)
-
-
-def _along(grad: Updates, updates: Updates, like: Tensor) -> Tensor:
-    """The derivative along updates."""
-
-    def product(g: Tensor, u: Tensor) -> Tensor:
-        return g.real * u.real + g.imag * u.imag if g.is_complex() else g * u
-
-    return _scalar(total(reduce_leaves(product, grad, updates)), like)
-
-
-def _scalar(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.device, like.dtype)
 
 
 def _number(params: Params, value: float) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=scalar_device(params))
-
-
-def _is_over(done: Tensor) -> bool:
-    """Whether a search is known to be over; False where nothing can be read."""
-    if is_traced():
-        return False
-    done = without_levels(done)
-    return type(done) is Tensor and done.device.type != "meta" and not is_batched(done) and bool(done)
-
-
-def _select(condition: Tensor, a: Any, b: Any) -> Any:
-    """Of two trees, the first where a condition holds."""
-    return tree_map(lambda x, y: torch.where(condition.to(x.device), x, y.to(x.dtype)), a, b)
-
-
-def _violation(error: Tensor) -> Tensor:
-    """By how much a condition is violated, 0 if it holds; NaN is a violation without measure."""
-    error = error.clamp(min=0.0)
-    return torch.where(error.isnan(), math.inf, error)
 
 
 def _check_trials(name: str, trials: int) -> None:
@@ -200,6 +123,7 @@ def scale_by_backtracking_linesearch(
         rtol=rtol,
     )
     flags(store_grad=store_grad)
+    search = Backtracking(max_backtracking_steps, slope_rtol, decrease_factor, atol, rtol)
 
     def init(params: Params) -> ScaleByBacktrackingLinesearchState:
         number = lambda x: _number(params, x)
@@ -221,17 +145,8 @@ def scale_by_backtracking_linesearch(
             return updates, state
         name, one = "scale_by_backtracking_linesearch", state.learning_rate
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
-        step = torch.minimum(increase_factor * one, max_learning_rate + torch.zeros_like(one))
-        found, error, trials = f.value, torch.full_like(one, math.inf), torch.zeros_like(state.info[0])
-        over = torch.zeros_like(one, dtype=torch.bool)
-        for n in range(max_backtracking_steps + 1):
-            shorter = step if n == 0 else decrease_factor * step
-            there = f.value_at(shorter)
-            left = _violation(there - (1 + rtol) * f.value - shorter * slope_rtol * f.slope)
-            step, found, error, trials = _select(over, (step, found, error, trials), (shorter, there, left, trials + 1))
-            over = error <= atol
-            if _is_over(over):
-                break
+        longest = torch.minimum(increase_factor * one, max_learning_rate + torch.zeros_like(one))
+        step, found, error, trials = search.along(f, longest, state.info.num_linesearch_steps)
         step = torch.where(error.isinf(), 0.0, step)
         kept = f.at(step)[2] if store_grad else ()
         info = BacktrackingLinesearchInfo(trials, error)
@@ -271,51 +186,6 @@ class ScaleByZoomLinesearchState(NamedTuple):
     value: Tensor  # Value of the objective there.
     grad: Updates  # Its gradient there.
     info: ZoomLinesearchInfo
-
-
-class _Point(NamedTuple):
-    """A point on the line."""
-
-    step: Tensor
-    value: Tensor
-    slope: Tensor
-
-
-class _Wolfe(NamedTuple):
-    """The conditions of Wolfe, the first of which slopes decide where rounding hides a decrease."""
-
-    slope_rtol: Scalar
-    curv_rtol: Scalar
-    approx_dec_rtol: Scalar | None
-
-    def decrease_error(self, there: _Point, start: _Point) -> Tensor:
-        """By how much a point lacks in decrease."""
-        error = there.value - start.value - self.slope_rtol * there.step * start.slope
-        if self.approx_dec_rtol is not None:
-            close = there.value - start.value - self.approx_dec_rtol * start.value.abs()
-            error = torch.minimum(torch.maximum(there.slope - (2 * self.slope_rtol - 1) * start.slope, close), error)
-        return _violation(error)
-
-    def curvature_error(self, there: _Point, start: _Point) -> Tensor:
-        """By how much the slope at a point is too steep."""
-        return _violation(there.slope.abs() - self.curv_rtol * start.slope.abs())
-
-
-class _Search(NamedTuple):
-    """A search for a step, between two trials."""
-
-    trials: Tensor
-    bracketed: Tensor  # Whether a good step is known to lie between low and high.
-    over: Tensor
-    here: _Point  # The last trial.
-    grad: Updates  # Its gradient.
-    low: _Point  # The better end, which may lie on either side.
-    high: _Point
-    third: _Point  # Another point for cubic interpolation.
-    safe: _Point  # The best step with a sufficient decrease.
-    safe_grad: Updates
-    decrease_error: Tensor
-    curvature_error: Tensor
 
 
 @remembered
@@ -386,36 +256,13 @@ def scale_by_zoom_linesearch(
     )
     if initial_guess_strategy not in ("one", "keep"):
         raise ValueError(f"initial_guess_strategy is {initial_guess_strategy!r}; expected 'one' or 'keep'")
-    wolfe = _Wolfe(slope_rtol, curv_rtol, approx_dec_rtol)
+    wolfe = Wolfe(slope_rtol, curv_rtol, approx_dec_rtol)
+    search = Zoom(wolfe, max_linesearch_steps, most, increase_factor, tol, stepsize_precision)
 
     def init(params: Params) -> ScaleByZoomLinesearchState:
         number = lambda x: _number(params, x)
         info = ZoomLinesearchInfo(number(0.0).to(torch.int32), number(math.inf), number(math.inf))
         return ScaleByZoomLinesearchState(number(1.0), number(math.inf), tree_map(torch.zeros_like, params), info)
-
-    def trial(f: Objective, s: _Search, start: _Point, guess: Tensor) -> _Search:
-        longer = torch.where(s.trials == 0, guess, increase_factor * s.here.step)
-        limit = most + torch.zeros_like(longer)
-        at_limit, longer = longer >= limit, torch.minimum(longer, limit)
-        step = torch.where(s.bracketed, _between(s.low, s.high, s.third), longer)
-        value, slope, grad = f.at(step)
-        there = _Point(step, value, slope)
-        lacking, steep = wolfe.decrease_error(there, start), wolfe.curvature_error(there, start)
-        good = torch.maximum(lacking, steep) <= tol
-        narrow = s.bracketed & ((s.high.step - s.low.step).abs() <= stepsize_precision)
-
-        safer = (lacking <= tol) & (~s.bracketed | (value < s.safe.value))
-        safe, safe_grad = _select(safer, (there, grad), (s.safe, s.safe_grad))
-        between, low, high, third = _bracket(s, there, lacking)
-        found = between | good
-        trials = s.trials + 1
-        stuck = (trials >= max_linesearch_steps) | (narrow & (safe.step > 0))
-        done = good | (~s.bracketed & at_limit & ~found)
-        failed = stuck & ~done
-        retreats = failed & ((safe.step > 0) | lacking.isinf())
-        here, grad = _select(retreats, (safe, safe_grad), (there, grad))
-        new = _Search(trials, found, done | failed, here, grad, low, high, third, safe, safe_grad, lacking, steep)
-        return _select(s.over, s, new)
 
     def update(
         updates: Updates,
@@ -432,78 +279,14 @@ def scale_by_zoom_linesearch(
         name, one = "scale_by_zoom_linesearch", state.learning_rate
         f = Objective(name, params, updates, one, value=value, grad=grad, value_fn=value_fn, extra=extra)
         guess = torch.ones_like(one) if initial_guess_strategy == "one" else one
-        start = _Point(torch.zeros_like(one), f.value, f.slope)
-        no, unknown = torch.zeros_like(one, dtype=torch.bool), torch.full_like(one, math.inf)
-        slope = stored(f.grad, state.grad)
-        s = _Search(
-            torch.zeros_like(state.info[0]), no, no, start, slope, start, start, start, start, slope, unknown, unknown
-        )
-        for _ in range(max_linesearch_steps):
-            s = trial(f, s, start, guess)
-            if _is_over(s.over):
-                break
+        start = Point(torch.zeros_like(one), f.value, f.slope)
+        s = search.along(f, start, guess, stored(f.grad, state.grad), state.info.num_linesearch_steps)
         info = ZoomLinesearchInfo(s.trials, s.decrease_error, s.curvature_error)
         after = ScaleByZoomLinesearchState(s.here.step, s.here.value, s.grad, info)
         scaled = compute(lambda u, c: c * u, updates, hyper=(s.here.step,))
         return scaled, tree_map(lambda x, kept: x.to(kept.dtype).clone(), after, state)
 
     return Transform(init, update, state=ScaleByZoomLinesearchState, stages=["scales"])
-
-
-def _bracket(s: _Search, there: _Point, lacking: Tensor) -> tuple[Tensor, _Point, _Point, _Point]:
-    """Whether a good step is known to lie in a bracket once a point is known, its ends, and another point."""
-    # Where the objective is above its best so far, or rises again, a good step lies before.
-    before = (there.value >= s.here.value) & (s.trials > 0)
-    beyond = (lacking > 0) | torch.where(s.bracketed, there.value >= s.low.value, before)
-    rising = ~beyond & torch.where(s.bracketed, there.slope * (s.high.step - s.low.step) >= 0, there.slope >= 0)
-    low = _select(torch.where(s.bracketed, ~beyond, rising), there, _select(s.bracketed, s.low, s.here))
-    high = _select(
-        s.bracketed,
-        _select(beyond, there, _select(rising, s.low, s.high)),
-        _select(rising, s.here, there),
-    )
-    third = _select(s.bracketed, _select(beyond | rising, s.high, s.low), low)
-    return s.bracketed | beyond | rising, low, high, third
-
-
-def _between(low: _Point, high: _Point, third: _Point) -> Tensor:
-    """A step between two: the minimum of a cubic or a parabola if it is not near an end, else the middle."""
-    width = (high.step - low.step).abs()
-    left, right = torch.minimum(low.step, high.step), torch.maximum(low.step, high.step)
-
-    def inside(found: tuple[Tensor, Tensor], share: float) -> Tensor:
-        step, there = found
-        return there & (step > left + share * width) & (step < right - share * width)
-
-    cubic, parabola = _cubic_minimum(low, high, third), _parabola_minimum(low, high)
-    middle = torch.where(inside(parabola, 0.1), parabola[0], (low.step + high.step) / 2)
-    return torch.where(inside(cubic, 0.2), cubic[0], middle)
-
-
-def _quotient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a / b and whether there is one. Nothing is divided by 0, so that no derivative is NaN."""
-    there = b != 0
-    return a / torch.where(there, b, 1.0), there
-
-
-def _cubic_minimum(a: _Point, b: _Point, c: _Point) -> tuple[Tensor, Tensor]:
-    """The minimum of the cubic through three points that has the slope of the first there, and whether it has one."""
-    to_b, to_c = b.step - a.step, c.step - a.step
-    above_b, above_c = b.value - a.value - a.slope * to_b, c.value - a.value - a.slope * to_c
-    scale = (to_b * to_c) ** 2 * (to_b - to_c)
-    third, distinct = _quotient(to_c**2 * above_b - to_b**2 * above_c, scale)
-    second, _ = _quotient(to_b**3 * above_c - to_c**3 * above_b, scale)
-    radicand = second * second - 3 * third * a.slope
-    way, curved = _quotient(-second + safe_sqrt(radicand.clamp(min=0)), 3 * third)
-    return a.step + way, distinct & curved & (radicand >= 0)
-
-
-def _parabola_minimum(a: _Point, b: _Point) -> tuple[Tensor, Tensor]:
-    """The minimum of the parabola through two points that has the slope of the first there, and whether it has one."""
-    width = b.step - a.step
-    curvature, distinct = _quotient(b.value - a.value - a.slope * width, width**2)
-    way, curved = _quotient(a.slope, 2 * curvature)
-    return a.step - way, distinct & curved
 
 
 # Values and gradients that a search has seen
@@ -551,10 +334,10 @@ def value_and_grad_from_state(value_fn: Callable[..., Any]) -> Callable[..., tup
             return value, grad
         kept = found[0].value, tree_map(torch.clone, found[0].grad)
         known = found[0].value.isfinite()
-        if _is_over(known):
+        if is_over(known):
             return kept
         grad, value = grad_and_value(value_fn)(params, *args, **kwargs)
-        return _select(known, kept, (value.to(kept[0].dtype), grad))
+        return choose(known, kept, (value.to(kept[0].dtype), grad))
 
     return value_and_grad
 

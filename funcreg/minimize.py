@@ -14,6 +14,7 @@ from torch.func import grad
 from funcreg._typing import Hyper, Mask, Params
 from funcreg.checks import check_params
 from funcreg.coupled import check_groups_are_whole
+from funcreg.factory_checks import check_selection
 from funcreg.graphs import Graphs, Same, key_of, like
 from funcreg.implicit import Solve
 from funcreg.inputs import LinAlgError, as_tensors, check_call, check_names, explained, outside
@@ -26,7 +27,7 @@ from funcreg.ranges import check_range, concrete, number
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
-from funcreg.transform import check_fit, check_selection, public_state
+from funcreg.transform import check_fit, public_state
 from funcreg.tree import structure, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import forward_depth, is_compiling
 from funcreg.vectors import flat_problem

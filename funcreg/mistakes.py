@@ -10,16 +10,16 @@ import torch
 
 from funcreg._typing import Params
 from funcreg.averaging import lookahead, schedule_free
+from funcreg.chains import changes, named_chain
 from funcreg.clipping import zero_nans
-from funcreg.combine import apply_if_finite, changes, masked, named_chain, set_to_zero
+from funcreg.combine import apply_if_finite, masked, set_to_zero
 from funcreg.composition import Term, apart, composes
-from funcreg.constraint import Constraint
 from funcreg.construction import written
 from funcreg.masks import keep, listed
 from funcreg.penalty import Penalty, Sum
 from funcreg.placement import CLIMBING, decay_of, every_part, parts_of
 from funcreg.precision import with_master_weights, with_stochastic_rounding
-from funcreg.regularizing import add_penalty, project, proximal, soft_threshold
+from funcreg.regularizing import add_penalty, project, projects, proximal, soft_threshold
 from funcreg.rounding import is_narrow
 from funcreg.scaling import ema, scale_by_schedule, trace
 from funcreg.transform import Transform, at_step, raw_leaves, stateless
@@ -60,7 +60,7 @@ class Entry:
     def penalty(self) -> Penalty | None:
         """The penalty that it applies; a constraint is none."""
         found = self.argument("penalty")
-        return found if isinstance(found, Penalty) and not isinstance(found, Constraint) else None
+        return found if isinstance(found, Penalty) and not projects(found) else None
 
     def leaves(self) -> list[tuple[str, Any]]:
         """Names and tensors on which it acts."""
@@ -400,7 +400,7 @@ def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
     for i, entry in enumerate(links):
         step = entry.argument("threshold" if made(entry.tx, soft_threshold) else "step")
         raw = made(entry.tx, soft_threshold, proximal)
-        if not raw or callable(step) or isinstance(entry.argument("penalty"), Constraint):
+        if not raw or callable(step) or projects(entry.argument("penalty")):
             continue
         before = [each for each in links[:i] if _meet(entry, each)]
         reasons = [
@@ -425,7 +425,7 @@ def _constant_thresholds(links: list[Entry]) -> Iterator[str]:
 def _projections_in_another_metric(links: list[Entry]) -> Iterator[str]:
     for i, entry in enumerate(links):
         found = entry.argument("constraint" if made(entry.tx, project) else "penalty")
-        if not made(entry.tx, project, proximal) or not isinstance(found, Constraint) or found.separable is True:
+        if not made(entry.tx, project, proximal) or not projects(found) or found.separable is True:
             continue
         divides = next((each for each in links[:i] if _divides(each) and _meet(entry, each)), None)
         if divides is not None:
@@ -438,7 +438,7 @@ def _projections_in_another_metric(links: list[Entry]) -> Iterator[str]:
 
 def _sets_after_sets(links: list[Entry]) -> Iterator[str]:
     into = lambda each: each.argument("constraint" if made(each.tx, project) else "penalty")
-    sets = [each for each in links if made(each.tx, project, proximal) and isinstance(into(each), Constraint)]
+    sets = [each for each in links if made(each.tx, project, proximal) and projects(into(each))]
     for first, last in _behind(sets, lambda each: True, lambda each: True):
         before, after = (
             Term(into(each), (), each.argument("hyper"), tuple(each.argument("options").items()))

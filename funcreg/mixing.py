@@ -10,14 +10,15 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
 from funcreg.adam_family import AdamState
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite_nonnegative
 from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, scalar_device, zeros
 from funcreg.moments import adam_metric, average, average_square, bias_correction, real_zeros, stored
 from funcreg.ranges import check_range, flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.transform import Transform, at_step, below_one, counter, dtypes, finite_nonnegative, public_state
+from funcreg.transform import Transform, at_step, counter, public_state
 
 # AdEMAMix
 
@@ -268,6 +269,12 @@ def fourth_root(steps: Any) -> Scalar:
     return (steps.to(torch.float64) if isinstance(steps, Tensor) else torch.tensor(steps, dtype=torch.float64)) ** 0.25
 
 
+def _bounded(x: Tensor, most: Tensor) -> Tensor:
+    if x.is_complex():
+        return x * (most / torch.maximum(x.abs(), most)).nan_to_num(0.0)
+    return torch.minimum(torch.maximum(x, -most), most)
+
+
 @remembered
 def scale_by_adopt(
     b1: Scalar = 0.9,
@@ -317,12 +324,7 @@ def scale_by_adopt(
 
     def ratio(u: Tensor, v: Tensor, least: Scalar, most: Scalar) -> Tensor:
         x = u / torch.maximum(safe_sqrt(v), least + torch.zeros_like(v))
-        if not use_clipping:
-            return x
-        if u.is_complex():
-            return x * (most / torch.maximum(x.abs(), most + torch.zeros_like(v))).nan_to_num(0.0)
-        most = most + torch.zeros_like(v)
-        return torch.minimum(torch.maximum(x, -most), most)
+        return _bounded(x, most + torch.zeros_like(v)) if use_clipping else x
 
     def update(updates: Updates, state: AdamState, params: Params) -> tuple[Updates, AdamState]:
         begun = (state.steps > 0).to(torch.float64)

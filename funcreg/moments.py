@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
+from funcreg.factory_checks import dtypes
 from funcreg.leafwise import compute, compute_wide, increment, safe_sqrt, squared, wide, widen
 from funcreg.rounding import is_narrow, rounded, words
-from funcreg.transform import dtypes
 from funcreg.tree import flatten, tree_leaves, tree_map
 
 

@@ -11,25 +11,17 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, Updates
-from funcreg.combine import chain, partition, with_link
+from funcreg.chains import chain, with_link
+from funcreg.combine import partition
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite, finite_nonnegative, positive
 from funcreg.leafwise import compute, euclidean, increment, zeros
 from funcreg.moments import average, corrected_mean, stored
 from funcreg.optimizers import adamw
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
-from funcreg.transform import (
-    Transform,
-    below_one,
-    counter,
-    dtypes,
-    finite,
-    finite_nonnegative,
-    memoryless,
-    positive,
-    public_state,
-)
+from funcreg.transform import Transform, counter, memoryless, public_state
 from funcreg.tree import Path, at_leaf, dotted, flatten, leaf_paths, tree_map, tree_paths
 
 #: Coefficients of the polynomial a x + b x^3 + c x^5 of singular values, one triple for all steps, or one for each.

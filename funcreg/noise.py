@@ -14,11 +14,12 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite_nonnegative
 from funcreg.leafwise import compute, increment, widen
 from funcreg.per_example import check_examples, per_example_global_norm_clip
 from funcreg.ranges import scalars, single
 from funcreg.rounding import first_key, one_key, shifted, words
-from funcreg.transform import Transform, at_step, counter, finite_nonnegative, public_state
+from funcreg.transform import Transform, at_step, counter, public_state
 from funcreg.tree import flatten, tree_map
 
 

@@ -13,13 +13,14 @@ import torch
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.adam_family import scale_by_adam, scale_by_amsgrad
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
+from funcreg.factory_checks import without_momentum
 from funcreg.preconditioners import scale_by_rms, scale_by_rss, scale_by_stddev
 from funcreg.ranges import flags
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate, scale_by_lion, scale_by_trust_ratio, trace
-from funcreg.transform import Transform, identity, without_momentum
+from funcreg.transform import Transform, identity
 
 
 @remembered

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from funcreg._typing import Mask, Params
+from funcreg.frozen import frozen_beside_others
 from funcreg.masks import listed, mask_leaves
 from funcreg.selection import plain_names
 from funcreg.tree import ABSENT
@@ -126,6 +127,11 @@ class ParameterNames:
 
     def penalized(self) -> dict[str, Tensor]:
         return {name: w for w, name in self.names.items() if name in self.chosen}
+
+    def frozen(self) -> set[str]:
+        """The names of parameters that are frozen beside others."""
+        held = frozen_beside_others([*self.names])
+        return {name for name, is_frozen in zip(self.names.values(), held, strict=True) if is_frozen}
 
     def replaced(self) -> list[str]:
         """The names of parameters that the module does not have any more."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.grouped import in_units, root_of_mean
-from funcreg.leafwise import bare, euclidean, sign, squared
+from funcreg.leafwise import bare, euclidean, sign, squared, step_times
 from funcreg.lifting import penalty
 from funcreg.ranges import check_sign
 from funcreg.tree import tree_map
@@ -166,7 +166,9 @@ def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
-    return shrunk(w, step * alpha * rho) / (1 + step * alpha * (1 - rho))
+    return (
+        shrunk(w, step_times(step, alpha, rho)) / (1 + step_times(step, alpha, 1 - rho)) + 0.0
+    )  # +0.0 also from -0.0.
 
 
 def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -311,15 +313,15 @@ def _group_gradient(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Te
 
 def _group_proximal(w: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return shrink_groups(w, step * group_sizes(w, dims, weights), dims)
+    return shrink_groups(w, step_times(step, group_sizes(w, dims, weights)), dims)
 
 
 def _group_metric(w: Tensor, h: Tensor, step: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    return shrink_groups_in_metric(w, h, step * group_sizes(w, dims, weights), dims)
+    return shrink_groups_in_metric(w, h, step_times(step, group_sizes(w, dims, weights)), dims)
 
 
-def _groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
+def dims_of_groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tuple[int, ...]:
     return group_dims(w, dim)
 
 
@@ -335,7 +337,7 @@ def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., w
     metric=_group_metric,
     residual=_group_residual,
     separable=False,
-    structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=_groups),
+    structure=Structure(needs=("directions",), keeps=("signs", "directions"), groups=dims_of_groups),
 )
 def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Sum of the norms of groups, :math:`\sum_g c_g \|w_g\|_2`, which zeroes whole groups.
@@ -375,13 +377,19 @@ def _sparse_group_proximal(
     w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
     # In this order: the other one is not the proximal operator of the sum.
-    return _group_proximal(shrunk(w, step * alpha * rho), step * alpha * (1 - rho), dim=dim, weights=weights)
+    strength = step_times(step, alpha)
+    return _group_proximal(
+        shrunk(w, step_times(strength, rho)), step_times(strength, 1 - rho), dim=dim, weights=weights
+    )
 
 
 def _sparse_group_metric(
     w: Tensor, h: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
-    return _group_metric(shrunk(w, step * alpha * rho / h), h, step * alpha * (1 - rho), dim=dim, weights=weights)
+    strength = step_times(step, alpha)
+    return _group_metric(
+        shrunk(w, step_times(strength, rho) / h), h, step_times(strength, 1 - rho), dim=dim, weights=weights
+    )
 
 
 def _sparse_group_residual(
@@ -403,7 +411,7 @@ def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
     residual=_sparse_group_residual,
     separable=False,
     bounds={"alpha": _AT_LEAST_0, "rho": _SHARE},
-    structure=Structure(parts=_sparse_group_parts, keeps=("signs",), groups=_groups),
+    structure=Structure(parts=_sparse_group_parts, keeps=("signs",), groups=dims_of_groups),
 )
 def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     r"""Zero groups, and zeros inside groups, :math:`\alpha (\rho \|w\|_1 + (1 - \rho) \sum_g c_g \|w_g\|_2)`.

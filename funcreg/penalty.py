@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.arguments import AT_LEAST_0, LACKING, TakesHyper, check_hyper, say_shared
+from funcreg.arguments import ABOVE_0, AT_LEAST_0, LACKING, TakesHyper, check_hyper, say_shared
 from funcreg.checks import check_alike, check_params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.descent import approach, check_inner_steps
@@ -43,7 +42,7 @@ class Penalty(TakesHyper):
     on one leaf, with the decorator `penalty`; one that couples leaves is made from three functions on trees.
 
     `p.given(*hyper, **options)` is the penalty of given hyperparameters; such penalties are scaled and added,
-    `0.1 * l1 + elastic.given(0.1, 0.5)`. A sum has a value and a gradient; it has a proximal operator where that is
+    `0.1 * l1 + elastic.given(0.1, 0.5) / 2`. A sum has a value and a gradient; it has a proximal operator where that is
     exact, and raises an error that says why where it is not.
 
     `weights * p` is :math:`\sum_i c_i g(w_i)` in all its forms, for a tree of weights like the parameters or a prefix
@@ -303,7 +302,7 @@ class Penalty(TakesHyper):
                 f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of "
                 "another one is that of its convex envelope, which its own proximal operator does not tell."
             )
-        check_hyper("step", step, (sys.float_info.min, math.inf))
+        check_hyper("step", step, ABOVE_0)
         check_params(params)
 
         def act(chosen: Params) -> Params:
@@ -452,6 +451,15 @@ class Penalty(TakesHyper):
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Hyper) -> Penalty:
+        if isinstance(divisor, Penalty):
+            raise TypeError(
+                f"{self.__name__} is divided by {divisor.__name__}; expected a number above 0, or a tree of such"
+            )
+        self.given(strength=divisor)  # For its errors, which name what came and not its inverse.
+        check_hyper("the divisor" if is_compiling() else f"the divisor of {self.__name__}", divisor, ABOVE_0)
+        return self.given(strength=tree_map(lambda c: 1 / c, divisor))
+
 
 class Sum(Penalty):
     """Terms added up: a penalty that takes no hyperparameters."""
@@ -479,6 +487,12 @@ class Sum(Penalty):
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.Signature([inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
+
+    @property
+    def project(self) -> NoReturn:
+        raise AttributeError(
+            f"{self!r} has no attribute 'project'; prox(params, 1.0) is the nearest point, if its terms are constraints"
+        )
 
     def _value(self, params: Params) -> Tensor:
         return sum_value(self._addends, params)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
-from funcreg.combine import chain, named_chain
+from funcreg.chains import chain, named_chain
 from funcreg.construction import remembered, transforms_in
 from funcreg.decay import (
     add_cautious_weight_decay,
@@ -24,10 +24,11 @@ from funcreg.decay import (
     add_weight_decay_to_anchor,
     add_weight_decay_to_ema,
 )
+from funcreg.factory_checks import check_selection, check_transforms, finite_nonnegative
 from funcreg.ranges import concrete
 from funcreg.regularizing import add_decayed_weights
 from funcreg.schedules import KnownSchedule
-from funcreg.transform import Transform, check_selection, check_transforms, finite_nonnegative, warn
+from funcreg.transform import Transform, warn
 
 #: The kinds of `with_weight_decay`.
 Kind: TypeAlias = Literal[

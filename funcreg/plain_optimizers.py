@@ -6,22 +6,17 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Scalar, Schedule
-from funcreg.combine import chain, masked
+from funcreg.chains import chain
+from funcreg.combine import masked
 from funcreg.construction import remembered
 from funcreg.directions import scale_by_optimistic_gradient, scale_by_rprop
+from funcreg.factory_checks import below_one, finite_nonnegative, without_momentum
 from funcreg.leafwise import compute
 from funcreg.noise import add_noise, differentially_private_aggregate
 from funcreg.regularizing import add_decayed_weights
 from funcreg.rounding import one_key
 from funcreg.scaling import ema, scale, scale_by_learning_rate, scale_by_sign, scale_by_trust_ratio, trace
-from funcreg.transform import (
-    Transform,
-    below_one,
-    finite_nonnegative,
-    identity,
-    scheduled,
-    without_momentum,
-)
+from funcreg.transform import Transform, identity, scheduled
 
 # Signs
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite_nonnegative, share
 from funcreg.leafwise import compute, scalar_device
 from funcreg.ranges import check_range, scalars
 from funcreg.sharding import whole
-from funcreg.transform import Transform, counter, finite_nonnegative, public_state, share
+from funcreg.transform import Transform, counter, public_state
 
 
 @public_state

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import chain
+from funcreg.chains import chain
 from funcreg.construction import remembered
+from funcreg.factory_checks import finite, finite_nonnegative, positive
 from funcreg.leafwise import compute, reduce_leaves, squared, total
 from funcreg.optimizers import sgd
 from funcreg.plateau import as_value
 from funcreg.ranges import scalars
-from funcreg.transform import Transform, finite, finite_nonnegative, init_empty_state, positive
+from funcreg.transform import Transform, init_empty_state
 from funcreg.tree import tree_leaves
 
 _VARIANTS = ("sps", "sps+")

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from funcreg._typing import Params, State, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import check_transforms
 from funcreg.leafwise import compute_wide, increment, widen
 from funcreg.masks import keep, merge
 from funcreg.rounding import check_key, first_key, is_narrow, rounded, words
-from funcreg.transform import Stage, Transform, around, check_transforms, counter, public_state
+from funcreg.transform import Stage, Transform, around, counter, public_state
 from funcreg.tree import flatten, tree_leaves, tree_map
 
 

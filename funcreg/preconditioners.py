@@ -16,6 +16,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite_nonnegative, positive, share
 from funcreg.leafwise import (
     compute,
     compute_wide,
@@ -30,18 +31,7 @@ from funcreg.leafwise import (
 )
 from funcreg.moments import average, average_square, bias_correction, check_real, real_zeros, stored, stored_square
 from funcreg.ranges import flags, scalars, single
-from funcreg.transform import (
-    Transform,
-    at_step,
-    below_one,
-    check_fit,
-    counter,
-    dtypes,
-    finite_nonnegative,
-    positive,
-    public_state,
-    share,
-)
+from funcreg.transform import Transform, at_step, check_fit, counter, public_state
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map
 
 

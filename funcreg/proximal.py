@@ -18,26 +18,15 @@ from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import accelerate, approach, check_inner_steps, overlaps
+from funcreg.factory_checks import below_one, check_selection, finite_nonnegative, positive, without_momentum
+from funcreg.holding import check_decided, hold
 from funcreg.leafwise import compute, compute_wide, increment, product, scalar_device, total
 from funcreg.masks import keep, kept_by, mask_leaves, merge
 from funcreg.penalty import Penalty
 from funcreg.ranges import flags, scalars
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.scaling import TraceState, trace
-from funcreg.transform import (
-    Choice,
-    Transform,
-    at_step,
-    below_one,
-    check_fit,
-    check_selection,
-    counter,
-    finite_nonnegative,
-    identity,
-    positive,
-    public_state,
-    without_momentum,
-)
+from funcreg.transform import Choice, Transform, at_step, check_fit, counter, identity, public_state
 from funcreg.tree import tree_leaves, tree_map
 
 
@@ -131,18 +120,20 @@ def descend(
     hyper, options = check_penalty(penalty, hyper, options)
     check_strength(penalty, strength)
     check_selection(mask)
+    along_free = direction if direction.unheld is None else direction.unheld  # `hold` sees to what it freezes.
 
     def init(params: Params) -> ProximalState:
         check_fit(params, None, learning_rate, weight_decay)
         check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
-        return ProximalState(counter(params), direction.init(params))
+        check_decided([along_free], params)
+        return ProximalState(counter(params), along_free.init(params))
 
     def update(updates: Updates, state: ProximalState, params: Params) -> tuple[Updates, ProximalState]:
         rate, force, decay, *values = (
             at_step(value, state.steps) for value in (learning_rate, strength, weight_decay, *hyper)
         )
-        along, inner = direction.update(updates, state.direction, params)
+        along, inner = along_free.update(updates, state.direction, params)
         metric = None if direction.metric is None else direction.metric(inner)
         if max_step is not None:
             # The direction is divided by the same metric that the proximal operator sees.
@@ -159,7 +150,8 @@ def descend(
         moves = compute(lambda w, z: z - w, params, landed)
         return moves, ProximalState(increment(state.steps), inner)
 
-    return Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask), stages=["steps", "lands"])
+    tx = Transform(init, update, state=ProximalState, descends=True, spares=left_out(mask), stages=["steps", "lands"])
+    return hold(tx, [direction])
 
 
 @remembered

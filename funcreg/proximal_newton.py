@@ -49,6 +49,8 @@ DENSE = 512
 SMALL = 64
 #: Entries of a model for each that is not zero.
 _GROWTH = 3
+#: Most times by which a step is shorter than one that was not taken.
+_SHORTER = 10
 #: Most steps on a model.
 _INNER = 200
 #: Steps without a better residual or objective after which rounding is held to be all that moves.
@@ -191,6 +193,8 @@ def _step(flat: Flat, tensors: Any, s: _State) -> _State:
     slope, value = grad_and_value(flat.read)(z, tensors)
     objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
     taken, rate, length = judged(s, s.metric, z, slope, objective)
+    # What curves most where a step was far too long, as an exponential function does, says little of where it began.
+    rate = torch.where(taken, rate, torch.minimum(rate, _SHORTER * s.rate))
     return _moved(flat, tensors, s, taken, z, slope, objective, rate, length == 0)
 
 
@@ -308,15 +312,15 @@ def descend(flat: Flat, tensors: Any) -> tuple[Tensor, ...]:
     if bool(lost.any()):
         warn_user(_why_lost(flat, tensors, lost))
     hessians = _Hessians(flat, tensors, hessian if is_small(s.x) else None)
-    n, wait, eager = 0, _EVERY, _is_eager(flat, s.x)
+    n, wait, eager, share = 0, _EVERY, _is_eager(flat, s.x), torch.zeros_like(s.residual)
     # A Hessian costs as much as so many steps as it has rows, or somewhat less.
     then = 0 if eager else max(wait, s.x.shape[-1] // 8 if _is_dense(s.x) else 0)
     while n < flat.max_steps and not bool(s.done.all()):
         if n >= then:
             before, steps, size = s.residual, 0, 0
             with contextlib.suppress(LinAlgError):  # The loss has no value there; shorter steps may lead on.
-                s, steps, size = _jumped(flat, tensors, s, hessians, flat.max_steps - n, n > 0)
-            n = n + steps
+                s, steps, size = _jumped(flat, tensors, s, hessians, share, flat.max_steps - n, n > 0)
+            n, share = n + steps, _forcing(before, s.residual)
             helped = bool((s.residual < before / 2).any())
             wait = _EVERY if helped else 2 * wait
             then = n if helped and eager else n + max(wait, size // 8)
@@ -343,8 +347,18 @@ def _why_lost(flat: Flat, tensors: Any, lost: Tensor) -> str:
     return f"the loss or its gradient is not finite at params{for_some}, so that no step is taken. {cause}"
 
 
+def _forcing(before: Tensor, after: Tensor) -> Tensor:
+    """How near the minimum of the next model is near enough, as a share of the residual, by what the last one told.
+
+    A model that only halved the residual is not worth a minimum to all digits, and far from the solution, where
+    gradients are huge, none has them. Of what failed nothing is known, nor of the first.
+    """
+    ratio = after / before
+    return torch.where(ratio < 0.5, ratio.square(), 0.0)
+
+
 def _jumped(
-    flat: Flat, tensors: Any, s: _State, hessians: _Hessians, budget: int, moved: bool
+    flat: Flat, tensors: Any, s: _State, hessians: _Hessians, share: Tensor, budget: int, moved: bool
 ) -> tuple[_State, int, int]:
     """The state after a step to the minimum of a model, how many steps that took, and the size of its Hessian."""
     inside = None
@@ -355,7 +369,8 @@ def _jumped(
             return _State(*tried(tensors, s)), 0, 0
     x, slope = (entries(v, inside) for v in (s.x, s.slope))
     curvature = convex(hessians.at(x, inside, moved), lambda: entries(_moves(flat, tensors, s) > 0, inside))
-    quadratic, descent, steps = _model_minimum(flat, tensors, s.done, (x, slope, curvature), inside, budget)
+    enough = torch.where(share > 0, share * s.residual, 0.0).clamp(min=flat.tol / 4)
+    quadratic, descent, steps = _model_minimum(flat, tensors, s.done, (x, slope, curvature, enough), inside, budget)
     goal = descent.x if inside is None else s.x.scatter(-1, inside, descent.x)
     whole, part_way = (
         flat.over_members(
@@ -459,12 +474,15 @@ def _model_minimum(
     flat: Flat,
     tensors: Any,
     given_up: Tensor,
-    there: tuple[Tensor, Tensor, Tensor],
+    there: tuple[Tensor, ...],
     inside: Tensor | None,
     budget: int,
 ) -> tuple[Quadratic, Descent, int]:
-    """Models of the loss at entries in some places, from the slope and the Hessian there, and descents to minima."""
-    tol, size = flat.tol / 4, there[0].shape[-1]
+    """Models of the loss at entries in some places, from the slope and the Hessian there, and descents to minima.
+
+    `there` are entries, slopes, Hessians, and errors that are small enough.
+    """
+    size = there[0].shape[-1]
     places = () if inside is None else (inside,)
 
     def within(tensors: Any, places: tuple[Tensor, ...]) -> tuple[Flat, Rules]:
@@ -472,17 +490,17 @@ def _model_minimum(
         land = lambda x, step, metric: part.land(x, step, metric, tensors)
         return part, Rules(land, lambda x: part.value(x, tensors), flat.separable, flat.convex)
 
-    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor, *places: Tensor) -> Any:
+    def model(tensors: Any, x: Tensor, slope: Tensor, hessian: Tensor, enough: Tensor, *places: Tensor) -> Any:
         part, rules = within(tensors, places)
         metric = diagonal_metric(hessian) if flat.in_metric else torch.ones_like(x)
         rate = _first_rate(part, tensors, hessian, metric)
         rate = _in_reach(torch.where((rate > 0) & rate.isfinite(), rate, 1.0), x, slope, metric)
-        made = Quadratic(x, slope, hessian, metric, rate)
+        made = Quadratic(x, slope, hessian, metric, rate, enough)
         return made, begin(made, rules)
 
     stepped, jumped = (
         flat.over_members(
-            lambda tensors, q, d, *places, f=f: f(Quadratic(*q), within(tensors, places)[1], tol, Descent(*d)),
+            lambda tensors, q, d, *places, f=f: f(Quadratic(*q), within(tensors, places)[1], Descent(*d)),
             (name, size),
         )
         for f, name in ((step, "step of a model"), (newton, "newton of a model"))

@@ -40,6 +40,7 @@ class Quadratic(NamedTuple):
     hessian: Tensor
     metric: Tensor  # A positive diagonal.
     rate: Tensor  # No less than the greatest curvature in the metric.
+    enough: Tensor  # The error at which a descent is near enough to the minimum.
 
 
 class Descent(NamedTuple):
@@ -192,14 +193,14 @@ def begin(model: Quadratic, rules: Rules) -> Descent:
     return Descent(model.origin, model.gradient, recent, model.rate, unknown, zero, zero, zero > 0)
 
 
-def step(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
+def step(model: Quadratic, rules: Rules, s: Descent) -> Descent:
     """A proximal gradient step of the length of Barzilai and Borwein; a descent that is done stays."""
     z, slope, objective, error = _landed(model, rules, s.rate, s.x, s.slope)
     taken, rate, _ = judged(s, model.metric, z, slope, objective)
-    return _after(s, taken, z, slope, objective, error, tol, rate, s.steps + 1)
+    return _after(model, s, taken, z, slope, objective, error, rate, s.steps + 1)
 
 
-def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
+def newton(model: Quadratic, rules: Rules, s: Descent) -> Descent:
     """A Newton step on the fixed point of the proximal step, if it more than halves the error or goes downhill."""
     scale = s.rate * model.metric
     landed, pull = vjp(lambda z: rules.land(z, 1 / s.rate, model.metric), s.x - s.slope / scale)[:2]
@@ -228,7 +229,7 @@ def newton(model: Quadratic, rules: Rules, tol: float, s: Descent) -> Descent:
     *places, objectives, errors = vmap(reach)(points)
     best, _, taken = chosen(s, s.error, objectives, errors)
     z, slope, objective, error = (x.index_select(0, best)[0] for x in (*places, objectives, errors))
-    return _after(s, taken, z, slope, objective, error, tol, s.rate, s.steps)
+    return _after(model, s, taken, z, slope, objective, error, s.rate, s.steps)
 
 
 def _landed(model: Quadratic, rules: Rules, rate: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
@@ -244,13 +245,13 @@ def _landed(model: Quadratic, rules: Rules, rate: Tensor, x: Tensor, slope: Tens
 
 
 def _after(
+    model: Quadratic,
     s: Descent,
     taken: Tensor,
     z: Tensor,
     slope: Tensor,
     objective: Tensor,
     error: Tensor,
-    tol: float,
     rate: Tensor,
     steps: Tensor,
 ) -> Descent:
@@ -258,5 +259,5 @@ def _after(
     x, slope, recent, lower = moved(s, taken, z, slope, objective)
     error = torch.where(taken, error, s.error)
     since = torch.where((error < 0.99 * s.error) | lower, 0, s.since + (steps - s.steps))
-    done = (error <= tol) | (since > _PATIENCE) | is_lost(rate)
+    done = (error <= model.enough) | (since > _PATIENCE) | is_lost(rate)
     return unless_done(s.done, s, Descent(x, slope, recent, rate, error, since, steps, done))

@@ -44,6 +44,21 @@ def concrete(value: Any) -> Tensor | float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def known_true(x: Tensor) -> bool:
+    """Whether all entries are true, and can be read: not while a function is traced or batched, or on a GPU.
+
+    On the meta device nothing is left to be found.
+    """
+    known = concrete(x)
+    return x.is_meta or (isinstance(known, Tensor) and bool(known.all()))
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether numbers may be read from a tensor here and now, also from another device, for which it then waits."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(x) in _PLAIN and x.device.type != "meta" and not capturing
+
+
 def _read(value: Tensor) -> Tensor:
     token = is_checking.set(True)
     try:

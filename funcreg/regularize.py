@@ -20,6 +20,7 @@ from funcreg._typing import Hyper, Mask, Scalar, Schedule
 from funcreg.construction import Call, written
 from funcreg.denominators import Entries, Rule, held_optimizers, inner_optimizers, rule_of, steps_as_torch, unwrapped
 from funcreg.descent import check_inner_steps
+from funcreg.factory_checks import check_selection, positive
 from funcreg.followed_steps import FollowedSteps
 from funcreg.landing import Task
 from funcreg.masks import listed
@@ -27,9 +28,10 @@ from funcreg.notices import warn_user
 from funcreg.optimizer_hooks import OWN, Landings, is_empty, is_in_a_step, see_to_copies
 from funcreg.parameter_names import ParameterNames
 from funcreg.penalty import Penalty
+from funcreg.ranges import flags
 from funcreg.regularizing import check_penalty, check_strength, projects
 from funcreg.remarks import has_numbers
-from funcreg.transform import Transform, check_selection, flags, positive
+from funcreg.transform import Transform
 from funcreg.wording import type_of
 
 #: Numbers of steps after which it is seen what is left, and after which again: few, because a GPU is waited for.
@@ -294,11 +296,16 @@ class Regularization(FollowedSteps):
             see_to_copies(optimizer)
 
     def penalty_value(self) -> Tensor:
-        r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs."""
+        r"""The value :math:`\lambda g(w)` of the parameters as they are now, a 0-dim tensor: for logs.
+
+        Of those on which it acts: a frozen parameter, beside others that are not, counts in groups that span leaves
+        alone.
+        """
         if (optimizer := self._followed()) is not None:
             self._read_added(optimizer)
+        frozen = self._names.frozen().difference(*self._linked)
         with torch.no_grad():
-            leaves = {name: w.detach() for name, w in self._names.penalized().items()}
+            leaves = {name: w.detach() for name, w in self._names.penalized().items() if name not in frozen}
             return self._task.value(self._names.tree(leaves), self.steps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,19 +11,12 @@ from funcreg._typing import Hyper, Mask, Params, Schedule, Updates
 from funcreg.combine import masked
 from funcreg.constraint import Constraint
 from funcreg.construction import remembered, written
+from funcreg.factory_checks import check_selection, finite_nonnegative, nonnegative
 from funcreg.leafwise import compute, compute_wide
 from funcreg.penalties import half_l2, l1
 from funcreg.penalty import Penalty, Sum
 from funcreg.ranges import ordered
-from funcreg.transform import (
-    Stage,
-    Transform,
-    check_selection,
-    finite_nonnegative,
-    memoryless,
-    nonnegative,
-    scheduled,
-)
+from funcreg.transform import Stage, Transform, memoryless, scheduled
 from funcreg.wording import type_of
 
 
@@ -65,7 +58,7 @@ def check_strength(penalty: Penalty, strength: Hyper | Schedule) -> None:
 def check_gradient(penalty: Penalty) -> None:
     """Raise a TypeError for a penalty whose gradient is 0 everywhere: descent along it would do nothing."""
     if not penalty.has_gradient:
-        remedy = "project" if isinstance(penalty, Constraint) else "proximal or prox_sgd"
+        remedy = "project" if projects(penalty) else "proximal or prox_sgd"
         raise TypeError(
             f"penalty is the {penalty.kind} {penalty.__name__}, whose gradient is 0 everywhere, or that of a term is; "
             f"adding it would do nothing. Use {remedy}, which applies its proximal operator."
@@ -176,7 +169,7 @@ def proximal(
         return compute(lambda w, z: z - w, params, landed)
 
     # A projection has nothing to do where it was.
-    stages: list[Stage] = ["lands"] if isinstance(penalty, Constraint) else ["lands", "shrinks"]
+    stages: list[Stage] = ["lands"] if projects(penalty) else ["lands", "shrinks"]
     return where_masked(mask, scheduled(rule, step, *hyper, stages=stages))
 
 
@@ -207,7 +200,7 @@ def soft_threshold(threshold: Hyper | Schedule, mask: Mask | None = None) -> Tra
 
 
 @remembered
-def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any) -> Transform:
+def project(constraint: Penalty, *hyper: Hyper | Schedule, mask: Mask | None = None, **options: Any) -> Transform:
     r"""Keep parameters in a set, :math:`u' = P_C(w + u) - w`.
 
     It goes last in a chain: after it, parameters lie in the set, to the rounding of one addition. With plain gradient
@@ -215,7 +208,7 @@ def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None 
     where each entry is bounded by itself, as by `box`; for other sets `prox_adam` projects in the metric of the steps.
 
     Args:
-        constraint: A constraint such as `simplex`.
+        constraint: A constraint such as `simplex`, also one with its numbers, `box.given(0.0, 1.0)`, or a sum of such.
         hyper: Its hyperparameters: numbers, tensors, schedules or trees.
         mask: Leaves on which the constraint acts; True means apply.
         options: Its static options, such as `dim`.
@@ -230,7 +223,7 @@ def project(constraint: Constraint, *hyper: Hyper | Schedule, mask: Mask | None 
     References:
         Goldstein, *Convex programming in Hilbert space*, 1964.
     """
-    if not isinstance(constraint, Constraint):
+    if not isinstance(constraint, Penalty) or not projects(constraint):
         raise TypeError(f"constraint is {constraint!r}; expected one such as simplex. For a penalty use proximal.")
     return proximal(constraint, 0.0, *hyper, mask=mask, **options)
 

@@ -20,7 +20,7 @@ from funcreg.leafwise import product
 from funcreg.masks import listed
 from funcreg.notices import warn_user
 from funcreg.parameter_names import Moved, ParameterNames
-from funcreg.ranges import concrete
+from funcreg.ranges import concrete, is_readable
 from funcreg.regularizing import projects
 from funcreg.rounding import is_narrow
 from funcreg.selection import computed_from
@@ -87,12 +87,7 @@ class Remarks:
         """Warn of a constraint of counts that no leaf is large enough for."""
         counts = [part for part in task.term().parts() if part.penalty.__name__ in _COUNTS]
         leaves = {name: w.detach() for name, w in acted_on.items()}
-        if (
-            task.is_scheduled
-            or not (counts and leaves)
-            or is_compiling()
-            or not all(map(_is_readable, leaves.values()))
-        ):
+        if task.is_scheduled or not (counts and leaves) or is_compiling() or not all(map(is_readable, leaves.values())):
             return
         full = {name: torch.ones_like(w) for name, w in leaves.items()}
         for part in counts:
@@ -214,14 +209,14 @@ class Remarks:
         modules = [] if self._names.module is None else self._names.module.modules()
         tables = {m.weight for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
         plain = {name: w.detach() for name, w in acted_on.items() if type(w) is nn.Parameter}
-        plain = {name: w for name, w in plain.items() if _is_readable(w)}
+        plain = {name: w for name, w in plain.items() if is_readable(w)}
         self._rows = {name: (w != 0).any(1) for name, w in plain.items() if acted_on[name] in tables}
         self._begun = {name for name, w in plain.items() if acted_on[name] not in tables and w.any()}
 
     def of_lost(self, acted_on: dict[str, Tensor], kind: str) -> None:
         """Warn of what the first step made zero because it had no gradient yet."""
         self.of_lost_rows(acted_on, kind)
-        begun = {name: w for name, w in acted_on.items() if name in self._begun and _is_readable(w.detach())}
+        begun = {name: w for name, w in acted_on.items() if name in self._begun and is_readable(w.detach())}
         self._begun = set()
         lost = [name for name, w in begun.items() if w.grad is not None and not (w.detach().any() or _any(w.grad))]
         if lost:
@@ -236,7 +231,7 @@ class Remarks:
         for name, before in self._rows.items():
             w = acted_on[name]
             lost = before & _without_gradient(w) & (w == 0).all(1)
-            lost = int(lost.sum()) if _is_readable(w.detach()) else 0
+            lost = int(lost.sum()) if is_readable(w.detach()) else 0
             if lost:
                 warn_user(
                     f"{lost} of {len(w)} rows of '{name}', an embedding, became zero in the first step of {self._on!r}:"
@@ -365,12 +360,6 @@ def _held_before(group: Entries) -> float:
 def has_numbers(moved: list[Moved]) -> bool:
     """Whether an entry is not zero, where that can be read without waiting for a device."""
     leaves = [m.w.detach() for m in moved]
-    if is_compiling() or not all(map(_is_readable, leaves)):
+    if is_compiling() or not all(map(is_readable, leaves)):
         return False
     return any([bool(w.any()) for w in leaves])  # Mostly the first leaf has some.
-
-
-def _is_readable(w: Tensor) -> bool:
-    """Whether an entry may be read here and now."""
-    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(w) is Tensor and w.device.type != "meta" and not capturing

@@ -9,24 +9,14 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params, Scalar, Schedule, Updates
 from funcreg.construction import remembered
+from funcreg.factory_checks import below_one, dtypes, finite, finite_nonnegative, positive, share
 from funcreg.leafwise import compute, compute_wide, euclidean, increment, sign, zeros
 from funcreg.moments import average, bias_correction, stored
 from funcreg.ranges import check_choice, concrete, flags, scalars
-from funcreg.transform import (
-    Stage,
-    Transform,
-    below_one,
-    counter,
-    dtypes,
-    finite,
-    finite_nonnegative,
-    memoryless,
-    positive,
-    public_state,
-    scheduled,
-    share,
-)
+from funcreg.schedules import KnownSchedule
+from funcreg.transform import Stage, Transform, at_step, counter, everywhere, memoryless, public_state, scheduled
 from funcreg.tree import tree_leaves, tree_map
+from funcreg.undocumented import is_compiling
 
 
 @remembered
@@ -76,7 +66,17 @@ def scale_by_schedule(step_size_fn: Schedule) -> Transform:
     """
     if not callable(step_size_fn) or isinstance(step_size_fn, type):
         raise TypeError(f"step_size_fn is {step_size_fn!r}; expected a function of the step. For a number, use scale.")
-    return scheduled(_scale, step_size_fn, stages=["scales"], rate=step_size_fn)
+    tx = scheduled(_scale, step_size_fn, stages=["scales"], rate=step_size_fn)
+    tx.covers = everywhere if _may_be_negative(step_size_fn) else None
+    return tx
+
+
+def _may_be_negative(schedule: Schedule) -> bool:
+    """Whether a schedule may make steps downhill; of one of the user's own nothing is known."""
+    if not isinstance(schedule, KnownSchedule) or is_compiling():
+        return True
+    found = [concrete(at_step(schedule, count)) for count in (0, *schedule.turns)]
+    return any([value is None or bool(value < 0) for value in found])
 
 
 @remembered

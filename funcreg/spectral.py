@@ -12,13 +12,14 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import varies
+from funcreg.concave import l0_envelope, mcp
 from funcreg.constraint import constraint
 from funcreg.constraints import share, simplex_excess
 from funcreg.construction import remembered
 from funcreg.lifting import penalty
+from funcreg.magnitudes import l_half, l_two_thirds
 from funcreg.penalties import l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum
-from funcreg.separable import l0_envelope, l_half, l_two_thirds, mcp
 from funcreg.singular_values import as_matrix, decompose, matmul, of_values, on_values, one_per_matrix
 
 _AT_LEAST_0 = (0.0, math.inf)

@@ -18,6 +18,7 @@ from funcreg.adam_family import scale_by_adam
 from funcreg.construction import remembered
 from funcreg.coupled import check_groups_are_whole
 from funcreg.descent import check_inner_steps
+from funcreg.factory_checks import below_one, check_selection, finite_nonnegative, positive
 from funcreg.leafwise import compute, compute_wide, increment, product, safe_sqrt, squared, wide, zeros
 from funcreg.masks import kept_by
 from funcreg.penalties import half_l2
@@ -25,17 +26,7 @@ from funcreg.penalty import Penalty
 from funcreg.proximal import descend, land, left_out
 from funcreg.ranges import scalars, single
 from funcreg.regularizing import check_penalty, check_strength
-from funcreg.transform import (
-    Transform,
-    at_step,
-    below_one,
-    check_fit,
-    check_selection,
-    counter,
-    finite_nonnegative,
-    positive,
-    public_state,
-)
+from funcreg.transform import Transform, at_step, check_fit, counter, public_state
 from funcreg.tree import tree_map
 
 

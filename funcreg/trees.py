@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Params, Scalar, State
-from funcreg.checks import fits
+from funcreg.checks import check_tensors, fits
 from funcreg.construction import written
 from funcreg.leafwise import compute, without_autocast
 from funcreg.masks import listed
@@ -363,6 +363,7 @@ def periodic_update(
     check_range("update_period", update_period, 1)
     single(steps=steps, update_period=update_period)
     check_numbers("steps", steps)
+    check_tensors(old_tensors)
     now = steps % update_period == 0
     if not isinstance(now, Tensor):
         devices = [leaf.device for leaf in tree_leaves(old_tensors)]

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule, State, Updates
-from funcreg.combine import as_seen, chain, freeze, partition, pick
+from funcreg.chains import chain
+from funcreg.combine import freeze, partition, pick
 from funcreg.construction import Call, remembered
+from funcreg.factory_checks import check_transforms, dtypes
+from funcreg.holding import as_seen
 from funcreg.leafwise import (
     beside,
     compute,
     compute_wide,
     gathered,
     increment,
+    is_finite,
     reduce_leaves,
     scalar_device,
     spread_like,
@@ -35,9 +39,7 @@ from funcreg.transform import (
     Transform,
     around,
     at_step,
-    check_transforms,
     counter,
-    dtypes,
     everywhere,
     init_empty_state,
     public_state,
@@ -257,7 +259,7 @@ def skip_not_finite(updates: Updates, gradient_step: Any, params: Params) -> tup
         >>> skip_not_finite({"w": torch.tensor([float("nan"), 1.0])}, 0, None)
         (tensor(True), {'should_skip': tensor(True), 'num_not_finite': tensor(1)})
     """
-    bad = total(reduce_leaves(lambda u: ~u.isfinite(), updates))
+    bad = total(reduce_leaves(lambda u: ~is_finite(u), updates))
     return bad > 0, {"should_skip": bad > 0, "num_not_finite": bad}
 
 

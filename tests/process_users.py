@@ -138,14 +138,19 @@ def hybrid(world: int) -> None:
         same(_named(net), _named(plain))
 
 
+def _compiler() -> str:
+    """The real compiler in two processes; four take the same way with one that makes no code."""
+    return "inductor" if dist.get_world_size() == 2 else "eager"
+
+
 def _optimizer(model: nn.Module) -> Any:
     factory = lambda lr, strength: fr.prox_adam(lr, fr.l1, strength=strength, mask=fr.matrices)
-    return fr.Optimizer(model.named_parameters(), factory, lr=0.01, strength=0.05)
+    return fr.Optimizer(model.named_parameters(), factory, lr=0.01, strength=0.05, compile=_compiler())
 
 
 def _clipped_optimizer(model: nn.Module) -> Any:
     factory = lambda lr: fr.chain(fr.clip_by_global_norm(0.1), fr.adamw(lr), fr.soft_threshold(1e-4))
-    return fr.Optimizer(model.named_parameters(), factory, lr=0.01)
+    return fr.Optimizer(model.named_parameters(), factory, lr=0.01, compile=_compiler())
 
 
 def _regularized(model: nn.Module) -> Any:

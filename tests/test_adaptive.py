@@ -310,3 +310,16 @@ def test_updates_that_stay_the_same_have_no_spread_and_no_nan(dtype, eps_in_sqrt
     for _ in range(20):  # The mean square is that of the mean, and rounding takes some below it.
         scaled, state = tx.update(u, state, u)
     assert_close(scaled, u / (2 if eps_in_sqrt else 4), rtol=1e-2, atol=0)
+
+
+def test_an_average_of_adafactor_begins_at_its_offset():
+    late, now = fr.scale_by_factored_rms(step_offset=3), fr.scale_by_factored_rms()
+    params, grads = torch.zeros(2), [torch.tensor([n + 1.0, -2.0 * n - 1.0]) for n in range(6)]
+    state, begun = late.init(params), now.init(params)
+    for n, g in enumerate(grads):
+        updates, state = late.update(g, state, params)
+        if n < 3:
+            assert_equal(updates, g.sign())
+        else:
+            expected, begun = now.update(g, begun, params)
+            assert_equal(updates, expected)

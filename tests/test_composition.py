@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import DEVICE, assert_equal, draw, flat, normal
@@ -26,6 +28,27 @@ def test_sums_are_the_penalties_of_one_formula(step, metric):
     ):
         assert_equal(mixed.prox(w, step, **h), fr.sparse_group_lasso.prox(w, step, alpha, rho, **h), rtol=1e-9)
         assert_equal(mixed.residual(w, w), fr.sparse_group_lasso.residual(w, w, alpha, rho), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("total", [
+    fr.l1 + fr.half_l2,
+    0.3 * fr.group_lasso + fr.l2 + fr.l1,
+    fr.l1 + fr.anchored_l2.given(0.7),
+    fr.l1.given(mask=fr.matrices) + 0.0 * fr.half_l2,
+    {"head": 0.0, "body": 2.0} * fr.half_l2 + 0.1 * fr.l1,
+], ids=str)  # fmt: skip
+def test_sums_with_a_ridge_take_steps_of_any_length(total, metric):
+    w = draw()
+    h = {"metric": fr.tree_map(lambda w: w.abs() + 0.5, w)} if metric else {}
+    far, infinite = total.prox(w, 1e14, **h), total.prox(w, math.inf, **h)
+    assert_equal(infinite, far, rtol=0, atol=1e-12)
+    assert_equal(total.prox(w, torch.tensor(math.inf), **h), infinite)
+    each = fr.tree_map(lambda w: torch.full_like(w[(..., *[slice(1)] * (w.ndim - 1))], math.inf), w)  # For each row.
+    assert_equal(total.prox(w, each, **h), infinite)
+    narrow = draw(dtype=torch.float32)
+    h = {"metric": fr.tree_map(lambda w: w.abs() + 0.5, narrow)} if metric else {}
+    assert_equal(total.prox(narrow, 1e30, **h), fr.tree_map(lambda z: z.float(), far), rtol=1e-6, atol=1e-6)
 
 
 def test_a_sum_is_its_terms_in_any_order():
@@ -204,6 +227,29 @@ def test_what_is_no_penalty_or_lacks_hyperparameters_is_refused():
     with pytest.raises(TypeError, match="unsupported operand"):
         fr.l1 + 1
     assert repr(0.1 * (fr.l1 + fr.l2)) == "0.1 * (l1 + l2)"
+
+
+@pytest.mark.parametrize("divisor", [2, 4.0, torch.tensor(0.5), {"head": 2.0, "body": torch.tensor(4.0)}], ids=str)
+def test_a_penalty_divided_by_a_number_is_that_share_of_it(divisor):
+    w, share = draw(), fr.tree_map(lambda c: 1 / c, divisor)
+    for p in (fr.l1, fr.elastic.given(0.3, 0.5), fr.group_lasso + fr.half_l2):
+        assert_equal((p / divisor)(w), (share * p)(w))
+        assert_equal((p / divisor).grad(w), (share * p).grad(w))
+        assert_equal((p / divisor).prox(w, 0.7), (share * p).prox(w, 0.7))
+    assert repr(fr.l1 / 2) == "0.5 * l1"
+
+
+@pytest.mark.parametrize(("divisor", "error", "said"), [
+    (0, ValueError, "the divisor of l1 is 0; expected a number above 0"),
+    (-2.0, ValueError, "the strength of l1 is -2"),
+    ({"head": 0.0, "body": 1.0}, ValueError, "the divisor of l1 at 'head' is 0.0; expected a number above 0"),
+    (fr.l2, TypeError, "l1 is divided by l2; expected a number above 0, or a tree of such"),
+    ("half", TypeError, "the strength of l1 is 'half'; expected a number"),
+    (lambda count: 2.0, TypeError, "A schedule goes to"),
+])  # fmt: skip
+def test_a_penalty_is_divided_by_numbers_above_zero_alone(divisor, error, said):
+    with pytest.raises(error, match=said):
+        fr.l1 / divisor
 
 
 def test_sums_are_built_and_used_inside_compiled_functions():

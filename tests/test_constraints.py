@@ -447,6 +447,27 @@ def test_autocast_changes_nothing(case):
         assert_equal(everything(), expected)
 
 
+@pytest.mark.parametrize("given", [fr.l1_ball.given(1.0), fr.l1_ball.given(1.0) + fr.nonnegative], ids=repr)
+def test_constraints_with_their_numbers_are_constraints_wherever_one_is_expected(given, recwarn):
+    params = torch.tensor([2.0, -1.0, 0.5])
+    tx = fr.project(given)
+    moved = params + tx.update(params, tx.init(params), params)[0]
+    assert_equal(moved, given.prox(2 * params, 1.0))
+    assert given(moved) == 0
+    fr.chain(fr.MultiSteps(fr.sgd(0.1), 2), fr.proximal(given, 0.0))
+    assert not recwarn.list
+    said = str(fr.describe(fr.chain(fr.adam(0.1), fr.project(given)), params))
+    assert "goes to the nearest point of the set" in said
+    with pytest.raises(ValueError, match="is the same for all strengths"):
+        fr.regularization_path(lambda w: (w - 1).square().sum(), params, given, count=3)
+    with pytest.raises(TypeError, match="Use project"):
+        fr.add_penalty(given)
+    with pytest.raises(AttributeError, match=r"prox\(params, 1.0\) is the nearest point"):
+        given.project(params)
+    with pytest.raises(TypeError, match=r"constraint is 0.5 \* l1; expected one such as simplex"):
+        fr.project(0.5 * fr.l1)
+
+
 @every_constraint
 def test_constraints_pickle_and_copy(case):
     params, given = draw_fours(), case.penalty.given(*case.hyper, **case.options)
@@ -523,6 +544,17 @@ def test_a_sparse_simplex_is_the_nearest_of_all_choices_of_entries(k):
         torch.testing.assert_close((row - z).square().sum(), least, rtol=1e-12, atol=0)
     members = fr.sparse_simplex.project(x, torch.tensor([[1.0]] * 2 + [[2.0]] * 3, device=DEVICE), 1.3, dim=-1)
     assert [int((z != 0).sum()) <= n for z, n in zip(members, (1, 1, 2, 2, 2), strict=True)] == [True] * 5
+
+
+def test_counts_in_a_metric_know_magnitudes_of_any_size():
+    w = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for size, metric in itertools.product((1e-37, 1e-20, 1e20, 1e37), (1e-30, 1.0, 1e30)):
+        x, h = size * w, torch.full_like(w, metric)
+        assert_equal(fr.top_k.prox(x, 1.0, 1, metric=h), x * (w == 4))
+        assert_equal(fr.n_m_sparsity.prox(x, 1.0, 1, 4, metric=h), x * (w == 4))
+        assert_equal(fr.group_top_k.prox(x.T, 1.0, 1, metric=h.T), x.T * (w.T == 4))
+    h = torch.tensor([[1e30, 1e29, 1e28, 1e27]])
+    assert_equal(fr.top_k.prox(1e30 * w, 1.0, 1, metric=h), 1e30 * w * (w == 1))
 
 
 def test_of_equal_magnitudes_the_first_are_kept():

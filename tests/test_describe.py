@@ -96,6 +96,35 @@ def test_frozen_leaves_are_left_out_of_the_other_links():
     assert freeze.note.startswith("holds 2 of 4 leaves")
 
 
+BODY = {"head": False, "body": True}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.partition({True: fr.freeze(True), False: fr.sgd(0.1)}, HEAD),
+        lambda: fr.chain(fr.clip(1.0), fr.partition({True: fr.chain(fr.freeze(True)), False: fr.sgd(0.1)}, HEAD)),
+        lambda: fr.chain(fr.sgd(0.1), fr.masked(fr.freeze(True), HEAD)),
+        lambda: fr.MultiSteps(fr.chain(fr.freeze(HEAD), fr.sgd(0.1, momentum=0.9)), 2),
+        lambda: fr.chain(fr.lookahead(fr.apply_if_finite(fr.chain(fr.sgd(0.1), fr.freeze(HEAD)), 2), 2, 0.5)),
+        lambda: fr.chain(
+            fr.freeze({"head": {"weight": True, "bias": False}, "body": False}), fr.chain(fr.freeze(HEAD)), fr.sgd(0.1)
+        ),
+        lambda: fr.chain(fr.freeze(HEAD), fr.add_decayed_weights(0.0, {"body": True}), fr.masked(fr.sgd(0.1), BODY)),
+    ],
+)
+def test_leaves_that_are_frozen_inside_are_those_that_are_said_to_be_held(make):
+    tx, params = make(), draw()
+    params["head"] = params["head"]._asdict()
+    held = [name for name, frozen in zip(fr.tree_paths(params), tx.frozen(params), strict=True) if frozen]
+    found = described(tx, params)
+    assert not found.warnings
+    assert [set(row.leaves) for row in found.rows if row.link.startswith("freeze(")][-1] == set(held)
+    for row in found.rows:
+        if row.note and not row.link.startswith("freeze("):
+            assert set(row.leaves) <= set(fr.tree_paths(params)) - set(held), row
+
+
 def test_what_a_factory_makes_is_opened_and_its_mistakes_are_warned_of():
     """Also with the schedules that it was called with, and inside other wrappers."""
 
@@ -280,6 +309,10 @@ MISTAKEN = {
         lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.clip(1.0)}, {"head": "a", "body": "b"}),
         [r"partition.*: body.* would go uphill"],
     ),
+    "a part that climbs along a schedule": (
+        lambda: fr.partition({"a": fr.sgd(0.1), "b": fr.scale_by_schedule(SCHEDULE)}, {"head": "a", "body": "b"}),
+        [r"partition.*: body.* would go uphill"],
+    ),
     "clipping of each of several gradients": (
         lambda: fr.chain(fr.clip_by_global_norm(1.0), fr.MultiSteps(fr.sgd(0.1), 4)),
         [r"clip_by_global_norm\(1.0\) stands before MultiSteps.*each of them, and not their mean. Put it inside"],
@@ -376,6 +409,12 @@ RIGHT = [
     lambda: fr.chain(fr.add_decayed_weights(0.1, fr.matrices), fr.sgd(0.1, momentum=0.9)),
     lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: -falling(count))),
     lambda: fr.chain(fr.scale_by_adam(), fr.scale_by_schedule(lambda count: 0.5 - 0.1 * count)),
+    lambda: fr.partition(
+        {"a": fr.sgd(0.1), "b": fr.scale_by_schedule(lambda count: -falling(count))}, {"head": "a", "body": "b"}
+    ),
+    lambda: fr.partition(
+        {"a": fr.sgd(0.1), "b": fr.scale_by_schedule(fr.linear_schedule(-0.1, 0.0, 9))}, {"head": "a", "body": "b"}
+    ),
     lambda: fr.chain(fr.adam(0.1), fr.scale_by_schedule(falling)),
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.adamw(0.1, mask=fr.matrices & fr.select("body*"))),
     lambda: fr.chain(fr.masked(fr.set_to_zero(), HEAD), fr.sgd(0.1, momentum=0.9), fr.project(fr.nonnegative)),

@@ -493,3 +493,10 @@ def test_numbers_as_extra_arguments_under_another_default_device():
     params, state = step.init(square(), value=1.0)
     with torch.device("meta"):
         check(tx, step, params, fr.tree_map(torch.clone, params), state, value=2.0)
+
+
+@pytest.mark.filterwarnings("error:this is computed leaf by leaf")
+def test_what_looks_for_infinities_is_recorded_for_complex_leaves_too():
+    tx = fr.apply_if_finite(fr.MultiSteps(fr.sgd(0.1), 2, should_skip_update_fn=fr.skip_not_finite), 2)
+    step, params = fr.fuse(tx, backend="eager"), {"a": torch.tensor([1 + 2j, -3j])}
+    check(tx, step, params, {"a": torch.tensor([1 + 2j, complex(1.0, math.inf)])}, tx.init(params))

@@ -315,5 +315,6 @@ def test_compilers_find_the_same(backend):
     found, expected, _ = both(solve(0.1), backend)
     close(found.params, expected.params)
     assert found.steps == expected.steps
-    path = lambda compile: vmap(lambda s: solve(s)(compile).params)(STRENGTHS)
-    close(*both(path, backend)[:2])
+    if backend == "aot_eager":  # What is mapped takes the real compiler long.
+        path = lambda compile: vmap(lambda s: solve(s)(compile).params)(STRENGTHS)
+        close(*both(path, backend)[:2])

@@ -13,7 +13,7 @@ from cases import assert_equal, normal, uniform
 from torch.func import grad, vmap
 
 import funcreg as fr
-from funcreg.structured import falling_fit
+from funcreg.orders import falling_fit
 
 NONCONVEX = [
     (fr.group_mcp, (0.7, 2.0)),

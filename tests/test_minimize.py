@@ -482,7 +482,7 @@ def test_where_a_hessian_of_all_would_be_too_large_those_that_are_not_zero_have_
     found = fr.minimize(squares, {"w": zeros(700)}, fr.l1, strength=0.1, args=(x, y))
     expected = Lasso(0.1, fit_intercept=False, tol=1e-15, max_iter=100_000).fit(x.cpu().numpy(), y.cpu().numpy()).coef_
     assert found.converged
-    assert found.steps < 200
+    assert found.steps < 300  # With models to all digits, thousands.
     np.testing.assert_allclose(found.params["w"].cpu(), expected, atol=1e-8)
     np.testing.assert_array_equal(found.params["w"].cpu() == 0, expected == 0)
 
@@ -783,6 +783,35 @@ def test_where_a_loss_curves_downwards_models_have_minima_too():
     assert found.steps < 300  # With models that have no minima, more.
     each = vmap(lambda s: fr.minimize(loss, begin, fr.l1, strength=s, args=(x, y), mask=fr.select("a", "c")))
     assert each(torch.tensor([0.02, 0.1], dtype=torch.float64, device=DEVICE)).converged.all()
+
+
+def poisson(params, x, y):
+    outputs = x @ params["w"] + params["b"]
+    return (outputs.exp() - y * outputs).mean()
+
+
+@pytest.mark.parametrize("unit", [1e2, 1e3, 1e6])
+def test_counts_of_any_size_are_fitted_from_zeros(unit):
+    """The first steps lead to where an exponential function has up to hundreds of digits."""
+    x, _ = made(60, 4)
+    y, begin, mask = unit * (0.5 * x[:, 0]).exp().round(), {"w": zeros(4), "b": zeros()}, fr.select("w")
+    found = fr.minimize(poisson, begin, fr.l1, strength=0.1 * unit, args=(x, y), mask=mask, tol=1e-8 * unit)
+    near = {"w": zeros(4), "b": y.mean().log()}
+    expected = fr.minimize(poisson, near, fr.l1, strength=0.1 * unit, args=(x, y), mask=mask, tol=1e-8 * unit)
+    assert found.converged
+    assert found.steps < 100
+    torch.testing.assert_close(found.params, expected.params, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [44.0, 100.0])
+def test_where_no_digit_of_a_model_would_be_right_its_minimum_is_not_looked_for(size):
+    x, _ = made(60, 4)
+    y, mask = (0.5 * x[:, 0]).exp().round(), fr.select("w")
+    solve = lambda b: fr.minimize(poisson, {"w": zeros(4), "b": b}, fr.l1, strength=0.1, args=(x, y), mask=mask)
+    found = solve(number(size))  # Where the loss is 1e19, or 1e43.
+    assert found.converged
+    assert found.steps < 300  # With models to all digits, thousands.
+    torch.testing.assert_close(found.params, solve(zeros()).params, rtol=0, atol=1e-7)
 
 
 #: What a loss is where a logarithm has no value: NaN, or infinite where its author says so.

@@ -101,6 +101,14 @@ def test_the_page_holds_the_tables_made_from_the_code():
     assert made["filled"](OPTAX) == OPTAX, "run python examples/from_optax.py --write"
 
 
+def test_states_that_are_called_the_same_have_the_fields_of_optax():
+    known = made["REFERENCE"]["fields"]
+    same = [name for name in known if hasattr(getattr(fr, name, None), "_fields") and not made["words"](name)]
+    assert len(same) > 15
+    for name in same:
+        assert [*getattr(fr, name)._fields] == [{"count": "steps"}.get(f, f) for f in known[name].split()], name
+
+
 def test_every_name_is_in_the_tables_once():
     tables = "".join(
         re.findall(r"^<!-- (?:same|other|without) -->\n(.*?)^<!-- end -->", OPTAX, re.DOTALL | re.MULTILINE)

@@ -17,7 +17,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import cross_entropy, huber_loss, mse_loss, softplus
 
 import funcreg as fr
-from funcreg.path import _is_quadratic
+from funcreg.strengths import is_quadratic
 
 WEIGHTS = {"mask": fr.select("w")}
 
@@ -537,8 +537,8 @@ def test_losses_that_are_quadratic_in_places_have_paths():
 def test_losses_that_are_linear_along_some_direction_are_not_taken_for_quadratic():
     x, y = standard(load_wine)
     loss = lambda w, x, y: cross_entropy(x @ w, y)  # The same if all classes get as much.
-    assert not _is_quadratic(lambda w: loss(w, x, y), zeros(13, 3))
-    assert _is_quadratic(lambda w: (x @ w - y[:, None]).square().mean(), zeros(13, 3))
+    assert not is_quadratic(lambda w: loss(w, x, y), zeros(13, 3))
+    assert is_quadratic(lambda w: (x @ w - y[:, None]).square().mean(), zeros(13, 3))
 
 
 def test_choices_among_thousands_of_entries_are_those_of_scikit_learn():

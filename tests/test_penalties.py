@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import pickle
 from collections import OrderedDict
@@ -914,6 +915,39 @@ def test_penalties_say_whether_they_are_convex_and_only_those_have_a_dual_prox(c
         for p in (given, 0.5 * given, given + fr.l1):
             with pytest.raises(ValueError, match="is not known to be convex; expected a convex penalty such as l1"):
                 p.prox_dual(draw(), 0.5)
+
+
+#: Penalties with strengths of 0 among theirs: of all of them, or of some entries or groups.
+_SOME = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+_WITHOUT_STRENGTH = {
+    "elastic": [(fr.elastic, hyper, {}) for hyper in ((0.3, 0.0), (0.3, 1.0), (0.0, 0.5))],
+    "sparse_group_lasso": [(fr.sparse_group_lasso, hyper, {}) for hyper in ((0.3, 0.0), (0.3, 1.0), (0.0, 0.5))],
+    "fused_lasso": [(fr.fused_lasso, hyper, {}) for hyper in ((0.3, 0.0), (0.3, 1.0), (0.0, 0.5))],
+    "group_mcp": [(fr.group_mcp, (0.0, 3.0), {}), (fr.group_mcp, (1.0, 3.0), {"weights": _SOME})],
+    "group_scad": [(fr.group_scad, (0.0, 3.0), {}), (fr.group_scad, (1.0, 3.0), {"weights": _SOME})],
+    "oscar": [(fr.oscar, (0.0, 0.5), {}), (fr.oscar, (0.5, 0.0), {}), (fr.oscar, (0.0, 0.0), {})],
+    "slope": [(fr.slope, (0.0,), {}), (fr.slope, (torch.tensor([1.0, 0.0, 0.0]).double(),), {"dim": -1})],
+    "ewc": [(fr.ewc, (0.5, 0.0), {}), (fr.ewc, (0.5, _SOME), {})],
+    "others": [(fr.huber, (0.0,), {}), (fr.relaxed_mumford_shah, (0.0, 1.0), {}), (fr.mcp, (0.0, 3.0), {})],
+    "weights": [
+        (penalty, (), {"weights": _SOME})
+        for penalty in (fr.group_lasso, fr.group_l_half, fr.group_l0, fr.l1_linf, fr.exclusive_lasso)
+    ],
+    "factors": [(factor * fr.l1, (), {}) for factor in (0.0, torch.tensor(0.0), _SOME)],
+}
+
+
+@pytest.mark.parametrize("rows", _WITHOUT_STRENGTH.values(), ids=_WITHOUT_STRENGTH)
+def test_no_strength_is_no_pull_however_long_the_step(rows):
+    w = normal(torch.Generator().manual_seed(0), 3, 3)
+    h = uniform(torch.Generator().manual_seed(1), 3, 3) + 0.5
+    for penalty, hyper, options in rows:
+        tensors = [torch.as_tensor(x, dtype=torch.float64) for x in hyper]
+        metrics = (None, h) if penalty.in_metric(w, *hyper, **options) else (None,)
+        for taken, metric in itertools.product((hyper, tensors), metrics):
+            far = penalty.prox(w, 1e10, *taken, metric=metric, **options)
+            for step in (math.inf, torch.tensor(math.inf)):
+                assert_equal(penalty.prox(w, step, *taken, metric=metric, **options), far, rtol=0, atol=1e-6)
 
 
 def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():

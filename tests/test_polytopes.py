@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment, minimize
 from torch.func import grad, jvp, vmap
 
 import funcreg as fr
-from funcreg.structured import falling_fit
+from funcreg.orders import falling_fit
 
 # Sections of boxes
 
@@ -195,6 +195,20 @@ def test_rows_without_a_share_carry_nothing():
     assert not z[:, 3].any()
     assert z.sum().item() == pytest.approx(2.0)
     assert not fr.transport.project(drawn(3, 4), 0.0).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 4), (3, 5), (1, 4), (4, 1)])
+def test_a_plan_of_nothing_has_the_derivative_of_a_small_one(shape):
+    x, d = drawn(*shape), drawn(*shape, seed=1)
+    f = lambda total: (fr.transport.project(x, total) * d).sum()
+    none, some = (torch.tensor(total, dtype=torch.float64) for total in (0.0, 1e-7))
+    expected = f(some) / some
+    torch.testing.assert_close(grad(f)(none), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(jvp(f, (none,), (torch.ones_like(none),))[1], expected, rtol=1e-6, atol=1e-8)
+    assert f(none) == 0
+    assert not grad(lambda w: (fr.transport.project(w, 0.0) * d).sum())(x).any()
+    assert fr.transport.project(x.index_fill(1, torch.tensor([0]), math.nan), 0.0).isnan().any()
+    assert vmap(grad(f))(torch.stack([none, some])).isfinite().all()
 
 
 def test_plans_have_derivatives_batches_and_dtypes():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import assert_equal, draw, flat
+from cases import assert_equal, cpu_only, draw, flat
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -226,6 +226,19 @@ def test_float32_agrees_with_float64_over_the_range_of_numbers(entry):
         exact = entry.penalty.prox(x.double(), step, *hyper)
         slack = 2e-6 * torch.maximum(x.double().abs(), torch.tensor(abs(centre(entry, hyper))).double())
         assert ((found - exact).abs() <= slack).all(), (hyper, step)
+
+
+@cpu_only
+@every_entry
+def test_a_metric_may_take_steps_out_of_the_range_of_float32(entry):
+    """Where that can be read: steps below 1e-38 and above 1e38, at which entries beyond 1e-19 and 1e19 jump."""
+    x = 1.1 * torch.logspace(-37, 37, 149, dtype=torch.float64).float()
+    for hyper, step, metric in itertools.product(entry.hypers, [3e-30, 0.7, 2e30], [1e-30, 1e-12, 1e12, 1e30]):
+        h = torch.full_like(x, metric)
+        found = entry.penalty.prox(x, step, *hyper, metric=h).double()
+        exact = entry.penalty.prox(x.double(), step, *hyper, metric=h.double())
+        slack = 2e-6 * torch.maximum(x.double().abs(), torch.tensor(abs(centre(entry, hyper))).double()) + 1e-38
+        assert ((found - exact).abs() <= slack).all(), (hyper, step, metric)
 
 
 @every_entry

@@ -174,6 +174,26 @@ def test_none_for_a_gradient_that_a_masked_step_needs_is_refused_though_another_
     assert_equal(tx.update({**ONES, "b": None}, tx.init(LEAVES), LEAVES)[0]["b"], ZEROS["b"])
 
 
+def test_leaves_whose_rows_are_their_own_means_are_warned_of():
+    params = {
+        "first": torch.ones(4, 1),
+        "filters": torch.ones(3, 1, 1, 1),
+        "weight": torch.eye(4),
+        "bias": torch.ones(4),
+    }
+    tx = fr.chain(fr.centralize(), fr.sgd(0.1))
+    with pytest.warns(UserWarning, match=r"centralize makes every update of filters, first zero.*masked\("):
+        state = tx.init(params)
+    updates, _ = tx.update(params, state, params)
+    assert [name for name, u in updates.items() if not u.any()] == ["first", "filters"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fr.chain(fr.masked(fr.centralize(), {"first": False, "filters": False, "weight": True, "bias": True})).init(
+            params
+        )
+        fr.centralize().init({"empty": torch.ones(0, 1), "none": torch.ones(3, 0), "row": torch.ones(1, 2)})
+
+
 def test_a_label_that_no_leaf_has_is_warned_of():
     tx = fr.partition({"body": fr.sgd(0.1), "frozen_head": fr.sgd(0.2)}, {"a": "body", "b": "body"})
     with pytest.warns(UserWarning, match=r"no leaf has the label 'frozen_head'.*leaves have 'body'"):

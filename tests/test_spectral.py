@@ -423,6 +423,15 @@ def test_orthonormal_matrices_cost_nothing():
         fr.keras_orthogonal(random(2, 2), mode="both")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_furthest_singular_value_is_known_where_squares_overflow(dtype):
+    w = (1e20 * random(3, 4)).to(dtype)
+    expected = fr.srip.grad(w.double())
+    slack = torch.finfo(dtype).eps * expected.abs().amax().item()
+    torch.testing.assert_close(fr.srip.grad(w).double(), expected, rtol=0, atol=4 * slack)
+    torch.testing.assert_close(fr.srip.grad(1e-20 * w), fr.srip.grad((1e-20 * w).double()).to(dtype))
+
+
 def test_two_rows_cost_the_cosine_between_them_whatever_their_norms():
     w = torch.tensor([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]], dtype=torch.float64)
     cosine = 4.5 / (6 * 10.25) ** 0.5

@@ -226,6 +226,46 @@ def test_frozen_leaves_stay_wherever_freeze_stands(case):
             assert len(fr.tree_leaves(state)) == len(fr.tree_leaves(after)) == len(fr.tree_leaves(alone.init(free)))
 
 
+def first(params):
+    """A mask of the first leaf that it sees."""
+    return {name: i == 0 for i, name in enumerate(params)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.chain(fr.freeze(first), fr.sgd(0.1)),
+        lambda: fr.chain(fr.add_decayed_weights(0.0), fr.chain(fr.chain(fr.sgd(0.1), fr.freeze(first)))),
+        lambda: fr.named_chain(("a", fr.named_chain(("b", fr.freeze(first)), ("c", fr.sgd(0.1))))),
+        lambda: fr.chain(fr.selective_transform(fr.sgd(0.1), freeze_mask=first)),
+        lambda: fr.partition({True: fr.freeze(True), False: fr.sgd(0.1)}, first),
+        lambda: fr.MultiSteps(fr.chain(fr.freeze(first), fr.sgd(0.1)), 1),
+        lambda: fr.proximal_step(
+            fr.chain(fr.scale_by_rms(0.0, 1.0), fr.freeze(first)), 0.1 * 2**0.5, fr.l1, strength=0.0
+        ),
+    ],
+)
+def test_a_mask_that_goes_by_places_is_asked_about_all_leaves(make):
+    tx, params = make(), {name: torch.ones(2, dtype=torch.float64) for name in "abc"}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert_equal(updates, {"a": 0 * params["a"], **{name: -0.1 * params[name] for name in "bc"}}, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fr.partition({True: fr.freeze(True), False: fr.sgd(0.1)}, first),
+        lambda: fr.masked(fr.freeze(True), first),
+        lambda: fr.MultiSteps(fr.chain(fr.freeze(first), fr.sgd(0.1)), 2),
+    ],
+)
+def test_a_mask_that_would_freeze_more_leaves_in_a_chain_is_refused(make):
+    params = {name: torch.ones(2) for name in "abc"}
+    for tx in (fr.chain(make()), fr.chain(fr.chain(fr.identity(), make()))):
+        with pytest.raises(ValueError, match=r"freezes other leaves, b, where those that it freezes are left out"):
+            tx.init(params)
+
+
 @every_differentiable_transform
 def test_updates_are_differentiable_in_gradients_and_parameters(case):
     tx, params = case.make(), draw()
@@ -253,6 +293,7 @@ def test_state_goes_through_a_file(case, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:centralize makes every update")  # Of matrices of one column.
 @every_transform
 def test_trees_without_leaves_or_entries_are_taken(case):
     entries = {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}
@@ -511,6 +552,7 @@ def test_steps_are_differentiable_where_a_gradient_is_zero(case):
     assert grad(trained)(torch.tensor(0.9, dtype=torch.float64)).isfinite()
 
 
+@pytest.mark.filterwarnings("ignore:centralize makes every update")  # Of matrices of one column.
 @every_transform
 def test_state_keeps_its_dtype_when_gradients_and_hyperparameters_are_wider(case):
     for shape in ((), (3,)):

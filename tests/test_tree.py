@@ -7,7 +7,7 @@ import dataclasses
 import io
 import pickle
 import types
-from collections import OrderedDict, UserDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict, deque
 
 import numpy
 import optree
@@ -738,6 +738,18 @@ def test_what_an_ensemble_gets_is_stacked():
     with pytest.raises(ValueError, match=r"the extra argument 'value' of shape \(3,\); expected one entry a member"):
         tx.update(params, state, params, value=torch.ones(3))
     tx.update(params, state, params, value=torch.ones(()), other=torch.ones(2))
+
+
+def test_an_ensemble_takes_every_tree():
+    """Also those that `vmap` does not know: with None among leaves, and with nodes that optree was told of."""
+    tx, w = fr.ensemble(fr.adamw, _RATES), torch.ones(2, 3)
+    alone = [fr.adamw(rate) for rate in _RATES]
+    for tree in ({"a": w, "b": None, "c": [None, w]}, [defaultdict(list, {"a": w}), deque([w])]):
+        one = fr.tree_map(lambda x: x[0], tree)
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        for k, member in enumerate(alone):
+            expected, _ = member.update(one, member.init(one), one)
+            assert_equal(fr.tree_map(lambda x, k=k: x[k], updates), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 from cases import DEVICE, TRANSFORMS, assert_equal, cpu_only, draw
@@ -352,8 +353,6 @@ def test_casts_leave_counters_whole_and_complex_numbers_complex():
     assert kinds == {"w": torch.bfloat16, "steps": torch.int32, "z": torch.complex64}
     assert fr.tree_cast(tree, torch.float64)["z"].dtype == torch.complex128
     assert fr.tree_cast(tree, None) is tree
-    with pytest.raises(TypeError, match="'w' is a float; expected a tensor"):
-        fr.tree_cast({"w": 0.5}, torch.float32)
     with pytest.raises(TypeError, match="dtype is 'float32'"):
         fr.tree_cast(tree, "float32")
 
@@ -364,6 +363,40 @@ def test_entries_are_chosen_by_a_condition():
     assert_equal(fr.tree_where({"a": True, "b": False, "c": torch.tensor(False)}, x, y), {**y, "a": x["a"]})
     mask = fr.tree_map(lambda w: w > 0, x)
     assert_equal(fr.tree_where(mask, x, y), fr.tree_map(lambda m, a, b: torch.where(m, a, b), mask, x, y))
+
+
+OF_TENSORS = {
+    "tree_add": lambda x, y: fr.tree_add(y, x),
+    "tree_sub": lambda x, y: fr.tree_sub(x, y),
+    "tree_mul": lambda x, y: fr.tree_mul(x, y),
+    "tree_div": lambda x, y: fr.tree_div(x, y),
+    "tree_scale": lambda x, y: fr.tree_scale(0.5, x),
+    "tree_add_scale": lambda x, y: fr.tree_add_scale(x, 0.5, y),
+    "tree_where": lambda x, y: fr.tree_where(True, x, y),
+    "tree_clip": lambda x, y: fr.tree_clip(x, -1.0, 1.0),
+    "tree_sum": lambda x, y: fr.tree_sum(x),
+    "tree_max": lambda x, y: fr.tree_max(x),
+    "tree_min": lambda x, y: fr.tree_min(x),
+    "tree_size": lambda x, y: fr.tree_size(x),
+    "tree_norm": lambda x, y: fr.tree_norm(x),
+    "tree_norm of order 1": lambda x, y: fr.tree_norm(x, 1),
+    "tree_norm of infinite order": lambda x, y: fr.tree_norm(x, math.inf),
+    "tree_vdot": lambda x, y: fr.tree_vdot(x, y),
+    "tree_zeros_like": lambda x, y: fr.tree_zeros_like(x),
+    "tree_ones_like": lambda x, y: fr.tree_ones_like(x),
+    "tree_full_like": lambda x, y: fr.tree_full_like(x, 0.5),
+    "tree_cast": lambda x, y: fr.tree_cast(x, torch.float32),
+    "tree_cast_like": lambda x, y: fr.tree_cast_like(y, x),
+    "periodic_update": lambda x, y: fr.periodic_update(y, x, 4, 2),
+}
+
+
+@pytest.mark.parametrize("call", OF_TENSORS.values(), ids=OF_TENSORS)
+@pytest.mark.parametrize(("leaf", "is_"), [(0.5, "0.5"), (3, "3"), ("x", "'x'"), (numpy.ones(2), "a numpy.ndarray")])
+def test_a_leaf_that_is_no_tensor_is_named(call, leaf, is_):
+    x = {"a": torch.ones(2), "b": {"w": leaf}}
+    with pytest.raises(TypeError, match=f"tree 'b.w' is {is_}; expected a tensor"):
+        call(x, {"a": torch.ones(2), "b": {"w": torch.ones(2)}})
 
 
 def test_wrong_arguments_of_arithmetic_are_said():

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import funcreg as fr
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 #: Wrappers around a transform that takes an extra argument, and steps of it that are real ones.
 AROUND = {
     "chain": lambda tx: fr.chain(tx),
@@ -237,6 +237,17 @@ def test_a_threshold_that_would_act_between_real_steps_is_warned_of():
         warnings.simplefilter("error")
         fr.chain(every, fr.project(fr.nonnegative))
         fr.MultiSteps(fr.chain(fr.sgd(0.1), fr.soft_threshold(0.1)), 4)
+
+
+@pytest.mark.parametrize(
+    "tx", [fr.MultiSteps(fr.sgd(0.1), 2, use_grad_mean=False), fr.chain(fr.sgd(0.1), fr.apply_every(2))]
+)
+def test_a_gradient_that_is_not_finite_is_gone_with_its_round(tx):
+    params, state, found = torch.ones(2), tx.init(torch.ones(2)), []
+    for spoilt in (INF, 1.0, 1.0, 1.0):
+        updates, state = tx.update(torch.tensor([1.0, spoilt]), state, params)
+        found.append(updates)
+    assert_equal(torch.stack(found), torch.tensor([[0.0, 0.0], [-0.2, -INF], [0.0, 0.0], [-0.2, -0.2]]))
 
 
 # At some steps

@@ -89,6 +89,12 @@ def signature(name: str) -> list[list[Any]]:
     ]
 
 
+def fields() -> dict[str, str]:
+    """The fields of each named tuple."""
+    found = {name: _find(name) for lib in LIBRARIES for name in _public(lib)}
+    return {name: " ".join(kind._fields) for name, kind in sorted(found.items()) if hasattr(kind, "_fields")}
+
+
 def _lines(rows: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()) + "\n  }"
 
@@ -114,6 +120,7 @@ def main() -> None:
         "names": json.dumps(" ".join(sorted(public))),
         "beside": _lines({name: " ".join(sorted(_public(getattr(optax, name)) - public)) for name in BESIDE}),
         "signatures": _lines({name: signature(name) for name in sorted(spy.asked)}),
+        "fields": _lines(fields()),
         "counts": json.dumps(COUNTS),
         "schedules": _lines(values),
         "inputs": _lines(given),

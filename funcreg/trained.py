@@ -99,6 +99,10 @@ class Model:
         check_params(trees[0][0], "model")
         self.start = stack(trees)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its functions: what came of a sweep does not call them, and no file holds those without a name."""
+        return {**vars(self), "loss": None, "score": None}
+
     def _opened(self, module: nn.Module, drawn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters that are trained, and what changes or differs beside them."""
         named = dict(module.named_parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import pickle
 import sys
 import threading
 import warnings
@@ -781,6 +782,16 @@ def test_the_table_has_the_best_row_first():
     assert [int(line.split()[0]) for line in rows] == result.ranking  # As `member` takes them.
     assert float(rows[0].split()[5]) == pytest.approx(max(row["score"] for row in result.rows), rel=1e-3)
     assert isinstance(result, fr.Sweep)
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_what_came_of_a_sweep_is_saved_whatever_its_functions_are(copied):
+    score = lambda outputs, labels: accuracy(outputs, labels)
+    result = fr.sweep(lambda: plain(), F.cross_entropy, lambda **h: prox(**h), GRID, data(), epochs=1, score=score)
+    saved = copied(result)
+    assert str(saved) == str(result)
+    assert saved.hyper() == result.hyper()
+    assert_close(saved.member(), result.member(), rtol=0, atol=0)
 
 
 def test_progress_is_a_function_a_bar_or_lines(monkeypatch, capsys):

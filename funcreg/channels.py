@@ -215,6 +215,11 @@ def _steady(found: Found, inputs: Any) -> Found:
 
 def _check_some(found: Found) -> None:
     if not found.families:
+        if not list(found.module.parameters()):
+            raise ValueError(
+                f"channel_groups found no parameters in {type(found.module).__name__}. Is it quantized? A network is "
+                "made smaller before that."
+            )
         single = [name for name, w in found.module.named_parameters() if w.ndim > 1 and w.shape[0] == 1]
         only = {"they are the only one of their layer, as where all others were dead": single} if single else {}
         raise ValueError(

@@ -46,6 +46,16 @@ def _lies(x: Any) -> bool:
     return plain and x.numel() > 0
 
 
+def check_written(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raise a TypeError for a leaf that nothing can be written into, as a number that was set in a state."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name} is {leaf!r}; expected a tensor, into which the next one can be written: torch.tensor(0.1), "
+                "not 0.1, or tree_set(state, learning_rate=0.1), which makes one"
+            )
+
+
 def leaf_name(tree: str, path: str) -> str:
     return f"{tree} '{path}'" if path else tree
 

@@ -157,7 +157,10 @@ def _folds(folds: SupportsIndex | Iterable[Any], samples: int, device: torch.dev
     elif isinstance(folds, Iterable) and not isinstance(folds, (str, bytes)):
         given = list(folds)
     else:
-        raise TypeError(f"folds is {folds!r}; expected a whole number, or for each fold the places that it holds out")
+        hint = ". Of scikit-learn it is folds.split(x, y)" if hasattr(folds, "split") else ""
+        raise TypeError(
+            f"folds is {folds!r}; expected a whole number, or for each fold the places that it holds out{hint}"
+        )
     if len(given) < 2:
         raise ValueError(f"folds are {len(given)}; expected at least 2, or there is no standard error")
     found = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcreg import undocumented
 from funcreg._typing import Hyper, Mask, Params, State, Updates
-from funcreg.checks import check_params, filled
+from funcreg.checks import check_params, check_written, filled
 from funcreg.construction import Remembering, remembered
 from funcreg.factory_checks import check_selection, nonnegative
 from funcreg.freshness import Freshness
@@ -32,7 +32,7 @@ from funcreg.ranges import flags
 from funcreg.recording import Record, lack_numbers, placeholder, record
 from funcreg.regularizing import check_gradient, check_penalty
 from funcreg.shards import OnShards, is_spread
-from funcreg.transform import Transform, is_scheduled
+from funcreg.transform import Transform, fits, is_scheduled
 from funcreg.tree import leaves_like, reader, restored, structure, tree_leaves, tree_map, tree_paths
 from funcreg.wording import type_of
 
@@ -344,12 +344,14 @@ class FusedStep(_Planned):
         if checked is None or call is None:
             if is_spread(params):
                 return self._on_shards.call(params, grads, state, _with_tensors(extra))
-            grads = filled(params, grads, self._tx.spares, ("params", "grads"))
+            grads = self._filled(params, grads, state)
             if lack_numbers(tree_leaves((params, grads, state))) or _has_objects(extra):
                 return self._stored(params, state, self._plain(params, grads, state, extra))
             trees = (params, grads, state, _with_tensors(extra))[: 4 if extra else 3]
             check_params(params)
             columns, specs = zip(*map(structure, trees), strict=True)
+            if self._donate:
+                check_written(_names(params, state), [*columns[0], *columns[2]])
             plan, donated = self._plan(trees, columns, specs), None
             if self._donate:
                 captured = [] if plan is None else plan.captured
@@ -372,6 +374,18 @@ class FusedStep(_Planned):
             torch.autograd.graph.increment_version([call.arguments[i] for i in written])
         return params, state
 
+    def _filled(self, params: Params, grads: Updates, state: State) -> Updates:
+        """Gradients like the parameters, or an error that says what came in their place."""
+        try:
+            return filled(params, grads, self._tx.spares, ("params", "grads"))
+        except (TypeError, ValueError) as error:
+            if fits(params, state) or fits(grads, state):
+                raise ValueError(
+                    "step got a tree of parameters where the state is expected; expected step(params, grads, state). "
+                    "Are they in the order of update(grads, state, params)?"
+                ) from error
+            raise
+
     def _results(self, params: Params, grads: Updates, state: State, extra: Any = None) -> list[Any]:
         new = leaves_like((params, state), self._plain(params, grads, state, extra or {}))
         for i, (old, leaf) in enumerate(zip(tree_leaves((params, state)), new, strict=True)):
@@ -385,6 +399,9 @@ class FusedStep(_Planned):
     def _plan_of(self, found: Record, columns: _Columns) -> Plan:
         count = len(columns[0])
         written = [*found.inputs[:count], *found.inputs[2 * count : 2 * count + len(columns[2])]]
+        if len(found.outputs) != len(written):
+            numbers = listed([repr(x) for x in columns[2] if not isinstance(x, Tensor)])
+            raise ValueError(f"state holds {numbers} where tensors come out; set tensors, or by tree_set(state, ...)")
         # Where old numbers go to new places, places are not written before all are read.
         pairs = zip(found.outputs, written, strict=True)
         in_place = self._donate and not any([value.may_alias and value is not place for value, place in pairs])
@@ -434,8 +451,6 @@ def _check_donated(
     """Where donated leaves lie, or an error: they cannot be written into, or share memory with what is read."""
     owned, names = [*columns[0], *columns[2]], _names(params, state)
     for name, leaf in zip(names, owned, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} is {leaf!r}; expected a tensor, into which the next one can be written")
         if leaf.is_neg() or leaf.is_conj():
             raise ValueError(f"{name} is a negated or conjugated view and cannot be donated; pass a copy of it")
         if leaf.is_inference() and not torch.is_inference_mode_enabled():

@@ -79,7 +79,7 @@ def _tensor(x: Any, name: str, params: Params) -> Any:
             return x  # A text or a date, which a loss may take for an option.
         raise TypeError(
             f"{name} is {type_of(x)} of {array.dtype}; expected numbers. Encode texts, dates and categories, "
-            "and fill in what is missing, first."
+            "and fill in what is missing, first; a frame of numbers beside bools becomes one by astype(float)."
         )
     # Torch warns of arrays that it may not write into, and refuses those that are stored backwards.
     borrowed = array.flags.writeable and array.dtype.isnative and all([stride >= 0 for stride in array.strides])

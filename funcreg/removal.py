@@ -238,9 +238,10 @@ def _problem(names: list[str], leaves: list[Tensor], families: list[_Family], gr
     if dead and all(
         [bool(_staying(family.used.any(0), family.places, multiple, family.least).all()) for family in families]
     ):
+        rounded = f"numbers of channels are multiples of round_to={multiple}, or " if multiple > 1 else ""
         return (
-            f"remove_dead takes nothing out: {dead} of {total} groups are dead, and all of them stay, so that numbers "
-            f"of channels are multiples of round_to={multiple}, or one of each family is left"
+            f"remove_dead takes nothing out: {dead} of {total} groups are dead, and all of them stay, so that {rounded}"
+            "one of each family is left"
         )
     necks: list[bool] = getattr(groups, "necks", [])
     necks = necks if necks and len(necks) == len(groups) else []  # Families may have come or gone since it was made.

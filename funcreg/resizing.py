@@ -82,7 +82,7 @@ def resized(
 
     Raises:
         TypeError: What is given is no module, no tree of tensors, or no rules for types, or the module or a part of it
-            is compiled by torch.jit.
+            is compiled by torch.jit or made by torch.export.
         ValueError: There is no leaf, or no layer that a rule is for, or the module has no such parameter, a layer of
             another kind changes its width, some parameters or buffers of a layer are of another width than others, as
             without the running statistics of a normalization, a parametrized or pruned weight changes its shape,
@@ -134,9 +134,11 @@ def resized(
 def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:
     """Raise an error unless a module can be copied with other widths, and has the types that rules are for."""
     for name, layer in module.named_modules():
+        what = f"'{name}' in the module" if name else "module"
         if isinstance(layer, torch.jit.ScriptModule):  # Which takes no hooks, and cannot be copied inside another one.
-            what = f"'{name}' in the module" if name else "module"
             raise TypeError(f"{what} is compiled by torch.jit; expected the module that it was made of")
+        if isinstance(layer, torch.fx.GraphModule) and "train" in vars(layer):  # It raises: the mode is in the graph.
+            raise TypeError(f"{what} was made by torch.export, with its widths; expected the module that was exported")
     check_functions(module)
     for kind, rule in (rules or {}).items():
         if not isinstance(kind, type) or not callable(rule):

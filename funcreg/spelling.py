@@ -47,6 +47,8 @@ _ELSEWHERE = {
     **dict.fromkeys(["statedict", "save"], "to_state_dict"),
     **dict.fromkeys(["loadstatedict", "load"], "from_state_dict"),
     **dict.fromkeys(["earlystopping"], "sweep(patience=...)"),
+    **dict.fromkeys(["contrib"], "muon, or another name of optax.contrib, at the top level"),
+    **dict.fromkeys(["treeutils"], "tree_norm, or another name of optax.tree_utils, at the top level"),
     **dict.fromkeys(["frobenius", "frobeniusnorm"], "group_lasso with dim=None, or l2 for its square"),
     **dict.fromkeys(["summary"], "report, or describe for a chain"),
 }

@@ -248,7 +248,7 @@ def sweep(
     configs = configurations(grid, draws, seed)
     for name, function in (("loss", loss), ("score", score)):
         if not callable(function) and (name == "loss" or function is not None):
-            raise TypeError(f"{name} is {function!r}; expected a function")
+            raise TypeError(f"{name} is {function!r}; expected a function of outputs and targets")
     trained = Model(model, loss, score, seeds, list(configs[0]))
     names = split_names(list(configs[0]), make, loss, trained.module)
     trained.give(names)

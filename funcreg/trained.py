@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -80,6 +81,8 @@ class Model:
         self._by_gradient = False  # Whether modules are measured as they are trained, with a map of the derivative.
         self._training: nn.Module | None = None
         drawn = callable(source) and not isinstance(source, nn.Module)
+        if drawn:
+            _check_needs_nothing(source)
         if not drawn and len(self.seeds) > 1:
             raise ValueError(
                 f"seeds is {seeds!r}, and all members begin with the weights that were given; expected a function that "
@@ -95,6 +98,10 @@ class Model:
             trees = [(member, {}) for member in members]
         check_params(trees[0][0], "model")
         self.start = stack(trees)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its functions: what came of a sweep does not call them, and no file holds those without a name."""
+        return {**vars(self), "loss": None, "score": None}
 
     def _opened(self, module: nn.Module, drawn: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters that are trained, and what changes or differs beside them."""
@@ -266,6 +273,8 @@ class Model:
                 if not cause and name == "data":
                     raise
                 raise TypeError(f"the module failed on {rows}: {first_line(error)}. {cause}".rstrip()) from error
+            if self._training is not None:
+                _check_rows_meet(self.loss, args, rows)
             try:
                 value = self.value(args, hyper)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -505,6 +514,39 @@ def _under_vmap(error: Exception, hyper: Config, module: nn.Module | None) -> st
     return (
         f"model and loss run for one member, but not for all at once under vmap{said}. {NO_NUMBERS}{hint * bool(names)}"
     )
+
+
+def _check_needs_nothing(source: Callable[..., Any]) -> None:
+    """Raise a TypeError for a function that makes modules, if it cannot be called without arguments."""
+    try:
+        signature = inspect.signature(source)
+    except (TypeError, ValueError):  # Some functions that are not written in Python have none.
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"model is {getattr(source, '__name__', 'a function')}{signature}; expected a module, or a function "
+            f"without arguments that makes one: {error}. Widths and depths make parameters of other shapes, "
+            "which have no stack: call sweep once for each, as with lambda: make(width)."
+        ) from error
+
+
+def _check_rows_meet(loss: Any, args: tuple[Any, ...], rows: str) -> None:
+    """Raise an error for a loss of torch that would compare the output of each row with the targets of all."""
+    kind = loss if isinstance(loss, nn.Module) else getattr(loss, "__module__", None)
+    name = type(kind).__module__ if isinstance(kind, nn.Module) else str(kind)
+    if not name.startswith("torch.nn") or len(args) < 2:
+        return
+    outputs, targets = args[:2]
+    if not all([isinstance(x, Tensor) and x.is_floating_point() for x in (outputs, targets)]):
+        return
+    if outputs.ndim != targets.ndim and outputs.numel() == targets.numel():
+        raise ValueError(
+            f"the loss fails on {rows}: it was given {_shapes(args)}, so that each output would be compared with "
+            "the targets of all rows. Give both one shape: targets y.unsqueeze(-1), or a module that ends with "
+            "nn.Flatten(0)."
+        )
 
 
 def _shapes(args: tuple[Any, ...]) -> str:

@@ -186,7 +186,7 @@ class Transform(Remembering):
             if not self.examples:  # Which are no trees like the parameters, and are checked where they are summed.
                 updates = filled(params, updates, self.spares)
         except (TypeError, ValueError) as error:
-            if _fits(updates, state):
+            if fits(updates, state):
                 raise ValueError(
                     "update got a tree like the updates where the state is expected, and something else where the "
                     "parameters are; expected update(updates, state, params). Are state and params swapped?"
@@ -202,7 +202,7 @@ class Transform(Remembering):
         return made
 
 
-def _fits(updates: Updates, state: State) -> bool:
+def fits(updates: Updates, state: State) -> bool:
     """Whether what came as a state is a tree like the updates, with leaves."""
     try:
         check_alike(updates, state, ("updates", "state"))

@@ -680,6 +680,23 @@ def test_a_line_of_funcreg_trains_as_the_recipe_does(recipe, line):
     assert distance(by_funcreg(recipe.task, line), by_article(recipe.task, recipe.train)) < 1e-10
 
 
+def test_in_an_ordinary_loop_the_lines_take_the_parameters_of_the_module():
+    def trained(model, dataloader, prox=False):
+        optimizer = optim.SGD(model.parameters(), lr=0.01)
+        if prox:
+            fr.regularize(optimizer, fr.l1, strength=0.3, module=model)
+        for inputs, labels in dataloader:
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(inputs), labels)
+            if not prox:
+                loss = loss + 0.001 * fr.l1(dict(model.named_parameters()))
+            loss.backward()
+            optimizer.step()
+
+    torch.testing.assert_close(by_article(SIMPLE, trained), by_article(SIMPLE, l1_loop), rtol=0, atol=1e-10)
+    assert fr.sparsity(by_article(SIMPLE, partial(trained, prox=True))) > 0
+
+
 @hooks_may_warn
 @every_line("other")
 def test_a_recipe_is_not_what_it_is_taken_for(recipe, line):

@@ -241,6 +241,34 @@ def test_parameters_without_memory_are_named(donate):
             call()
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_arguments_in_the_order_of_update_are_told_that_of_a_step(donate):
+    params = {"w": torch.ones(3, device=DEVICE)}
+    step = fr.fuse(fr.adam(0.1), donate=donate, backend="eager")
+    params, state = step.init(params)
+    grads = fr.tree_map(torch.ones_like, params)
+    for wrong in [(grads, state, params), (params, state, grads), (state, grads, params)]:
+        with pytest.raises(ValueError, match=r"expected step\(params, grads, state\)"):
+            step(*wrong)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_number_in_a_state_is_told_to_be_a_tensor(donate):
+    step = fr.fuse(fr.inject_hyperparams(fr.sgd)(0.5), donate=donate, backend="eager")
+    params, state = step.init({"w": torch.ones(3, device=DEVICE)})
+    state.hyperparams["learning_rate"] = 0.25
+    grads = {"w": torch.ones(3, device=DEVICE)}
+    if donate:
+        with pytest.raises(TypeError, match=r"'hyperparams.learning_rate' is 0.25; expected a tensor.*torch.tensor"):
+            step(params, grads, state)
+        state.hyperparams["learning_rate"] = torch.tensor(0.25, dtype=torch.float64, device=DEVICE)
+        params, _ = step(params, grads, state)
+    else:
+        with pytest.warns(UserWarning, match=r"state holds 0.25 where tensors come out; set tensors, or by tree_set"):
+            params, _ = step(params, grads, state)
+    assert params["w"].tolist() == [0.75] * 3
+
+
 def test_gradients_that_lie_in_donated_memory_are_refused_at_every_step():
 
     def update(updates, state, params):

@@ -152,6 +152,10 @@ WRONG = {
         lambda: fr.cross_validate(squares, start(), fr.l1, data=(np.array([[None]]), np.ones(1))),
         "data at '0' is a ndarray of object",
     ),
+    "numbers beside bools": (
+        lambda: fr.cross_validate(squares, start(), fr.l1, data=(np.array([[1.5, True]], dtype=object), np.ones(1))),
+        r"of numbers beside bools becomes one by astype\(float\)",
+    ),
     "too few args": (
         lambda: fr.minimize(squares, start(), fr.l1),
         r"the loss is squares\(w, x, y\).*missing a required argument: 'x'",

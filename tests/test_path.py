@@ -10,6 +10,7 @@ from cases import DEVICE, normal
 from sklearn.covariance import graphical_lasso
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.linear_model import ElasticNetCV, LassoCV, enet_path, lasso_path
+from sklearn.model_selection import KFold
 from test_minimize import EVERY_ZERO, logistic, plain, sparse, squares, standard, zeros
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
@@ -243,6 +244,8 @@ def test_folds_are_numbers_of_any_kind_or_masks():
     for folds in (None, 2.5, "ab"):
         with pytest.raises(TypeError, match="folds is"):
             choose(folds)
+    with pytest.raises(TypeError, match=r"it is folds\.split\(x, y\)"):
+        choose(KFold(3))
 
 
 # What users meet

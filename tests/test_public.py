@@ -227,6 +227,7 @@ def test_only_one_module_asks_torch_whether_something_is_compiled():
     ("prox_adamw", r"Is it prox_adam, with weight_decay="),
     ("AdamW", r"Is it adamw\?"),
     ("group_laso", r"Is it group_lasso\?"),
+    ("tree_utils", r"Is it tree_norm, or another name of optax\.tree_utils, at the top level\?"),
     ("resizings", r"'resizings'$"),  # And not a module that is called nearly so.
     ("_private", r"'_private'$"),
 ])  # fmt: skip

@@ -67,6 +67,9 @@ def test_dead_groups_that_all_stay_are_told():
     with pytest.warns(UserWarning, match=r"takes nothing out: 1 of 7 groups are dead, .* multiples of round_to=8"):
         removed(net, groups)
     assert removed(net, groups, round_to=1)["0.weight"].shape == (6, 5)
+    last = {"0.weight": torch.zeros(1, 5), "1.weight": torch.ones(3, 1)}
+    with pytest.warns(UserWarning, match=r"1 of 1 groups are dead, and all of them stay, so that one of each family"):
+        fr.remove_dead(last, [{"0.weight": 0, "1.weight": fr.Along(1, penalized=False)}])
 
 
 def residual(run=lambda net, x: net.last((y := net.first(x)) + net.down(net.up(y).relu()))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import pickle
 import sys
 import threading
 import warnings
@@ -783,6 +784,16 @@ def test_the_table_has_the_best_row_first():
     assert isinstance(result, fr.Sweep)
 
 
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_what_came_of_a_sweep_is_saved_whatever_its_functions_are(copied):
+    score = lambda outputs, labels: accuracy(outputs, labels)
+    result = fr.sweep(lambda: plain(), F.cross_entropy, lambda **h: prox(**h), GRID, data(), epochs=1, score=score)
+    saved = copied(result)
+    assert str(saved) == str(result)
+    assert saved.hyper() == result.hyper()
+    assert_close(saved.member(), result.member(), rtol=0, atol=0)
+
+
 def test_progress_is_a_function_a_bar_or_lines(monkeypatch, capsys):
     train = lambda progress: fr.sweep(plain, F.cross_entropy, prox, GRID, data(), epochs=2, progress=progress)
     seen = []
@@ -866,6 +877,18 @@ WRONG = {
     "indices": ({"folds": [([0, 1], [99])]}, ValueError, "from 0 to 59"),
     "score": ({"validation": 0, "score": accuracy}, ValueError, "score came without validation"),
     "seeds": ({"model": plain(), "seeds": 2}, ValueError, "a function that makes them"),
+    "a width": ({"model": lambda width: nn.Linear(6, width)}, TypeError, r"\(width\); expected.*call sweep once for"),
+    "rows that meet all": (
+        {"loss": F.mse_loss, "data": (data()[0], data()[1].float()), "model": lambda: nn.Linear(6, 1)},
+        ValueError,
+        r"was given \(48, 1\), torch.float32 and \(48,\), torch.float32.*nn.Flatten",
+    ),
+    "rows that meet all, of a module": (
+        {"loss": nn.PoissonNLLLoss(), "data": (data()[0], data()[1].float()), "model": lambda: nn.Linear(6, 1)},
+        ValueError,
+        "compared with the targets of all rows",
+    ),
+    "name of a score": ({"score": "accuracy"}, TypeError, "'accuracy'; expected a function of outputs and targets"),
     "model": ({"model": [1.0]}, TypeError, "model '0' is 1.0"),
     "nothing": ({"model": plain().requires_grad_(False)}, ValueError, "nothing to train"),
     "epochs": ({"epochs": 0}, ValueError, "epochs is 0"),

@@ -714,6 +714,19 @@ def test_what_is_used_in_training_alone_is_seen_with_buffers_as_they_were():
     assert said in fr.channel_groups(net, seen).explain()
 
 
+def test_an_exported_module_is_refused_before_training():
+    net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), (torch.ones(4, 2),)
+    exported = torch.export.export(net, seen).module()
+    for module in (exported, nn.Sequential(exported)):
+        with pytest.raises(TypeError, match=r"made by torch\.export, with its widths; expected the module that was"):
+            fr.channel_groups(module, seen)
+
+
+def test_a_module_without_parameters_is_told_so():
+    with pytest.raises(ValueError, match=r"no parameters in Sequential\. Is it quantized\? A network is made smaller"):
+        fr.channel_groups(nn.Sequential(nn.ReLU(), nn.Flatten()), (torch.ones(4, 2),))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_module_compiled_by_torch_jit_is_refused_before_training():
     net, seen = network(lambda: nn.Sequential(*linears(5, 6, 3))), vectors()

@@ -112,7 +112,7 @@ def quiet():
         yield
 
 
-FEW, MANY = range(3), range(3, 120)
+FEW, MANY = range(3), range(3, 30)
 every_seed = pytest.mark.parametrize("seed", [*FEW, *[pytest.param(seed, marks=pytest.mark.slow) for seed in MANY]])
 
 

@@ -31,7 +31,7 @@ def test_digits_prints_a_row_for_each_strength_and_draws(tmp_path):
 @pytest.mark.slow
 def test_tune_prints_a_table_and_tests_the_best():
     said = run("tune.py", "--epochs", "2", "--rates", "2", "--strengths", "2")
-    assert said.splitlines()[0].split()[:4] == ["lr", "strength", "loss", "score"]
+    assert said.splitlines()[0].split()[:5] == ["row", "lr", "strength", "loss", "score"]
     assert re.search(r"^best: lr .*, test accuracy \d+.\d%, \d+% of the weights", said, flags=re.MULTILINE)
     assert "searched: lr" in said
 

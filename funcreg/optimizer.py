@@ -171,8 +171,8 @@ class Optimizer(torch.optim.Optimizer):
                     f"parameter {which} is not initialized; run the module once, so that it gets its shape"
                 )
             self._make_chain(index)
-        except Exception:
-            del self.param_groups[-1]  # So that a failed call changes nothing.
+        except BaseException:
+            del self.param_groups[-1]  # So that a failed call changes nothing, nor one that is interrupted.
             raise
         taken = {*self._names, *_OTHERS}
         for name in [name for name, value in group.items() if name not in taken and is_number(name, value)]:
@@ -463,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
                         group.setdefault(key, value)
             self._read_groups()
             self._parts.find(self._chains, self.param_groups, self.state)
-        except Exception:
+        except BaseException:
             self.state, self.param_groups = before
             self._parts.forget()
             raise

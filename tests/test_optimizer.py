@@ -948,6 +948,37 @@ def test_a_step_that_is_interrupted_leaves_what_has_no_gradient_where_it_is():
     assert_equal((still.detach(), moments(still)), (before, kept))
 
 
+def test_groups_and_checkpoints_that_are_interrupted_change_nothing(monkeypatch):
+    calls: list[bool] = []
+
+    def factory(lr):
+        if calls:
+            raise KeyboardInterrupt
+        return fr.adamw(lr)
+
+    model, optimizer = made(False, factory=factory, lr=1e-2)
+    trained(model, optimizer, 1)
+    state = optimizer.state_dict()
+    trained(model, optimizer, 1)
+    held, groups = dict(optimizer.state), list(optimizer.param_groups)
+    calls.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.add_param_group({"params": [("more", torch.nn.Parameter(torch.ones(1)))]})
+    assert optimizer.param_groups == groups
+    calls.clear()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fr.Optimizer, "_read_groups", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(state)
+    monkeypatch.undo()
+    assert optimizer.param_groups == groups
+    assert all([optimizer.state[p] is held[p] for p in held])
+    trained(model, optimizer, 1)
+
+
 # Parameters that are gone at once
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CONSTRAINTS, GRADIENT_ALONE, PENALTIES, TRANSFORMS
+from reference.twins import SCHEDULES
+from test_annealing import CASES
 
 import funcreg as fr
 from funcreg import spelling
@@ -51,19 +53,24 @@ def test_its_docstring_names_its_arguments(name):
     assert set(parameters) <= set(named)
 
 
+@pytest.mark.filterwarnings("ignore:this schedule stays")  # Some rows have no steps.
 @every_name
 def test_it_has_a_row_or_a_test(name):
     if isinstance(PUBLIC[name], fr.Penalty):
         assert any(
             case.penalty is PUBLIC[name]
             for case in (*PENALTIES.values(), *GRADIENT_ALONE.values(), *CONSTRAINTS.values())
-        )
+        ), "write a row of PENALTIES, GRADIENT_ALONE or CONSTRAINTS in tests/cases.py"
     elif inspect.isfunction(PUBLIC[name]) and inspect.signature(PUBLIC[name]).return_annotation == "Transform":
         rows = {row.split()[0] for row in TRANSFORMS} | {"ensemble"}  # The ensemble is a law over all rows.
-        assert name in rows
+        assert name in rows, "write a row of TRANSFORMS in tests/cases.py that begins with its name"
+    elif inspect.isfunction(PUBLIC[name]) and inspect.signature(PUBLIC[name]).return_annotation == "Schedule":
+        made = [*(make(fr) for make in SCHEDULES.values()), *(make(1.0) for make in CASES.values())]
+        here = {str(schedule).split("(")[0] for schedule in made}
+        assert name in here, "write a row of CASES in tests/test_annealing.py, or of SCHEDULES if optax has it"
     else:
         here = "\n".join(path.read_text() for path in (ROOT / "tests").glob("**/*.py"))
-        assert re.search(rf"fr\.{name}\b|lib\.{name}\b", here)
+        assert re.search(rf"fr\.{name}\b|lib\.{name}\b", here), "no test uses it"
 
 
 def test_penalties_look_like_functions():

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from funcreg.lifting import (
-    penalty as penalty,
-)
+from funcreg.lifting import penalty as penalty
 from funcreg.gradient_alone import (
     hoyer_square as hoyer_square,
     keras_orthogonal as keras_orthogonal,
@@ -52,9 +50,7 @@ from funcreg.combine import (
     partition as partition,
     set_to_zero as set_to_zero,
 )
-from funcreg.composition import (
-    Structure as Structure,
-)
+from funcreg.composition import Structure as Structure
 from funcreg.constraint import (
     Constraint as Constraint,
     constraint as constraint,
@@ -87,15 +83,9 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.channel_tables import (
-    ChannelGroups as ChannelGroups,
-)
-from funcreg.channels import (
-    channel_groups as channel_groups,
-)
-from funcreg.coupled import (
-    coupled as coupled,
-)
+from funcreg.channel_tables import ChannelGroups as ChannelGroups
+from funcreg.channels import channel_groups as channel_groups
+from funcreg.coupled import coupled as coupled
 from funcreg.decay import (
     AnchorState as AnchorState,
     add_cautious_weight_decay as add_cautious_weight_decay,
@@ -131,21 +121,11 @@ from funcreg.factored import (
     adafactor as adafactor,
     scale_by_factored_rms as scale_by_factored_rms,
 )
-from funcreg.factorizing import (
-    factorized as factorized,
-)
-from funcreg.families import (
-    Along as Along,
-)
-from funcreg.fused import (
-    value_and_grad as value_and_grad,
-)
-from funcreg.fusing import (
-    fuse as fuse,
-)
-from funcreg.grids import (
-    log_uniform as log_uniform,
-)
+from funcreg.factorizing import factorized as factorized
+from funcreg.families import Along as Along
+from funcreg.fused import value_and_grad as value_and_grad
+from funcreg.fusing import fuse as fuse
+from funcreg.grids import log_uniform as log_uniform
 from funcreg.groups import (
     group_l0 as group_l0,
     group_l_half as group_l_half,
@@ -197,9 +177,7 @@ from funcreg.noise import (
     add_noise as add_noise,
     differentially_private_aggregate as differentially_private_aggregate,
 )
-from funcreg.optimizer import (
-    Optimizer as Optimizer,
-)
+from funcreg.optimizer import Optimizer as Optimizer
 from funcreg.optimizers import (
     adagrad as adagrad,
     adam as adam,
@@ -223,9 +201,7 @@ from funcreg.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
-from funcreg.placement import (
-    with_weight_decay as with_weight_decay,
-)
+from funcreg.placement import with_weight_decay as with_weight_decay
 from funcreg.plateau import (
     ReduceLROnPlateauState as ReduceLROnPlateauState,
     reduce_on_plateau as reduce_on_plateau,
@@ -243,9 +219,7 @@ from funcreg.penalties import (
     shrink as shrink,
     sparse_group_lasso as sparse_group_lasso,
 )
-from funcreg.penalty import (
-    Penalty as Penalty,
-)
+from funcreg.penalty import Penalty as Penalty
 from funcreg.polytopes import (
     affine_set as affine_set,
     box_section as box_section,
@@ -278,9 +252,7 @@ from funcreg.proximal import (
     prox_sgd as prox_sgd,
     proximal_step as proximal_step,
 )
-from funcreg.regularize import (
-    regularize as regularize,
-)
+from funcreg.regularize import regularize as regularize
 from funcreg.regularizing import (
     add_decayed_weights as add_decayed_weights,
     add_penalty as add_penalty,
@@ -340,9 +312,7 @@ from funcreg.report import (
     penalties as penalties,
     report as report,
 )
-from funcreg.resizing import (
-    resized as resized,
-)
+from funcreg.resizing import resized as resized
 from funcreg.schedules import (
     constant_schedule as constant_schedule,
     cosine_decay_schedule as cosine_decay_schedule,
@@ -382,9 +352,7 @@ from funcreg.concave import (
     mcp as mcp,
     scad as scad,
 )
-from funcreg.nonnegative_forms import (
-    nonnegative_form as nonnegative_form,
-)
+from funcreg.nonnegative_forms import nonnegative_form as nonnegative_form
 from funcreg.neighbours import (
     fused_lasso as fused_lasso,
     total_variation as total_variation,
@@ -393,12 +361,8 @@ from funcreg.orders import (
     oscar as oscar,
     slope as slope,
 )
-from funcreg.nested_groups import (
-    tree_lasso as tree_lasso,
-)
-from funcreg.skip_layers import (
-    hierarchical as hierarchical,
-)
+from funcreg.nested_groups import tree_lasso as tree_lasso
+from funcreg.skip_layers import hierarchical as hierarchical
 from funcreg.stochastic import (
     DualAveragingState as DualAveragingState,
     FtrlState as FtrlState,
@@ -434,9 +398,7 @@ from funcreg.leafwise import (
     apply_updates as apply_updates,
     global_norm as global_norm,
 )
-from funcreg.masks import (
-    matrices as matrices,
-)
+from funcreg.masks import matrices as matrices
 from funcreg.tree import (
     tree_leaves as tree_leaves,
     tree_map as tree_map,
@@ -458,9 +420,7 @@ from funcreg.hyperparams import (
     InjectHyperparamsState as InjectHyperparamsState,
     inject_hyperparams as inject_hyperparams,
 )
-from funcreg.images import (
-    isotropic_total_variation as isotropic_total_variation,
-)
+from funcreg.images import isotropic_total_variation as isotropic_total_variation
 from funcreg.monitoring import (
     MonitorState as MonitorState,
     SnapshotState as SnapshotState,
@@ -517,9 +477,7 @@ from funcreg.plain_optimizers import (
     sign_sgd as sign_sgd,
     signum as signum,
 )
-from funcreg.per_leaf import (
-    per_leaf as per_leaf,
-)
+from funcreg.per_leaf import per_leaf as per_leaf
 from funcreg.precision import (
     MasterWeightsState as MasterWeightsState,
     StochasticRoundingState as StochasticRoundingState,

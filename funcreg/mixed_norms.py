@@ -17,14 +17,7 @@ from funcreg.composition import Structure
 from funcreg.grouped import grouped, in_its_unit, of_groups, sum_groups, ungrouped
 from funcreg.leafwise import running_sum, sign, squared, step_times
 from funcreg.lifting import penalty
-from funcreg.penalties import (
-    Dim,
-    Weights,
-    dims_of_groups,
-    group_dims,
-    group_sizes,
-    shrunk,
-)
+from funcreg.penalties import Dim, Weights, dims_of_groups, group_dims, group_sizes, shrunk
 
 # Greatest magnitudes
 

@@ -11,11 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
-from funcreg.denominators import (
-    NOTE_COPY,
-    known_number,
-    steps_as_torch,
-)
+from funcreg.denominators import NOTE_COPY, known_number, steps_as_torch
 from funcreg.leafwise import global_norm
 from funcreg.masks import listed
 from funcreg.notices import warn_user

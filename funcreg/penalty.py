@@ -15,14 +15,7 @@ from funcreg.arguments import ABOVE_0, AT_LEAST_0, LACKING, TakesHyper, check_hy
 from funcreg.checks import check_alike, check_params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.descent import approach, check_inner_steps
-from funcreg.leafwise import (
-    beside,
-    compute,
-    compute_wide,
-    product,
-    times,
-    without_autocast,
-)
+from funcreg.leafwise import beside, compute, compute_wide, product, times, without_autocast
 from funcreg.masks import kept_by, on_mask
 from funcreg.ranges import check_sign, flags
 from funcreg.tree import dotted, map_with_path, tree_leaves, tree_map

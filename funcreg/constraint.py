@@ -15,7 +15,7 @@ from funcreg.arguments import LACKING
 from funcreg.composition import Structure
 from funcreg.leafwise import compute, compute_leaves, compute_wide, reduce_leaves
 from funcreg.leafwise import total as summed
-from funcreg.penalty import Penalty
+from funcreg.penalty import Penalty, remembering, remembering_rule
 from funcreg.ranges import flags
 from funcreg.tree import flatten, tree_leaves, tree_paths
 
@@ -57,6 +57,7 @@ class Constraint(Penalty):
         (tensor(inf), {'weight': tensor([2., 2.])}, tensor(0.))
     """
 
+    @remembering
     def __init__(
         self,
         projection: Callable[..., Params],
@@ -106,7 +107,6 @@ class Constraint(Penalty):
         def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
             return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
 
-        told = in_metric
         if in_metric is None:
             takes = "metric" in inspect.signature(projection).parameters
             in_metric = lambda *hyper, **options: takes
@@ -124,22 +124,6 @@ class Constraint(Penalty):
             has_gradient=False,
             convex=convex,
             structure=structure,
-        )
-        self._made = (
-            type(self),
-            (projection,),
-            {
-                "bounds": bounds,
-                "check": check,
-                "missed": missed,
-                "in_metric": told,
-                "residual": residual,
-                "rule": rule,
-                "separable": separable,
-                "couples_leaves": couples_leaves,
-                "convex": convex,
-                "structure": structure,
-            },
         )
         self._options -= {"metric"}  # Of the projection, not of the set.
         shown = [p for p in self.__signature__.parameters.values() if p.name != "metric"]
@@ -215,6 +199,7 @@ def constraint(
 ) -> Callable[[Callable[..., Tensor]], Constraint]: ...
 
 
+@remembering_rule
 def constraint(
     rule: Callable[..., Tensor] | None = None,
     /,
@@ -263,17 +248,6 @@ def constraint(
     """
 
     flags(separable=separable, real=real, convex=convex)
-    given = {
-        "metric": metric,
-        "separable": separable,
-        "bounds": bounds,
-        "check": check,
-        "real": real,
-        "missed": missed,
-        "residual": residual,
-        "convex": convex,
-        "structure": structure,
-    }
     weighed = metric
 
     def lift(rule: Callable[..., Tensor]) -> Constraint:
@@ -316,6 +290,6 @@ def constraint(
             couples_leaves=False,
             convex=convex,
             structure=structure,
-        ).made_from(constraint, given, rule)
+        )
 
     return lift if rule is None else lift(rule)

@@ -12,11 +12,12 @@ from funcreg._typing import Hyper, Params
 from funcreg.checks import fits
 from funcreg.composition import Structure
 from funcreg.leafwise import beside, compute, compute_leaves, reduce_leaves, times, total, with_own_step
-from funcreg.penalty import Penalty, is_single
+from funcreg.penalty import Penalty, is_single, remembering_rule
 from funcreg.ranges import flags
 from funcreg.tree import flatten
 
 
+@remembering_rule
 def penalty(
     value: Callable[..., Tensor] | None = None,
     /,
@@ -77,18 +78,6 @@ def penalty(
             "one leaf. A value alone needs no penalty: a function of the parameters is a term of the loss as it is."
         )
     slope, landing = gradient, proximal  # Which are there.
-    given = {
-        "gradient": gradient,
-        "proximal": proximal,
-        "metric": metric,
-        "residual": residual,
-        "separable": separable,
-        "bounds": bounds,
-        "structure": structure,
-        "inner_steps": inner_steps,
-        "has_gradient": has_gradient,
-        "convex": convex,
-    }
     flags(has_gradient=has_gradient)
     if not callable(convex):
         flags(convex=convex)
@@ -175,7 +164,7 @@ def penalty(
             couples_leaves=False,
             has_gradient=has_gradient,
             convex=convex,
-        ).made_from(penalty, given, value)
+        )
 
     return lift
 

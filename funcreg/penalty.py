@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,39 @@ from funcreg.tree import dotted, map_with_path, tree_leaves, tree_map
 from funcreg.undocumented import dynamo_asks, is_compiling
 from funcreg.wording import type_of
 
-P = TypeVar("P", bound="Penalty")
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def remembering(init: Callable[P, None]) -> Callable[P, None]:
+    """Let what is begun know its class and the arguments, as which it pickles."""
+
+    @functools.wraps(init)
+    def begin(*args: P.args, **kwargs: P.kwargs) -> None:
+        made: Any = args[0]
+        if not hasattr(made, "_made"):  # Else it is called by the one of a class below.
+            made._made = type(made), args[1:], kwargs
+        init(*args, **kwargs)
+
+    return begin
+
+
+def remembering_rule(decorator: F) -> F:
+    """Let penalties that a decorator makes of rules pickle as what it was called with, and the rule."""
+
+    def remember(made: Penalty, options: dict[str, Any], rule: Any) -> Penalty:
+        made._made = _decorated, (called, options, rule), {}
+        return made
+
+    @functools.wraps(decorator)
+    def called(*rules: Any, **options: Any) -> Any:
+        made = decorator(*rules, **options)
+        if isinstance(made, Penalty):
+            return remember(made, options, rules[0])
+        return lambda rule: remember(made(rule), options, rule)
+
+    decorated: Any = called  # Of the type of the decorator, which `wraps` does not tell.
+    return decorated
 
 
 class Penalty(TakesHyper):
@@ -99,6 +132,9 @@ class Penalty(TakesHyper):
         (tensor(23.), {'weight': tensor([[2.5000, 0.0000]]), 'bias': tensor([4.])})
     """
 
+    _made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # What pickle calls, with which arguments.
+
+    @remembering
     def __init__(
         self,
         value: Callable[..., Tensor],
@@ -123,22 +159,6 @@ class Penalty(TakesHyper):
             flags(convex=convex)
         if separable is not None:
             flags(separable=separable)
-        options = {
-            "residual": residual,
-            "bounds": bounds,
-            "rule": rule,
-            "structure": structure,
-            "weighted": weighted,
-            "weigh": weigh,
-            "in_metric": in_metric,
-            "inner_steps": inner_steps,
-            "separable": separable,
-            "couples_leaves": couples_leaves,
-            "has_gradient": has_gradient,
-            "convex": convex,
-        }
-        self._made: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-        self._made = type(self), (value, gradient, proximal), options
         rule = value if rule is None else rule
         self._value, self._gradient, self._proximal, self._residual = value, gradient, proximal, residual
         self._weighted, self._weigh = weighted, weigh
@@ -181,11 +201,6 @@ class Penalty(TakesHyper):
         if found is self:
             return self.__qualname__
         return super().__reduce_ex__(protocol) if self.made_by is not None else (_made_again, self._made)
-
-    def made_from(self: P, decorator: Callable[..., Any], options: dict[str, Any], rule: Callable[..., Any]) -> P:
-        """This penalty, which pickles as what a decorator makes of a rule."""
-        self._made = _decorated, (decorator, options, rule), {}
-        return self
 
     @without_autocast
     def __call__(self, params: Params = LACKING, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> Tensor:

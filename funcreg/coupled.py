@@ -101,15 +101,74 @@ def _each_landed(penalty: Penalty, matrices: Matrices, step: Hyper, hyper: Seque
 
 def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
     """As `coupled`, with what lands rows."""
+    rules = _Rules(penalty, groups, land_rows)
+
+    def rule(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        return rules.value(params, *hyper, **options)
+
     signature = inspect.signature(penalty)
-    in_rows = {"dim": ...} if "dim" in signature.parameters else {}
+    rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
+    vars(rule)["__signature__"] = signature.replace(parameters=kept)
+    return Penalty(
+        rules.value,
+        rules.gradient,
+        rules.proximal,
+        residual=rules.residual,
+        rule=rule,
+        in_metric=rules.in_metric,
+        bounds=penalty.bounds,
+        has_gradient=penalty.has_gradient,
+        convex=penalty.is_convex,
+    )
 
-    def families(params: Params) -> list[list[Place]]:
-        return [[place for place in family if place.along.penalized] for family in places_of(groups, params)]
 
-    def apart(params: Params) -> list[list[Place]]:
+class _Rules:
+    """The rules of a penalty of groups that span leaves, from those of a penalty of rows."""
+
+    def __init__(self, penalty: Penalty, groups: Groups, land_rows: LandRows) -> None:
+        self._penalty, self._groups, self._land_rows = penalty, groups, land_rows
+        self._in_rows = {"dim": ...} if "dim" in inspect.signature(penalty).parameters else {}
+
+    def value(self, params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        _shared(hyper)
+        return total([self._penalty(w, *hyper, **own) for w, own in self._matrices(params, options)])
+
+    def gradient(self, params: Params, *hyper: Hyper, **options: Any) -> Params:
+        _shared(hyper)
+        slope = lambda matrices: (self._penalty.grad(w, *hyper, **own) for _, (w,), own in matrices)
+        slopes = self._mapped(slope, self._families(params), params, onto=None, options=options)
+        leaves, rebuild = flatten(params)
+        return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
+
+    def proximal(
+        self, params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
+    ) -> Params:
+        _shared((step, *hyper))
+        trees = (params,) if metric is None else (params, metric)
+        land = lambda matrices: self._land_rows(matrices, step, hyper)
+        landed = self._mapped(land, self._apart(params), *trees, onto=params, options=options)
+        leaves, rebuild = flatten(params)
+        return rebuild([w if z is None else z for w, z in zip(leaves, landed, strict=True)])
+
+    def in_metric(self, params: Params, *hyper: Hyper, **options: Any) -> bool:
+        return all([self._penalty.in_metric(w, *hyper, **own) for w, own in self._matrices(params, options)])
+
+    def residual(self, params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        _shared((strength, *hyper))
+        left = lambda matrices: (
+            self._penalty.residual(w, g, *hyper, strength=strength, **own) for _, (w, g), own in matrices
+        )
+        found = self._mapped(left, self._apart(params), params, grads, onto=grads, options=options)
+        leaves, rebuild = flatten(grads)
+        return rebuild([g if r is None else r for g, r in zip(leaves, found, strict=True)])
+
+    def _families(self, params: Params) -> list[list[Place]]:
+        return [[place for place in family if place.along.penalized] for family in places_of(self._groups, params)]
+
+    def _apart(self, params: Params) -> list[list[Place]]:
         """The families, if no entry is in two of them."""
-        found, leaves = families(params), tree_leaves(params)
+        found, leaves = self._families(params), tree_leaves(params)
         used: dict[int, list[Along]] = {}
         for family in found:
             for leaf, along in family:
@@ -118,26 +177,29 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
             if overlapping(leaves[leaf], alongs):
                 raise ValueError(
                     f"leaf '{tree_paths(params)[leaf]}' is in {len(alongs)} families of groups: where groups "
-                    f"overlap, {penalty.__name__} has a value and a gradient, but no proximal operator. Leave the "
-                    "leaf to one family, and write Along(dim, penalized=False) in the others."
+                    f"overlap, {self._penalty.__name__} has a value and a gradient, but no proximal operator. Leave "
+                    "the leaf to one family, and write Along(dim, penalized=False) in the others."
                 )
         return found
 
-    def rows(leaves: Sequence[Tensor], family: Sequence[Place]) -> Tensor:
-        """The leaves of a family as one matrix, a group in each row."""
-        parts = [gather(whole(leaves[leaf]), along) for leaf, along in family]
-        return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
+    def _matrices(self, params: Params, options: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each family of penalized leaves as a matrix, with its options."""
+        leaves, found = tree_leaves(params), self._families(params)
+        for i, family in enumerate(found):
+            if family:
+                yield _rows(leaves, family), self._options(i, len(found), options)
 
-    def each(family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
+    def _options(self, family: int, count: int, options: dict[str, Any]) -> dict[str, Any]:
         """The options of one of the families."""
         weights = options.get("weights")
         if not isinstance(weights, (list, tuple)):
-            return {**options, **in_rows}
+            return {**options, **self._in_rows}
         if len(weights) != count:
             raise ValueError(f"weights has {len(weights)} entries; expected {count}, one for each family of groups")
-        return {**options, **in_rows, "weights": weights[family]}
+        return {**options, **self._in_rows, "weights": weights[family]}
 
-    def mapped(
+    def _mapped(
+        self,
         f: Callable[[Matrices], Iterable[Tensor]],
         found: list[list[Place]],
         *trees: Params,
@@ -153,8 +215,10 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
         bases = leaves if onto is None else tree_leaves(onto)
         results: list[Tensor | None] = [None] * len(leaves)
         numbers = [i for i, family in enumerate(found) if family]
-        made = f((i, [rows(column, found[i]) for column in columns], each(i, len(found), options)) for i in numbers)
-        for i, own_rows in zip(numbers, made, strict=True):
+        several = (
+            (i, [_rows(column, found[i]) for column in columns], self._options(i, len(found), options)) for i in numbers
+        )
+        for i, own_rows in zip(numbers, f(several), strict=True):
             family = found[i]
             widths = [width_of(leaves[leaf], along) for leaf, along in family]
             for (leaf, along), part in zip(family, own_rows.split(widths, 1), strict=True):
@@ -163,86 +227,16 @@ def _coupled(penalty: Penalty, groups: Groups, land_rows: LandRows) -> Penalty:
                 own = _like(part, leaves[leaf])
                 if len(family) > 1:  # Else the leaf would keep the memory of all.
                     own = own.clone(memory_format=torch.contiguous_format)
-                if onto is None:
-                    own = laid_out_as(base, scatter(own, torch.zeros_like(base), along))
-                    results[leaf] = like(own, leaves[leaf]) if earlier is None else earlier + like(own, leaves[leaf])
-                else:
-                    results[leaf] = like(laid_out_as(base, scatter(own, base, along)), leaves[leaf])
+                spread = scatter(own, torch.zeros_like(base) if onto is None else base, along)
+                made = like(laid_out_as(base, spread), leaves[leaf])
+                results[leaf] = made if onto is not None or earlier is None else earlier + made
         return results
 
-    def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-        _shared(hyper)
-        leaves, found = tree_leaves(params), families(params)
-        return total(
-            [
-                penalty(rows(leaves, family), *hyper, **each(i, len(found), options))
-                for i, family in enumerate(found)
-                if family
-            ]
-        )
 
-    def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-        _shared(hyper)
-        found = families(params)
-        slope = lambda matrices: (penalty.grad(w, *hyper, **own) for _, (w,), own in matrices)
-        slopes = mapped(slope, found, params, onto=None, options=options)
-        leaves, rebuild = flatten(params)
-        return rebuild([torch.zeros_like(w) if g is None else g for w, g in zip(leaves, slopes, strict=True)])
-
-    def proximal(params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
-        _shared((step, *hyper))
-        trees = () if metric is None else (metric,)
-        landed = mapped(
-            lambda matrices: land_rows(matrices, step, hyper),
-            apart(params),
-            params,
-            *trees,
-            onto=params,
-            options=options,
-        )
-        leaves, rebuild = flatten(params)
-        return rebuild([w if z is None else z for w, z in zip(leaves, landed, strict=True)])
-
-    def in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
-        leaves, found = tree_leaves(params), families(params)
-        return all(
-            [
-                penalty.in_metric(rows(leaves, family), *hyper, **each(i, len(found), options))
-                for i, family in enumerate(found)
-                if family
-            ]
-        )
-
-    def residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
-        _shared((strength, *hyper))
-        found = mapped(
-            lambda matrices: (penalty.residual(w, g, *hyper, strength=strength, **own) for _, (w, g), own in matrices),
-            apart(params),
-            params,
-            grads,
-            onto=grads,
-            options=options,
-        )
-        leaves, rebuild = flatten(grads)
-        return rebuild([g if r is None else r for g, r in zip(leaves, found, strict=True)])
-
-    def rule(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-        return value(params, *hyper, **options)
-
-    rule.__name__, rule.__doc__ = f"coupled_{penalty.__name__}", penalty.__doc__
-    kept = [parameter for parameter in signature.parameters.values() if parameter.name != "dim"]
-    vars(rule)["__signature__"] = signature.replace(parameters=kept)
-    return Penalty(
-        value,
-        gradient,
-        proximal,
-        residual=residual,
-        rule=rule,
-        in_metric=in_metric,
-        bounds=penalty.bounds,
-        has_gradient=penalty.has_gradient,
-        convex=penalty.is_convex,
-    )
+def _rows(leaves: Sequence[Tensor], family: Sequence[Place]) -> Tensor:
+    """The leaves of a family as one matrix, a group in each row."""
+    parts = [gather(whole(leaves[leaf]), along) for leaf, along in family]
+    return torch.cat([part.to(parts[0].device) for part in parts], 1) if len(parts) > 1 else parts[0]
 
 
 def check_groups_are_whole(penalty: Penalty, mask: Mask | None, params: Params) -> None:

@@ -260,8 +260,8 @@ def split_leaf(penalty: Penalty, chosen: Collection[str], params: Params) -> str
     In a sum, each term is looked at with the leaves that its own mask chooses.
     """
     names = tree_paths(params)
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        for term in penalty.structure.parts():
+    if isinstance(penalty, Sum):
+        for term in penalty.terms:
             own = {name for name, acts in zip(names, term.places(params), strict=True) if acts}
             lost = split_leaf(term.penalty, own.intersection(chosen), params)
             if lost is not None:
@@ -292,8 +292,8 @@ def linked(penalty: Penalty, params: Params) -> list[set[str]]:
 
 def landed_by(penalty: Penalty, landing: Callable[[Penalty], LandRows]) -> Penalty:
     """A penalty in which `coupled`, also in a sum, leaves rows to what `landing` makes; the same one if it has none."""
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        terms = penalty.structure.parts()
+    if isinstance(penalty, Sum):
+        terms = penalty.terms
         made = [term._replace(penalty=landed_by(term.penalty, landing)) for term in terms]
         same = all([new.penalty is old.penalty for new, old in zip(made, terms, strict=True)])
         return penalty if same else Sum(tuple(made))
@@ -310,9 +310,9 @@ def is_coupled(penalty: Penalty) -> bool:
 
 def _families(penalty: Penalty, params: Params) -> list[set[str]]:
     names = tree_paths(params)
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
+    if isinstance(penalty, Sum):
         found: list[set[str]] = []
-        for term in penalty.structure.parts():
+        for term in penalty.terms:
             own = {name for name, acts in zip(names, term.places(params), strict=True) if acts}
             found += [family & own for family in _families(term.penalty, params)]
         return [family for family in found if family]
@@ -339,8 +339,8 @@ def _groups_of(penalty: Penalty) -> Groups:
 
 def named_leaves(penalty: Penalty, params: Params) -> list[str]:
     """The names of leaves that `coupled`, also in a sum, has in its groups and penalizes."""
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        return [name for term in penalty.structure.parts() for name in named_leaves(term.penalty, params)]
+    if isinstance(penalty, Sum):
+        return [name for term in penalty.terms for name in named_leaves(term.penalty, params)]
     if not is_coupled(penalty):
         return []
     families = families_of(chosen_by(_groups_of(penalty), params, "groups")[0])
@@ -357,8 +357,8 @@ class Extinct(NamedTuple):
 
 def extinct(penalty: Penalty, params: Params) -> list[Extinct]:
     """The families of `coupled`, also in a sum, all of whose groups are zero."""
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        return [each for term in penalty.structure.parts() for each in extinct(term.penalty, params)]
+    if isinstance(penalty, Sum):
+        return [each for term in penalty.terms for each in extinct(term.penalty, params)]
     if not is_coupled(penalty):
         return []
     groups = _groups_of(penalty)

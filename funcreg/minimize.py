@@ -306,18 +306,18 @@ def _as_tensor(x: Any, params: Params) -> Any:
 
 def _key_of_penalty(penalty: Penalty) -> Any:
     """What tells a penalty from others; sums of the same terms are the same."""
-    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+    if not isinstance(penalty, Sum):
         return Same(penalty)
     return tuple(
         (_key_of_penalty(term.penalty), key_of([term.factors, term.hyper, term.options]), Same(term.mask))
-        for term in penalty.structure.parts()
+        for term in penalty.terms
     )
 
 
 def _is_known(penalty: Penalty) -> bool:
     """Whether it is one of the library's own, or a sum of them: nothing that it computes changes between calls."""
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        return all([_is_known(term.penalty) for term in penalty.structure.parts()])
+    if isinstance(penalty, Sum):
+        return all([_is_known(term.penalty) for term in penalty.terms])
     return penalty.__module__.startswith("funcreg.") and penalty.made_by is None
 
 

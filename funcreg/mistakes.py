@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -478,19 +478,13 @@ def _averages_of_zeros(entries: list[Entry]) -> Iterator[str]:
 # Which leaves
 
 
-def _terms(penalty: Penalty | None) -> Sequence[Term]:
-    """The terms of a sum."""
-    split = penalty.structure.parts if isinstance(penalty, Sum) else None
-    return [] if split is None else split()
-
-
 def penalized(entry: Entry) -> list[tuple[str, Any]]:
     """Names and tensors of the leaves on which the penalty of a transform acts, with masks of its own."""
     rows, penalty = entry.leaves(), entry.penalty
     if not isinstance(penalty, Sum) or entry.params is None:
         return rows
     bools = [name in (entry.acts_on or ()) for name in tree_paths(entry.params)]
-    terms = [term.acts(keep(entry.params, bools)) for term in _terms(penalty)]
+    terms = [term.acts(keep(entry.params, bools)) for term in penalty.terms]
     return [row for row, *acts in zip(rows, *terms, strict=True) if any(acts)]
 
 
@@ -543,9 +537,10 @@ def _pulls(entry: Entry) -> Iterator[str]:
     penalty = entry.penalty
     if penalty is None:
         return
-    # A term with a mask of its own may act elsewhere than the next one.
-    parts = [part.penalty for term in _terms(penalty) for part in term.parts() if part.mask is None]
-    names = [part.__name__ for part in (parts if isinstance(penalty, Sum) else [penalty])]
+    parts = [penalty]
+    if isinstance(penalty, Sum):  # A term with a mask of its own may act elsewhere than the next one.
+        parts = [part.penalty for term in penalty.terms for part in term.parts() if part.mask is None]
+    names = [part.__name__ for part in parts]
     yield from dict.fromkeys("decay" if name in _RIDGES else name for name in names)
 
 

@@ -474,7 +474,7 @@ class Sum(Penalty):
 
     # In attributes alone, without a look at signatures: sums are also made inside compiled functions.
     def __init__(self, terms: tuple[Term, ...]) -> None:
-        self._addends = terms
+        self.terms = terms
         self._hyper, self._options, self.bounds, self._inner_steps = (), frozenset(), {}, None
         self.structure = Structure(parts=lambda: terms)
         self.separable = all([term.penalty.separable is True for term in terms])
@@ -484,13 +484,13 @@ class Sum(Penalty):
 
     @property
     def __name__(self) -> str:
-        return " + ".join([term.title() for term in self._addends])
+        return " + ".join([term.title() for term in self.terms])
 
     def __repr__(self) -> str:
         return self.__name__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Sum, (self._addends,)
+        return Sum, (self.terms,)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -503,34 +503,34 @@ class Sum(Penalty):
         )
 
     def _value(self, params: Params) -> Tensor:
-        return sum_value(self._addends, params)
+        return sum_value(self.terms, params)
 
     def _gradient(self, params: Params) -> Params:
-        return sum_gradient(self._addends, params)
+        return sum_gradient(self.terms, params)
 
     def _proximal(self, params: Params, step: Hyper, metric: Params | None = None) -> Params:
-        return sum_proximal(self._addends, params, step, metric)
+        return sum_proximal(self.terms, params, step, metric)
 
     def in_metric(self, params: Params, *hyper: Hyper, mask: Mask | None = None, **options: Any) -> bool:
         self.bind(*hyper, **options)
         chosen = kept_by(mask, params)
-        return sum_in_metric(self._addends, chosen)
+        return sum_in_metric(self.terms, chosen)
 
     def _in_metric(self, params: Params) -> bool:
         return True  # Or its own rule says why not.
 
     def _residual(self, params: Params, grads: Params, strength: Hyper) -> Params:
-        return sum_residual(self._addends, params, grads, strength)
+        return sum_residual(self.terms, params, grads, strength)
 
     @property
     def weighable(self) -> bool:
-        return all([term.penalty.weighable for term in self._addends])
+        return all([term.penalty.weighable for term in self.terms])
 
     def _weighted(self, params: Params, weights: Hyper) -> Tensor:
-        return sum_value([term.times(weights) for term in self._addends], params)
+        return sum_value([term.times(weights) for term in self.terms], params)
 
     def _weigh(self, params: Params, weights: Hyper) -> Hyper:
-        for term in self._addends:
+        for term in self.terms:
             term.times(weights).check(params)
         return weights
 
@@ -563,4 +563,4 @@ def _one_number(penalty: Penalty, weights: Hyper) -> TypeError:
 
 
 def _terms(whole: Penalty) -> tuple[Term, ...]:
-    return whole._addends if isinstance(whole, Sum) else _terms(whole.given())
+    return whole.terms if isinstance(whole, Sum) else _terms(whole.given())

@@ -42,9 +42,9 @@ def check_penalty(
 
 def projects(penalty: Penalty) -> bool:
     """Whether a penalty is a constraint, or made of nothing else."""
-    if not isinstance(penalty, Sum) or penalty.structure.parts is None:
+    if not isinstance(penalty, Sum):
         return isinstance(penalty, Constraint)
-    return all([projects(term.penalty) for term in penalty.structure.parts()])
+    return all([projects(term.penalty) for term in penalty.terms])
 
 
 def check_strength(penalty: Penalty, strength: Hyper | Schedule) -> None:

@@ -158,7 +158,7 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
     g = penalty_of_entries
     if not isinstance(g, Penalty) or g.separable is not True:
         raise ValueError(f"penalty is {g!r}; expected a separable one such as l1, made with separable=True")
-    terms = g.structure.parts() if isinstance(g, Sum) and g.structure.parts is not None else []
+    terms = g.terms if isinstance(g, Sum) else ()
     if any([term.mask is not None or varies((*term.factors, *term.hyper)) for term in terms]):
         raise ValueError(
             f"penalty is {g!r} with weights for entries or a mask; expected one that treats all singular values alike. "

@@ -89,8 +89,8 @@ def _vmapped(f: Callable[..., Any], dims: tuple[int | None, ...], tuples: int) -
 
 
 def _has_rule(penalty: Penalty) -> bool:
-    if isinstance(penalty, Sum) and penalty.structure.parts is not None:
-        return all([_has_rule(term.penalty) for term in penalty.structure.parts()])
+    if isinstance(penalty, Sum):
+        return all([_has_rule(term.penalty) for term in penalty.terms])
     return penalty.has_residual
 
 

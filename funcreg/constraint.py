@@ -75,49 +75,13 @@ class Constraint(Penalty):
     ) -> None:
         flags(convex=convex)
 
-        def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
-            nearest = projection(params, *hyper, **options)
-            leaves, rebuild = flatten(params)
-            rounding = rebuild([_rounding(leaf) for leaf in leaves])
-            terms = compute_leaves(_outside, params, nearest, hyper=(rounding,))
-            if missed is not None:
-                lost = missed(params, *hyper, **options)
-                terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
-            return terms
-
-        def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-            return summed(outside(params, *hyper, **options))
-
-        def left(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
-            if residual is not None:
-                found = residual(params, grads, *hyper, **options)
-            else:
-                moved = compute_wide(lambda w, g: w - g, params, grads)
-                found = compute(lambda w, z: w - z, params, projection(moved, *hyper, **options))
-            _, rebuild = flatten(params)
-            lost = rebuild(outside(params, *hyper, **options))
-            return compute(lambda r, out: torch.where(out == 0, r, out), found, hyper=(lost,))
-
-        def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-            return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
-
-        def proximal(params: Params, step: Hyper, *hyper: Hyper, **options: Any) -> Params:
-            return projection(params, *hyper, **options)
-
-        def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
-            return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
-
         if in_metric is None:
             takes = "metric" in inspect.signature(projection).parameters
             in_metric = lambda *hyper, **options: takes
         super().__init__(
-            value,
-            gradient,
-            proximal,
-            residual=left,
+            **_of_set(projection, missed, residual),
             bounds=bounds,
             rule=projection if rule is None else rule,
-            weighted=weighted,
             in_metric=in_metric,
             separable=separable,
             couples_leaves=couples_leaves,
@@ -160,6 +124,48 @@ class Constraint(Penalty):
         if self._check is not None:
             self._check(*values)
         return values, options
+
+
+def _of_set(
+    projection: Callable[..., Params],
+    missed: Callable[..., list[Tensor]] | None,
+    residual: Callable[..., Params] | None,
+) -> dict[str, Any]:
+    """The rules of the penalty that is 0 in a set and infinite outside of it."""
+
+    def outside(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
+        nearest = projection(params, *hyper, **options)
+        leaves, rebuild = flatten(params)
+        rounding = rebuild([_rounding(leaf) for leaf in leaves])
+        terms = compute_leaves(_outside, params, nearest, hyper=(rounding,))
+        if missed is not None:
+            lost = missed(params, *hyper, **options)
+            terms = [torch.where(out, x + math.inf, x) for out, x in zip(lost, terms, strict=True)]
+        return terms
+
+    def value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        return summed(outside(params, *hyper, **options))
+
+    def weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+        return value(params, *hyper, **options)  # No number changes 0 or infinity; 0 does not open the set either.
+
+    def gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
+        return compute(lambda w: torch.where(w != w, w, torch.zeros_like(w)), params)
+
+    def proximal(params: Params, step: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        return projection(params, *hyper, **options)
+
+    def left(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        if residual is not None:
+            found = residual(params, grads, *hyper, **options)
+        else:
+            moved = compute_wide(lambda w, g: w - g, params, grads)
+            found = compute(lambda w, z: w - z, params, projection(moved, *hyper, **options))
+        _, rebuild = flatten(params)
+        lost = rebuild(outside(params, *hyper, **options))
+        return compute(lambda r, out: torch.where(out == 0, r, out), found, hyper=(lost,))
+
+    return {"value": value, "gradient": gradient, "proximal": proximal, "residual": left, "weighted": weighted}
 
 
 def _rounding(w: Tensor) -> float:
@@ -248,43 +254,13 @@ def constraint(
     """
 
     flags(separable=separable, real=real, convex=convex)
-    weighed = metric
 
     def lift(rule: Callable[..., Tensor]) -> Constraint:
-        def projection(params: Params, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
-            if real and any(leaf.is_complex() for leaf in tree_leaves(params)):
-                names = zip(tree_paths(params), tree_leaves(params), strict=True)
-                first = next(name for name, leaf in names if leaf.is_complex())
-                raise TypeError(f"leaf '{first}' is complex; {rule.__name__} takes real numbers, which have an order")
-            if metric is None or weighed is None:
-                return compute(lambda w, *row: rule(w, *row, **options), params, hyper=hyper)
-            near = weighed
-            return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
-
-        def in_metric(*hyper: Any, **options: Any) -> bool:
-            return weighed is not None or separable
-
-        def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
-            return reduce_leaves(lambda w, *row: out(w, *row, **options), params, hyper=hyper, op="any")
-
-        def out(w: Tensor, *hyper: Any, **options: Any) -> Tensor:
-            # Leaves without entries are in every set.
-            return missed(w, *hyper, **options) if missed is not None and w.numel() else torch.zeros_like(w)
-
-        def left(params: Params, grads: Params, *hyper: Hyper, **options: Any) -> Params:
-            normal = residual
-            assert normal is not None
-            leaves, rebuild = flatten(params)
-            slack = rebuild([_rounding(leaf) for leaf in leaves])
-            return compute(lambda w, g, *row: normal(w, g, *row, **options), params, grads, hyper=(slack, *hyper))
-
         return Constraint(
-            projection,
+            **_of_leaves(rule, metric, real, missed, residual),
+            in_metric=lambda *hyper, **options: metric is not None or separable,
             bounds=bounds,
             check=check,
-            missed=None if missed is None else lost,
-            in_metric=in_metric,
-            residual=None if residual is None else left,
             rule=rule,
             separable=separable,
             couples_leaves=False,
@@ -293,3 +269,45 @@ def constraint(
         )
 
     return lift if rule is None else lift(rule)
+
+
+def _of_leaves(
+    rule: Callable[..., Tensor],
+    metric: Callable[..., Tensor] | None,
+    real: bool,
+    missed: Callable[..., Tensor] | None,
+    residual: Callable[..., Tensor] | None,
+) -> dict[str, Any]:
+    """The rules of a set of trees, of those on a leaf."""
+    weighed = metric
+
+    def projection(params: Params, *hyper: Hyper, metric: Params | None = None, **options: Any) -> Params:
+        if real and any(leaf.is_complex() for leaf in tree_leaves(params)):
+            names = zip(tree_paths(params), tree_leaves(params), strict=True)
+            first = next(name for name, leaf in names if leaf.is_complex())
+            raise TypeError(f"leaf '{first}' is complex; {rule.__name__} takes real numbers, which have an order")
+        if metric is None or weighed is None:
+            return compute(lambda w, *row: rule(w, *row, **options), params, hyper=hyper)
+        near = weighed
+        return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
+
+    rules: dict[str, Any] = {"projection": projection}
+    if missed is not None:
+        out = missed
+
+        def lost(params: Params, *hyper: Hyper, **options: Any) -> list[Tensor]:
+            # Leaves without entries are in every set.
+            some = lambda w, *row: out(w, *row, **options) if w.numel() else torch.zeros_like(w)
+            return reduce_leaves(some, params, hyper=hyper, op="any")
+
+        rules["missed"] = lost
+    if residual is not None:
+        normal = residual
+
+        def left(params: Params, grads: Params, *hyper: Hyper, **options: Any) -> Params:
+            leaves, rebuild = flatten(params)
+            slack = rebuild([_rounding(leaf) for leaf in leaves])
+            return compute(lambda w, g, *row: normal(w, g, *row, **options), params, grads, hyper=(slack, *hyper))
+
+        rules["residual"] = left
+    return rules

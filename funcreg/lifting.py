@@ -77,7 +77,6 @@ def penalty(
             "penalty lacks its rules; expected @penalty(gradient=..., proximal=...) above the value, two functions of "
             "one leaf. A value alone needs no penalty: a function of the parameters is a term of the loss as it is."
         )
-    slope, landing = gradient, proximal  # Which are there.
     flags(has_gradient=has_gradient)
     if not callable(convex):
         flags(convex=convex)
@@ -85,80 +84,16 @@ def penalty(
         flags(separable=separable)
 
     def lift(value: Callable[..., Tensor]) -> Penalty:
-        def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
-            # Summed leaf by leaf: the terms of one are in a cache, and those of all would be a second set of weights.
-            return total(reduce_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper))
-
-        def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
-            if is_single(weights):
-                plain = tree_value(params, *hyper, **options)
-                return times(beside(weights, plain), plain).to(plain.dtype)
-            rule = lambda w, c, *row: _weighted_terms(w, c, value(w, *row, **options))
-            return total(reduce_leaves(rule, params, hyper=(weights, *hyper)))
-
-        def tree_weigh(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
-            own = compute_leaves(lambda w, *row: one_a_term(w, *row, **options), params, hyper=(weights, *hyper))
-            return flatten(params)[1](own)
-
-        def one_a_term(w: Tensor, c: Any, *hyper: Any, **options: Any) -> Any:
-            """A weight, if each term of the value of a leaf has one number of it; without dimensions if all have."""
-            if not isinstance(c, Tensor) or not c.ndim or of_entries(w, *hyper, **options):
-                return c
-            inside = None if structure is None or structure.groups is None else structure.groups(w, **options)
-            shape = [1 if inside is None or d in inside else n for d, n in enumerate(w.shape)]
-            if not fits(c, shape):
-                one = math.prod(shape) == 1
-                expected = "one number for each leaf" if one else f"one for each group, {tuple(shape)}"
-                raise ValueError(
-                    f"a strength or step has shape {tuple(c.shape)}; expected {expected}, because "
-                    f"{value.__name__} couples entries of this leaf of shape {tuple(w.shape)}"
-                )
-            return c.reshape(()) if inside is None else c
-
         def of_entries(w: Tensor, *hyper: Any, **options: Any) -> bool:
             return value(w, *hyper, **options).shape == w.shape if separable is None else separable
 
-        def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-            return compute(lambda w, *row: slope(w, *row, **options), params, hyper=hyper)
-
-        def tree_proximal(
-            params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
-        ) -> Params:
-            if metric is None:
-                return compute(lambda w, *row: landing(w, *row, **options), params, hyper=(step, *hyper))
-            return compute(
-                lambda w, h, step, *row: in_metric(w, h, step, *row, **options), params, metric, hyper=(step, *hyper)
-            )
-
-        def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
-            if metric is not None:
-                return metric(w, h, step, *hyper, **options)
-            w, own = (w, step / h) if convex is True else with_own_step(w, step, h)
-            return landing(w, own, *hyper, **options)
-
-        def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
-            if metric is not None or separable is not None:
-                return metric is not None or separable is True
-            apart: list[bool] = []
-            compute_leaves(lambda w, *row: apart.append(of_entries(w, *row, **options)) or w, params, hyper=hyper)
-            return all(apart)
-
-        def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
-            rule = residual
-            assert rule is not None
-            return compute(lambda w, g, *row: rule(w, g, *row, **options), params, grads, hyper=(strength, *hyper))
-
         return Penalty(
-            tree_value,
-            tree_gradient,
-            tree_proximal,
-            residual=None if residual is None else tree_residual,
+            **_of_terms(value, of_entries, structure),
+            **_of_steps(gradient, proximal, metric, residual, convex),
+            in_metric=_in_metric(of_entries, metric is not None, separable),
             bounds=bounds,
             rule=value,
             structure=structure,
-            weighted=tree_weighted,
-            weigh=tree_weigh,
-            in_metric=tree_in_metric,
             inner_steps=inner_steps,
             separable=separable,
             couples_leaves=False,
@@ -167,6 +102,95 @@ def penalty(
         )
 
     return lift
+
+
+def _of_terms(
+    value: Callable[..., Tensor], of_entries: Callable[..., bool], structure: Structure | None
+) -> dict[str, Callable[..., Any]]:
+    """What a penalty needs to know of its value on trees, of a value on a leaf and whether that is a sum of entries."""
+
+    def tree_value(params: Params, *hyper: Hyper, **options: Any) -> Tensor:
+        # Summed leaf by leaf: the terms of one are in a cache, and those of all would be a second set of weights.
+        return total(reduce_leaves(lambda w, *row: value(w, *row, **options), params, hyper=hyper))
+
+    def tree_weighted(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Tensor:
+        if is_single(weights):
+            plain = tree_value(params, *hyper, **options)
+            return times(beside(weights, plain), plain).to(plain.dtype)
+        rule = lambda w, c, *row: _weighted_terms(w, c, value(w, *row, **options))
+        return total(reduce_leaves(rule, params, hyper=(weights, *hyper)))
+
+    def tree_weigh(params: Params, weights: Hyper, /, *hyper: Hyper, **options: Any) -> Hyper:
+        own = compute_leaves(lambda w, *row: one_a_term(w, *row, **options), params, hyper=(weights, *hyper))
+        return flatten(params)[1](own)
+
+    def one_a_term(w: Tensor, c: Any, *hyper: Any, **options: Any) -> Any:
+        """A weight, if each term of the value of a leaf has one number of it; without dimensions if all have."""
+        if not isinstance(c, Tensor) or not c.ndim or of_entries(w, *hyper, **options):
+            return c
+        inside = None if structure is None or structure.groups is None else structure.groups(w, **options)
+        shape = [1 if inside is None or d in inside else n for d, n in enumerate(w.shape)]
+        if not fits(c, shape):
+            one = math.prod(shape) == 1
+            expected = "one number for each leaf" if one else f"one for each group, {tuple(shape)}"
+            raise ValueError(
+                f"a strength or step has shape {tuple(c.shape)}; expected {expected}, because "
+                f"{value.__name__} couples entries of this leaf of shape {tuple(w.shape)}"
+            )
+        return c.reshape(()) if inside is None else c
+
+    return {"value": tree_value, "weighted": tree_weighted, "weigh": tree_weigh}
+
+
+def _of_steps(
+    gradient: Callable[..., Tensor],
+    proximal: Callable[..., Tensor],
+    metric: Callable[..., Tensor] | None,
+    residual: Callable[..., Tensor] | None,
+    convex: bool | Callable[..., bool],
+) -> dict[str, Callable[..., Any]]:
+    """The rules by which a penalty moves trees, of those on a leaf."""
+
+    def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
+        return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
+
+    def tree_proximal(
+        params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
+    ) -> Params:
+        if metric is None:
+            return compute(lambda w, *row: proximal(w, *row, **options), params, hyper=(step, *hyper))
+        return compute(
+            lambda w, h, step, *row: in_metric(w, h, step, *row, **options), params, metric, hyper=(step, *hyper)
+        )
+
+    def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
+        if metric is not None:
+            return metric(w, h, step, *hyper, **options)
+        w, own = (w, step / h) if convex is True else with_own_step(w, step, h)
+        return proximal(w, own, *hyper, **options)
+
+    rules: dict[str, Callable[..., Any]] = {"gradient": tree_gradient, "proximal": tree_proximal}
+    if residual is None:
+        return rules
+    rule = residual
+
+    def tree_residual(params: Params, grads: Params, strength: Hyper, *hyper: Hyper, **options: Any) -> Params:
+        return compute(lambda w, g, *row: rule(w, g, *row, **options), params, grads, hyper=(strength, *hyper))
+
+    return {**rules, "residual": tree_residual}
+
+
+def _in_metric(of_entries: Callable[..., bool], has_rule: bool, separable: bool | None) -> Callable[..., bool]:
+    """Whether the proximal point of a tree in a metric is known: by a rule, or as there is one term for each entry."""
+
+    def tree_in_metric(params: Params, *hyper: Hyper, **options: Any) -> bool:
+        if has_rule or separable is not None:
+            return has_rule or separable is True
+        apart: list[bool] = []
+        compute_leaves(lambda w, *row: apart.append(of_entries(w, *row, **options)) or w, params, hyper=hyper)
+        return all(apart)
+
+    return tree_in_metric
 
 
 def _weighted_terms(w: Tensor, c: Any, terms: Tensor) -> Tensor:

@@ -126,8 +126,9 @@ def flat_problem(
     leaves, rebuild = flatten((*given, *_followed(penalty, options)))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     own, tree = flatten(given[0])
-    shapes, sizes, dtypes = [w.shape for w in own], [w.numel() for w in own], [w.dtype for w in own]
+    dtypes = [w.dtype for w in own]
     dtype = functools.reduce(torch.promote_types, map(wide, dtypes), torch.float32)
+    packing = _Packing([w.shape for w in own], [w.numel() for w in own], dtypes, dtype, tree)
     in_metric = penalty.in_metric(given[0], *given[2], mask=mask, **options)
     convex = penalty.is_convex(*given[2], **options)
 
@@ -143,55 +144,12 @@ def flat_problem(
             found[i] = tensor
         return rebuild(found)
 
-    def with_values(tensors: Any) -> tuple[Penalty, Hyper, tuple[Hyper, ...], dict[str, Any]]:
-        """The penalty, its strength, hyperparameters and options."""
-        _, force, values, _, held, some = filled(tensors)
-        return made_with(penalty, iter(held)) if held else penalty, force, values, {**options, **some}
-
     def of_places(kept: Tensor | None) -> Flat:
-        def vector(tree: Params) -> Tensor:
-            parts = [w.reshape(-1).to(dtype) for w in tree_leaves(tree)]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
-            return whole if kept is None else whole.index_select(0, kept)
-
-        def unpacked(x: Tensor, rest: float = 0.0) -> Params:
-            if kept is not None:
-                x = x.new_full((*x.shape[:-1], sum(sizes)), rest).index_copy(-1, kept, x)
-            parts = x.split(sizes, dim=-1) if len(sizes) > 1 else [x] * len(sizes)
-            return tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)])
-
-        def cast(point: Params) -> Params:
-            return tree([w.to(kind) for w, kind in zip(tree_leaves(point), dtypes, strict=True)])
-
-        def read(x: Tensor, tensors: Any) -> Tensor:
-            value = loss(cast(unpacked(x)), *filled(tensors)[3])
-            if not isinstance(value, Tensor) or value.ndim:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type_of(value)
-                raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
-            return value.to(dtype)
-
-        def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
-            at, force, values, static = with_values(tensors)
-            point, h = unpacked(x), unpacked(metric, 1.0) if in_metric else None
-            whole = product(kept_by(mask, point), step, force)
-            return vector(at.prox(point, whole, *values, metric=h, mask=mask, **static))
-
-        def value(x: Tensor, tensors: Any) -> Tensor:
-            at, force, values, static = with_values(tensors)
-            return at.weighted_value(unpacked(x), force, *values, mask=mask, **static).to(dtype)
-
-        def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
-            at, force, values, static = with_values(tensors)
-            point, grads = unpacked(x), unpacked(slope)
-            return kkt_residual(point, grads, at, *values, strength=force, mask=mask, **static).to(dtype)
-
+        part = replace(packing, kept=kept)
         return Flat(
-            read,
-            land,
-            value,
-            residual,
-            begin=lambda tensors: vector(filled(tensors)[0]).clone(),
-            tree=lambda x: cast(unpacked(x)),
+            **_functions(loss, penalty, mask, options, filled, part, in_metric),
+            begin=lambda tensors: part.vector(filled(tensors)[0]).clone(),
+            tree=lambda x: part.cast(part.unpacked(x)),
             narrowed=lambda some: of_places(some if kept is None else kept.index_select(0, some)),
             in_metric=in_metric,
             separable=penalty.separable is True,
@@ -205,3 +163,73 @@ def flat_problem(
         )
 
     return of_places(None), [leaves[i] for i in places]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A tree as one vector of all its entries, or of those in some places, where the others are 0."""
+
+    shapes: list[torch.Size]
+    sizes: list[int]
+    dtypes: list[torch.dtype]
+    dtype: torch.dtype  # Of the vector.
+    tree: Callable[[list[Tensor]], Params]  # From leaves.
+    kept: Tensor | None = None  # The places; None for all.
+
+    def vector(self, tree: Params) -> Tensor:
+        parts = [w.reshape(-1).to(self.dtype) for w in tree_leaves(tree)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype)
+        return whole if self.kept is None else whole.index_select(0, self.kept)
+
+    def unpacked(self, x: Tensor, rest: float = 0.0) -> Params:
+        """A tree in the dtype of the vector, with another number in the places that are left out."""
+        if self.kept is not None:
+            x = x.new_full((*x.shape[:-1], sum(self.sizes)), rest).index_copy(-1, self.kept, x)
+        parts = x.split(self.sizes, dim=-1) if len(self.sizes) > 1 else [x] * len(self.sizes)
+        rows = zip(parts, self.shapes, strict=True)
+        return self.tree([part.reshape((*part.shape[:-1], *shape)) for part, shape in rows])
+
+    def cast(self, point: Params) -> Params:
+        """A tree in the dtypes of the parameters."""
+        return self.tree([w.to(kind) for w, kind in zip(tree_leaves(point), self.dtypes, strict=True)])
+
+
+def _functions(
+    loss: Callable[..., Tensor],
+    penalty: Penalty,
+    mask: Mask | None,
+    options: dict[str, Any],
+    filled: Callable[[Any], Any],
+    packing: _Packing,
+    in_metric: bool,
+) -> dict[str, Any]:
+    """The loss and what is asked of the penalty, as functions of a vector and of all tensors that were given."""
+
+    def with_values(tensors: Any) -> tuple[Penalty, Hyper, tuple[Hyper, ...], dict[str, Any]]:
+        """The penalty, its strength, hyperparameters and options."""
+        _, force, values, _, held, some = filled(tensors)
+        return made_with(penalty, iter(held)) if held else penalty, force, values, {**options, **some}
+
+    def read(x: Tensor, tensors: Any) -> Tensor:
+        value = loss(packing.cast(packing.unpacked(x)), *filled(tensors)[3])
+        if not isinstance(value, Tensor) or value.ndim:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type_of(value)
+            raise ValueError(f"loss returned {came}; expected a tensor without dimensions")
+        return value.to(packing.dtype)
+
+    def land(x: Tensor, step: Tensor, metric: Tensor, tensors: Any) -> Tensor:
+        at, force, values, static = with_values(tensors)
+        point, h = packing.unpacked(x), packing.unpacked(metric, 1.0) if in_metric else None
+        whole = product(kept_by(mask, point), step, force)
+        return packing.vector(at.prox(point, whole, *values, metric=h, mask=mask, **static))
+
+    def value(x: Tensor, tensors: Any) -> Tensor:
+        at, force, values, static = with_values(tensors)
+        return at.weighted_value(packing.unpacked(x), force, *values, mask=mask, **static).to(packing.dtype)
+
+    def residual(x: Tensor, slope: Tensor, tensors: Any) -> Tensor:
+        at, force, values, static = with_values(tensors)
+        point, grads = packing.unpacked(x), packing.unpacked(slope)
+        return kkt_residual(point, grads, at, *values, strength=force, mask=mask, **static).to(packing.dtype)
+
+    return {"read": read, "land": land, "value": value, "residual": residual}

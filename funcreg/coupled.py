@@ -417,71 +417,10 @@ def sequence_groups(module: nn.Module, prefix: str, layers: Sequence[str] | None
             "inputs, as in channel_groups(net, (x,)), or the parts that are sequences, as in "
             'channel_groups(net.features, prefix="features").'
         )
-    families: list[Family] = []
-    names: list[str] = []  # Of the layers whose outputs these are.
-    channels = 0  # Of the last family; 0 where no layer has made channels yet.
-    pixels, flattened = 0, False  # How many dimensions the pixels of a channel have, and whether they are one now.
-    opaque = ""  # A layer that channels cannot be followed through.
-    seen: dict[int, str] = {}  # Names of the layers before, by the layers and their parameters.
-
-    def refuse(name: str, reason: str) -> ValueError:
-        return ValueError(
-            f"channel_groups cannot follow channels through {name}: {reason}. Write the families by hand, or take the "
-            "part of the network before or after it."
-        )
-
-    def entries(name: str, width: int) -> int:
-        """The number of entries of a channel, in a dimension that counts channels."""
-        if width % channels or (width != channels and not flattened):
-            raise refuse(name, f"it takes {width} channels, and {channels} come in")
-        return width // channels
-
+    followed = _Followed()
     for name, layer in layers_in_sequence(module, prefix):
-        said = f"'{name}', {type_of(layer)}"
-        if parameters := list(layer.parameters()):
-            if id(layer) in seen:
-                raise refuse(said, "it is used twice")
-            shared = next((seen[id(x)] for x in parameters if id(x) in seen), None)
-            if shared is not None:
-                raise refuse(said, f"it shares a parameter with '{shared}'")
-            seen.update(dict.fromkeys(map(id, (layer, *parameters)), name))
-        if isinstance(layer, (nn.Linear, _CONVOLUTIONS)):
-            linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, _TRANSPOSED)
-            if "weight" not in _named(layer):
-                raise refuse(said, "it has no parameter weight; is it parametrized?")
-            if isinstance(layer, nn.Linear):
-                out, into, apart = layer.out_features, layer.in_features, 1
-            else:
-                out, into, apart = layer.out_channels, layer.in_channels, layer.groups
-            if channels:
-                if opaque:
-                    raise refuse(opaque, "it may mix them, or turn zeros into other numbers")
-                if linear == (pixels > 0 and not flattened):
-                    raise refuse(said, "a Flatten belongs between" if linear else "it takes pixels")
-            if apart > 1:
-                if not apart == into == out:
-                    raise refuse(said, f"it has groups={apart}")
-                if channels:  # Each channel to itself.
-                    entries(said, into)
-                    families[-1].update(dict.fromkeys([f"{name}.{own}" for own in _named(layer)], 0))
-                continue
-            if channels:
-                size, dim = entries(said, into), 0 if transposed else 1
-                families[-1][f"{name}.weight"] = Along(dim, size, penalized=False)
-            families.append({f"{name}.{own}": 1 if transposed and own == "weight" else 0 for own in _named(layer)})
-            names.append(name)
-            channels, pixels, flattened, opaque = out, 0 if linear else layer.weight.ndim - 2, False, ""
-        elif isinstance(layer, _NORMS) and channels and not opaque:
-            size = entries(said, layer.num_features)
-            if not layer.affine:
-                raise refuse(said, "without a scale and a shift it turns zeros into other numbers")
-            families[-1].update(dict.fromkeys((f"{name}.weight", f"{name}.bias"), 0 if size == 1 else Along(0, size)))
-            statistics = [f"{name}.{own}" for own, x in layer.named_buffers() if x.ndim]
-            families[-1].update(dict.fromkeys(statistics, Along(0, size, penalized=False)))
-        elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
-            flattened = flattened or pixels > 0
-        elif not isinstance(layer, (*_CHANNELWISE, *_PIXELWISE.get(0 if flattened else pixels, ()))):
-            opaque = opaque or said
+        followed.take(name, layer)
+    families, names = followed.families, followed.names
     if len(names) < 2:
         raise ValueError(
             "channel_groups found no layer whose channels another one reads: the sequence has "
@@ -496,6 +435,93 @@ def sequence_groups(module: nn.Module, prefix: str, layers: Sequence[str] | None
         if after not in made and isinstance(read, Along):
             family[f"{after}.weight"] = read._replace(penalized=True) if read.size > 1 else read.dim
     return [family for family, name in zip(families, names, strict=True) if name in made]
+
+
+class _Followed:
+    """Channels on their way through layers in sequence."""
+
+    def __init__(self) -> None:
+        self.families: list[Family] = []
+        self.names: list[str] = []  # Of the layers whose outputs these are.
+        self._channels = 0  # Of the last family; 0 where no layer has made channels yet.
+        self._pixels, self._flattened = 0, False  # How many dimensions a channel's pixels have; whether they are one.
+        self._opaque = ""  # A layer that channels cannot be followed through.
+        self._seen: dict[int, str] = {}  # Names of the layers before, by the layers and their parameters.
+
+    def take(self, name: str, layer: nn.Module) -> None:
+        """Follow channels through the next layer, or raise an error that says why that cannot be."""
+        said = f"'{name}', {type_of(layer)}"
+        self._note(name, layer, said)
+        if isinstance(layer, (nn.Linear, _CONVOLUTIONS)):
+            self._take_weight(name, layer, said)
+        elif isinstance(layer, _NORMS) and self._channels and not self._opaque:
+            self._take_norm(name, layer, said)
+        elif isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1):
+            self._flattened = self._flattened or self._pixels > 0
+        elif not isinstance(layer, (*_CHANNELWISE, *_PIXELWISE.get(0 if self._flattened else self._pixels, ()))):
+            self._opaque = self._opaque or said
+
+    def _note(self, name: str, layer: nn.Module, said: str) -> None:
+        """Note the parameters of a layer, which no other one may have."""
+        parameters = list(layer.parameters())
+        if not parameters:
+            return
+        if id(layer) in self._seen:
+            raise _refuse(said, "it is used twice")
+        shared = next((self._seen[id(x)] for x in parameters if id(x) in self._seen), None)
+        if shared is not None:
+            raise _refuse(said, f"it shares a parameter with '{shared}'")
+        self._seen.update(dict.fromkeys(map(id, (layer, *parameters)), name))
+
+    def _take_weight(self, name: str, layer: Any, said: str) -> None:
+        linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, _TRANSPOSED)
+        if "weight" not in _named(layer):
+            raise _refuse(said, "it has no parameter weight; is it parametrized?")
+        if linear:
+            out, into, apart = layer.out_features, layer.in_features, 1
+        else:
+            out, into, apart = layer.out_channels, layer.in_channels, layer.groups
+        if self._channels:
+            if self._opaque:
+                raise _refuse(self._opaque, "it may mix them, or turn zeros into other numbers")
+            if linear == (self._pixels > 0 and not self._flattened):
+                raise _refuse(said, "a Flatten belongs between" if linear else "it takes pixels")
+        if apart > 1:
+            if not apart == into == out:
+                raise _refuse(said, f"it has groups={apart}")
+            if self._channels:  # Each channel to itself.
+                self._entries(said, into)
+                self.families[-1].update(dict.fromkeys([f"{name}.{own}" for own in _named(layer)], 0))
+            return
+        if self._channels:
+            size, dim = self._entries(said, into), 0 if transposed else 1
+            self.families[-1][f"{name}.weight"] = Along(dim, size, penalized=False)
+        self.families.append({f"{name}.{own}": 1 if transposed and own == "weight" else 0 for own in _named(layer)})
+        self.names.append(name)
+        self._channels, self._opaque = out, ""
+        self._pixels, self._flattened = 0 if linear else layer.weight.ndim - 2, False
+
+    def _take_norm(self, name: str, layer: Any, said: str) -> None:
+        size = self._entries(said, layer.num_features)
+        if not layer.affine:
+            raise _refuse(said, "without a scale and a shift it turns zeros into other numbers")
+        family = self.families[-1]
+        family.update(dict.fromkeys((f"{name}.weight", f"{name}.bias"), 0 if size == 1 else Along(0, size)))
+        statistics = [f"{name}.{own}" for own, x in layer.named_buffers() if x.ndim]
+        family.update(dict.fromkeys(statistics, Along(0, size, penalized=False)))
+
+    def _entries(self, said: str, width: int) -> int:
+        """The number of entries of a channel, in a dimension that counts channels."""
+        if width % self._channels or (width != self._channels and not self._flattened):
+            raise _refuse(said, f"it takes {width} channels, and {self._channels} come in")
+        return width // self._channels
+
+
+def _refuse(said: str, reason: str) -> ValueError:
+    return ValueError(
+        f"channel_groups cannot follow channels through {said}: {reason}. Write the families by hand, or take the "
+        "part of the network before or after it."
+    )
 
 
 def _named(layer: nn.Module) -> list[str]:

@@ -19,7 +19,7 @@ from funcreg.families import Family
 from funcreg.flow import Flow
 from funcreg.layers import rule_of
 from funcreg.masks import listed
-from funcreg.ranges import flags
+from funcreg.ranges import flags, whole_number
 from funcreg.resizing import check_copied
 from funcreg.sharding import check_whole_module
 from funcreg.steadiness import unsteady
@@ -121,8 +121,7 @@ def channel_groups(
         raise TypeError(f"module is {type_of(module)}; expected torch.nn.Sequential, or any torch.nn.Module")
     if isinstance(example_inputs, str):  # The name of the part, where the inputs stand now.
         example_inputs, prefix = None, example_inputs
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
-        raise ValueError(f"round_to is {round_to!r}; expected a whole number of at least 1")
+    round_to = whole_number("round_to", round_to)
     flags(inside_heads=inside_heads)
     lazy = next((name for name, w in module.named_parameters() if is_lazy(w)), None)
     if lazy is not None:

@@ -14,7 +14,7 @@ from funcreg.factory_checks import check_selection, check_transforms, positive
 from funcreg.holding import of_chosen, zeroed
 from funcreg.leafwise import beside, compute, is_finite, reduce_leaves, scalar_device, total, widen
 from funcreg.masks import Selection, chosen_by, hidden, keep, mask_leaves, merge
-from funcreg.ranges import flags
+from funcreg.ranges import flags, number, whole_number
 from funcreg.transform import (
     Choice,
     EmptyState,
@@ -326,10 +326,9 @@ def apply_if_finite(inner: Transform, max_consecutive_errors: int) -> Transform:
         {'weight': tensor([2.])}
     """
     check_transforms("apply_if_finite", [inner])
-    if type(max_consecutive_errors) is not int:
+    if isinstance(max_consecutive_errors, bool) or not isinstance(number(max_consecutive_errors), int):
         raise TypeError(f"max_consecutive_errors is {max_consecutive_errors!r}; expected a whole number of at least 0")
-    if max_consecutive_errors < 0:
-        raise ValueError(f"max_consecutive_errors is {max_consecutive_errors}; expected a whole number of at least 0")
+    max_consecutive_errors = whole_number("max_consecutive_errors", max_consecutive_errors, 0)
 
     def init(params: Params) -> ApplyIfFiniteState:
         good = torch.ones((), dtype=torch.bool, device=scalar_device(params))

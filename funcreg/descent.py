@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Params
 from funcreg.leafwise import compute_wide, product, reduce_leaves, scalar_device, total
+from funcreg.ranges import whole_number
 from funcreg.tree import flatten
 
 
@@ -44,8 +45,8 @@ def overlaps(y: Params, x: Params, before: Params) -> list[Tensor]:
 
 def check_inner_steps(inner_steps: int | None) -> None:
     """Raise a ValueError unless this is None or a number of steps."""
-    if inner_steps is not None and (type(inner_steps) is not int or inner_steps < 1):
-        raise ValueError(f"inner_steps is {inner_steps!r}; expected a whole number of at least 1, or None")
+    if inner_steps is not None:
+        whole_number("inner_steps", inner_steps, hint=", or None")
 
 
 def approach(

@@ -15,7 +15,7 @@ from funcreg._typing import Hyper, Mask, Params, State, Updates
 from funcreg.construction import Call, remembered
 from funcreg.factory_checks import check_no_torchs
 from funcreg.masks import Selection, check_mask, mask_leaves
-from funcreg.ranges import number
+from funcreg.ranges import whole_number
 from funcreg.transform import Choice, Transform, everywhere
 from funcreg.tree import flatten, leaves_like, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import is_compiling
@@ -275,10 +275,7 @@ def replicate(member: Any, members: int) -> Any:
                 [1., 2.],
                 [1., 2.]])}
     """
-    count = number(members)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"members is {members!r}; expected a whole number of at least 1")
-    return stack([member] * count)
+    return stack([member] * whole_number("members", members))
 
 
 def init_ensemble(make: Callable[[], Any], seeds: int | Iterable[int]) -> Any:

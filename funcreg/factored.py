@@ -16,7 +16,7 @@ from funcreg.directions import scale_by_param_block_rms
 from funcreg.factory_checks import dtypes, finite_nonnegative
 from funcreg.leafwise import compute_wide, increment, safe_sqrt, squared, wide
 from funcreg.moments import stored
-from funcreg.ranges import check_range, flags, scalars, single
+from funcreg.ranges import check_range, flags, scalars, single, whole_number
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import ema, scale, scale_by_learning_rate
 from funcreg.sharding import any_sharded, apply
@@ -97,8 +97,7 @@ def scale_by_factored_rms(
     check_range("step_offset", step_offset, finite=True)
     (step_offset,) = scalars(step_offset=step_offset)
     single(step_offset=step_offset)
-    if type(min_dim_size_to_factor) is not int or min_dim_size_to_factor < 1:
-        raise ValueError(f"min_dim_size_to_factor is {min_dim_size_to_factor!r}; expected a whole number of at least 1")
+    min_dim_size_to_factor = whole_number("min_dim_size_to_factor", min_dim_size_to_factor)
     if not callable(decay_rate_fn):
         raise TypeError(
             f"decay_rate_fn is {decay_rate_fn!r}; expected a function of the number of steps and decay_rate. "

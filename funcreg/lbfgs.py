@@ -23,7 +23,7 @@ from funcreg.leafwise import (
     zeros,
 )
 from funcreg.linesearch import scale_by_zoom_linesearch
-from funcreg.ranges import flags
+from funcreg.ranges import flags, whole_number
 from funcreg.scaling import scale, scale_by_learning_rate
 from funcreg.transform import Transform, counter, identity, public_state
 from funcreg.tree import tree_leaves, tree_map
@@ -80,8 +80,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
     References:
         Liu & Nocedal, *On the limited memory BFGS method for large scale optimization*, 1989.
     """
-    if type(memory_size) is not int or memory_size < 1:
-        raise ValueError(f"memory_size is {memory_size!r}; expected a whole number of at least 1")
+    memory_size = whole_number("memory_size", memory_size)
     flags(scale_init_precond=scale_init_precond)
 
     def init(params: Params) -> LbfgsState:

@@ -18,7 +18,7 @@ from funcreg.construction import remembered
 from funcreg.factory_checks import finite_nonnegative, positive
 from funcreg.leafwise import compute, scalar_device
 from funcreg.moments import stored
-from funcreg.ranges import check_range, flags, scalars
+from funcreg.ranges import check_range, flags, scalars, whole_number
 from funcreg.searches import Backtracking, Objective, Point, Wolfe, Zoom, choose, is_over
 from funcreg.transform import Transform, public_state
 from funcreg.tree import tree_leaves, tree_map, tree_paths
@@ -26,11 +26,6 @@ from funcreg.tree import tree_leaves, tree_map, tree_paths
 
 def _number(params: Params, value: float) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=scalar_device(params))
-
-
-def _check_trials(name: str, trials: int) -> None:
-    if type(trials) is not int or trials < 1:
-        raise ValueError(f"{name} is {trials!r}; expected a whole number of at least 1")
 
 
 # Backtracking
@@ -108,7 +103,7 @@ def scale_by_backtracking_linesearch(
         Armijo, *Minimization of functions having Lipschitz continuous first partial derivatives*, 1966.
         Vaswani et al., *Painless stochastic gradient*, 2019.
     """
-    _check_trials("max_backtracking_steps", max_backtracking_steps)
+    max_backtracking_steps = whole_number("max_backtracking_steps", max_backtracking_steps)
     finite_nonnegative(atol=atol, rtol=rtol)
     check_range("slope_rtol", slope_rtol, 0.0, 1.0)
     check_range("decrease_factor", decrease_factor, 0.0, 1.0, open_low=True, open_high=True)
@@ -237,7 +232,7 @@ def scale_by_zoom_linesearch(
         Nocedal & Wright, *Numerical optimization*, algorithms 3.5 and 3.6, 2006.
         Hager & Zhang, *Algorithm 851: CG_DESCENT, a conjugate gradient method with guaranteed descent*, 2006.
     """
-    _check_trials("max_linesearch_steps", max_linesearch_steps)
+    max_linesearch_steps = whole_number("max_linesearch_steps", max_linesearch_steps)
     finite_nonnegative(tol=tol, stepsize_precision=stepsize_precision)
     check_range("slope_rtol", slope_rtol, 0.0, 1.0)
     check_range("curv_rtol", curv_rtol, 0.0, 1.0)

@@ -23,7 +23,7 @@ from funcreg.masks import mask_leaves
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty, Sum
 from funcreg.proximal_newton import first_state, forward_backward
-from funcreg.ranges import check_range, concrete, number
+from funcreg.ranges import check_range, concrete, whole_number
 from funcreg.regularizing import check_penalty, check_strength
 from funcreg.sharding import check_whole
 from funcreg.summaries import solution_line, solution_text
@@ -179,9 +179,7 @@ class Problem:
         check_fit(params, self.mask, strength, *self.hyper)
         check_groups_are_whole(self.penalty, self.mask, params)
         self._check_tolerance(params)
-        steps = number(self.max_steps)
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"max_steps is {self.max_steps!r}; expected a whole number of at least 0")
+        whole_number("max_steps", self.max_steps, 0)
         for path, w in zip(tree_paths(params), tree_leaves(params), strict=True):
             if w.is_complex():
                 raise TypeError(

@@ -18,7 +18,7 @@ from funcreg.factory_checks import below_one, dtypes, finite, finite_nonnegative
 from funcreg.leafwise import compute, euclidean, increment, zeros
 from funcreg.moments import average, corrected_mean, stored
 from funcreg.optimizers import adamw
-from funcreg.ranges import flags, scalars
+from funcreg.ranges import flags, scalars, whole_number
 from funcreg.regularizing import add_decayed_weights
 from funcreg.scaling import scale_by_learning_rate
 from funcreg.transform import Transform, counter, memoryless, public_state
@@ -153,8 +153,7 @@ def _orthogonalized(
 
 def _steps(ns_coeffs: Coefficients, ns_steps: int) -> list[tuple[float, float, float]]:
     """The coefficients of each step."""
-    if type(ns_steps) is not int or ns_steps < 1:
-        raise ValueError(f"ns_steps is {ns_steps!r}; expected a whole number of at least 1")
+    ns_steps = whole_number("ns_steps", ns_steps)
     given: Any = ns_coeffs
     if not isinstance(given, (tuple, list)) or not given:
         raise TypeError(f"ns_coeffs is {ns_coeffs!r}; expected three numbers, or three for each step")

@@ -11,7 +11,7 @@ from funcreg._typing import Params, Scalar, Updates
 from funcreg.construction import remembered
 from funcreg.factory_checks import finite_nonnegative, share
 from funcreg.leafwise import compute, scalar_device
-from funcreg.ranges import check_range, scalars
+from funcreg.ranges import check_range, scalars, whole_number
 from funcreg.sharding import whole
 from funcreg.transform import Transform, counter, public_state
 
@@ -82,13 +82,8 @@ def reduce_on_plateau(
     factor, rtol, atol, min_scale = scalars(factor=factor, rtol=rtol, atol=atol, min_scale=min_scale)
     if isinstance(rtol, (int, float)) and isinstance(atol, (int, float)) and rtol == atol == 0:
         raise ValueError("rtol and atol are both 0; expected one above 0, or any rounding error is an improvement")
-    for name, number, least in (
-        ("patience", patience, 1),
-        ("cooldown", cooldown, 0),
-        ("accumulation_size", accumulation_size, 1),
-    ):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise ValueError(f"{name} is {number!r}; expected a whole number of at least {least}")
+    patience, cooldown = whole_number("patience", patience), whole_number("cooldown", cooldown, 0)
+    accumulation_size = whole_number("accumulation_size", accumulation_size)
 
     def init(params: Params) -> ReduceLROnPlateauState:
         number = lambda x: torch.full((), x, dtype=torch.float64, device=scalar_device(params))

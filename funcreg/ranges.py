@@ -31,6 +31,14 @@ def number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def whole_number(name: str, value: Any, least: int = 1, hint: str = "") -> int:
+    """A whole number of Python or numpy, or a ValueError for what is none, or is too small."""
+    found = number(value)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}{hint}")
+    return found
+
+
 def concrete(value: Any) -> Tensor | float | None:
     """A number, or a tensor whose entries are known here and now; else None, also for a schedule.
 

@@ -18,6 +18,7 @@ from funcreg.families import Along, Family, Groups, Place, count_of, gather, pla
 from funcreg.leafwise import gathered
 from funcreg.masks import listed
 from funcreg.notices import warn_user
+from funcreg.ranges import whole_number
 from funcreg.sharding import whole
 from funcreg.tree import flatten, tree_paths
 from funcreg.wording import type_of
@@ -111,9 +112,7 @@ def remove_dead(
         >>> remove_dead(params, {"w": 0, "read": Along(1, penalized=False, constant=0.5, bias="b")})
         {'w': tensor([[3.]]), 'read': tensor([[2.]]), 'b': tensor([3.])}
     """
-    multiple = getattr(groups, "round_to", 1) if round_to is None else round_to
-    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-        raise ValueError(f"round_to is {multiple!r}; expected a whole number of at least 1")
+    multiple = whole_number("round_to", getattr(groups, "round_to", 1) if round_to is None else round_to)
     for state in states:
         _check_holds_tensors(state)
     if names is not None and not any([_of_torch_in(state) for state in states]):

@@ -19,7 +19,7 @@ from funcreg.leafwise import check_has_numbers, wide
 from funcreg.minimize import Problem, Solution
 from funcreg.penalty import Sum
 from funcreg.proximal_newton import SMALL
-from funcreg.ranges import check_range, number
+from funcreg.ranges import check_range, whole_number
 from funcreg.regularizing import projects
 from funcreg.tree import flatten, tree_leaves, tree_map
 from funcreg.undocumented import is_batched, without_levels
@@ -133,8 +133,7 @@ def falling_strengths(
         values = values.to(like.device)
         falling = values.argsort(descending=True, stable=True)
         return values.index_select(0, falling), falling.argsort()
-    if type(number(count)) is not int or count < 1:
-        raise ValueError(f"count is {count!r}; expected a whole number of at least 1")
+    count = whole_number("count", count)
     check_range("ratio", ratio, 0.0, 1.0, open_low=True, open_high=True)
     slopes = _slopes(problem, args, start, free)
     most = lambda_max(slopes, problem.penalty, *problem.hyper, mask=problem.mask, **problem.options)

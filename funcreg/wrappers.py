@@ -33,7 +33,7 @@ from funcreg.leafwise import (
     total,
     zeros,
 )
-from funcreg.ranges import check_range, flags, number
+from funcreg.ranges import check_range, flags, number, whole_number
 from funcreg.transform import (
     Choice,
     Transform,
@@ -101,10 +101,9 @@ def check_function(name: str, function: Any, expected: str) -> None:
 
 def check_period(name: str, value: Any) -> None:
     """Raise an error for what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(number(value), int):
         raise TypeError(f"{name} is {value!r}; expected a whole number of at least 1")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
+    whole_number(name, value)
 
 
 # At some steps

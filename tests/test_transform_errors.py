@@ -274,6 +274,24 @@ def test_numbers_of_numpy_are_numbers(form):
         assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("make", [
+    lambda n: fr.apply_if_finite(fr.identity(), n),
+    lambda n: fr.lbfgs(memory_size=n),
+    lambda n: fr.lookahead(fr.sgd(0.1), n, 0.5),
+    lambda n: fr.muon(0.1, ns_steps=n),
+    lambda n: fr.prox_adam(0.1, fr.nuclear, inner_steps=n),
+    lambda n: fr.reduce_on_plateau(patience=n, cooldown=n, accumulation_size=n),
+    lambda n: fr.scale_by_backtracking_linesearch(n),
+    lambda n: fr.scale_by_factored_rms(min_dim_size_to_factor=n),
+    lambda n: fr.scale_by_zoom_linesearch(n),
+])  # fmt: skip
+def test_whole_numbers_of_numpy_are_whole_numbers(make):
+    assert isinstance(make(np.int64(3)), fr.Transform)
+    for wrong in (np.int64(-1), np.float32(2.0), np.True_):
+        with pytest.raises((ValueError, TypeError), match="expected a whole number of at least"):
+            make(wrong)
+
+
 # Transforms where others are expected
 
 

@@ -62,7 +62,7 @@ def rounded_away(tx: Any, params: Params) -> str | None:
 def _size(tx: Any) -> float | None:
     """How large the greatest entries are of what a transform makes of gradients; None if that is not known."""
     if tx.links:
-        return _size_of_chain(_links(tx))
+        return _size_of_chain(flat_links(tx))
     if tx.made_by is None:
         return None
     factory, given = getattr(tx.made_by.function, "factory", None), tx.made_by.arguments
@@ -70,7 +70,7 @@ def _size(tx: Any) -> float | None:
         return _size(factory(*tx.made_by.args, **tx.made_by.kwargs))
     name = tx.made_by.name
     if name == "named_chain":
-        return _size_of_chain([link for _, each in tx.made_by.args for link in _links(each)])
+        return _size_of_chain([link for _, each in tx.made_by.args for link in flat_links(each)])
     if name in _OF_SIZE_1:
         return 1.0
     if name == "set_to_zero":
@@ -104,8 +104,9 @@ def _size_of_chain(links: list[Any]) -> float | None:
     return size if decay < 2.0**-8 else None  # A decay may be large enough to act by itself.
 
 
-def _links(tx: Any) -> list[Any]:
-    return [each for link in tx.links for each in _links(link)] if tx.links else [tx]
+def flat_links(tx: Any) -> list[Any]:
+    """The links of a chain, and of chains in it."""
+    return [each for link in tx.links for each in flat_links(link)] if tx.links else [tx]
 
 
 def _greatest(value: Any) -> float:

@@ -170,7 +170,8 @@ def to_prune(module: nn.Module, mask: Mask | None = None) -> nn.Module:
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    places = list(_parameters(_check_module("to_prune", module)))
+    check_whole_module("to_prune", module)
+    places = list(_parameters(module))
     params = {path: w for path, _, _, w in places}
     chosen = {path: w.ndim >= 2 for path, w in params.items()}
     if mask is not None:
@@ -260,7 +261,8 @@ def from_prune(module: nn.Module) -> Pruned:
         >>> sorted(params), int(kept["weight"].sum())
         (['bias', 'weight'], 1)
     """
-    places = list(_parameters(_check_module("from_prune", module)))
+    check_whole_module("from_prune", module)
+    places = list(_parameters(module))
     if not any([_is_pruned(layer, own) for _, layer, own, _ in places]):
         raise ValueError(
             f"from_prune got {type_of(module)} of which nothing is pruned: no parameter has a buffer *_mask "
@@ -281,13 +283,6 @@ def from_prune(module: nn.Module) -> Pruned:
         seen.setdefault(id(w), here)
         params[name], kept[name] = value, here
     return Pruned(params, kept)
-
-
-def _check_module(what: str, module: nn.Module) -> nn.Module:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
-    check_whole_module(what, module)
-    return module
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

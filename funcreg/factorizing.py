@@ -86,10 +86,8 @@ def factorized(
         Eckart & Young, *The approximation of one matrix by another of lower rank*, 1936.
         Jaderberg, Vedaldi & Zisserman, *Speeding up convolutional neural networks with low rank expansions*, 2014.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
-    check_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_whole_module("factorized", module)
+    check_range("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_functions(module)
     smaller = copied(module)
     if state is not None:

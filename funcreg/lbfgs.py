@@ -25,6 +25,7 @@ from funcreg.leafwise import (
 from funcreg.linesearch import scale_by_zoom_linesearch
 from funcreg.ranges import flags, whole_number
 from funcreg.scaling import scale, scale_by_learning_rate
+from funcreg.searches import real_dot
 from funcreg.transform import Transform, counter, identity, public_state
 from funcreg.tree import tree_leaves, tree_map
 
@@ -44,15 +45,6 @@ class LbfgsState(NamedTuple):
     params_differences: tuple[Params, ...]  # By how much parameters changed, the last change at the end.
     updates_differences: tuple[Params, ...]  # By how much updates changed.
     weights: tuple[Tensor, ...]  # One over the scalar products of both, 0 where there are none.
-
-
-def _vdot(a: Params, b: Params, like: Tensor) -> Tensor:
-    """The real part of a scalar product of trees."""
-
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        return x.real * y.real + x.imag * y.imag if x.is_complex() else x * y
-
-    return total(reduce_leaves(product, a, b)).to(like.device, like.dtype)
 
 
 def _plus(a: Params, c: Tensor, b: Params) -> Params:
@@ -97,7 +89,7 @@ def scale_by_lbfgs(memory_size: int = 10, scale_init_precond: bool = True) -> Tr
             lambda kept, x, b: torch.where(b, x - kept, torch.zeros_like(kept)).to(kept.dtype), old, new, hyper=(begun,)
         )
         moved, turned = change(params, state.params), change(updates, state.updates)
-        along = _vdot(turned, moved, state.weights[0])
+        along = real_dot(turned, moved, state.weights[0])
         weight = torch.where(along == 0, 0.0, 1 / torch.where(along == 0, 1.0, along))
         keep = lambda new, old: tree_map(lambda x, kept: x.to(kept.dtype, copy=True), new, old)
         new = LbfgsState(
@@ -129,11 +121,11 @@ def _inverse_hessian(vector: Params, state: LbfgsState, first: Tensor) -> Params
     rows = list(zip(state.params_differences, state.updates_differences, state.weights, strict=True))
     shares: list[Tensor] = []
     for moved, turned, weight in reversed(rows):
-        shares.append(weight * _vdot(moved, vector, weight))
+        shares.append(weight * real_dot(moved, vector, weight))
         vector = _plus(vector, -shares[-1], turned)
     vector = compute(lambda v, c: c * v, vector, hyper=(first,))
     for (moved, turned, weight), share in zip(rows, reversed(shares), strict=True):
-        vector = _plus(vector, share - weight * _vdot(turned, vector, weight), moved)
+        vector = _plus(vector, share - weight * real_dot(turned, vector, weight), moved)
     return vector
 
 

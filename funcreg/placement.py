@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params, Scalar, Schedule
 from funcreg.chains import chain, named_chain
+from funcreg.coarse import flat_links
 from funcreg.construction import remembered, transforms_in
 from funcreg.decay import (
     add_cautious_weight_decay,
@@ -182,7 +183,7 @@ Make: TypeAlias = Callable[[Any], Transform]
 def _placed(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform:
     """A chain with decay in it, made from the learning rate; `outer` scales what the chain returns."""
     pairs = _pairs(tx)
-    links = _flat(tx) if pairs is None else [link for _, link in pairs]
+    links = flat_links(tx) if pairs is None else [link for _, link in pairs]
 
     def joined(at: int, new: Transform, replaced: int = 0) -> Transform:
         if pairs is None:
@@ -212,11 +213,6 @@ def _placed(tx: Transform, kind: str, make: Make, outer: list[Any]) -> Transform
 def _pairs(tx: Transform) -> list[tuple[str, Transform]] | None:
     """Names and links of a chain whose links have names."""
     return list(tx.made_by.args) if tx.made_by is not None and tx.made_by.function is named_chain else None
-
-
-def _flat(tx: Transform) -> list[Transform]:
-    """The links of a chain, and of chains in it."""
-    return [each for link in tx.links for each in _flat(link)] if tx.links else [tx]
 
 
 def _steps(tx: Transform) -> bool:

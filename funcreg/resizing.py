@@ -22,8 +22,8 @@ from funcreg.rounding import is_narrow
 from funcreg.settling import Problem, are_same, decide, lengths, settle
 from funcreg.sharding import check_whole_module
 from funcreg.stored import Stored, stored_widths, takes_parts
-from funcreg.tree import tree_leaves, tree_map, tree_paths
-from funcreg.variations import other_runs
+from funcreg.tree import tree_leaves, tree_paths
+from funcreg.variations import other_runs, widened
 from funcreg.widths import (
     CONVOLUTIONS,
     NORMS,
@@ -118,8 +118,6 @@ def resized(
         >>> resized(Rows(), tree, rules={Rows: follow}).width
         5
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     check_whole_module("resized", module)
     module = inner_module(module)
     check_copied(module, rules)
@@ -305,11 +303,6 @@ def _comparison(module: nn.Module, smaller: nn.Module, inputs: Any) -> Problem:
 
 def _widened(module: nn.Module) -> nn.Module:
     return _copied(module, {name: widen(x.detach()) for name, x in tensors(module).items() if is_narrow(x.dtype)})
-
-
-def widened(inputs: Any) -> Any:
-    """Inputs in float32 where they have sixteen bits: rounding would hide what outputs are to tell."""
-    return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 
 _HINT = (

@@ -35,7 +35,7 @@ class Objective:
             )
         check_alike(params, grad, ("params", "grad"))
         self.value = as_value(name, value, like)
-        self.slope = _along(grad, updates, like)
+        self.slope = real_dot(grad, updates, like)
         self.grad = compute_wide(lambda g: g.clone(), grad)
         self._params, self._updates, self._like = params, updates, like
         self._f = _with_extra(name, value_fn, extra)
@@ -44,7 +44,7 @@ class Objective:
         """Value, slope along the line, and gradient, a step from the parameters."""
         point = compute(lambda w, u, s: w + s * u, self._params, self._updates, hyper=(step,))
         grad, value = grad_and_value(self._f)(point)
-        return as_value("a line search", value, self._like), _along(grad, self._updates, self._like), grad
+        return as_value("a line search", value, self._like), real_dot(grad, self._updates, self._like), grad
 
     def value_at(self, step: Tensor) -> Tensor:
         """The value a step from the parameters."""
@@ -64,17 +64,13 @@ def _with_extra(name: str, value_fn: Callable[..., Any], extra: dict[str, Any]) 
     return lambda params: value_fn(params, **extra)
 
 
-def _along(grad: Updates, updates: Updates, like: Tensor) -> Tensor:
-    """The derivative along updates."""
+def real_dot(a: Params, b: Params, like: Tensor) -> Tensor:
+    """The real part of a scalar product of trees, such as the derivative along updates."""
 
-    def product(g: Tensor, u: Tensor) -> Tensor:
-        return g.real * u.real + g.imag * u.imag if g.is_complex() else g * u
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return x.real * y.real + x.imag * y.imag if x.is_complex() else x * y
 
-    return _scalar(total(reduce_leaves(product, grad, updates)), like)
-
-
-def _scalar(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.device, like.dtype)
+    return total(reduce_leaves(product, a, b)).to(like.device, like.dtype)
 
 
 def is_over(done: Tensor) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from funcreg.locality import Cuts, Result, Summed, completing, local_result, summed_result
 from funcreg.tree import at_leaf
 from funcreg.undocumented import is_batched, is_compiling, is_transformed, without_levels
+from funcreg.wording import type_of
 
 
 def _distributed() -> Any:
@@ -299,7 +300,9 @@ _EARLIER = "Call it before fully_shard or parallelize_module, or on a module tha
 
 
 def check_whole_module(what: str, module: torch.nn.Module) -> None:
-    """`check_whole` of the parameters of a module."""
+    """Raise an error for what is no module, and `check_whole` of its parameters."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is {type_of(module)}; expected a torch.nn.Module")
     named = dict(module.named_parameters())
     check_whole(what, list(named), list(named.values()), _EARLIER)
 

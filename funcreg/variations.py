@@ -43,7 +43,7 @@ def other_runs(module: nn.Module, inputs: Any, lengths: Sequence[int] = ()) -> I
     wide = lambda name, x: widen(x.to("cpu")) if x.is_floating_point() else x.to("cpu")
     ways: list[tuple[Exchange | None, Callable[[Any], Any]]] = [(None, lambda x: x)]
     if not large:
-        ways = [(usual, _widened), (wide, _widened), (lambda name, x: x.to("cpu"), lambda x: x)]
+        ways = [(usual, widened), (wide, widened), (lambda name, x: x.to("cpu"), lambda x: x)]
     here = tree_map(lambda x: x.to("cpu") if isinstance(x, Tensor) else x, arguments(inputs))
     for other in itertools.islice(inputs_like(here, lengths), runs):
         yield _agreements(module, [(exchange, change(other)) for exchange, change in ways])
@@ -64,7 +64,8 @@ def _is_dense(x: Any) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided
 
 
-def _widened(inputs: Any) -> Any:
+def widened(inputs: Any) -> Any:
+    """Inputs in float32 where they have sixteen bits: rounding would hide what outputs are to tell."""
     return tree_map(lambda x: widen(x) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 
 

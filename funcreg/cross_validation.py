@@ -16,18 +16,7 @@ from funcreg.inputs import as_data, check_call, check_names, explained
 from funcreg.minimize import Problem
 from funcreg.notices import warn_user
 from funcreg.penalty import Penalty
-from funcreg.strengths import (
-    NAMED_ELSEWHERE,
-    begin_at,
-    check_strengths,
-    falling_strengths,
-    free_leaves,
-    how_many,
-    in_units,
-    is_convex,
-    is_quadratic,
-    solve_several,
-)
+from funcreg.strengths import NAMED_ELSEWHERE, begun, how_many, is_convex, is_quadratic, solve_several
 from funcreg.summaries import choice_line, choice_text
 from funcreg.transform import public_state
 from funcreg.tree import tree_leaves, tree_map
@@ -115,12 +104,7 @@ def cross_validate(
     data = as_data(data, params)
     check_call(loss, data)
     held_out = _folds(folds, len(tree_leaves(data)[0]), tree_leaves(data)[0].device)
-    objective = lambda point: problem.loss(point, *data)
-    check_strengths("cross_validate", problem, objective, params, strengths)
-    free = free_leaves(problem, params)
-    start = begin_at(objective, params, free, strengths)
-    falling, _ = falling_strengths(strengths, count, ratio, problem, data, params, start, free)
-    problem = in_units(problem, data, params, start, free)
+    problem, falling, _, start = begun("cross_validate", problem, data, params, strengths, count, ratio)
     scores = torch.empty(len(held_out), len(falling), dtype=falling.dtype, device=falling.device)
     converged, near = torch.empty_like(scores, dtype=torch.bool), start
     for size in {(len(tests), len(trains)) for tests, trains in held_out}:  # Folds of one size are one ensemble.

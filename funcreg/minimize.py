@@ -30,7 +30,7 @@ from funcreg.summaries import solution_line, solution_text
 from funcreg.transform import check_fit, public_state
 from funcreg.tree import structure, tree_leaves, tree_map, tree_paths
 from funcreg.undocumented import forward_depth, is_compiling
-from funcreg.vectors import flat_problem
+from funcreg.vectors import Flat, flat_problem
 from funcreg.wording import type_of
 
 #: What others call what is called otherwise here.
@@ -220,15 +220,7 @@ class Problem:
         if self.compile:
             given = (start, *tree_map(lambda x: _as_tensor(x, start), (strength, self.hyper)), args)
             graphs = self._graphs(given)
-        flat, tensors = flat_problem(
-            self.loss,
-            self.penalty,
-            given,
-            self.mask,
-            self.options,
-            self.tolerance(params),
-            self.max_steps,
-        )
+        flat, tensors = self._flat(params, given)
         flat = replace(flat, graphs=graphs, quadratic=self.quadratic, penalty_is_known=_is_known(self.penalty))
         if forward_depth() > 1:
             raise NotImplementedError(
@@ -269,9 +261,7 @@ class Problem:
         """From a strength to where the first proximal step of the descent lands, as a vector of all parameters."""
         start, one = tree_map(lambda w: w.detach(), params), torch.ones((), device=tree_leaves(params)[0].device)
         given = (start, one, self.hyper, args)
-        flat, tensors = flat_problem(
-            self.loss, self.penalty, given, self.mask, self.options, self.tolerance(params), self.max_steps
-        )
+        flat, tensors = self._flat(params, given)
         s = first_state(flat, tensors)[0]
 
         def land(strength: Tensor) -> Tensor:
@@ -279,6 +269,11 @@ class Problem:
             return forward_backward(flat, s.x, s.slope, s.rate, s.metric, known)
 
         return land
+
+    def _flat(self, params: Params, given: tuple[Any, Any, Any, Any]) -> tuple[Flat, list[Tensor]]:
+        """The problem on a vector, and the tensors that it was given."""
+        tol = self.tolerance(params)
+        return flat_problem(self.loss, self.penalty, given, self.mask, self.options, tol, self.max_steps)
 
     def _graphs(self, given: tuple[Params, Hyper, Any, tuple[Any, ...]]) -> Graphs:
         """Graphs of what computes alike for all numbers in the tensors of a problem."""

@@ -15,17 +15,7 @@ from funcreg.certificates import sparsity
 from funcreg.inputs import as_tensors, check_call, check_names, explained
 from funcreg.minimize import Problem, Solution
 from funcreg.penalty import Penalty
-from funcreg.strengths import (
-    NAMED_ELSEWHERE,
-    begin_at,
-    check_strengths,
-    falling_strengths,
-    free_leaves,
-    how_many,
-    in_units,
-    is_quadratic,
-    solve_several,
-)
+from funcreg.strengths import NAMED_ELSEWHERE, begun, how_many, is_quadratic, solve_several
 from funcreg.summaries import path_line, path_text
 from funcreg.transform import public_state
 from funcreg.tree import tree_map
@@ -123,11 +113,7 @@ def regularization_path(
     check_call(loss, args)
     args = as_tensors(args, "args", params)
     objective = lambda point: problem.loss(point, *args)
-    check_strengths("regularization_path", problem, objective, params, strengths)
-    free = free_leaves(problem, params)
-    start = begin_at(objective, params, free, strengths)
-    falling, order = falling_strengths(strengths, count, ratio, problem, args, params, start, free)
-    problem = in_units(problem, args, params, start, free)
+    problem, falling, order, start = begun("regularization_path", problem, args, params, strengths, count, ratio)
     problem = replace(problem, quadratic=is_quadratic(objective, start))
     found: list[Solution] = []
     done = 0

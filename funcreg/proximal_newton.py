@@ -187,11 +187,16 @@ def jacobian_times(flat: Flat, x: Tensor, rate: Tensor, metric: Tensor, tensors:
     return lambda v: push(v - _hessian_times(flat, x, tensors, v) / (rate * metric))[0]
 
 
+def _slope_and_objective(flat: Flat, z: Tensor, tensors: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of the loss at a point, and the objective, not a number where that is not finite."""
+    slope, value = grad_and_value(flat.read)(z, tensors)
+    return slope, torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+
+
 def _step(flat: Flat, tensors: Any, s: _State) -> _State:
     """A proximal gradient step."""
     z = forward_backward(flat, s.x, s.slope, s.rate, s.metric, tensors)
-    slope, value = grad_and_value(flat.read)(z, tensors)
-    objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+    slope, objective = _slope_and_objective(flat, z, tensors)
     taken, rate, length = judged(s, s.metric, z, slope, objective)
     # What curves most where a step was far too long, as an exponential function does, says little of where it began.
     rate = torch.where(taken, rate, torch.minimum(rate, _SHORTER * s.rate))
@@ -229,8 +234,7 @@ def _nearest(flat: Flat, tensors: Any, s: _State, points: list[Tensor]) -> tuple
     """The state at one of some points: the nearest that more than halves the residual, or else the lowest."""
 
     def reach(z: Tensor) -> tuple[Tensor, ...]:
-        slope, value = grad_and_value(flat.read)(z, tensors)
-        objective = torch.where(slope.isfinite().all(), value + flat.value(z, tensors), torch.nan)
+        slope, objective = _slope_and_objective(flat, z, tensors)
         return z, slope, objective, _left(flat, z, slope, s.rate, s.metric, tensors)
 
     # One after the other: mapped over maps, some losses of torch, `mse_loss` among them, fail on their targets.

@@ -39,7 +39,25 @@ _NEAR, _NEAR_LARGE = 0.2, 0.5
 _ENTRIES, _TERMS = 2**18, 2**26
 
 
-def check_strengths(
+def begun(
+    call: str,
+    problem: Problem,
+    args: tuple[Any, ...],
+    params: Params,
+    strengths: Any,
+    count: int,
+    ratio: float,
+) -> tuple[Problem, Tensor, Tensor, Params]:
+    """A problem for several strengths, these in falling order, where each lies among them, and where a path begins."""
+    objective = lambda point: problem.loss(point, *args)
+    _check_strengths(call, problem, objective, params, strengths)
+    free = _free_leaves(problem, params)
+    start = _begin_at(objective, params, free, strengths)
+    falling, order = _falling_strengths(strengths, count, ratio, problem, args, params, start, free)
+    return _in_units(problem, args, params, start, free), falling, order, start
+
+
+def _check_strengths(
     call: str, problem: Problem, objective: Callable[[Params], Tensor], params: Params, strengths: Any
 ) -> None:
     """Raise an error where there is no choice of strengths: for constraints, without penalized leaves, under `vmap`."""
@@ -62,7 +80,7 @@ def _penalized(problem: Problem, params: Params) -> list[bool]:
     return Term(problem.penalty, (), values, tuple(options.items()), problem.mask).acts(params)
 
 
-def free_leaves(problem: Problem, params: Params) -> list[Tensor]:
+def _free_leaves(problem: Problem, params: Params) -> list[Tensor]:
     """For each leaf which entries carry no penalty: all where it does not act, and those whose weight is 0."""
     leaves, rebuild = flatten(params)
     acts = _penalized(problem, params)
@@ -77,7 +95,7 @@ def free_leaves(problem: Problem, params: Params) -> list[Tensor]:
     return [x if separable else torch.full_like(x, bool(x.all())) for x in stays]
 
 
-def begin_at(objective: Callable[[Params], Tensor], params: Params, free: list[Tensor], strengths: Any) -> Params:
+def _begin_at(objective: Callable[[Params], Tensor], params: Params, free: list[Tensor], strengths: Any) -> Params:
     """Where a path begins: at zeros, and what carries no penalty at the minimum; or at `params`.
 
     A loss may have no value at zeros, as that of a precision matrix. Then no strength is known to make all zero, and
@@ -112,7 +130,7 @@ def _null(objective: Callable[[Params], Tensor], params: Params, free: list[Tens
     return whole(null_model(lambda values: objective(whole(values)), start, mask=False))
 
 
-def falling_strengths(
+def _falling_strengths(
     given: Tensor | Sequence[float] | None,
     count: int,
     ratio: float,
@@ -181,7 +199,7 @@ def _is_chance(problem: Problem, args: tuple[Any, ...], params: Params, free: li
     return _greatest_of(slopes) <= _digits(params) * before
 
 
-def in_units(problem: Problem, args: tuple[Any, ...], params: Params, start: Params, free: list[Tensor]) -> Problem:
+def _in_units(problem: Problem, args: tuple[Any, ...], params: Params, start: Params, free: list[Tensor]) -> Problem:
     """A problem whose tolerance, unless given, follows the gradient at zero where that is far from 1.
 
     Of data in small units zeros would be called solutions; of data in great ones nothing would, for rounding. It

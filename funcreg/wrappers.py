@@ -169,19 +169,7 @@ def conditionally_transform(
             f"conditionally_transform got {inner!r}, which turns gradients into steps downhill: at the other steps "
             "gradients pass as they are, and go uphill. Take conditionally_mask, whose updates are zero there."
         )
-
-    def init(params: Params) -> ConditionallyTransformState:
-        return ConditionallyTransformState(inner.begin(params), counter(params))
-
-    def update(
-        updates: Updates, state: ConditionallyTransformState, params: Params, **extra: Any
-    ) -> tuple[Updates, ConditionallyTransformState]:
-        go = asked(state.step, params, extra)
-        new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
-        after = pick(go, after, state.inner_state)
-        return pick(go, new, updates), ConditionallyTransformState(after, increment(state.step))
-
-    tx = around(inner, init, update, ConditionallyTransformState, also=asked.takes)
+    tx = _at_its_steps(inner, asked, ConditionallyTransformState, pick)
     tx.frozen = None  # What it freezes is held at its steps alone.
     return tx
 
@@ -212,19 +200,31 @@ def conditionally_mask(
         {'w': tensor([-0.1000])}
     """
     asked = _Condition("conditionally_mask", inner, should_transform_fn, forward_extra_args)
+    return _at_its_steps(inner, asked, ConditionallyMaskState, lambda go, new, updates: or_zeros(go, new))
 
-    def init(params: Params) -> ConditionallyMaskState:
-        return ConditionallyMaskState(counter(params), inner.begin(params))
 
-    def update(
-        updates: Updates, state: ConditionallyMaskState, params: Params, **extra: Any
-    ) -> tuple[Updates, ConditionallyMaskState]:
+def _at_its_steps(
+    inner: Transform, asked: _Condition, state_of: type[Any], chosen: Callable[..., Updates]
+) -> Transform:
+    """A transform at the steps at which a condition holds.
+
+    Args:
+        inner: The transform, whose state stays at the other steps.
+        asked: The condition.
+        state_of: What makes a state, of the number of updates made and the state inside.
+        chosen: From whether it holds, new updates and those that came to the ones that are let through.
+    """
+
+    def init(params: Params) -> State:
+        return state_of(step=counter(params), inner_state=inner.begin(params))
+
+    def update(updates: Updates, state: Any, params: Params, **extra: Any) -> tuple[Updates, State]:
         go = asked(state.step, params, extra)
         new, after = inner.update(updates, state.inner_state, params, **inner.accepted(extra))
         after = pick(go, after, state.inner_state)
-        return or_zeros(go, new), ConditionallyMaskState(increment(state.step), after)
+        return chosen(go, new, updates), state_of(step=increment(state.step), inner_state=after)
 
-    return around(inner, init, update, ConditionallyMaskState, also=asked.takes)
+    return around(inner, init, update, state_of, also=asked.takes)
 
 
 class _Condition:

@@ -23,12 +23,12 @@ import funcreg as fr
 
 PAGE = pathlib.Path(__file__).parent / "catalogue.md"
 
-#: What hyperparameters and options without a default are given, by name.
+#: What options without a default, and hyperparameters for which 1 would not show what they do, are given, by name.
 GIVEN: dict[str, Any] = {
-    "alpha": 1.0, "rho": 0.2, "beta": 0.1, "strength": 2.0, "gamma": 3.0, "a": 3.7, "epsilon": 0.1, "threshold": 1.0,
-    "delta": 1.0, "anchor": 0.25, "fisher": 1.0, "lower": -1.0, "upper": 1.0, "radius": 6.0, "total": 6.0, "k": 3,
-    "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "kappa": 2.0, "matrix": torch.eye(2, 48, dtype=torch.float64),
-    "factor": 1.0, "shortest": 4.0, "longest": 6.0, "groups": ((0, (1, 2)), (3, (4, 5))),
+    "rho": 0.2, "beta": 0.1, "strength": 2.0, "gamma": 3.0, "a": 3.7, "epsilon": 0.1, "anchor": 0.25, "lower": -1.0,
+    "radius": 6.0, "total": 6.0, "k": 3, "n": 2, "m": 4, "normal": 1.0, "offset": 0.0, "kappa": 2.0, "factor": 1.0,
+    "matrix": torch.eye(2, 48, dtype=torch.float64), "shortest": 4.0, "longest": 6.0,
+    "groups": ((0, (1, 2)), (3, (4, 5))),
     "weights": torch.linspace(2, 1, 48, dtype=torch.float64).reshape(6, 8),
 }  # fmt: skip
 
@@ -56,14 +56,16 @@ def builders() -> list[Any]:
 
 
 def arguments(penalty: fr.Penalty, **other: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hyperparameters and options to try a penalty with: those given, or others of their names."""
+    """Hyperparameters and options to try a penalty with: those given, defaults, or 1 where that is in bounds."""
     given, hyper, options = GIVEN | other, [], {}
     for p in list(inspect.signature(penalty).parameters.values())[1:]:
-        if p.default is p.empty and p.name not in given:
-            raise ValueError(f"{penalty!r} takes {p.name}, which has no default; write a value for it into GIVEN")
         if p.kind is not p.KEYWORD_ONLY:
-            hyper.append(given.get(p.name, p.default))
+            low, high = penalty.bounds.get(p.name, (1.0, 1.0))
+            default = min(max(1.0, low), high) if p.default is p.empty else p.default
+            hyper.append(given.get(p.name, default))
         elif p.default is p.empty:
+            if p.name not in given:
+                raise ValueError(f"{penalty!r} takes {p.name}=, which has no default; write a value for it into GIVEN")
             options[p.name] = given[p.name]
     return tuple(hyper), options
 

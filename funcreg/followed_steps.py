@@ -163,8 +163,7 @@ class FollowedSteps(PenalizedParameters):
         return found
 
     def _land(self, optimizer: Optimizer, moved: list[Moved], values: Any, skipped: Tensor | None, looks: bool) -> None:
-        task, groups = self._task, optimizer.param_groups
-        tree, leaves = lambda leaves: {**leaves, **self._absent}, self._leaves
+        task, groups, leaves = self._task, optimizer.param_groups, self._leaves
         # Without a look that makes an entry where there is none: the state stays what it was.
         entries = [optimizer.state.get(m.w, {}) for m in leaves]
         known = optimizer.state.get(moved[0].w, {})  # For the scalars of leaves that have no state yet.
@@ -175,37 +174,22 @@ class FollowedSteps(PenalizedParameters):
         sources = None
         if task.rule.source is not None:
             rows = zip(leaves, entries, strict=True)
-            sources = tree({m.name: self._source(m, each, groups[m.group]) for m, each in rows})
+            sources = self._tree({m.name: self._source(m, each, groups[m.group]) for m, each in rows})
         narrow = looks and "rounding" not in self._remarks.said and any([is_narrow(m.w.dtype) for m in moved])
         if narrow and self._remarks.keeps_pace(groups, values):
-            wide = tree({m.name: widen(m.w.detach()) for m in leaves})
-            starts = wide if self._inner is None else tree({m.name: widen(self._starts[m.w]) for m in leaves})
+            wide = self._tree({m.name: widen(m.w.detach()) for m in leaves})
+            starts = wide if self._inner is None else self._tree({m.name: widen(self._starts[m.w]) for m in leaves})
             self._remarks.of_rounding(moved, wide, self._landed(starts, wide, sources, columns, classes, values, sets))
         written = self._written(moved)
         may_compile = not keeps and self._may_compile()
-        if may_compile and skipped is None and self._compiled_rows is None:
-            # Gradients are not read where there is no metric, but stand for what is like the parameters.
-            read_from = sources
-            if read_from is None:
-                read_from = tree({m.name: torch.zeros_like(m.w) if m.w.grad is None else m.w.grad for m in leaves})
-            params = tree({m.name: m.w for m in leaves})
-            compiled = self._layout(params, read_from, classes, columns, values, sets)
-            if compiled is not None:
-                before = [(m.w, m.w.detach().clone()) for m in leaves if m not in written] if self._held else []
-                compiled(params, read_from, columns, values)
-                for w, x in before:
-                    w.copy_(x)
-                return
+        alone = may_compile and skipped is None and self._compiled_rows is None
+        if alone and self._land_compiled(written, sources, columns, classes, values, sets):
+            return
         if self._acts_on_entries and not keeps:
-            reached = {m.name: m.w.detach() for m in leaves}
-            ends, moving, numbers = self._ends
-            if ends is None or moving is not self._moving or numbers is not self._classes:
-                ends = EndToEnd(reached, sources, classes)
-                self._ends = ends, self._moving, self._classes
-            landed = ends.land(task, reached, sources, columns, values)
+            landed = self._landed_by_entries(sources, columns, classes, values)
         else:
-            reached = tree({m.name: m.w.clone() if keeps else m.w.detach() for m in leaves})
-            starts = reached if self._inner is None else tree({m.name: self._starts[m.w] for m in leaves})
+            reached = self._tree({m.name: m.w.clone() if keeps else m.w.detach() for m in leaves})
+            starts = reached if self._inner is None else self._tree({m.name: self._starts[m.w] for m in leaves})
             by_rows = self._compiled_rows if may_compile and _are_plain(reached, sources) else None
             landed = self._landed(starts, reached, sources, columns, classes, values, sets, by_rows)
         found = [landed[m.name] for m in written]
@@ -216,6 +200,44 @@ class FollowedSteps(PenalizedParameters):
                 m.w.copy_(z)
         else:
             copy_all([m.w for m in written], found)
+
+    def _tree(self, leaves: dict[str, Tensor]) -> Params:
+        """The tree of the parameters, of those that are landed."""
+        return {**leaves, **self._absent}
+
+    def _land_compiled(
+        self,
+        written: list[Moved],
+        sources: Params | None,
+        columns: Any,
+        classes: dict[str, int],
+        values: Any,
+        sets: Any,
+    ) -> bool:
+        """Whether parameters were landed by compiled code."""
+        leaves, read_from = self._leaves, sources
+        if read_from is None:  # Not read where there is no metric; gradients stand for what is like the parameters.
+            read_from = self._tree({m.name: torch.zeros_like(m.w) if m.w.grad is None else m.w.grad for m in leaves})
+        params = self._tree({m.name: m.w for m in leaves})
+        compiled = self._layout(params, read_from, classes, columns, values, sets)
+        if compiled is None:
+            return False
+        before = [(m.w, m.w.detach().clone()) for m in leaves if m not in written] if self._held else []
+        compiled(params, read_from, columns, values)
+        for w, x in before:
+            w.copy_(x)
+        return True
+
+    def _landed_by_entries(
+        self, sources: Params | None, columns: Any, classes: dict[str, int], values: Any
+    ) -> dict[str, Tensor]:
+        """Where all parameters land, end to end in one vector, by a penalty that acts on entries alone."""
+        reached = {m.name: m.w.detach() for m in self._leaves}
+        ends, moving, numbers = self._ends
+        if ends is None or moving is not self._moving or numbers is not self._classes:
+            ends = EndToEnd(reached, sources, classes)
+            self._ends = ends, self._moving, self._classes
+        return ends.land(self._task, reached, sources, columns, values)
 
     def _landed(
         self,

@@ -105,35 +105,16 @@ def scale_by_factored_rms(
         )
 
     def dims(shape: Sequence[int]) -> Pair:
-        """The second longest and the longest dimension, where they are factored."""
-        if not factored or len(shape) < 2:
-            return None
-        order = sorted(range(len(shape)), key=lambda d: shape[d])
-        return None if shape[order[-2]] < min_dim_size_to_factor else (order[-2], order[-1])
+        return _longest(shape, min_dim_size_to_factor) if factored else None
 
-    def zeros(params: Params, along: int | None) -> Params:
-        """Means along one of the two dimensions, or mean squares of leaves that are not factored."""
-
-        def zero(pair: Pair, w: Tensor) -> Tensor:
-            kind = wide(w.real.dtype)
-            if (pair is None) != (along is None):
-                return torch.zeros((), dtype=kind, device=w.device)
-            w = torch.zeros_like(w.real, dtype=kind)
-            return w if pair is None or along is None else w.sum(pair[along], keepdim=True)
-
-        return _by_dims(zero, dims, params)
+    def begun(params: Params, along: int | None) -> Params:
+        return _by_dims(lambda pair, w: _zeros(pair, w, along), dims, params)
 
     def init(params: Params) -> FactoredState:
-        return FactoredState(counter(params), zeros(params, 1), zeros(params, 0), zeros(params, None))
+        return FactoredState(counter(params), begun(params, 1), begun(params, 0), begun(params, None))
 
     def averages(updates: Updates, before: Params, decay: Scalar, along: int | None) -> Params:
-        def average(pair: Pair, u: Tensor, v: Tensor, b: Scalar, e: Scalar) -> Tensor:
-            if (pair is None) != (along is None):
-                return v.clone()
-            squares = squared(u) + e
-            means = squares if pair is None or along is None else squares.mean(pair[along], keepdim=True)
-            return b * v + (1 - b) * means
-
+        average = lambda pair, u, v, b, e: _average(pair, u, v, b, e, along)
         return stored(_by_dims(average, dims, updates, before, hyper=(decay, epsilon)), before)
 
     def update(updates: Updates, state: FactoredState, params: Params) -> tuple[Updates, FactoredState]:
@@ -144,28 +125,57 @@ def scale_by_factored_rms(
             averages(updates, state.v_col, decay, 0),
             averages(updates, state.v, decay, None),
         )
-
-        def scaled(pair: Pair, u: Tensor, row: Tensor, column: Tensor, v: Tensor) -> Tensor:
-            if pair is None:
-                return u * _inverse_root(v)
-            return u * _inverse_root(_share(row, pair[0])) * _inverse_root(column)
-
-        made = _by_dims(scaled, dims, updates, new.v_row, new.v_col, new.v)
+        made = _by_dims(_scaled, dims, updates, new.v_row, new.v_col, new.v)
         return tree_map(lambda u, x: x.to(u.dtype), updates, made), new
 
     def metric(state: FactoredState) -> Params:
         rows, rebuild = flatten(state.v_row)
-        return rebuild([root(*row) for row in zip(rows, tree_leaves(state.v_col), tree_leaves(state.v), strict=True)])
-
-    def root(row: Tensor, column: Tensor, v: Tensor) -> Tensor:
-        pair = dims(torch.broadcast_shapes(row.shape, column.shape)) if row.ndim else None
-        if pair is None:
-            return compute_wide(safe_sqrt, v)
-        share = compute_wide(lambda r: safe_sqrt(_share(r, pair[0])), row)
-        both = share, column
-        return apply(lambda r, c: r * safe_sqrt(c), both) if any_sharded(both) else share * safe_sqrt(column)
+        leaves = zip(rows, tree_leaves(state.v_col), tree_leaves(state.v), strict=True)
+        return rebuild([_root(dims, *leaf) for leaf in leaves])
 
     return Transform(init, update, metric, state=FactoredState)
+
+
+# Of one leaf: what is kept along one of its two factored dimensions, or of all entries where it is not factored
+
+
+def _longest(shape: Sequence[int], least: int) -> Pair:
+    """The second longest and the longest dimension, where both have at least a size."""
+    if len(shape) < 2:
+        return None
+    order = sorted(range(len(shape)), key=lambda d: shape[d])
+    return None if shape[order[-2]] < least else (order[-2], order[-1])
+
+
+def _zeros(pair: Pair, w: Tensor, along: int | None) -> Tensor:
+    kind = wide(w.real.dtype)
+    if (pair is None) != (along is None):
+        return torch.zeros((), dtype=kind, device=w.device)
+    w = torch.zeros_like(w.real, dtype=kind)
+    return w if pair is None or along is None else w.sum(pair[along], keepdim=True)
+
+
+def _average(pair: Pair, u: Tensor, v: Tensor, b: Scalar, e: Scalar, along: int | None) -> Tensor:
+    if (pair is None) != (along is None):
+        return v.clone()
+    squares = squared(u) + e
+    means = squares if pair is None or along is None else squares.mean(pair[along], keepdim=True)
+    return b * v + (1 - b) * means
+
+
+def _scaled(pair: Pair, u: Tensor, row: Tensor, column: Tensor, v: Tensor) -> Tensor:
+    if pair is None:
+        return u * _inverse_root(v)
+    return u * _inverse_root(_share(row, pair[0])) * _inverse_root(column)
+
+
+def _root(dims: Callable[[Sequence[int]], Pair], row: Tensor, column: Tensor, v: Tensor) -> Tensor:
+    pair = dims(torch.broadcast_shapes(row.shape, column.shape)) if row.ndim else None
+    if pair is None:
+        return compute_wide(safe_sqrt, v)
+    share = compute_wide(lambda r: safe_sqrt(_share(r, pair[0])), row)
+    both = share, column
+    return apply(lambda r, c: r * safe_sqrt(c), both) if any_sharded(both) else share * safe_sqrt(column)
 
 
 def _by_dims(

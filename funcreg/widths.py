@@ -96,7 +96,7 @@ def gives(layer: Any) -> int:
     return layer.nf if is_conv1d(layer) else 0
 
 
-def gave_and_gives(before: nn.Module, layer: nn.Module) -> Given:
+def gave_and_gives(before: Any, layer: Any) -> Given:
     """What a layer gave, and gives once its widths have followed."""
     narrower = isinstance(layer, CONVOLUTIONS) and layer.groups == before.groups and gives(layer) < gives(before)
     return Given(gives(before), gives(layer), layer.groups if narrower else 1)

@@ -109,6 +109,10 @@ class Atoms:
             found[self.find(ids)] = reason
         return found
 
+    def is_closed(self, ids: Tensor) -> bool:
+        """Whether all of these atoms are kept."""
+        return bool((self.closed()[self.find(ids)] >= 0).all())
+
     # Components
 
     def settle(self, components: Iterable[Component]) -> list[Component]:

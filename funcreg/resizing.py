@@ -27,6 +27,7 @@ from funcreg.variations import other_runs, widened
 from funcreg.widths import (
     CONVOLUTIONS,
     NORMS,
+    Given,
     Place,
     Rule,
     changes,
@@ -34,6 +35,7 @@ from funcreg.widths import (
     follow,
     follow_bare,
     follow_configs,
+    gave_and_gives,
     gives,
     tensors,
 )
@@ -230,7 +232,7 @@ def _follow(
     before, layers = dict(module.named_modules()), dict(smaller.named_modules())
     alone = [name for name, layer in layers.items() if not layer._modules]
     around = [name for name, layer in layers.items() if layer._modules]
-    came: list[tuple[int, int]] = []
+    came: list[Given] = []
     known: dict[str, frozenset[str]] = {}
     moved = {path for name, _, _ in changes(smaller, module) for path in _holders(name)}
     for name in (*alone, *reversed(around)):  # Children before what holds them, and these in their order.
@@ -244,7 +246,7 @@ def _follow(
         elif not layer._modules and not tensors(layer):
             follow_bare(layer, came)
         if gives(layer):
-            came.append((gives(old), gives(layer)))
+            came.append(gave_and_gives(old, layer))
     known.update({name: frozenset() for name in around if name not in known and takes_parts(module, smaller, name)})
     several = [stored_widths(module, smaller, name, found, inside_heads) for name, found in known.items()]
     return [each for stored in several for each in stored]

@@ -16,7 +16,7 @@ from funcreg.tracing import Operation, Ref, refs_in
 
 _ENTRYWISE = (
     *("hardswish", "_prelu_kernel", "prelu", "leaky_relu", "log_sigmoid_forward", "rsub", "masked_fill"),
-    "special_erf",
+    *("special_erf", "complex", "polar"),
 )
 #: What unknown entries may be, of either sign, small and large.
 SAMPLES = (
@@ -51,7 +51,8 @@ def _value(operation: Operation, dead: list[float]) -> float:
         if "device" in kwargs:
             kwargs["device"] = "cpu"
         made = operation.function(*args, **kwargs)
-        found.add(float(made[0] if isinstance(made, (tuple, list)) else made))
+        made = made[0] if isinstance(made, (tuple, list)) else made
+        found.add(float(made.real) if not made.is_complex() or made.imag == 0 else UNKNOWN)
     return found.pop() if len(found) == 1 else UNKNOWN
 
 
@@ -165,8 +166,9 @@ def _viewed(flow: Flow, operation: Operation) -> list[Components]:
 def _regroup(flow: Flow, components: Components, old: Sequence[int], new: Sequence[int]) -> Components:
     made = flow.atoms.settle([Component(regrouped(ids, old, new), dead) for ids, dead in components])
     made = flow.by_features(made)
-    # Entries that go by two dimensions at once do not go by one.
-    made.sort(key=lambda c: flow.is_kept(c.ids))
+    # Entries that go by two dimensions at once do not go by one. What is kept anyhow takes nothing from the others.
+    if sum([len(c.dims) for c in made]) > len({dim for c in made for dim in c.dims}):
+        made.sort(key=lambda c: flow.is_kept(c.ids) or flow.atoms.is_closed(c.ids))
     apart: Components = []
     for component in made:
         before = [other for other in apart if component.dims & other.dims]

@@ -24,13 +24,21 @@ NORMS = (nn.modules.batchnorm._NormBase,)
 Rule: TypeAlias = Callable[[Any, Any], None]
 
 
+class Given(NamedTuple):
+    """What a layer gave, and gives."""
+
+    before: int
+    now: int
+    parts: int = 1  # In how many groups, each of which gives less; 1 if it lost whole groups, or has none.
+
+
 class Place(NamedTuple):
     """A layer among the others."""
 
     name: str
     layer: Any  # With its new parameters.
     before: Any  # As it was.
-    came: Sequence[tuple[int, int]]  # What each layer before it gave, and gives.
+    came: Sequence[Given]  # Of each layer before it.
     inside_heads: bool = False  # Whether a narrower attention has narrower heads, and not fewer of them.
 
 
@@ -86,6 +94,12 @@ def gives(layer: Any) -> int:
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim
     return layer.nf if is_conv1d(layer) else 0
+
+
+def gave_and_gives(before: Any, layer: Any) -> Given:
+    """What a layer gave, and gives once its widths have followed."""
+    narrower = isinstance(layer, CONVOLUTIONS) and layer.groups == before.groups and gives(layer) < gives(before)
+    return Given(gives(before), gives(layer), layer.groups if narrower else 1)
 
 
 def _known(kind: type) -> frozenset[str]:
@@ -151,8 +165,9 @@ def _groups(place: Place, first: int, second: int) -> int:
         )
     if isinstance(place.layer, TRANSPOSED):
         return next((n for n in found if bias is not None and n * second == len(bias)), found[0])
-    # Both may fit the shape. What comes in tells them apart, and a wrong number is an error once the layer runs.
-    width = _after(before.in_channels, place.came)
+    # Both may fit the shape. What comes in tells them apart, and a wrong number is an error once the layer runs. What
+    # gives less in each of as many groups is beside this one: after it, each group would take less here, too.
+    width = _after(before.in_channels, [each for each in place.came if each.parts == 1 or each.parts % had])
     return next((n for n in found if n * second == width), found[0])
 
 
@@ -531,7 +546,7 @@ def _first_column(layer: Any) -> Tensor | None:
     return child.weight.detach()[0] if child is not None and is_conv1d(child) else None
 
 
-def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:
+def follow_bare(layer: Any, came: Sequence[Given]) -> None:
     """Let a normalization without parameters follow the last layer before it that was as wide.
 
     It computes the same whatever it says, or raises once it runs; not so a `GroupNorm`.
@@ -542,8 +557,8 @@ def follow_bare(layer: Any, came: Sequence[tuple[int, int]]) -> None:
         layer.normalized_shape = (_after(layer.normalized_shape[0], came),)
 
 
-def _after(width: int, came: Sequence[tuple[int, int]]) -> int:
-    return next((new for old, new in reversed(came) if old == width), width)
+def _after(width: int, came: Sequence[Given]) -> int:
+    return next((each.now for each in reversed(came) if each.before == width), width)
 
 
 def follow_configs(module: nn.Module, smaller: nn.Module) -> None:

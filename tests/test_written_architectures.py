@@ -559,6 +559,58 @@ class Conformer(nn.Module):
         return self.last(x + 0.5 * self.second(x))
 
 
+class Squeezebert(nn.Module):
+    """Attention whose queries, keys and values are convolutions of two groups, beside one another."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        grouped = lambda a, b: nn.Conv1d(a, b, 1, groups=2)
+        self.heads, self.norm, self.head = heads, nn.LayerNorm(width), nn.Conv1d(width, 3, 1)
+        self.query, self.key, self.value, self.out = (grouped(width, width) for _ in range(4))
+        self.up, self.down = grouped(width, 24), grouped(24, width)
+
+    def forward(self, x):
+        y = self.norm(x.mT).mT
+        q, k, v = (layer(y).unflatten(1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        y = ((q.mT @ k / (q.shape[2] ** 0.5)).softmax(-1) @ v.mT).mT.flatten(1, 2)
+        x = x + self.out(y)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+class Latent(nn.Module):
+    """Attention whose keys and values come from a few latent features, and a part of the keys that all heads share."""
+
+    def __init__(self, width=12, heads=4):
+        super().__init__()
+        self.query, self.latent = nn.Linear(width, heads * 5, bias=False), nn.Linear(width, 8)
+        self.up, self.out, self.head = nn.Linear(6, heads * 6), nn.Linear(heads * 3, width), nn.Linear(width, 3)
+
+    def forward(self, x):
+        q = self.query(x).unflatten(-1, (-1, 5)).transpose(1, 2)
+        latent, shared = self.latent(x).split([6, 2], -1)
+        k, v = self.up(latent).unflatten(-1, (-1, 6)).transpose(1, 2).chunk(2, -1)
+        keys = k.new_empty(*k.shape[:-1], 5)  # As DeepSeek writes it, in place of a concatenation.
+        keys[..., :3].copy_(k)
+        keys[..., 3:].copy_(shared[:, None].expand(-1, k.shape[1], -1, -1))
+        y = (q @ keys.mT / 5**0.5).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+class Fourier(nn.Module):
+    """A Fourier neural operator: low frequencies are mixed by complex weights, all by a layer beside them."""
+
+    def __init__(self, width=8, modes=4):
+        super().__init__()
+        self.real, self.imaginary = (nn.Parameter(torch.randn(width, width, modes) / width) for _ in range(2))
+        self.first, self.beside, self.last = nn.Conv1d(3, width, 1), nn.Conv1d(width, width, 1), nn.Conv1d(width, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        low = torch.fft.rfft(x)[..., : self.real.shape[-1]]
+        mixed = torch.einsum("bim,iom->bom", low, torch.complex(self.real, self.imaginary))
+        return self.last(F.gelu(torch.fft.irfft(mixed, n=x.shape[-1]) + self.beside(x)))
+
+
 class Graph(nn.Module):
     """Graph convolutions on a dense adjacency, divided by degrees."""
 
@@ -652,6 +704,9 @@ NETWORKS = {
         0.6,
     ),
     "Conformer": (Conformer, pictures(6, 12), 0.4),
+    "SqueezeBert": (Squeezebert, pictures(16, 6), 0.4),
+    "latent attention": (Latent, pictures(5, 12), 0.3),
+    "Fourier neural operator": (Fourier, pictures(3, 16), 0.6),
     "graph convolution": (Graph, lambda: (drawn(6, 5), (drawn(6, 6) > 0).double()), 0.5),
     "Highway": (Highway, rows(5), 0.5),
     "attention with nothing around it": (

@@ -201,6 +201,28 @@ def test_a_label_that_no_leaf_has_is_warned_of():
     fr.partition({"body": fr.sgd(0.1), "norm": fr.sgd(0.2)}, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
 
 
+def test_a_tree_without_a_leaf_is_warned_of_once():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(2, 2)]  # No ModuleList, so that the module has no parameters.
+
+    params = dict(Listed().named_parameters())
+    for tx in (fr.adamw(0.1), fr.prox_adam(0.1, fr.l1), fr.prox_sgd(0.1, fr.l1, momentum=torch.tensor(0.9))):
+        for init in (tx.init, fr.fuse(tx).init):
+            with pytest.warns(UserWarning, match=r"begins without parameters, .* where a ModuleList") as said:
+                init(params)
+            assert len(said) == 1
+    parts = {"body": fr.sgd(0.1), "norm": fr.adam(0.2)}  # Of which the second has no leaf.
+    fr.partition(parts, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
+
+
+def test_a_module_without_parameters_is_refused_where_they_are_read():
+    for read in (fr.sparsity, fr.report):
+        with pytest.raises(ValueError, match=r"the ReLU has no parameters to read\. .* ModuleList .* quantization"):
+            read(nn.ReLU())
+
+
 # Schedules that turn
 
 

@@ -600,12 +600,35 @@ def test_a_function_that_expects_a_leaf_is_told_that_it_gets_the_tree():
 # Names of torch.optim
 
 
+def as_optimizer(factory, **options):
+    return fr.Optimizer([nn.Parameter(torch.ones(2))], factory, lr=0.1, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: fr.adam(lr=1e-3), "adam got lr=, as in torch.optim; here that is learning_rate"),  # pyright: ignore[reportCallIssue]
         (lambda: fr.prox_adam(1e-3, fr.l1, betas=(0.9, 0.99)), "prox_adam got betas=, .* here that is b1 and b2"),
         (lambda: fr.sgd(1e-2, weight_decay=1e-4), "sgd got weight_decay=, .* with_weight_decay"),  # pyright: ignore[reportCallIssue]
+        (lambda: fr.rmsprop(1e-2, alpha=0.99), "rmsprop got alpha=, .* here that is decay"),  # pyright: ignore[reportCallIssue]
+        (
+            lambda: as_optimizer(fr.adamw, betas=(0.9, 0.99)),
+            "not take betas; .* It is a name of torch.optim; .* b1 and b2",
+        ),
+        (
+            lambda: as_optimizer(fr.sgd, weight_decay=1e-4),
+            "not take weight_decay; .* that is a link .* with_weight_decay",
+        ),
+        (lambda: as_optimizer(fr.rmsprop, alpha=0.99), "not take alpha; .* here that is decay"),
+        (
+            lambda: as_optimizer(fr.prox_adam, strength=0.1),
+            r"takes a penalty, .* lambda lr, strength: fr.prox_adam\(lr,",
+        ),
+        (lambda: as_optimizer(fr.sgd, betas=(0.9, 0.99)), "not take betas; .* Add it to the parameters of the factory"),
+        (
+            lambda: as_optimizer(lambda lr: fr.adam(lr), betas=(0.9, 0.99)),
+            "not take betas; .* Add it to the parameters",
+        ),
     ],
 )
 def test_arguments_by_the_names_of_torch_are_told_what_they_are_here(make, said):

@@ -32,7 +32,8 @@ class Constraint(Penalty):
 
     Args:
         projection: From `(params, *hyper, **options)` to the nearest tree of the set. One that knows it in a metric,
-            too, takes the keyword `metric=None`: a tree of positive tensors that weigh the squared distance.
+            too, takes the keyword `metric=None`: a tree of positive tensors that weigh the squared distance. Leaves
+            that a mask leaves out are not in these trees: `tree_map` and `tree_leaves` pass their places by.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.
         check: Function of the hyperparameters that raises an error if they contradict each other.
         missed: From `(params, *hyper, **options)` to bools: whether a leaf lies outside although the projection leaves

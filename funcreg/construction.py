@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import FunctionType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -118,18 +118,27 @@ def _parts(value: Any) -> tuple[Callable[[list[Any]], Any], list[Any]]:
     return lambda parts: value, []
 
 
-#: What arguments of torch's optimizers are called here.
+#: Arguments of torch's optimizers: what tells that a function has something like it, and what it is called here.
 _TORCHS = {
-    "lr": "learning_rate",
-    "betas": "b1 and b2",
-    "weight_decay": "a link of its own: with_weight_decay(tx, kind, weight_decay), or adamw",
+    "lr": ("learning_rate", "learning_rate"),
+    "betas": ("b1", "b1 and b2"),
+    "weight_decay": ("learning_rate", "a link of its own: with_weight_decay(tx, kind, weight_decay), or adamw"),
+    "alpha": ("decay", "decay"),
 }
+
+
+def torchs(names: Set[str]) -> dict[str, str]:
+    """What a function with parameters of these names calls arguments of torch's optimizers, if it makes one."""
+    return {
+        theirs: ours
+        for theirs, (needed, ours) in _TORCHS.items()
+        if theirs not in names and {"learning_rate", needed} <= names
+    }
 
 
 def remembered(function: Callable[P, T]) -> Callable[P, T]:
     """Let what a function returns, a `Remembering`, remember this call."""
-    names = frozenset(inspect.signature(function).parameters)
-    elsewhere = {theirs: ours for theirs, ours in _TORCHS.items() if theirs not in names and "learning_rate" in names}
+    elsewhere = torchs(frozenset(inspect.signature(function).parameters))
 
     @functools.wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:

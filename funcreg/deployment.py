@@ -227,6 +227,11 @@ def computed_parameters(params: Params | nn.Module) -> Params:
             inside = f"{prefix}parametrizations.{name}."
             found = {called: w for called, w in found.items() if not called.startswith(inside)}
             found[f"{prefix}{name}"] = _computed(parametrizations)
+    if not found:
+        raise ValueError(
+            f"the {type(params).__name__} has no parameters to read. Are layers in a plain list, which a module does "
+            "not see into, where a ModuleList belongs? Are weights packed, as quantization packs them?"
+        )
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg.construction import written
+from funcreg.construction import torchs, written
 from funcreg.hyperparams import Injected
 from funcreg.masks import listed
 from funcreg.transform import Transform
@@ -69,7 +69,9 @@ def hyperparameters(factory: Any, hyper: dict[str, Any]) -> dict[str, str]:
         if name in names or (name not in _HABITS and any(p.kind is p.VAR_KEYWORD for p in parameters)):
             names.setdefault(name, name)
             continue
-        reason = _HABITS.get(name, "Add it to the parameters of the factory, if a transform is to see it.")
+        here = torchs({*names.values()}).get(name)
+        reason = "Add it to the parameters of the factory, if a transform is to see it."
+        reason = _HABITS.get(name, reason if here is None else f"It is a name of torch.optim; here that is {here}.")
         if name == names.get("lr"):
             reason = "Its learning_rate is called lr here, as in torch."
         raise TypeError(f"the factory does not take {name}; it takes {listed(names) or 'nothing'}. {reason}")
@@ -89,6 +91,11 @@ def check_complete(factory: Any, names: dict[str, str], given: dict[str, Any], i
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     required = {name for name, p in parameters.items() if p.default is p.empty and p.kind in kinds}
     missing = [key for key, name in names.items() if name in required and name not in given]
+    if "penalty" in missing and getattr(factory, "__module__", "").startswith("funcreg"):
+        raise TypeError(
+            f"the factory takes a penalty, which is no value of a param group; expected one that has it inside, such "
+            f"as lambda lr, strength: fr.{factory.__name__}(lr, fr.l1, strength=strength)"
+        )
     if missing:
         raise TypeError(
             f"param group {index} has no value for {listed(missing)}, which the factory takes; give Optimizer(params, "

@@ -111,7 +111,10 @@ def _jumps(w: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _line(w: Tensor, dim: int) -> tuple[int, ...]:
     if not isinstance(dim, int):
-        raise ValueError(f"dim is {dim!r}; expected an int: neighbours lie along one dimension")
+        raise ValueError(
+            f"dim is {dim!r}; expected an int: neighbours lie along one dimension. For images take "
+            "isotropic_total_variation, or, in a loss, total_variation.given(dim=-1) + total_variation.given(dim=-2)"
+        )
     if w.is_complex():
         raise ValueError("a leaf is complex; expected real numbers, whose neighbours have an order")
     return group_dims(w, dim)

@@ -70,7 +70,10 @@ def _indices(node: Any, size: int) -> list[int]:
         elif not isinstance(entry, int) or isinstance(entry, bool):
             raise ValueError(f"groups has {entry!r}; expected indices, tuples of them, and ... for all others")
         elif not -size <= entry < size:
-            raise ValueError(f"groups names the slice {entry} of a leaf that has {size} there; leave it out with mask=")
+            raise ValueError(
+                f"groups names the slice {entry} of a leaf that has {size} along axis=; the inputs of a linear layer "
+                "lie along axis=1. A leaf without such slices is left out with mask="
+            )
         else:
             found.append(entry % size)
     return found
@@ -229,3 +232,6 @@ def tree_lasso(w: Tensor, *, groups: Any, axis: int = 0, weights: Weights = None
     zeros = sum_groups(squared(torch.where(forest.along(sizes, w) == 0, w, torch.zeros_like(w))), forest.inside)
     terms = [factors * forest.norms(sizes, height, zeros.reshape(-1)) for height, factors in enumerate(forest.factors)]
     return torch.cat(terms) if terms else 0 * sizes
+
+
+tree_lasso.hints = {"dim": ". Indices count slices along axis=; dim= of group_lasso is what lies inside a group."}

@@ -123,6 +123,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plain = False  # Whether nothing is compiled any more.
         self._said_climbs = False  # Whether it was said that a step goes uphill.
         self._said_unread = False  # Whether it was said that a chain has nothing of a value.
+        self._said_untaken = set[tuple[int, str]]()  # Of which numbers in groups it was said that they reach no chain.
         self._said_nothing = False  # Whether it was said that a step has no effect.
         self._still = 0  # Number of the last steps that had none.
         # What compiles a training loop leaves the step out, which compiles its own. The function, not its method, which
@@ -174,12 +175,18 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             del self.param_groups[-1]  # So that a failed call changes nothing, nor one that is interrupted.
             raise
-        taken = {*self._names, *_OTHERS}
-        for name in [name for name, value in group.items() if name not in taken and is_number(name, value)]:
-            warn_user(
-                f"param group {index} has {name}={written(group[name])}, which the factory does not take: it has no "
-                f"effect. The factory takes {listed(self._names)}.",
-            )
+        self._say_untaken(index)
+
+    def _say_untaken(self, index: int) -> None:
+        """Warn, once for each, of numbers that stand in a group, or were set there since, and reach no chain."""
+        for name, value in self.param_groups[index].items():
+            known = name in self._names or name in _OTHERS or (index, name) in self._said_untaken
+            if not known and is_number(name, value):
+                self._said_untaken.add((index, name))
+                warn_user(
+                    f"param group {index} has {name}={written(value)}, which the factory does not take: it has no "
+                    f"effect. The factory takes {listed(self._names)}.",
+                )
 
     def _given(self, index: int) -> dict[str, Any]:
         """The hyperparameters of a group by the factory's names."""
@@ -337,6 +344,8 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, extra: dict[str, Any], closure: Callable[[], Any] | None, hint: str) -> None:
         self._read_groups()
+        for index in range(len(self.param_groups)):
+            self._say_untaken(index)
         fresh = not self.state
         frozen = self._frozen()
         known = self._parts.find(self._chains, self.param_groups, self.state, frozen)

@@ -347,7 +347,8 @@ def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor
     Args:
         dim: Dimensions that lie inside a group. By default (`...`) all but the first: a group is a row of a matrix
             (all inputs of a unit), a filter of a convolution, a single entry of a bias. An int or a tuple names
-            them (0: the columns of a matrix, all outputs of an input). None makes each leaf one group.
+            them (0: the columns of a matrix, all outputs of an input). None makes each leaf one group. A transposed
+            convolution has its inputs first: `(0, 2, 3)` are its filters.
         weights: The factors :math:`c_g`: None for 1, `"sqrt_size"` for the root of the number of entries of a group
             (Yuan & Lin), or a tensor with one entry for each group.
 
@@ -437,3 +438,10 @@ def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ...,
     dims = group_dims(w, dim)
     inside = w.abs().sum(dims, keepdim=True) if dims else w.abs()
     return alpha * (rho * inside + (1 - rho) * group_sizes(w, dims, weights) * group_norms(w, dims))
+
+
+# Of what estimators of the group lasso are told.
+group_lasso.hints = sparse_group_lasso.hints = {
+    "groups": ". Groups of indices are tree_lasso, as in tree_lasso(params, groups=((0, 1), (2, 3, 4)), axis=1) of the "
+    "inputs of a layer; groups that span leaves are coupled(group_lasso, groups)."
+}

@@ -83,7 +83,8 @@ class Penalty(TakesHyper):
         value: From `(params, *hyper, **options)` to a scalar.
         gradient: From the same to a tree like the parameters.
         proximal: From `(params, step, *hyper, **options)` to a tree like the parameters. One that finds the minimum in
-            a metric, too, takes `metric=None`: a tree of positive tensors like the parameters.
+            a metric, too, takes `metric=None`: a tree of positive tensors like the parameters. Leaves that a mask
+            leaves out are not in the trees that these get: `tree_map` and `tree_leaves` pass their places by.
         residual: From `(params, grads, strength, *hyper, **options)` to the element of least norm of
             :math:`\nabla f + \text{strength} \cdot \partial g`; by default the residual of the proximal operator.
         bounds: From the name of a hyperparameter to the least and greatest number it may be.

@@ -63,7 +63,7 @@ def _weighed_trace(decay: Tensor, nesterov: bool) -> Transform:
     def init(params: Params) -> WeighedTraceState:
         # From the long run, as with a number: a sum that began at 0 would begin with weaker penalties.
         weights = 1 / (1 - decay.to(scalar_device(params), torch.float64, copy=True))
-        return WeighedTraceState(plain.init(params).trace, weights)
+        return WeighedTraceState(plain.begin(params).trace, weights)
 
     def update(updates: Updates, state: WeighedTraceState, params: Params) -> tuple[Updates, WeighedTraceState]:
         direction, after = plain.update(updates, TraceState(state.trace), params)
@@ -127,7 +127,7 @@ def descend(
         check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
         check_decided([along_free], params)
-        return ProximalState(counter(params), along_free.init(params))
+        return ProximalState(counter(params), along_free.begin(params))
 
     def update(updates: Updates, state: ProximalState, params: Params) -> tuple[Updates, ProximalState]:
         rate, force, decay, *values = (

@@ -138,7 +138,6 @@ def regularize(
         flags(compile=compile)
     optimizer = unwrapped(optimizer)
     _check_moves_itself(optimizer, penalty)
-    _say_unread(optimizer)
     rule = rule_of(optimizer, metric, projects(penalty))
     task = Task(penalty, values, strength, static, rule, inner_steps, max_step)
     given = {"strength": strength, "mask": mask, "inner_steps": inner_steps, "max_step": max_step}
@@ -162,17 +161,6 @@ def _check_moves_itself(optimizer: Optimizer, penalty: Penalty) -> None:
 
 def _calls(inside: list[str], penalty: Penalty) -> str:
     return listed([f"regularize(optimizer.{name}, {written(penalty)}, ...)" for name in inside])
-
-
-def _say_unread(optimizer: Optimizer) -> None:
-    """Warn of strengths that stand in param groups, as those of `Optimizer` do, and have no effect here."""
-    for i, group in enumerate(optimizer.param_groups):
-        if "strength" in group and "strength" not in optimizer.defaults:
-            warn_user(
-                f"param group {i} has strength={written(group['strength'])}, which regularize does not read: it has no "
-                "effect. Give strength= a tree of numbers by the names of parameters, or call regularize for each "
-                "group, with a mask."
-            )
 
 
 def _described(optimizer: Any) -> str:
@@ -222,6 +210,7 @@ class Regularization(FollowedSteps):
         self._remarks.of_counts(self._task, self._acted_on())
         self._remarks.of_decay(optimizer, self._task, self._touched)
         self._remarks.of_evaluation(optimizer)
+        self._remarks.of_unread(optimizer)
         if names.module is not None and not projects(task.penalty):
             self._remarks.of_scales(names.module, self._acted_on())
 
@@ -327,6 +316,7 @@ class Regularization(FollowedSteps):
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Note what has to be known from before a step, and raise the errors of what follows it, as far as known."""
         self._read_added(optimizer)
+        self._remarks.of_unread(optimizer)
         self._values, note = self._task.at(self.steps), self._task.rule.note
         self._check_groups(optimizer, waits=any(map(callable, [*args[1:], *kwargs.values()])))
         if self.steps == 0:

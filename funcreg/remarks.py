@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from funcreg._typing import Hyper, Params
 from funcreg.composition import apart, composes
+from funcreg.construction import written
 from funcreg.coupled import extinct
 from funcreg.denominators import Entries, known_number
 from funcreg.frozen import frozen_beside_others
@@ -131,6 +132,19 @@ class Remarks:
                 acts = lambda factor: factor is None or bool(torch.as_tensor(factor, device="cpu").any())
                 found.update([name for name, here, factor in rows if here and acts(factor)])
         return found
+
+    # Of param groups
+
+    def of_unread(self, optimizer: Optimizer) -> None:
+        """Warn of strengths that stand in param groups, as those of `Optimizer` do, and have no effect here."""
+        for i, group in enumerate(optimizer.param_groups):
+            if "strength" in group and "strength" not in optimizer.defaults and f"strength {i}" not in self.said:
+                self.said.add(f"strength {i}")
+                warn_user(
+                    f"param group {i} has strength={written(group['strength'])}, which {self._on!r} does not read: it "
+                    "has no effect. Give regularize a tensor, and change that in place, a tree of numbers by the names "
+                    "of parameters, or call it for each group, with a mask."
+                )
 
     # Of gradients and parameters
 

@@ -281,7 +281,12 @@ def raw_leaves(tx: Transform, params: Params) -> str | None:
 
 
 def _watch_steps(tx: Transform, params: Params) -> None:
-    """Warn of steps that go uphill at some leaves, or that sixteen bits round away."""
+    """Warn of steps of nothing, that go uphill at some leaves, or that sixteen bits round away."""
+    if not tree_leaves(params):
+        warn(
+            f"{tx!r} begins without parameters, so that its steps do nothing. Are layers in a plain list, which a "
+            "module does not see into, where a ModuleList belongs? Are all parameters frozen?"
+        )
     if tx.covers is None or is_compiling() or is_transformed() or hidden(params):
         return
     for said in (raw_leaves(tx, params), rounded_away(tx, params)):

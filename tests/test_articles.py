@@ -1,4 +1,4 @@
-"""The recipes of five articles on weight regularization, trained as each is written and by funcreg.
+"""The recipes of articles on weight regularization, trained as each is written and by funcreg.
 
 Recipes keep the articles' names and order of calls. Their constants are raised where 25 steps would not tell a
 recipe from what it is taken for. The articles:
@@ -8,6 +8,8 @@ recipe from what it is taken for. The articles:
 - howto: *How to perform weight regularization in PyTorch?*
 - devgex: *Efficient implementation of L1/L2 regularization in PyTorch*
 - machinecurve: *How to use L1, L2 and elastic net regularization with PyTorch?*
+
+Those on groups, pruning and constraints are what threads and the code of papers have in common.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
 
 import funcreg as fr
 
@@ -108,6 +111,7 @@ SIMPLE = Task(SimpleNet, F.mse_loss, numbers)
 NORMED = Task(NormNet, F.mse_loss, numbers)
 LINEAR = Task(lambda: nn.Linear(10, 1), F.mse_loss, numbers)  # devgex
 IMAGES = Task(MLP, F.cross_entropy, images)
+FEATURES = [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
 
 
 # The recipes, as the articles write them: each trains a model in place
@@ -374,6 +378,98 @@ def hooked(wrapper, layer=None, set_to_none=True):
     return train
 
 
+# Groups, pruning and constraints
+
+
+def with_gradient(change):
+    """What is done to gradients before the step."""
+
+    def train(model, dataloader):
+        optimizer = optim.SGD(model.parameters(), lr=0.01)
+        for inputs, labels in dataloader:
+            optimizer.zero_grad()
+            F.mse_loss(model(inputs), labels).backward()
+            change(model)
+            optimizer.step()
+
+    return train
+
+
+def slimming(model):
+    for m in model.modules():
+        if isinstance(m, nn.LayerNorm):
+            m.weight.grad.data.add_(0.1 * torch.sign(m.weight.data))
+
+
+def with_weights(change, before=False, make=optim.SGD):
+    """What is done to weights after the step, or before it."""
+
+    def train(model, dataloader):
+        optimizer = make(model.parameters(), lr=0.01)
+        for inputs, labels in dataloader:
+            optimizer.zero_grad()
+            F.mse_loss(model(inputs), labels).backward()
+            with torch.no_grad():
+                if before:
+                    change(model)
+                optimizer.step()
+                if not before:
+                    change(model)
+
+    return train
+
+
+def against_signs(model):
+    for p in model.parameters():
+        p.data.sub_(1e-3 * p.data.sign())
+
+
+def shrunk_without_rate(model):
+    for p in model.parameters():
+        p.data = F.softshrink(p.data, 1e-3)
+
+
+def clamped(model):
+    for p in model.parameters():
+        p.data.clamp_(-0.04, 0.04)
+
+
+def bounded(eps):
+    def change(model):
+        for layer in (model.fc1, model.fc2):
+            norm = layer.weight.norm(2, dim=0, keepdim=True)
+            layer.weight.mul_(norm.clamp(max=0.3) / (norm + eps))
+
+    return change
+
+
+def rows(model):
+    return 0.1 * sum(p.flatten(1).norm(dim=1).sum() for p in (model.fc1.weight, model.fc2.weight))
+
+
+def features(model):
+    return 0.1 * sum(model.fc1.weight[:, g].norm() for g in FEATURES)
+
+
+def far_from_orthogonal(square):
+    def term(model):
+        grams = [w @ w.T - torch.eye(len(w)) for w in (model.fc1.weight, model.fc2.weight)]
+        return 0.1 * sum((m**2).sum() if square else torch.norm(m) for m in grams)
+
+    return term
+
+
+def from_the_start(copy):
+    start = {}
+
+    def term(model):
+        if not start:
+            start.update({name: w.clone() if copy else w for name, w in model.state_dict().items()})
+        return 0.1 * sum((p - start[name]).pow(2).sum() for name, p in model.named_parameters())
+
+    return term
+
+
 # The recipes beside the lines of funcreg
 
 
@@ -418,9 +514,16 @@ def largest_columns_of_weights(params):
     return largest_columns({name: w for name, w in params.items() if "weight" in name})
 
 
+def anchored(params):
+    start = {name: p.detach() for name, p in SIMPLE.model().named_parameters()}
+    return 0.1 * fr.anchored_l2(params, start)
+
+
 first, last, named_weight = fr.select("fc1.*"), fr.select("fc2.*"), fr.select("*weight*")
 from_the_second_step = fr.join_schedules([fr.constant_schedule(0.0), fr.constant_schedule(0.01)], [1])
 sgd = partial(optim.SGD, lr=0.01)
+scales = fr.select("norm.weight")
+ZEROS = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in SIMPLE.model().named_parameters()}
 
 RECIPES = {
     "l1 by a loop over parameters": Recipe(
@@ -635,6 +738,69 @@ RECIPES = {
     ),
     "L1(first layer)": Recipe(SIMPLE, hooked(L1, "fc1"), same=both_ways(fr.l1, strength=0.01, mask=first)),
     "L1(model)": Recipe(SIMPLE, hooked(L1), same=both_ways(fr.l1, strength=0.01)),
+    "slimming": Recipe(NORMED, with_gradient(slimming), same=both_ways(fr.l1, strength=0.1, mask=scales)),
+    "norms of rows": Recipe(
+        SIMPLE, with_loss_term(rows), same=both_ways(fr.group_lasso, strength=0.1, mask=fr.matrices)
+    ),
+    "norms of features": Recipe(
+        SIMPLE,
+        with_loss_term(features),
+        same=both_ways(fr.tree_lasso, strength=0.1, groups=FEATURES, axis=1, mask=fr.select("fc1.weight")),
+        other=both_ways(
+            fr.tree_lasso, strength=0.1, groups=FEATURES, axis=1, weights="sqrt_size", mask=fr.select("fc1.weight")
+        ),
+    ),
+    "orthogonality": Recipe(
+        SIMPLE,
+        with_loss_term(far_from_orthogonal(square=True)),
+        same=both_ways(fr.orthogonality, strength=0.1, mask=fr.matrices),
+    ),
+    "orthogonality without a square": Recipe(
+        SIMPLE,
+        with_loss_term(far_from_orthogonal(square=False)),
+        same={},
+        other=both_ways(fr.orthogonality, strength=0.1, mask=fr.matrices),
+    ),
+    "from the start": Recipe(
+        SIMPLE, with_loss_term(from_the_start(copy=True)), same={"anchored": in_the_loss(anchored)}
+    ),
+    "from a state_dict": Recipe(
+        SIMPLE,
+        with_loss_term(from_the_start(copy=False)),
+        same={"nothing": Line(descent)},
+        other={"anchored": in_the_loss(anchored)},
+    ),
+    "against signs": Recipe(
+        SIMPLE,
+        with_weights(against_signs, before=True, make=optim.Adam),
+        same={
+            "decay": Line(
+                fr.with_weight_decay(adam, "l1_anchor", 0.1, anchor=ZEROS),
+            )
+        },
+        other={"stops at zero": Line(fr.chain(adam, fr.soft_threshold(1e-3)))},
+    ),
+    "softshrink without the rate": Recipe(
+        SIMPLE,
+        with_weights(shrunk_without_rate),
+        same={"constant": Line(fr.chain(descent, fr.soft_threshold(1e-3)))},
+        other={"meant": Line(fr.prox_sgd(0.01, fr.l1, strength=1e-3))},
+    ),
+    "clamp": Recipe(
+        SIMPLE, with_weights(clamped), same={"box": Line(fr.chain(descent, fr.project(fr.box, -0.04, 0.04)))}
+    ),
+    "norms of columns": Recipe(
+        SIMPLE,
+        with_weights(bounded(eps=0.0)),
+        same={"inputs": Line(fr.chain(descent, fr.project(fr.max_norm, 0.3, dim=0, mask=fr.matrices)))},
+        other={"units": Line(fr.chain(descent, fr.project(fr.max_norm, 0.3, mask=fr.matrices)))},
+    ),
+    "norms of columns and eps": Recipe(
+        SIMPLE,
+        with_weights(bounded(eps=1e-3)),
+        same={},
+        other={"inputs": Line(fr.chain(descent, fr.project(fr.max_norm, 0.3, dim=0, mask=fr.matrices)))},
+    ),
 }
 
 
@@ -678,6 +844,18 @@ hooks_may_warn = pytest.mark.filterwarnings("ignore:Full backward hook is firing
 @every_line("same")
 def test_a_line_of_funcreg_trains_as_the_recipe_does(recipe, line):
     assert distance(by_funcreg(recipe.task, line), by_article(recipe.task, recipe.train)) < 1e-10
+
+
+def test_what_is_pruned_once_is_the_nearest_point_of_a_set():
+    layer, weight = nn.Linear(10, 5), torch.randn(5, 10)
+    for cut, nearest in (
+        (partial(prune.l1_unstructured, amount=30), fr.top_k.project(weight, 20)),
+        (partial(prune.ln_structured, amount=3, n=2, dim=0), fr.group_top_k.project(weight, 2)),
+    ):
+        layer.weight = nn.Parameter(weight.clone())
+        cut(layer, "weight")
+        prune.remove(layer, "weight")
+        torch.testing.assert_close(layer.weight.detach(), nearest, rtol=0, atol=0)
 
 
 def test_in_an_ordinary_loop_the_lines_take_the_parameters_of_the_module():

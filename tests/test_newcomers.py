@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import funcreg as fr
+from funcreg.spelling import unknown_name
 
 ROOT = Path(__file__).parent.parent
 OPTAX = (ROOT / "examples" / "from_optax.md").read_text()
@@ -54,6 +55,24 @@ def test_every_row_of_the_tables_is_computed():
 def test_both_sides_of_a_row_are_equal(name, formula, line):
     theirs, ours = eval(formula, letters()), eval(line, letters())
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+PENALTIES = re.findall(
+    r"^\| `(?:\w+\.)*(\w+)\(.*` \| `(.*)` \|$",
+    "".join(re.findall(r"^## (?:Keras|skglm|jaxopt|pyproximal)\n.*?(?=^## |\Z)", OTHERS, re.DOTALL | re.MULTILINE)),
+    flags=re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("theirs", "line"), PENALTIES, ids=[name for name, _ in PENALTIES])
+def test_the_name_of_a_row_is_told_what_it_is_here(theirs, line):
+    if not hasattr(fr, theirs):
+        said = unknown_name(theirs, vars(fr)).partition("Is it ")[2]
+        assert [name for name in re.findall(r"\w+", said) if hasattr(fr, name) and name in line], said
+
+
+def test_a_name_with_another_digit_is_no_norm_that_is_here():
+    assert unknown_name("l24", vars(fr)).endswith("attribute 'l24'")
 
 
 def test_a_metric_of_one_lands_where_a_constraint_of_keras_does():

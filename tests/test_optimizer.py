@@ -1026,6 +1026,21 @@ def test_what_has_no_effect_in_a_group_is_said():
     fr.Optimizer([{"params": P, "initial_lr": 0.1, "name": "head"}], LASSO, lr=0.1, strength=1.0)
 
 
+def test_what_is_set_in_a_group_later_and_has_no_effect_is_said_once():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = fr.Optimizer([w], lambda lr: fr.sgd(lr), lr=0.1, compile=False)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.1  # As a scheduler of weight decay does.
+    with pytest.warns(UserWarning, match=r"group 0 has weight_decay=0.1, which the factory does not take"):
+        optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    optimizer.step()
+    optimizer.load_state_dict({"state": {}, "param_groups": [{"params": [0], "lr": 0.1, "momentum": 0.9}]})
+    with pytest.warns(UserWarning, match=r"group 0 has momentum=0.9, which the factory does not take"):
+        optimizer.step()
+
+
 def halved(updates, state, params):
     return fr.tree_map(lambda u: -u / 2, updates), state
 

@@ -77,8 +77,10 @@ def test_blocks_that_need_optuna_run_after_the_first(tmp_path):
 def test_recipes_are_lines_that_build_something():
     """Every line of funcreg in the table, with names as the page has them."""
     params = {"fc1.weight": torch.ones(5, 10), "fc2.weight": torch.ones(1, 5), "fc2.bias": torch.ones(1)}
+    params |= {"norm.weight": torch.ones(5)}
     names = {"fr": fr, "params": params, "loss": 1.0, "lam": 0.01, "lr": 0.1, "opt": fr.sgd(0.1)}
     names |= {"hidden": torch.ones(3, 5), "momentum": 0.9, "decay": 1e-3, "grid": torch.tensor([0.0, 0.1])}
+    names |= {"start": params, "zeros": fr.tree_map(torch.zeros_like, params)}
     rows = re.findall(r"^\| .*? \| (.*?) \| .* \|$", PAGES["examples/recipes.md"].read_text(), flags=re.MULTILINE)
     lines = [line for row in rows for line in re.findall(r"`([^`]*fr\.[^`]*)`", row)]
     assert len(lines) > 20

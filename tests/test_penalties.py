@@ -978,6 +978,15 @@ def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():
             call(params, alpha=0.1, l1_ratio=0.5)
     with pytest.raises(TypeError, match=r"got axis. axis of other libraries is dim here."):
         fr.group_lasso(params, axis=0)
+    for group_lasso in (fr.group_lasso, fr.sparse_group_lasso):
+        with pytest.raises(TypeError, match=r"got groups\. Groups of indices are tree_lasso, .* axis=1"):
+            group_lasso(params, groups=((0,), (1,)))
+    with pytest.raises(TypeError, match=r"got dim\. Indices count slices along axis="):
+        fr.tree_lasso(params, groups=((0,), (1,)), dim=1)
+    with pytest.raises(ValueError, match=r"at leaf 'w': groups names the slice 2 .* that has 2 along axis=; .* axis=1"):
+        fr.tree_lasso(params, groups=((0,), (1, 2)))
+    with pytest.raises(ValueError, match=r"dim is \(-2, -1\); expected an int: .* take isotropic_total_variation, or"):
+        fr.total_variation(torch.ones(3, 3), dim=(-2, -1))
     with pytest.raises(TypeError, match=r"elastic takes alpha, rho; got alpha by position and by name"):
         fr.elastic(params, 0.1, 0.5, alpha=0.1)
     with pytest.raises(

@@ -2363,8 +2363,15 @@ def test_a_constraint_holds_beside_a_penalty_whichever_came_first(first):
 def test_strengths_in_param_groups_are_said_to_have_no_effect():
     w, v = weight(4, 3), weight(4, 3, seed=1)
     groups = lambda: [{"params": [("w", w)]}, {"params": [("v", v)], "strength": 0.5}]
-    with pytest.warns(UserWarning, match=r"param group 1 has strength=0.5, which regularize does not read"):
-        fr.regularize(optim.SGD(groups(), 0.1), fr.l1, strength=0.1)
+    optimizer = optim.SGD(groups(), 0.1)
+    with pytest.warns(UserWarning, match=r"param group 1 has strength=0.5, which regularize\(SGD, l1, .* not read"):
+        fr.regularize(optimizer, fr.l1, strength=0.1)
+    optimizer.param_groups[0]["strength"] = 0.2  # As one would change that of an Optimizer.
+    w.grad = torch.zeros_like(w)
+    with pytest.warns(UserWarning, match=r"param group 0 has strength=0.2, .* change that in place"):
+        optimizer.step()
+    optimizer.step()  # It is said once.
+    w.grad = None
     factory = lambda lr, strength: fr.prox_sgd(lr, fr.l1, strength=strength)
     own = fr.Optimizer(groups(), factory, lr=0.1, strength=0.1, compile=False)
     fr.regularize(own, fr.linf_ball, 1.0)

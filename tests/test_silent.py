@@ -201,6 +201,28 @@ def test_a_label_that_no_leaf_has_is_warned_of():
     fr.partition({"body": fr.sgd(0.1), "norm": fr.sgd(0.2)}, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
 
 
+def test_a_tree_without_a_leaf_is_warned_of_once():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(2, 2)]  # No ModuleList, so that the module has no parameters.
+
+    params = dict(Listed().named_parameters())
+    for tx in (fr.adamw(0.1), fr.prox_adam(0.1, fr.l1), fr.prox_sgd(0.1, fr.l1, momentum=torch.tensor(0.9))):
+        for init in (tx.init, fr.fuse(tx).init):
+            with pytest.warns(UserWarning, match=r"begins without parameters, .* where a ModuleList") as said:
+                init(params)
+            assert len(said) == 1
+    parts = {"body": fr.sgd(0.1), "norm": fr.adam(0.2)}  # Of which the second has no leaf.
+    fr.partition(parts, lambda params: dict.fromkeys(params, "body")).init(LEAVES)
+
+
+def test_a_module_without_parameters_is_refused_where_they_are_read():
+    for read in (fr.sparsity, fr.report):
+        with pytest.raises(ValueError, match=r"the ReLU has no parameters to read\. .* ModuleList .* quantization"):
+            read(nn.ReLU())
+
+
 # Schedules that turn
 
 
@@ -578,12 +600,35 @@ def test_a_function_that_expects_a_leaf_is_told_that_it_gets_the_tree():
 # Names of torch.optim
 
 
+def as_optimizer(factory, **options):
+    return fr.Optimizer([nn.Parameter(torch.ones(2))], factory, lr=0.1, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: fr.adam(lr=1e-3), "adam got lr=, as in torch.optim; here that is learning_rate"),  # pyright: ignore[reportCallIssue]
         (lambda: fr.prox_adam(1e-3, fr.l1, betas=(0.9, 0.99)), "prox_adam got betas=, .* here that is b1 and b2"),
         (lambda: fr.sgd(1e-2, weight_decay=1e-4), "sgd got weight_decay=, .* with_weight_decay"),  # pyright: ignore[reportCallIssue]
+        (lambda: fr.rmsprop(1e-2, alpha=0.99), "rmsprop got alpha=, .* here that is decay"),  # pyright: ignore[reportCallIssue]
+        (
+            lambda: as_optimizer(fr.adamw, betas=(0.9, 0.99)),
+            "not take betas; .* It is a name of torch.optim; .* b1 and b2",
+        ),
+        (
+            lambda: as_optimizer(fr.sgd, weight_decay=1e-4),
+            "not take weight_decay; .* that is a link .* with_weight_decay",
+        ),
+        (lambda: as_optimizer(fr.rmsprop, alpha=0.99), "not take alpha; .* here that is decay"),
+        (
+            lambda: as_optimizer(fr.prox_adam, strength=0.1),
+            r"takes a penalty, .* lambda lr, strength: fr.prox_adam\(lr,",
+        ),
+        (lambda: as_optimizer(fr.sgd, betas=(0.9, 0.99)), "not take betas; .* Add it to the parameters of the factory"),
+        (
+            lambda: as_optimizer(lambda lr: fr.adam(lr), betas=(0.9, 0.99)),
+            "not take betas; .* Add it to the parameters",
+        ),
     ],
 )
 def test_arguments_by_the_names_of_torch_are_told_what_they_are_here(make, said):

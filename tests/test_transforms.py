@@ -294,6 +294,7 @@ def test_state_goes_through_a_file(case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:centralize makes every update")  # Of matrices of one column.
+@pytest.mark.filterwarnings("ignore:.* begins without parameters")
 @every_transform
 def test_trees_without_leaves_or_entries_are_taken(case):
     entries = {"w": torch.ones(()), "m": torch.ones(1, 1)}, torch.ones(3, 1), {"w": torch.zeros(0, 2)}

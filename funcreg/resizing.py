@@ -128,7 +128,22 @@ def resized(
     smaller, unknown = narrowed(module, given, rules or {}, inside_heads)
     check_heads(module, smaller, inside_heads, tuple(rules or ()))
     _settle(module, smaller, unknown, example_inputs)
+    if example_inputs is None and (left := _left_as_they_were(module, smaller, given)):
+        warn_user(
+            f"resized was given no {listed(left)}, with dimensions as wide as some that changed: buffers that a "
+            "state_dict leaves out stay what they are in the module. Where they belong to channels, keep and give "
+            "with_buffers(smaller) instead; else give example_inputs, on which outputs are compared."
+        )
     return smaller
+
+
+def _left_as_they_were(module: nn.Module, smaller: nn.Module, given: dict[str, Tensor]) -> list[str]:
+    """Buffers that are not given, with a dimension as wide as one that changed."""
+    pairs = [pair for _, old, new in changes(smaller, module) for pair in zip(old.shape, new.shape, strict=True)]
+    widths = {old for old, new in pairs if old != new}
+    known = tensors(module)
+    held = {id(known[name]) for name in given}
+    return [name for name, x in module.named_buffers() if id(x) not in held and widths.intersection(x.shape)]
 
 
 def check_copied(module: nn.Module, rules: Mapping[type[nn.Module], Rule] | None) -> None:

@@ -798,3 +798,25 @@ def test_a_network_that_draws_other_numbers_where_it_is_narrower_is_not_compared
     ):
         smaller(net, [family], drawn(6, 5))
     assert smaller(net, [family], rules={_Drawing: lambda new, _: setattr(new, "wide", new.a.out_features)}).wide == 4
+
+
+class Blur(nn.Module):
+    """A filter for each channel, which a `state_dict` leaves out."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("filters", torch.full((channels, 1, 3, 3), 1 / 9), persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x, self.filters, groups=len(self.filters))
+
+
+def test_buffers_that_a_state_dict_leaves_out_are_told():
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), Blur(16), nn.Flatten(), nn.Linear(64, 3)).to(DEVICE).double()
+    x = drawn(2, 1, 6, 6)
+    groups = fr.channel_groups(net, (x,))
+    made = smaller(halve(net, groups), groups, x)
+    assert made[2].filters.shape == (8, 1, 3, 3)
+    with pytest.warns(UserWarning, match=r"was given no 2\.filters, with dimensions as wide .*with_buffers\(smaller\)"):
+        fr.resized(net, made.state_dict())
+    assert torch.equal(fr.resized(net, fr.with_buffers(made))(x), made(x))

@@ -335,6 +335,37 @@ def wrong_values(case):
 
 
 @every_penalty
+def test_infinite_hyperparameters_and_strengths_are_limits_and_not_nan(case):
+    params, g = draw(dtype=torch.float32), draw(1, dtype=torch.float32)
+    names = [p for p in case.penalty.__signature__.parameters if p != "params"][: len(case.hyper)]
+    found = []
+    for i, name in enumerate(names):
+        if case.penalty.bounds.get(name, (0, 0))[1] == math.inf:
+            for infinite in (math.inf, 1e39, known(math.inf)):
+                hyper = [*case.hyper[:i], infinite, *case.hyper[i + 1 :]]
+                found += [f(params, *hyper, **case.options) for f in (case.penalty, case.penalty.grad)]
+                found += [case.penalty.prox(params, step, *hyper, **case.options) for step in (0.0, 0.5, 1e20)]
+                found += [fr.kkt_residual(params, g, case.penalty, *hyper, **case.options)]
+                assert_equal(case.penalty.prox(params, 0.0, *hyper, **case.options), params)
+    if case.penalty.__module__ != "cases":  # Its rules are a user's.
+        for strength in (math.inf, 1e39, known(math.inf)):
+            found += [fr.kkt_residual(params, g, case.penalty, *case.hyper, strength=strength, **case.options)]
+            found += [case.prox(params, strength)]
+    assert not any(leaf.isnan().any() for leaf in fr.tree_leaves(found))
+
+
+def test_no_infinite_number_is_where_nothing_is_the_limit():
+    params = {"w": torch.ones(3, 3)}
+    for constraint in (fr.l2_sphere, fr.simplex, fr.transport):
+        with pytest.raises(ValueError, match="is inf; expected a finite number of at least 0"):
+            constraint.project(params, math.inf)
+    with pytest.raises(ValueError, match="total of sparse_simplex is inf; expected a finite number of at least 0"):
+        fr.sparse_simplex.project(params, 2, math.inf)
+    with pytest.raises(ValueError, match="step is inf; expected a finite number above 0"):
+        fr.l1.prox_dual(params, math.inf)
+
+
+@every_penalty
 def test_numbers_out_of_their_bounds_are_refused_also_in_tensors(case):
     params = {"w": draw()["head"].weight}
     for i, name, value in wrong_values(case):

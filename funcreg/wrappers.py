@@ -182,7 +182,7 @@ def conditionally_transform(
         after = pick(go, after, state.inner_state)
         return pick(go, new, updates), ConditionallyTransformState(after, increment(state.step))
 
-    tx = around(inner, init, update, ConditionallyTransformState, also=asked.takes)
+    tx = around(inner, init, update, ConditionallyTransformState, stages=["counts"], also=asked.takes)
     tx.frozen = None  # What it freezes is held at its steps alone.
     return tx
 
@@ -225,7 +225,7 @@ def conditionally_mask(
         after = pick(go, after, state.inner_state)
         return or_zeros(go, new), ConditionallyMaskState(increment(state.step), after)
 
-    return around(inner, init, update, ConditionallyMaskState, also=asked.takes)
+    return around(inner, init, update, ConditionallyMaskState, stages=["counts"], also=asked.takes)
 
 
 class _Condition:
@@ -358,7 +358,7 @@ class MultiSteps(Transform):
             state=MultiStepsState,
             descends=opt.descends,
             spares=opt.spares,
-            stages=[*opt.stages, "waits"],
+            stages=[*opt.stages, "waits", "counts"],
             covers=opt.covers,
             forwards_to=[opt],
         )
@@ -476,7 +476,7 @@ def apply_every(k: Scalar = 1) -> Transform:
         return let, ApplyEveryState(torch.where(done, torch.zeros_like(n), n + 1), kept)
 
     # Sums of steps end elsewhere than where a prox before it went.
-    return Transform(init, update, state=ApplyEveryState, stages=["scales", "waits"])
+    return Transform(init, update, state=ApplyEveryState, stages=["scales", "waits", "counts"])
 
 
 # On some leaves, in one vector, with any extra argument

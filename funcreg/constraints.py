@@ -204,7 +204,8 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 
 def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
     norms, directions = polar(w, dims)
-    return torch.where(norms > radius, finite(radius, norms) * directions, w) + 0.0
+    # A norm that is NaN is no smaller one: how far the others have to come in is not known.
+    return torch.where(norms <= radius, w, finite(radius, norms) * directions) + 0.0
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
@@ -557,7 +558,7 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
 
 def _halfspace_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     below, _ = _along(w, normal, offset, group_dims(w, dim), h)
-    return torch.where(below < 0, _plane_metric(w, h, normal, offset, dim=dim), w) + 0.0
+    return torch.where(below >= 0, w, _plane_metric(w, h, normal, offset, dim=dim)) + 0.0
 
 
 def _halfspace_normal(

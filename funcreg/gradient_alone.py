@@ -29,15 +29,15 @@ def _without_prox(name: str) -> Callable[..., Tensor]:
     return proximal
 
 
-def _gram(w: Tensor, smaller: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gram(w: Tensor, smaller: bool, factors: int) -> tuple[Tensor, Tensor, Tensor]:
     """A leaf as a matrix with fewer rows than columns if `smaller`, the products of its rows, and the unit of both.
 
-    The unit is 1, or the largest entry where products of entries may be infinite, whose sums would be NaN.
+    The unit is 1, or the largest entry where products of so many factors may be infinite, whose sums would be NaN.
     """
     m = as_matrix(w)
     m = m.mH if smaller and m.shape[0] > m.shape[1] else m
     largest = m.detach().abs().amax() if m.numel() else m.detach().abs().sum()
-    unit = torch.where((largest > 2.0**20) & (largest < math.inf), largest, torch.ones_like(largest))
+    unit = torch.where((largest > 2.0 ** (100 // factors)) & (largest < math.inf), largest, torch.ones_like(largest))
     m = m / unit
     return m, matmul(m, m.mH), unit
 
@@ -56,7 +56,7 @@ def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _orthogonality_gradient(w: Tensor) -> Tensor:
-    m, gram, unit = _gram(w, smaller=True)
+    m, gram, unit = _gram(w, True, 3)
     return _as_leaf(matmul(4 * _less_one(gram, unit), m) * unit * unit * unit, w)
 
 
@@ -81,12 +81,12 @@ def orthogonality(w: Tensor) -> Tensor:
     References:
         Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
     """
-    _, gram, unit = _gram(w, smaller=True)
+    _, gram, unit = _gram(w, True, 2)
     return squared(_less_one(gram, unit) * unit * unit)
 
 
 def _offdiagonal_gradient(w: Tensor) -> Tensor:
-    m, gram, unit = _gram(w, smaller=False)
+    m, gram, unit = _gram(w, False, 3)
     return (matmul(4 * (gram - _on_diagonal(gram)), m) * unit * unit * unit).reshape(w.shape)
 
 
@@ -108,7 +108,7 @@ def orthogonality_offdiagonal(w: Tensor) -> Tensor:
     References:
         Brock, Lim, Ritchie & Weston, *Neural photo editing with introspective adversarial networks*, 2017.
     """
-    _, gram, unit = _gram(w, smaller=False)
+    _, gram, unit = _gram(w, False, 2)
     return squared((gram - _on_diagonal(gram)) * unit * unit)
 
 

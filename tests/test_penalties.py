@@ -321,6 +321,24 @@ def test_autocast_changes_nothing_in_compiled_code():
     assert torch.linalg.matrix_rank(fr.nuclear.prox(w, 1.0)) < 4
 
 
+@pytest.mark.parametrize("penalty", [fr.orthogonality, fr.orthogonality_offdiagonal], ids=lambda p: p.__name__)
+def test_products_of_rows_are_right_or_infinite_at_every_magnitude(penalty):
+    w = normal(torch.Generator().manual_seed(0), 4, 3)
+    for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 1e5, 1e9, 1e12)):
+        x = (w * scale).to(dtype)
+        torch.testing.assert_close(penalty(x).double(), penalty(x.double()).float().double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            penalty.grad(x).double(), penalty.grad(x.double()), rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=0
+        )
+        torch.testing.assert_close(
+            grad(penalty)(x), penalty.grad(x), rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=0
+        )
+    for scale in (1e15, 1e20, 1e37):
+        x = (w * scale).bfloat16()
+        assert penalty(x) == math.inf
+        assert not penalty.grad(x).isnan().any()
+
+
 # Wrong numbers
 
 

@@ -17,7 +17,7 @@ from funcreg._typing import Scalar
 from funcreg.arguments import ABOVE_0, AT_LEAST_0
 from funcreg.composition import Structure
 from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
-from funcreg.grouped import in_units, sum_groups
+from funcreg.grouped import finite, in_units, sum_groups
 from funcreg.leafwise import euclidean, sign, squared, step_times, times, with_own_step
 from funcreg.lifting import penalty
 from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
@@ -92,7 +92,8 @@ def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> d
     def gradient(w: Tensor, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
         dims = group_dims(w, dim)
         strength = step_times(strength, group_sizes(w, dims, weights))
-        return times(slope(group_norms(w, dims), strength, bend), group_directions(w, dims))
+        # An infinite slope is a number, so that zeros in a group stay what they are.
+        return finite(slope(group_norms(w, dims), strength, bend), w) * group_directions(w, dims)
 
     def proximal(
         w: Tensor, step: Scalar, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None

@@ -20,6 +20,9 @@ from funcreg.tree import dotted, map_with_path, tree_leaves
 
 AT_LEAST_0 = (0.0, math.inf)
 ABOVE_0 = (sys.float_info.min, math.inf)
+#: Bounds of what means nothing at infinity.
+FINITE = (0.0, sys.float_info.max)
+FINITE_ABOVE_0 = (sys.float_info.min, sys.float_info.max)
 #: In the place of an argument that did not come.
 LACKING: Any = inspect.Parameter.empty
 
@@ -126,8 +129,9 @@ def check_hyper(name: str, value: Hyper, bounds: tuple[float, float] | None) -> 
             known = concrete(value)
             if known is None or least <= float(known) <= greatest:
                 return
-        above_0 = least == sys.float_info.min
-        check_range(name, value, 0.0 if above_0 else least, greatest, open_low=above_0)
+        above_0, finite = least == sys.float_info.min, greatest == sys.float_info.max
+        least, greatest = 0.0 if above_0 else least, math.inf if finite else greatest
+        check_range(name, value, least, greatest, open_low=above_0, finite=finite)
     elif not isinstance(value, Tensor) or not (value.ndim or value.is_complex()):
         check_range(name, value, -math.inf)
 

@@ -112,6 +112,7 @@ def lookahead(
     check_transforms("lookahead", [fast_optimizer])
     _warn_of_rounding("lookahead", fast_optimizer)
     check_period("sync_period", sync_period)
+    _warn_of_lost_counts("lookahead", fast_optimizer, sync_period if reset_state else None)
     share(slow_step_size=slow_step_size)
     (slow_step_size,) = scalars(slow_step_size=slow_step_size)
     flags(reset_state=reset_state)
@@ -167,6 +168,20 @@ def _warn_of_rounding(name: str, inner: Transform) -> None:
         warn(
             f"{name} averages the parameters of {inner!r}, which end at numbers of sixteen bits: what it moves is "
             f"rounded away, or undone by the copies at the next step. Put {name} inside."
+        )
+
+
+def _warn_of_lost_counts(name: str, inner: Transform, period: int | None) -> None:
+    """Warn if what starts anew after each period of calls acts by their number, and not in cycles of that period."""
+    if period is None or "counts" not in inner.stages:
+        return
+    given = {} if inner.made_by is None else inner.made_by.arguments
+    cycle = given.get("every_k_schedule", given.get("sync_period"))
+    if not isinstance(cycle, int) or period % cycle:
+        warn(
+            f"{name} with reset_state=True starts {inner!r} anew at each synchronization, and with it the count of its "
+            f"calls, which never passes {period}: what waits for more never happens, and what it gathered is lost. "
+            "Take reset_state=False, or a sync_period that its own period divides."
         )
 
 
@@ -457,6 +472,7 @@ def sam(
     check_transforms("sam", [optimizer, adv_optimizer])
     check_period("sync_period", sync_period)
     flags(reset_state=reset_state, opaque_mode=opaque_mode)
+    _warn_of_lost_counts("sam", adv_optimizer, sync_period if reset_state else None)
     climber = hold(adv_optimizer, [optimizer])
 
     def init(params: Params) -> SAMState:
@@ -489,7 +505,7 @@ def sam(
         return moves, SAMState(state.steps_since_sync.clone(), opt, adv, ())
 
     if not opaque_mode:
-        return around(optimizer, init, visible, SAMState, stages=["lands"], also=[adv_optimizer])
+        return around(optimizer, init, visible, SAMState, stages=["lands", "counts"], also=[adv_optimizer])
 
     def update(updates: Updates, state: SAMState, params: Params, **extra: Any) -> tuple[Updates, SAMState]:
         if not callable(extra.get("grad_fn")):

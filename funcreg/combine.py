@@ -114,7 +114,9 @@ def freeze(mask: Mask) -> Transform:
     r"""Hold leaves where they are: their updates become 0.
 
     In a chain, at any place, a frozen leaf is as good as not there: no transform of the chain moves it, keeps state
-    for it or counts it in a norm. A mask that is a function is asked once, about all leaves.
+    for it or counts it in a norm. A mask that is a function is asked once, about all leaves. Functions that are masks
+    of other links are asked about the leaves that are left: choose by name, shape or module, not by the place in a
+    list of leaves.
 
     Args:
         mask: Tree of bools like the parameters, a prefix of one, or a function. True means hold.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
-from funcreg.leafwise import safe_sqrt, sign
+from funcreg.arguments import ABOVE_0, AT_LEAST_0
+from funcreg.leafwise import held, safe_sqrt, sign, step_times, times
 from funcreg.magnitudes import of_magnitudes
-
-_AT_LEAST_0 = (0.0, math.inf)
-_ABOVE_0 = (sys.float_info.min, math.inf)
 
 
 def _nearer_than_zero(point: Tensor, worth: Tensor, pull: Tensor) -> Tensor:
@@ -34,7 +31,7 @@ def log_sum_slope(size: Tensor, epsilon: Scalar) -> Tensor:
 def log_sum_landing(size: Tensor, step: Scalar, epsilon: Scalar) -> Tensor:
     step, reach = torch.zeros_like(size) + step, size + epsilon
     real = ~(step / reach / reach >= 1 / 4)  # Up to here there is no stationary point but zero.
-    step = torch.where(real, step, torch.zeros_like(step))
+    step = torch.where(real & (reach < math.inf), step, torch.zeros_like(step))
     # In units of the reach, whose square may leave the range of float32.
     root = (1 - 4 * (step / reach / reach)).sqrt()
     point = (size - 2 * step / reach / (1 + root)).relu()
@@ -44,7 +41,7 @@ def log_sum_landing(size: Tensor, step: Scalar, epsilon: Scalar) -> Tensor:
     return torch.where(alive, point, torch.zeros_like(point))
 
 
-@of_magnitudes(log_sum_slope, log_sum_landing, bounds={"epsilon": _ABOVE_0})
+@of_magnitudes(log_sum_slope, log_sum_landing, bounds={"epsilon": ABOVE_0})
 def log_sum(w: Tensor, epsilon: Scalar) -> Tensor:
     r"""Sum of logarithms, :math:`\sum_i \log(1 + |w_i| / \epsilon)`.
 
@@ -84,23 +81,28 @@ def etp_scale(size: Tensor, gamma: Scalar) -> Tensor:
 
 
 def etp_slope(size: Tensor, gamma: Scalar) -> Tensor:
-    return gamma * etp_scale(size, gamma) * torch.exp(-gamma * size)
+    return times(gamma, etp_scale(size, gamma) * _decay(size, gamma))
+
+
+def _decay(size: Tensor, gamma: Scalar) -> Tensor:
+    return torch.exp(-times(gamma, size))
 
 
 def etp_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     step = torch.zeros_like(size) + step
-    force, decay = step * gamma * etp_scale(size, gamma), torch.exp(-gamma * size)
-    real = ~(gamma * (force * decay) > 1 / math.e) & ~(step == math.inf)  # Beyond, zero is the only minimum.
-    force = torch.where(real, force, torch.zeros_like(force))
-    root = size + _lambert(gamma * (force * decay)) / gamma
+    height, decay = step * etp_scale(size, gamma), _decay(size, gamma)
+    force = times(gamma, height).clamp(max=torch.finfo(size.dtype).max)  # Or what has decayed to nothing is NaN.
+    real = ~(times(gamma, force * decay) > 1 / math.e) & ~(step == math.inf)  # Beyond, zero is the only minimum.
+    force, height = (torch.where(real, x, torch.zeros_like(x)) for x in (force, height))
+    root = size + _lambert(times(gamma, force * decay)) / gamma
     # The equation of the root once more: exact without a step.
-    point = (size - force * torch.exp(-gamma * root)).relu()
-    worth = force / gamma * -torch.expm1(-gamma * point) / point
-    alive = real & _nearer_than_zero(point, worth, force * torch.exp(-gamma * point))
+    point = (size - force * _decay(root, gamma)).relu()
+    worth = height * -torch.expm1(-times(gamma, point)) / point
+    alive = real & _nearer_than_zero(point, worth, force * _decay(point, gamma))
     return torch.where(alive, point, torch.zeros_like(point))
 
 
-@of_magnitudes(etp_slope, etp_landing, bounds={"gamma": _ABOVE_0})
+@of_magnitudes(etp_slope, etp_landing, bounds={"gamma": ABOVE_0})
 def etp(w: Tensor, gamma: Scalar) -> Tensor:
     r"""Exponential-type penalty, :math:`\sum_i (1 - e^{-\gamma |w_i|}) / (1 - e^{-\gamma})`, which levels off.
 
@@ -118,7 +120,7 @@ def etp(w: Tensor, gamma: Scalar) -> Tensor:
     References:
         Gao, Wang, Yu & Zhang, *A feasible nonconvex relaxation approach to feature selection*, 2011.
     """
-    reach = gamma * w.abs()
+    reach = times(gamma, w.abs())
     # The derivative of expm1 is rounded at 1, and that of exp at itself.
     risen = torch.where(reach < 1, -torch.expm1(-reach.clamp(max=1)), 1 - torch.exp(-reach))
     return etp_scale(w.abs(), gamma) * risen
@@ -132,7 +134,7 @@ def geman_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     step, reach = torch.zeros_like(size) + step, size + gamma
     part = 1 / (1 + size / gamma)  # Of gamma in the reach, also where both are infinite.
     real = ~(step / reach / reach * part > 4 / 27)  # Beyond, zero is the only minimum.
-    step = torch.where(real, step, torch.zeros_like(step))
+    step = torch.where(real & (reach < math.inf), step, torch.zeros_like(step))
     force = step / reach / reach * part
     # The greatest root of s^3 - s^2 + force, in units of the reach: from a start that is exact at both ends.
     share = (2 + safe_sqrt((1 - 6.75 * force).relu())) / 3
@@ -146,7 +148,7 @@ def geman_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
     return torch.where(alive, point, torch.zeros_like(point))
 
 
-@of_magnitudes(geman_slope, geman_landing, bounds={"gamma": _ABOVE_0})
+@of_magnitudes(geman_slope, geman_landing, bounds={"gamma": ABOVE_0})
 def geman(w: Tensor, gamma: Scalar) -> Tensor:
     r"""Geman's penalty, :math:`\sum_i |w_i| / (|w_i| + \gamma)`, which levels off at 1.
 
@@ -168,8 +170,8 @@ def geman(w: Tensor, gamma: Scalar) -> Tensor:
 
 
 def mcp_value(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
-    capped = size.clamp(max=gamma * strength)
-    return capped * (strength - capped / (2 * gamma))
+    capped = size.clamp(max=held(gamma * strength, size))
+    return times(strength, capped) - capped * (capped / (2 * gamma))
 
 
 def mcp_slope(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
@@ -177,16 +179,30 @@ def mcp_slope(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
 
 
 def mcp_landing(size: Tensor, step: Scalar, strength: Scalar, gamma: Scalar) -> Tensor:
-    share = torch.zeros_like(size) + step / gamma
+    jump = strength * (step * gamma) ** 0.5
+    return _firm_or_hard(size, step / gamma, step_times(step, strength), gamma * strength, jump)
+
+
+def _firm_or_hard(size: Tensor, share: Scalar, threshold: Scalar, reach: Scalar, jump: Scalar) -> Tensor:
+    """Landing of a slope that falls to none: firm thresholding while that is convex, then hard thresholding.
+
+    Args:
+        size: Magnitudes.
+        share: Step times the curvature.
+        threshold: Step times the slope at zero.
+        reach: Where the slope ends.
+        jump: Up to where hard thresholding makes zeros.
+    """
+    share = torch.zeros_like(size) + share
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
     # By comparisons, not as the minimum of both, whose derivative a tie at step 0 would split.
-    firm = torch.where(size >= gamma * strength, size, (size - step * strength).relu() / room)
-    hard = torch.where(size <= strength * (step * gamma) ** 0.5, torch.zeros_like(size), size)
+    firm = torch.where(size >= reach, size, (size - threshold).relu() / room)
+    hard = torch.where(size <= jump, torch.zeros_like(size), size)
     return torch.where(convex, firm, hard)
 
 
-@of_magnitudes(mcp_slope, mcp_landing, bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0})
+@of_magnitudes(mcp_slope, mcp_landing, bounds={"strength": AT_LEAST_0, "gamma": ABOVE_0})
 def mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     r"""Minimax concave penalty: `l1` near zero, constant from :math:`\gamma \lambda` on, so that large weights stay.
 
@@ -213,14 +229,20 @@ def mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
 
 
 def envelope_slope(size: Tensor, gamma: Scalar) -> Tensor:
-    return mcp_slope(size, (2 * gamma) ** 0.5, 1 / gamma)
+    return times((2 * gamma) ** 0.5, 1 - _risen(size, gamma))
 
 
 def envelope_landing(size: Tensor, step: Scalar, gamma: Scalar) -> Tensor:
-    return mcp_landing(size, step, (2 * gamma) ** 0.5, 1 / gamma)
+    slope = step_times(step, (2 * gamma) ** 0.5)
+    return _firm_or_hard(size, step_times(step, gamma), slope, (2 / gamma) ** 0.5, (2 * step) ** 0.5)
 
 
-@of_magnitudes(envelope_slope, envelope_landing, bounds={"gamma": _ABOVE_0})
+def _risen(size: Tensor, gamma: Scalar) -> Tensor:
+    """The share of a size in where the envelope levels off, at most 1."""
+    return times((gamma / 2) ** 0.5, size).clamp(max=1.0)
+
+
+@of_magnitudes(envelope_slope, envelope_landing, bounds={"gamma": ABOVE_0})
 def l0_envelope(w: Tensor, gamma: Scalar) -> Tensor:
     r"""Quadratic envelope of `l0`, :math:`\sum_i 1 - \frac{\gamma}{2} \max(\sqrt{2 / \gamma} - |w_i|, 0)^2`.
 
@@ -239,7 +261,8 @@ def l0_envelope(w: Tensor, gamma: Scalar) -> Tensor:
     References:
         Carlsson, *On convex envelopes and regularization of non-convex functionals without moving global minima*, 2019.
     """
-    return mcp_value(w.abs(), (2 * gamma) ** 0.5, 1 / gamma)
+    share = _risen(w.abs(), gamma)
+    return share * (2 - share)
 
 
 def _soft_or_stay(size: Tensor, threshold: Scalar, height: Scalar) -> Tensor:
@@ -256,7 +279,7 @@ def _soft_or_stay(size: Tensor, threshold: Scalar, height: Scalar) -> Tensor:
 
 
 def scad_value(size: Tensor, strength: Scalar, a: Scalar) -> Tensor:
-    return strength * size.clamp(max=strength) + mcp_value((size - strength).relu(), strength, a - 1)
+    return times(strength, size.clamp(max=held(strength, size))) + mcp_value((size - strength).relu(), strength, a - 1)
 
 
 def scad_slope(size: Tensor, strength: Scalar, a: Scalar) -> Tensor:
@@ -267,14 +290,14 @@ def scad_landing(size: Tensor, step: Scalar, strength: Scalar, a: Scalar) -> Ten
     share = torch.zeros_like(size) + step / (a - 1)
     convex = share < 1
     room = torch.where(convex, 1 - share, torch.ones_like(share))  # Never a division by zero, also where not taken.
-    soft = (size - step * strength).relu()
+    soft = (size - step_times(step, strength)).relu()
     # By comparisons, not as minimum and maximum, whose derivatives a tie at step 0 would split.
     firm = torch.where(size >= a * strength, size, (size - strength * (step + share)).relu() / room)
     firm = torch.where(size <= strength * (1 + step), soft, firm)
-    return torch.where(convex, firm, _soft_or_stay(size, step * strength, strength * (a + 1) / 2))
+    return torch.where(convex, firm, _soft_or_stay(size, step_times(step, strength), strength * (a + 1) / 2))
 
 
-@of_magnitudes(scad_slope, scad_landing, bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)})
+@of_magnitudes(scad_slope, scad_landing, bounds={"strength": AT_LEAST_0, "a": (2.0, math.inf)})
 def scad(w: Tensor, strength: Scalar, a: Scalar) -> Tensor:
     r"""Smoothly clipped absolute deviation: `l1` up to :math:`\lambda`, constant from :math:`a \lambda` on.
 
@@ -310,7 +333,7 @@ def capped_l1_landing(size: Tensor, step: Scalar, threshold: Scalar) -> Tensor:
     return _soft_or_stay(size, step, threshold)
 
 
-@of_magnitudes(capped_l1_slope, capped_l1_landing, bounds={"threshold": _AT_LEAST_0})
+@of_magnitudes(capped_l1_slope, capped_l1_landing, bounds={"threshold": AT_LEAST_0})
 def capped_l1(w: Tensor, threshold: Scalar) -> Tensor:
     r"""Sum of capped magnitudes, :math:`\sum_i \min(|w_i|, \theta)`.
 

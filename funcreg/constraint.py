@@ -28,7 +28,9 @@ class Constraint(Penalty):
     `c.project(params, *hyper)` is the nearest point of the set, `c.prox(params, step, *hyper)` the same for every
     step, also for 0. `c(params, *hyper)` is 0 if the parameters lie in the set and infinite if not; a leaf counts as
     inside if its distance from the set is within the rounding of its size. The gradient is 0: a constraint has no
-    slope inside, and outside none that helps. Most are made from a rule on one leaf, with the decorator `constraint`.
+    slope inside, and outside none that helps. A NaN makes NaN of each entry whose nearest point depends on it; where
+    entries are ranked, as by `top_k`, it counts as the greatest. Most are made from a rule on one leaf, with the
+    decorator `constraint`.
 
     Args:
         projection: From `(params, *hyper, **options)` to the nearest tree of the set. One that knows it in a metric,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
+from funcreg.arguments import FINITE
 from funcreg.composition import Structure
 from funcreg.constraint import constraint
 from funcreg.grouped import (
@@ -203,7 +204,8 @@ def linf_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
 
 def _shortened(w: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
     norms, directions = polar(w, dims)
-    return torch.where(norms > radius, finite(radius, norms) * directions, w) + 0.0
+    # A norm that is NaN is no smaller one: how far the others have to come in is not known.
+    return torch.where(norms <= radius, w, finite(radius, norms) * directions) + 0.0
 
 
 def _shortened_in_metric(w: Tensor, h: Tensor, radius: Scalar, dims: tuple[int, ...]) -> Tensor:
@@ -309,7 +311,7 @@ def _sphere_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1.0, *,
     return torch.where(torch.zeros_like(norms) + radius == 0, torch.zeros_like(g), left)
 
 
-@constraint(bounds={"radius": _AT_LEAST_0}, residual=_sphere_normal, convex=False)
+@constraint(bounds={"radius": FINITE}, residual=_sphere_normal, convex=False)
 def l2_sphere(w: Tensor, radius: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Euclidean norms of exactly a radius, :math:`\|w_g\|_2 = r`.
 
@@ -418,7 +420,7 @@ def simplex_normal(w: Tensor, g: Tensor, slack: Scalar, total: Scalar = 1.0, *, 
     return ungrouped(torch.where(fixed == 0, torch.zeros_like(left), left), w, dims)
 
 
-@constraint(metric=_simplex_metric, bounds={"total": _AT_LEAST_0}, real=True, residual=simplex_normal)
+@constraint(metric=_simplex_metric, bounds={"total": FINITE}, real=True, residual=simplex_normal)
 def simplex(w: Tensor, total: Scalar = 1.0, *, dim: Dim = None) -> Tensor:
     r"""Shares of a whole, :math:`w_i \ge 0` and :math:`\sum_{i \in g} w_i = t`.
 
@@ -556,7 +558,7 @@ def hyperplane(w: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = No
 
 def _halfspace_metric(w: Tensor, h: Tensor, normal: Scalar, offset: Scalar = 0.0, *, dim: Dim = None) -> Tensor:
     below, _ = _along(w, normal, offset, group_dims(w, dim), h)
-    return torch.where(below < 0, _plane_metric(w, h, normal, offset, dim=dim), w) + 0.0
+    return torch.where(below >= 0, w, _plane_metric(w, h, normal, offset, dim=dim)) + 0.0
 
 
 def _halfspace_normal(

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 #: So many entries of a list or a dict among the arguments of a call are printed, or else only some.
 MOST = 12
+#: So many of a list of dicts, and of each of those.
+_MOST_NESTED = 3
 
 
 class Call(NamedTuple):
@@ -160,6 +162,8 @@ def written(value: Any, most: int | None = None) -> str:
         known = None if value.ndim else concrete(value)  # Not where it is batched, or lies on another device.
         return f"tensor of {tuple(value.shape)}" if known is None else f"tensor({known:g})"
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        if most is not None and any([isinstance(each, dict) for each in value]):
+            most = _MOST_NESTED  # As of families of leaves, of which one shows what the others are.
         inner = _some([written(each, most) for each in value], most)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, dict):

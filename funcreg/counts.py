@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Scalar
+from funcreg.arguments import FINITE
 from funcreg.constraint import constraint
 from funcreg.constraints import simplex_excess, simplex_normal
 from funcreg.construction import written
@@ -105,7 +106,7 @@ def _check_sparse_k(k: Hyper, total: Hyper) -> None:
 
 
 @constraint(
-    bounds={"k": (1.0, math.inf), "total": _AT_LEAST_0},
+    bounds={"k": (1.0, math.inf), "total": FINITE},
     check=_check_sparse_k,
     residual=_sparse_simplex_normal,
     real=True,

@@ -29,19 +29,25 @@ def _without_prox(name: str) -> Callable[..., Tensor]:
     return proximal
 
 
-def _gram(w: Tensor, smaller: bool) -> tuple[Tensor, Tensor]:
-    """A leaf as a matrix with fewer rows than columns if `smaller`, and the products of its rows."""
+def _gram(w: Tensor, smaller: bool, factors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A leaf as a matrix with fewer rows than columns if `smaller`, the products of its rows, and the unit of both.
+
+    The unit is 1, or the largest entry where products of so many factors may be infinite, whose sums would be NaN.
+    """
     m = as_matrix(w)
     m = m.mH if smaller and m.shape[0] > m.shape[1] else m
-    return m, matmul(m, m.mH)
+    largest = m.detach().abs().amax() if m.numel() else m.detach().abs().sum()
+    unit = torch.where((largest > 2.0 ** (100 // factors)) & (largest < math.inf), largest, torch.ones_like(largest))
+    m = m / unit
+    return m, matmul(m, m.mH), unit
 
 
 def _on_diagonal(gram: Tensor) -> Tensor:
     return torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
 
 
-def _less_one(gram: Tensor) -> Tensor:
-    return gram - torch.diag_embed(torch.ones_like(gram.diagonal(dim1=-2, dim2=-1)))
+def _less_one(gram: Tensor, unit: Tensor) -> Tensor:
+    return gram - torch.diag_embed(torch.ones_like(gram.diagonal(dim1=-2, dim2=-1))) / unit / unit
 
 
 def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
@@ -50,8 +56,8 @@ def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _orthogonality_gradient(w: Tensor) -> Tensor:
-    m, gram = _gram(w, smaller=True)
-    return _as_leaf(matmul(4 * _less_one(gram), m), w)
+    m, gram, unit = _gram(w, True, 3)
+    return _as_leaf(matmul(4 * _less_one(gram, unit), m) * unit * unit * unit, w)
 
 
 @penalty(
@@ -75,12 +81,13 @@ def orthogonality(w: Tensor) -> Tensor:
     References:
         Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
     """
-    return squared(_less_one(_gram(w, smaller=True)[1]))
+    _, gram, unit = _gram(w, True, 2)
+    return squared(_less_one(gram, unit) * unit * unit)
 
 
 def _offdiagonal_gradient(w: Tensor) -> Tensor:
-    m, gram = _gram(w, smaller=False)
-    return matmul(4 * (gram - _on_diagonal(gram)), m).reshape(w.shape)
+    m, gram, unit = _gram(w, False, 3)
+    return (matmul(4 * (gram - _on_diagonal(gram)), m) * unit * unit * unit).reshape(w.shape)
 
 
 @penalty(
@@ -101,8 +108,8 @@ def orthogonality_offdiagonal(w: Tensor) -> Tensor:
     References:
         Brock, Lim, Ritchie & Weston, *Neural photo editing with introspective adversarial networks*, 2017.
     """
-    gram = _gram(w, smaller=False)[1]
-    return squared(gram - _on_diagonal(gram))
+    _, gram, unit = _gram(w, False, 2)
+    return squared((gram - _on_diagonal(gram)) * unit * unit)
 
 
 def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:

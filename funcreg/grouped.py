@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
-from funcreg.leafwise import euclidean, safe_sqrt, sign, squared
+from funcreg.leafwise import euclidean, held, safe_sqrt, sign, squared
 
 
 def grouped(w: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -38,7 +38,9 @@ def of_groups(x: Scalar, w: Tensor, dims: tuple[int, ...]) -> Scalar:
 
 def per_entry(x: Scalar, rows: Tensor, w: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A number, or a tensor that broadcasts against a leaf, for each entry of the groups of that leaf."""
-    return grouped(x.to(rows.dtype).expand(w.shape), dims) if isinstance(x, Tensor) else torch.full_like(rows, x)
+    if not isinstance(x, Tensor):
+        return torch.full_like(rows, held(x, rows))
+    return grouped(x.to(rows.dtype).expand(w.shape), dims)
 
 
 def polar(w: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

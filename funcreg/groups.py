@@ -7,7 +7,6 @@ group turns, too.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.arguments import ABOVE_0, AT_LEAST_0
 from funcreg.composition import Structure
 from funcreg.concave import mcp_landing, mcp_slope, mcp_value, scad_landing, scad_slope, scad_value
-from funcreg.grouped import in_units, sum_groups
-from funcreg.leafwise import euclidean, sign, squared, step_times, with_own_step
+from funcreg.grouped import finite, in_units, sum_groups
+from funcreg.leafwise import euclidean, sign, squared, step_times, times, with_own_step
 from funcreg.lifting import penalty
 from funcreg.magnitudes import l0_landing, l_half_landing, l_half_slope
 from funcreg.penalties import (
@@ -31,9 +31,6 @@ from funcreg.penalties import (
     group_sizes,
     shrink_groups,
 )
-
-_AT_LEAST_0 = (0.0, math.inf)
-_ABOVE_0 = (sys.float_info.min, math.inf)
 
 
 def _rescale(w: Tensor, norms: Tensor, landed: Tensor) -> Tensor:
@@ -94,7 +91,9 @@ def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> d
 
     def gradient(w: Tensor, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
         dims = group_dims(w, dim)
-        return slope(group_norms(w, dims), strength * group_sizes(w, dims, weights), bend) * group_directions(w, dims)
+        strength = step_times(strength, group_sizes(w, dims, weights))
+        # An infinite slope is a number, so that zeros in a group stay what they are.
+        return finite(slope(group_norms(w, dims), strength, bend), w) * group_directions(w, dims)
 
     def proximal(
         w: Tensor, step: Scalar, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None
@@ -107,9 +106,9 @@ def _of_norms(slope: Callable[..., Tensor], landing: Callable[..., Tensor]) -> d
         w: Tensor, g: Tensor, factor: Scalar, strength: Scalar, bend: Scalar, *, dim: Dim = ..., weights: Weights = None
     ) -> Tensor:
         dims = group_dims(w, dim)
-        at_zero = shrink_groups(g, factor * strength * group_sizes(w, dims, weights), dims)
+        at_zero = shrink_groups(g, step_times(factor, strength, group_sizes(w, dims, weights)), dims)
         slopes = gradient(w, strength, bend, dim=dim, weights=weights)
-        return torch.where(group_norms(w, dims) == 0, at_zero, g + factor * slopes)
+        return torch.where(group_norms(w, dims) == 0, at_zero, g + times(factor, slopes))
 
     return {"gradient": gradient, "proximal": proximal, "residual": residual}
 
@@ -133,7 +132,7 @@ def _group_mcp_metric(
     metric=_group_mcp_metric,
     structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
-    bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
+    bounds={"strength": AT_LEAST_0, "gamma": ABOVE_0},
     convex=False,
 )
 def group_mcp(w: Tensor, strength: Scalar, gamma: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -190,7 +189,7 @@ def _group_scad_metric(
     metric=_group_scad_metric,
     structure=Structure(keeps=("signs", "directions"), groups=dims_of_groups),
     separable=False,
-    bounds={"strength": _AT_LEAST_0, "a": (2.0, math.inf)},
+    bounds={"strength": AT_LEAST_0, "a": (2.0, math.inf)},
     convex=False,
 )
 def group_scad(w: Tensor, strength: Scalar, a: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
@@ -248,7 +247,7 @@ def _group_l_half_residual(
     pulled = strength * group_sizes(w, group_dims(w, dim), weights) != 0
     # No strength times an infinite slope is no pull.
     at_zero = torch.where(torch.as_tensor(pulled, device=w.device), torch.zeros_like(g), g)
-    slopes = g + strength * _group_l_half_gradient(w, dim=dim, weights=weights)
+    slopes = g + times(strength, _group_l_half_gradient(w, dim=dim, weights=weights))
     return torch.where(group_norms(w, group_dims(w, dim)) == 0, at_zero, slopes)
 
 

@@ -20,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 #: Types of devices for which torch casts by itself.
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+#: The greatest number of float32.
+_MOST_32 = torch.finfo(torch.float32).max
 _BARE = (Tensor, torch.nn.Parameter)
 
 
@@ -97,6 +99,13 @@ def _compute(
     return results
 
 
+def held(value: Any, leaf: Tensor) -> Any:
+    """A number beside a leaf whose dtype holds none as large: infinite, as arithmetic makes it and `clamp` does not."""
+    if isinstance(value, Tensor) or not abs(value) > _MOST_32 or abs(value) <= torch.finfo(wide(leaf.dtype)).max:
+        return value
+    return math.copysign(math.inf, value)
+
+
 def laid_out_as(leaf: Tensor, made: Tensor) -> Tensor:
     """What was made of a leaf, in the order in memory that `view` and torch's fused optimizers take for granted."""
     return made.contiguous() if leaf.is_contiguous() and not made.is_contiguous() else made
@@ -109,7 +118,7 @@ def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[
     columns: list[list[Any]] = [[x if x.dtype not in _SIXTEEN_BITS else widen(x) for x in column] for column in trees]
     for value in hyper:
         if isinstance(value, (int, float)):
-            columns.append([value] * len(leaves))
+            columns.append([held(value, leaf) for leaf in leaves] if abs(value) > _MOST_32 else [value] * len(leaves))
         else:
             spread = broadcast(value, tree, "a hyperparameter")
             for i, x in zip(range(len(spread)), spread, strict=True):
@@ -180,8 +189,12 @@ def times(c: Scalar, x: Tensor) -> Tensor:
     """A weight times terms or slopes; an infinite weight leaves zeros what they are, as its proximal operator does."""
     if isinstance(c, (int, float)) and c != math.inf:
         return c * x
+    if isinstance(c, Tensor) and not c.ndim and readable(c) and c.detach().item() != math.inf:
+        return c * x  # In one pass, where a look at the number costs less than two more.
     finite = torch.where(c == math.inf, 1.0, c) if isinstance(c, Tensor) else 1.0
-    return torch.where(x == 0, finite, c) * x
+    spread = torch.where(x == 0, finite, c)
+    # A number in a tensor does not widen what it multiplies, also where it is spread out.
+    return (spread if isinstance(c, Tensor) and c.ndim else spread.to(x.real.dtype)) * x
 
 
 def step_times(step: Scalar, *strengths: Scalar) -> Scalar:

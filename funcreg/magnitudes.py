@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.leafwise import sign
+from funcreg.leafwise import sign, step_times, times
 from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
 from funcreg.penalty import Penalty
@@ -47,9 +47,9 @@ def of_magnitudes(
     def residual(w: Tensor, g: Tensor, strength: Scalar, *hyper: Scalar) -> Tensor:
         steep = slope(torch.zeros_like(w.abs()), *hyper)
         holds = steep.isinf() & (strength != 0)  # No strength times an infinite slope is no pull.
-        pulled = shrunk(g, strength * torch.where(steep.isinf(), 0.0, steep))
+        pulled = shrunk(g, step_times(strength, torch.where(steep.isinf(), 0.0, steep)))
         at_zero = torch.where(holds, 0 * sign(g), pulled)  # NaN goes through the sign.
-        return torch.where(w == 0, at_zero, g + strength * gradient(w, *hyper))
+        return torch.where(w == 0, at_zero, g + times(strength, gradient(w, *hyper)))
 
     return penalty(
         gradient=gradient,

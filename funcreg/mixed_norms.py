@@ -14,8 +14,8 @@ from torch import Tensor
 
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
-from funcreg.grouped import grouped, in_its_unit, of_groups, sum_groups, ungrouped
-from funcreg.leafwise import running_sum, sign, squared, step_times
+from funcreg.grouped import finite, grouped, in_its_unit, of_groups, sum_groups, ungrouped
+from funcreg.leafwise import running_sum, sign, squared, step_times, times
 from funcreg.lifting import penalty
 from funcreg.penalties import Dim, Weights, dims_of_groups, group_dims, group_sizes, shrunk
 
@@ -94,7 +94,7 @@ def _greatest_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim, weig
     ties = grouped(_ties(w, dims), dims)
     push = -(grouped(g, dims) * grouped(sign(w), dims).conj()).real
     push = torch.where(ties == 0, torch.full_like(push, torch.finfo(push.dtype).min / 4), push)
-    volume = of_groups(strength * group_sizes(w, dims, weights), w, dims)
+    volume = of_groups(finite(step_times(strength, group_sizes(w, dims, weights)), w), w, dims)
     poured = ties * (push - water_level(push, ties, volume)).relu()
     return torch.where(_greatest(w, dims) == 0, at_zero, g + sign(w) * ungrouped(poured, w, dims))
 
@@ -219,9 +219,9 @@ def _few_left(w: Tensor, weight: Tensor, force: Any, dims: tuple[int, ...]) -> T
 def _exclusive_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
     if _alone(w, dims):
-        return g + strength * _exclusive_gradient(w, dim=dim, weights=weights)
-    force = 2 * strength * group_sizes(w, dims, weights) * sum_groups(w.abs(), dims)
-    return torch.where(w == 0, shrunk(g, force), g + force * sign(w))
+        return g + times(strength, _exclusive_gradient(w, dim=dim, weights=weights))
+    force = step_times(2 * strength, group_sizes(w, dims, weights), sum_groups(w.abs(), dims))
+    return torch.where(w == 0, shrunk(g, force), g + times(force, sign(w)))
 
 
 @penalty(

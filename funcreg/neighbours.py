@@ -14,7 +14,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import grouped, in_its_unit, per_entry, sum_groups, ungrouped
-from funcreg.leafwise import running_sum, sign, step_times
+from funcreg.leafwise import running_sum, sign, step_times, times
 from funcreg.lifting import penalty
 from funcreg.penalties import group_dims
 
@@ -154,6 +154,8 @@ def _steps_residual(w: Tensor, g: Tensor, jump: Scalar, pull: Scalar, dims: tupl
         return g.clone()
     rows = grouped(w, dims)
     jumps, pulls = per_entry(jump, rows, w, dims)[..., 1:], per_entry(pull, rows, w, dims)
+    # What pulls both ways cancels, also where it is infinite.
+    jumps, pulls = (x.clamp(max=torch.finfo(x.dtype).max / 8) for x in (jumps, pulls))
     rises, edge = sign(_differences(rows)), torch.zeros_like(rows[..., :1])
     bound = jumps * rises
     known = grouped(g, dims) + pulls * sign(rows) + torch.cat([edge, bound], -1) - torch.cat([bound, edge], -1)
@@ -167,7 +169,7 @@ def _forces(step: Scalar, alpha: Scalar, rho: Scalar) -> tuple[Scalar, Scalar]:
 
 
 def _fused_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
-    return alpha * (rho * sign(w) + (1 - rho) * _steps_gradient(w, _line(w, dim)))
+    return times(alpha, rho * sign(w) + (1 - rho) * _steps_gradient(w, _line(w, dim)))
 
 
 def _fused_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tensor:
@@ -219,7 +221,7 @@ def fused_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: int = -1) -> Tens
         Friedman, Hastie, Höfling & Tibshirani, *Pathwise coordinate optimization*, 2007.
     """
     dims = _line(w, dim)
-    return alpha * (rho * sum_groups(w.abs(), dims) + (1 - rho) * _jumps(w, dims))
+    return times(alpha, rho * sum_groups(w.abs(), dims) + (1 - rho) * _jumps(w, dims))
 
 
 def _variation_gradient(w: Tensor, *, dim: int = -1) -> Tensor:

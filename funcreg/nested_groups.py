@@ -11,7 +11,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import sum_groups
-from funcreg.leafwise import euclidean, safe_sqrt, squared
+from funcreg.leafwise import euclidean, safe_sqrt, squared, times
 from funcreg.lifting import penalty
 from funcreg.penalties import Weights, group_dims
 
@@ -183,7 +183,7 @@ def _tree_residual(
     sizes = forest.sizes(w)
     # Groups of zeros leave a ball free: what they cannot take away is the proximal operator of their trees.
     zero = [(forest.norms(sizes, height) == 0).to(sizes.dtype) for height in range(len(forest.labels))]
-    return forest.shrink(g + strength * forest.slope(w), strength, zero)
+    return forest.shrink(g + times(strength, forest.slope(w)), strength, zero)
 
 
 @penalty(

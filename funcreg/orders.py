@@ -109,7 +109,7 @@ def _slope_costs(w: Tensor, weights: Scalar, dims: tuple[int, ...]) -> Tensor:
 
 def _slope_gradient(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return sign(w) * _charges(w, _slope_costs(w, weights, dims), dims)
+    return times(_charges(w, _slope_costs(w, weights, dims), dims), sign(w))
 
 
 def _slope_proximal(w: Tensor, step: Scalar, weights: Scalar, *, dim: Dim = None) -> Tensor:
@@ -155,7 +155,7 @@ def slope(w: Tensor, weights: Scalar, *, dim: Dim = None) -> Tensor:
         Bogdan, van den Berg, Sabatti, Su & Candès, *SLOPE: adaptive variable selection via convex optimization*, 2015.
     """
     dims = group_dims(w, dim)
-    return w.abs() * _charges(w, _slope_costs(w, weights, dims), dims)
+    return times(_charges(w, _slope_costs(w, weights, dims), dims), w.abs())
 
 
 def _oscar_costs(w: Tensor, dims: tuple[int, ...], alpha: Any, beta: Any) -> Tensor:
@@ -167,7 +167,7 @@ def _oscar_costs(w: Tensor, dims: tuple[int, ...], alpha: Any, beta: Any) -> Ten
 
 def _oscar_gradient(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
     dims = group_dims(w, dim)
-    return sign(w) * _charges(w, _oscar_costs(w, dims, alpha, beta), dims)
+    return times(_charges(w, _oscar_costs(w, dims, alpha, beta), dims), sign(w))
 
 
 def _oscar_proximal(w: Tensor, step: Scalar, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
@@ -207,4 +207,4 @@ def oscar(w: Tensor, alpha: Scalar, beta: Scalar, *, dim: Dim = None) -> Tensor:
         predictors with OSCAR*, 2008.
     """
     dims = group_dims(w, dim)
-    return w.abs() * _charges(w, _oscar_costs(w, dims, alpha, beta), dims)
+    return times(_charges(w, _oscar_costs(w, dims, alpha, beta), dims), w.abs())

@@ -17,7 +17,7 @@ from torch import Tensor
 from funcreg._typing import Hyper, Scalar
 from funcreg.composition import Structure, Term
 from funcreg.grouped import in_units, root_of_mean
-from funcreg.leafwise import bare, euclidean, sign, squared, step_times
+from funcreg.leafwise import bare, euclidean, held, sign, squared, step_times, times
 from funcreg.lifting import penalty
 from funcreg.ranges import check_sign
 from funcreg.tree import tree_map
@@ -55,7 +55,7 @@ def shrunk(w: Tensor, threshold: Scalar) -> Tensor:
         # Adding zero turns -0.0 into +0.0.
         return w * ((size - threshold).relu() / torch.where(size == 0, torch.ones_like(size), size)) + 0.0
     if not isinstance(threshold, Tensor) or (bare(w) and bare(threshold)):
-        bound: Any = threshold  # The types of clamp know no such union.
+        bound: Any = held(threshold, w)  # The types of clamp know no such union.
         return w - w.clamp(-bound, bound)
     # The same, but for derivatives: between the two ends of a clamp a threshold of 0 is a tie, which splits them.
     return w - torch.where(w.abs() <= threshold, w, w.sign() * threshold)
@@ -66,7 +66,7 @@ def _l1_proximal(w: Tensor, step: Scalar) -> Tensor:
 
 
 def _l1_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return torch.where(w == 0, shrunk(g, strength), g + strength * sign(w))
+    return torch.where(w == 0, shrunk(g, strength), g + times(strength, sign(w)))
 
 
 @penalty(
@@ -102,7 +102,7 @@ def _l2_proximal(w: Tensor, step: Scalar) -> Tensor:
 
 
 def _l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return g + strength * _l2_gradient(w)
+    return g + times(strength, _l2_gradient(w))
 
 
 @penalty(
@@ -138,7 +138,7 @@ def _half_l2_proximal(w: Tensor, step: Scalar) -> Tensor:
 
 
 def _half_l2_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
-    return g + strength * w
+    return g + times(strength, w)
 
 
 @penalty(
@@ -162,7 +162,7 @@ def half_l2(w: Tensor) -> Tensor:
 
 
 def _elastic_gradient(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
-    return alpha * rho * sign(w) + alpha * (1 - rho) * w
+    return times(step_times(alpha, rho), sign(w)) + times(step_times(alpha, 1 - rho), w)
 
 
 def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
@@ -172,8 +172,8 @@ def _elastic_proximal(w: Tensor, step: Scalar, alpha: Scalar, rho: Scalar) -> Te
 
 
 def _elastic_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar) -> Tensor:
-    at_zero = shrunk(g, strength * alpha * rho)
-    return torch.where(w == 0, at_zero, g + strength * _elastic_gradient(w, alpha, rho))
+    at_zero = shrunk(g, step_times(strength, alpha, rho))
+    return torch.where(w == 0, at_zero, g + _elastic_gradient(w, step_times(strength, alpha), rho))
 
 
 def _elastic_parts(alpha: Hyper, rho: Hyper) -> list[Term]:
@@ -212,7 +212,7 @@ def elastic(w: Tensor, alpha: Scalar, rho: Scalar) -> Tensor:
     References:
         Zou & Hastie, *Regularization and variable selection via the elastic net*, 2005.
     """
-    return alpha * rho * w.abs() + alpha * (1 - rho) / 2 * squared(w)
+    return times(step_times(alpha, rho), w.abs()) + times(step_times(alpha, (1 - rho) / 2), squared(w))
 
 
 # What Keras calls two strengths of their own.
@@ -327,8 +327,10 @@ def dims_of_groups(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> tup
 
 def _group_residual(w: Tensor, g: Tensor, strength: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
     dims = group_dims(w, dim)
-    force = strength * group_sizes(w, dims, weights)
-    return torch.where(group_norms(w, dims) == 0, shrink_groups(g, force, dims), g + force * group_directions(w, dims))
+    force = step_times(strength, group_sizes(w, dims, weights))
+    return torch.where(
+        group_norms(w, dims) == 0, shrink_groups(g, force, dims), g + times(force, group_directions(w, dims))
+    )
 
 
 @penalty(
@@ -371,7 +373,7 @@ def group_lasso(w: Tensor, *, dim: Dim = ..., weights: Weights = None) -> Tensor
 
 
 def _sparse_group_gradient(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None) -> Tensor:
-    return alpha * (rho * sign(w) + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
+    return times(alpha, rho * sign(w) + (1 - rho) * _group_gradient(w, dim=dim, weights=weights))
 
 
 def _sparse_group_proximal(
@@ -396,8 +398,8 @@ def _sparse_group_metric(
 def _sparse_group_residual(
     w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, rho: Scalar, *, dim: Dim = ..., weights: Weights = None
 ) -> Tensor:
-    entries = _l1_residual(w, g, strength * alpha * rho)
-    return _group_residual(w, entries, strength * alpha * (1 - rho), dim=dim, weights=weights)
+    entries = _l1_residual(w, g, step_times(strength, alpha, rho))
+    return _group_residual(w, entries, step_times(strength, alpha, 1 - rho), dim=dim, weights=weights)
 
 
 def _sparse_group_parts(alpha: Hyper, rho: Hyper, **options: Any) -> list[Term]:
@@ -437,7 +439,7 @@ def sparse_group_lasso(w: Tensor, alpha: Scalar, rho: Scalar, *, dim: Dim = ...,
     """
     dims = group_dims(w, dim)
     inside = w.abs().sum(dims, keepdim=True) if dims else w.abs()
-    return alpha * (rho * inside + (1 - rho) * group_sizes(w, dims, weights) * group_norms(w, dims))
+    return times(alpha, rho * inside + (1 - rho) * group_sizes(w, dims, weights) * group_norms(w, dims))
 
 
 # Of what estimators of the group lasso are told.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Hyper, Mask, Params
-from funcreg.arguments import ABOVE_0, AT_LEAST_0, LACKING, TakesHyper, check_hyper, say_shared
+from funcreg.arguments import ABOVE_0, AT_LEAST_0, FINITE_ABOVE_0, LACKING, TakesHyper, check_hyper, say_shared
 from funcreg.checks import check_alike, check_params
 from funcreg.composition import Structure, Term, sum_gradient, sum_in_metric, sum_proximal, sum_residual, sum_value
 from funcreg.descent import approach, check_inner_steps
@@ -311,7 +311,7 @@ class Penalty(TakesHyper):
                 f"{self.__name__} is not known to be convex; expected a convex penalty such as l1. The conjugate of "
                 "another one is that of its convex envelope, which its own proximal operator does not tell."
             )
-        check_hyper("step", step, ABOVE_0)
+        check_hyper("step", step, FINITE_ABOVE_0)
         check_params(params)
 
         def act(chosen: Params) -> Params:

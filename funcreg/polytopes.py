@@ -83,7 +83,8 @@ def _section(x: Tensor, h: Tensor, low: Tensor, high: Tensor, normal: Tensor, of
         * (offset.abs() + torch.where(edges.isinf(), 0.0, edges).abs().sum(0).sum(-1, keepdim=True))
     )
     empty = (offset < least - slack) | (offset > most + slack)
-    return (torch.where(empty, torch.full_like(z, math.nan), z) + 0.0).to(dtype)
+    unknown = empty | (x.isnan() & ~level).any(-1, keepdim=True)
+    return (torch.where(unknown, torch.full_like(z, math.nan), z) + 0.0).to(dtype)
 
 
 def _sectioned(

@@ -15,7 +15,7 @@ from torch import Tensor
 from funcreg._typing import Scalar
 from funcreg.composition import Structure
 from funcreg.grouped import finite
-from funcreg.leafwise import sign, squared, step_times
+from funcreg.leafwise import sign, squared, step_times, times
 from funcreg.lifting import penalty
 from funcreg.penalties import shrunk
 
@@ -26,7 +26,7 @@ _AT_LEAST_0 = (0.0, math.inf)
 
 
 def _mumford_shah_gradient(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
-    return torch.where(alpha * squared(w) >= kappa, 0 * sign(w), 2 * alpha * w)
+    return torch.where(times(alpha, squared(w)) >= kappa, 0 * sign(w), times(2 * alpha, w))
 
 
 def _mumford_shah_proximal(w: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
@@ -37,7 +37,7 @@ def _mumford_shah_proximal(w: Tensor, step: Scalar, alpha: Scalar, kappa: Scalar
 
 
 def _mumford_shah_residual(w: Tensor, g: Tensor, strength: Scalar, alpha: Scalar, kappa: Scalar) -> Tensor:
-    return g + strength * _mumford_shah_gradient(w, alpha, kappa)
+    return g + times(strength, _mumford_shah_gradient(w, alpha, kappa))
 
 
 @penalty(
@@ -69,7 +69,7 @@ def relaxed_mumford_shah(w: Tensor, alpha: Scalar, kappa: Scalar) -> Tensor:
         1989.
         Strekalovskiy & Cremers, *Real-time minimization of the piecewise smooth Mumford-Shah functional*, 2014.
     """
-    return (alpha * squared(w)).clamp(max=kappa)
+    return times(alpha, squared(w)).clamp(max=kappa)
 
 
 def _huber_gradient(w: Tensor, delta: Scalar) -> Tensor:
@@ -89,7 +89,7 @@ def _huber_proximal(w: Tensor, step: Scalar, delta: Scalar) -> Tensor:
 
 
 def _huber_residual(w: Tensor, g: Tensor, strength: Scalar, delta: Scalar) -> Tensor:
-    return g + strength * _huber_gradient(w, delta)
+    return g + times(strength, _huber_gradient(w, delta))
 
 
 @penalty(
@@ -139,7 +139,7 @@ def _anchored_l1_proximal(w: Tensor, step: Scalar, anchor: Scalar) -> Tensor:
 
 def _anchored_l1_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar) -> Tensor:
     change = w - anchor
-    return torch.where(change == 0, shrunk(g, strength), g + strength * sign(change))
+    return torch.where(change == 0, shrunk(g, strength), g + times(strength, sign(change)))
 
 
 @penalty(
@@ -182,7 +182,7 @@ def _anchored_l2_proximal(w: Tensor, step: Scalar, anchor: Scalar) -> Tensor:
 
 
 def _anchored_l2_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar) -> Tensor:
-    return g + strength * _anchored_l2_gradient(w, anchor)
+    return g + times(strength, _anchored_l2_gradient(w, anchor))
 
 
 @penalty(
@@ -221,7 +221,7 @@ def _ewc_proximal(w: Tensor, step: Scalar, anchor: Scalar, fisher: Scalar) -> Te
 
 
 def _ewc_residual(w: Tensor, g: Tensor, strength: Scalar, anchor: Scalar, fisher: Scalar) -> Tensor:
-    return g + strength * _ewc_gradient(w, anchor, fisher)
+    return g + times(strength, _ewc_gradient(w, anchor, fisher))
 
 
 @penalty(

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.arguments import ABOVE_0, AT_LEAST_0
 from funcreg.composition import varies
 from funcreg.concave import l0_envelope, mcp
 from funcreg.constraint import constraint
 from funcreg.constraints import share, simplex_excess
 from funcreg.construction import remembered
+from funcreg.leafwise import times
 from funcreg.lifting import penalty
 from funcreg.magnitudes import l_half, l_two_thirds
 from funcreg.penalties import l1, l2, shrunk
 from funcreg.penalty import Penalty, Sum
 from funcreg.singular_values import as_matrix, decompose, matmul, of_values, on_values, one_per_matrix
-
-_AT_LEAST_0 = (0.0, math.inf)
-_ABOVE_0 = (sys.float_info.min, math.inf)
 
 # Singular values
 
@@ -69,7 +67,7 @@ def _nuclear_residual(w: Tensor, g: Tensor, strength: Scalar) -> Tensor:
         return g.clone()
     turns, slopes = as_matrix(_directions(w)), as_matrix(g)
     beside = _beside(slopes, turns)
-    return (slopes + strength * turns - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
+    return (slopes + times(strength, turns) - beside + _nuclear_proximal(beside, strength)).reshape(w.shape)
 
 
 @penalty(gradient=_directions, proximal=_nuclear_proximal, residual=_nuclear_residual, separable=False)
@@ -165,8 +163,11 @@ def on_singular_values(penalty_of_entries: Penalty) -> Penalty:
             "Multiply the lifted penalty, as in weights * on_singular_values(l1), with a number for each leaf."
         )
 
-    slope, shrunk, whole = on_values(g.grad), on_values(g.prox), of_values(g, g.grad)
+    def steep(s: Tensor, *hyper: Any, **options: Any) -> Tensor:
+        # Infinite slopes along several singular vectors would meet as differences of infinities.
+        return g.grad(s, *hyper, **options).clamp(max=torch.finfo(s.dtype).max / s.numel())
 
+    slope, shrunk, whole = on_values(steep), on_values(g.prox), of_values(g, g.grad)
     names = tuple(inspect.signature(g).parameters)[1:]
 
     def ones(hyper: tuple[Any, ...]) -> list[Any]:
@@ -236,7 +237,7 @@ _mcp = on_singular_values(mcp)
     gradient=_mcp.grad,
     proximal=_mcp.prox,
     separable=False,
-    bounds={"strength": _AT_LEAST_0, "gamma": _ABOVE_0},
+    bounds={"strength": AT_LEAST_0, "gamma": ABOVE_0},
     convex=False,
 )
 def spectral_mcp(w: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
@@ -267,7 +268,7 @@ _envelope = on_singular_values(l0_envelope)
     gradient=_envelope.grad,
     proximal=_envelope.prox,
     separable=False,
-    bounds={"gamma": _ABOVE_0},
+    bounds={"gamma": ABOVE_0},
     convex=False,
 )
 def rank_envelope(w: Tensor, gamma: Scalar) -> Tensor:
@@ -309,7 +310,7 @@ def _spectral_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 
     return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
 
 
-@constraint(bounds={"radius": _AT_LEAST_0}, residual=_spectral_ball_normal)
+@constraint(bounds={"radius": AT_LEAST_0}, residual=_spectral_ball_normal)
 def spectral_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Singular values within a radius, :math:`\sigma_1(W) \le r`: a layer that stretches no input by more.
 
@@ -346,7 +347,7 @@ def _nuclear_ball_normal(w: Tensor, g: Tensor, slack: Scalar, radius: Scalar = 1
     return torch.where(finite, left, torch.full_like(left, math.nan)).reshape(w.shape)
 
 
-@constraint(bounds={"radius": _AT_LEAST_0}, residual=_nuclear_ball_normal)
+@constraint(bounds={"radius": AT_LEAST_0}, residual=_nuclear_ball_normal)
 def nuclear_ball(w: Tensor, radius: Scalar = 1.0) -> Tensor:
     r"""Sum of singular values within a radius, :math:`\sum_i \sigma_i(W) \le r`, with low rank at its corners.
 

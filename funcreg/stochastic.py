@@ -46,6 +46,19 @@ class DualAveragingState(NamedTuple):
     squares: Params  # Weighted sum of their squared magnitudes; `rmda` has none.
 
 
+def _check_rule_in_metric(
+    penalty: Penalty,
+    params: Params,
+    values: list[Hyper],
+    inner_steps: int | None,
+    mask: Mask | None,
+    options: dict[str, Any],
+) -> None:
+    """Raise the error of the proximal operator now if it has no rule in a metric, and not at the first update."""
+    if inner_steps is None and not penalty.in_metric(params, *values, mask=mask, **options):
+        penalty.prox(params, 0.0, *values, metric=_real_zeros(params), mask=mask, **options)
+
+
 def _average(
     metric: Callable[[Params], Params] | None,
     learning_rate: Scalar | Schedule,
@@ -69,6 +82,10 @@ def _average(
         check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
         steps = counter(params)
+        if metric is not None:
+            _check_rule_in_metric(
+                penalty, params, [at_step(value, steps) for value in hyper], inner_steps, mask, options
+            )
         weight = torch.zeros_like(steps, dtype=torch.float64)
         squares = () if metric is None else _real_zeros(params)
         return DualAveragingState(steps, weight, tree_map(torch.clone, params), zeros(params), squares)
@@ -285,7 +302,9 @@ def ftrl(
     def init(params: Params) -> FtrlState:
         check_fit(params, mask, strength, *hyper)
         check_groups_are_whole(penalty, mask, params)
-        return FtrlState(counter(params), _real_zeros(params), zeros(params))
+        steps = counter(params)
+        _check_rule_in_metric(penalty, params, [at_step(value, steps) for value in hyper], inner_steps, mask, options)
+        return FtrlState(steps, _real_zeros(params), zeros(params))
 
     def update(updates: Updates, state: FtrlState, params: Params) -> tuple[Updates, FtrlState]:
         force, *values = (at_step(value, state.steps) for value in (strength, *hyper))

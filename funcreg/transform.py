@@ -27,7 +27,7 @@ T = TypeVar("T")
 #: From parameters to one bool a leaf.
 Choice = Callable[[Params], list[bool]]
 #: What a transform does in a descent; see `Transform`.
-Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks", "follows", "rounds"]
+Stage = Literal["adds", "steps", "lands", "scales", "flips", "waits", "shrinks", "follows", "rounds", "counts"]
 
 
 #: Extra arguments that loops hand to every transform, whether it looks at them or not.
@@ -56,8 +56,9 @@ class Transform(Remembering):
             to updates, `"steps"` downhill along them with a learning rate, `"lands"` where the step should end, at
             exact zeros or in a set, `"scales"` updates, `"flips"` their sign; it `"waits"` if some calls gather
             gradients and make no step, `"shrinks"` if it moves parameters where updates are zero, and
-            `"follows"` a step, to which it adds, and `"rounds"` if it ends at numbers that parameters can be, so that
-            what changes its updates is lost, or undone at the next step.
+            `"follows"` a step, to which it adds, `"rounds"` if it ends at numbers that parameters can be, so that
+            what changes its updates is lost, or undone at the next step, and `"counts"` if what it does at a call
+            depends on how many were before.
         covers: From parameters to one bool a leaf: at which leaves it makes a step of updates, or zeros. By default
             at all if it steps or flips signs, else at none.
         forwards_to: The transforms to which `update` hands its extra arguments, for one with `**extra`; so a name that

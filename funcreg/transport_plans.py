@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from funcreg._typing import Scalar
+from funcreg.arguments import FINITE
 from funcreg.constraint import constraint
 from funcreg.constraints import simplex_excess
 from funcreg.equations import solved
 from funcreg.leafwise import exact_dtype
 from funcreg.ranges import concrete, known_true
 from funcreg.singular_values import as_matrix
-
-_AT_LEAST_0 = (0.0, math.inf)
 
 
 def _shares(weights: Any, m: Tensor, along: int) -> Tensor:
@@ -188,7 +187,7 @@ def _birkhoff_normal(w: Tensor, g: Tensor, slack: Scalar) -> Tensor:
     return _turned(w, g, None, None, None)
 
 
-@constraint(bounds={"total": _AT_LEAST_0}, real=True, residual=_transport_normal)
+@constraint(bounds={"total": FINITE}, real=True, residual=_transport_normal)
 def transport(w: Tensor, total: Scalar = 1.0, *, rows: Any = None, columns: Any = None) -> Tensor:
     r"""Transport plans: entries of at least 0 whose rows, and columns, have given sums.
 

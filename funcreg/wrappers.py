@@ -224,7 +224,7 @@ def _at_its_steps(
         after = pick(go, after, state.inner_state)
         return chosen(go, new, updates), state_of(step=increment(state.step), inner_state=after)
 
-    return around(inner, init, update, state_of, also=asked.takes)
+    return around(inner, init, update, state_of, stages=["counts"], also=asked.takes)
 
 
 class _Condition:
@@ -357,7 +357,7 @@ class MultiSteps(Transform):
             state=MultiStepsState,
             descends=opt.descends,
             spares=opt.spares,
-            stages=[*opt.stages, "waits"],
+            stages=[*opt.stages, "waits", "counts"],
             covers=opt.covers,
             forwards_to=[opt],
         )
@@ -475,7 +475,7 @@ def apply_every(k: Scalar = 1) -> Transform:
         return let, ApplyEveryState(torch.where(done, torch.zeros_like(n), n + 1), kept)
 
     # Sums of steps end elsewhere than where a prox before it went.
-    return Transform(init, update, state=ApplyEveryState, stages=["scales", "waits"])
+    return Transform(init, update, state=ApplyEveryState, stages=["scales", "waits", "counts"])
 
 
 # On some leaves, in one vector, with any extra argument

@@ -629,6 +629,7 @@ class ConstraintCase(Given):
     nonconvex: str = ""  # Why projections may move points apart.
     uncompiled: str = ""  # Why it is left out of compilation into one graph.
     finite: str = ""  # Why an infinite entry has no projection.
+    ranked: str = ""  # Why entries beside a NaN stay, though they depend on it.
     batch: Callable[[float], list[float]] = lambda h: [h, h / 2, h / 3]  # Values of a hyperparameter for members.
 
     def project(self, params: Any, **kwargs: Any) -> Any:
@@ -741,6 +742,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         lambda w: _zeros_but(w, 2) if w.numel() <= 4 else torch.zeros_like(w),
         hyper=(2.0,),
         nonconvex="a union of planes",
+        ranked="NaN is kept as the greatest",
         batch=lambda k: [k, k - 1, 0.0],
     ),
     "n_m_sparsity": ConstraintCase(
@@ -750,6 +752,7 @@ CONSTRAINTS: dict[str, ConstraintCase] = {
         hyper=(2.0, 4),
         least_ndim=1,
         nonconvex="a union of planes",
+        ranked="NaN is kept as the greatest",
         batch=lambda n: [n, n - 1, 0.0],
     ),
     "hyperplane": ConstraintCase(
@@ -996,6 +999,7 @@ CONSTRAINTS.update(
             lambda w: torch.cat([w[:2], 0 * w[2:]]) if w.ndim else w,
             hyper=(2.0,),
             nonconvex="a union of planes",
+            ranked="NaN is kept as the greatest",
             batch=lambda k: [k, k - 1, 0.0],
         ),
         "sparse_simplex": ConstraintCase(

@@ -122,6 +122,20 @@ def test_nan_goes_through(case):
     assert not flat({"bias": case.project(params)["head"].bias}).isnan().any()
 
 
+@every_constraint
+def test_nan_is_every_entry_whose_nearest_point_depends_on_it(case):
+    drawn = fr.tree_map(lambda w: 3 * w, draw_fours())
+    params = {"weight": drawn["head"].weight, "bias": drawn["head"].bias}
+    metrics = (None, fr.tree_map(lambda w: w.abs() + 0.5, params)) if case.metric else (None,)
+    for metric in metrics:
+        found = []
+        for value in (math.nan, 0.1, 30.0):
+            params["weight"][1, 1] = value
+            found += [case.project(params, metric=metric)["weight"]]
+        nothing, near, far = found
+        assert case.ranked or nothing[near != far].isnan().all()
+
+
 @every_constraint_of_infinities
 def test_infinities_have_a_projection(case):
     for entries in ([math.inf, 1.0, -2.0, 0.5], [math.inf, 1.0, math.inf, 0.5], [-math.inf, 0.3, 0.1, -0.2]):

@@ -601,6 +601,17 @@ def test_groups_that_penalize_nothing_are_errors(groups, message):
             use(params)
 
 
+def test_families_of_a_deep_network_are_printed_and_named_in_messages_by_the_first():
+    families = [{f"{i}.weight": 0, f"{i}.bias": 0, f"{i + 1}.weight": fr.Along(1)} for i in range(50)]
+    few, many = fr.coupled(fr.group_lasso, families[:3]), fr.coupled(fr.group_lasso, families)
+    assert all(name in repr(few) for family in families[:3] for name in family)
+    first = "{'0.weight': 0, '0.bias': 0, '1.weight': Along(1)}"
+    assert repr(many) == f"coupled(group_lasso, [{first}, ... 49 more])"
+    with pytest.warns(UserWarning, match="stands after") as caught:
+        fr.chain(fr.prox_sgd(0.1, many), fr.scale(0.5))
+    assert len(str(caught[0].message)) < 400
+
+
 def test_places_of_groups_print_as_written_and_come_back_from_a_pickle():
     along = fr.Along(1, size=3, penalized=False)
     assert repr(along) == "Along(1, size=3, penalized=False)"

@@ -321,6 +321,24 @@ def test_autocast_changes_nothing_in_compiled_code():
     assert torch.linalg.matrix_rank(fr.nuclear.prox(w, 1.0)) < 4
 
 
+@pytest.mark.parametrize("penalty", [fr.orthogonality, fr.orthogonality_offdiagonal], ids=lambda p: p.__name__)
+def test_products_of_rows_are_right_or_infinite_at_every_magnitude(penalty):
+    w = normal(torch.Generator().manual_seed(0), 4, 3)
+    for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 1e5, 1e9, 1e12)):
+        x = (w * scale).to(dtype)
+        torch.testing.assert_close(penalty(x).double(), penalty(x.double()).float().double(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            penalty.grad(x).double(), penalty.grad(x.double()), rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=0
+        )
+        torch.testing.assert_close(
+            grad(penalty)(x), penalty.grad(x), rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=0
+        )
+    for scale in (1e15, 1e20, 1e37):
+        x = (w * scale).bfloat16()
+        assert penalty(x) == math.inf
+        assert not penalty.grad(x).isnan().any()
+
+
 # Wrong numbers
 
 
@@ -332,6 +350,37 @@ def wrong_values(case):
         for value in (least - 1, greatest + 1, math.nan):
             if math.isfinite(value) or math.isnan(value):
                 yield i, name, value
+
+
+@every_penalty
+def test_infinite_hyperparameters_and_strengths_are_limits_and_not_nan(case):
+    params, g = draw(dtype=torch.float32), draw(1, dtype=torch.float32)
+    names = [p for p in case.penalty.__signature__.parameters if p != "params"][: len(case.hyper)]
+    found = []
+    for i, name in enumerate(names):
+        if case.penalty.bounds.get(name, (0, 0))[1] == math.inf:
+            for infinite in (math.inf, 1e39, known(math.inf)):
+                hyper = [*case.hyper[:i], infinite, *case.hyper[i + 1 :]]
+                found += [f(params, *hyper, **case.options) for f in (case.penalty, case.penalty.grad)]
+                found += [case.penalty.prox(params, step, *hyper, **case.options) for step in (0.0, 0.5, 1e20)]
+                found += [fr.kkt_residual(params, g, case.penalty, *hyper, **case.options)]
+                assert_equal(case.penalty.prox(params, 0.0, *hyper, **case.options), params)
+    if case.penalty.__module__ != "cases":  # Its rules are a user's.
+        for strength in (math.inf, 1e39, known(math.inf)):
+            found += [fr.kkt_residual(params, g, case.penalty, *case.hyper, strength=strength, **case.options)]
+            found += [case.prox(params, strength)]
+    assert not any(leaf.isnan().any() for leaf in fr.tree_leaves(found))
+
+
+def test_no_infinite_number_is_where_nothing_is_the_limit():
+    params = {"w": torch.ones(3, 3)}
+    for constraint in (fr.l2_sphere, fr.simplex, fr.transport):
+        with pytest.raises(ValueError, match="is inf; expected a finite number of at least 0"):
+            constraint.project(params, math.inf)
+    with pytest.raises(ValueError, match="total of sparse_simplex is inf; expected a finite number of at least 0"):
+        fr.sparse_simplex.project(params, 2, math.inf)
+    with pytest.raises(ValueError, match="step is inf; expected a finite number above 0"):
+        fr.l1.prox_dual(params, math.inf)
 
 
 @every_penalty

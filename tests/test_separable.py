@@ -299,6 +299,16 @@ def test_the_residual_is_zero_at_a_point_that_cannot_be_bettered(entry):
 # What the names mean
 
 
+@pytest.mark.parametrize("limit", [fr.etp, fr.l0_envelope], ids=["etp", "l0_envelope"])
+@pytest.mark.parametrize("gamma", [math.inf, torch.tensor(math.inf, dtype=torch.float64)], ids=["number", "tensor"])
+def test_what_levels_off_at_once_is_l0(limit, gamma):
+    params = draw()
+    assert limit(params, gamma) == fr.l0(params)
+    assert_equal(limit.grad(params, gamma), fr.l0.grad(params))
+    for step in (0.0, 0.1, 1.0, 30.0):
+        assert_equal(limit.prox(params, step, gamma), fr.l0.prox(params, step))
+
+
 def test_limits_are_the_penalties_they_lead_to():
     params = draw()
     for limit, hyper, plain in (

@@ -95,6 +95,38 @@ def test_chains_in_order_are_not_warned_of(make):
     step(tx, ONES)
 
 
+#: Transforms that act by the count of their calls, in a wrapper that begins them anew.
+ANEW = {
+    "lookahead of later steps": lambda: fr.lookahead(fr.conditionally_mask(fr.sgd(0.1), lambda n: n > 0), 1, 0.5, True),
+    "lookahead of gathered steps": lambda: fr.lookahead(fr.MultiSteps(fr.sgd(0.1), 2), 3, 0.5, True),
+    "lookahead of summed steps": lambda: fr.lookahead(fr.chain(fr.sgd(0.1), fr.apply_every(2)), 1, 0.5, True),
+    "lookahead of sam": lambda: fr.lookahead(fr.sam(fr.sgd(0.1), fr.sgd(0.1)), 1, 0.5, True),
+    "sam that climbs later": lambda: fr.sam(fr.sgd(0.1), fr.conditionally_mask(fr.sgd(0.1), lambda n: n > 3)),
+}
+WHOLE = {
+    "steps gathered in time": lambda: fr.lookahead(fr.MultiSteps(fr.sgd(0.1), 2), 4, 0.5, True),
+    "sam in time": lambda: fr.lookahead(fr.sam(fr.sgd(0.1), fr.sgd(0.1)), 4, 0.5, True),
+    "counts that stay": lambda: fr.lookahead(fr.conditionally_mask(fr.sgd(0.1), lambda n: n > 0), 1, 0.5),
+    "no count": lambda: fr.lookahead(fr.sgd(0.1), 1, 0.5, True),
+}
+
+
+@table(ANEW)
+def test_counts_of_calls_that_begin_anew_are_warned_of(make):
+    with pytest.warns(UserWarning, match="anew at each synchronization, and with it the count of its calls, which nev"):
+        make()
+
+
+@table(WHOLE)
+def test_counts_of_calls_that_lose_nothing_are_not_warned_of(make):
+    tx, params = make(), LEAVES
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(ONES, state, params)
+        params = fr.apply_updates(params, updates)
+    assert all((params[name] < LEAVES[name]).all() for name in LEAVES)
+
+
 def test_chains_are_warned_of_but_compute_what_they_say():
     with pytest.warns(UserWarning, match="uphill"):
         tx = fr.chain(fr.sgd(0.1), DECAY)

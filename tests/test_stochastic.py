@@ -91,8 +91,11 @@ def test_inner_steps_average_in_a_metric_that_a_penalty_has_no_rule_for(make, ra
     goal, curvature = draws(5, 2) @ draws(2, 4), 0.5 + draws(5, 4).sigmoid()
     slopes = lambda w: curvature * (w - goal)
     with pytest.raises(ValueError, match="Give inner_steps="):
-        tx = make(rate, fr.nuclear, strength=0.4)
-        tx.update(goal, tx.init(goal), goal)
+        make(rate, fr.nuclear, strength=0.4).init(goal)
+    for penalty in (fr.l1 + fr.nuclear, fr.per_leaf({"w": fr.l2_sphere.given(1.0)})):
+        with pytest.raises(ValueError, match="in a metric"):
+            make(rate, penalty).init({"w": goal})
+    make(rate, fr.slope, 1.0).init(goal)  # It has inner steps of its own.
     tx, w = make(rate, fr.nuclear, strength=0.4, inner_steps=5), torch.zeros_like(goal)
     state = tx.init(w)
     for _ in range(200):

@@ -29,7 +29,7 @@ from sklearn.linear_model import LogisticRegression, lasso_path
 from torch import Tensor
 
 import funcreg as fr
-from funcreg import graphs
+from funcreg.solvers import graphs
 
 #: Solutions as arrays, a row for each strength.
 Way = Callable[[], np.ndarray]

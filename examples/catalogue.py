@@ -12,7 +12,6 @@ import inspect
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ GIVEN: dict[str, Any] = {
 def penalties() -> list[fr.Penalty]:
     """The public ones as they are written: what a module builds on before it, then from top to bottom."""
     # A module becomes a name of its package when its own imports are done.
-    modules = [sys.modules[f"funcreg.{name}"] for name in vars(fr) if f"funcreg.{name}" in sys.modules]
+    modules = [module for module in vars(fr.regularizers).values() if inspect.ismodule(module)]
     public = [value for value in vars(fr).values() if isinstance(value, fr.Penalty)]
     return [
         value
@@ -344,7 +343,7 @@ SECTIONS = {
     "Certificates": ["certificates"],
     "See": ["report", "describe"],
     "Minima, paths, choices of a strength": ["minimize", "path", "cross_validation"],
-    "Speed": ["fused"],
+    "Speed": ["step"],
     "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
     "Groups that span leaves": ["families", "channels", "channel_tables", "coupled", "removal"],
     "Getting zeros out": ["deployment", "resizing", "factorizing"],

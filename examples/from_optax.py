@@ -67,7 +67,7 @@ INSTEAD: list[tuple[str, str]] = [
         "TransformUpdateExtraArgsFn ConditionFn ShouldSkipUpdateFunction AccumulationType",
         "names for annotations; trees of tensors, numbers and functions are what they are",
     ),
-    ("MaskedNode", "`ABSENT` of `funcreg.tree`, where a mask leaves a leaf out"),
+    ("MaskedNode", "`ABSENT` of `funcreg.core.tree`, where a mask leaves a leaf out"),
     ("NamedTupleKey", "paths are dotted strings"),
     ("stateless_with_tree_map", "`fr.stateless(lambda updates, params: fr.tree_map(f, updates, params))`"),
     (

@@ -1,32 +1,45 @@
-"""Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms."""
+"""Functional weight regularization for PyTorch: penalties, proximal operators and gradient transforms.
+
+All that is public is here, and pictures in `plot`. Each of these packages imports from those above it alone:
+
+    core           trees, masks, functions over leaves, checks
+    regularizers   penalties and constraints
+    networks       groups of channels, and smaller networks
+    transforms     gradient transforms, schedules, optimizers
+    fused          a chain as one compiled step
+    torch_optim    penalties on torch's optimizers, and chains as one
+    solvers        minima with a certificate, paths of strengths
+    training       sweeps
+    reports        what a penalty did, what a chain does
+"""
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from funcreg.lifting import penalty as penalty
-from funcreg.gradient_alone import (
+from funcreg.regularizers.lifting import penalty as penalty
+from funcreg.regularizers.gradient_alone import (
     hoyer_square as hoyer_square,
     keras_orthogonal as keras_orthogonal,
     orthogonality as orthogonality,
     orthogonality_offdiagonal as orthogonality_offdiagonal,
     srip as srip,
 )
-from funcreg.annealing import (
+from funcreg.transforms.annealing import (
     cubic_ramp_schedule as cubic_ramp_schedule,
     cyclic_schedule as cyclic_schedule,
     relative_schedule as relative_schedule,
 )
-from funcreg.certificates import (
+from funcreg.solvers.certificates import (
     duality_gap as duality_gap,
     kkt_residual as kkt_residual,
     lambda_max as lambda_max,
     null_model as null_model,
     sparsity as sparsity,
 )
-from funcreg.checkpoint import (
+from funcreg.core.checkpoint import (
     from_state_dict as from_state_dict,
     to_state_dict as to_state_dict,
 )
-from funcreg.clipping import (
+from funcreg.transforms.clipping import (
     ZeroNansState as ZeroNansState,
     adaptive_grad_clip as adaptive_grad_clip,
     centralize as centralize,
@@ -36,11 +49,11 @@ from funcreg.clipping import (
     normalize_by_update_norm as normalize_by_update_norm,
     zero_nans as zero_nans,
 )
-from funcreg.chains import (
+from funcreg.transforms.chains import (
     chain as chain,
     named_chain as named_chain,
 )
-from funcreg.combine import (
+from funcreg.transforms.combine import (
     ApplyIfFiniteState as ApplyIfFiniteState,
     MaskedState as MaskedState,
     PartitionState as PartitionState,
@@ -50,12 +63,12 @@ from funcreg.combine import (
     partition as partition,
     set_to_zero as set_to_zero,
 )
-from funcreg.composition import Structure as Structure
-from funcreg.constraint import (
+from funcreg.regularizers.composition import Structure as Structure
+from funcreg.regularizers.constraint import (
     Constraint as Constraint,
     constraint as constraint,
 )
-from funcreg.constraints import (
+from funcreg.regularizers.constraints import (
     box as box,
     halfspace as halfspace,
     hyperplane as hyperplane,
@@ -68,13 +81,13 @@ from funcreg.constraints import (
     nonnegative as nonnegative,
     simplex as simplex,
 )
-from funcreg.counts import (
+from funcreg.regularizers.counts import (
     group_top_k as group_top_k,
     n_m_sparsity as n_m_sparsity,
     sparse_simplex as sparse_simplex,
     top_k as top_k,
 )
-from funcreg.conventions import (
+from funcreg.transforms.conventions import (
     Elastic as Elastic,
     elastic_from_glmnet as elastic_from_glmnet,
     elastic_from_keras as elastic_from_keras,
@@ -83,10 +96,10 @@ from funcreg.conventions import (
     elastic_from_sklearn_ridge as elastic_from_sklearn_ridge,
     elastic_from_torch as elastic_from_torch,
 )
-from funcreg.channel_tables import ChannelGroups as ChannelGroups
-from funcreg.channels import channel_groups as channel_groups
-from funcreg.coupled import coupled as coupled
-from funcreg.decay import (
+from funcreg.networks.channel_tables import ChannelGroups as ChannelGroups
+from funcreg.networks.channels import channel_groups as channel_groups
+from funcreg.networks.coupled import coupled as coupled
+from funcreg.transforms.decay import (
     AnchorState as AnchorState,
     add_cautious_weight_decay as add_cautious_weight_decay,
     add_corrected_weight_decay as add_corrected_weight_decay,
@@ -97,17 +110,17 @@ from funcreg.decay import (
     add_weight_decay_to_anchor as add_weight_decay_to_anchor,
     add_weight_decay_to_ema as add_weight_decay_to_ema,
 )
-from funcreg.deployment import (
+from funcreg.networks.deployment import (
     Pruned as Pruned,
     from_prune as from_prune,
     to_prune as to_prune,
     to_sparse as to_sparse,
 )
-from funcreg.describe import (
+from funcreg.reports.describe import (
     Description as Description,
     describe as describe,
 )
-from funcreg.ensemble import (
+from funcreg.transforms.ensemble import (
     Members as Members,
     ensemble as ensemble,
     init_ensemble as init_ensemble,
@@ -116,33 +129,33 @@ from funcreg.ensemble import (
     stacked as stacked,
     unstack as unstack,
 )
-from funcreg.factored import (
+from funcreg.transforms.factored import (
     FactoredState as FactoredState,
     adafactor as adafactor,
     scale_by_factored_rms as scale_by_factored_rms,
 )
-from funcreg.factorizing import factorized as factorized
-from funcreg.families import Along as Along
-from funcreg.fused import value_and_grad as value_and_grad
-from funcreg.fusing import fuse as fuse
-from funcreg.grids import log_uniform as log_uniform
-from funcreg.groups import (
+from funcreg.networks.factorizing import factorized as factorized
+from funcreg.networks.families import Along as Along
+from funcreg.fused.step import value_and_grad as value_and_grad
+from funcreg.fused.fusing import fuse as fuse
+from funcreg.core.grids import log_uniform as log_uniform
+from funcreg.regularizers.groups import (
     group_l0 as group_l0,
     group_l_half as group_l_half,
     group_mcp as group_mcp,
     group_scad as group_scad,
 )
-from funcreg.mixed_norms import (
+from funcreg.regularizers.mixed_norms import (
     exclusive_lasso as exclusive_lasso,
     l1_linf as l1_linf,
     linf as linf,
 )
-from funcreg.lbfgs import (
+from funcreg.transforms.lbfgs import (
     LbfgsState as LbfgsState,
     lbfgs as lbfgs,
     scale_by_lbfgs as scale_by_lbfgs,
 )
-from funcreg.linesearch import (
+from funcreg.transforms.linesearch import (
     BacktrackingLinesearchInfo as BacktrackingLinesearchInfo,
     ScaleByBacktrackingLinesearchState as ScaleByBacktrackingLinesearchState,
     ScaleByZoomLinesearchState as ScaleByZoomLinesearchState,
@@ -151,11 +164,11 @@ from funcreg.linesearch import (
     scale_by_zoom_linesearch as scale_by_zoom_linesearch,
     value_and_grad_from_state as value_and_grad_from_state,
 )
-from funcreg.minimize import (
+from funcreg.solvers.minimize import (
     Solution as Solution,
     minimize as minimize,
 )
-from funcreg.mixing import (
+from funcreg.transforms.mixing import (
     AdemamixState as AdemamixState,
     SimplifiedAdemamixState as SimplifiedAdemamixState,
     ademamix as ademamix,
@@ -165,20 +178,20 @@ from funcreg.mixing import (
     scale_by_simplified_ademamix as scale_by_simplified_ademamix,
     simplified_ademamix as simplified_ademamix,
 )
-from funcreg.muon import (
+from funcreg.transforms.muon import (
     MuonDimensionNumbers as MuonDimensionNumbers,
     MuonState as MuonState,
     muon as muon,
     scale_by_muon as scale_by_muon,
 )
-from funcreg.noise import (
+from funcreg.transforms.noise import (
     AddNoiseState as AddNoiseState,
     DifferentiallyPrivateAggregateState as DifferentiallyPrivateAggregateState,
     add_noise as add_noise,
     differentially_private_aggregate as differentially_private_aggregate,
 )
-from funcreg.optimizer import Optimizer as Optimizer
-from funcreg.optimizers import (
+from funcreg.torch_optim.optimizer import Optimizer as Optimizer
+from funcreg.transforms.optimizers import (
     adagrad as adagrad,
     adam as adam,
     adamw as adamw,
@@ -189,28 +202,28 @@ from funcreg.optimizers import (
     rmsprop as rmsprop,
     sgd as sgd,
 )
-from funcreg.path import (
+from funcreg.solvers.path import (
     Path as Path,
     regularization_path as regularization_path,
 )
-from funcreg.cross_validation import (
+from funcreg.solvers.cross_validation import (
     CrossValidation as CrossValidation,
     cross_validate as cross_validate,
 )
-from funcreg.per_example import (
+from funcreg.transforms.per_example import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
-from funcreg.placement import with_weight_decay as with_weight_decay
-from funcreg.plateau import (
+from funcreg.transforms.placement import with_weight_decay as with_weight_decay
+from funcreg.transforms.plateau import (
     ReduceLROnPlateauState as ReduceLROnPlateauState,
     reduce_on_plateau as reduce_on_plateau,
 )
-from funcreg.polyak import (
+from funcreg.transforms.polyak import (
     polyak_sgd as polyak_sgd,
     scale_by_polyak as scale_by_polyak,
 )
-from funcreg.penalties import (
+from funcreg.regularizers.penalties import (
     elastic as elastic,
     group_lasso as group_lasso,
     half_l2 as half_l2,
@@ -219,17 +232,17 @@ from funcreg.penalties import (
     shrink as shrink,
     sparse_group_lasso as sparse_group_lasso,
 )
-from funcreg.penalty import Penalty as Penalty
-from funcreg.polytopes import (
+from funcreg.regularizers.penalty import Penalty as Penalty
+from funcreg.regularizers.polytopes import (
     affine_set as affine_set,
     box_section as box_section,
     polyhedron as polyhedron,
 )
-from funcreg.transport_plans import (
+from funcreg.regularizers.transport_plans import (
     birkhoff as birkhoff,
     transport as transport,
 )
-from funcreg.projections import (
+from funcreg.regularizers.projections import (
     projection_box as projection_box,
     projection_halfspace as projection_halfspace,
     projection_hypercube as projection_hypercube,
@@ -243,7 +256,7 @@ from funcreg.projections import (
     projection_simplex as projection_simplex,
     projection_vector as projection_vector,
 )
-from funcreg.proximal import (
+from funcreg.transforms.proximal import (
     FistaState as FistaState,
     ProximalState as ProximalState,
     WeighedTraceState as WeighedTraceState,
@@ -252,8 +265,8 @@ from funcreg.proximal import (
     prox_sgd as prox_sgd,
     proximal_step as proximal_step,
 )
-from funcreg.regularize import regularize as regularize
-from funcreg.regularizing import (
+from funcreg.torch_optim.regularize import regularize as regularize
+from funcreg.transforms.regularizing import (
     add_decayed_weights as add_decayed_weights,
     add_penalty as add_penalty,
     keep_params_nonnegative as keep_params_nonnegative,
@@ -261,7 +274,7 @@ from funcreg.regularizing import (
     proximal as proximal,
     soft_threshold as soft_threshold,
 )
-from funcreg.adam_family import (
+from funcreg.transforms.adam_family import (
     AdamState as AdamState,
     AdanState as AdanState,
     AmsgradState as AmsgradState,
@@ -274,7 +287,7 @@ from funcreg.adam_family import (
     scale_by_radam as scale_by_radam,
     scale_by_yogi as scale_by_yogi,
 )
-from funcreg.scaling import (
+from funcreg.transforms.scaling import (
     EmaState as EmaState,
     LionState as LionState,
     TraceState as TraceState,
@@ -287,7 +300,7 @@ from funcreg.scaling import (
     scale_by_trust_ratio as scale_by_trust_ratio,
     trace as trace,
 )
-from funcreg.preconditioners import (
+from funcreg.transforms.preconditioners import (
     AdadeltaState as AdadeltaState,
     NovogradState as NovogradState,
     RmsState as RmsState,
@@ -301,19 +314,19 @@ from funcreg.preconditioners import (
     scale_by_sm3 as scale_by_sm3,
     scale_by_stddev as scale_by_stddev,
 )
-from funcreg.removal import (
+from funcreg.networks.removal import (
     remove_dead as remove_dead,
     with_buffers as with_buffers,
 )
-from funcreg.report import (
+from funcreg.reports.report import (
     Report as Report,
     compare as compare,
     explain as explain,
     penalties as penalties,
     report as report,
 )
-from funcreg.resizing import resized as resized
-from funcreg.schedules import (
+from funcreg.networks.resizing import resized as resized
+from funcreg.transforms.schedules import (
     constant_schedule as constant_schedule,
     cosine_decay_schedule as cosine_decay_schedule,
     exponential_decay as exponential_decay,
@@ -322,7 +335,7 @@ from funcreg.schedules import (
     piecewise_interpolate_schedule as piecewise_interpolate_schedule,
     polynomial_schedule as polynomial_schedule,
 )
-from funcreg.phases import (
+from funcreg.transforms.phases import (
     cosine_onecycle_schedule as cosine_onecycle_schedule,
     join_schedules as join_schedules,
     linear_onecycle_schedule as linear_onecycle_schedule,
@@ -331,19 +344,19 @@ from funcreg.phases import (
     warmup_cosine_decay_schedule as warmup_cosine_decay_schedule,
     warmup_exponential_decay_schedule as warmup_exponential_decay_schedule,
 )
-from funcreg.separable import (
+from funcreg.regularizers.separable import (
     anchored_l1 as anchored_l1,
     anchored_l2 as anchored_l2,
     ewc as ewc,
     huber as huber,
     relaxed_mumford_shah as relaxed_mumford_shah,
 )
-from funcreg.magnitudes import (
+from funcreg.regularizers.magnitudes import (
     l0 as l0,
     l_half as l_half,
     l_two_thirds as l_two_thirds,
 )
-from funcreg.concave import (
+from funcreg.regularizers.concave import (
     capped_l1 as capped_l1,
     etp as etp,
     geman as geman,
@@ -352,18 +365,18 @@ from funcreg.concave import (
     mcp as mcp,
     scad as scad,
 )
-from funcreg.nonnegative_forms import nonnegative_form as nonnegative_form
-from funcreg.neighbours import (
+from funcreg.regularizers.nonnegative_forms import nonnegative_form as nonnegative_form
+from funcreg.regularizers.neighbours import (
     fused_lasso as fused_lasso,
     total_variation as total_variation,
 )
-from funcreg.orders import (
+from funcreg.regularizers.orders import (
     oscar as oscar,
     slope as slope,
 )
-from funcreg.nested_groups import tree_lasso as tree_lasso
-from funcreg.skip_layers import hierarchical as hierarchical
-from funcreg.stochastic import (
+from funcreg.regularizers.nested_groups import tree_lasso as tree_lasso
+from funcreg.regularizers.skip_layers import hierarchical as hierarchical
+from funcreg.transforms.stochastic import (
     DualAveragingState as DualAveragingState,
     FtrlState as FtrlState,
     adamprox as adamprox,
@@ -371,7 +384,7 @@ from funcreg.stochastic import (
     ramda as ramda,
     rmda as rmda,
 )
-from funcreg.spectral import (
+from funcreg.regularizers.spectral import (
     nuclear as nuclear,
     nuclear_ball as nuclear_ball,
     on_singular_values as on_singular_values,
@@ -382,11 +395,11 @@ from funcreg.spectral import (
     spectral_mcp as spectral_mcp,
     stiefel as stiefel,
 )
-from funcreg.sweep import (
+from funcreg.training.sweep import (
     Sweep as Sweep,
     sweep as sweep,
 )
-from funcreg.transform import (
+from funcreg.transforms.transform import (
     ScheduleState as ScheduleState,
     EmptyState as EmptyState,
     Transform as Transform,
@@ -394,17 +407,17 @@ from funcreg.transform import (
     init_empty_state as init_empty_state,
     stateless as stateless,
 )
-from funcreg.leafwise import (
+from funcreg.core.leafwise import (
     apply_updates as apply_updates,
     global_norm as global_norm,
 )
-from funcreg.masks import matrices as matrices
-from funcreg.tree import (
+from funcreg.core.masks import matrices as matrices
+from funcreg.core.tree import (
     tree_leaves as tree_leaves,
     tree_map as tree_map,
     tree_paths as tree_paths,
 )
-from funcreg.averaging import (
+from funcreg.transforms.averaging import (
     LookaheadParams as LookaheadParams,
     LookaheadState as LookaheadState,
     SAMState as SAMState,
@@ -416,19 +429,19 @@ from funcreg.averaging import (
     schedule_free_eval_params as schedule_free_eval_params,
     schedule_free_sgd as schedule_free_sgd,
 )
-from funcreg.hyperparams import (
+from funcreg.transforms.hyperparams import (
     InjectHyperparamsState as InjectHyperparamsState,
     inject_hyperparams as inject_hyperparams,
 )
-from funcreg.images import isotropic_total_variation as isotropic_total_variation
-from funcreg.monitoring import (
+from funcreg.regularizers.images import isotropic_total_variation as isotropic_total_variation
+from funcreg.transforms.monitoring import (
     MonitorState as MonitorState,
     SnapshotState as SnapshotState,
     measure_with_ema as measure_with_ema,
     monitor as monitor,
     snapshot as snapshot,
 )
-from funcreg.wrappers import (
+from funcreg.transforms.wrappers import (
     ApplyEveryState as ApplyEveryState,
     ConditionallyMaskState as ConditionallyMaskState,
     ConditionallyTransformState as ConditionallyTransformState,
@@ -445,7 +458,7 @@ from funcreg.wrappers import (
     with_extra_args as with_extra_args,
     with_extra_args_support as with_extra_args_support,
 )
-from funcreg.directions import (
+from funcreg.transforms.directions import (
     OptimisticGradientState as OptimisticGradientState,
     RpropState as RpropState,
     scale_by_optimistic_gradient as scale_by_optimistic_gradient,
@@ -453,7 +466,7 @@ from funcreg.directions import (
     scale_by_param_block_rms as scale_by_param_block_rms,
     scale_by_rprop as scale_by_rprop,
 )
-from funcreg.adaptive_optimizers import (
+from funcreg.transforms.adaptive_optimizers import (
     adabelief as adabelief,
     adadelta as adadelta,
     adamax as adamax,
@@ -467,7 +480,7 @@ from funcreg.adaptive_optimizers import (
     sm3 as sm3,
     yogi as yogi,
 )
-from funcreg.plain_optimizers import (
+from funcreg.transforms.plain_optimizers import (
     dpsgd as dpsgd,
     fromage as fromage,
     lars as lars,
@@ -477,19 +490,19 @@ from funcreg.plain_optimizers import (
     sign_sgd as sign_sgd,
     signum as signum,
 )
-from funcreg.per_leaf import per_leaf as per_leaf
-from funcreg.precision import (
+from funcreg.transforms.per_leaf import per_leaf as per_leaf
+from funcreg.transforms.precision import (
     MasterWeightsState as MasterWeightsState,
     StochasticRoundingState as StochasticRoundingState,
     with_master_weights as with_master_weights,
     with_stochastic_rounding as with_stochastic_rounding,
 )
-from funcreg.spelling import unknown_name as _unknown_name
-from funcreg.selection import (
+from funcreg.core.spelling import unknown_name as _unknown_name
+from funcreg.core.selection import (
     no_bias_norm_embed as no_bias_norm_embed,
     select as select,
 )
-from funcreg.trees import (
+from funcreg.transforms.trees import (
     incremental_update as incremental_update,
     periodic_update as periodic_update,
     tree_get as tree_get,
@@ -497,7 +510,7 @@ from funcreg.trees import (
     tree_map_params as tree_map_params,
     tree_set as tree_set,
 )
-from funcreg.arithmetic import (
+from funcreg.transforms.arithmetic import (
     tree_add as tree_add,
     tree_add_scale as tree_add_scale,
     tree_cast as tree_cast,

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcreg._typing import Mask, Params
-from funcreg.families import Groups, grouped_matrices
-from funcreg.masks import kept_by, mask_leaves
-from funcreg.report import readable, say_same_memory
-from funcreg.tree import tree_leaves, tree_map, tree_paths
+from funcreg.core._typing import Mask, Params
+from funcreg.core.masks import kept_by, mask_leaves
+from funcreg.core.tree import tree_leaves, tree_map, tree_paths
+from funcreg.networks.families import Groups, grouped_matrices
+from funcreg.reports.report import readable, say_same_memory
 
 # One hue from dark to light for what has an order, one other for what stands out: also apart in gray, and for eyes that
 # do not see red and green apart.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import funcreg as fr
-from funcreg.construction import remembered
-from funcreg.leafwise import reduce_leaves, total
-from funcreg.undocumented import is_traced, is_transformed
+from funcreg.core.construction import remembered
+from funcreg.core.leafwise import reduce_leaves, total
+from funcreg.core.undocumented import is_traced, is_transformed
 
 #: Where tests compute: `FUNCREG_DEVICE=cuda pytest` runs them on a GPU; `cpu:0` rehearses that on the CPU.
 DEVICE = os.environ.get("FUNCREG_DEVICE", "cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DEVICE
 
-from funcreg import lowering
+from funcreg.fused import lowering
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("suite")

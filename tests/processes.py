@@ -469,7 +469,7 @@ def counts(world: int) -> None:
 
 def untold(world: int) -> None:
     """Without the mode that looks at rules, all of them run on whole leaves."""
-    locality: Any = sys.modules["funcreg.locality"]
+    locality: Any = sys.modules["funcreg.core.locality"]
     mode, known = locality.dispatch_mode, dict(locality._known)
     there = spread_tree(spreads(world)["rows"], draw())
     try:

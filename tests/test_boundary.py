@@ -33,8 +33,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import funcreg as fr
-from funcreg import plan as plans
-from funcreg import recording, undocumented
+from funcreg.core import undocumented
+from funcreg.fused import plan as plans
+from funcreg.fused import recording
 
 #: Links of a chain are fused here by themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")
@@ -1244,7 +1245,7 @@ def test_nothing_else_of_torch_is_undocumented():
 
     private = ("torch._C", "torch._dynamo", "torch._inductor", "torch._subclasses", "torch._functorch", "torch.utils._")
     private += ("_dynamo_marked", "_torchdynamo")
-    for path in Path(fr.__file__).parent.glob("*.py"):
+    for path in Path(fr.__file__).parent.rglob("*.py"):
         if path.name != "undocumented.py":
             text = path.read_text()
             assert not [name for name in private if name in text], path.name

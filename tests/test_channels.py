@@ -18,7 +18,7 @@ from networks import all_or_nothing, halve
 from torch import nn
 
 import funcreg as fr
-from funcreg.removal import without
+from funcreg.networks.removal import without
 
 
 def images(*shape):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import funcreg as fr
-from funcreg.copies import copied
+from funcreg.networks.copies import copied
 from tests.cases import DEVICE
 
 
@@ -130,7 +130,7 @@ def test_a_smaller_network_computes_with_its_own_weights_where_functions_are_rep
 
 
 def test_copies_of_compiled_functions_are_right_without_what_torch_does_not_document(monkeypatch):
-    monkeypatch.setattr("funcreg.undocumented.ORIGINAL", "another name")
+    monkeypatch.setattr("funcreg.core.undocumented.ORIGINAL", "another name")
     test_a_smaller_network_computes_with_its_own_weights_where_functions_are_replaced(compiled)
     test_thin_layers_are_those_of_the_copy(compiled)
 

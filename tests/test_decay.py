@@ -14,7 +14,7 @@ from cases import DOWN, HEAD, assert_equal, draw, falling
 from torch.func import vmap
 
 import funcreg as fr
-from funcreg.placement import Kind
+from funcreg.transforms.placement import Kind
 
 KINDS = get_args(Kind)
 every_kind = pytest.mark.parametrize("kind", KINDS)

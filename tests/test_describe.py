@@ -12,7 +12,7 @@ from cases import HEAD, TRANSFORMS, draw, falling
 from torch import nn
 
 import funcreg as fr
-from funcreg.notation import formula, plain
+from funcreg.core.notation import formula, plain
 
 PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and not inspect.ismodule(value)}
 

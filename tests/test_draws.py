@@ -12,8 +12,8 @@ from torch import Tensor, nn, tensor
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
-from funcreg import undocumented
-from funcreg.draws import Draws
+from funcreg.core import undocumented
+from funcreg.training.draws import Draws
 
 ONES = torch.ones(200, 500)
 

@@ -10,7 +10,7 @@ from test_channels import CONV, Net, among, between, entries, images, network, o
 from torch import nn
 
 import funcreg as fr
-from funcreg import trying
+from funcreg.networks import trying
 
 
 def numbers(*values):

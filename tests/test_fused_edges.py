@@ -17,7 +17,7 @@ from cases import DEVICE, normal
 from torch.autograd import forward_ad
 
 import funcreg as fr
-from funcreg import plan as plans
+from funcreg.fused import plan as plans
 
 #: Links of a chain are fused here by themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacfwd, jacrev, vmap
 
 import funcreg as fr
-from funcreg import graphs
+from funcreg.solvers import graphs
 
 
 def begin(size: int = 8) -> dict[str, Tensor]:

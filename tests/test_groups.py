@@ -13,7 +13,7 @@ from cases import assert_equal, cpu_only, normal, uniform
 from torch.func import grad, vmap
 
 import funcreg as fr
-from funcreg.orders import falling_fit
+from funcreg.regularizers.orders import falling_fit
 
 NONCONVEX = [
     (fr.group_mcp, (0.7, 2.0)),

@@ -13,7 +13,7 @@ from cases import assert_equal, drawn, normal
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcreg as fr
-from funcreg.dissection import Equations
+from funcreg.regularizers.dissection import Equations
 
 variation = fr.isotropic_total_variation
 
@@ -260,8 +260,8 @@ def test_it_may_be_loaded_once_more():
     script = """
         import importlib, sys
         import torch
-        import funcreg.images
-        importlib.reload(funcreg.images)
+        import funcreg.regularizers.images
+        importlib.reload(funcreg.regularizers.images)
         for name in [name for name in sys.modules if name.partition(".")[0] == "funcreg"]:
             del sys.modules[name]
         import funcreg as fr

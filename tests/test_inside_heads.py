@@ -14,7 +14,7 @@ from test_trying import GPT, words
 from torch import nn
 
 import funcreg as fr
-from funcreg import trying
+from funcreg.networks import trying
 
 WIDTH, HEADS, KEYS, VALUES = 12, 3, 8, 6
 SCALE = KEYS**-0.5

@@ -14,7 +14,7 @@ from test_architectures import count, images, tokens
 from test_channels import without_half
 
 import funcreg as fr
-from funcreg.tracing import tensors_in
+from funcreg.networks.tracing import tensors_in
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 #: What the library says of its own affairs is no error.

@@ -27,7 +27,7 @@ from torch.nn.functional import (
 )
 
 import funcreg as fr
-from funcreg.undocumented import forward_depth
+from funcreg.core.undocumented import forward_depth
 
 #: A lasso of `LogisticRegression`, whose argument has another name since scikit-learn 1.8.
 LASSO = {"l1_ratio": 1.0} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "l1"}
@@ -313,7 +313,7 @@ def test_the_derivative_of_ridge_is_that_of_its_closed_form():
 
 def test_derivatives_beyond_matrices(monkeypatch):
     for module in ("proximal_newton", "implicit"):
-        monkeypatch.setattr(sys.modules[f"funcreg.{module}"], "DENSE", 4)
+        monkeypatch.setattr(sys.modules[f"funcreg.solvers.{module}"], "DENSE", 4)
     x, y = standard(load_diabetes)
     f, at = lambda strength: lasso(strength, x, y), number(5.0)
     expected = between(f, at)

@@ -17,7 +17,7 @@ import torch
 from cases import DEVICE, TRANSFORMS, Layer, assert_equal, every_other, falling, normal, stacked
 
 import funcreg as fr
-from funcreg.masks import Selection
+from funcreg.core.masks import Selection
 
 #: Of the leaves of `tree` the one that is always there.
 the_matrix = Selection(lambda params: [w.shape == (4, 3) for w in fr.tree_leaves(params)])

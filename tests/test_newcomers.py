@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import funcreg as fr
-from funcreg.spelling import unknown_name
+from funcreg.core.spelling import unknown_name
 
 ROOT = Path(__file__).parent.parent
 OPTAX = (ROOT / "examples" / "from_optax.md").read_text()

@@ -245,7 +245,7 @@ def test_a_warning_points_at_the_users_line(warns, says):
 def test_all_warnings_go_the_same_way():
     """So that each points there, and has its row above."""
     calls = {}
-    for path in FUNCREG.glob("*.py"):
+    for path in FUNCREG.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warnings.warn_explicit"):
                 calls[path.stem] = calls.get(path.stem, 0) + 1

@@ -27,7 +27,7 @@ from torch.func import vmap
 from torch.optim import SGD, Adagrad, AdamW, RMSprop, lr_scheduler
 
 import funcreg as fr
-from funcreg import lowering, plan
+from funcreg.fused import lowering, plan
 
 every_transform = pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
 #: Plain functions, and the fused step without a compiler.

@@ -17,7 +17,7 @@ from torch.func import grad, jacfwd, jvp, vmap
 from torch.nn.functional import cross_entropy, huber_loss, mse_loss, softplus
 
 import funcreg as fr
-from funcreg.strengths import is_quadratic
+from funcreg.solvers.strengths import is_quadratic
 
 WEIGHTS = {"mask": fr.select("w")}
 

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, grad_and_value, hessian, jvp, vmap
 
 import funcreg as fr
-from funcreg.leafwise import step_times
+from funcreg.core.leafwise import step_times
 
 every_penalty = pytest.mark.parametrize("case", PENALTIES.values(), ids=PENALTIES)
 CONVEX = {name: case for name, case in PENALTIES.items() if not case.nonconvex}

@@ -13,7 +13,7 @@ from cases import PENALTIES, TRANSFORMS, assert_equal, draw, normal
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import funcreg as fr
-from funcreg import grouping, plan
+from funcreg.fused import grouping, plan
 
 #: Links of a chain are fused here by themselves.
 pytestmark = pytest.mark.filterwarnings("ignore:fuse got .* steps go uphill")

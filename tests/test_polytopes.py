@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment, minimize
 from torch.func import grad, jvp, vmap
 
 import funcreg as fr
-from funcreg.orders import falling_fit
+from funcreg.regularizers.orders import falling_fit
 
 # Sections of boxes
 

@@ -11,7 +11,7 @@ from cases import DEVICE, TRANSFORMS, assert_equal, draw
 from torch.func import vmap
 
 import funcreg as fr
-from funcreg.rounding import rounded, words
+from funcreg.core.rounding import rounded, words
 
 BF16 = torch.bfloat16
 

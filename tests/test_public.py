@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import inspect
 import re
 import subprocess
@@ -18,7 +19,7 @@ from reference.twins import SCHEDULES
 from test_annealing import CASES
 
 import funcreg as fr
-from funcreg import spelling
+from funcreg.core import spelling
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {name: value for name, value in vars(fr).items() if not name.startswith("_") and not inspect.ismodule(value)}
@@ -82,113 +83,9 @@ def test_penalties_look_like_functions():
 # Layers
 
 
-LAYERS = [
-    ["wording"],
-    [
-        *("_typing", "agreement", "atoms", "computing", "dissection", "equations", "frozen", "memory", "notation"),
-        *("notices", "spelling", "tree", "undocumented"),
-    ],
-    ["attention", "cones", "copies", "freshness", "locality", "ranges", "recording", "tracing", "wrapping"],
-    ["construction", "grouping", "histories", "sharding", "widths"],
-    ["flow", "stored"],
-    ["checks", "grids", "lowering", "schedules", "shapes"],
-    ["arguments", "leafwise", "masks", "phases"],
-    ["batches", "graphs", "products", "rounding", "rows", "singular_values", "uses", "variations"],
-    ["coarse", "recurrent", "settling", "steadiness"],
-    [
-        "annealing",
-        "checkpoint",
-        "composition",
-        "denominators",
-        "deployment",
-        "descent",
-        "draws",
-        "factorizing",
-        "families",
-        "group_values",
-        "grouped",
-        "inputs",
-        "layers",
-        "per_example",
-        "plan",
-        "selection",
-        "summaries",
-        "transform",
-    ],
-    ["factory_checks", "holding"],
-    [
-        "arithmetic",
-        "clipping",
-        "combine",
-        "conventions",
-        "directions",
-        "ensemble",
-        "hyperparams",
-        "moments",
-        "noise",
-        "optimizer_hooks",
-        "optimizer_state",
-        "penalty",
-        "plateau",
-        "precision",
-        "removal",
-        "shards",
-        "trees",
-    ],
-    ["adam_family", "attempts", "chains", "lifting", "refusals", "scaling", "searches"],
-    [
-        "coupled",
-        "factories",
-        "linesearch",
-        "nonnegative_forms",
-        "optimizer_steps",
-        "parameter_names",
-        "penalties",
-        "per_leaf",
-        "preconditioners",
-        "skip_layers",
-        "trained",
-        "wrappers",
-    ],
-    [
-        "constraint",
-        "gradient_alone",
-        "lbfgs",
-        "magnitudes",
-        "mixed_norms",
-        "monitoring",
-        "neighbours",
-        "nested_groups",
-        "resizing",
-        "separable",
-    ],
-    ["concave", "constraints"],
-    ["counts", "groups", "orders", "projections", "regularizing", "spectral", "trying"],
-    ["blame", "channel_families", "channel_tables"],
-    [
-        "averaging",
-        "certificates",
-        "channels",
-        "decay",
-        "factored",
-        "fused",
-        "images",
-        "mixing",
-        "optimizers",
-        "plain_optimizers",
-        "polytopes",
-        "proximal",
-        "report",
-    ],
-    ["landing", "placement", "quadratic", "transport_plans", "vectors"],
-    ["mistakes"],
-    ["fusing", "proximal_newton", "remarks", "runs"],
-    ["implicit", "penalized_parameters"],
-    ["followed_steps"],
-    ["adaptive_optimizers", "describe", "minimize", "muon", "optimizer", "plot", "polyak", "regularize", "stochastic"],
-    ["strengths"],
-    ["cross_validation", "path", "sweep"],
-]
+#: Each imports from those before it alone.
+PACKAGES = ["core", "regularizers", "networks", "transforms", "fused", "torch_optim", "solvers", "training", "reports"]
+PACKAGES += ["plot"]
 
 
 def imports(path: Path) -> set[str]:
@@ -199,33 +96,46 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            found |= (
-                {f"funcreg.{each.name}" for each in node.names} if node.module == "funcreg" else {node.module or ""}
-            )
+            module = node.module or ""
+            is_package = module in {"funcreg", *(f"funcreg.{package}" for package in PACKAGES)} - {"funcreg.plot"}
+            found |= {f"{module}.{each.name}" for each in node.names} if is_package else {module}
     return found
 
 
+def package_of(module: str) -> str:
+    return module.split(".")[1]
+
+
 def test_imports_point_down_and_only_tree_imports_optree():
-    modules = {path.stem: imports(path) for path in (ROOT / "funcreg").glob("*.py") if path.stem != "__init__"}
-    assert sorted(modules) == sorted(module for layer in LAYERS for module in layer)
-    for height, layer in enumerate(LAYERS):
-        below = {f"funcreg.{module}" for lower in LAYERS[:height] for module in lower}
-        for module in layer:
-            assert {name for name in modules[module] if name.startswith("funcreg")} <= below, module
-            assert ("optree" in modules[module]) == (module == "tree")
-            outside = {name.split(".")[0] for name in modules[module]} - {"funcreg", "torch", "optree"}
-            assert outside <= set(sys.stdlib_module_names), module
+    paths = [path for path in (ROOT / "funcreg").rglob("*.py") if path.stem != "__init__"]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): imports(path) for path in paths}
+    own = {name: {each for each in found if each.startswith("funcreg")} for name, found in modules.items()}
+    graphlib.TopologicalSorter(own).prepare()  # An error for modules that import each other.
+    assert {package_of(name) for name in modules} == set(PACKAGES)
+    for name, found in modules.items():
+        assert own[name] <= set(modules), name
+        assert all(PACKAGES.index(package_of(each)) <= PACKAGES.index(package_of(name)) for each in own[name]), name
+        assert ("optree" in found) == (name == "funcreg.core.tree")
+        outside = {each.split(".")[0] for each in found} - {"funcreg", "torch", "optree"}
+        assert outside <= set(sys.stdlib_module_names), name
+
+
+def test_packages_import_nothing_by_themselves():
+    """Modules say what they need, so that the layers above are what is imported."""
+    written = [ast.parse(path.read_text()).body for path in (ROOT / "funcreg").glob("*/__init__.py")]
+    assert len(written) == len(PACKAGES) - 1
+    assert all(isinstance(body[0], ast.Expr) and len(body) == 1 for body in written)
 
 
 def test_names_of_types_have_their_article():
     """By `type_of`, which knows an AveragedModel from a Linear."""
-    written = {p.stem for p in (ROOT / "funcreg").glob("*.py") if re.search(r"\ban? \{type\(", p.read_text())}
+    written = {p.stem for p in (ROOT / "funcreg").rglob("*.py") if re.search(r"\ban? \{type\(", p.read_text())}
     assert written == set()
 
 
 def test_only_one_module_asks_torch_whether_something_is_compiled():
     """What it says is true in all threads while one of them compiles: `undocumented.is_compiling` knows of this one."""
-    asking = {path.stem for path in (ROOT / "funcreg").glob("*.py") if "compiler.is_compiling" in path.read_text()}
+    asking = {path.stem for path in (ROOT / "funcreg").rglob("*.py") if "compiler.is_compiling" in path.read_text()}
     assert asking == {"undocumented"}
 
 

@@ -24,9 +24,9 @@ from torch.optim import lr_scheduler
 from torch.testing import assert_close
 
 import funcreg as fr
-from funcreg import denominators, followed_steps
-from funcreg.coupled import landed_by
-from funcreg.landing import CompiledRows
+from funcreg.networks.coupled import landed_by
+from funcreg.torch_optim import denominators, followed_steps
+from funcreg.torch_optim.landing import CompiledRows
 
 Make = Callable[..., optim.Optimizer]
 

@@ -15,12 +15,12 @@ from test_resizing import Alone, built
 from torch import nn
 
 import funcreg as fr
-from funcreg import settling
-from funcreg.agreement import Failure, outputs
-from funcreg.settling import settle
-from funcreg.steadiness import _sizes as sizes
-from funcreg.stored import Stored, reading
-from funcreg.variations import inputs_like, other_sizes
+from funcreg.networks import settling
+from funcreg.networks.agreement import Failure, outputs
+from funcreg.networks.settling import settle
+from funcreg.networks.steadiness import _sizes as sizes
+from funcreg.networks.stored import Stored, reading
+from funcreg.networks.variations import inputs_like, other_sizes
 
 UNITS = {"a.weight": 0, "a.bias": 0, "b.weight": 1}
 HEADS = {"qkv.weight": fr.Along(0, 4, 3), "qkv.bias": fr.Along(0, 4, 3), "o.weight": fr.Along(1, 4)}

@@ -428,7 +428,7 @@ def test_a_compiled_loss_is_refused(monkeypatch):
     compiled = torch.compile(F.cross_entropy, backend="eager")
     with pytest.raises(TypeError, match=r"was made by torch.compile; give the plain one. compile=True compiles the wh"):
         fr.sweep(plain, compiled, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
-    monkeypatch.setattr("funcreg.trained.CALLS_COMPILED", "another name")
+    monkeypatch.setattr("funcreg.training.trained.CALLS_COMPILED", "another name")
     with pytest.raises(TypeError, match="model and loss run for one member, but not for all at once under vmap"):
         fr.sweep(plain, compiled, fr.sgd, {"learning_rate": [0.1, 0.2]}, data(), epochs=1)
 
@@ -803,7 +803,7 @@ def test_progress_is_a_function_a_bar_or_lines(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     train(True)
     assert "epoch 2, epochs 2, members 4, loss" in capsys.readouterr().err
-    assert "tqdm" not in {name.split(".")[0] for name in vars(sys.modules["funcreg.sweep"])}
+    assert "tqdm" not in {name.split(".")[0] for name in vars(sys.modules["funcreg.training.sweep"])}
 
 
 def test_data_may_be_nested_and_of_numpy():

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 
 import funcreg as fr
-from funcreg.ranges import check_range, concrete
+from funcreg.core.ranges import check_range, concrete
 
 pytestmark = cpu_only  # Numbers in tensors are checked on the CPU, where reading them waits for no device.
 NAN, INF = float("nan"), float("inf")

@@ -7,6 +7,8 @@ import doctest
 import inspect
 import pickle
 import re
+import sys
+import types
 import warnings
 
 import cases
@@ -17,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 import funcreg as fr
-from funcreg.tree import ABSENT
+from funcreg.core.tree import ABSENT
 
 
 def rows(which=lambda case: True):
@@ -631,7 +633,8 @@ def test_a_state_goes_through_a_file_with_the_defaults_of_torch(case, tmp_path):
 )
 def test_a_state_is_read_from_a_file_that_knows_its_type_by_a_module(module, make, tmp_path, monkeypatch):
     state = make().init({"w": torch.ones(3, device=DEVICE)})
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # Where it was when the file was written.
+        patch.setitem(sys.modules, module, types.SimpleNamespace(**{type(state).__name__: type(state)}))
         patch.setattr(type(state), "__module__", module)
         torch.save(state, tmp_path / "state.pt")
     assert module.encode() in (tmp_path / "state.pt").read_bytes()

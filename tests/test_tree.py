@@ -21,9 +21,9 @@ from torch.func import grad, vmap
 from torch.nn.utils.parametrizations import weight_norm
 
 import funcreg as fr
-from funcreg.checks import filled
-from funcreg.masks import Selection, keep
-from funcreg.tree import ABSENT, broadcast, leaves_like, map_with_path, structure
+from funcreg.core.checks import filled
+from funcreg.core.masks import Selection, keep
+from funcreg.core.tree import ABSENT, broadcast, leaves_like, map_with_path, structure
 
 trees = st.recursive(
     st.integers(),

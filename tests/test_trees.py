@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torch.testing import assert_close
 
 import funcreg as fr
-from funcreg.tree import ABSENT
+from funcreg.core.tree import ABSENT
 
 
 def state():

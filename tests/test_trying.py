@@ -27,7 +27,7 @@ from test_channels import (
 from torch import nn
 
 import funcreg as fr
-from funcreg import agreement, trying
+from funcreg.networks import agreement, trying
 
 
 class Packed(nn.Module):

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 import funcreg as fr
-from funcreg.penalty import Sum
+from funcreg.regularizers.penalty import Sum
 
 
 def _lines(w: Tensor) -> tuple[int, ...]:

@@ -343,25 +343,29 @@ SECTIONS = {
     "Certificates": ["certificates"],
     "See": ["report", "describe"],
     "Minima, paths, choices of a strength": ["minimize", "path", "cross_validation"],
-    "Speed": ["step"],
-    "Penalties and constraints of your own": ["penalty", "constraints", "composition", "penalties"],
+    "Speed": ["fusing", "value_and_grad"],
+    "Penalties and constraints of your own": [
+        *("lifting", "penalty", "constraint", "constraints", "composition", "penalties")
+    ],
     "Groups that span leaves": ["families", "channels", "channel_tables", "coupled", "removal"],
     "Getting zeros out": ["deployment", "resizing", "factorizing"],
     "Projections of a tree as one vector": ["projections"],
     "What λ means elsewhere": ["conventions"],
-    "Trees and masks": ["tree", "selection", "trees", "arithmetic"],
+    "Trees and masks": ["tree", "leafwise", "masks", "selection", "trees", "arithmetic"],
 }
+#: The rest, which is read in results.
+OTHERS = "States, and what functions return"
 
 
 def section(thing: Any) -> str:
     """By the module that it is written in."""
     written = getattr(getattr(thing, "func", thing), "__module__", type(thing).__module__)
-    return next((name for name, modules in SECTIONS.items() if written.split(".")[-1] in modules), "Others")
+    return next((name for name, modules in SECTIONS.items() if written.split(".")[-1] in modules), OTHERS)
 
 
 def names() -> str:
     """A table for each section of what is public and no penalty."""
-    found: dict[str, list[list[str]]] = {name: [] for name in [*SECTIONS, "Others"]}
+    found: dict[str, list[list[str]]] = {name: [] for name in [*SECTIONS, OTHERS]}
     for name, thing in vars(fr).items():
         if not (
             name.startswith("_") or inspect.ismodule(thing) or isinstance(thing, fr.Penalty) or thing in builders()

@@ -136,7 +136,7 @@ from funcreg.transforms.factored import (
 )
 from funcreg.networks.factorizing import factorized as factorized
 from funcreg.networks.families import Along as Along
-from funcreg.fused.step import value_and_grad as value_and_grad
+from funcreg.fused.value_and_grad import value_and_grad as value_and_grad
 from funcreg.fused.fusing import fuse as fuse
 from funcreg.core.grids import log_uniform as log_uniform
 from funcreg.regularizers.groups import (

@@ -152,6 +152,22 @@ def test_momentum_and_sums_over_rows_compile_where_a_leaf_is_left_out(lands):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.ones(()), "grad_dtype"), reason="gradients have the dtype of their leaf there")
+def test_gradients_of_another_dtype_compile():
+    """A compiler that is given a view of a parameter looks at the gradient of that, too."""
+    ends = []
+    for compile in (True, False):
+        w = nn.Parameter(torch.linspace(-1, 1, 64, device=DEVICE).reshape(8, 8))
+        w.grad_dtype = torch.bfloat16
+        w.grad = torch.ones_like(w, dtype=torch.bfloat16)
+        optimizer = fr.Optimizer([w], LASSO, lr=0.1, strength=1e-3, compile=compile)
+        for _ in range(2):
+            optimizer.step()
+        ends.append(w.detach())
+    assert_equal(*ends, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_it_is_compiled_by_default(compilations):
     model = network(torch.float32)
     optimizer = fr.Optimizer(model.named_parameters(), LASSO, lr=1e-2, strength=1e-3)

@@ -20,7 +20,8 @@ HERE = pathlib.Path(__file__).parent
 PAGE = HERE / "from_optax.md"
 REFERENCE = json.loads((HERE.parent / "tests" / "reference" / "optax.json").read_text())
 plain = runpy.run_path(str(HERE.parent / "tests" / "reference" / "twins.py"))["plain"]
-section = runpy.run_path(str(HERE / "catalogue.py"))["section"]
+_catalogue = runpy.run_path(str(HERE / "catalogue.py"))
+section, OTHERS = _catalogue["section"], _catalogue["OTHERS"]
 
 #: Of names that both have: what an optax user should know, beside parameters.
 OTHERWISE = {
@@ -232,7 +233,7 @@ def same() -> str:
     found: dict[str, list[str]] = {}
     for name in shared():
         if not words(name):
-            kind = "States" if name.endswith(("State", "Info")) else section(getattr(fr, name))
+            kind = OTHERS if name.endswith(("State", "Info")) else section(getattr(fr, name))
             found.setdefault(kind, []).append(name)
     return table(["kind", "the same"], [[kind, ticks(names)] for kind, names in sorted(found.items())])
 

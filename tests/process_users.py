@@ -499,7 +499,7 @@ def without_distributed_rules(world: int) -> None:
     """What reads numbers of whole vectors says so of sharded ones, in all processes."""
     mesh = init_device_mesh("cpu", (world,))
     w = distribute_tensor(torch.randn(4 * world, dtype=torch.float64), mesh, [Shard(0)])
-    loss = lambda p: (fr.sharding.whole(p["w"]) - 1).square().sum()
+    loss = lambda p: (fr.core.sharding.whole(p["w"]) - 1).square().sum()
     calls: list[Callable[[], Any]] = [
         lambda: fr.minimize(loss, {"w": w}, fr.l1, strength=0.1),
         lambda: fr.regularization_path(loss, {"w": w}, fr.l1, count=3),

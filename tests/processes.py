@@ -72,7 +72,7 @@ def cut(w: Tensor, mesh: DeviceMesh, placements: Any) -> DTensor:
 
 def spread_tree(spread: Spread, tree: Any) -> Any:
     """A tree with each leaf of one dimension or more spread."""
-    leaves, rebuild = fr.tree.flatten(tree)
+    leaves, rebuild = fr.core.tree.flatten(tree)
     return rebuild([spread(i, w) if w.ndim else w for i, w in enumerate(leaves)])
 
 
@@ -263,7 +263,7 @@ def certificates(spread: Spread) -> None:
     x, y = torch.eye(4, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64)
     w = {"w": draw()["head"].bias}
     one_number(
-        fr.duality_gap(lambda p: fr.sharding.whole(p["w"]) @ x, spread_tree(spread, w), y, fr.l1, strength=0.5),
+        fr.duality_gap(lambda p: fr.core.sharding.whole(p["w"]) @ x, spread_tree(spread, w), y, fr.l1, strength=0.5),
         fr.duality_gap(lambda p: p["w"] @ x, w, y, fr.l1, strength=0.5),
     )
 
@@ -556,7 +556,7 @@ def compiled(world: int) -> None:
     step(params, grads, state)
     for name, make in CHAINS.items():
         tx = make()
-        way = fr.shards.OnShards(tx, False, False, lambda tx: tx).way(params, grads, tx.init(params), {})
+        way = fr.fused.shards.OnShards(tx, False, False, lambda tx: tx).way(params, grads, tx.init(params), {})
         assert way is {"clipped": True, "projected": None}.get(name, False), name
     for donate in (False, True):  # Also at the second call, which knows its trees again.
         step = fr.fuse(CHAINS["clipped"](), donate=donate, backend="eager")

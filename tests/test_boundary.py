@@ -1293,7 +1293,7 @@ for backend in ("eager", "aot_eager", "inductor"):  # Each imports more of torch
         f(params)
     (plan,) = [plan for plan in step._plans.values()]
     assert plan is not None
-    print(backend, round(float(params["a"][0, 0]), 4), sorted(fr.lowering._said))
+    print(backend, round(float(params["a"][0, 0]), 4), sorted(fr.fused.lowering._said))
 """
     assert run(code, "-W", "error") == "eager 0.8 []\naot_eager 0.8 []\ninductor 0.8 []\n"
 

@@ -1282,7 +1282,7 @@ def test_frozen_parameters_are_in_no_group(name):
         leaf
         for family in groups
         for leaf, where in family.items()
-        if any([along.penalized for along in fr.families.parts(where)])
+        if any([along.penalized for along in fr.networks.families.parts(where)])
     ]
     if name != "all":
         assert all([net.get_parameter(leaf).requires_grad for leaf in penalized])

@@ -18,7 +18,7 @@ from funcreg.core.leafwise import increment, scalar_device, without_autocast
 from funcreg.core.masks import hidden, kept_by, listed
 from funcreg.core.notices import warn_user
 from funcreg.core.ranges import flags, number
-from funcreg.core.tree import broadcast, flatten, tree_leaves, tree_paths
+from funcreg.core.tree import Absent, broadcast, flatten, tree_leaves, tree_paths
 from funcreg.core.undocumented import dynamo_asks, is_compiling, is_transformed
 from funcreg.core.wording import type_of
 from funcreg.transforms.coarse import rounded_away
@@ -283,7 +283,7 @@ def raw_leaves(tx: Transform, params: Params) -> str | None:
 
 def _watch_steps(tx: Transform, params: Params) -> None:
     """Warn of steps of nothing, that go uphill at some leaves, or that sixteen bits round away."""
-    if not tree_leaves(params):
+    if not (isinstance(params, Absent) or tree_leaves(params)):
         warn(
             f"{tx!r} begins without parameters, so that its steps do nothing. Are layers in a plain list, which a "
             "module does not see into, where a ModuleList belongs? Are all parameters frozen?"

@@ -1202,6 +1202,14 @@ def test_without_what_torch_does_not_document_results_are_equal(take, monkeypatc
         close(f(params), (fr.l1(params), fr.l1.grad(params)))
 
 
+def test_without_functorch_strengths_of_members_are_not_read_and_results_are_equal(monkeypatch):
+    params, strengths = torch.ones(3, 2), torch.tensor([0.5, 2.0, float("inf")])
+    values = [vmap(lambda w, alpha: fr.elastic(w, alpha, 0.5))(params, s) for s in (strengths, strengths[[0, 1, 1]])]
+    monkeypatch.setattr(undocumented, "functorch", None)
+    for s, value in zip((strengths, strengths[[0, 1, 1]]), values, strict=True):
+        assert_equal(vmap(lambda w, alpha: fr.elastic(w, alpha, 0.5))(params, s), value)
+
+
 @pytest.mark.parametrize("take", ["no level", "no functorch"])
 def test_without_the_level_of_functorch_steps_inside_vmap_are_plain(take, monkeypatch):
     TAKEN[take](monkeypatch)

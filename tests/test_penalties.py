@@ -19,6 +19,7 @@ from cases import (
     PENALTIES,
     Layer,
     assert_equal,
+    cpu_only,
     draw,
     draw_fours,
     flat,
@@ -31,6 +32,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, grad_and_value, hessian, jvp, vmap
+from torch.profiler import profile
 
 import funcreg as fr
 from funcreg.core.leafwise import step_times
@@ -337,6 +339,28 @@ def test_products_of_rows_are_right_or_infinite_at_every_magnitude(penalty):
         x = (w * scale).bfloat16()
         assert penalty(x) == math.inf
         assert not penalty.grad(x).isnan().any()
+
+
+@cpu_only  # Elsewhere reading a number waits for the device.
+@pytest.mark.parametrize("penalty", [fr.orthogonality, fr.orthogonality_offdiagonal], ids=lambda p: p.__name__)
+def test_products_of_rows_of_ordinary_magnitudes_are_scaled_by_nothing(penalty):
+    with profile() as seen:
+        penalty(torch.ones(4, 3)), penalty.grad(torch.ones(4, 3))
+    assert "aten::div" not in {event.name for event in seen.events()}
+
+
+@cpu_only  # Elsewhere reading a number waits for the device.
+def test_a_strength_of_each_member_that_is_seen_to_be_finite_is_multiplied_in_one_pass():
+    params, strengths = torch.randn(3, 5), torch.tensor([0.5, 2.0, 1.0])
+    both = lambda w, alpha: (fr.elastic(w, alpha, 0.4), fr.elastic.grad(w, alpha, 0.4))
+    passes = []
+    for given_strength, dim in ((0.5, None), (strengths, 0)):
+        with profile() as seen:
+            vmap(both, (0, dim))(params, given_strength)
+        passes.append([event.name for event in seen.events()].count("aten::where"))
+    assert passes[0] == passes[1]
+    tangents = jvp(vmap(both), (params, strengths), (params, strengths))[1]
+    assert {x.dtype for x in tangents} == {torch.float32}
 
 
 # Wrong numbers

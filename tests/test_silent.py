@@ -9,6 +9,7 @@ import threading
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CONSTRAINTS, PENALTIES, assert_equal, cpu_only, draw
@@ -101,11 +102,26 @@ ANEW = {
     "lookahead of gathered steps": lambda: fr.lookahead(fr.MultiSteps(fr.sgd(0.1), 2), 3, 0.5, True),
     "lookahead of summed steps": lambda: fr.lookahead(fr.chain(fr.sgd(0.1), fr.apply_every(2)), 1, 0.5, True),
     "lookahead of sam": lambda: fr.lookahead(fr.sam(fr.sgd(0.1), fr.sgd(0.1)), 1, 0.5, True),
+    "lookahead of later gathered steps": lambda: fr.lookahead(
+        fr.conditionally_mask(fr.MultiSteps(fr.sgd(0.1), 2), lambda n: n > 0), 4, 0.5, True
+    ),
+    "lookahead of steps gathered twice": lambda: fr.lookahead(
+        fr.MultiSteps(fr.MultiSteps(fr.sgd(0.1), 2), 2), 2, 0.5, True
+    ),
     "sam that climbs later": lambda: fr.sam(fr.sgd(0.1), fr.conditionally_mask(fr.sgd(0.1), lambda n: n > 3)),
 }
 WHOLE = {
     "steps gathered in time": lambda: fr.lookahead(fr.MultiSteps(fr.sgd(0.1), 2), 4, 0.5, True),
     "sam in time": lambda: fr.lookahead(fr.sam(fr.sgd(0.1), fr.sgd(0.1)), 4, 0.5, True),
+    "steps gathered a number of numpy": lambda: fr.lookahead(fr.MultiSteps(fr.sgd(0.1), np.int64(2)), 4, 0.5, True),
+    "steps summed in time": lambda: fr.lookahead(fr.chain(fr.apply_every(2), fr.sgd(0.1)), 4, 0.5, True),
+    "steps gathered in a chain": lambda: fr.lookahead(
+        fr.named_chain(("clip", fr.clip(1.0)), ("step", fr.MultiSteps(fr.sgd(0.1), 2))), 4, 0.5, True
+    ),
+    "steps gathered in a wrapper": lambda: fr.lookahead(
+        fr.apply_if_finite(fr.MultiSteps(fr.sgd(0.1), 2), 3), 2, 0.5, True
+    ),
+    "steps gathered twice in time": lambda: fr.lookahead(fr.MultiSteps(fr.MultiSteps(fr.sgd(0.1), 2), 2), 4, 0.5, True),
     "counts that stay": lambda: fr.lookahead(fr.conditionally_mask(fr.sgd(0.1), lambda n: n > 0), 1, 0.5),
     "no count": lambda: fr.lookahead(fr.sgd(0.1), 1, 0.5, True),
 }

@@ -14,7 +14,7 @@ from funcreg.core._typing import Hyper, Params, Scalar, Updates
 from funcreg.core.checks import alike, check_alike, check_params, fits
 from funcreg.core.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.core.tree import at_leaf, broadcast, flatten, leaves_like, level, tree_leaves, tree_map, tree_paths
-from funcreg.core.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.core.undocumented import all_members, has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -189,12 +189,20 @@ def times(c: Scalar, x: Tensor) -> Tensor:
     """A weight times terms or slopes; an infinite weight leaves zeros what they are, as its proximal operator does."""
     if isinstance(c, (int, float)) and c != math.inf:
         return c * x
-    if isinstance(c, Tensor) and not c.ndim and readable(c) and c.detach().item() != math.inf:
+    if isinstance(c, Tensor) and not c.ndim and _seen_finite(c):
         return c * x  # In one pass, where a look at the number costs less than two more.
     finite = torch.where(c == math.inf, 1.0, c) if isinstance(c, Tensor) else 1.0
     spread = torch.where(x == 0, finite, c)
     # A number in a tensor does not widen what it multiplies, also where it is spread out.
     return (spread if isinstance(c, Tensor) and c.ndim else spread.to(x.real.dtype)) * x
+
+
+def _seen_finite(c: Tensor) -> bool:
+    """Whether a number can be read, of each member of a batch, and is infinite nowhere."""
+    if is_traced():
+        return False
+    found = all_members(c)
+    return readable(found) and not (found.detach() == math.inf).any().item()
 
 
 def step_times(step: Scalar, *strengths: Scalar) -> Scalar:

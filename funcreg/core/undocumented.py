@@ -244,6 +244,13 @@ def without_levels(w: Tensor) -> Tensor:
     return w
 
 
+def all_members(w: Tensor) -> Tensor:
+    """The tensor inside those that `torch.func` wraps around it, batches as a whole. Without it, none is read."""
+    while functorch is not None and functorch.is_functorch_wrapped_tensor(w):
+        w = functorch.get_unwrapped(w)
+    return w
+
+
 def is_batched(w: Tensor) -> bool:
     """Whether a tensor stands for a batch inside `vmap`. Without it, each is asked for its memory."""
     return functorch.is_functorch_wrapped_tensor(w) if functorch is not None else not _has_memory(w)

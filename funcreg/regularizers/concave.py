@@ -171,7 +171,7 @@ def geman(w: Tensor, gamma: Scalar) -> Tensor:
 
 def mcp_value(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:
     capped = size.clamp(max=held(gamma * strength, size))
-    return times(strength, capped) - capped * (capped / (2 * gamma))
+    return torch.addcmul(times(strength, capped), capped, capped / (-2 * gamma))
 
 
 def mcp_slope(size: Tensor, strength: Scalar, gamma: Scalar) -> Tensor:

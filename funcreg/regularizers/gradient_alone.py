@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcreg.core._typing import Scalar
-from funcreg.core.leafwise import sign, squared
+from funcreg.core.leafwise import readable, sign, squared
 from funcreg.regularizers.grouped import polar
 from funcreg.regularizers.lifting import penalty
 from funcreg.regularizers.penalties import Dim, group_dims
@@ -29,25 +30,36 @@ def _without_prox(name: str) -> Callable[..., Tensor]:
     return proximal
 
 
-def _gram(w: Tensor, smaller: bool, factors: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gram(w: Tensor, smaller: bool, factors: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """A leaf as a matrix with fewer rows than columns if `smaller`, the products of its rows, and the unit of both.
 
-    The unit is 1, or the largest entry where products of so many factors may be infinite, whose sums would be NaN.
+    The unit is 1, or the largest entry where products of so many factors may be infinite, whose sums would be NaN. It
+    is None where it is seen to be 1.
     """
-    m = as_matrix(w)
+    m, most = as_matrix(w), 2.0 ** (100 // factors)
     m = m.mH if smaller and m.shape[0] > m.shape[1] else m
+    gram = matmul(m, m.mH)
+    # No entry is larger than its row, whose square is on the diagonal: a look at that costs less than passes over all.
+    if gram.numel() and readable(gram) and gram.detach().diagonal(dim1=-2, dim2=-1).real.amax().item() <= most * most:
+        return m, gram, None
     largest = m.detach().abs().amax() if m.numel() else m.detach().abs().sum()
-    unit = torch.where((largest > 2.0 ** (100 // factors)) & (largest < math.inf), largest, torch.ones_like(largest))
+    unit = torch.where((largest > most) & (largest < math.inf), largest, torch.ones_like(largest))
     m = m / unit
     return m, matmul(m, m.mH), unit
+
+
+def _out_of(unit: Tensor | None, x: Tensor, power: int) -> Tensor:
+    """What was computed in a unit, as it is without: in steps, because a power of the unit may be infinite."""
+    return x if unit is None else functools.reduce(torch.mul, [unit] * power, x)
 
 
 def _on_diagonal(gram: Tensor) -> Tensor:
     return torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
 
 
-def _less_one(gram: Tensor, unit: Tensor) -> Tensor:
-    return gram - torch.diag_embed(torch.ones_like(gram.diagonal(dim1=-2, dim2=-1))) / unit / unit
+def _less_one(gram: Tensor, unit: Tensor | None) -> Tensor:
+    one = torch.diag_embed(torch.ones_like(gram.diagonal(dim1=-2, dim2=-1)))
+    return gram - (one if unit is None else one / unit / unit)
 
 
 def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
@@ -57,7 +69,7 @@ def _as_leaf(x: Tensor, w: Tensor) -> Tensor:
 
 def _orthogonality_gradient(w: Tensor) -> Tensor:
     m, gram, unit = _gram(w, True, 3)
-    return _as_leaf(matmul(4 * _less_one(gram, unit), m) * unit * unit * unit, w)
+    return _as_leaf(_out_of(unit, matmul(4 * _less_one(gram, unit), m), 3), w)
 
 
 @penalty(
@@ -82,12 +94,12 @@ def orthogonality(w: Tensor) -> Tensor:
         Bansal, Chen & Wang, *Can we gain more from orthogonality regularizations in training deep networks?*, 2018.
     """
     _, gram, unit = _gram(w, True, 2)
-    return squared(_less_one(gram, unit) * unit * unit)
+    return squared(_out_of(unit, _less_one(gram, unit), 2))
 
 
 def _offdiagonal_gradient(w: Tensor) -> Tensor:
     m, gram, unit = _gram(w, False, 3)
-    return (matmul(4 * (gram - _on_diagonal(gram)), m) * unit * unit * unit).reshape(w.shape)
+    return _out_of(unit, matmul(4 * (gram - _on_diagonal(gram)), m), 3).reshape(w.shape)
 
 
 @penalty(
@@ -109,7 +121,7 @@ def orthogonality_offdiagonal(w: Tensor) -> Tensor:
         Brock, Lim, Ritchie & Weston, *Neural photo editing with introspective adversarial networks*, 2017.
     """
     _, gram, unit = _gram(w, False, 2)
-    return squared((gram - _on_diagonal(gram)) * unit * unit)
+    return squared(_out_of(unit, gram - _on_diagonal(gram), 2))
 
 
 def _cosines(w: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor, float]:

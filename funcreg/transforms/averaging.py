@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from funcreg.core._typing import Params, Scalar, Schedule, State, Updates
-from funcreg.core.construction import remembered
+from funcreg.core.construction import remembered, transforms_in
 from funcreg.core.leafwise import beside, compute, compute_wide, increment, kept_dtype, scalar_device
-from funcreg.core.ranges import check_range, flags, scalars, single
+from funcreg.core.ranges import check_range, concrete, flags, scalars, single
 from funcreg.core.tree import tree_leaves, tree_map
 from funcreg.core.wording import type_of
 from funcreg.transforms.chains import chain
@@ -24,6 +24,9 @@ from funcreg.transforms.regularizing import add_decayed_weights
 from funcreg.transforms.scaling import scale_by_learning_rate
 from funcreg.transforms.transform import Choice, Transform, around, at_step, counter, everywhere, public_state, warn
 from funcreg.transforms.wrappers import Named, check_period
+
+#: What a number of calls is called, or what tells from it, in transforms that count them.
+_COUNTING = ("every_k_schedule", "sync_period", "k", "should_transform_fn")
 
 # Fast and slow weights
 
@@ -173,16 +176,30 @@ def _warn_of_rounding(name: str, inner: Transform) -> None:
 
 def _warn_of_lost_counts(name: str, inner: Transform, period: int | None) -> None:
     """Warn if what starts anew after each period of calls acts by their number, and not in cycles of that period."""
-    if period is None or "counts" not in inner.stages:
-        return
-    given = {} if inner.made_by is None else inner.made_by.arguments
-    cycle = given.get("every_k_schedule", given.get("sync_period"))
-    if not isinstance(cycle, int) or period % cycle:
+    if period is not None and any([cycle is None or period % cycle for cycle in _cycles(inner)]):
         warn(
             f"{name} with reset_state=True starts {inner!r} anew at each synchronization, and with it the count of its "
             f"calls, which never passes {period}: what waits for more never happens, and what it gathered is lost. "
             "Take reset_state=False, or a sync_period that its own period divides."
         )
+
+
+def _cycles(tx: Transform) -> list[int | None]:
+    """After how many calls what counts them begins again, of a transform and those in it; None if that is not known."""
+    if "counts" not in tx.stages or tx.made_by is None:
+        return [None] * ("counts" in tx.stages)
+    given = tx.made_by.arguments
+    inside = [cycle for part in transforms_in(given) for cycle in _cycles(part)]
+    own = [_whole(given[name]) for name in _COUNTING if name in given]
+    if not own:
+        return inside or [None]
+    return [None if own[0] is None or cycle is None else own[0] * cycle for cycle in inside or [1]]
+
+
+def _whole(value: Any) -> int | None:
+    """A known number of calls; None of a function, or of a number in a tensor that cannot be read."""
+    known = concrete(value)
+    return None if known is None else int(known)
 
 
 def _of_fast(choose: Choice | None) -> Choice | None:

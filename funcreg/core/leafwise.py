@@ -13,7 +13,17 @@ from torch import Tensor
 from funcreg.core._typing import Hyper, Params, Scalar, Updates
 from funcreg.core.checks import alike, check_alike, check_params, fits
 from funcreg.core.sharding import OVER, any_sharded, apply, like, reduce, whole
-from funcreg.core.tree import at_leaf, broadcast, flatten, leaves_like, level, tree_leaves, tree_map, tree_paths
+from funcreg.core.tree import (
+    at_leaf,
+    broadcast,
+    flatten,
+    kind_of,
+    leaves_like,
+    level,
+    tree_leaves,
+    tree_map,
+    tree_paths,
+)
 from funcreg.core.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,6 +119,16 @@ def held(value: Any, leaf: Tensor) -> Any:
 def laid_out_as(leaf: Tensor, made: Tensor) -> Tensor:
     """What was made of a leaf, in the order in memory that `view` and torch's fused optimizers take for granted."""
     return made.contiguous() if leaf.is_contiguous() and not made.is_contiguous() else made
+
+
+def like_leaf(made: Any, leaf: Tensor, rule: Callable[..., Any]) -> Tensor:
+    """What a rule made of a leaf, or an error that says what it is if it is not of the leaf's shape."""
+    if not isinstance(made, Tensor) or made.shape != leaf.shape:
+        raise ValueError(
+            f"{getattr(rule, '__name__', repr(rule))} returned {kind_of(made)}; expected a tensor of shape "
+            f"{tuple(leaf.shape)}, as the leaf has"
+        )
+    return made
 
 
 def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]) -> list[tuple[Any, ...]]:

@@ -1039,6 +1039,20 @@ def test_a_rule_whose_result_is_not_like_the_leaf_is_said():
         forgetful.project(params)
 
 
+def test_a_rule_that_writes_into_the_leaf_is_said():
+    @fr.constraint
+    def capped(w):
+        return w.clamp_(max=0.1)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        params = {"w": torch.ones(2, dtype=dtype, device=DEVICE)}
+        for call in (capped, capped.project):
+            with pytest.raises(
+                ValueError, match=r"at leaf 'w': capped wrote into the leaf that it was given; expected"
+            ):
+                call(params)
+
+
 def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():
     with pytest.raises(TypeError, match=r"l1 is multiplied by l2; expected a number.* A sum is l1 \+ l2\."):
         fr.l1 * fr.l2

@@ -24,7 +24,7 @@ from funcreg.core.tree import (
     tree_map,
     tree_paths,
 )
-from funcreg.core.undocumented import has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.core.undocumented import has_tangents, is_batched, is_traced, is_transformed, versions, without_levels
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -121,12 +121,19 @@ def laid_out_as(leaf: Tensor, made: Tensor) -> Tensor:
     return made.contiguous() if leaf.is_contiguous() and not made.is_contiguous() else made
 
 
-def like_leaf(made: Any, leaf: Tensor, rule: Callable[..., Any]) -> Tensor:
-    """What a rule made of a leaf, or an error that says what it is if it is not of the leaf's shape."""
+def obeyed(rule: Callable[..., Tensor], leaf: Tensor, *row: Any, **options: Any) -> Tensor:
+    """What a rule makes of a leaf, or an error if that is not of the leaf's shape, or if the leaf was written into."""
+    before = None if is_traced() else versions([leaf])
+    made: Any = rule(leaf, *row, **options)
+    name = getattr(rule, "__name__", repr(rule))
     if not isinstance(made, Tensor) or made.shape != leaf.shape:
         raise ValueError(
-            f"{getattr(rule, '__name__', repr(rule))} returned {kind_of(made)}; expected a tensor of shape "
-            f"{tuple(leaf.shape)}, as the leaf has"
+            f"{name} returned {kind_of(made)}; expected a tensor of shape {tuple(leaf.shape)}, as the leaf has"
+        )
+    if before is not None and versions([leaf]) != before:
+        raise ValueError(
+            f"{name} wrote into the leaf that it was given; expected a function that makes a new tensor, "
+            "w.clamp(max=1.0) and not w.clamp_(max=1.0)"
         )
     return made
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcreg.core._typing import Hyper, Params
 from funcreg.core.checks import fits
-from funcreg.core.leafwise import beside, compute, compute_leaves, like_leaf, reduce_leaves, times, total, with_own_step
+from funcreg.core.leafwise import beside, compute, compute_leaves, obeyed, reduce_leaves, times, total, with_own_step
 from funcreg.core.ranges import flags
 from funcreg.core.tree import flatten
 from funcreg.regularizers.composition import Structure
@@ -152,7 +152,7 @@ def _of_steps(
     """The rules by which a penalty moves trees, of those on a leaf."""
 
     def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-        return compute(lambda w, *row: like_leaf(gradient(w, *row, **options), w, gradient), params, hyper=hyper)
+        return compute(lambda w, *row: obeyed(gradient, w, *row, **options), params, hyper=hyper)
 
     def tree_proximal(
         params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
@@ -165,12 +165,12 @@ def _of_steps(
 
     def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
         if metric is not None:
-            return like_leaf(metric(w, h, step, *hyper, **options), w, metric)
+            return obeyed(metric, w, h, step, *hyper, **options)
         w, own = (w, step / h) if convex is True else with_own_step(w, step, h)
         return landed(w, own, *hyper, **options)
 
     def landed(w: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
-        return like_leaf(proximal(w, step, *hyper, **options), w, proximal)
+        return obeyed(proximal, w, step, *hyper, **options)
 
     rules: dict[str, Callable[..., Any]] = {"gradient": tree_gradient, "proximal": tree_proximal}
     if residual is None:

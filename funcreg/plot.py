@@ -17,6 +17,7 @@ from torch import Tensor
 from funcreg.core._typing import Mask, Params
 from funcreg.core.masks import kept_by, mask_leaves
 from funcreg.core.tree import tree_leaves, tree_map, tree_paths
+from funcreg.core.wording import type_of
 from funcreg.networks.families import Groups, grouped_matrices
 from funcreg.reports.report import readable, say_same_memory
 
@@ -200,6 +201,8 @@ def path(path: Any, names: Sequence[str] | None = None, mask: Mask | None = None
         >>> plot.path(found).get_xlabel()
         'strength'
     """
+    if not all([hasattr(path, name) for name in ("strengths", "params", "converged")]):
+        raise TypeError(f"path is {type_of(path)}; expected what regularization_path returned")
     strengths = torch.as_tensor(path.strengths).detach().to("cpu", torch.float64)
     curves, places = _curves(path.params, len(strengths), mask)
     converged = torch.as_tensor(path.converged).detach().cpu().flatten()
@@ -254,7 +257,10 @@ def _curves(params: Params, count: int, mask: Mask | None) -> tuple[Tensor, list
     columns, names = [], []
     for name, w, chosen in zip(tree_paths(params), tree_leaves(params), one, strict=True):
         if not w.ndim or len(w) != count:
-            raise ValueError(f"leaf '{name}' has shape {tuple(w.shape)}; expected ({count}, ...), one entry a strength")
+            raise ValueError(
+                f"leaf '{name}' has shape {tuple(w.shape)}; expected ({count}, ...), one entry a strength, as "
+                "regularization_path returns them"
+            )
         if chosen:
             columns.append(w.to("cpu", torch.float64).reshape(count, -1))
             places = [list(map(int, place)) for place in torch.ones(w.shape[1:]).nonzero()]

@@ -203,6 +203,12 @@ def test_what_does_not_fit_is_named_and_changes_nothing():
     assert_equal((state, flat), before)
 
 
+def test_template_and_flat_in_the_wrong_order_are_said():
+    params = {"w": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"Are template and flat swapped\?"):
+        fr.from_state_dict(fr.to_state_dict(params), params)
+
+
 def test_a_state_of_another_chain_with_the_same_names_is_refused():
     adam, centred = trained(fr.scale_by_adam())[1], trained(fr.scale_by_stddev())[1]
     assert list(fr.to_state_dict(adam)) == list(fr.to_state_dict(centred))

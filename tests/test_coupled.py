@@ -350,6 +350,8 @@ def test_what_leaves_of_a_group_share_cannot_be_a_tree():
         p(params, dim=0)
     with pytest.raises(TypeError, match=r"expected a Penalty of rows"):
         fr.coupled("group_lasso", {"w": 0})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"groups is a Linear; expected families of it, as channel_groups\(module"):
+        fr.coupled(fr.group_lasso, nn.Linear(3, 4))
 
 
 # Networks

@@ -1042,6 +1042,41 @@ def test_no_strength_is_no_pull_however_long_the_step(rows):
                 assert_equal(penalty.prox(w, step, *taken, metric=metric, **options), far, rtol=0, atol=1e-6)
 
 
+def test_a_rule_whose_result_is_not_like_the_leaf_is_said():
+    @fr.penalty(gradient=lambda w: w.sum(), proximal=lambda w, step: w[:1])
+    def magnitudes(w):
+        return w.abs()
+
+    @fr.constraint
+    def forgetful(w):
+        w + 1.0
+
+    params = {"w": torch.ones(2, 2, device=DEVICE)}
+    with pytest.raises(
+        ValueError, match=r"at leaf 'w': <lambda> returned a tensor of shape \(\); expected .* \(2, 2\)"
+    ):
+        magnitudes.grad(params)
+    for metric in (None, params):
+        with pytest.raises(ValueError, match=r"at leaf 'w': <lambda> returned a tensor of shape \(1, 2\)"):
+            magnitudes.prox(params, 0.1, metric=metric)
+    with pytest.raises(ValueError, match=r"at leaf 'w': forgetful returned None; expected a tensor of shape \(2, 2\)"):
+        forgetful.project(params)
+
+
+def test_a_rule_that_writes_into_the_leaf_is_said():
+    @fr.constraint
+    def capped(w):
+        return w.clamp_(max=0.1)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        params = {"w": torch.ones(2, dtype=dtype, device=DEVICE)}
+        for call in (capped, capped.project):
+            with pytest.raises(
+                ValueError, match=r"at leaf 'w': capped wrote into the leaf that it was given; expected"
+            ):
+                call(params)
+
+
 def test_products_and_names_of_other_libraries_are_refused_with_what_to_write():
     with pytest.raises(TypeError, match=r"l1 is multiplied by l2; expected a number.* A sum is l1 \+ l2\."):
         fr.l1 * fr.l2

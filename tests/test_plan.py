@@ -585,6 +585,46 @@ def test_what_cannot_be_recorded_is_compiled_leaf_by_leaf_and_said_once():
         assert_equal(params, {"w": torch.full((3,), 5.0)})
 
 
+def written_in_place(decay):
+    def update(updates, state, params):
+        for name, u in updates.items():
+            state[name].mul_(decay).add_(u.mul_(0.5))
+        return fr.tree_map(torch.clone, state), state
+
+    return fr.Transform(lambda params: fr.tree_map(torch.zeros_like, params), update)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_transform_that_writes_in_place_is_called_once_a_step_and_not_on_what_init_is_given(donate):
+    tx, begin = fr.chain(written_in_place(0.9), fr.sgd(0.1)), {"w": torch.tensor([1.0, -2.0])}
+    step = fr.fuse(tx, donate=donate, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        params, state = step.init(begin)
+    assert_equal(begin, {"w": torch.tensor([1.0, -2.0])})
+    assert_equal(tx.init(begin), state)
+    expected, trace = begin["w"].clone(), torch.zeros(2)
+    for n in range(3):
+        params, state = step(params, {"w": torch.ones(2) * n}, state)
+        trace = 0.9 * trace + 0.5 * n
+        expected -= 0.1 * trace
+    torch.testing.assert_close(params["w"], expected)
+
+
+def test_a_transform_that_writes_in_place_is_called_once_a_step_of_an_optimizer():
+    w, plain = torch.nn.Parameter(torch.ones(3)), torch.ones(3)
+    optimizer = fr.Optimizer([("w", w)], lambda lr: fr.chain(written_in_place(0.9), fr.sgd(lr)), lr=0.1)
+    trace = torch.zeros(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(1, 4):
+            w.grad = torch.ones(3) * n
+            optimizer.step()
+            trace = 0.9 * trace + 0.5 * n
+            plain -= 0.1 * trace
+    torch.testing.assert_close(w.detach(), plain)
+
+
 @pytest.mark.parametrize("donate", [False, True])
 def test_without_a_compiler_the_packed_step_runs_with_equal_results_and_says_so_once(donate):
     def broken(module, inputs):

@@ -255,6 +255,13 @@ def test_a_sweep_that_cannot_be_drawn_says_why(rows, options, message):
         plot.sweep(rows, **options)
 
 
+def test_what_is_no_path_cannot_be_drawn_as_one():
+    with pytest.raises(TypeError, match=r"path is a dict; expected what regularization_path returned"):
+        plot.path({"w": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"one entry a strength, as regularization_path returns them"):
+        plot.path(found()._replace(params={"w": torch.zeros(3)}))
+
+
 def test_sparsity_is_drawn_in_per_cent_with_names_at_the_ends():
     axes = plot.sparsity({"a": [0.0, 0.5], "b": [torch.tensor(0.1), torch.tensor(0.2)]}, steps=[0, 10])
     assert lines(axes)[0] == [0.0, 50.0]

@@ -1468,6 +1468,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "a chain of its own, into which the penalty belongs: prox_adam",
     ),
     "a value": (of(torch.zeros(())), TypeError, r"Give the penalty itself, l1 and not l1\(params\)"),
+    "groups by position": (
+        of(fr.group_lasso, [{"0.weight": 0}]),
+        TypeError,
+        r"go in by coupled\(group_lasso, groups\)",
+    ),
     "a strength by position": (of(fr.l1, 1e-4), TypeError, r"got 1 hyperparameters. Its strength is .* strength=1e-4"),
     "a strength by another name": (
         of(fr.l1, lam=1e-4),

@@ -509,6 +509,13 @@ def test_state_and_params_in_the_wrong_order_are_said(case):
         tx.update(draw(1), params, tx.init(params))
 
 
+@pytest.mark.parametrize("case", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_updates_and_state_in_the_wrong_order_are_said(case):
+    tx, params = case.make(), draw()
+    with pytest.raises(ValueError, match=r"expected update\(updates, state, params\). Are updates and state swapped\?"):
+        tx.update(tx.init(params), draw(1), params)
+
+
 # None for a gradient
 
 

@@ -45,7 +45,9 @@ class TakesHyper(Remembering):
     def bind(self, *hyper: Hyper, **options: Any) -> tuple[tuple[Hyper, ...], dict[str, Any]]:
         """Hyperparameters in their order and options, or an error that says what this penalty takes."""
         if len(hyper) > len(self._hyper):
-            raise TypeError(f"{self._takes()}; got {len(hyper)} hyperparameters. {self._how_strong()}")
+            spans = any([isinstance(value, list) and value and isinstance(value[0], dict) for value in hyper])
+            hint = f"Groups that span leaves go in by coupled({self._as_called()}, groups)." if spans else ""
+            raise TypeError(f"{self._takes()}; got {len(hyper)} hyperparameters. {hint or self._how_strong()}")
         values = list(hyper)
         if options:  # Most calls have none, and traced code pays for each look at them.
             self._check_names(options)

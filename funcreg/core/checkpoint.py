@@ -84,6 +84,11 @@ def from_state_dict(template: Any, flat: Mapping[str, Any], strict: bool = True)
             f"flat is {type_of(flat)}; expected a dict of tensors that to_state_dict made, as torch.load returns it"
         )
     flags(strict=strict)
+    if isinstance(template, Mapping) and _HEADER in template:
+        raise ValueError(
+            "template is a flat dict that to_state_dict made; expected a tree like the one that was saved, as in "
+            "from_state_dict(tx.init(params), flat). Are template and flat swapped?"
+        )
     leaves, spec = structure(template)
     known = _named(template)
     _check_format(flat, strict)

@@ -13,8 +13,26 @@ from torch import Tensor
 from funcreg.core._typing import Hyper, Params, Scalar, Updates
 from funcreg.core.checks import alike, check_alike, check_params, fits
 from funcreg.core.sharding import OVER, any_sharded, apply, like, reduce, whole
-from funcreg.core.tree import at_leaf, broadcast, flatten, leaves_like, level, tree_leaves, tree_map, tree_paths
-from funcreg.core.undocumented import all_members, has_tangents, is_batched, is_traced, is_transformed, without_levels
+from funcreg.core.tree import (
+    at_leaf,
+    broadcast,
+    flatten,
+    kind_of,
+    leaves_like,
+    level,
+    tree_leaves,
+    tree_map,
+    tree_paths,
+)
+from funcreg.core.undocumented import (
+    all_members,
+    has_tangents,
+    is_batched,
+    is_traced,
+    is_transformed,
+    versions,
+    without_levels,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -109,6 +127,27 @@ def held(value: Any, leaf: Tensor) -> Any:
 def laid_out_as(leaf: Tensor, made: Tensor) -> Tensor:
     """What was made of a leaf, in the order in memory that `view` and torch's fused optimizers take for granted."""
     return made.contiguous() if leaf.is_contiguous() and not made.is_contiguous() else made
+
+
+def obeyed(rule: Callable[..., Tensor], leaf: Tensor, *row: Any, **options: Any) -> Tensor:
+    """What a rule makes of a leaf, or an error if that is not of the leaf's shape, or if the leaf was written into."""
+    before = None if is_traced() else versions([leaf])
+    made: Any = rule(leaf, *row, **options)
+    if not isinstance(made, Tensor) or made.shape != leaf.shape:
+        raise ValueError(
+            f"{_name_of(rule)} returned {kind_of(made)}; expected a tensor of shape {tuple(leaf.shape)}, as the leaf "
+            "has"
+        )
+    if before is not None and versions([leaf]) != before:
+        raise ValueError(
+            f"{_name_of(rule)} wrote into the leaf that it was given; expected a function that makes a new tensor, "
+            "w.clamp(max=1.0) and not w.clamp_(max=1.0)"
+        )
+    return made
+
+
+def _name_of(rule: Callable[..., Any]) -> str:
+    return getattr(rule, "__name__", repr(rule))
 
 
 def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]) -> list[tuple[Any, ...]]:

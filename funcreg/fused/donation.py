@@ -27,7 +27,8 @@ class Donated:
             if begin < end:
                 raise ValueError(
                     f"{names[first]} and {names[second]} share memory and cannot be donated. Are weights tied? "
-                    "step.init(params) gives copies that share nothing."
+                    "Give each once, as module.named_parameters() does. step.init(params) gives copies that share "
+                    "nothing, of tied weights too, which are apart from then on."
                 )
         self._begins, self._ends = [begin for begin, _, _ in spans] or [0], [end for _, end, _ in spans] or [0]
         self._names = [names[i] for _, _, i in spans]

@@ -106,7 +106,10 @@ class Planned(Remembering):
             function = lambda *_: self._results(*map(restored, specs, stand_ins))
             made = self._plan_of(record(function, *(x for column in stand_ins for x in column)), columns)
         except Exception as error:
-            self._results(*trees)
+            # Of copies: what cannot be recorded may write into its arguments, and the step itself is yet to come.
+            self._results(
+                *[restored(spec, list(map(_copied, column))) for spec, column in zip(specs, columns, strict=True)]
+            )
             say_once(f"this is computed leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}")
             made = None
         try:
@@ -123,6 +126,10 @@ class Planned(Remembering):
         checked = Checked(plan, trees, specs, arguments, len(columns[0]), donated)
         self._last = checked if len(trees) == len(columns) else None  # With extra arguments, each call is checked.
         return checked, checked.located(arguments, list(map(Tensor.data_ptr, arguments)))
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def _check_memory(params: Params, leaves: list[Any]) -> None:

@@ -87,7 +87,12 @@ def coupled(penalty: Penalty, groups: Groups) -> Penalty:
         Fang, Ma, Song, Mi & Wang, *DepGraph: towards any structural pruning*, 2023.
     """
     if not isinstance(penalty, Penalty):
-        raise TypeError(f"penalty is {penalty!r}; expected a Penalty of rows such as group_lasso")
+        raise TypeError(
+            f"penalty is {type_of(penalty)}; expected a Penalty of rows such as group_lasso, as in "
+            "coupled(group_lasso, groups)"
+        )
+    if isinstance(groups, torch.nn.Module):
+        raise TypeError(f"groups is {type_of(groups)}; expected families of it, as channel_groups(module, (x,)) finds")
     if not callable(groups):
         families_of(groups)
     return _coupled(penalty, groups, functools.partial(_each_landed, penalty))

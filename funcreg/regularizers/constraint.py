@@ -12,7 +12,7 @@ from torch import Tensor
 
 from funcreg.core._typing import Hyper, Mask, Params
 from funcreg.core.arguments import LACKING
-from funcreg.core.leafwise import compute, compute_leaves, compute_wide, reduce_leaves
+from funcreg.core.leafwise import compute, compute_leaves, compute_wide, obeyed, reduce_leaves
 from funcreg.core.leafwise import total as summed
 from funcreg.core.ranges import flags
 from funcreg.core.tree import flatten, tree_leaves, tree_paths
@@ -290,9 +290,9 @@ def _of_leaves(
             first = next(name for name, leaf in names if leaf.is_complex())
             raise TypeError(f"leaf '{first}' is complex; {rule.__name__} takes real numbers, which have an order")
         if metric is None or weighed is None:
-            return compute(lambda w, *row: rule(w, *row, **options), params, hyper=hyper)
+            return compute(lambda w, *row: obeyed(rule, w, *row, **options), params, hyper=hyper)
         near = weighed
-        return compute(lambda w, h, *row: near(w, h, *row, **options), params, metric, hyper=hyper)
+        return compute(lambda w, h, *row: obeyed(near, w, h, *row, **options), params, metric, hyper=hyper)
 
     rules: dict[str, Any] = {"projection": projection}
     if missed is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcreg.core._typing import Hyper, Params
 from funcreg.core.checks import fits
-from funcreg.core.leafwise import beside, compute, compute_leaves, reduce_leaves, times, total, with_own_step
+from funcreg.core.leafwise import beside, compute, compute_leaves, obeyed, reduce_leaves, times, total, with_own_step
 from funcreg.core.ranges import flags
 from funcreg.core.tree import flatten
 from funcreg.regularizers.composition import Structure
@@ -152,22 +152,25 @@ def _of_steps(
     """The rules by which a penalty moves trees, of those on a leaf."""
 
     def tree_gradient(params: Params, *hyper: Hyper, **options: Any) -> Params:
-        return compute(lambda w, *row: gradient(w, *row, **options), params, hyper=hyper)
+        return compute(lambda w, *row: obeyed(gradient, w, *row, **options), params, hyper=hyper)
 
     def tree_proximal(
         params: Params, step: Hyper, *hyper: Hyper, metric: Params | None = None, **options: Any
     ) -> Params:
         if metric is None:
-            return compute(lambda w, *row: proximal(w, *row, **options), params, hyper=(step, *hyper))
+            return compute(lambda w, *row: landed(w, *row, **options), params, hyper=(step, *hyper))
         return compute(
             lambda w, h, step, *row: in_metric(w, h, step, *row, **options), params, metric, hyper=(step, *hyper)
         )
 
     def in_metric(w: Tensor, h: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
         if metric is not None:
-            return metric(w, h, step, *hyper, **options)
+            return obeyed(metric, w, h, step, *hyper, **options)
         w, own = (w, step / h) if convex is True else with_own_step(w, step, h)
-        return proximal(w, own, *hyper, **options)
+        return landed(w, own, *hyper, **options)
+
+    def landed(w: Tensor, step: Any, *hyper: Any, **options: Any) -> Tensor:
+        return obeyed(proximal, w, step, *hyper, **options)
 
     rules: dict[str, Callable[..., Any]] = {"gradient": tree_gradient, "proximal": tree_proximal}
     if residual is None:

@@ -192,6 +192,11 @@ class Transform(Remembering):
                     "update got a tree like the updates where the state is expected, and something else where the "
                     "parameters are; expected update(updates, state, params). Are state and params swapped?"
                 ) from error
+            if fits(params, state):
+                raise ValueError(
+                    "update got a tree like the parameters where the state is expected, and something else where the "
+                    "updates are; expected update(updates, state, params). Are updates and state swapped?"
+                ) from error
             raise
         if self._state is not None and not isinstance(state, self._state):
             came = type(state).__name__

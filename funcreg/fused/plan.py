@@ -230,7 +230,9 @@ class Plan:
             return call.copies[x][0]
         leaves = [call.arguments[i] for i in x.sources]
         if len(leaves) == 1 and leaves[0].is_contiguous():
-            return leaves[0].detach().view(x.shape)  # A compiler would look at the gradient of what it is a view of.
+            (leaf,) = leaves
+            # A compiler would look at the gradient of a parameter that it gets a view of.
+            return (leaf.detach() if leaf.requires_grad else leaf).view(x.shape)
         if not x.is_written:
             return torch.cat(x.pieces.flat(leaves)).view(x.shape)
         call.copies[x] = copy = self._memory(x, leaves[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcreg.core._typing import Hyper, Params, Scalar, Updates
 from funcreg.core.checks import alike, check_alike, check_params, fits
+from funcreg.core.construction import written
 from funcreg.core.sharding import OVER, any_sharded, apply, like, reduce, whole
 from funcreg.core.tree import (
     at_leaf,
@@ -135,19 +136,14 @@ def obeyed(rule: Callable[..., Tensor], leaf: Tensor, *row: Any, **options: Any)
     made: Any = rule(leaf, *row, **options)
     if not isinstance(made, Tensor) or made.shape != leaf.shape:
         raise ValueError(
-            f"{_name_of(rule)} returned {kind_of(made)}; expected a tensor of shape {tuple(leaf.shape)}, as the leaf "
-            "has"
+            f"{written(rule)} returned {kind_of(made)}; expected a tensor of shape {tuple(leaf.shape)}, as the leaf has"
         )
     if before is not None and versions([leaf]) != before:
         raise ValueError(
-            f"{_name_of(rule)} wrote into the leaf that it was given; expected a function that makes a new tensor, "
+            f"{written(rule)} wrote into the leaf that it was given; expected a function that makes a new tensor, "
             "w.clamp(max=1.0) and not w.clamp_(max=1.0)"
         )
     return made
-
-
-def _name_of(rule: Callable[..., Any]) -> str:
-    return getattr(rule, "__name__", repr(rule))
 
 
 def _rows(tree: Any, leaves: list[Tensor], rest: Sequence[Any], hyper: Sequence[Hyper]) -> list[tuple[Any, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcreg.core import undocumented
@@ -108,7 +109,7 @@ class Planned(Remembering):
         except Exception as error:
             # Of copies: what cannot be recorded may write into its arguments, and the step itself is yet to come.
             self._results(
-                *[restored(spec, list(map(_copied, column))) for spec, column in zip(specs, columns, strict=True)]
+                *[restored(spec, list(map(copied, column))) for spec, column in zip(specs, columns, strict=True)]
             )
             say_once(f"this is computed leaf by leaf, which is slow for many leaves: {type(error).__name__}: {error}")
             made = None
@@ -128,8 +129,9 @@ class Planned(Remembering):
         return checked, checked.located(arguments, list(map(Tensor.data_ptr, arguments)))
 
 
-def _copied(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
+def copied(x: Any) -> Any:
+    """A contiguous copy of a tensor, with its numbers as they are in memory."""
+    return x.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg() if isinstance(x, Tensor) else x
 
 
 def _check_memory(params: Params, leaves: list[Any]) -> None:

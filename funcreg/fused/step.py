@@ -25,7 +25,7 @@ from funcreg.fused.donation import check_donated, names_of
 from funcreg.fused.freshness import Freshness
 from funcreg.fused.lowering import say_once
 from funcreg.fused.plan import Call, Plan
-from funcreg.fused.planned import Checked, Columns, Planned, like
+from funcreg.fused.planned import Checked, Columns, Planned, copied, like
 from funcreg.fused.recording import Record, lack_numbers
 from funcreg.fused.shards import OnShards, is_spread
 from funcreg.transforms.transform import Transform, fits
@@ -84,7 +84,7 @@ class FusedStep(Planned):
                 plan = None if inside else self._plan(trees, columns, specs)
             except TypeError:  # A transform lacks an extra argument; the step will tell, if it lacks it too.
                 plan = None
-            made = [list(map(_copied, columns[0])), columns[1], list(map(_copied, columns[2]))]
+            made = [list(map(copied, columns[0])), columns[1], list(map(copied, columns[2]))]
             if plan is not None:
                 made = plan.packed(made, "parameter", "state")
         return restored(specs[0], made[0]), restored(specs[2], made[2])
@@ -278,11 +278,6 @@ class FusedStep(Planned):
                 "zero_grad(set_to_none=False); so does DistributedDataParallel(gradient_as_bucket_view=True). Or the "
                 "module has other parameters by now, as after load_state_dict(assign=True)."
             )
-
-
-def _copied(x: Any) -> Any:
-    """A contiguous copy of a tensor, with its numbers as they are in memory."""
-    return x.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg() if isinstance(x, Tensor) else x
 
 
 def _with_tensors(extra: dict[str, Any]) -> dict[str, Any]:
